@@ -1,0 +1,46 @@
+//! Redis names, spelled only here. The prefix is a setting, the same on both services; it separates installations and
+//! tests that share one Redis.
+
+use crate::ids::UserId;
+
+#[derive(Debug, Clone, Default)]
+pub struct Channels {
+    prefix: String,
+}
+
+impl Channels {
+    pub fn new(prefix: impl Into<String>) -> Self {
+        Self { prefix: prefix.into() }
+    }
+
+    /// Where a user's events are announced.
+    pub fn user(&self, user: UserId) -> String {
+        format!("{}user:{user}", self.prefix)
+    }
+
+    /// Whose channel this is; `None` for names that are not ours.
+    pub fn user_of(&self, channel: &[u8]) -> Option<UserId> {
+        let id = channel.strip_prefix(self.prefix.as_bytes())?.strip_prefix(b"user:")?;
+        std::str::from_utf8(id).ok()?.parse().ok()
+    }
+
+    /// Where one gateway process hears its own beat.
+    pub fn beat(&self, instance: &str) -> String {
+        format!("{}beat:{instance}", self.prefix)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_channel_names_its_user_and_no_other() {
+        let channels = Channels::new("t1:");
+        assert_eq!(channels.user(UserId(7)), "t1:user:7");
+        assert_eq!(channels.user_of(b"t1:user:7"), Some(UserId(7)));
+        for other in ["user:7", "t1:user:", "t1:user:07", "t1:beat:7", "t2:user:7", "t1:user:7x"] {
+            assert_eq!(channels.user_of(other.as_bytes()), None, "{other}");
+        }
+    }
+}

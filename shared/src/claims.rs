@@ -1,0 +1,242 @@
+//! Tokens: JWT signed with Ed25519 (`EdDSA`), named by `kid`. `api` holds the private keys; everybody else learns the
+//! public ones from its JWKS. Leeway is zero, and algorithm, issuer and audience are pinned. No token text is ever in an
+//! error or a log.
+
+use std::collections::HashMap;
+
+use jsonwebtoken::{
+    Algorithm, DecodingKey, EncodingKey, Header, Validation,
+    errors::ErrorKind,
+    jwk::{AlgorithmParameters, EllipticCurve, Jwk, JwkSet, PublicKeyUse, ThumbprintHash},
+};
+use serde::{Deserialize, Serialize};
+use thiserror::Error;
+
+use crate::ids::{SessionId, UserId};
+
+/// What a token is good for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Audience {
+    Api,
+    /// The stream only; may travel in a query.
+    Stream,
+}
+
+/// Times are seconds since 1970, as RFC 7519 has them.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Claims {
+    pub sub: UserId,
+    pub sid: SessionId,
+    pub iat: i64,
+    pub exp: i64,
+    pub aud: Audience,
+    pub iss: String,
+    /// In stream tokens: the end of the session behind it. It bounds the connection; `exp` bounds only opening it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub session_exp: Option<i64>,
+}
+
+impl Claims {
+    /// When a stream that was opened with this token must have ended.
+    pub fn stream_ends_at(&self) -> i64 {
+        self.session_exp.unwrap_or(self.exp)
+    }
+}
+
+#[derive(Debug, Error)]
+#[error("not an Ed25519 private key in PKCS#8 PEM")]
+pub struct BadKey;
+
+/// The private keys of `api`: the first signs, all of them are published, so that a key can be rotated.
+pub struct SigningKeys {
+    issuer: String,
+    header: Header,
+    signing: EncodingKey,
+    jwks: JwkSet,
+}
+
+impl SigningKeys {
+    pub fn from_pems(issuer: &str, first: &[u8], others: &[Vec<u8>]) -> Result<Self, BadKey> {
+        let (signing, jwk) = read_pem(first)?;
+        let header = Header { kid: jwk.common.key_id.clone(), ..Header::new(Algorithm::EdDSA) };
+        let mut keys = vec![jwk];
+        for pem in others {
+            keys.push(read_pem(pem)?.1);
+        }
+        Ok(Self { issuer: issuer.into(), header, signing, jwks: JwkSet { keys } })
+    }
+
+    pub fn issuer(&self) -> &str {
+        &self.issuer
+    }
+
+    pub fn sign(&self, claims: &Claims) -> String {
+        jsonwebtoken::encode(&self.header, claims, &self.signing)
+            .expect("the key was checked when it was read, and claims are plain JSON")
+    }
+
+    /// The public halves, as served at [`crate::feed::JWKS_PATH`].
+    pub fn jwks(&self) -> &JwkSet {
+        &self.jwks
+    }
+
+    pub fn verifier(&self) -> KeySet {
+        KeySet::from_jwks(&self.issuer, &self.jwks)
+    }
+}
+
+fn read_pem(pem: &[u8]) -> Result<(EncodingKey, Jwk), BadKey> {
+    let key = EncodingKey::from_ed_pem(pem).map_err(|_| BadKey)?;
+    let mut jwk = Jwk::from_encoding_key(&key, Algorithm::EdDSA).map_err(|_| BadKey)?;
+    // RFC 7638: a key is named by what it is, so every replica calls it the same.
+    let kid = jwk.thumbprint(ThumbprintHash::SHA256).map_err(|_| BadKey)?;
+    jwk.common.key_id = Some(kid);
+    jwk.common.public_key_use = Some(PublicKeyUse::Signature);
+    Ok((key, jwk))
+}
+
+/// Why a token is not accepted. Clients see none of this: it is all 401.
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+pub enum TokenError {
+    #[error("signed with a key that is not known here")]
+    UnknownKey,
+    #[error("expired")]
+    Expired,
+    #[error("for another audience")]
+    Audience,
+    #[error("not a token of ours")]
+    Invalid,
+}
+
+/// Public keys by `kid`.
+pub struct KeySet {
+    validation: Validation,
+    keys: HashMap<String, DecodingKey>,
+}
+
+impl KeySet {
+    /// Keys of other kinds, without a name, or malformed are passed over.
+    pub fn from_jwks(issuer: &str, jwks: &JwkSet) -> Self {
+        let mut validation = Validation::new(Algorithm::EdDSA);
+        validation.leeway = 0;
+        validation.validate_aud = false; // The claim is one of ours by its type and compared below.
+        validation.set_issuer(&[issuer]);
+        validation.set_required_spec_claims(&["exp", "iss", "sub", "aud"]);
+        let keys =
+            jwks.keys.iter().filter_map(|jwk| Some((jwk.common.key_id.clone()?, ed25519(jwk)?))).collect();
+        Self { validation, keys }
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.keys.is_empty()
+    }
+
+    pub fn verify(&self, token: &str, accepted: &[Audience]) -> Result<Claims, TokenError> {
+        let header = jsonwebtoken::decode_header(token).map_err(|_| TokenError::Invalid)?;
+        if header.alg != Algorithm::EdDSA {
+            return Err(TokenError::Invalid);
+        }
+        let key = header.kid.and_then(|kid| self.keys.get(&kid)).ok_or(TokenError::UnknownKey)?;
+        let claims = jsonwebtoken::decode::<Claims>(token, key, &self.validation)
+            .map_err(|error| match error.kind() {
+                ErrorKind::ExpiredSignature => TokenError::Expired,
+                _ => TokenError::Invalid,
+            })?
+            .claims;
+        if !accepted.contains(&claims.aud) {
+            return Err(TokenError::Audience);
+        }
+        Ok(claims)
+    }
+}
+
+/// The length is checked here because the verifier slices 32 bytes off whatever it is given.
+fn ed25519(jwk: &Jwk) -> Option<DecodingKey> {
+    let AlgorithmParameters::OctetKeyPair(pair) = &jwk.algorithm else { return None };
+    if pair.curve != EllipticCurve::Ed25519 {
+        return None;
+    }
+    let key = DecodingKey::from_ed_components(&pair.x).ok()?;
+    (key.try_get_as_bytes().ok()?.len() == 32).then_some(key)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const ISSUER: &str = "http://localhost";
+    // Made for these tests alone.
+    const PEM_A: &[u8] = b"-----BEGIN PRIVATE KEY-----\nMC4CAQAwBQYDK2VwBCIEIAABAgMEBQYHCAkKCwwNDg8QERITFBUWFxgZGhscHR4f\n-----END PRIVATE KEY-----\n";
+    const PEM_B: &[u8] = b"-----BEGIN PRIVATE KEY-----\nMC4CAQAwBQYDK2VwBCIEIB8eHRwbGhkYFxYVFBMSERAPDg0MCwoJCAcGBQQDAgEA\n-----END PRIVATE KEY-----\n";
+
+    fn claims(exp: i64) -> Claims {
+        Claims {
+            sub: UserId(1),
+            sid: SessionId(2),
+            iat: 0,
+            exp,
+            aud: Audience::Api,
+            iss: ISSUER.into(),
+            session_exp: None,
+        }
+    }
+
+    const FAR: i64 = 4_000_000_000;
+
+    #[test]
+    fn a_token_is_good_for_its_audience_until_it_expires() {
+        let keys = SigningKeys::from_pems(ISSUER, PEM_A, &[]).unwrap();
+        let verifier = keys.verifier();
+        let token = keys.sign(&claims(FAR));
+        assert_eq!(verifier.verify(&token, &[Audience::Api, Audience::Stream]), Ok(claims(FAR)));
+        assert_eq!(verifier.verify(&token, &[Audience::Stream]), Err(TokenError::Audience));
+        assert_eq!(verifier.verify(&keys.sign(&claims(1)), &[Audience::Api]), Err(TokenError::Expired));
+    }
+
+    #[test]
+    fn rotation_keeps_tokens_of_both_keys_and_refuses_a_stranger() {
+        let old = SigningKeys::from_pems(ISSUER, PEM_A, &[]).unwrap();
+        let new = SigningKeys::from_pems(ISSUER, PEM_B, &[PEM_A.to_vec()]).unwrap();
+        let accepted = &[Audience::Api];
+        assert!(new.verifier().verify(&old.sign(&claims(FAR)), accepted).is_ok());
+        assert!(new.verifier().verify(&new.sign(&claims(FAR)), accepted).is_ok());
+        assert_eq!(old.verifier().verify(&new.sign(&claims(FAR)), accepted), Err(TokenError::UnknownKey));
+    }
+
+    #[test]
+    fn forgeries_are_refused() {
+        let keys = SigningKeys::from_pems(ISSUER, PEM_A, &[]).unwrap();
+        let verifier = keys.verifier();
+        let token = keys.sign(&claims(FAR));
+        let [header, body, signature] = token.split('.').collect::<Vec<_>>().try_into().unwrap();
+        let hmac = jsonwebtoken::encode(
+            &Header { kid: keys.header.kid.clone(), ..Header::new(Algorithm::HS256) },
+            &claims(FAR),
+            &EncodingKey::from_secret(PEM_A),
+        )
+        .unwrap();
+        let other_issuer = keys.sign(&Claims { iss: "http://elsewhere".into(), ..claims(FAR) });
+        let flipped = if signature.starts_with('A') { "B" } else { "A" };
+        for bad in [
+            String::new(),
+            "a.b.c".into(),
+            hmac,
+            other_issuer,
+            format!("{header}.{body}."),
+            format!("{header}.{body}.{flipped}{}", &signature[1..]),
+            format!("{header}.{body}x.{signature}"),
+        ] {
+            assert!(verifier.verify(&bad, &[Audience::Api]).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn a_malformed_published_key_is_passed_over() {
+        let jwks: JwkSet = serde_json::from_str(
+            r#"{"keys":[{"kty":"OKP","crv":"Ed25519","x":"AAAA","kid":"short"},{"kty":"oct","k":"AAAA","kid":"hmac"}]}"#,
+        )
+        .unwrap();
+        assert!(KeySet::from_jwks(ISSUER, &jwks).is_empty());
+    }
+}

@@ -1,0 +1,175 @@
+//! Reading settings: every value is parsed and checked, and all problems are reported together, so that an operator mends
+//! a deployment once and not once per mistake.
+
+use std::{fmt, str::FromStr, time::Duration};
+
+use thiserror::Error;
+
+/// What is wrong with the settings, one sentence each.
+#[derive(Debug, Default, Error)]
+pub struct Problems(Vec<String>);
+
+impl fmt::Display for Problems {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} problem(s) with the settings", self.0.len())?;
+        self.0.iter().try_for_each(|problem| write!(f, "\n  - {problem}"))
+    }
+}
+
+impl Problems {
+    pub fn add(&mut self, problem: impl Into<String>) {
+        self.0.push(problem.into());
+    }
+
+    /// The value of a setting that must be given.
+    pub fn require<'a>(&mut self, name: &str, value: Option<&'a str>) -> Option<&'a str> {
+        let value = value.filter(|value| !value.is_empty());
+        if value.is_none() {
+            self.add(format!("{name} is not set"));
+        }
+        value
+    }
+
+    /// The value itself stays out of the message: it may be a secret in the wrong place.
+    pub fn parse<T: FromStr>(&mut self, name: &str, value: &str) -> Option<T>
+    where
+        T::Err: fmt::Display,
+    {
+        value.parse().map_err(|error| self.add(format!("{name} cannot be read: {error}"))).ok()
+    }
+
+    pub fn number(&mut self, name: &str, value: &str, min: u64, max: u64) -> Option<u64> {
+        let number = self.parse::<u64>(name, value)?;
+        if (min..=max).contains(&number) {
+            return Some(number);
+        }
+        self.add(format!("{name} is {number}, and must be from {min} to {max}"));
+        None
+    }
+
+    pub fn seconds(&mut self, name: &str, value: &str, min: u64, max: u64) -> Option<Duration> {
+        self.number(name, value, min, max).map(Duration::from_secs)
+    }
+
+    pub fn millis(&mut self, name: &str, value: &str, min: u64, max: u64) -> Option<Duration> {
+        self.number(name, value, min, max).map(Duration::from_millis)
+    }
+
+    /// A secret must be long enough that guessing it is hopeless.
+    pub fn secret(&mut self, name: &str, value: Option<&str>) -> Option<String> {
+        let value = self.require(name, value)?;
+        if value.len() < 32 {
+            self.add(format!("{name} is shorter than 32 characters"));
+            return None;
+        }
+        Some(value.to_owned())
+    }
+
+    /// `scheme://host[:port]`, as browsers write it in the `Origin` header.
+    pub fn origin(&mut self, name: &str, value: &str) -> Option<Origin> {
+        self.parse(name, value)
+    }
+
+    /// The settings, if nothing was wrong; `build` gets each value by `?`.
+    pub fn finish<T>(self, build: impl FnOnce() -> Option<T>) -> Result<T, Self> {
+        if !self.0.is_empty() {
+            return Err(self);
+        }
+        Ok(build().expect("a value is missing only after a problem was recorded"))
+    }
+}
+
+/// Where browsers find the product: `scheme://host[:port]`, nothing behind it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Origin(String);
+
+#[derive(Debug, Error)]
+#[error("an origin has the form https://host or http://host:port, lower case and without a path")]
+pub struct NotAnOrigin;
+
+impl Origin {
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+
+    pub fn is_https(&self) -> bool {
+        self.0.starts_with("https://")
+    }
+
+    /// Development conveniences are allowed on loopback only.
+    pub fn is_loopback(&self) -> bool {
+        let host = self.0.split_once("://").map_or("", |(_, host)| host);
+        let host = match host.rsplit_once(':') {
+            Some((host, port)) if port.bytes().all(|b| b.is_ascii_digit()) => host,
+            _ => host,
+        };
+        host == "localhost"
+            || host.ends_with(".localhost")
+            || host.trim_matches(['[', ']']).parse::<std::net::IpAddr>().is_ok_and(|ip| ip.is_loopback())
+    }
+}
+
+impl FromStr for Origin {
+    type Err = NotAnOrigin;
+
+    fn from_str(text: &str) -> Result<Self, NotAnOrigin> {
+        let uri: http::Uri = text.parse().map_err(|_| NotAnOrigin)?;
+        let (Some(scheme), Some(authority)) = (uri.scheme_str(), uri.authority()) else {
+            return Err(NotAnOrigin);
+        };
+        let canonical = format!("{scheme}://{authority}").to_ascii_lowercase();
+        if !matches!(scheme, "http" | "https") || canonical != text || authority.as_str().contains('@') {
+            return Err(NotAnOrigin);
+        }
+        Ok(Self(canonical))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn all_problems_are_told_at_once_and_no_value_is_repeated() {
+        let mut problems = Problems::default();
+        let port = problems.parse::<u16>("PORT", "hunter2");
+        let secret = problems.secret("SECRET", Some("hunter2"));
+        let url = problems.require("URL", None).map(str::to_owned);
+        let error = problems.finish(|| Some((port?, secret?, url?))).unwrap_err().to_string();
+        for name in ["PORT", "SECRET", "URL"] {
+            assert!(error.contains(name), "{error}");
+        }
+        assert!(!error.contains("hunter2"), "{error}");
+    }
+
+    #[test]
+    fn an_origin_is_exactly_what_a_browser_sends() {
+        for good in
+            ["https://chat.example", "http://localhost:3000", "http://127.0.0.1:1", "http://[::1]:8080"]
+        {
+            assert!(good.parse::<Origin>().is_ok(), "{good}");
+        }
+        for bad in [
+            "",
+            "chat.example",
+            "https://chat.example/",
+            "https://Chat.example",
+            "ftp://a",
+            "http://a/b",
+            "http://u@a",
+        ] {
+            assert!(bad.parse::<Origin>().is_err(), "{bad}");
+        }
+        let loopback = |text: &str| text.parse::<Origin>().unwrap().is_loopback();
+        assert!(
+            ["http://localhost:3000", "http://127.0.0.1", "http://[::1]:8080", "http://a.localhost"]
+                .into_iter()
+                .all(loopback)
+        );
+        assert!(
+            !["https://chat.example", "http://localhost.example", "http://127.0.0.1.example"]
+                .into_iter()
+                .any(loopback)
+        );
+    }
+}

@@ -1,0 +1,139 @@
+//! A place in one user's feed, as clients carry it: `<epoch>-<seq>`. It is the `id:` of an event, the `Last-Event-ID` of a
+//! reconnect and the header `Stream-Cursor`; to clients it is opaque.
+
+use std::{fmt, str::FromStr};
+
+use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
+use thiserror::Error;
+
+/// The name of one user's feed: random, drawn when the user is made and redrawn when a database is restored to an
+/// earlier point. Two places are comparable only within one epoch. Written as 16 hexadecimal digits.
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Epoch(pub u64);
+
+/// The number of an event in its user's feed: 1, 2, 3, … without holes. 0 is the place before the first.
+pub type Seq = u64;
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Cursor {
+    pub epoch: Epoch,
+    pub seq: Seq,
+}
+
+/// The text is no cursor that we ever gave out.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
+#[error("not a cursor")]
+pub struct NotACursor;
+
+impl Epoch {
+    /// Postgres has no unsigned integers: the same 64 bits, read as signed.
+    pub fn from_sql(bits: i64) -> Self {
+        Self(bits.cast_unsigned())
+    }
+
+    pub fn to_sql(self) -> i64 {
+        self.0.cast_signed()
+    }
+}
+
+impl fmt::Display for Epoch {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:016x}", self.0)
+    }
+}
+
+impl fmt::Debug for Epoch {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
+impl FromStr for Epoch {
+    type Err = NotACursor;
+
+    fn from_str(text: &str) -> Result<Self, NotACursor> {
+        let canonical = text.len() == 16 && text.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'));
+        if !canonical {
+            return Err(NotACursor);
+        }
+        u64::from_str_radix(text, 16).map(Self).map_err(|_| NotACursor)
+    }
+}
+
+impl Serialize for Epoch {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
+}
+
+impl<'de> Deserialize<'de> for Epoch {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Text;
+        impl de::Visitor<'_> for Text {
+            type Value = Epoch;
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("an epoch: 16 hexadecimal digits")
+            }
+            fn visit_str<E: de::Error>(self, text: &str) -> Result<Epoch, E> {
+                text.parse().map_err(E::custom)
+            }
+        }
+        deserializer.deserialize_str(Text)
+    }
+}
+
+impl fmt::Display for Cursor {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}-{}", self.epoch, self.seq)
+    }
+}
+
+impl FromStr for Cursor {
+    type Err = NotACursor;
+
+    /// Strict: whatever parses, prints the same again. A number that no database could hold is no cursor.
+    fn from_str(text: &str) -> Result<Self, NotACursor> {
+        let (epoch, seq) = text.split_once('-').ok_or(NotACursor)?;
+        let canonical = seq == "0" || !seq.starts_with('0') && seq.bytes().all(|b| b.is_ascii_digit());
+        if !canonical {
+            return Err(NotACursor);
+        }
+        let seq: i64 = seq.parse().map_err(|_| NotACursor)?;
+        Ok(Self { epoch: epoch.parse()?, seq: seq.cast_unsigned() })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn a_cursor_survives_its_text(epoch: u64, seq in 0..=i64::MAX.cast_unsigned()) {
+            let cursor = Cursor { epoch: Epoch(epoch), seq };
+            let text = cursor.to_string();
+            prop_assert!(text.len() <= 64);
+            prop_assert!(text.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-'));
+            prop_assert_eq!(text.parse(), Ok(cursor));
+        }
+
+        #[test]
+        fn what_parses_prints_the_same_again(text in "[0-9a-fA-F+ ]{0,17}-[0-9+ ]{0,20}") {
+            if let Ok(cursor) = text.parse::<Cursor>() {
+                prop_assert_eq!(cursor.to_string(), text);
+            }
+        }
+
+        #[test]
+        fn any_text_is_judged_without_a_panic(text in ".*") {
+            let _ = text.parse::<Cursor>();
+        }
+
+        #[test]
+        fn the_sign_bit_survives_sql(bits: i64) {
+            prop_assert_eq!(Epoch::from_sql(bits).to_sql(), bits);
+        }
+    }
+}

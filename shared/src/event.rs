@@ -1,0 +1,86 @@
+//! The envelope: one event of one user's feed as it travels, in a Redis message and in the answer to a range. It is made
+//! once, by `api`; a gateway turns it into its SSE frame once.
+
+use chrono::{DateTime, SecondsFormat, Utc};
+use serde::{Deserialize, Serialize};
+use serde_json::value::RawValue;
+
+use crate::cursor::{Cursor, Epoch, Seq};
+
+/// The version of this form. A gateway that meets another one asks `api` for the range instead of guessing.
+pub const VERSION: u8 = 1;
+
+/// Event names, as the contract has them. [`MESSAGE`] travels to browsers without a name, so that a bare `onmessage` hears it.
+pub mod kind {
+    pub const MESSAGE: &str = "message";
+    pub const MESSAGE_SENT: &str = "message.sent";
+    pub const CONVERSATION_CREATED: &str = "conversation.created";
+    pub const CONVERSATION_READ: &str = "conversation.read";
+    pub const RECEIPT_READ: &str = "receipt.read";
+}
+
+/// One event of one user's feed. Unknown members are ignored, so that a newer `api` may add some.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Envelope {
+    /// Always [`VERSION`].
+    pub v: u8,
+    pub epoch: Epoch,
+    pub seq: Seq,
+    /// One of [`kind`], or a name that this build does not know yet: it is passed on.
+    pub event: String,
+    /// One line of JSON, ready to send.
+    pub data: Box<RawValue>,
+    /// When the event was made, by the database's clock.
+    pub created_at: DateTime<Utc>,
+    /// The request that caused it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub request_id: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub traceparent: Option<String>,
+}
+
+impl Envelope {
+    pub fn cursor(&self) -> Cursor {
+        Cursor { epoch: self.epoch, seq: self.seq }
+    }
+}
+
+/// RFC 3339, UTC, `Z`, microseconds: the one form of a time in JSON, equal to what SQL `rfc3339()` writes.
+pub fn rfc3339(at: DateTime<Utc>) -> String {
+    at.to_rfc3339_opts(SecondsFormat::Micros, true)
+}
+
+/// What travels on a user's Redis channel.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum Notice {
+    Event(Envelope),
+    /// The session has ended: its streams end now. Best effort; the gateway asks as well.
+    Revoked {
+        revoked: crate::ids::SessionId,
+    },
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const TEXT: &str = r#"{"v":1,"epoch":"00000000000000ff","seq":3,"event":"message","data":{"id":"7"},"createdAt":"2026-01-02T03:04:05.000006Z","requestId":"r1"}"#;
+
+    #[test]
+    fn the_envelope_keeps_its_form() {
+        let envelope: Envelope = serde_json::from_str(TEXT).unwrap();
+        assert_eq!(envelope.cursor().to_string(), "00000000000000ff-3");
+        assert_eq!(envelope.data.get(), r#"{"id":"7"}"#);
+        assert_eq!(rfc3339(envelope.created_at), "2026-01-02T03:04:05.000006Z");
+        let again: Envelope = serde_json::from_str(&serde_json::to_string(&envelope).unwrap()).unwrap();
+        assert_eq!(again.cursor(), envelope.cursor());
+    }
+
+    #[test]
+    fn members_of_a_newer_api_are_ignored() {
+        let newer = TEXT.replacen('{', r#"{"colour":"red","#, 1);
+        assert!(serde_json::from_str::<Envelope>(&newer).is_ok());
+    }
+}

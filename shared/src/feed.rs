@@ -1,0 +1,100 @@
+//! What a gateway asks `api` on the internal listener: where feeds end, and what follows a place. Many users in one
+//! question; every answer comes from one snapshot of the database, so a head and its rows agree.
+
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    cursor::{Epoch, Seq},
+    event::Envelope,
+    ids::{SessionId, UserId},
+};
+
+/// The most `users`, `after` or `sessions` in one question. More is a 400.
+pub const MAX_PAIRS: usize = 1_000;
+
+pub const HEADS_PATH: &str = "/internal/feed/heads";
+pub const RANGES_PATH: &str = "/internal/feed/ranges";
+pub const JWKS_PATH: &str = "/.well-known/jwks.json";
+
+/// The header that carries the shared secret of the internal listener: `Authorization: Bearer <secret>`.
+pub fn authorization(secret: &str) -> String {
+    format!("Bearer {secret}")
+}
+
+/// `POST /internal/feed/heads`: whose head is not what I have? And which of these sessions have ended?
+#[derive(Debug, Default, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct HeadsRequest {
+    pub users: Vec<KnownHead>,
+    #[serde(default)]
+    pub sessions: Vec<SessionId>,
+}
+
+/// What the asker has. `None`: nothing yet, so an answer always comes.
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct KnownHead {
+    pub user: UserId,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub head: Option<Head>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Head {
+    pub epoch: Epoch,
+    pub seq: Seq,
+}
+
+#[derive(Debug, Default, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct HeadsAnswer {
+    /// Only those that differ from what the asker has, in any order.
+    pub heads: Vec<UserHead>,
+    /// Those of the sessions asked about that are revoked or unknown.
+    pub ended: Vec<SessionId>,
+}
+
+/// `head: None`: there is no such user.
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct UserHead {
+    pub user: UserId,
+    pub head: Option<Head>,
+}
+
+/// `POST /internal/feed/ranges`: what follows these places?
+#[derive(Debug, Default, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct RangesRequest {
+    pub ranges: Vec<RangeAfter>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct RangeAfter {
+    pub user: UserId,
+    pub after: Seq,
+}
+
+#[derive(Debug, Default, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct RangesAnswer {
+    /// One per pair of the question, in the same order.
+    pub ranges: Vec<Range>,
+}
+
+/// What follows one place. The first event is not `after + 1` when older rows are no longer kept; a `head` below `after`
+/// means that the place is from another history. The asker judges.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Range {
+    pub user: UserId,
+    pub after: Seq,
+    /// `None`: there is no such user, and no events.
+    pub head: Option<Head>,
+    /// Ascending, without holes.
+    pub events: Vec<Envelope>,
+    /// The range was cut: ask again after the last event.
+    #[serde(default)]
+    pub more: bool,
+}

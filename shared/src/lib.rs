@@ -1,0 +1,18 @@
+//! What `api` and `stream-gateway` must agree on, and no product rules: typed ids, the feed's cursor and envelope, the
+//! internal protocol, tokens, Redis names; and the plumbing both run on: settings, logs, the accept loop, the operators'
+//! listener, the end of a process.
+
+pub mod channels;
+pub mod claims;
+pub mod config;
+pub mod cursor;
+pub mod event;
+pub mod feed;
+pub mod ids;
+pub mod lifecycle;
+pub mod ops;
+pub mod problem;
+pub mod server;
+pub mod telemetry;
+#[cfg(feature = "test-support")]
+pub mod test_support;

@@ -1,0 +1,44 @@
+//! The operators' listener, on a port of its own that is never routed from outside: `/livez` (the process runs), `/readyz`
+//! (send it traffic), `/metrics` (Prometheus text).
+
+use std::sync::Arc;
+
+use http::{Response, StatusCode, header};
+use prometheus_client::{encoding::text, registry::Registry};
+use warp::{Filter, Rejection, Reply};
+
+/// May this process get traffic? `note` says why not, or what is degraded.
+#[derive(Debug, Clone)]
+pub struct Readiness {
+    pub ready: bool,
+    pub note: String,
+}
+
+pub fn routes(
+    registry: Arc<Registry>,
+    readiness: impl Fn() -> Readiness + Clone + Send + Sync + 'static,
+) -> impl Filter<Extract = (impl Reply,), Error = Rejection> + Clone + Send + Sync + 'static {
+    let livez = warp::path!("livez").map(|| plain(StatusCode::OK, "alive\n".into()));
+    let readyz = warp::path!("readyz").map(move || {
+        let Readiness { ready, note } = readiness();
+        plain(if ready { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE }, format!("{note}\n"))
+    });
+    let metrics = warp::path!("metrics").map(move || {
+        let mut body = String::new();
+        text::encode(&mut body, &registry).expect("writing to a string does not fail");
+        let mut response = plain(StatusCode::OK, body);
+        let form = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+        response.headers_mut().insert(header::CONTENT_TYPE, header::HeaderValue::from_static(form));
+        response
+    });
+    warp::get().and(livez.or(readyz).unify().or(metrics).unify())
+}
+
+fn plain(status: StatusCode, body: String) -> Response<String> {
+    Response::builder()
+        .status(status)
+        .header(header::CONTENT_TYPE, "text/plain; charset=utf-8")
+        .header(header::CACHE_CONTROL, "no-store")
+        .body(body)
+        .expect("static parts")
+}

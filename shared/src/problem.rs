@@ -1,0 +1,56 @@
+//! How a failure is answered: `application/problem+json` (RFC 9457), one form for every endpoint of both services.
+
+use std::collections::BTreeMap;
+
+use http::{HeaderValue, Response, StatusCode, header};
+use serde::{Deserialize, Serialize};
+
+/// The answer to a request that was not served. `type` is always `about:blank`: the stable name of a failure is `code`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Problem {
+    #[serde(rename = "type")]
+    pub kind: String,
+    pub title: String,
+    pub status: u16,
+    /// Stable, snake_case, for programs.
+    pub code: String,
+    /// One sentence, for people.
+    pub message: String,
+    /// Field to sentence; on 422 only.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub errors: BTreeMap<String, String>,
+    /// Finds the failure in the logs.
+    pub request_id: String,
+}
+
+impl Problem {
+    pub fn new(
+        status: StatusCode,
+        code: &str,
+        message: impl Into<String>,
+        request_id: impl Into<String>,
+    ) -> Self {
+        Self {
+            kind: "about:blank".into(),
+            title: status.canonical_reason().unwrap_or("Error").into(),
+            status: status.as_u16(),
+            code: code.into(),
+            message: message.into(),
+            errors: BTreeMap::new(),
+            request_id: request_id.into(),
+        }
+    }
+
+    /// The whole HTTP answer, headers of the status (`Allow`, `Retry-After`, …) left to the caller.
+    pub fn into_response<B: From<Vec<u8>>>(self) -> Response<B> {
+        let body = serde_json::to_vec(&self).expect("a problem is plain strings and numbers");
+        let mut response = Response::new(body.into());
+        *response.status_mut() =
+            StatusCode::from_u16(self.status).expect("a problem is made from a StatusCode");
+        response
+            .headers_mut()
+            .insert(header::CONTENT_TYPE, HeaderValue::from_static("application/problem+json"));
+        response
+    }
+}
