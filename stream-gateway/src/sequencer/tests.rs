@@ -1,0 +1,464 @@
+//! The rules one by one, then the whole against a model: a feed in Postgres, a Redis that loses, repeats and reorders,
+//! answers that arrive late, a database that is pruned and set back.
+
+use proptest::prelude::*;
+
+use super::*;
+
+const E: Epoch = Epoch(1);
+const OTHER: Epoch = Epoch(2);
+
+fn at(seq: Seq) -> Head {
+    Head { epoch: E, seq }
+}
+
+fn answer(asked_at: Option<Head>, head: Head, events: impl IntoIterator<Item = Seq>) -> Answer<Seq> {
+    let events: Vec<_> = events.into_iter().map(|seq| (seq, seq)).collect();
+    Answer { asked_at, head: Some(head), events, after: asked_at.map(|head| head.seq), more: false }
+}
+
+/// A sequencer whose place is `seq`, and nothing in doubt.
+fn placed(seq: Seq) -> Sequencer<Seq> {
+    let mut sequencer = Sequencer::default();
+    let mut steps = Vec::new();
+    sequencer.ask_place(0, &mut steps);
+    assert_eq!(steps, [Step::Ask { after: None }]);
+    steps.clear();
+    sequencer.answer(answer(None, at(seq), []), 0, &mut steps);
+    assert_eq!((steps, sequencer.place(), sequencer.due()), (vec![], Some(at(seq)), None));
+    sequencer
+}
+
+fn live(sequencer: &mut Sequencer<Seq>, seq: Seq, now: Millis) -> Vec<Step<Seq>> {
+    let mut steps = Vec::new();
+    sequencer.live(at(seq), seq, now, &mut steps);
+    steps
+}
+
+fn tick(sequencer: &mut Sequencer<Seq>, now: Millis) -> Vec<Step<Seq>> {
+    let mut steps = Vec::new();
+    sequencer.tick(now, &mut steps);
+    steps
+}
+
+fn answered(sequencer: &mut Sequencer<Seq>, answer: Answer<Seq>, now: Millis) -> Vec<Step<Seq>> {
+    let mut steps = Vec::new();
+    sequencer.answer(answer, now, &mut steps);
+    steps
+}
+
+fn observed(sequencer: &mut Sequencer<Seq>, answer: Answer<Seq>, now: Millis) -> Vec<Step<Seq>> {
+    let mut steps = Vec::new();
+    sequencer.observe(answer, now, &mut steps);
+    steps
+}
+
+#[test]
+fn the_next_event_is_delivered_and_a_repeat_is_not() {
+    let mut sequencer = placed(5);
+    assert_eq!(live(&mut sequencer, 6, 0), [Step::Deliver(6, 6)]);
+    assert_eq!(live(&mut sequencer, 6, 0), []);
+    assert_eq!(live(&mut sequencer, 2, 0), []);
+    assert_eq!(sequencer.due(), None);
+}
+
+#[test]
+fn a_reordering_costs_no_question() {
+    let mut sequencer = placed(0);
+    assert_eq!(live(&mut sequencer, 3, 0), []);
+    assert_eq!(live(&mut sequencer, 2, 0), []);
+    assert_eq!(tick(&mut sequencer, REORDER_WAIT - 1), []);
+    assert_eq!(live(&mut sequencer, 1, 0), [Step::Deliver(1, 1), Step::Deliver(2, 2), Step::Deliver(3, 3)]);
+    assert_eq!(sequencer.due(), None);
+}
+
+#[test]
+fn a_hole_is_asked_for_once_after_the_wait() {
+    let mut sequencer = placed(0);
+    live(&mut sequencer, 3, 10);
+    assert_eq!(sequencer.due(), Some(10 + REORDER_WAIT));
+    assert_eq!(tick(&mut sequencer, 10 + REORDER_WAIT), [Step::Ask { after: Some(0) }]);
+    assert_eq!(sequencer.due(), None);
+    assert_eq!(tick(&mut sequencer, 10_000), []);
+    let steps = answered(&mut sequencer, answer(Some(at(0)), at(3), [1, 2, 3]), 50);
+    assert_eq!(steps, [Step::Deliver(1, 1), Step::Deliver(2, 2), Step::Deliver(3, 3)]);
+    assert_eq!(sequencer.due(), None);
+}
+
+#[test]
+fn live_events_after_the_question_survive_its_older_answer() {
+    let mut sequencer = placed(0);
+    live(&mut sequencer, 2, 0);
+    tick(&mut sequencer, REORDER_WAIT);
+    assert_eq!(live(&mut sequencer, 4, 40), []);
+    let steps = answered(&mut sequencer, answer(Some(at(0)), at(2), [1, 2]), 50);
+    assert_eq!(steps, [Step::Deliver(1, 1), Step::Deliver(2, 2)]);
+    assert_eq!(sequencer.due(), Some(50 + REORDER_WAIT));
+    assert_eq!(live(&mut sequencer, 3, 60), [Step::Deliver(3, 3), Step::Deliver(4, 4)]);
+}
+
+#[test]
+fn a_head_below_live_events_that_came_after_the_question_is_merely_old() {
+    let mut sequencer = placed(0);
+    let mut steps = Vec::new();
+    sequencer.ask_place(0, &mut steps);
+    live(&mut sequencer, 1, 0);
+    assert_eq!(answered(&mut sequencer, answer(Some(at(0)), at(0), []), 0), []);
+    assert_eq!((sequencer.place(), sequencer.due()), (Some(at(1)), None));
+}
+
+#[test]
+fn a_head_below_the_place_at_asking_is_a_feed_set_back() {
+    let mut sequencer = placed(5);
+    assert_eq!(
+        observed(&mut sequencer, answer(Some(at(5)), at(4), []), 0),
+        [Step::Lost(Lost::Future, at(4))]
+    );
+    assert_eq!(live(&mut sequencer, 5, 0), [Step::Deliver(5, 5)]);
+}
+
+#[test]
+fn another_epoch_is_another_feed_and_redis_alone_cannot_say_so() {
+    let mut sequencer = placed(5);
+    let mut steps = Vec::new();
+    sequencer.live(Head { epoch: OTHER, seq: 6 }, 6, 0, &mut steps);
+    assert_eq!((steps, sequencer.place()), (vec![], Some(at(5))));
+    assert_eq!(tick(&mut sequencer, REORDER_WAIT), [Step::Ask { after: Some(5) }]);
+    let head = Head { epoch: OTHER, seq: 2 };
+    assert_eq!(
+        answered(&mut sequencer, answer(Some(at(5)), head, []), 40),
+        [Step::Lost(Lost::Unknown, head)]
+    );
+    assert_eq!((sequencer.place(), sequencer.due()), (Some(head), None));
+}
+
+#[test]
+fn a_foreign_epoch_during_a_question_needs_another_question() {
+    let mut sequencer = placed(5);
+    let mut steps = Vec::new();
+    sequencer.ask_place(0, &mut steps);
+    sequencer.live(Head { epoch: OTHER, seq: 1 }, 1, 1, &mut steps);
+    answered(&mut sequencer, answer(Some(at(5)), at(5), []), 2);
+    assert!(sequencer.due().is_some());
+}
+
+#[test]
+fn an_old_answer_of_an_old_epoch_changes_nothing_but_asks_again() {
+    let mut sequencer = placed(5);
+    let head = Head { epoch: OTHER, seq: 9 };
+    let asked_at = Some(Head { epoch: OTHER, seq: 8 });
+    assert_eq!(observed(&mut sequencer, answer(asked_at, head, []), 0), []);
+    assert_eq!(sequencer.place(), Some(at(5)));
+    assert!(sequencer.due().is_some());
+}
+
+#[test]
+fn a_head_beyond_the_place_is_a_hole() {
+    let mut sequencer = placed(5);
+    assert_eq!(observed(&mut sequencer, answer(None, at(7), []), 0), []);
+    assert_eq!(tick(&mut sequencer, REORDER_WAIT), [Step::Ask { after: Some(5) }]);
+}
+
+#[test]
+fn rows_that_are_no_longer_kept_lose_the_place() {
+    let mut sequencer = placed(5);
+    let steps = observed(&mut sequencer, answer(Some(at(5)), at(9), [8, 9]), 0);
+    assert_eq!(steps, [Step::Lost(Lost::Expired, at(9))]);
+    let mut sequencer = placed(5);
+    let steps = observed(&mut sequencer, answer(Some(at(5)), at(9), []), 0);
+    assert_eq!(steps, [Step::Lost(Lost::Expired, at(9))]);
+}
+
+#[test]
+fn what_postgres_refutes_is_forgotten() {
+    let mut sequencer = placed(5);
+    live(&mut sequencer, 900, 0);
+    tick(&mut sequencer, REORDER_WAIT);
+    live(&mut sequencer, 8, 35);
+    assert_eq!(answered(&mut sequencer, answer(Some(at(5)), at(5), []), 40), []);
+    // 8 is below what was held when the question was asked, so it is refuted as well; a true 8 is found by its head.
+    assert_eq!(sequencer.due(), None);
+}
+
+#[test]
+fn a_cut_range_goes_on_at_once() {
+    let mut sequencer = placed(0);
+    observed(&mut sequencer, answer(None, at(4), []), 0);
+    tick(&mut sequencer, REORDER_WAIT);
+    let cut = Answer { more: true, ..answer(Some(at(0)), at(4), [1, 2]) };
+    let steps = answered(&mut sequencer, cut, 40);
+    assert_eq!(steps, [Step::Deliver(1, 1), Step::Deliver(2, 2), Step::Ask { after: Some(2) }]);
+}
+
+#[test]
+fn questions_that_bring_nothing_come_ever_more_rarely() {
+    let mut sequencer = placed(0);
+    let mut waits = Vec::new();
+    let mut now = 0;
+    for _ in 0..10 {
+        let mut steps = Vec::new();
+        sequencer.live(Head { epoch: OTHER, seq: 1 }, 1, now, &mut steps);
+        let due = sequencer.due().unwrap();
+        tick(&mut sequencer, due);
+        sequencer.live(Head { epoch: OTHER, seq: 1 }, 1, now, &mut steps);
+        answered(&mut sequencer, answer(Some(at(0)), at(0), []), now);
+        waits.push(sequencer.due().unwrap() - now);
+        now += 100_000;
+    }
+    assert!(waits.is_sorted() && waits[0] > REORDER_WAIT, "{waits:?}");
+    assert_eq!(waits[9], REORDER_WAIT << MAX_PATIENCE);
+}
+
+#[test]
+fn what_is_held_is_bounded_and_found_again() {
+    let mut sequencer = placed(0);
+    for seq in 2..1_000 {
+        live(&mut sequencer, seq, 0);
+    }
+    assert_eq!(sequencer.doubt.as_ref().unwrap().held.len(), MAX_HELD);
+    assert_eq!(tick(&mut sequencer, REORDER_WAIT), [Step::Ask { after: Some(0) }]);
+    let cut = Answer { more: true, ..answer(Some(at(0)), at(999), [1]) };
+    let steps = answered(&mut sequencer, cut, 40);
+    assert_eq!(steps.len(), 1 + MAX_HELD + 1);
+    assert_eq!(steps.last(), Some(&Step::Ask { after: Some(1 + MAX_HELD as Seq) }));
+}
+
+#[test]
+fn a_user_who_is_gone_is_gone() {
+    let mut sequencer = placed(3);
+    let gone = Answer { asked_at: Some(at(3)), head: None, events: vec![], after: None, more: false };
+    assert_eq!(observed(&mut sequencer, gone, 0), [Step::Gone]);
+}
+
+#[test]
+fn a_cursor_is_judged_by_epoch_head_and_first_row() {
+    use Verdict::{Follows, Gone, Lost as L};
+    for (head, first, verdict) in [
+        (None, None, Gone),
+        (Some(Head { epoch: OTHER, seq: 5 }), None, L(Lost::Unknown)),
+        (Some(Head { epoch: OTHER, seq: 9 }), Some(6), L(Lost::Unknown)),
+        (Some(at(4)), None, L(Lost::Future)),
+        (Some(at(5)), None, Follows),
+        (Some(at(9)), Some(6), Follows),
+        (Some(at(9)), Some(7), L(Lost::Expired)),
+        (Some(at(9)), None, L(Lost::Expired)),
+    ] {
+        assert_eq!(judge(at(5), head, first), verdict, "{head:?} {first:?}");
+    }
+}
+
+/// What happens in the world between two looks at the sequencer. Numbers pick among what there is.
+#[derive(Debug, Clone)]
+enum Happening {
+    /// An event commits; Redis carries it, or not.
+    Commit {
+        published: bool,
+    },
+    /// Redis delivers one of the messages on their way, and perhaps keeps it to repeat it.
+    Arrive {
+        which: usize,
+        again: bool,
+    },
+    Pass {
+        ms: Millis,
+    },
+    /// Postgres answers the open question as of now; the answer is on its way.
+    Serve,
+    Bring,
+    /// The reconcile asks, or its answer arrives.
+    Reconcile,
+    Reconciled,
+    /// Old rows are deleted.
+    Prune {
+        kept: usize,
+    },
+    /// A backup is restored; `new-epoch` is run.
+    Restore {
+        back: usize,
+    },
+}
+
+fn happening() -> impl Strategy<Value = Happening> {
+    use Happening::*;
+    prop_oneof![
+        6 => any::<bool>().prop_map(|published| Commit { published }),
+        6 => (any::<usize>(), any::<bool>()).prop_map(|(which, again)| Arrive { which, again }),
+        3 => (0..200u64).prop_map(|ms| Pass { ms }),
+        3 => Just(Serve),
+        3 => Just(Bring),
+        1 => Just(Reconcile),
+        1 => Just(Reconciled),
+        1 => (0..6usize).prop_map(|kept| Prune { kept }),
+        1 => (0..6usize).prop_map(|back| Restore { back }),
+    ]
+}
+
+/// An event carries its own identity, so that a wrong one is seen.
+type Event = (Epoch, Seq);
+
+struct World {
+    now: Millis,
+    head: Head,
+    first_kept: Seq,
+    on_their_way: Vec<Event>,
+    /// The open question, and its answer once served.
+    question: Option<(Option<Head>, Option<Seq>)>,
+    served: Option<Answer<Event>>,
+    reconcile: Option<Answer<Event>>,
+    sequencer: Sequencer<Event>,
+    /// What a client of this gateway has: its place, by what was delivered.
+    client: Option<Head>,
+    questions: usize,
+}
+
+impl World {
+    fn new() -> Self {
+        let mut world = Self {
+            now: 0,
+            head: Head { epoch: Epoch(7), seq: 3 },
+            first_kept: 1,
+            on_their_way: vec![],
+            question: None,
+            served: None,
+            reconcile: None,
+            sequencer: Sequencer::default(),
+            client: None,
+            questions: 0,
+        };
+        world.act(|sequencer, now, steps| sequencer.ask_place(now, steps));
+        world
+    }
+
+    fn act(&mut self, act: impl FnOnce(&mut Sequencer<Event>, Millis, &mut Vec<Step<Event>>)) {
+        let mut steps = Vec::new();
+        let before = self.sequencer.place();
+        act(&mut self.sequencer, self.now, &mut steps);
+        if before.is_none() {
+            let delivered = steps.iter().filter(|step| matches!(step, Step::Deliver(..))).count() as Seq;
+            self.client =
+                self.sequencer.place().map(|place| Head { epoch: place.epoch, seq: place.seq - delivered });
+        }
+        for step in steps {
+            match step {
+                Step::Deliver(seq, event) => {
+                    let client = self.client.as_mut().expect("delivered before the place was known");
+                    assert_eq!((client.epoch, client.seq + 1), event, "not the next event");
+                    assert_eq!(seq, event.1);
+                    client.seq = seq;
+                }
+                Step::Ask { after } => {
+                    assert!(self.question.is_none(), "asked while a question is open");
+                    self.question = Some((self.sequencer.place(), after));
+                    self.questions += 1;
+                }
+                Step::Lost(_, head) => self.client = Some(head),
+                Step::Gone => panic!("nobody went"),
+            }
+        }
+        assert_eq!(self.client, self.sequencer.place(), "the place is what was delivered");
+    }
+
+    fn answer(&self, asked_at: Option<Head>, after: Option<Seq>) -> Answer<Event> {
+        const PAGE: usize = 4;
+        let all: Vec<_> = match after {
+            Some(after) => (after + 1..=self.head.seq).filter(|seq| *seq >= self.first_kept).collect(),
+            None => vec![],
+        };
+        let events = all.iter().take(PAGE).map(|seq| (*seq, (self.head.epoch, *seq))).collect();
+        Answer { asked_at, head: Some(self.head), events, after, more: all.len() > PAGE }
+    }
+
+    fn happen(&mut self, happening: &Happening) {
+        match *happening {
+            Happening::Commit { published } => {
+                self.head.seq += 1;
+                if published {
+                    self.on_their_way.push((self.head.epoch, self.head.seq));
+                }
+            }
+            Happening::Arrive { which, again } => {
+                if self.on_their_way.is_empty() {
+                    return;
+                }
+                let which = which % self.on_their_way.len();
+                let (epoch, seq) = self.on_their_way[which];
+                if !again {
+                    self.on_their_way.remove(which);
+                }
+                self.act(|sequencer, now, steps| {
+                    sequencer.live(Head { epoch, seq }, (epoch, seq), now, steps)
+                });
+            }
+            Happening::Pass { ms } => {
+                self.now += ms;
+                self.act(|sequencer, now, steps| sequencer.tick(now, steps));
+            }
+            Happening::Serve => {
+                if let (Some((asked_at, after)), None) = (self.question, &self.served) {
+                    self.served = Some(self.answer(asked_at, after));
+                }
+            }
+            Happening::Bring => {
+                if let Some(answer) = self.served.take() {
+                    self.question = None;
+                    self.act(|sequencer, now, steps| sequencer.answer(answer, now, steps));
+                }
+            }
+            Happening::Reconcile => self.reconcile = Some(self.answer(self.sequencer.place(), None)),
+            Happening::Reconciled => {
+                if let Some(answer) = self.reconcile.take() {
+                    self.act(|sequencer, now, steps| sequencer.observe(answer, now, steps));
+                }
+            }
+            Happening::Prune { kept } => {
+                self.first_kept = self.first_kept.max((self.head.seq + 1).saturating_sub(kept as Seq));
+            }
+            Happening::Restore { back } => {
+                self.head = Head {
+                    epoch: Epoch(self.head.epoch.0 + 1),
+                    seq: self.head.seq.saturating_sub(back as Seq).max(1),
+                };
+                self.first_kept = self.first_kept.min(self.head.seq + 1);
+            }
+        }
+    }
+
+    /// Nothing is lost any more: everything on its way arrives, questions are answered, one reconcile looks.
+    fn settle(&mut self) {
+        while !self.on_their_way.is_empty() {
+            self.happen(&Happening::Arrive { which: 0, again: false });
+        }
+        self.happen(&Happening::Reconciled);
+        self.happen(&Happening::Serve);
+        self.happen(&Happening::Bring);
+        for happening in [Happening::Reconcile, Happening::Reconciled] {
+            self.happen(&happening);
+        }
+        for _ in 0..200 {
+            self.happen(&Happening::Pass { ms: 5_000 });
+            self.happen(&Happening::Serve);
+            self.happen(&Happening::Bring);
+        }
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 3_000, ..ProptestConfig::default() })]
+
+    #[test]
+    fn whatever_happens_each_event_comes_once_in_order_and_in_the_end_all_have_come(
+        happenings in proptest::collection::vec(happening(), 0..120),
+    ) {
+        let mut world = World::new();
+        for happening in &happenings {
+            world.happen(happening);
+        }
+        world.settle();
+        prop_assert_eq!(world.client, Some(world.head));
+        prop_assert_eq!(world.sequencer.due(), None, "still in doubt: {:?}", world.sequencer);
+        prop_assert!(world.sequencer.doubt.is_none(), "an idle sequencer holds nothing: {:?}", world.sequencer);
+        let before = world.questions;
+        world.happen(&Happening::Pass { ms: 60_000 });
+        prop_assert_eq!(world.questions, before, "asks though nothing is open");
+    }
+}
