@@ -1,0 +1,118 @@
+//! A plain HTTP client that hides nothing: the status, the headers and the body as they came.
+
+use std::time::Duration;
+
+use bytes::Bytes;
+use http::{HeaderMap, Request, header};
+use http_body_util::{BodyExt, Full, Limited};
+use hyper_util::{
+    client::legacy::{self, connect::HttpConnector},
+    rt::TokioExecutor,
+};
+use serde::Serialize;
+use serde_json::Value;
+
+const BODY_LIMIT: usize = 16 << 20;
+const TIME_LIMIT: Duration = Duration::from_secs(30);
+
+/// Keeps connections open between requests, as real clients do.
+#[derive(Clone)]
+pub struct Client {
+    inner: legacy::Client<HttpConnector, Full<Bytes>>,
+}
+
+pub struct Answer {
+    pub status: u16,
+    pub headers: HeaderMap,
+    pub body: Bytes,
+}
+
+/// The request did not get a whole answer: the peer was away or went away.
+#[derive(Debug)]
+pub struct NoAnswer(pub String);
+
+impl Default for Client {
+    fn default() -> Self {
+        let mut connector = HttpConnector::new();
+        connector.set_nodelay(true);
+        Self { inner: legacy::Client::builder(TokioExecutor::new()).build(connector) }
+    }
+}
+
+impl Client {
+    pub fn get(&self, url: impl AsRef<str>) -> Call {
+        self.call("GET", url)
+    }
+
+    pub fn post(&self, url: impl AsRef<str>) -> Call {
+        self.call("POST", url)
+    }
+
+    pub fn call(&self, method: &str, url: impl AsRef<str>) -> Call {
+        let request = Request::builder().method(method).uri(url.as_ref());
+        Call { client: self.clone(), request, body: Bytes::new() }
+    }
+}
+
+pub struct Call {
+    client: Client,
+    request: http::request::Builder,
+    body: Bytes,
+}
+
+impl Call {
+    pub fn header(mut self, name: &str, value: &str) -> Self {
+        self.request = self.request.header(name, value);
+        self
+    }
+
+    pub fn bearer(self, token: &str) -> Self {
+        self.header("authorization", &format!("Bearer {token}"))
+    }
+
+    pub fn json(mut self, body: &impl Serialize) -> Self {
+        self.body = serde_json::to_vec(body).expect("the test's own value is JSON").into();
+        self.header("content-type", "application/json")
+    }
+
+    pub async fn send(self) -> Result<Answer, NoAnswer> {
+        let request = self.request.body(Full::new(self.body)).expect("the test's own request is well-formed");
+        let answer = async {
+            let response =
+                self.client.inner.request(request).await.map_err(|e| NoAnswer(format!("{e:?}")))?;
+            let (head, body) = response.into_parts();
+            let body = Limited::new(body, BODY_LIMIT).collect().await.map_err(|e| NoAnswer(e.to_string()))?;
+            Ok(Answer { status: head.status.as_u16(), headers: head.headers, body: body.to_bytes() })
+        };
+        tokio::time::timeout(TIME_LIMIT, answer)
+            .await
+            .unwrap_or_else(|_| Err(NoAnswer("no answer in time".into())))
+    }
+
+    /// Sends where an answer is certain, and wants this status.
+    pub async fn expect(self, status: u16) -> Answer {
+        let answer = self.send().await.expect("an answer");
+        assert_eq!(answer.status, status, "{}", answer.text());
+        answer
+    }
+}
+
+impl Answer {
+    pub fn header(&self, name: &str) -> Option<&str> {
+        self.headers.get(name).and_then(|value| value.to_str().ok())
+    }
+
+    pub fn text(&self) -> String {
+        String::from_utf8_lossy(&self.body).into_owned()
+    }
+
+    pub fn json(&self) -> Value {
+        serde_json::from_slice(&self.body).unwrap_or_else(|error| panic!("{error} in {}", self.text()))
+    }
+
+    /// `name=value` of the first cookie that the answer sets, as a client sends it back.
+    pub fn cookie(&self) -> String {
+        let set = self.header(header::SET_COOKIE.as_str()).expect("the answer sets a cookie");
+        set.split(';').next().expect("split yields at least one part").to_owned()
+    }
+}

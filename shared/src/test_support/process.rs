@@ -1,0 +1,86 @@
+//! A child process that cannot outlive its test: killed when dropped, and by the kernel when the thread that started it
+//! ends in any other way. Start children from a thread that lives as long as they shall, which a test's own thread does.
+
+use std::{
+    io,
+    os::unix::process::CommandExt,
+    process::{Child, Command, ExitStatus},
+    time::Duration,
+};
+
+pub use nix::sys::signal::Signal;
+use nix::{
+    sys::{prctl::set_pdeathsig, signal::kill},
+    unistd::{Pid, getpid, getppid},
+};
+
+pub struct Process {
+    child: Child,
+    status: Option<ExitStatus>,
+}
+
+impl Process {
+    pub fn start(command: &mut Command) -> io::Result<Self> {
+        let parent = getpid();
+        let tied_to_parent = move || {
+            set_pdeathsig(Signal::SIGKILL)?;
+            // The parent may have died before the line above.
+            if getppid() == parent { Ok(()) } else { Err(io::ErrorKind::NotFound.into()) }
+        };
+        // SAFETY: between fork and exec the closure makes two system calls, allocates nothing and takes no lock.
+        #[expect(
+            unsafe_code,
+            reason = "there is no other way to set the parent-death signal without a helper program"
+        )]
+        unsafe {
+            command.pre_exec(tied_to_parent);
+        }
+        Ok(Self { child: command.spawn()?, status: None })
+    }
+
+    pub fn child(&mut self) -> &mut Child {
+        &mut self.child
+    }
+
+    pub fn id(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// A process that has ended already gets no signal: its number may be another's by now.
+    pub fn signal(&mut self, signal: Signal) {
+        if self.ended().is_none() {
+            let pid = Pid::from_raw(self.child.id().cast_signed());
+            kill(pid, signal).expect("a child of ours that was not waited for can be signalled");
+        }
+    }
+
+    pub fn ended(&mut self) -> Option<ExitStatus> {
+        if self.status.is_none() {
+            self.status = self.child.try_wait().expect("a child of ours can be waited for");
+        }
+        self.status
+    }
+
+    /// SIGKILL, which ends stopped processes too. Returns when the process is gone.
+    pub fn kill(&mut self) -> ExitStatus {
+        self.signal(Signal::SIGKILL);
+        let status = self.child.wait().expect("a child of ours can be waited for");
+        self.status = Some(status);
+        status
+    }
+
+    pub async fn wait(&mut self) -> ExitStatus {
+        loop {
+            if let Some(status) = self.ended() {
+                return status;
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        self.kill();
+    }
+}

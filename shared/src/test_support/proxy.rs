@@ -1,0 +1,232 @@
+//! A faulty network between two processes: a TCP proxy that can be slow, break off after some bytes, swallow everything
+//! in silence, or refuse; and that can be aimed elsewhere, as a service address is.
+
+use std::{
+    io,
+    net::SocketAddr,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::{
+        TcpListener, TcpStream,
+        tcp::{OwnedReadHalf, OwnedWriteHalf},
+    },
+    sync::{Semaphore, watch},
+    task::{JoinHandle, JoinSet},
+    time::sleep,
+};
+
+const CONNECTIONS: usize = 1_024;
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Fault {
+    None,
+    /// Each piece waits this long, both ways.
+    Slow(Duration),
+    /// Connections are taken and stay open, and nothing goes through: a dead link.
+    Silent,
+    /// Nobody listens, and what was connected is reset.
+    Refusing,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct State {
+    upstream: SocketAddr,
+    fault: Fault,
+    /// A new connection is reset after it has brought so many bytes to the client.
+    budget: Option<u64>,
+    /// Raised to reset all connections of now.
+    generation: u64,
+}
+
+pub struct Proxy {
+    address: SocketAddr,
+    state: watch::Sender<State>,
+    passed: Arc<AtomicU64>,
+    task: JoinHandle<()>,
+}
+
+impl Proxy {
+    pub async fn start(upstream: SocketAddr) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
+        let address = listener.local_addr().expect("a bound socket has an address");
+        let (state, watched) =
+            watch::channel(State { upstream, fault: Fault::None, budget: None, generation: 0 });
+        let passed = Arc::new(AtomicU64::new(0));
+        let task = tokio::spawn(accept(listener, watched, passed.clone()));
+        Self { address, state, passed, task }
+    }
+
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// Bytes that went through, both ways.
+    pub fn passed(&self) -> u64 {
+        self.passed.load(Ordering::Relaxed)
+    }
+
+    /// Everything goes through again.
+    pub fn resume(&self) {
+        self.state.send_modify(|state| (state.fault, state.budget) = (Fault::None, None));
+    }
+
+    pub fn slow(&self, by: Duration) {
+        self.state.send_modify(|state| state.fault = Fault::Slow(by));
+    }
+
+    pub fn silence(&self) {
+        self.state.send_modify(|state| state.fault = Fault::Silent);
+    }
+
+    pub fn refuse(&self) {
+        self.state.send_modify(|state| {
+            state.fault = Fault::Refusing;
+            state.generation += 1;
+        });
+    }
+
+    /// Resets all connections; new ones are welcome.
+    pub fn cut(&self) {
+        self.state.send_modify(|state| state.generation += 1);
+    }
+
+    /// From now on each new connection is reset after so many bytes to the client.
+    pub fn cut_after(&self, bytes: u64) {
+        self.state.send_modify(|state| state.budget = Some(bytes));
+    }
+
+    /// Where new connections go.
+    pub fn aim(&self, upstream: SocketAddr) {
+        self.state.send_modify(|state| state.upstream = upstream);
+    }
+}
+
+impl Drop for Proxy {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+async fn accept(listener: TcpListener, mut state: watch::Receiver<State>, passed: Arc<AtomicU64>) {
+    let address = listener.local_addr().expect("a bound socket has an address");
+    let mut listener = Some(listener);
+    let places = Arc::new(Semaphore::new(CONNECTIONS));
+    let mut connections = JoinSet::new(); // Aborted with this task.
+    loop {
+        if state.borrow_and_update().fault == Fault::Refusing {
+            listener = None;
+        } else if listener.is_none() {
+            listener = Some(listen_again(address).await);
+        }
+        let accepted = async {
+            match &listener {
+                Some(listener) => listener.accept().await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            changed = state.changed() => if changed.is_err() { return },
+            accepted = accepted => {
+                let Ok((client, _)) = accepted else { continue };
+                let Ok(place) = places.clone().try_acquire_owned() else { continue };
+                let (state, passed) = (state.clone(), passed.clone());
+                connections.spawn(async move {
+                    let _ = carry(client, state, passed).await; // Broken connections are the purpose.
+                    drop(place);
+                });
+            }
+            Some(_) = connections.join_next() => {}
+        }
+    }
+}
+
+async fn listen_again(address: SocketAddr) -> TcpListener {
+    loop {
+        // Tokio sets SO_REUSEADDR, so what is left of old connections is no obstacle.
+        match TcpListener::bind(address).await {
+            Ok(listener) => return listener,
+            Err(_) => sleep(Duration::from_millis(10)).await,
+        }
+    }
+}
+
+async fn carry(
+    client: TcpStream,
+    mut state: watch::Receiver<State>,
+    passed: Arc<AtomicU64>,
+) -> io::Result<()> {
+    let begun = *state.borrow_and_update();
+    end_by_reset(&client, true)?;
+    client.set_nodelay(true)?;
+    open_again(&mut state).await;
+    let upstream = state.borrow().upstream;
+    let upstream = TcpStream::connect(upstream).await?;
+    end_by_reset(&upstream, true)?;
+    upstream.set_nodelay(true)?;
+    let (from_client, to_client) = client.into_split();
+    let (from_upstream, to_upstream) = upstream.into_split();
+    let mut cut = state.clone();
+    let both = async {
+        tokio::try_join!(
+            pump(from_client, to_upstream, state.clone(), passed.clone(), None),
+            pump(from_upstream, to_client, state, passed, begun.budget),
+        )
+    };
+    tokio::select! {
+        result = both => result.map(drop),
+        _ = cut.wait_for(|now| now.generation != begun.generation) => Ok(()),
+    }
+}
+
+/// A reset comes at once, and what is still under way never arrives.
+fn end_by_reset(socket: &TcpStream, reset: bool) -> io::Result<()> {
+    socket2::SockRef::from(socket).set_linger(reset.then_some(Duration::ZERO))
+}
+
+async fn open_again(state: &mut watch::Receiver<State>) {
+    let _ = state.wait_for(|now| now.fault != Fault::Silent).await;
+}
+
+async fn pump(
+    mut from: OwnedReadHalf,
+    mut to: OwnedWriteHalf,
+    mut state: watch::Receiver<State>,
+    passed: Arc<AtomicU64>,
+    mut budget: Option<u64>,
+) -> io::Result<()> {
+    let mut buffer = vec![0; 16 * 1024];
+    loop {
+        // While silent nothing is even read, so that the sender's buffers fill as on a dead link.
+        open_again(&mut state).await;
+        let length = tokio::select! {
+            length = from.read(&mut buffer) => length?,
+            _ = state.wait_for(|now| now.fault == Fault::Silent) => continue,
+        };
+        if length == 0 {
+            // An end in good order is passed on as one.
+            end_by_reset(to.as_ref(), false)?;
+            return to.shutdown().await;
+        }
+        let fault = state.borrow().fault;
+        if let Fault::Slow(by) = fault {
+            sleep(by).await;
+        }
+        open_again(&mut state).await;
+        let length = budget.map_or(length, |left| length.min(usize::try_from(left).unwrap_or(usize::MAX)));
+        to.write_all(&buffer[..length]).await?;
+        passed.fetch_add(length as u64, Ordering::Relaxed);
+        if let Some(left) = &mut budget {
+            *left -= length as u64;
+            if *left == 0 {
+                return Err(io::ErrorKind::ConnectionReset.into());
+            }
+        }
+    }
+}

@@ -1,0 +1,299 @@
+//! Private Redis and Postgres servers that a test may kill, wipe, freeze and start again on the same port. The programs
+//! are those that the dev runner names in `DEV_REDIS_SERVER` and `DEV_POSTGRES_BIN_DIR`, else those of this machine.
+
+use std::{
+    fs,
+    io::{self, Read, Write},
+    net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream},
+    os::unix::{fs::chown, process::CommandExt},
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
+    time::{Duration, Instant},
+};
+
+use tempfile::TempDir;
+
+use super::{
+    PATIENCE,
+    process::{Process, Signal},
+};
+
+/// Debian's `nobody`: Postgres refuses to run as root.
+const NOBODY: u32 = 65_534;
+
+/// A port that was free a moment ago.
+pub fn free_port() -> u16 {
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a free port");
+    listener.local_addr().expect("a bound socket has an address").port()
+}
+
+/// Keeps nothing on disk: a restart is a wipe.
+pub struct Redis {
+    port: u16,
+    folder: TempDir,
+    process: Process,
+}
+
+impl Redis {
+    pub fn start() -> Self {
+        // The port may be taken between looking and starting, so a few tries.
+        for _ in 0..5 {
+            let (port, folder) = (free_port(), folder("redis"));
+            if let Some(process) = start_redis(port, folder.path()) {
+                return Self { port, folder, process };
+            }
+        }
+        panic!("the Redis server does not start");
+    }
+
+    pub fn port(&self) -> u16 {
+        self.port
+    }
+
+    pub fn address(&self) -> SocketAddr {
+        (Ipv4Addr::LOCALHOST, self.port).into()
+    }
+
+    pub fn url(&self) -> String {
+        format!("redis://127.0.0.1:{}/", self.port)
+    }
+
+    pub fn kill(&mut self) {
+        self.process.kill();
+    }
+
+    /// Empty, on the same port.
+    pub fn restart(&mut self) {
+        self.process.kill();
+        self.process = start_redis(self.port, self.folder.path()).expect("the Redis server starts again");
+    }
+
+    /// Silent from now on, with all its connections open.
+    pub fn freeze(&mut self) {
+        self.process.signal(Signal::SIGSTOP);
+    }
+
+    pub fn thaw(&mut self) {
+        self.process.signal(Signal::SIGCONT);
+    }
+
+    /// One command; the answer's first line.
+    pub fn command(&self, words: &[&str]) -> io::Result<String> {
+        ask_redis(self.port, words)
+    }
+}
+
+fn start_redis(port: u16, folder: &Path) -> Option<Process> {
+    let program = redis_program();
+    let mut command = Command::new(&program);
+    command
+        .args(["--port", &port.to_string(), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"])
+        .args(["--dir", &folder.display().to_string()])
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null());
+    let mut process = Process::start(&mut command)
+        .unwrap_or_else(|error| panic!("no Redis server: {} cannot be started ({error})", program.display()));
+    wait_for(&mut process, || ask_redis(port, &["PING"]).is_ok_and(|answer| answer == "+PONG"))
+        .then_some(process)
+}
+
+/// `false`: the process ended instead.
+fn wait_for(process: &mut Process, mut up: impl FnMut() -> bool) -> bool {
+    let deadline = Instant::now() + PATIENCE;
+    while Instant::now() < deadline {
+        if process.ended().is_some() {
+            return false;
+        }
+        if up() {
+            return true;
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    false
+}
+
+fn ask_redis(port: u16, words: &[&str]) -> io::Result<String> {
+    let mut socket = TcpStream::connect((Ipv4Addr::LOCALHOST, port))?;
+    socket.set_read_timeout(Some(Duration::from_secs(5)))?;
+    let mut request = format!("*{}\r\n", words.len());
+    for word in words {
+        request.push_str(&format!("${}\r\n{word}\r\n", word.len()));
+    }
+    socket.write_all(request.as_bytes())?;
+    let mut answer = Vec::new();
+    let mut byte = [0];
+    while !answer.ends_with(b"\r\n") {
+        socket.read_exact(&mut byte)?;
+        answer.push(byte[0]);
+    }
+    Ok(String::from_utf8_lossy(&answer).trim_end().to_owned())
+}
+
+/// One superuser `postgres`, trusted on loopback. Unlike a developer's, this one is not told to skip its syncs: a kill
+/// must lose nothing that was committed.
+pub struct Postgres {
+    port: u16,
+    folder: TempDir,
+    process: Process,
+}
+
+impl Postgres {
+    pub fn start() -> Self {
+        let folder = folder("postgres");
+        give_away(folder.path());
+        let output = as_nobody(&mut Command::new(postgres_program("initdb")))
+            .args(["--username=postgres", "--auth=trust", "--encoding=UTF8", "--locale=C", "--no-sync", "-D"])
+            .arg(folder.path().join("data"))
+            .current_dir(folder.path())
+            .output()
+            .unwrap_or_else(|error| panic!("no Postgres server: initdb cannot be started ({error})"));
+        assert!(output.status.success(), "initdb: {}", String::from_utf8_lossy(&output.stderr));
+        for _ in 0..5 {
+            let port = free_port();
+            if let Some(process) = start_postgres(port, folder.path()) {
+                return Self { port, folder, process };
+            }
+        }
+        panic!("the Postgres server does not start: {}", log_of(folder.path()));
+    }
+
+    pub fn port(&self) -> u16 {
+        self.port
+    }
+
+    pub fn address(&self) -> SocketAddr {
+        (Ipv4Addr::LOCALHOST, self.port).into()
+    }
+
+    pub fn url(&self) -> String {
+        format!("postgres://postgres@127.0.0.1:{}/postgres", self.port)
+    }
+
+    /// A crash: no checkpoint, no goodbye to clients. The children of the server notice and end by themselves.
+    pub fn kill(&mut self) {
+        self.process.kill();
+    }
+
+    /// On the same port, with all that was committed.
+    pub fn restart(&mut self) {
+        self.process.kill();
+        let deadline = Instant::now() + PATIENCE;
+        // The last children of a killed server hold its memory and port for a moment.
+        while Instant::now() < deadline {
+            if let Some(process) = start_postgres(self.port, self.folder.path()) {
+                self.process = process;
+                return;
+            }
+            std::thread::sleep(Duration::from_millis(100));
+        }
+        panic!("the Postgres server does not start again: {}", log_of(self.folder.path()));
+    }
+
+    pub fn freeze(&mut self) {
+        self.process.signal(Signal::SIGSTOP);
+    }
+
+    pub fn thaw(&mut self) {
+        self.process.signal(Signal::SIGCONT);
+    }
+}
+
+fn start_postgres(port: u16, folder: &Path) -> Option<Process> {
+    let log = fs::OpenOptions::new().create(true).append(true).open(folder.join("log")).expect("a log file");
+    let mut command = Command::new(postgres_program("postgres"));
+    as_nobody(&mut command)
+        .arg("-D")
+        .arg(folder.join("data"))
+        .args(["-h", "127.0.0.1", "-p", &port.to_string(), "-c", "unix_socket_directories="])
+        .args(["-c", "max_connections=100", "-c", "shared_buffers=32MB"])
+        .current_dir(folder)
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(log);
+    let mut process = Process::start(&mut command).expect("initdb ran, so its server can be started");
+    wait_for(&mut process, || postgres_answers(port)).then_some(process)
+}
+
+/// Asks for TLS, which every Postgres answers with one byte once it takes connections; during recovery it takes none.
+fn postgres_answers(port: u16) -> bool {
+    let ask = || -> io::Result<bool> {
+        let mut socket = TcpStream::connect((Ipv4Addr::LOCALHOST, port))?;
+        socket.set_read_timeout(Some(Duration::from_secs(5)))?;
+        // Protocol 3.0, user and database `postgres`.
+        let parameters = b"user\0postgres\0database\0postgres\0\0";
+        let length = u32::try_from(8 + parameters.len()).expect("a short packet");
+        socket.write_all(&length.to_be_bytes())?;
+        socket.write_all(&196_608_u32.to_be_bytes())?;
+        socket.write_all(parameters)?;
+        let mut kind = [0];
+        socket.read_exact(&mut kind)?;
+        Ok(kind == *b"R") // `R`: authentication is answered. An error, as while starting up, is `E`.
+    };
+    ask().unwrap_or(false)
+}
+
+fn as_nobody(command: &mut Command) -> &mut Command {
+    if nix::unistd::geteuid().is_root() {
+        command.uid(NOBODY).gid(NOBODY);
+    }
+    command
+}
+
+fn give_away(folder: &Path) {
+    if nix::unistd::geteuid().is_root() {
+        chown(folder, Some(NOBODY), Some(NOBODY)).expect("root may give a folder away");
+    }
+}
+
+fn log_of(folder: &Path) -> String {
+    fs::read_to_string(folder.join("log")).unwrap_or_default()
+}
+
+fn folder(kind: &str) -> TempDir {
+    tempfile::Builder::new().prefix(&format!("test-{kind}-")).tempdir().expect("a temporary folder")
+}
+
+fn redis_program() -> PathBuf {
+    if let Some(path) = setting("DEV_REDIS_SERVER") {
+        return path;
+    }
+    let names = ["redis-server", "valkey-server"];
+    on_path(&names).unwrap_or_else(|| {
+        panic!("no Redis server: none of {names:?} is on PATH, nor is DEV_REDIS_SERVER set")
+    })
+}
+
+fn postgres_program(name: &str) -> PathBuf {
+    if let Some(folder) = setting("DEV_POSTGRES_BIN_DIR") {
+        return folder.join(name);
+    }
+    // `postgres` itself is often not on PATH, so its folder counts: the newest version's.
+    let mut folders: Vec<_> = fs::read_dir("/usr/lib/postgresql")
+        .into_iter()
+        .flatten()
+        .flatten()
+        .filter_map(|entry| {
+            Some((entry.file_name().to_str()?.parse::<u32>().ok()?, entry.path().join("bin")))
+        })
+        .filter(|(_, folder)| folder.join("postgres").exists())
+        .collect();
+    folders.sort();
+    match folders.pop() {
+        Some((_, folder)) => folder.join(name),
+        None => on_path(&[name]).unwrap_or_else(|| {
+            panic!("no Postgres server: {name} is not on PATH, nor is DEV_POSTGRES_BIN_DIR set")
+        }),
+    }
+}
+
+fn on_path(names: &[&str]) -> Option<PathBuf> {
+    let path = setting("PATH")?;
+    names
+        .iter()
+        .find_map(|name| std::env::split_paths(&path).map(|folder| folder.join(name)).find(|p| p.is_file()))
+}
+
+fn setting(name: &str) -> Option<PathBuf> {
+    std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from)
+}

@@ -1,0 +1,534 @@
+//! The stream as a browser sees it. [`Opening`] and [`Stream`] are one connection: status and headers as they came, then
+//! every block, parsed by a parser that is not ours and compared with the raw lines. [`Browser`] is an `EventSource`: it
+//! keeps the last id, waits for the given `retry`, comes back by header, and gives up for ever on anything but a 200.
+
+use std::{
+    collections::VecDeque,
+    io,
+    net::SocketAddr,
+    pin::Pin,
+    sync::{Arc, Mutex, PoisonError},
+    task::{Context, Poll},
+    time::Duration,
+};
+
+use bytes::Bytes;
+use eventsource_stream::EventStream;
+use futures_util::{FutureExt, Stream as Chunks, StreamExt};
+use http::{HeaderMap, HeaderValue, Request, Uri, header};
+use http_body_util::{BodyExt, Empty};
+use hyper::{body::Incoming, client::conn::http1};
+use hyper_util::rt::TokioIo;
+use tokio::{
+    net::TcpSocket,
+    sync::{mpsc, watch},
+    task::JoinHandle,
+    time::{sleep, timeout},
+};
+
+use super::PATIENCE;
+
+/// A block longer than this is a fault of the server.
+const BLOCK_LIMIT: usize = 1 << 20;
+
+/// A request for a stream, about to be sent.
+#[derive(Debug, Clone)]
+pub struct Opening {
+    url: String,
+    query: Vec<(&'static str, String)>,
+    headers: HeaderMap,
+    receive_buffer: Option<u32>,
+}
+
+impl Opening {
+    pub fn new(url: impl Into<String>) -> Self {
+        let mut headers = HeaderMap::new();
+        headers.insert(header::ACCEPT, HeaderValue::from_static("text/event-stream"));
+        Self { url: url.into(), query: Vec::new(), headers, receive_buffer: None }
+    }
+
+    pub fn bearer(self, token: &str) -> Self {
+        self.header("authorization", format!("Bearer {token}"))
+    }
+
+    pub fn query_token(self, token: &str) -> Self {
+        self.query("token", token)
+    }
+
+    /// `cookie`: `name=value`.
+    pub fn cookie(self, cookie: &str) -> Self {
+        self.header("cookie", cookie)
+    }
+
+    pub fn last_event_id(self, id: impl AsRef<[u8]>) -> Self {
+        self.header("last-event-id", id)
+    }
+
+    pub fn last_event_id_in_query(self, id: &str) -> Self {
+        self.query("lastEventId", id)
+    }
+
+    pub fn header(mut self, name: &'static str, value: impl AsRef<[u8]>) -> Self {
+        let value = HeaderValue::from_bytes(value.as_ref()).expect("the test's own header is well-formed");
+        self.headers.insert(name, value);
+        self
+    }
+
+    pub fn without_header(mut self, name: &str) -> Self {
+        self.headers.remove(name);
+        self
+    }
+
+    fn query(mut self, name: &'static str, value: &str) -> Self {
+        self.query.retain(|(present, _)| *present != name);
+        self.query.push((name, value.to_owned()));
+        self
+    }
+
+    /// The kernel takes hardly anything that the test does not read: a client on a stalled link.
+    pub fn tiny_receive_buffer(mut self) -> Self {
+        self.receive_buffer = Some(2_048);
+        self
+    }
+
+    /// Returns when the head has come, whatever its status.
+    pub async fn open(&self) -> io::Result<Stream> {
+        let uri: Uri = self.url.parse().map_err(io::Error::other)?;
+        let authority = uri.authority().ok_or(io::ErrorKind::InvalidInput)?.to_string();
+        let address: SocketAddr = authority.parse().map_err(io::Error::other)?;
+        let socket = TcpSocket::new_v4()?;
+        if let Some(size) = self.receive_buffer {
+            socket.set_recv_buffer_size(size)?; // Before connecting: the window is told in the handshake.
+        }
+        let socket = socket.connect(address).await?;
+        socket.set_nodelay(true)?;
+
+        let mut target = uri.path_and_query().map_or("/", |target| target.as_str()).to_owned();
+        if !self.query.is_empty() {
+            let query = form_urlencoded::Serializer::new(String::new()).extend_pairs(&self.query).finish();
+            target.push(if target.contains('?') { '&' } else { '?' });
+            target.push_str(&query);
+        }
+        let mut request = Request::get(target).header(header::HOST, authority);
+        request.headers_mut().expect("the target is well-formed").extend(self.headers.clone());
+        let request = request.body(Empty::<Bytes>::new()).map_err(io::Error::other)?;
+
+        let (mut sender, connection) = http1::Builder::new()
+            .max_buf_size(8 * 1024) // What a stalled reader has read ahead stays small.
+            .handshake(TokioIo::new(socket))
+            .await
+            .map_err(io::Error::other)?;
+        let connection = Connection(tokio::spawn(async {
+            let _ = connection.await; // The body tells how it ended.
+        }));
+        let (head, body) = sender.send_request(request).await.map_err(io::Error::other)?.into_parts();
+        let fed = Fed::default();
+        Ok(Stream {
+            status: head.status.as_u16(),
+            headers: head.headers,
+            body,
+            raw: Vec::new(),
+            parser: EventStream::new(fed.clone()),
+            fed,
+            retry: None,
+            comments: 0,
+            last_id: None,
+            _connection: connection,
+        })
+    }
+
+    /// Opens where a stream is certain.
+    pub async fn stream(&self) -> Stream {
+        let stream = timeout(PATIENCE, self.open()).await.expect("a head in time").expect("a head");
+        assert_eq!(stream.status, 200, "the stream opens");
+        stream
+    }
+}
+
+/// Ends with its stream: the socket is closed whatever is still on its way.
+struct Connection(JoinHandle<()>);
+
+impl Drop for Connection {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
+/// What a block was.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Block {
+    Event(Event),
+    Comment,
+    Retry(Duration),
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Event {
+    /// The block's own `id:` line, if it has one. (A browser's `lastEventId` is also set on later blocks without.)
+    pub id: Option<String>,
+    /// The block's own `event:` line. Without one, `onmessage` hears it.
+    pub name: Option<String>,
+    pub data: String,
+}
+
+impl Event {
+    pub fn json(&self) -> serde_json::Value {
+        serde_json::from_str(&self.data).unwrap_or_else(|error| panic!("{error} in {self:?}"))
+    }
+
+    pub fn is(&self, name: &str) -> bool {
+        self.name.as_deref() == Some(name)
+    }
+}
+
+/// How the body came to its end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum End {
+    /// In good order.
+    Clean,
+    /// Reset, or cut inside a block or a chunk.
+    Broken,
+}
+
+/// One connection after its head.
+pub struct Stream {
+    pub status: u16,
+    pub headers: HeaderMap,
+    body: Incoming,
+    /// Bytes of a block that is not whole yet.
+    raw: Vec<u8>,
+    parser: EventStream<Fed>,
+    fed: Fed,
+    pub retry: Option<Duration>,
+    pub comments: usize,
+    pub last_id: Option<String>,
+    _connection: Connection,
+}
+
+impl Stream {
+    pub fn header(&self, name: &str) -> Option<&str> {
+        self.headers.get(name).and_then(|value| value.to_str().ok())
+    }
+
+    /// The next block of any kind.
+    pub async fn block(&mut self) -> Result<Block, End> {
+        loop {
+            if let Some(block) = self.take_block() {
+                return Ok(block);
+            }
+            assert!(self.raw.len() < BLOCK_LIMIT, "a block without an end");
+            match self.body.frame().await {
+                Some(Ok(frame)) => {
+                    if let Ok(bytes) = frame.into_data() {
+                        self.raw.extend_from_slice(&bytes);
+                        self.fed.push(bytes);
+                    }
+                }
+                Some(Err(_)) => return Err(End::Broken),
+                None if self.raw.is_empty() => return Err(End::Clean),
+                None => return Err(End::Broken),
+            }
+        }
+    }
+
+    /// The next event; comments and `retry` are noted on the way.
+    pub async fn event(&mut self) -> Result<Event, End> {
+        loop {
+            if let Block::Event(event) = self.block().await? {
+                return Ok(event);
+            }
+        }
+    }
+
+    /// The next event, which must come.
+    pub async fn next(&mut self) -> Event {
+        match timeout(PATIENCE, self.event()).await {
+            Ok(Ok(event)) => event,
+            Ok(Err(end)) => panic!("the stream ended ({end:?}) where an event was due"),
+            Err(_) => panic!("waited {PATIENCE:?} in vain for an event"),
+        }
+    }
+
+    /// The next event, which must have this name.
+    pub async fn named(&mut self, name: &str) -> Event {
+        let event = self.next().await;
+        assert!(event.is(name), "expected {name}, got {event:?}");
+        event
+    }
+
+    /// Everything until the end of the body, which must come.
+    pub async fn rest(&mut self) -> (Vec<Event>, End) {
+        let mut events = Vec::new();
+        let all = async {
+            loop {
+                match self.event().await {
+                    Ok(event) => events.push(event),
+                    Err(end) => return end,
+                }
+            }
+        };
+        let end = timeout(PATIENCE, all).await.expect("the stream ends");
+        (events, end)
+    }
+
+    /// The body of an answer that is no stream.
+    pub async fn text(self) -> String {
+        let body = timeout(PATIENCE, self.body.collect()).await.expect("a body in time").expect("a body");
+        String::from_utf8(body.to_bytes().into()).expect("the body is UTF-8")
+    }
+
+    fn take_block(&mut self) -> Option<Block> {
+        let end = self.raw.windows(2).position(|pair| pair == b"\n\n")?;
+        let block: Vec<u8> = self.raw.drain(..end + 2).collect();
+        let block = std::str::from_utf8(&block[..end]).expect("the stream is UTF-8");
+        assert!(!block.contains(['\r', '\0']), "a control character in a field: {block:?}");
+
+        let (mut id, mut name, mut data, mut retry) = (None, None, None, None);
+        for line in block.split('\n') {
+            let (field, value) = line.split_once(':').expect("every line has a colon");
+            let value = value.strip_prefix(' ').unwrap_or(value);
+            let seen = match field {
+                "" => None,
+                "id" => id.replace(value),
+                "event" => name.replace(value),
+                "data" => data.replace(value),
+                "retry" => retry.replace(value),
+                other => panic!("unknown field {other:?}"),
+            };
+            assert_eq!(seen, None, "a field twice in {block:?}");
+        }
+        let retry = retry.map(|retry| Duration::from_millis(retry.parse().expect("retry is a number")));
+        self.retry = retry.or(self.retry);
+        let Some(data) = data else {
+            assert_eq!((id, name), (None, None), "id or event without data does nothing visible: {block:?}");
+            if let Some(retry) = retry {
+                return Some(Block::Retry(retry));
+            }
+            self.comments += 1;
+            return Some(Block::Comment);
+        };
+        let event = Event { id: id.map(str::to_owned), name: name.map(str::to_owned), data: data.to_owned() };
+        if event.id.is_some() {
+            self.last_id.clone_from(&event.id);
+        }
+
+        // Another's parser must have read the same from the same bytes.
+        let parsed = self.parser.next().now_or_never().flatten().expect("the parser has the whole block");
+        let parsed = parsed.expect("the parser accepts the block");
+        assert_eq!(parsed.data, event.data);
+        assert_eq!(parsed.event, event.name.as_deref().unwrap_or("message"));
+        assert_eq!(parsed.id, self.last_id.as_deref().unwrap_or_default());
+        Some(Block::Event(event))
+    }
+}
+
+/// The bytes received so far, as the parser wants them.
+#[derive(Clone, Default)]
+struct Fed(Arc<Mutex<VecDeque<Bytes>>>);
+
+impl Fed {
+    fn push(&self, bytes: Bytes) {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).push_back(bytes);
+    }
+}
+
+impl Chunks for Fed {
+    type Item = Result<Bytes, io::Error>;
+
+    /// Wakes nobody: it is asked only when there is a whole block.
+    fn poll_next(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        match self.0.lock().unwrap_or_else(PoisonError::into_inner).pop_front() {
+            Some(bytes) => Poll::Ready(Some(Ok(bytes))),
+            None => Poll::Pending,
+        }
+    }
+}
+
+/// How a browser's page comes back after its connection was lost.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Resume {
+    /// The browser does it: the header, and the URL as it ever was, whatever stale cursor it has.
+    Header,
+    /// The page makes a new `EventSource` with its last id in the query.
+    Query,
+    /// Now this, now that.
+    Alternately,
+}
+
+/// What one browser saw over all its connections.
+#[derive(Debug, Default)]
+pub struct Record {
+    pub events: Vec<Event>,
+    /// Streams opened.
+    pub opened: usize,
+    /// Tries that failed before a head came.
+    pub refused: usize,
+    pub open: bool,
+    pub comments: usize,
+    pub retry: Option<Duration>,
+    /// A status other than 200: the browser has given up.
+    pub given_up: Option<u16>,
+}
+
+impl Record {
+    /// The events that belong to the feed: those with an id, except the markers of a place.
+    pub fn ledger(&self) -> impl DoubleEndedIterator<Item = &Event> {
+        self.events.iter().filter(|event| event.id.is_some() && !event.is("ready") && !event.is("resync"))
+    }
+
+    pub fn named(&self, name: &str) -> impl Iterator<Item = &Event> {
+        self.events.iter().filter(move |event| event.is(name))
+    }
+
+    pub fn last_id(&self) -> Option<&str> {
+        self.events.iter().rev().find_map(|event| event.id.as_deref())
+    }
+}
+
+enum Order {
+    Cut,
+    Aim(Vec<Opening>),
+}
+
+/// An `EventSource` and its page. Dropped, the tab is closed.
+pub struct Browser {
+    record: watch::Receiver<Record>,
+    orders: mpsc::Sender<Order>,
+    task: JoinHandle<()>,
+}
+
+impl Browser {
+    /// Opens the first of `openings`; each reconnect takes the next, as behind a load balancer. Waits at most
+    /// `longest_retry` before a reconnect, whatever `retry` says.
+    pub fn open(openings: Vec<Opening>, resume: Resume, longest_retry: Duration) -> Self {
+        let (told, record) = watch::channel(Record::default());
+        let (orders, taken) = mpsc::channel(8);
+        let page = Page { openings, resume, longest_retry, told, orders: taken };
+        Self { record, orders, task: tokio::spawn(page.live()) }
+    }
+
+    pub fn record(&self) -> watch::Ref<'_, Record> {
+        self.record.borrow()
+    }
+
+    /// Waits until the record shows something.
+    pub async fn until(&self, what: &str, shown: impl FnMut(&Record) -> bool) {
+        let mut record = self.record.clone();
+        let result = timeout(PATIENCE, record.wait_for(shown)).await;
+        if !matches!(result, Ok(Ok(_))) {
+            drop(result);
+            let record = self.record();
+            let from = record.events.len().saturating_sub(5);
+            panic!(
+                "waited {PATIENCE:?} in vain: {what}; {} events, {} opened, {} refused, open: {}, given up: {:?}, last: {:#?}",
+                record.events.len(),
+                record.opened,
+                record.refused,
+                record.open,
+                record.given_up,
+                &record.events[from..]
+            );
+        }
+    }
+
+    /// Waits until a stream has told its place.
+    pub async fn ready(&self) {
+        self.until("ready", |record| record.named("ready").next().is_some()).await;
+    }
+
+    /// The link breaks now.
+    pub async fn cut(&self) {
+        self.orders.send(Order::Cut).await.expect("the browser has not given up");
+    }
+
+    /// Where to reconnect from now on. The present connection stays.
+    pub async fn aim(&self, openings: Vec<Opening>) {
+        self.orders.send(Order::Aim(openings)).await.expect("the browser has not given up");
+    }
+}
+
+impl Drop for Browser {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+struct Page {
+    openings: Vec<Opening>,
+    resume: Resume,
+    longest_retry: Duration,
+    told: watch::Sender<Record>,
+    orders: mpsc::Receiver<Order>,
+}
+
+impl Page {
+    async fn live(mut self) {
+        let mut turn = 0;
+        // What the page last put into its URL, and what the browser itself remembers.
+        let mut in_url: Option<String> = None;
+        loop {
+            let mut opening = self.openings[turn % self.openings.len()].clone();
+            let last_id = self.told.borrow().last_id().map(str::to_owned);
+            if let Some(id) = last_id {
+                let by_query = match self.resume {
+                    Resume::Header => false,
+                    Resume::Query => true,
+                    Resume::Alternately => turn % 2 == 1,
+                };
+                if by_query {
+                    in_url = Some(id);
+                } else {
+                    opening = opening.last_event_id(id);
+                }
+            }
+            if let Some(id) = &in_url {
+                opening = opening.last_event_id_in_query(id);
+            }
+            turn += 1;
+
+            match timeout(PATIENCE, opening.open()).await {
+                Ok(Ok(stream)) if stream.status == 200 => {
+                    self.told.send_modify(|record| {
+                        record.opened += 1;
+                        record.open = true;
+                    });
+                    if !self.watch(stream).await {
+                        return;
+                    }
+                    self.told.send_modify(|record| record.open = false);
+                }
+                Ok(Ok(stream)) => {
+                    self.told.send_modify(|record| record.given_up = Some(stream.status));
+                    return;
+                }
+                Ok(Err(_)) | Err(_) => self.told.send_modify(|record| record.refused += 1),
+            }
+            let retry = self.told.borrow().retry.unwrap_or(Duration::from_secs(3));
+            sleep(retry.min(self.longest_retry)).await;
+        }
+    }
+
+    /// Notes all that comes until the connection ends. `false`: the tab was closed.
+    async fn watch(&mut self, mut stream: Stream) -> bool {
+        loop {
+            tokio::select! {
+                block = stream.block() => match block {
+                    Ok(block) => self.told.send_modify(|record| match block {
+                        Block::Event(event) => {
+                            record.retry = stream.retry.or(record.retry);
+                            record.events.push(event);
+                        }
+                        Block::Comment => record.comments += 1,
+                        Block::Retry(retry) => record.retry = Some(retry),
+                    }),
+                    Err(_) => return true,
+                },
+                order = self.orders.recv() => match order {
+                    Some(Order::Cut) => return true,
+                    Some(Order::Aim(openings)) => self.openings = openings,
+                    None => return false,
+                },
+            }
+        }
+    }
+}
