@@ -1,0 +1,109 @@
+//! The comparison that the whole suite is about: what a browser saw is exactly its user's feed.
+
+use shared::{
+    cursor::{Cursor, Epoch, Seq},
+    event::kind,
+    ids::UserId,
+    test_support::sse::{Browser, Event},
+};
+use sqlx::PgPool;
+
+/// One user's feed as the database has it.
+#[derive(Debug)]
+pub struct Feed {
+    pub epoch: Epoch,
+    pub head: Seq,
+    /// As a browser would see it.
+    pub events: Vec<Event>,
+}
+
+impl Feed {
+    pub async fn read(sql: &PgPool, user: UserId) -> Self {
+        let (epoch, head): (i64, i64) =
+            sqlx::query_as("SELECT epoch, head_seq FROM feed_heads WHERE user_id = $1")
+                .bind(user.0)
+                .fetch_one(sql)
+                .await
+                .expect("every user has a head");
+        let epoch = Epoch::from_sql(epoch);
+        let rows: Vec<(i64, String, String)> =
+            sqlx::query_as("SELECT seq, kind, payload FROM feed WHERE user_id = $1 ORDER BY seq")
+                .bind(user.0)
+                .fetch_all(sql)
+                .await
+                .expect("the feed can be read");
+        let event = |(seq, name, data): (i64, String, String)| Event {
+            id: Some(Cursor { epoch, seq: seq.cast_unsigned() }.to_string()),
+            name: (name != kind::MESSAGE).then_some(name),
+            data,
+        };
+        Self { epoch, head: head.cast_unsigned(), events: rows.into_iter().map(event).collect() }
+    }
+
+    /// 1, 2, 3, … to the head.
+    pub fn assert_without_holes(&self) {
+        let numbers: Vec<_> = self.events.iter().map(number).collect();
+        let wanted: Vec<_> = (1..=self.head).collect();
+        assert_eq!(numbers, wanted, "the feed's numbers");
+    }
+
+    pub fn head_cursor(&self) -> String {
+        self.cursor(self.head)
+    }
+
+    pub fn cursor(&self, seq: Seq) -> String {
+        Cursor { epoch: self.epoch, seq }.to_string()
+    }
+
+    /// Every event after `after`, once, in order, byte for byte.
+    pub fn assert_is(&self, who: &str, seen: &[Event], after: Seq) {
+        let wanted: Vec<&Event> = self.events.iter().filter(|event| number(event) > after).collect();
+        let seen: Vec<&Event> = seen.iter().collect();
+        if wanted == seen {
+            return;
+        }
+        let at = wanted.iter().zip(&seen).take_while(|(wanted, seen)| wanted == seen).count();
+        panic!(
+            "{who}: saw {} events, the feed has {} after {after}; they part at event {at}\n wanted {:#?}\n saw {:#?}",
+            seen.len(),
+            wanted.len(),
+            wanted.get(at..wanted.len().min(at + 3)),
+            seen.get(at..seen.len().min(at + 3)),
+        );
+    }
+}
+
+fn number(event: &Event) -> Seq {
+    let id = event.id.as_deref().expect("an event of the feed has an id");
+    id.parse::<Cursor>().expect("ids are cursors").seq
+}
+
+/// Waits until a browser has all that there is now, then compares everything it ever saw with the feed after `after`;
+/// over all its connections, each of which must have begun exactly where the one before it ended.
+pub async fn assert_exact(sql: &PgPool, user: UserId, who: &str, browser: &Browser, after: Seq) {
+    let feed = Feed::read(sql, user).await;
+    if feed.head > after {
+        let head = feed.head_cursor();
+        browser
+            .until(&format!("{who} sees {head}"), |record| {
+                record.ledger().next_back().is_some_and(|event| event.id.as_deref() == Some(&head))
+            })
+            .await;
+    }
+    let record = browser.record();
+    let seen: Vec<Event> = record.ledger().cloned().collect();
+    feed.assert_is(who, &seen, after);
+    let mut place: Option<&str> = None;
+    for event in &record.events {
+        assert!(!event.is("resync"), "{who} was told to reload: {event:?}");
+        if event.is("ready") {
+            let data = event.json();
+            assert_eq!(data["cursor"].as_str(), event.id.as_deref(), "{who}: {event:?}");
+            assert_eq!(data["resumed"], place.is_some(), "{who}: {event:?}");
+            if place.is_some() {
+                assert_eq!(event.id.as_deref(), place, "{who} comes back to where it was");
+            }
+        }
+        place = event.id.as_deref().or(place);
+    }
+}

@@ -1,0 +1,248 @@
+//! One of our services as a real process on ports of its own: settings by environment, addresses from its log, signals
+//! from outside.
+
+use std::{
+    collections::BTreeMap,
+    io::{BufRead, BufReader, Read},
+    net::SocketAddr,
+    path::PathBuf,
+    process::{Command, ExitStatus, Stdio},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    thread::JoinHandle,
+    time::Duration,
+};
+
+use serde_json::Value;
+use shared::test_support::{
+    http::Client,
+    process::{Process, Signal},
+    soon,
+    sse::Opening,
+    until,
+};
+
+use crate::User;
+
+/// Lines kept of one service. A service that says more than this in one test is at fault.
+const LOG_LINES: usize = 200_000;
+
+/// Everything a process said.
+pub struct Log {
+    pub name: String,
+    lines: Mutex<Vec<String>>,
+}
+
+impl Log {
+    pub(crate) fn of(name: String) -> Self {
+        Self { name, lines: Mutex::default() }
+    }
+
+    pub fn lines(&self) -> MutexGuard<'_, Vec<String>> {
+        self.lines.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn follow(self: &Arc<Self>, pipe: impl Read + Send + 'static) -> JoinHandle<()> {
+        let log = self.clone();
+        std::thread::spawn(move || {
+            for line in BufReader::new(pipe).lines().map_while(Result::ok) {
+                let mut lines = log.lines();
+                if lines.len() < LOG_LINES {
+                    lines.push(line);
+                }
+            }
+        })
+    }
+}
+
+/// How to start one.
+#[derive(Clone)]
+pub struct Plan {
+    pub(crate) binary: PathBuf,
+    pub(crate) env: BTreeMap<String, String>,
+    pub(crate) log: Arc<Log>,
+}
+
+impl Plan {
+    /// Sets or replaces a setting.
+    pub fn env(mut self, name: &str, value: impl ToString) -> Self {
+        self.env.insert(name.into(), value.to_string());
+        self
+    }
+
+    /// Returns when it takes connections, which is before it is ready.
+    pub async fn start(self) -> Service {
+        let mut command = self.command();
+        let mut process = Process::start(&mut command).expect("the binary can be started");
+        let stdout = process.child().stdout.take().expect("stdout is piped");
+        let stderr = process.child().stderr.take().expect("stderr is piped");
+        let before = self.log.lines().len();
+        let readers = vec![self.log.follow(stdout), self.log.follow(stderr)];
+        let mut service =
+            Service { process, readers, plan: self, addresses: BTreeMap::new(), client: Client::default() };
+        soon("the service tells where it listens", service.listening(before)).await;
+        service
+    }
+
+    /// Returns when `/readyz` says yes.
+    pub async fn ready(self) -> Service {
+        let service = self.start().await;
+        service.until_ready().await;
+        service
+    }
+
+    /// Runs a subcommand to its end.
+    pub async fn run(&self, arguments: &[&str]) {
+        let mut process =
+            Process::start(self.command().args(arguments)).expect("the binary can be started");
+        let readers = [
+            self.log.follow(process.child().stdout.take().expect("stdout is piped")),
+            self.log.follow(process.child().stderr.take().expect("stderr is piped")),
+        ];
+        let status = soon("the command ends", process.wait()).await;
+        readers.into_iter().for_each(|reader| reader.join().expect("a reader does not panic"));
+        assert!(status.success(), "{} {arguments:?}: {status}: {:#?}", self.log.name, self.log.lines());
+    }
+
+    fn command(&self) -> Command {
+        let mut command = Command::new(&self.binary);
+        command.env_clear().envs(&self.env).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        command
+    }
+}
+
+pub struct Service {
+    process: Process,
+    readers: Vec<JoinHandle<()>>,
+    plan: Plan,
+    addresses: BTreeMap<String, SocketAddr>,
+    client: Client,
+}
+
+impl Service {
+    pub fn public(&self) -> SocketAddr {
+        self.addresses["public"]
+    }
+
+    pub fn internal(&self) -> SocketAddr {
+        self.addresses["internal"]
+    }
+
+    pub fn ops(&self) -> SocketAddr {
+        self.addresses["ops"]
+    }
+
+    pub fn url(&self, path: &str) -> String {
+        format!("http://{}{path}", self.public())
+    }
+
+    /// This user's stream at this gateway.
+    pub fn stream(&self, user: &User) -> Opening {
+        self.anonymous_stream().bearer(&user.token)
+    }
+
+    pub fn anonymous_stream(&self) -> Opening {
+        Opening::new(self.url("/api/messages"))
+    }
+
+    pub fn log(&self) -> &Log {
+        &self.plan.log
+    }
+
+    pub async fn is_ready(&self) -> bool {
+        self.ops_says("/readyz").await.is_some_and(|(status, _)| status == 200)
+    }
+
+    pub async fn until_ready(&self) {
+        until(&format!("{} is ready", self.plan.log.name), || self.is_ready()).await;
+    }
+
+    async fn ops_says(&self, path: &str) -> Option<(u16, String)> {
+        let answer = self.client.get(format!("http://{}{path}", self.ops())).send().await.ok()?;
+        Some((answer.status, answer.text()))
+    }
+
+    /// The sum over all lines of `/metrics` that begin so, whatever their labels.
+    pub async fn metric(&self, name: &str) -> f64 {
+        let (_, text) = self.ops_says("/metrics").await.expect("the ops listener answers");
+        let of_this = |line: &&str| line.starts_with(name) && line[name.len()..].starts_with(['{', ' ']);
+        text.lines().filter(of_this).filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok()).sum()
+    }
+
+    pub fn kill(&mut self) {
+        self.process.kill();
+    }
+
+    pub fn terminate(&mut self) {
+        self.process.signal(Signal::SIGTERM);
+    }
+
+    pub fn freeze(&mut self) {
+        self.process.signal(Signal::SIGSTOP);
+    }
+
+    pub fn thaw(&mut self) {
+        self.process.signal(Signal::SIGCONT);
+    }
+
+    pub fn ended(&mut self) -> Option<ExitStatus> {
+        self.process.ended()
+    }
+
+    pub async fn wait(&mut self) -> ExitStatus {
+        soon(&format!("{} ends", self.plan.log.name), self.process.wait()).await
+    }
+
+    /// Ends it the hard way and starts it again at the same addresses, as a supervisor would.
+    pub async fn restart(&mut self) {
+        self.kill();
+        let mut plan = self.plan.clone();
+        for (name, address) in &self.addresses {
+            let setting = match name.as_str() {
+                "public" => "LISTEN".to_owned(),
+                other => format!("{}_LISTEN", other.to_uppercase()),
+            };
+            plan.env.insert(setting, address.to_string());
+        }
+        *self = plan.start().await;
+    }
+
+    /// Resident memory in bytes.
+    pub fn memory(&self) -> u64 {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.process.id())).unwrap_or_default();
+        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap_or_default();
+        line.trim().trim_end_matches(" kB").parse::<u64>().map_or(0, |kilobytes| kilobytes * 1024)
+    }
+
+    async fn listening(&mut self, before: usize) {
+        let wanted: &[&str] = match self.plan.log.name.split('-').next() {
+            Some("api") => &["public", "internal", "ops"],
+            _ => &["public", "ops"],
+        };
+        while !wanted.iter().all(|name| self.addresses.contains_key(*name)) {
+            if let Some(status) = self.process.ended() {
+                std::thread::sleep(Duration::from_millis(100)); // Its last words are on the way.
+                panic!("{} ended with {status} at its start: {:#?}", self.plan.log.name, self.plan.log.lines());
+            }
+            for line in self.plan.log.lines().iter().skip(before) {
+                let Ok(line) = serde_json::from_str::<Value>(line) else { continue };
+                let (Some("listening"), Some(name), Some(address)) =
+                    (line["message"].as_str(), line["name"].as_str(), line["address"].as_str())
+                else {
+                    continue;
+                };
+                self.addresses.insert(name.into(), address.parse().expect("the log tells an address"));
+            }
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    }
+}
+
+impl Drop for Service {
+    /// Afterwards its log is complete.
+    fn drop(&mut self) {
+        self.process.kill();
+        for reader in self.readers.drain(..) {
+            let _ = reader.join();
+        }
+    }
+}

@@ -1,0 +1,334 @@
+//! One test's world: a database of its own, a channel prefix of its own, keys and secrets made for it. At its end it reads
+//! everything that its services said: no panic, no token, no message text.
+
+use std::{
+    collections::BTreeMap,
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicU32, Ordering},
+    },
+    time::Duration,
+};
+
+use base64::{Engine, engine::general_purpose::STANDARD};
+use serde_json::{Value, json};
+use shared::{
+    claims::{Claims, SigningKeys},
+    ids::{ConversationId, UserId},
+    test_support::{
+        http::{Answer, Client},
+        soon,
+    },
+};
+use sqlx::{
+    AssertSqlSafe, Connection, Executor, PgConnection, PgPool,
+    postgres::{PgConnectOptions, PgPoolOptions},
+};
+use tempfile::TempDir;
+
+use crate::{
+    Service,
+    service::{Log, Plan},
+    settings,
+};
+
+/// In every text that a test sends, and in no line of any log.
+const WHISPER: &str = "whispered";
+
+pub const ORIGIN: &str = "http://localhost:8080";
+
+static WORLDS: AtomicU32 = AtomicU32::new(0);
+
+pub struct World {
+    pub sql: PgPool,
+    pub client: Client,
+    database: Database,
+    redis_url: String,
+    prefix: String,
+    keys: TempDir,
+    signing: SigningKeys,
+    internal_secret: String,
+    logs: Mutex<Vec<Arc<Log>>>,
+    tokens: Mutex<Vec<String>>,
+    texts: AtomicU32,
+}
+
+/// Where the servers are and what was made there.
+struct Database {
+    admin_url: String,
+    name: String,
+}
+
+/// Somebody who is logged in.
+#[derive(Debug, Clone)]
+pub struct User {
+    pub id: UserId,
+    pub name: String,
+    pub token: String,
+    /// `name=value`.
+    pub cookie: String,
+}
+
+impl World {
+    /// On the suite's own Postgres and Redis.
+    pub async fn new() -> Self {
+        let redis_url = settings::server("REDIS_URL");
+        Self::on(settings::server("DATABASE_URL"), redis_url).await
+    }
+
+    /// On a Redis that the test may break.
+    pub async fn with_redis(redis_url: String) -> Self {
+        Self::on(settings::server("DATABASE_URL"), redis_url).await
+    }
+
+    /// On a Postgres that the test may break.
+    pub async fn with_postgres(admin_url: String) -> Self {
+        Self::on(admin_url, settings::server("REDIS_URL")).await
+    }
+
+    async fn on(admin_url: String, redis_url: String) -> Self {
+        let number = WORLDS.fetch_add(1, Ordering::Relaxed);
+        let name = format!("e2e_{}_{number}_{:08x}", std::process::id(), rand::random::<u32>());
+        let database = Database { admin_url, name };
+        database.create().await;
+        let options = database.options();
+        let sql = PgPoolOptions::new().max_connections(4).acquire_timeout(Duration::from_secs(30));
+        let keys = tempfile::tempdir().expect("a temporary folder");
+        let pem = private_key();
+        std::fs::write(keys.path().join("signing.pem"), &pem).expect("a file in our own folder");
+        let world = Self {
+            sql: sql.connect_lazy_with(options),
+            client: Client::default(),
+            prefix: format!("{}:", database.name),
+            database,
+            redis_url,
+            keys,
+            signing: SigningKeys::from_pems(ORIGIN, pem.as_bytes(), &[]).expect("a key that was just made"),
+            internal_secret: format!("{:032x}", rand::random::<u128>()),
+            logs: Mutex::default(),
+            tokens: Mutex::default(),
+            texts: AtomicU32::new(0),
+        };
+        world.api().run(&["migrate"]).await;
+        world
+    }
+
+    /// An api with the world's settings; change some, then start it.
+    pub fn api(&self) -> Plan {
+        let key = self.keys.path().join("signing.pem").display().to_string();
+        self.plan("api", "api")
+            .env("INTERNAL_LISTEN", "127.0.0.1:0")
+            .env("DATABASE_URL", self.database.url())
+            .env("DATABASE_POOL_SIZE", 5)
+            .env("SIGNING_KEY_FILES", key)
+            .env("DEV_LOGIN", true)
+    }
+
+    /// A gateway that asks this internal listener.
+    pub fn gateway(&self, internal: std::net::SocketAddr) -> Plan {
+        self.plan("gateway", "stream-gateway")
+            .env("API_INTERNAL_URL", format!("http://{internal}"))
+            .env("SUSPECT_RECONCILE_MILLIS", 200)
+    }
+
+    /// The usual pair, ready.
+    pub async fn pair(&self) -> (Service, Service) {
+        let api = self.api().ready().await;
+        let gateway = self.gateway(api.internal()).ready().await;
+        (api, gateway)
+    }
+
+    fn plan(&self, name: &str, binary: &str) -> Plan {
+        let mut logs = self.logs.lock().expect("no holder panics");
+        let log = Arc::new(Log::of(format!("{name}-{}", logs.len())));
+        logs.push(log.clone());
+        drop(logs);
+        Plan { binary: settings::binary(binary), env: BTreeMap::new(), log }
+            .env("LISTEN", "127.0.0.1:0")
+            .env("OPS_LISTEN", "127.0.0.1:0")
+            .env("ORIGIN", ORIGIN)
+            .env("REDIS_URL", &self.redis_url)
+            .env("CHANNEL_PREFIX", &self.prefix)
+            .env("INTERNAL_SECRET", &self.internal_secret)
+            .env("LOG_FORMAT", "json")
+            .env("LOG", "info,api=debug,stream_gateway=debug,shared=debug")
+            .env("RUST_BACKTRACE", 1)
+    }
+
+    /// A new user with a feed, not logged in.
+    pub async fn person(&self, name: &str) -> UserId {
+        let id = sqlx::query_scalar("INSERT INTO users (username) VALUES ($1) RETURNING id").bind(name);
+        UserId(id.fetch_one(&self.sql).await.expect("a new user"))
+    }
+
+    /// A new user, logged in by `api`.
+    pub async fn user(&self, api: &Service, name: &str) -> User {
+        let id = self.person(name).await;
+        let user = self.login(api, name).await;
+        assert_eq!(user.id, id);
+        user
+    }
+
+    /// Another session of somebody who exists.
+    pub async fn login(&self, api: &Service, name: &str) -> User {
+        let call = self.client.post(api.url("/api/login")).json(&json!({ "username": name }));
+        let answer = call.expect(200).await;
+        let body = answer.json();
+        let token = text(&body["token"]);
+        self.remember(&token);
+        let id = text(&body["authUser"]["id"]).parse().expect("an id");
+        User { id, name: name.into(), token, cookie: answer.cookie() }
+    }
+
+    /// Logs must not have it.
+    pub fn remember(&self, token: &str) {
+        self.tokens.lock().expect("no holder panics").push(token.to_owned());
+    }
+
+    /// The claims of a token that `api` made.
+    pub fn claims(&self, user: &User) -> Claims {
+        use shared::claims::Audience::{Api, Stream};
+        self.signing.verifier().verify(&user.token, &[Api, Stream]).expect("the world's own key signed it")
+    }
+
+    /// A token as `api` would sign it.
+    pub fn sign(&self, claims: &Claims) -> String {
+        let token = self.signing.sign(claims);
+        self.remember(&token);
+        token
+    }
+
+    pub fn internal_secret(&self) -> &str {
+        &self.internal_secret
+    }
+
+    /// A text that was never sent before.
+    pub fn text(&self) -> String {
+        format!("{WHISPER} {}", self.texts.fetch_add(1, Ordering::Relaxed))
+    }
+
+    /// The conversation of two users, made if they have none.
+    pub async fn conversation(&self, api: &Service, from: &User, with: &User) -> ConversationId {
+        let call = self.client.post(api.url("/api/conversations")).bearer(&from.token);
+        let answer = call.json(&json!({ "username": with.name })).send().await.expect("an answer");
+        match answer.status {
+            201 => text(&answer.json()["id"]).parse().expect("an id"),
+            302 => {
+                let location = answer.header("location").expect("a redirect says where to");
+                location.rsplit('/').next().and_then(|id| id.parse().ok()).expect("an id at the end")
+            }
+            other => panic!("{other}: {}", answer.text()),
+        }
+    }
+
+    /// Posts one message where it is certain to be accepted.
+    pub async fn say(&self, api: &Service, from: &User, conversation: ConversationId) -> Value {
+        let url = api.url(&format!("/api/conversations/{conversation}/messages"));
+        let call = self.client.post(url).bearer(&from.token).json(&json!({ "content": self.text() }));
+        call.expect(201).await.json()
+    }
+
+    /// Posts one message as a careful client does: with a key, again and again, at any of these replicas in turn, until
+    /// one accepts it.
+    pub async fn say_until_accepted(
+        &self,
+        apis: &[String],
+        from: &User,
+        conversation: ConversationId,
+        key: &str,
+    ) -> Value {
+        let body = json!({ "content": self.text() });
+        let accepted = async {
+            let start = usize::from(key.bytes().next_back().unwrap_or_default());
+            for turn in start.. {
+                let url = format!("{}/api/conversations/{conversation}/messages", apis[turn % apis.len()]);
+                let call = self.client.post(url).bearer(&from.token).header("idempotency-key", key).json(&body);
+                match call.send().await {
+                    Ok(answer) if answer.status == 201 => return answer.json(),
+                    Ok(Answer { status: 429 | 500 | 502 | 503, .. }) | Err(_) => {
+                        tokio::time::sleep(Duration::from_millis(30)).await;
+                    }
+                    Ok(answer) => panic!("{}: {}", answer.status, answer.text()),
+                }
+            }
+            unreachable!("the turns do not end")
+        };
+        soon("the message is accepted", accepted).await
+    }
+}
+
+fn text(value: &Value) -> String {
+    value.as_str().unwrap_or_else(|| panic!("{value} is not a string")).to_owned()
+}
+
+/// An Ed25519 key in PKCS#8, by its fixed prefix (RFC 8410).
+fn private_key() -> String {
+    let prefix = [0x30, 0x2e, 2, 1, 0, 0x30, 5, 6, 3, 0x2b, 0x65, 0x70, 4, 0x22, 4, 0x20];
+    let der: Vec<u8> = prefix.into_iter().chain(rand::random::<[u8; 32]>()).collect();
+    format!("-----BEGIN PRIVATE KEY-----\n{}\n-----END PRIVATE KEY-----\n", STANDARD.encode(der))
+}
+
+impl Database {
+    fn options(&self) -> PgConnectOptions {
+        let options: PgConnectOptions = self.admin_url.parse().expect("DATABASE_URL is a Postgres URL");
+        options.database(&self.name)
+    }
+
+    /// The same server and options, with our own database's name as the path.
+    fn url(&self) -> String {
+        let (address, options) = self.admin_url.split_once('?').unwrap_or((&self.admin_url, ""));
+        let (scheme, rest) = address.split_once("://").expect("DATABASE_URL is a URL");
+        let authority = rest.split('/').next().unwrap_or_default();
+        format!("{scheme}://{authority}/{}?{options}", self.name)
+    }
+
+    async fn create(&self) {
+        let mut admin = PgConnection::connect(&self.admin_url).await.expect("the Postgres of DATABASE_URL answers");
+        let create = AssertSqlSafe(format!("CREATE DATABASE {}", self.name));
+        admin.execute(create).await.expect("DATABASE_URL may create databases");
+    }
+
+    async fn drop(&self) -> Result<(), sqlx::Error> {
+        let mut admin = PgConnection::connect(&self.admin_url).await?;
+        admin.execute(AssertSqlSafe(format!("DROP DATABASE IF EXISTS {} WITH (FORCE)", self.name))).await?;
+        Ok(())
+    }
+
+    /// From a thread of its own, because this is called where nothing can be awaited.
+    fn drop_now(&self) {
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+                let runtime = runtime.expect("a runtime");
+                // The test may have killed the server; then there is nothing to tidy.
+                let _ = runtime.block_on(tokio::time::timeout(Duration::from_secs(20), self.drop()));
+            });
+        });
+    }
+}
+
+impl Drop for World {
+    fn drop(&mut self) {
+        self.database.drop_now();
+        let logs = std::mem::take(&mut *self.logs.lock().expect("no holder panics"));
+        if std::thread::panicking() {
+            #[expect(clippy::print_stdout, reason = "the test runner shows it under the failed test's name")]
+            for log in &logs {
+                let lines = log.lines();
+                let from = lines.len().saturating_sub(100);
+                println!("--- {}: the last of {} lines", log.name, lines.len());
+                lines[from..].iter().for_each(|line| println!("{line}"));
+            }
+            return;
+        }
+        let tokens = std::mem::take(&mut *self.tokens.lock().expect("no holder panics"));
+        for log in &logs {
+            for line in log.lines().iter() {
+                assert!(!line.contains("panicked"), "{}: {line}", log.name);
+                assert!(!line.contains(WHISPER), "a message's text in the log of {}: {line}", log.name);
+                assert!(!line.contains(&self.internal_secret), "the internal secret in the log of {}", log.name);
+                assert!(!tokens.iter().any(|token| line.contains(token)), "a token in the log of {}: {line}", log.name);
+            }
+        }
+    }
+}
