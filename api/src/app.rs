@@ -1,0 +1,144 @@
+//! Wires it all, runs on given listeners, stops in order.
+
+use std::{sync::Arc, time::Duration};
+
+use anyhow::Context as _;
+use shared::{
+    ops,
+    server::{self, Limits},
+};
+use sqlx::{Connection, PgConnection, postgres::PgConnectOptions};
+use tokio::{net::TcpListener, time::timeout};
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    commands::Context,
+    config::{Addresses, Config},
+    http::{self, Api, Edge, auth::Auth},
+    metrics::Metrics,
+    publisher::publisher,
+    readiness::{self, Judgement},
+    store::{Database, schema},
+};
+
+/// For Postgres to be there when the service starts, and for its answer to the first question.
+const START_TIMEOUT: Duration = Duration::from_secs(30);
+/// For what is still queued for Redis when the service stops.
+const FLUSH_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// Bound sockets. Port 0 is allowed: ask them for their addresses.
+pub struct Listeners {
+    pub public: TcpListener,
+    pub internal: TcpListener,
+    pub ops: TcpListener,
+}
+
+impl Listeners {
+    pub fn bind(addresses: Addresses) -> anyhow::Result<Self> {
+        let bind = |name, address| {
+            server::bind(address).with_context(|| format!("cannot listen on {name} {address}"))
+        };
+        Ok(Self {
+            public: bind("LISTEN", addresses.public)?,
+            internal: bind("INTERNAL_LISTEN", addresses.internal)?,
+            ops: bind("OPS_LISTEN", addresses.ops)?,
+        })
+    }
+}
+
+/// Applies what is missing of the schema.
+pub async fn migrate(postgres: PgConnectOptions) -> anyhow::Result<()> {
+    let mut connection = connect(&postgres).await?;
+    schema::migrate(&mut connection).await.context("cannot migrate")?;
+    tracing::info!(migrations = schema::MIGRATIONS.iter().count(), "the schema is current");
+    connection.close().await.context("cannot close the connection")
+}
+
+/// Serves until `stop`, then ends in order: unready, still serving while the word spreads; then no new connections, requests
+/// in progress finish; then what they caused is published.
+pub async fn run(config: Config, listeners: Listeners, stop: CancellationToken) -> anyhow::Result<()> {
+    let mut connection = connect(&config.database).await?;
+    schema::require_current(&mut connection).await?;
+    let _ = connection.close().await;
+
+    let (metrics, registry) = Metrics::new();
+    let database = Database::new(config.database.clone(), config.database_pool_size);
+    let (publisher, worker) = publisher(config.redis, config.channels, metrics.clone());
+    let judgement = Judgement::new();
+    let api = Arc::new(Api {
+        context: Context { database: database.clone(), publisher },
+        auth: Auth::new(config.keys, config.origin, config.token_lifetime),
+        dev_login: config.dev_login,
+        internal_secret: config.internal_secret,
+        metrics: metrics.clone(),
+    });
+
+    // Each is stopped after those that need it.
+    let stop_serving = CancellationToken::new();
+    let stop_publishing = CancellationToken::new();
+    let stop_ops = CancellationToken::new();
+
+    let watching =
+        readiness::watch(config.database, database.clone(), metrics.clone(), judgement.clone(), stop.clone());
+    let watching = tokio::spawn(watching);
+    let publishing = tokio::spawn(worker.run(stop_publishing.clone()));
+
+    let limits = Limits { stop: config.shutdown_grace, ..Limits::default() };
+    let edge = |routes| Edge::new(warp::service(routes), metrics.clone());
+    for (name, listener) in
+        [("public", &listeners.public), ("internal", &listeners.internal), ("ops", &listeners.ops)]
+    {
+        tracing::info!(name, address = %listener.local_addr()?, "listening");
+    }
+    let public =
+        server::serve(listeners.public, edge(http::public(api.clone())), limits, stop_serving.clone());
+    let internal =
+        server::serve(listeners.internal, edge(http::internal(api.clone())), limits, stop_serving.clone());
+    let operators = ops::routes(registry, move || judgement.get());
+    let operators = server::serve(listeners.ops, warp::service(operators), limits, stop_ops.clone());
+    let public = tokio::spawn(public);
+    let internal = tokio::spawn(internal);
+    let operators = tokio::spawn(operators);
+    drop(api);
+
+    stop.cancelled().await;
+    tokio::time::sleep(config.shutdown_wait).await;
+    tracing::info!("no new connections");
+    stop_serving.cancel();
+    public.await.context("the public listener failed")?;
+    internal.await.context("the internal listener failed")?;
+    stop_publishing.cancel();
+    if timeout(FLUSH_TIMEOUT, publishing).await.is_err() {
+        tracing::warn!("Redis did not take the last events in time");
+    }
+    watching.await.context("the readiness watch failed")?;
+    stop_ops.cancel();
+    operators.await.context("the operators' listener failed")?;
+    database.pool().close().await;
+    tracing::info!("stopped");
+    Ok(())
+}
+
+/// Waits for Postgres for a while: at a common start it may come up later than we.
+async fn connect(postgres: &PgConnectOptions) -> anyhow::Result<PgConnection> {
+    let patient = async {
+        loop {
+            match timeout(Duration::from_secs(3), PgConnection::connect_with(postgres)).await {
+                Ok(Ok(connection)) => return Ok(connection),
+                Ok(Err(error @ sqlx::Error::Io(_))) => {
+                    tracing::warn!(%error, "Postgres cannot be reached yet")
+                }
+                Ok(Err(sqlx::Error::Database(error))) if error.code().as_deref() == Some("57P03") => {
+                    tracing::warn!("Postgres is starting up");
+                }
+                Ok(Err(error)) => return Err(error),
+                Err(_) => tracing::warn!("Postgres does not answer yet"),
+            }
+            tokio::time::sleep(Duration::from_millis(500)).await;
+        }
+    };
+    match timeout(START_TIMEOUT, patient).await {
+        Ok(result) => result.context("cannot connect to Postgres"),
+        Err(_) => anyhow::bail!("Postgres could not be reached for {} seconds", START_TIMEOUT.as_secs()),
+    }
+}

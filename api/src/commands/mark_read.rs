@@ -1,0 +1,42 @@
+//! A user has read a conversation, up to a message.
+
+use shared::ids::{ConversationId, MessageId};
+use thiserror::Error;
+
+use super::{Actor, CommandError, Context, to_its_end};
+use crate::store::{
+    Trace,
+    messages::{self, Read},
+};
+
+#[derive(Debug, Error)]
+#[error("no conversation of the reader")]
+pub struct NoConversation;
+
+/// Up to the message `to`, or to the last one there is.
+pub async fn mark_read(
+    context: &Context,
+    actor: Actor,
+    conversation: ConversationId,
+    to: Option<MessageId>,
+    trace: Trace,
+) -> Result<(), CommandError<NoConversation>> {
+    let Context { database, publisher } = context.clone();
+    to_its_end(async move {
+        let read = database
+            .run(async |connection| {
+                messages::mark_read(connection, actor.session, actor.user, conversation, to, &trace).await
+            })
+            .await?;
+        Ok(match read {
+            Read::Moved(events) => {
+                publisher.publish(events);
+                Ok(())
+            }
+            Read::Unmoved => Ok(()),
+            Read::NoConversation => Err(CommandError::Refused(NoConversation)),
+            Read::NoSession => Err(CommandError::NoSession),
+        })
+    })
+    .await?
+}

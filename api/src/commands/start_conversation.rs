@@ -1,0 +1,53 @@
+//! A user starts a conversation with another one.
+
+use serde_json::value::RawValue;
+use shared::ids::ConversationId;
+use thiserror::Error;
+
+use super::{Actor, CommandError, Context, to_its_end};
+use crate::store::{
+    Trace,
+    conversations::{self, Started},
+};
+
+#[derive(Debug)]
+pub enum Outcome {
+    /// As the starter was told by the event: the same JSON.
+    Created(ConversationId, Box<RawValue>),
+    Exists(ConversationId),
+}
+
+#[derive(Debug, Error)]
+pub enum Refusal {
+    #[error("nobody has this name")]
+    NoUser,
+    #[error("the name is the caller's own")]
+    Oneself,
+}
+
+pub async fn start_conversation(
+    context: &Context,
+    actor: Actor,
+    username: String,
+    trace: Trace,
+) -> Result<Outcome, CommandError<Refusal>> {
+    let Context { database, publisher } = context.clone();
+    to_its_end(async move {
+        let started = database
+            .run(async |connection| {
+                conversations::start(connection, actor.session, actor.user, &username, &trace).await
+            })
+            .await?;
+        Ok(match started {
+            Started::Created(id, seen, events) => {
+                publisher.publish(events);
+                Ok(Outcome::Created(id, seen))
+            }
+            Started::Exists(id) => Ok(Outcome::Exists(id)),
+            Started::NoUser => Err(CommandError::Refused(Refusal::NoUser)),
+            Started::Oneself => Err(CommandError::Refused(Refusal::Oneself)),
+            Started::NoSession => Err(CommandError::NoSession),
+        })
+    })
+    .await?
+}

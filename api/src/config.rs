@@ -1,0 +1,212 @@
+//! Every setting, typed, read once, checked together.
+
+use std::{fs, net::SocketAddr, path::PathBuf, str::FromStr, time::Duration};
+
+use clap::{Args, Parser, Subcommand};
+use shared::{
+    channels::Channels,
+    claims::SigningKeys,
+    config::{Origin, Problems},
+    telemetry::LogFormat,
+};
+use sqlx::postgres::PgConnectOptions;
+use tracing_subscriber::EnvFilter;
+
+use crate::store::feed::Keep;
+
+/// The REST API of the messenger: owns Postgres, tells Redis.
+///
+/// Every setting is a flag and an environment variable of the same name.
+#[derive(Debug, Parser)]
+#[command(version, about, long_about)]
+pub struct Cli {
+    #[command(subcommand)]
+    pub command: Option<Command>,
+    #[command(flatten)]
+    pub settings: Settings,
+}
+
+#[derive(Debug, Clone, Copy, Subcommand)]
+pub enum Command {
+    /// Answer requests (this is also what happens without a command)
+    Serve,
+    /// Apply what is missing of the schema, then end
+    Migrate,
+}
+
+/// As given: texts, so that all of them can be checked before anything is said.
+#[derive(Debug, Clone, Args)]
+pub struct Settings {
+    /// Where clients come in, through the ingress
+    #[arg(long, env, global = true, default_value = "127.0.0.1:8080", value_name = "ADDRESS")]
+    pub listen: String,
+    /// Where gateways ask; never routed from outside
+    #[arg(long, env, global = true, default_value = "127.0.0.1:8081", value_name = "ADDRESS")]
+    pub internal_listen: String,
+    /// Where operators look: /livez, /readyz, /metrics; never routed from outside
+    #[arg(long, env, global = true, default_value = "127.0.0.1:8082", value_name = "ADDRESS")]
+    pub ops_listen: String,
+    /// Where browsers find the product: `https://host`, no path. Issuer of tokens; cookies are for https only if it is
+    #[arg(long, env, global = true, default_value = "http://localhost:8080", value_name = "ORIGIN")]
+    pub origin: String,
+    /// Postgres, as `postgres://user:password@host:port/database`
+    #[arg(long, env, global = true, hide_env_values = true, value_name = "URL")]
+    pub database_url: Option<String>,
+    /// Connections to Postgres, at most
+    #[arg(long, env, global = true, default_value = "16", value_name = "NUMBER")]
+    pub database_pool_size: String,
+    /// Redis, as `redis://host:port`
+    #[arg(long, env, global = true, hide_env_values = true, value_name = "URL")]
+    pub redis_url: Option<String>,
+    /// In front of every Redis channel; the same for gateways
+    #[arg(long, env, global = true, default_value = "", value_name = "TEXT")]
+    pub channel_prefix: String,
+    /// Ed25519 private keys (PKCS#8 PEM), comma-separated: the first signs tokens, all are accepted and published
+    #[arg(long, env, global = true, value_name = "FILES")]
+    pub signing_key_files: Option<String>,
+    /// Shared with gateways, at least 32 characters
+    #[arg(long, env, global = true, hide_env_values = true, value_name = "TEXT")]
+    pub internal_secret: Option<String>,
+    /// Let anybody log in as anybody by name: for development, refused unless ORIGIN is a loopback host
+    #[arg(long, env, global = true, default_value = "false", value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
+    pub dev_login: String,
+    /// How long a session lives from its last refresh, and the longest life of a token
+    #[arg(long, env, global = true, default_value = "1209600", value_name = "SECONDS")]
+    pub token_lifetime_seconds: String,
+    /// Events older than this may be deleted; a client away for longer reloads
+    #[arg(long, env, global = true, default_value = "30", value_name = "DAYS")]
+    pub feed_keep_days: String,
+    /// Of one user's events, older ones than this many may be deleted
+    #[arg(long, env, global = true, default_value = "10000", value_name = "NUMBER")]
+    pub feed_keep_events: String,
+    /// After SIGTERM: how long to be unready and still serve, until nobody sends new requests here
+    #[arg(long, env, global = true, default_value = "5", value_name = "SECONDS")]
+    pub shutdown_wait_seconds: String,
+    /// After that: how long requests in progress may take to end
+    #[arg(long, env, global = true, default_value = "10", value_name = "SECONDS")]
+    pub shutdown_grace_seconds: String,
+    /// What is logged, in the form of tracing directives: `info`, `info,api=debug`
+    #[arg(long, env, global = true, default_value = "info", value_name = "DIRECTIVES")]
+    pub log: String,
+    /// `human` or `json`
+    #[arg(long, env, global = true, default_value = "human", value_name = "FORMAT")]
+    pub log_format: String,
+}
+
+/// How to log.
+#[derive(Debug)]
+pub struct Logging {
+    pub filter: EnvFilter,
+    pub format: LogFormat,
+}
+
+/// Where to listen.
+#[derive(Debug, Clone, Copy)]
+pub struct Addresses {
+    pub public: SocketAddr,
+    pub internal: SocketAddr,
+    pub ops: SocketAddr,
+}
+
+/// What a running service needs.
+pub struct Config {
+    pub origin: Origin,
+    pub database: PgConnectOptions,
+    pub database_pool_size: u32,
+    pub redis: redis::Client,
+    pub channels: Channels,
+    pub keys: SigningKeys,
+    pub internal_secret: String,
+    pub dev_login: bool,
+    pub token_lifetime: Duration,
+    pub keep: Keep,
+    pub shutdown_wait: Duration,
+    pub shutdown_grace: Duration,
+}
+
+const DAY: u64 = 24 * 60 * 60;
+/// The contract's longest life of a token.
+const LONGEST_TOKEN: u64 = 14 * DAY;
+
+impl Settings {
+    pub fn for_serving(&self) -> Result<(Config, Addresses, Logging), Problems> {
+        let mut problems = Problems::default();
+        let logging = self.logging(&mut problems);
+        let public = problems.parse("LISTEN", &self.listen);
+        let internal = problems.parse("INTERNAL_LISTEN", &self.internal_listen);
+        let ops = problems.parse("OPS_LISTEN", &self.ops_listen);
+        let origin = problems.origin("ORIGIN", &self.origin);
+        let database = self.database(&mut problems);
+        let database_pool_size = problems
+            .number("DATABASE_POOL_SIZE", &self.database_pool_size, 1, 1_000)
+            .and_then(|size| u32::try_from(size).ok());
+        let redis =
+            problems.require("REDIS_URL", self.redis_url.as_deref()).map(str::to_owned).and_then(|url| {
+                redis::Client::open(url).map_err(|_| problems.add("REDIS_URL cannot be read")).ok()
+            });
+        let keys = self.keys(&mut problems);
+        let internal_secret = problems.secret("INTERNAL_SECRET", self.internal_secret.as_deref());
+        let dev_login = problems.parse::<bool>("DEV_LOGIN", &self.dev_login);
+        if dev_login == Some(true) && origin.as_ref().is_some_and(|origin| !origin.is_loopback()) {
+            problems.add("DEV_LOGIN lets anybody in as anybody, and ORIGIN is not a loopback host");
+        }
+        let token_lifetime =
+            problems.seconds("TOKEN_LIFETIME_SECONDS", &self.token_lifetime_seconds, 60, LONGEST_TOKEN);
+        let keep_days = problems.number("FEED_KEEP_DAYS", &self.feed_keep_days, 1, 3_650);
+        let keep_events = problems.number("FEED_KEEP_EVENTS", &self.feed_keep_events, 1, 1_000_000_000);
+        let wait = problems.seconds("SHUTDOWN_WAIT_SECONDS", &self.shutdown_wait_seconds, 0, 600);
+        let grace = problems.seconds("SHUTDOWN_GRACE_SECONDS", &self.shutdown_grace_seconds, 1, 600);
+        let channels = Channels::new(self.channel_prefix.clone());
+        problems.finish(|| {
+            let config = Config {
+                origin: origin?,
+                database: database?,
+                database_pool_size: database_pool_size?,
+                redis: redis?,
+                channels,
+                keys: keys?,
+                internal_secret: internal_secret?,
+                dev_login: dev_login?,
+                token_lifetime: token_lifetime?,
+                keep: Keep { age: Duration::from_secs(keep_days? * DAY), events: keep_events? },
+                shutdown_wait: wait?,
+                shutdown_grace: grace?,
+            };
+            Some((config, Addresses { public: public?, internal: internal?, ops: ops? }, logging?))
+        })
+    }
+
+    pub fn for_migrating(&self) -> Result<(PgConnectOptions, Logging), Problems> {
+        let mut problems = Problems::default();
+        let logging = self.logging(&mut problems);
+        let database = self.database(&mut problems);
+        problems.finish(|| Some((database?, logging?)))
+    }
+
+    fn logging(&self, problems: &mut Problems) -> Option<Logging> {
+        let filter = problems.parse("LOG", &self.log);
+        let format = problems.parse("LOG_FORMAT", &self.log_format);
+        Some(Logging { filter: filter?, format: format? })
+    }
+
+    fn database(&self, problems: &mut Problems) -> Option<PgConnectOptions> {
+        let url = problems.require("DATABASE_URL", self.database_url.as_deref())?;
+        // The parser's own message can repeat a part of the URL, and with it the password.
+        PgConnectOptions::from_str(url).map_err(|_| problems.add("DATABASE_URL cannot be read")).ok()
+    }
+
+    fn keys(&self, problems: &mut Problems) -> Option<SigningKeys> {
+        let files = problems.require("SIGNING_KEY_FILES", self.signing_key_files.as_deref())?.to_owned();
+        let mut pems = Vec::new();
+        for file in files.split(',').map(|file| PathBuf::from(file.trim())) {
+            match fs::read(&file) {
+                Ok(pem) => pems.push(pem),
+                Err(error) => problems.add(format!("SIGNING_KEY_FILES: {}: {error}", file.display())),
+            }
+        }
+        let (first, others) = pems.split_first()?;
+        SigningKeys::from_pems(&self.origin, first, others)
+            .map_err(|error| problems.add(format!("SIGNING_KEY_FILES: {error}")))
+            .ok()
+    }
+}

@@ -1,0 +1,190 @@
+//! A message: what may be said, and how it is tidied before it is kept.
+
+use chrono::{DateTime, Utc};
+use serde::Serialize;
+use shared::ids::{ConversationId, MessageId};
+use thiserror::Error;
+
+/// A message, as its reader sees it: `mine` is relative.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Message {
+    pub id: MessageId,
+    pub content: String,
+    /// Left out where the place says it: inside lists and conversations.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub conversation_id: Option<ConversationId>,
+    #[serde(serialize_with = "super::time")]
+    pub created_at: DateTime<Utc>,
+    pub mine: bool,
+}
+
+/// The text of a message: tidy, not empty, not too long.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Content(String);
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
+pub enum ContentError {
+    #[error("Message content required")]
+    Required,
+    #[error("Message too long. {} max", Content::MAX_CODE_POINTS)]
+    TooLong,
+    /// Postgres cannot hold it, and nobody means to send it.
+    #[error("Message must not contain the character U+0000")]
+    Nul,
+}
+
+impl Content {
+    pub const MAX_CODE_POINTS: usize = 480;
+
+    /// Tidies line by line, then measures. What is invisible but no white space (U+200B, …) is somebody's text and stays.
+    pub fn normalise(text: &str) -> Result<Self, ContentError> {
+        let mut tidy = String::with_capacity(text.len());
+        for line in text.split('\n') {
+            let line = collapse(line);
+            let line = line.trim();
+            if line.is_empty() {
+                continue;
+            }
+            if !tidy.is_empty() {
+                tidy.push('\n');
+            }
+            tidy.push_str(line);
+        }
+        if tidy.is_empty() {
+            return Err(ContentError::Required);
+        }
+        if tidy.chars().nth(Self::MAX_CODE_POINTS).is_some() {
+            return Err(ContentError::TooLong);
+        }
+        if tidy.contains('\0') {
+            return Err(ContentError::Nul);
+        }
+        Ok(Self(tidy))
+    }
+
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+/// Every run of tab, form feed, carriage return and space becomes one space. Other white space means something and stays.
+fn collapse(line: &str) -> String {
+    let mut collapsed = String::with_capacity(line.len());
+    let mut in_run = false;
+    for c in line.chars() {
+        let blank = matches!(c, '\t' | '\x0c' | '\r' | ' ');
+        if !blank {
+            collapsed.push(c);
+        } else if !in_run {
+            collapsed.push(' ');
+        }
+        in_run = blank;
+    }
+    collapsed
+}
+
+/// What a client calls one send, so that repeating it makes no second message.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct IdempotencyKey(String);
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
+#[error("Idempotency-Key must be 1 to 128 visible ASCII characters")]
+pub struct BadIdempotencyKey;
+
+impl IdempotencyKey {
+    pub fn parse(bytes: &[u8]) -> Result<Self, BadIdempotencyKey> {
+        if !(1..=128).contains(&bytes.len()) || !bytes.iter().all(u8::is_ascii_graphic) {
+            return Err(BadIdempotencyKey);
+        }
+        Ok(Self(bytes.iter().copied().map(char::from).collect()))
+    }
+
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn normalised(text: &str) -> Result<String, ContentError> {
+        Content::normalise(text).map(|content| content.0)
+    }
+
+    #[test]
+    fn every_row_of_the_contract_holds() {
+        for (input, result) in [
+            ("  hello \t  world ", "hello world"),
+            ("a\r\n\r\n\n b", "a\nb"),
+            ("a\rb", "a b"),
+            ("a\x0cb", "a b"),
+            ("x\u{a0}\u{a0}y\u{a0}", "x\u{a0}\u{a0}y"),
+            ("\u{b}a\u{b}b\u{b}", "a\u{b}b"),
+            ("\u{85}a\u{2028}b\u{2029}", "a\u{2028}b"),
+            ("\u{200b}", "\u{200b}"),
+        ] {
+            assert_eq!(normalised(input).as_deref(), Ok(result), "{input:?}");
+        }
+        for nothing in ["", " \n \t ", "\u{a0}\n\u{2003}", "\r\n\r\n"] {
+            assert_eq!(normalised(nothing), Err(ContentError::Required), "{nothing:?}");
+        }
+        assert!(normalised(&"😀".repeat(480)).is_ok());
+        assert_eq!(normalised(&"é".repeat(481)), Err(ContentError::TooLong));
+        assert_eq!(normalised("a\0b"), Err(ContentError::Nul));
+    }
+
+    #[test]
+    fn length_is_measured_after_tidying() {
+        let padded = format!("{}{}", " ".repeat(1000), "a\n\n".repeat(240));
+        assert_eq!(normalised(&padded).unwrap().chars().count(), 479);
+    }
+
+    /// Everything that the rules look at, and some that they must not touch.
+    fn text() -> impl Strategy<Value = String> {
+        let special = "[\t\u{c}\r \n\u{b}\u{85}\u{a0}\u{2028}\u{2029}\u{200b}\u{feff}ab😀\u{0}]{0,600}";
+        prop_oneof![special, ".{0,600}"]
+    }
+
+    proptest! {
+        #[test]
+        fn tidy_text_stays_as_it_is(text in text()) {
+            if let Ok(tidy) = normalised(&text) {
+                prop_assert_eq!(normalised(&tidy), Ok(tidy));
+            }
+        }
+
+        #[test]
+        fn nothing_but_white_space_is_lost_or_added(text in text()) {
+            let solid = |text: &str| text.chars().filter(|c| !c.is_whitespace()).collect::<String>();
+            if let Ok(tidy) = normalised(&text) {
+                prop_assert_eq!(solid(&tidy), solid(&text));
+            }
+        }
+
+        #[test]
+        fn each_line_is_trimmed_not_empty_and_without_runs(text in text()) {
+            if let Ok(tidy) = normalised(&text) {
+                prop_assert!((1..=480).contains(&tidy.chars().count()));
+                prop_assert!(!tidy.contains(['\t', '\x0c', '\r', '\0']) && !tidy.contains("  "));
+                for line in tidy.split('\n') {
+                    prop_assert!(!line.is_empty());
+                    prop_assert_eq!(line.trim(), line);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_key_is_1_to_128_visible_ascii_characters() {
+        for good in ["a", "!~", &"k".repeat(128)] {
+            assert_eq!(IdempotencyKey::parse(good.as_bytes()).unwrap().as_str(), good);
+        }
+        for bad in ["", " ", "a b", "é", "a\t", "\x7f", &"k".repeat(129)] {
+            assert!(IdempotencyKey::parse(bad.as_bytes()).is_err(), "{bad:?}");
+        }
+    }
+}

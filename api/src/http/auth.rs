@@ -1,0 +1,209 @@
+//! Who is calling: a token from the `Authorization` header, else from the session cookie; signed by us, and of a session
+//! that still lives. And where from: a cookie is sent by whatever page asks, so then the page must be ours.
+
+use std::time::Duration;
+
+use chrono::{DateTime, Utc};
+use http::{HeaderMap, HeaderValue, Method, header};
+use shared::{
+    claims::{Audience, Claims, KeySet, SigningKeys},
+    config::Origin,
+    cursor::Cursor,
+    ids::UserId,
+};
+
+use super::{error::ApiError, request::Inbound};
+use crate::{
+    commands::Actor,
+    domain::user::User,
+    store::{
+        Database,
+        sessions::{self, Session},
+    },
+};
+
+const COOKIE: &str = "session";
+
+pub struct Auth {
+    keys: SigningKeys,
+    verifier: KeySet,
+    origin: Origin,
+    lifetime: Duration,
+}
+
+/// A caller whose token is good; whether the session lives is asked next, alone or as a part of a command.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Credential {
+    pub(super) actor: Actor,
+    by_cookie: bool,
+}
+
+/// A caller whose session lives.
+#[derive(Debug)]
+pub(super) struct Caller {
+    pub(super) actor: Actor,
+    pub(super) user: User,
+    /// Their place in their feed, before anything else was read.
+    pub(super) cursor: Cursor,
+}
+
+/// What a login gives.
+pub(super) struct Token {
+    pub(super) text: String,
+    pub(super) expires_at: DateTime<Utc>,
+}
+
+impl Auth {
+    pub fn new(keys: SigningKeys, origin: Origin, lifetime: Duration) -> Self {
+        let verifier = keys.verifier();
+        Self { keys, verifier, origin, lifetime }
+    }
+
+    /// How long a session lives without being refreshed.
+    pub(super) fn lifetime(&self) -> Duration {
+        self.lifetime
+    }
+
+    pub(super) fn jwks(&self) -> &impl serde::Serialize {
+        self.keys.jwks()
+    }
+
+    /// A token for exactly as long as its session.
+    pub(super) fn issue(&self, user: UserId, session: Session) -> Token {
+        // Whole seconds, rounded down: never past the session.
+        let exp = session.expires_at.timestamp();
+        let claims = Claims {
+            sub: user,
+            sid: session.id,
+            iat: Utc::now().timestamp(),
+            exp,
+            aud: Audience::Api,
+            iss: self.keys.issuer().to_owned(),
+            session_exp: None,
+        };
+        let expires_at = DateTime::from_timestamp(exp, 0).expect("it came from a timestamp");
+        Token { text: self.keys.sign(&claims), expires_at }
+    }
+
+    pub(super) fn cookie(&self, token: &Token) -> HeaderValue {
+        let age = (token.expires_at - Utc::now()).num_seconds().max(0);
+        let secure = if self.origin.is_https() { "; Secure" } else { "" };
+        let cookie =
+            format!("{COOKIE}={}; Path=/; Max-Age={age}; HttpOnly; SameSite=Lax{secure}", token.text);
+        HeaderValue::from_str(&cookie).expect("a token is base64 and dots")
+    }
+
+    /// What can be said of the caller without asking the database. A bad credential is not made up for by another one.
+    pub(super) fn credential(&self, headers: &HeaderMap) -> Result<Credential, ApiError> {
+        let (token, by_cookie) = match bearer(headers)? {
+            Some(token) => (token, false),
+            None => (cookie(headers).ok_or(ApiError::Unauthorized)?, true),
+        };
+        let claims = self.verifier.verify(token, &[Audience::Api]).map_err(|error| {
+            tracing::debug!(reason = %error, "token refused");
+            ApiError::Unauthorized
+        })?;
+        Ok(Credential { actor: Actor { user: claims.sub, session: claims.sid }, by_cookie })
+    }
+
+    /// 401, then 403: the whole question, in one query.
+    pub(super) async fn caller(&self, database: &Database, inbound: &Inbound) -> Result<Caller, ApiError> {
+        let credential = self.credential(&inbound.headers)?;
+        let actor = credential.actor;
+        let found = database
+            .run(async |connection| sessions::caller(connection, actor.session, actor.user).await)
+            .await?;
+        let (user, cursor) = found.ok_or(ApiError::Unauthorized)?;
+        self.check_origin(credential, inbound)?;
+        Ok(Caller { actor, user, cursor })
+    }
+
+    /// For commands, whose own statement asks whether the session lives: one round trip less. When the request is refused
+    /// before it gets there, the question is asked now, because 401 goes before whatever `input` says.
+    pub(super) async fn or_unauthorized<T>(
+        &self,
+        database: &Database,
+        credential: Credential,
+        input: Result<T, ApiError>,
+    ) -> Result<T, ApiError> {
+        if input.is_err() {
+            let actor = credential.actor;
+            let live = database
+                .run(async |connection| sessions::is_live(connection, actor.session, actor.user).await)
+                .await?;
+            if !live {
+                return Err(ApiError::Unauthorized);
+            }
+        }
+        input
+    }
+
+    /// 403: a cookie proves who sends, not who meant it.
+    pub(super) fn check_origin(&self, credential: Credential, inbound: &Inbound) -> Result<(), ApiError> {
+        if !credential.by_cookie {
+            return Ok(());
+        }
+        let reads = matches!(inbound.method, Method::GET | Method::HEAD);
+        let ours = match inbound.headers.get(header::ORIGIN) {
+            Some(origin) => origin.as_bytes() == self.origin.as_str().as_bytes(),
+            None => reads || inbound.headers.get("sec-fetch-site").is_some_and(|site| site == "same-origin"),
+        };
+        if ours { Ok(()) } else { Err(ApiError::ForeignOrigin) }
+    }
+}
+
+/// The token of the `Authorization` header. A header of another form is a bad credential, not an absent one.
+fn bearer(headers: &HeaderMap) -> Result<Option<&str>, ApiError> {
+    let mut values = headers.get_all(header::AUTHORIZATION).iter();
+    let Some(value) = values.next() else { return Ok(None) };
+    let only = values.next().is_none();
+    let value = value.to_str().ok().filter(|_| only).ok_or(ApiError::Unauthorized)?;
+    let (scheme, token) = value.split_once(' ').ok_or(ApiError::Unauthorized)?;
+    if !scheme.eq_ignore_ascii_case("bearer") {
+        return Err(ApiError::Unauthorized);
+    }
+    Ok(Some(token.trim()))
+}
+
+fn cookie(headers: &HeaderMap) -> Option<&str> {
+    headers
+        .get_all(header::COOKIE)
+        .iter()
+        .filter_map(|value| value.to_str().ok())
+        .flat_map(|value| value.split(';'))
+        .find_map(|pair| pair.trim().strip_prefix(COOKIE)?.strip_prefix('='))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn headers(name: header::HeaderName, values: &[&str]) -> HeaderMap {
+        values.iter().map(|value| (name.clone(), HeaderValue::from_str(value).unwrap())).collect()
+    }
+
+    #[test]
+    fn only_a_bearer_header_names_a_token() {
+        let bearer_of = |values: &[&str]| {
+            bearer(&headers(header::AUTHORIZATION, values))
+                .map(|token| token.map(str::to_owned))
+                .map_err(|_| ())
+        };
+        assert_eq!(bearer_of(&[]), Ok(None));
+        assert_eq!(bearer_of(&["Bearer a.b.c"]), Ok(Some("a.b.c".into())));
+        assert_eq!(bearer_of(&["bEARER  a.b.c"]), Ok(Some("a.b.c".into())));
+        for bad in [&["Basic a"][..], &["Bearer"], &[""], &["a.b.c"], &["Bearer a", "Bearer b"]] {
+            assert_eq!(bearer_of(bad), Err(()), "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn the_session_cookie_is_found_among_others() {
+        let cookie_of = |values: &[&str]| cookie(&headers(header::COOKIE, values)).map(str::to_owned);
+        assert_eq!(cookie_of(&["a=b; session=x.y.z; c=d"]), Some("x.y.z".into()));
+        assert_eq!(cookie_of(&["a=b", "session=x"]), Some("x".into()));
+        for none in [&[][..], &["sessions=x"], &["mysession=x"], &["session"]] {
+            assert_eq!(cookie_of(none), None, "{none:?}");
+        }
+    }
+}

@@ -1,0 +1,147 @@
+//! What all requests and answers have in common, around the routes: the request's id, its span in the logs, the headers of
+//! every answer, the completion of problems, the metrics.
+
+use std::{
+    convert::Infallible,
+    pin::Pin,
+    task::{Context, Poll},
+    time::Instant,
+};
+
+use http::{HeaderMap, HeaderName, HeaderValue, Request, header};
+use shared::problem::Problem;
+use tower_service::Service;
+use tracing::Instrument;
+use uuid::Uuid;
+use warp::reply::Response;
+
+use super::Label;
+use crate::{metrics::Metrics, store::Trace};
+
+const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+
+/// The routes, as the accept loop serves them.
+#[derive(Clone)]
+pub struct Edge<S> {
+    routes: S,
+    metrics: Metrics,
+}
+
+impl<S> Edge<S> {
+    pub fn new(routes: S, metrics: Metrics) -> Self {
+        Self { routes, metrics }
+    }
+}
+
+impl<S, B> Service<Request<B>> for Edge<S>
+where
+    S: Service<Request<B>, Response = Response, Error = Infallible>,
+    S::Future: Send + 'static,
+{
+    type Response = Response;
+    type Error = Infallible;
+    type Future = Pin<Box<dyn Future<Output = Result<Response, Infallible>> + Send>>;
+
+    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
+        self.routes.poll_ready(cx)
+    }
+
+    fn call(&mut self, mut request: Request<B>) -> Self::Future {
+        let began = Instant::now();
+        let trace = trace(request.headers());
+        let request_id = trace.request_id.clone();
+        let method = request.method().clone();
+        // The path and nothing of the query, which may hold a token.
+        let span =
+            tracing::info_span!("request", request.id = %request_id, %method, path = request.uri().path());
+        request.extensions_mut().insert(trace);
+        let answer = span.in_scope(|| self.routes.call(request));
+        let metrics = self.metrics.clone();
+        let work = async move {
+            let Ok(response) = answer.await;
+            let route = response.extensions().get::<Label>().map_or("none", |label| label.0);
+            let response = finish(response, &request_id);
+            let (status, took) = (response.status().as_u16(), began.elapsed());
+            metrics.answered(route, &method, status, took);
+            tracing::debug!(route, status, took_ms = took.as_secs_f64() * 1e3, "answered");
+            Ok(response)
+        };
+        Box::pin(work.instrument(span))
+    }
+}
+
+fn trace(headers: &HeaderMap) -> Trace {
+    let given = headers.get(REQUEST_ID).and_then(|id| id.to_str().ok()).filter(|id| is_request_id(id));
+    let request_id = given.map_or_else(|| Uuid::new_v4().simple().to_string(), str::to_owned);
+    let traceparent = headers.get("traceparent").and_then(|value| value.to_str().ok());
+    Trace { request_id, traceparent: traceparent.filter(|value| is_traceparent(value)).map(str::to_owned) }
+}
+
+fn is_request_id(text: &str) -> bool {
+    (1..=64).contains(&text.len())
+        && text.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'_' | b'-'))
+}
+
+/// W3C Trace Context, version 00: `00-<32 hex>-<16 hex>-<2 hex>`, neither id all zeros.
+fn is_traceparent(text: &str) -> bool {
+    let hex = |part: &str, length| {
+        part.len() == length && part.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'))
+    };
+    let [version, trace, span, flags] = text.split('-').collect::<Vec<_>>()[..] else { return false };
+    let zeros = |part: &str| part.bytes().all(|b| b == b'0');
+    version == "00" && hex(trace, 32) && hex(span, 16) && hex(flags, 2) && !zeros(trace) && !zeros(span)
+}
+
+/// The answer as it leaves: a problem gets its body, and every answer its headers.
+fn finish(mut response: Response, request_id: &str) -> Response {
+    if let Some(mut problem) = response.extensions_mut().remove::<Problem>() {
+        problem.request_id = request_id.to_owned();
+        let (parts, _) = response.into_parts();
+        response = problem.into_response();
+        response.headers_mut().extend(parts.headers);
+    }
+    let headers = response.headers_mut();
+    let id = HeaderValue::from_str(request_id).expect("letters, digits, dashes");
+    headers.insert(REQUEST_ID, id);
+    headers.insert(header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
+    headers.insert(header::REFERRER_POLICY, HeaderValue::from_static("no-referrer"));
+    headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));
+    response
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_well_formed_request_id_is_kept_and_any_other_replaced() {
+        let id_for = |given: &str| {
+            let mut headers = HeaderMap::new();
+            headers.insert(REQUEST_ID, HeaderValue::from_bytes(given.as_bytes()).unwrap());
+            trace(&headers).request_id
+        };
+        for good in ["a", "A-b_9", &"x".repeat(64)] {
+            assert_eq!(id_for(good), good);
+        }
+        for bad in ["", "a b", "a.b", "é", &"x".repeat(65)] {
+            assert_ne!(id_for(bad), bad);
+            assert!(is_request_id(&id_for(bad)));
+        }
+    }
+
+    #[test]
+    fn only_a_well_formed_traceparent_is_passed_on() {
+        assert!(is_traceparent("00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"));
+        for bad in [
+            "",
+            "00",
+            "01-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01",
+            "00-0AF7651916CD43DD8448EB211C80319C-b7ad6b7169203331-01",
+            "00-00000000000000000000000000000000-b7ad6b7169203331-01",
+            "00-0af7651916cd43dd8448eb211c80319c-0000000000000000-01",
+            "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01-x",
+        ] {
+            assert!(!is_traceparent(bad), "{bad}");
+        }
+    }
+}

@@ -1,0 +1,106 @@
+//! How a failure is answered. Nothing else knows that a failure has a status, a code and a sentence.
+
+use http::{HeaderValue, StatusCode, header};
+use shared::problem::Problem;
+use warp::reply::Response;
+
+use crate::{commands::CommandError, store::StoreError};
+
+#[derive(Debug)]
+pub(super) enum ApiError {
+    /// Code and sentence.
+    NotFound(&'static str, &'static str),
+    /// What is allowed instead.
+    MethodNotAllowed(&'static str),
+    ContentType,
+    Unauthorized,
+    ForeignOrigin,
+    /// Code and sentence.
+    Forbidden(&'static str, &'static str),
+    BodyTooLarge,
+    BodyTooSlow,
+    BadBody(String),
+    /// Field and sentence.
+    Unacceptable(&'static str, String),
+    Store(StoreError),
+}
+
+impl ApiError {
+    pub(super) const NOT_FOUND: Self = Self::NotFound("not_found", "Not found");
+    pub(super) const NO_USER: Self = Self::NotFound("user_not_found", "User not found");
+    pub(super) const NO_CONVERSATION: Self =
+        Self::NotFound("conversation_not_found", "Conversation not found");
+
+    pub(super) fn unacceptable(field: &'static str, sentence: impl Into<String>) -> Self {
+        Self::Unacceptable(field, sentence.into())
+    }
+
+    /// A response whose problem still lacks the request's id: the edge, which knows it, completes it.
+    pub(super) fn into_response(self) -> Response {
+        let (status, code, message) = match &self {
+            Self::NotFound(code, sentence) => (StatusCode::NOT_FOUND, *code, (*sentence).to_owned()),
+            Self::MethodNotAllowed(_) => {
+                (StatusCode::METHOD_NOT_ALLOWED, "method_not_allowed", "Method not allowed".into())
+            }
+            Self::ContentType => (
+                StatusCode::UNSUPPORTED_MEDIA_TYPE,
+                "unsupported_media_type",
+                "Content type of application/json required".into(),
+            ),
+            Self::Unauthorized => (StatusCode::UNAUTHORIZED, "unauthorized", "Unauthorized".into()),
+            Self::ForeignOrigin => (StatusCode::FORBIDDEN, "foreign_origin", "Origin not allowed".into()),
+            Self::Forbidden(code, sentence) => (StatusCode::FORBIDDEN, *code, (*sentence).to_owned()),
+            Self::BodyTooLarge => (StatusCode::PAYLOAD_TOO_LARGE, "body_too_large", "Body too large".into()),
+            Self::BodyTooSlow => {
+                (StatusCode::REQUEST_TIMEOUT, "body_too_slow", "The body did not arrive in time".into())
+            }
+            Self::BadBody(sentence) => (StatusCode::BAD_REQUEST, "bad_body", sentence.clone()),
+            Self::Unacceptable(_, sentence) => {
+                (StatusCode::UNPROCESSABLE_ENTITY, "unacceptable", sentence.clone())
+            }
+            Self::Store(StoreError::Unavailable(_)) => {
+                (StatusCode::SERVICE_UNAVAILABLE, "unavailable", "Service unavailable, try again soon".into())
+            }
+            Self::Store(StoreError::Fault(_)) => {
+                (StatusCode::INTERNAL_SERVER_ERROR, "internal", "Internal server error".into())
+            }
+        };
+        let mut problem = Problem::new(status, code, message, "");
+        let mut extra = None;
+        match self {
+            Self::MethodNotAllowed(allow) => extra = Some((header::ALLOW, allow)),
+            Self::Unauthorized => extra = Some((header::WWW_AUTHENTICATE, "Bearer")),
+            Self::Unacceptable(field, sentence) => {
+                problem.errors.insert(field.into(), sentence);
+            }
+            Self::Store(StoreError::Unavailable(reason)) => {
+                tracing::warn!(reason, "the database is not available");
+                extra = Some((header::RETRY_AFTER, "1"));
+            }
+            Self::Store(StoreError::Fault(error)) => tracing::error!(%error, "a request failed"),
+            _ => {}
+        }
+        let mut response = super::empty(status);
+        if let Some((name, value)) = extra {
+            response.headers_mut().insert(name, HeaderValue::from_static(value));
+        }
+        response.extensions_mut().insert(problem);
+        response
+    }
+}
+
+impl From<StoreError> for ApiError {
+    fn from(error: StoreError) -> Self {
+        Self::Store(error)
+    }
+}
+
+impl<R: std::error::Error + Into<ApiError>> From<CommandError<R>> for ApiError {
+    fn from(error: CommandError<R>) -> Self {
+        match error {
+            CommandError::NoSession => Self::Unauthorized,
+            CommandError::Refused(refusal) => refusal.into(),
+            CommandError::Store(error) => Self::Store(error),
+        }
+    }
+}

@@ -1,0 +1,68 @@
+//! What gateways ask: where feeds end, and what follows a place. On a listener of its own, behind a shared secret.
+
+use std::sync::Arc;
+
+use http::{StatusCode, header};
+use shared::feed::{HeadsAnswer, HeadsRequest, MAX_PAIRS, RangesAnswer, RangesRequest, authorization};
+use subtle::ConstantTimeEq;
+use warp::Filter;
+
+use super::{
+    Answer, Api, Resource,
+    error::ApiError,
+    json, otherwise,
+    request::{Inbound, inbound},
+    with,
+};
+use crate::store::{feed, sessions};
+
+/// The largest question: every pair and every session, with room for longer names of things.
+const BODY_LIMIT: usize = 512 * 1024;
+
+pub(super) fn heads(api: &Arc<Api>) -> Resource {
+    let path = warp::path!("internal" / "feed" / "heads").boxed();
+    let post = path.clone().and(warp::post()).and(inbound()).and(with(api)).then(post_heads);
+    post.or(path.and(otherwise("POST"))).unify().boxed()
+}
+
+async fn post_heads(mut inbound: Inbound, api: Arc<Api>) -> Answer {
+    require_secret(&inbound, &api)?;
+    let asked: HeadsRequest = inbound.json(BODY_LIMIT).await?;
+    require_few(asked.users.len())?;
+    require_few(asked.sessions.len())?;
+    let (heads, ended) = api
+        .context
+        .database
+        .run(async |connection| {
+            let heads = feed::heads(connection, &asked.users).await?;
+            Ok((heads, sessions::ended(connection, &asked.sessions).await?))
+        })
+        .await?;
+    Ok(json(StatusCode::OK, &HeadsAnswer { heads, ended }))
+}
+
+pub(super) fn ranges(api: &Arc<Api>) -> Resource {
+    let path = warp::path!("internal" / "feed" / "ranges").boxed();
+    let post = path.clone().and(warp::post()).and(inbound()).and(with(api)).then(post_ranges);
+    post.or(path.and(otherwise("POST"))).unify().boxed()
+}
+
+async fn post_ranges(mut inbound: Inbound, api: Arc<Api>) -> Answer {
+    require_secret(&inbound, &api)?;
+    let asked: RangesRequest = inbound.json(BODY_LIMIT).await?;
+    require_few(asked.ranges.len())?;
+    let ranges =
+        api.context.database.run(async |connection| feed::ranges(connection, &asked.ranges).await).await?;
+    Ok(json(StatusCode::OK, &RangesAnswer { ranges }))
+}
+
+fn require_secret(inbound: &Inbound, api: &Api) -> Result<(), ApiError> {
+    let expected = authorization(&api.internal_secret);
+    let given = inbound.headers.get(header::AUTHORIZATION).map_or(&b""[..], |value| value.as_bytes());
+    // In constant time: how long a refusal takes says nothing about how much of a guess was right.
+    if bool::from(given.ct_eq(expected.as_bytes())) { Ok(()) } else { Err(ApiError::Unauthorized) }
+}
+
+fn require_few(pairs: usize) -> Result<(), ApiError> {
+    if pairs <= MAX_PAIRS { Ok(()) } else { Err(ApiError::BadBody(format!("More than {MAX_PAIRS} at once"))) }
+}

@@ -1,0 +1,127 @@
+//! HTTP: the route tables, and what every request and answer has in common. Handlers are thin: they read the request in the
+//! contract's order of checks, ask a command or the store, and say the result.
+//!
+//! A rejection means "not my route" and nothing else. Each path ends in its own 405; what no path takes is the one 404.
+
+pub mod auth;
+mod conversations;
+mod edge;
+mod error;
+mod internal;
+mod login;
+mod messages;
+mod request;
+mod users;
+
+use std::sync::Arc;
+
+use http::{StatusCode, header};
+use serde::Serialize;
+use shared::feed;
+use warp::{Filter, filters::BoxedFilter, reply::Response};
+
+pub use edge::Edge;
+
+use crate::{commands::Context, metrics::Metrics};
+use auth::Auth;
+use error::ApiError;
+
+/// What handlers work with.
+pub struct Api {
+    pub context: Context,
+    pub auth: Auth,
+    pub dev_login: bool,
+    pub internal_secret: String,
+    pub metrics: Metrics,
+}
+
+/// How every handler ends.
+type Answer = Result<Response, ApiError>;
+/// All methods of one path.
+type Resource = BoxedFilter<(Answer,)>;
+
+/// The listener that clients reach.
+pub fn public(api: Arc<Api>) -> BoxedFilter<(Response,)> {
+    let a = &api;
+    one_of([
+        at("/api/login", login::login(a)),
+        at("/api/refresh_token", login::refresh_token(a)),
+        at("/api/auth_user", users::auth_user(a)),
+        at("/api/usernames", users::usernames(a)),
+        at("/api/conversations", conversations::conversations(a)),
+        at("/api/conversations/{id}", conversations::conversation(a)),
+        at("/api/conversations/{id}/other_participant", conversations::other_participant(a)),
+        at("/api/conversations/{id}/messages", messages::messages(a)),
+        at("/api/conversations/{id}/read_messages", messages::read_messages(a)),
+        at(feed::JWKS_PATH, login::jwks(a)),
+    ])
+}
+
+/// The listener that gateways ask.
+pub fn internal(api: Arc<Api>) -> BoxedFilter<(Response,)> {
+    let a = &api;
+    one_of([
+        at(feed::HEADS_PATH, internal::heads(a)),
+        at(feed::RANGES_PATH, internal::ranges(a)),
+        at(feed::JWKS_PATH, login::jwks(a)),
+    ])
+}
+
+fn one_of<const N: usize>(routes: [BoxedFilter<(Response,)>; N]) -> BoxedFilter<(Response,)> {
+    let nowhere = warp::any().map(|| ApiError::NOT_FOUND.into_response()).boxed();
+    routes.into_iter().rev().fold(nowhere, |rest, route| route.or(rest).unify().boxed())
+}
+
+/// Which route answered, for metrics and logs.
+#[derive(Debug, Clone, Copy)]
+struct Label(&'static str);
+
+fn at(label: &'static str, resource: Resource) -> BoxedFilter<(Response,)> {
+    resource
+        .map(move |answer: Answer| {
+            let mut response = answer.unwrap_or_else(ApiError::into_response);
+            response.extensions_mut().insert(Label(label));
+            response
+        })
+        .boxed()
+}
+
+/// HEAD is served wherever GET is: the same handler, of whose answer hyper sends the head.
+fn read() -> impl Filter<Extract = (), Error = warp::Rejection> + Copy {
+    warp::get().or(warp::head()).unify()
+}
+
+/// The end of each path: it is known, but not with this method.
+fn otherwise(allow: &'static str) -> BoxedFilter<(Answer,)> {
+    warp::any().map(move || Err(ApiError::MethodNotAllowed(allow))).boxed()
+}
+
+fn with(
+    api: &Arc<Api>,
+) -> impl Filter<Extract = (Arc<Api>,), Error = std::convert::Infallible> + Clone + use<> {
+    let api = api.clone();
+    warp::any().map(move || api.clone())
+}
+
+fn json<T: Serialize>(status: StatusCode, value: &T) -> Response {
+    let body = serde_json::to_vec(value).expect("answers are strings, numbers and lists of them");
+    let mut response = Response::new(body.into());
+    *response.status_mut() = status;
+    let form = header::HeaderValue::from_static("application/json; charset=utf-8");
+    response.headers_mut().insert(header::CONTENT_TYPE, form);
+    response
+}
+
+fn empty(status: StatusCode) -> Response {
+    let mut response = Response::new(warp::hyper::body::Bytes::new().into());
+    *response.status_mut() = status;
+    response
+}
+
+/// The header that tells a reader's place in their feed before what they read.
+fn with_cursor(mut response: Response, cursor: shared::cursor::Cursor) -> Response {
+    let value =
+        header::HeaderValue::from_str(&cursor.to_string()).expect("a cursor is digits, letters and a dash");
+    response.headers_mut().insert("stream-cursor", value);
+    response
+}

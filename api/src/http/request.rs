@@ -1,0 +1,158 @@
+//! A request, read piece by piece as the contract's order of checks wants it: first what its head says, last its body,
+//! which is bounded in size and time.
+
+use std::{convert::Infallible, pin::Pin, str::FromStr, time::Duration};
+
+use bytes::{Buf, Bytes};
+use futures_util::{Stream, StreamExt};
+use http::{HeaderMap, Method, header};
+use serde::{
+    Deserialize, Deserializer,
+    de::{DeserializeOwned, MapAccess, Visitor, value::MapAccessDeserializer},
+};
+use tokio::time::timeout;
+use warp::Filter;
+
+use super::error::ApiError;
+use crate::store::Trace;
+
+/// The contract's limit for a client's body.
+pub(super) const BODY_LIMIT: usize = 16 * 1024;
+/// For a whole body to arrive.
+const BODY_TIME: Duration = Duration::from_secs(10);
+/// How much of a body that is too large is read and thrown away, so that the client reads our answer and not a reset.
+const DRAIN_LIMIT: usize = 1024 * 1024;
+const DRAIN_TIME: Duration = Duration::from_secs(1);
+
+type Chunks = Pin<Box<dyn Stream<Item = Result<Bytes, warp::Error>> + Send + Sync>>;
+
+pub(super) struct Inbound {
+    pub(super) method: Method,
+    pub(super) headers: HeaderMap,
+    pub(super) trace: Trace,
+    query: String,
+    body: Chunks,
+}
+
+pub(super) fn inbound() -> impl Filter<Extract = (Inbound,), Error = warp::Rejection> + Copy {
+    let query = warp::query::raw().or(warp::any().map(String::new)).unify();
+    warp::method()
+        .and(warp::header::headers_cloned())
+        .and(warp::ext::get::<Trace>())
+        .and(query)
+        .and(warp::body::stream())
+        .map(|method, headers, trace, query, body| Inbound {
+            method,
+            headers,
+            trace,
+            query,
+            body: boxed(body),
+        })
+}
+
+fn boxed<B: Buf>(body: impl Stream<Item = Result<B, warp::Error>> + Send + Sync + 'static) -> Chunks {
+    Box::pin(body.map(|chunk| chunk.map(|mut chunk| chunk.copy_to_bytes(chunk.remaining()))))
+}
+
+impl Inbound {
+    /// One query parameter, decoded; the first of that name. An empty one is an absent one.
+    pub(super) fn query(&self, name: &str) -> Option<String> {
+        form_urlencoded::parse(self.query.as_bytes())
+            .find(|(key, value)| key == name && !value.is_empty())
+            .map(|(_, value)| value.into_owned())
+    }
+
+    /// 415, before anything is asked about the caller.
+    pub(super) fn require_json(&self) -> Result<(), ApiError> {
+        let value =
+            self.headers.get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok()).unwrap_or_default();
+        let essence = value.split(';').next().unwrap_or_default().trim();
+        if essence.eq_ignore_ascii_case("application/json") { Ok(()) } else { Err(ApiError::ContentType) }
+    }
+
+    /// The body as JSON: an object of this shape.
+    pub(super) async fn json<T: DeserializeOwned>(&mut self, limit: usize) -> Result<T, ApiError> {
+        let body = timeout(BODY_TIME, self.body(limit)).await.map_err(|_| ApiError::BodyTooSlow)??;
+        // Text that is skipped while parsing would not be looked at.
+        let text = std::str::from_utf8(&body).map_err(|error| {
+            ApiError::BadBody(format!("The body is not UTF-8 from byte {} on", error.valid_up_to()))
+        })?;
+        serde_json::from_str::<Object<T>>(text).map(|object| object.0).map_err(|error| {
+            let (line, column) = (error.line(), error.column());
+            ApiError::BadBody(match error.classify() {
+                serde_json::error::Category::Data => {
+                    format!("The body does not have the right shape at line {line}, column {column}")
+                }
+                _ => format!("The body is not JSON at line {line}, column {column}"),
+            })
+        })
+    }
+
+    async fn body(&mut self, limit: usize) -> Result<Vec<u8>, ApiError> {
+        let announced =
+            self.headers.get(header::CONTENT_LENGTH).and_then(|value| value.to_str().ok()?.parse().ok());
+        if announced.is_some_and(|length: u64| length > limit as u64) {
+            return Err(self.too_large().await);
+        }
+        let mut body = Vec::new();
+        while let Some(chunk) = self.body.next().await {
+            let chunk = chunk.map_err(|_| ApiError::BadBody("The body broke off".into()))?;
+            if body.len() + chunk.len() > limit {
+                return Err(self.too_large().await);
+            }
+            body.extend_from_slice(&chunk);
+        }
+        Ok(body)
+    }
+
+    async fn too_large(&mut self) -> ApiError {
+        let drain = async {
+            let mut drained = 0;
+            while let Some(Ok(chunk)) = self.body.next().await {
+                drained += chunk.len();
+                if drained > DRAIN_LIMIT {
+                    break;
+                }
+            }
+        };
+        // However that ends, the answer is the same.
+        let _ = timeout(DRAIN_TIME, drain).await;
+        ApiError::BodyTooLarge
+    }
+}
+
+/// A JSON object. Derived code alone would take an array of the values as well.
+struct Object<T>(T);
+
+impl<'de, T: Deserialize<'de>> Deserialize<'de> for Object<T> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Members<T>(std::marker::PhantomData<T>);
+        impl<'de, T: Deserialize<'de>> Visitor<'de> for Members<T> {
+            type Value = T;
+            fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                f.write_str("an object")
+            }
+            fn visit_map<A: MapAccess<'de>>(self, members: A) -> Result<T, A::Error> {
+                T::deserialize(MapAccessDeserializer::new(members))
+            }
+        }
+        deserializer.deserialize_map(Members(std::marker::PhantomData)).map(Self)
+    }
+}
+
+/// An id in a path. One that is no id is part of a known path all the same, and is answered like one that does not exist.
+pub(super) struct PathId<T>(Option<T>);
+
+impl<T: FromStr> FromStr for PathId<T> {
+    type Err = Infallible;
+
+    fn from_str(segment: &str) -> Result<Self, Infallible> {
+        Ok(Self(segment.parse().ok()))
+    }
+}
+
+impl<T> PathId<T> {
+    pub(super) fn or(self, missing: ApiError) -> Result<T, ApiError> {
+        self.0.ok_or(missing)
+    }
+}

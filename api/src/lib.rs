@@ -1,0 +1,13 @@
+//! The API of the messenger: the only writer of Postgres. What it answers is committed; what is committed is in the feed of
+//! everybody it concerns, numbered without holes; and it is announced in Redis, at best at once and otherwise never: gateways
+//! ask the internal listener for what they have not heard.
+
+pub mod app;
+pub mod commands;
+pub mod config;
+pub mod domain;
+pub mod http;
+pub mod metrics;
+pub mod publisher;
+pub mod readiness;
+pub mod store;

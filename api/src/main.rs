@@ -1,0 +1,40 @@
+//! Settings, logs, run: nothing to test.
+
+use std::process::ExitCode;
+
+use api::{
+    app::{self, Listeners},
+    config::{Cli, Command},
+};
+use clap::Parser;
+use shared::{lifecycle, telemetry};
+
+#[tokio::main]
+async fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let result = match cli.command.unwrap_or(Command::Serve) {
+        Command::Serve => serve(&cli).await,
+        Command::Migrate => migrate(&cli).await,
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            // Logging may not have started yet, and whoever starts a service looks here first.
+            eprintln!("api: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+async fn serve(cli: &Cli) -> anyhow::Result<()> {
+    let (config, addresses, logging) = cli.settings.for_serving()?;
+    telemetry::start(logging.filter, logging.format);
+    let stop = lifecycle::stop_on_signal()?;
+    app::run(config, Listeners::bind(addresses)?, stop).await
+}
+
+async fn migrate(cli: &Cli) -> anyhow::Result<()> {
+    let (postgres, logging) = cli.settings.for_migrating()?;
+    telemetry::start(logging.filter, logging.format);
+    app::migrate(postgres).await
+}

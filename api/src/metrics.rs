@@ -1,0 +1,105 @@
+//! Every metric of this service.
+
+use std::{sync::Arc, time::Duration};
+
+use prometheus_client::{
+    encoding::EncodeLabelSet,
+    metrics::{
+        counter::Counter,
+        family::Family,
+        gauge::Gauge,
+        histogram::{Histogram, exponential_buckets},
+    },
+    registry::{Registry, Unit},
+};
+
+#[derive(Clone)]
+pub struct Metrics {
+    requests: Family<Request, Counter>,
+    latency: Family<Route, Histogram, fn() -> Histogram>,
+    pub published: Counter,
+    pub publish_dropped: Family<Dropped, Counter>,
+    pub redis_connected: Gauge,
+    pub pool_connections: Gauge,
+    pub pool_idle: Gauge,
+    pub feed_pruned: Counter,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Request {
+    route: &'static str,
+    method: &'static str,
+    status: u16,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Route {
+    route: &'static str,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct Dropped {
+    pub reason: &'static str,
+}
+
+impl Metrics {
+    pub fn new() -> (Self, Arc<Registry>) {
+        let latency: fn() -> Histogram = || Histogram::new(exponential_buckets(0.0005, 2.0, 15));
+        let metrics = Self {
+            requests: Family::default(),
+            latency: Family::new_with_constructor(latency),
+            published: Counter::default(),
+            publish_dropped: Family::default(),
+            redis_connected: Gauge::default(),
+            pool_connections: Gauge::default(),
+            pool_idle: Gauge::default(),
+            feed_pruned: Counter::default(),
+        };
+        let mut registry = Registry::with_prefix("api");
+        registry.register("http_requests", "Answered requests", metrics.requests.clone());
+        registry.register_with_unit(
+            "http_request_duration",
+            "From the whole request head to the answer",
+            Unit::Seconds,
+            metrics.latency.clone(),
+        );
+        registry.register("published_events", "Events that Redis took", metrics.published.clone());
+        registry.register(
+            "publish_dropped_events",
+            "Events that were not published; gateways find them by reconciling",
+            metrics.publish_dropped.clone(),
+        );
+        registry.register(
+            "redis_connected",
+            "1 while the publisher has a connection",
+            metrics.redis_connected.clone(),
+        );
+        registry.register("pool_connections", "Connections to Postgres", metrics.pool_connections.clone());
+        registry.register("pool_idle_connections", "Of these, not in use", metrics.pool_idle.clone());
+        registry.register(
+            "feed_pruned_events",
+            "Events deleted at the old end of feeds",
+            metrics.feed_pruned.clone(),
+        );
+        (metrics, Arc::new(registry))
+    }
+
+    pub fn answered(&self, route: &'static str, method: &http::Method, status: u16, took: Duration) {
+        self.requests.get_or_create(&Request { route, method: known(method), status }).inc();
+        self.latency.get_or_create(&Route { route }).observe(took.as_secs_f64());
+    }
+}
+
+/// Anybody can make up a method; a label has few values.
+fn known(method: &http::Method) -> &'static str {
+    match method.as_str() {
+        "GET" => "GET",
+        "HEAD" => "HEAD",
+        "POST" => "POST",
+        "PUT" => "PUT",
+        "DELETE" => "DELETE",
+        "OPTIONS" => "OPTIONS",
+        "PATCH" => "PATCH",
+        _ => "other",
+    }
+}

@@ -1,0 +1,195 @@
+//! Committed events to Redis: pipelined, bounded, best effort. A doorbell that also carries the letter: what is dropped
+//! here is found by the gateways' next reconcile, so nothing waits for it, and nothing is kept for later.
+
+use std::{sync::Arc, time::Duration};
+
+use redis::{AsyncConnectionConfig, aio::MultiplexedConnection};
+use shared::channels::Channels;
+use tokio::{
+    sync::mpsc,
+    time::{Instant, sleep_until, timeout},
+};
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    metrics::{Dropped, Metrics},
+    store::Appended,
+};
+
+/// Events that wait for Redis; more are dropped.
+const QUEUE: usize = 16_384;
+/// Events in one pipeline.
+const BATCH: usize = 512;
+/// For connecting, and for a pipeline to be answered.
+const TIMEOUT: Duration = Duration::from_secs(1);
+/// Between attempts to connect: doubled each time, up to the cap, and drawn at random so that replicas do not march in step.
+const BACKOFF: Duration = Duration::from_millis(100);
+const BACKOFF_CAP: Duration = Duration::from_secs(5);
+
+/// Where commands leave their events.
+#[derive(Clone)]
+pub struct Publisher {
+    queue: mpsc::Sender<Notice>,
+    channels: Arc<Channels>,
+    metrics: Metrics,
+}
+
+/// One message for one channel, ready to send.
+struct Notice {
+    channel: String,
+    payload: Vec<u8>,
+}
+
+/// The task that sends them.
+pub struct Worker {
+    queue: mpsc::Receiver<Notice>,
+    client: redis::Client,
+    metrics: Metrics,
+}
+
+pub fn publisher(client: redis::Client, channels: Channels, metrics: Metrics) -> (Publisher, Worker) {
+    let (sender, queue) = mpsc::channel(QUEUE);
+    let publisher = Publisher { queue: sender, channels: Arc::new(channels), metrics: metrics.clone() };
+    (publisher, Worker { queue, client, metrics })
+}
+
+impl Publisher {
+    /// Returns at once, whatever Redis does.
+    pub fn publish(&self, events: Vec<Appended>) {
+        for Appended { receiver, envelope } in events {
+            let payload =
+                serde_json::to_vec(&envelope).expect("an envelope is strings, numbers and valid JSON");
+            let notice = Notice { channel: self.channels.user(receiver), payload };
+            if self.queue.try_send(notice).is_err() {
+                self.metrics.publish_dropped.get_or_create(&Dropped { reason: "queue_full" }).inc();
+            }
+        }
+    }
+}
+
+/// Why sending ended.
+enum Ended {
+    /// Nothing more will come, and all was sent.
+    Stopped,
+    /// Redis failed; `worked` says whether it had taken anything on this connection.
+    Failed { worked: bool },
+}
+
+impl Worker {
+    /// Runs until `stop`, then sends what is still queued, if Redis takes it.
+    pub async fn run(mut self, stop: CancellationToken) {
+        let mut batch = Vec::with_capacity(BATCH);
+        let mut backoff = BACKOFF;
+        loop {
+            let failed = match self.connect().await {
+                Ok(connection) => {
+                    tracing::info!("publishing to Redis");
+                    self.metrics.redis_connected.set(1);
+                    let ended = self.send(connection, &mut batch, &stop).await;
+                    self.metrics.redis_connected.set(0);
+                    match ended {
+                        Ended::Stopped => return,
+                        Ended::Failed { worked } => {
+                            if worked {
+                                // It was restarted, most likely: the batch gets a second chance on a new connection.
+                                backoff = BACKOFF;
+                                continue;
+                            }
+                            "Redis refuses"
+                        }
+                    }
+                }
+                Err(error) => {
+                    tracing::warn!(%error, retry_in = ?backoff, "cannot connect to Redis");
+                    "cannot connect"
+                }
+            };
+            tracing::debug!(reason = failed, "dropping events until Redis is back");
+            self.dropped(batch.len());
+            batch.clear();
+            if self.drop_for(rand::random_range(backoff / 2..=backoff), &mut batch, &stop).await.is_err() {
+                return;
+            }
+            backoff = (backoff * 2).min(BACKOFF_CAP);
+        }
+    }
+
+    async fn connect(&self) -> redis::RedisResult<MultiplexedConnection> {
+        let config = AsyncConnectionConfig::new()
+            .set_connection_timeout(Some(TIMEOUT))
+            .set_response_timeout(Some(TIMEOUT));
+        self.client.get_multiplexed_async_connection_with_config(&config).await
+    }
+
+    /// Sends until stopped or until Redis fails; then what was not taken is left in `batch`.
+    async fn send(
+        &mut self,
+        mut connection: MultiplexedConnection,
+        batch: &mut Vec<Notice>,
+        stop: &CancellationToken,
+    ) -> Ended {
+        let mut worked = false;
+        loop {
+            if batch.is_empty() && self.next_batch(batch, stop).await == 0 {
+                return Ended::Stopped;
+            }
+            let mut pipeline = redis::Pipeline::with_capacity(batch.len());
+            for Notice { channel, payload } in batch.iter() {
+                pipeline.publish(channel, payload).ignore();
+            }
+            match timeout(TIMEOUT, pipeline.query_async::<()>(&mut connection)).await {
+                Ok(Ok(())) => {
+                    self.metrics.published.inc_by(batch.len() as u64);
+                    batch.clear();
+                    worked = true;
+                }
+                Ok(Err(error)) => {
+                    tracing::warn!(%error, "Redis did not take events");
+                    return Ended::Failed { worked };
+                }
+                Err(_) => {
+                    tracing::warn!("Redis did not answer in time");
+                    return Ended::Failed { worked };
+                }
+            }
+        }
+    }
+
+    /// Waits for the next events; 0 once stopped and empty.
+    async fn next_batch(&mut self, batch: &mut Vec<Notice>, stop: &CancellationToken) -> usize {
+        if !self.queue.is_closed() {
+            tokio::select! {
+                taken = self.queue.recv_many(batch, BATCH) => return taken,
+                () = stop.cancelled() => self.queue.close(),
+            }
+        }
+        self.queue.recv_many(batch, BATCH).await
+    }
+
+    /// Drops what comes, for a while. An error says that it is time to end.
+    async fn drop_for(
+        &mut self,
+        pause: Duration,
+        batch: &mut Vec<Notice>,
+        stop: &CancellationToken,
+    ) -> Result<(), ()> {
+        let until = Instant::now() + pause;
+        loop {
+            tokio::select! {
+                () = sleep_until(until) => return Ok(()),
+                () = stop.cancelled() => return Err(()),
+                taken = self.queue.recv_many(batch, BATCH) => {
+                    if taken == 0 {
+                        return Err(());
+                    }
+                    self.dropped(taken);
+                    batch.clear();
+                }
+            }
+        }
+    }
+
+    fn dropped(&self, events: usize) {
+        self.metrics.publish_dropped.get_or_create(&Dropped { reason: "disconnected" }).inc_by(events as u64);
+    }
+}

@@ -1,0 +1,188 @@
+//! Conversations, as one of their two people sees them.
+
+use chrono::{DateTime, Utc};
+use serde_json::value::RawValue;
+use shared::ids::{ConversationId, MessageId, SessionId, UserId};
+use sqlx::PgConnection;
+
+use super::{Appended, CommandRow, Settled, Trace};
+use crate::domain::{conversation::Conversation, message::Message, user::User};
+
+#[derive(Debug)]
+pub enum Started {
+    /// With the conversation as the starter sees it, which is the data of their event.
+    Created(ConversationId, Box<RawValue>, Vec<Appended>),
+    Exists(ConversationId),
+    NoUser,
+    /// The name is the caller's own.
+    Oneself,
+    NoSession,
+}
+
+/// SQL `start_conversation()`.
+pub async fn start(
+    connection: &mut PgConnection,
+    session: SessionId,
+    user: UserId,
+    username: &str,
+    trace: &Trace,
+) -> sqlx::Result<Started> {
+    let rows = sqlx::query_as!(
+        CommandRow,
+        r#"SELECT outcome AS "outcome!", conversation_id AS subject, NULL::timestamptz AS subject_at,
+                  receiver, epoch, seq, kind, payload, event_at
+           FROM start_conversation($1, $2, $3, $4, $5)"#,
+        session.0,
+        user.0,
+        username,
+        trace.request_id,
+        trace.traceparent.as_deref(),
+    )
+    .fetch_all(connection)
+    .await?;
+    let settled = Settled::from_rows(rows, trace)?;
+    match (settled.outcome.as_str(), settled.subject) {
+        ("created", Some(id)) => {
+            let mine =
+                settled.events.iter().find(|event| event.receiver == user).ok_or(sqlx::Error::RowNotFound)?;
+            let seen = mine.envelope.data.clone();
+            Ok(Started::Created(ConversationId(id), seen, settled.events))
+        }
+        ("exists", Some(id)) => Ok(Started::Exists(ConversationId(id))),
+        ("no_user", _) => Ok(Started::NoUser),
+        ("self", _) => Ok(Started::Oneself),
+        ("no_session", _) => Ok(Started::NoSession),
+        _ => Err(settled.unexpected()),
+    }
+}
+
+/// A participant's row with everything that belongs to it.
+struct Row {
+    id: i64,
+    unread_count: i64,
+    last_read_message_id: Option<i64>,
+    other_last_read_message_id: Option<i64>,
+    other_id: i64,
+    other_username: String,
+    other_avatar_url: Option<String>,
+    message_id: Option<i64>,
+    message_content: Option<String>,
+    message_created_at: Option<DateTime<Utc>>,
+    message_mine: Option<bool>,
+}
+
+impl From<Row> for Conversation {
+    fn from(row: Row) -> Self {
+        let last_message =
+            match (row.message_id, row.message_content, row.message_created_at, row.message_mine) {
+                (Some(id), Some(content), Some(created_at), Some(mine)) => {
+                    Some(Message { id: MessageId(id), content, conversation_id: None, created_at, mine })
+                }
+                _ => None,
+            };
+        Self {
+            id: ConversationId(row.id),
+            other_participant: User {
+                id: UserId(row.other_id),
+                username: row.other_username,
+                avatar_url: row.other_avatar_url,
+            },
+            last_message,
+            has_unread_messages: row.unread_count > 0,
+            unread_count: row.unread_count,
+            last_read_message_id: row.last_read_message_id.map(MessageId),
+            other_last_read_message_id: row.other_last_read_message_id.map(MessageId),
+        }
+    }
+}
+
+pub async fn find(
+    connection: &mut PgConnection,
+    conversation: ConversationId,
+    reader: UserId,
+) -> sqlx::Result<Option<Conversation>> {
+    let row = sqlx::query_as!(
+        Row,
+        r#"SELECT p.conversation_id AS id, p.unread_count, p.last_read_message_id,
+                  other.last_read_message_id AS other_last_read_message_id,
+                  u.id AS other_id, u.username AS other_username, u.avatar_url AS other_avatar_url,
+                  m.id AS "message_id?", m.content AS "message_content?", m.created_at AS "message_created_at?",
+                  m.sender_id = p.user_id AS message_mine
+           FROM participants AS p
+           JOIN participants AS other ON other.conversation_id = p.conversation_id AND other.user_id = p.other_user_id
+           JOIN users AS u ON u.id = p.other_user_id
+           LEFT JOIN messages AS m ON m.id = p.last_message_id
+           WHERE p.conversation_id = $1 AND p.user_id = $2"#,
+        conversation.0,
+        reader.0,
+    )
+    .fetch_optional(connection)
+    .await?;
+    Ok(row.map(Conversation::from))
+}
+
+/// Those with a message, the newest last message first, of which the caller sees a page. With `before`, those after that
+/// conversation's place in this order. `None`: `before` is no conversation of the reader.
+pub async fn page(
+    connection: &mut PgConnection,
+    reader: UserId,
+    before: Option<ConversationId>,
+    limit: i64,
+) -> sqlx::Result<Option<Vec<Conversation>>> {
+    let below = match before {
+        None => i64::MAX,
+        Some(before) => {
+            let place = sqlx::query_scalar!(
+                "SELECT last_message_id FROM participants WHERE conversation_id = $1 AND user_id = $2",
+                before.0,
+                reader.0,
+            )
+            .fetch_optional(&mut *connection)
+            .await?;
+            match place {
+                None => return Ok(None),
+                // Without a message it has no place in the list, and nothing comes after it.
+                Some(None) => return Ok(Some(Vec::new())),
+                Some(Some(last_message)) => last_message,
+            }
+        }
+    };
+    let rows = sqlx::query_as!(
+        Row,
+        r#"SELECT p.conversation_id AS id, p.unread_count, p.last_read_message_id,
+                  other.last_read_message_id AS other_last_read_message_id,
+                  u.id AS other_id, u.username AS other_username, u.avatar_url AS other_avatar_url,
+                  m.id AS "message_id?", m.content AS "message_content?", m.created_at AS "message_created_at?",
+                  m.sender_id = p.user_id AS message_mine
+           FROM participants AS p
+           JOIN participants AS other ON other.conversation_id = p.conversation_id AND other.user_id = p.other_user_id
+           JOIN users AS u ON u.id = p.other_user_id
+           JOIN messages AS m ON m.id = p.last_message_id
+           WHERE p.user_id = $1 AND p.last_message_id < $2
+           ORDER BY p.last_message_id DESC
+           LIMIT $3"#,
+        reader.0,
+        below,
+        limit,
+    )
+    .fetch_all(connection)
+    .await?;
+    Ok(Some(rows.into_iter().map(Conversation::from).collect()))
+}
+
+pub async fn other_participant(
+    connection: &mut PgConnection,
+    conversation: ConversationId,
+    reader: UserId,
+) -> sqlx::Result<Option<User>> {
+    sqlx::query_as!(
+        User,
+        "SELECT u.id, u.username, u.avatar_url
+         FROM participants AS p JOIN users AS u ON u.id = p.other_user_id
+         WHERE p.conversation_id = $1 AND p.user_id = $2",
+        conversation.0,
+        reader.0,
+    )
+    .fetch_optional(connection)
+    .await
+}

@@ -1,0 +1,110 @@
+//! Feeds, read for many users at once; and cut off at their old end.
+
+use std::time::Duration;
+
+use shared::{
+    cursor::Epoch,
+    feed::{Head, KnownHead, Range, RangeAfter, UserHead},
+    ids::UserId,
+};
+use sqlx::PgConnection;
+
+use super::{envelope, number};
+
+/// One answer carries about this many events, however the question divides them.
+const EVENTS_PER_ANSWER: usize = 4_000;
+const EVENTS_PER_RANGE: std::ops::RangeInclusive<usize> = 4..=100;
+
+/// The heads that are not what the asker has.
+pub async fn heads(connection: &mut PgConnection, known: &[KnownHead]) -> sqlx::Result<Vec<UserHead>> {
+    if known.is_empty() {
+        return Ok(Vec::new());
+    }
+    let users: Vec<i64> = known.iter().map(|known| known.user.0).collect();
+    let epochs: Vec<Option<i64>> =
+        known.iter().map(|known| known.head.map(|head| head.epoch.to_sql())).collect();
+    let seqs: Vec<Option<i64>> = known.iter().map(|known| known.head.map(|head| place(head.seq))).collect();
+    let rows = sqlx::query!(
+        r#"SELECT known.user_id AS "user_id!", h.epoch AS "epoch?", h.head_seq AS "head_seq?"
+           FROM unnest($1::bigint[], $2::bigint[], $3::bigint[]) AS known (user_id, epoch, seq)
+           LEFT JOIN feed_heads AS h ON h.user_id = known.user_id
+           WHERE h.user_id IS NULL OR known.seq IS NULL OR (h.epoch, h.head_seq) <> (known.epoch, known.seq)"#,
+        &users,
+        &epochs as &[Option<i64>],
+        &seqs as &[Option<i64>],
+    )
+    .fetch_all(connection)
+    .await?;
+    rows.into_iter()
+        .map(|row| Ok(UserHead { user: UserId(row.user_id), head: head(row.epoch, row.head_seq)? }))
+        .collect()
+}
+
+/// What follows each place, answered in the order of the question. One statement, so one snapshot: a head and its rows agree.
+pub async fn ranges(connection: &mut PgConnection, asked: &[RangeAfter]) -> sqlx::Result<Vec<Range>> {
+    if asked.is_empty() {
+        return Ok(Vec::new());
+    }
+    let users: Vec<i64> = asked.iter().map(|range| range.user.0).collect();
+    let afters: Vec<i64> = asked.iter().map(|range| place(range.after)).collect();
+    let limit = (EVENTS_PER_ANSWER / asked.len()).clamp(*EVENTS_PER_RANGE.start(), *EVENTS_PER_RANGE.end());
+    let rows = sqlx::query!(
+        r#"SELECT asked.ordinality AS "nth!", h.epoch AS "epoch?", h.head_seq AS "head_seq?",
+                  f.seq AS "seq?", f.kind AS "kind?", f.payload AS "payload?", f.created_at AS "created_at?",
+                  f.request_id, f.traceparent
+           FROM unnest($1::bigint[], $2::bigint[]) WITH ORDINALITY AS asked (user_id, after, ordinality)
+           LEFT JOIN feed_heads AS h ON h.user_id = asked.user_id
+           LEFT JOIN LATERAL (
+               SELECT * FROM feed WHERE feed.user_id = h.user_id AND feed.seq > asked.after ORDER BY feed.seq LIMIT $3
+           ) AS f ON true
+           ORDER BY asked.ordinality, f.seq"#,
+        &users,
+        &afters,
+        i64::try_from(limit).expect("at most 100"),
+    )
+    .fetch_all(connection)
+    .await?;
+
+    let mut ranges: Vec<Range> = asked
+        .iter()
+        .map(|&RangeAfter { user, after }| Range { user, after, head: None, events: Vec::new(), more: false })
+        .collect();
+    for row in rows {
+        let range = usize::try_from(row.nth)
+            .ok()
+            .and_then(|nth| ranges.get_mut(nth.checked_sub(1)?))
+            .ok_or(sqlx::Error::RowNotFound)?;
+        range.head = head(row.epoch, row.head_seq)?;
+        if let (Some(epoch), Some(seq), Some(kind), Some(payload), Some(at)) =
+            (row.epoch, row.seq, row.kind, row.payload, row.created_at)
+        {
+            range.events.push(envelope(epoch, seq, kind, payload, at, row.request_id, row.traceparent)?);
+        }
+    }
+    for range in &mut ranges {
+        range.more = match (&range.head, range.events.last()) {
+            (Some(head), Some(last)) => last.seq < head.seq,
+            _ => false,
+        };
+    }
+    Ok(ranges)
+}
+
+/// A number from outside may be larger than any that the database holds; then nothing follows it, as nothing follows the largest.
+fn place(seq: u64) -> i64 {
+    i64::try_from(seq).unwrap_or(i64::MAX)
+}
+
+fn head(epoch: Option<i64>, seq: Option<i64>) -> sqlx::Result<Option<Head>> {
+    epoch
+        .zip(seq)
+        .map(|(epoch, seq)| Ok(Head { epoch: Epoch::from_sql(epoch), seq: number(seq)? }))
+        .transpose()
+}
+
+/// What is kept of each feed.
+#[derive(Debug, Clone, Copy)]
+pub struct Keep {
+    pub age: Duration,
+    pub events: u64,
+}

@@ -1,0 +1,183 @@
+//! Messages of a conversation, and how far its people have read.
+
+use chrono::{DateTime, Utc};
+use shared::ids::{ConversationId, MessageId, SessionId, UserId};
+use sqlx::PgConnection;
+
+use super::{Appended, CommandRow, Settled, Trace};
+use crate::domain::message::{Content, IdempotencyKey, Message};
+
+#[derive(Debug)]
+pub enum Posted {
+    New(MessageId, DateTime<Utc>, Vec<Appended>),
+    /// The key was used for exactly this before: the message of that time.
+    Replayed(MessageId, DateTime<Utc>),
+    /// The key was used for something else.
+    KeyConflict,
+    NoConversation,
+    NoSession,
+}
+
+/// SQL `post_message()`.
+pub async fn post(
+    connection: &mut PgConnection,
+    session: SessionId,
+    sender: UserId,
+    conversation: ConversationId,
+    content: &Content,
+    key: Option<&IdempotencyKey>,
+    trace: &Trace,
+) -> sqlx::Result<Posted> {
+    let rows = sqlx::query_as!(
+        CommandRow,
+        r#"SELECT outcome AS "outcome!", message_id AS subject, created_at AS subject_at,
+                  receiver, epoch, seq, kind, payload, event_at
+           FROM post_message($1, $2, $3, $4, $5, $6, $7)"#,
+        session.0,
+        sender.0,
+        conversation.0,
+        content.as_str(),
+        key.map(IdempotencyKey::as_str),
+        trace.request_id,
+        trace.traceparent.as_deref(),
+    )
+    .fetch_all(connection)
+    .await?;
+    let settled = Settled::from_rows(rows, trace)?;
+    match (settled.outcome.as_str(), settled.subject.zip(settled.subject_at)) {
+        ("posted", Some((id, at))) => Ok(Posted::New(MessageId(id), at, settled.events)),
+        ("replayed", Some((id, at))) => Ok(Posted::Replayed(MessageId(id), at)),
+        ("key_conflict", _) => Ok(Posted::KeyConflict),
+        ("no_conversation", _) => Ok(Posted::NoConversation),
+        ("no_session", _) => Ok(Posted::NoSession),
+        _ => Err(settled.unexpected()),
+    }
+}
+
+#[derive(Debug)]
+pub enum Read {
+    Moved(Vec<Appended>),
+    Unmoved,
+    NoConversation,
+    NoSession,
+}
+
+/// SQL `mark_read()`: to the message `to`, or to the last one.
+pub async fn mark_read(
+    connection: &mut PgConnection,
+    session: SessionId,
+    reader: UserId,
+    conversation: ConversationId,
+    to: Option<MessageId>,
+    trace: &Trace,
+) -> sqlx::Result<Read> {
+    let rows = sqlx::query_as!(
+        CommandRow,
+        r#"SELECT outcome AS "outcome!", NULL::bigint AS subject, NULL::timestamptz AS subject_at,
+                  receiver, epoch, seq, kind, payload, event_at
+           FROM mark_read($1, $2, $3, $4, $5, $6)"#,
+        session.0,
+        reader.0,
+        conversation.0,
+        to.map(|id| id.0),
+        trace.request_id,
+        trace.traceparent.as_deref(),
+    )
+    .fetch_all(connection)
+    .await?;
+    let settled = Settled::from_rows(rows, trace)?;
+    match settled.outcome.as_str() {
+        "moved" => Ok(Read::Moved(settled.events)),
+        "unmoved" => Ok(Read::Unmoved),
+        "no_conversation" => Ok(Read::NoConversation),
+        "no_session" => Ok(Read::NoSession),
+        _ => Err(settled.unexpected()),
+    }
+}
+
+/// Which messages of a conversation: those between two places, both exclusive.
+#[derive(Debug, Clone, Copy)]
+pub struct Window {
+    pub after: Option<MessageId>,
+    pub before: Option<MessageId>,
+    pub limit: i64,
+}
+
+#[derive(Debug)]
+pub struct Page {
+    /// The newest first; with `after`, the oldest first.
+    pub messages: Vec<Message>,
+    /// How far the reader had read.
+    pub last_read: Option<MessageId>,
+}
+
+struct Row {
+    last_read_message_id: Option<i64>,
+    id: Option<i64>,
+    content: Option<String>,
+    created_at: Option<DateTime<Utc>>,
+    mine: Option<bool>,
+}
+
+/// `None`: no conversation of the reader. One row without a message says that the conversation is there but the window empty.
+pub async fn page(
+    connection: &mut PgConnection,
+    conversation: ConversationId,
+    reader: UserId,
+    window: Window,
+) -> sqlx::Result<Option<Page>> {
+    // Both bounds are always there, so that the index serves them whatever the plan: ids are positive 64-bit integers.
+    let above = window.after.map_or(0, |id| id.0);
+    let below = window.before.map_or(i64::MAX, |id| id.0);
+    let rows = if window.after.is_none() {
+        sqlx::query_as!(
+            Row,
+            r#"SELECT p.last_read_message_id, m.id AS "id?", m.content AS "content?", m.created_at AS "created_at?",
+                      m.sender_id = p.user_id AS mine
+               FROM participants AS p
+               LEFT JOIN LATERAL (
+                   SELECT * FROM messages
+                   WHERE conversation_id = p.conversation_id AND id > $3 AND id < $4 ORDER BY id DESC LIMIT $5
+               ) AS m ON true
+               WHERE p.conversation_id = $1 AND p.user_id = $2
+               ORDER BY m.id DESC"#,
+            conversation.0,
+            reader.0,
+            above,
+            below,
+            window.limit,
+        )
+        .fetch_all(connection)
+        .await?
+    } else {
+        sqlx::query_as!(
+            Row,
+            r#"SELECT p.last_read_message_id, m.id AS "id?", m.content AS "content?", m.created_at AS "created_at?",
+                      m.sender_id = p.user_id AS mine
+               FROM participants AS p
+               LEFT JOIN LATERAL (
+                   SELECT * FROM messages
+                   WHERE conversation_id = p.conversation_id AND id > $3 AND id < $4 ORDER BY id ASC LIMIT $5
+               ) AS m ON true
+               WHERE p.conversation_id = $1 AND p.user_id = $2
+               ORDER BY m.id ASC"#,
+            conversation.0,
+            reader.0,
+            above,
+            below,
+            window.limit,
+        )
+        .fetch_all(connection)
+        .await?
+    };
+    let Some(first) = rows.first() else { return Ok(None) };
+    let last_read = first.last_read_message_id.map(MessageId);
+    let messages = rows
+        .into_iter()
+        .filter_map(|row| {
+            let (id, content, created_at, mine) = (row.id?, row.content?, row.created_at?, row.mine?);
+            Some(Message { id: MessageId(id), content, conversation_id: None, created_at, mine })
+        })
+        .collect();
+    Ok(Some(Page { messages, last_read }))
+}

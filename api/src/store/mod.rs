@@ -1,0 +1,206 @@
+//! Postgres, and nothing else knows SQL. Each function is one statement on a connection that the caller holds.
+//!
+//! [`Database`] bounds what a question may cost: so many connections, so long to get one, so long to be answered. Whoever
+//! cannot be served in that time is told so.
+
+pub mod conversations;
+pub mod feed;
+pub mod messages;
+pub mod schema;
+pub mod sessions;
+pub mod users;
+
+use std::time::Duration;
+
+use chrono::{DateTime, Utc};
+use shared::{
+    cursor::{Epoch, Seq},
+    event::{self, Envelope},
+    ids::UserId,
+};
+use sqlx::{
+    Connection, PgConnection, PgPool,
+    postgres::{PgConnectOptions, PgPoolOptions},
+};
+use thiserror::Error;
+
+#[derive(Debug, Error)]
+pub enum StoreError {
+    /// It may work again in a while; the client may repeat the request.
+    #[error("the database does not answer: {0}")]
+    Unavailable(String),
+    #[error("the database refuses: {0}")]
+    Fault(#[from] sqlx::Error),
+}
+
+#[derive(Clone)]
+pub struct Database {
+    pool: PgPool,
+}
+
+/// To get a connection, waiting for one included.
+const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(2);
+/// For a lock inside a statement, and for a statement: the server gives up and says so.
+const LOCK_TIMEOUT: &str = "2s";
+const STATEMENT_TIMEOUT: &str = "4s";
+/// For the server to say anything at all: it has vanished.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
+/// A connection that has rested longer is tried before it is used; others are not, to save the round trip.
+const RESTED: Duration = Duration::from_secs(1);
+
+impl Database {
+    /// Connects when first asked something.
+    pub fn new(url: PgConnectOptions, connections: u32) -> Self {
+        let pool = PgPoolOptions::new()
+            .max_connections(connections)
+            .acquire_timeout(ACQUIRE_TIMEOUT)
+            .test_before_acquire(false)
+            .before_acquire(|connection, meta| {
+                Box::pin(async move {
+                    if meta.idle_for < RESTED {
+                        return Ok(true);
+                    }
+                    Ok(tokio::time::timeout(RESTED, connection.ping())
+                        .await
+                        .is_ok_and(|answer| answer.is_ok()))
+                })
+            })
+            .connect_lazy_with(bounded(url));
+        Self { pool }
+    }
+
+    pub fn pool(&self) -> &PgPool {
+        &self.pool
+    }
+
+    /// Runs `work` on a connection of the pool, within the time a client can be kept waiting.
+    pub async fn run<T>(
+        &self,
+        work: impl AsyncFnOnce(&mut PgConnection) -> Result<T, sqlx::Error>,
+    ) -> Result<T, StoreError> {
+        let mut connection = self.pool.acquire().await.map_err(judge)?;
+        match tokio::time::timeout(ANSWER_TIMEOUT, work(&mut connection)).await {
+            Ok(result) => result.map_err(judge),
+            Err(_) => {
+                // Nothing is known about its state, and asking it could take for ever.
+                connection.close_on_drop();
+                Err(StoreError::Unavailable("no answer in time".into()))
+            }
+        }
+    }
+}
+
+fn bounded(url: PgConnectOptions) -> PgConnectOptions {
+    url.application_name("api")
+        .options([("statement_timeout", STATEMENT_TIMEOUT), ("lock_timeout", LOCK_TIMEOUT)])
+}
+
+/// Is this a bad moment, or a fault of ours?
+fn judge(error: sqlx::Error) -> StoreError {
+    let passing = match &error {
+        sqlx::Error::Io(_) | sqlx::Error::Tls(_) | sqlx::Error::PoolTimedOut | sqlx::Error::PoolClosed => {
+            true
+        }
+        sqlx::Error::Database(refusal) => refusal.code().is_some_and(|code| is_passing(&code)),
+        _ => false,
+    };
+    if passing { StoreError::Unavailable(error.to_string()) } else { StoreError::Fault(error) }
+}
+
+/// By SQLSTATE: connection lost (08), too many connections or out of memory or disk (53), shutting down (57P), a time limit
+/// (57014, 55P03), a read-only standby after a failover (25006).
+fn is_passing(code: &str) -> bool {
+    ["08", "53", "57P"].iter().any(|class| code.starts_with(class))
+        || ["57014", "55P03", "25006"].contains(&code)
+}
+
+/// Who causes a change, and what its events carry so that it can be followed.
+#[derive(Debug, Clone)]
+pub struct Trace {
+    pub request_id: String,
+    pub traceparent: Option<String>,
+}
+
+/// An event that was committed to the feed of `receiver`.
+#[derive(Debug)]
+pub struct Appended {
+    pub receiver: UserId,
+    pub envelope: Envelope,
+}
+
+/// What a command function answers, row by row: its outcome, what that is about, and an event that was appended.
+struct CommandRow {
+    outcome: String,
+    subject: Option<i64>,
+    subject_at: Option<DateTime<Utc>>,
+    receiver: Option<i64>,
+    epoch: Option<i64>,
+    seq: Option<i64>,
+    kind: Option<String>,
+    payload: Option<String>,
+    event_at: Option<DateTime<Utc>>,
+}
+
+/// All rows of one answer together.
+struct Settled {
+    outcome: String,
+    subject: Option<i64>,
+    subject_at: Option<DateTime<Utc>>,
+    events: Vec<Appended>,
+}
+
+impl Settled {
+    fn from_rows(rows: Vec<CommandRow>, trace: &Trace) -> Result<Self, sqlx::Error> {
+        let first = rows.first().ok_or(sqlx::Error::RowNotFound)?;
+        let mut settled = Self {
+            outcome: first.outcome.clone(),
+            subject: first.subject,
+            subject_at: first.subject_at,
+            events: Vec::with_capacity(rows.len()),
+        };
+        for row in rows {
+            let (Some(receiver), Some(epoch), Some(seq), Some(kind), Some(payload), Some(at)) =
+                (row.receiver, row.epoch, row.seq, row.kind, row.payload, row.event_at)
+            else {
+                continue;
+            };
+            let request_id = Some(trace.request_id.clone());
+            let envelope = envelope(epoch, seq, kind, payload, at, request_id, trace.traceparent.clone())?;
+            settled.events.push(Appended { receiver: UserId(receiver), envelope });
+        }
+        Ok(settled)
+    }
+
+    /// The function answered something that its comment does not name.
+    fn unexpected(&self) -> sqlx::Error {
+        sqlx::Error::Decode(format!("unexpected outcome {:?}", self.outcome).into())
+    }
+}
+
+fn envelope(
+    epoch: i64,
+    seq: i64,
+    kind: String,
+    payload: String,
+    created_at: DateTime<Utc>,
+    request_id: Option<String>,
+    traceparent: Option<String>,
+) -> Result<Envelope, sqlx::Error> {
+    let data = serde_json::value::RawValue::from_string(payload)
+        .map_err(|error| sqlx::Error::Decode(error.into()))?;
+    Ok(Envelope {
+        v: event::VERSION,
+        epoch: Epoch::from_sql(epoch),
+        seq: number(seq)?,
+        event: kind,
+        data,
+        created_at,
+        request_id,
+        traceparent,
+    })
+}
+
+/// A number of a feed: never negative in the database.
+fn number(seq: i64) -> Result<Seq, sqlx::Error> {
+    Seq::try_from(seq).map_err(|error| sqlx::Error::Decode(error.into()))
+}
