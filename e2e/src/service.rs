@@ -92,8 +92,7 @@ impl Plan {
 
     /// Runs a subcommand to its end.
     pub async fn run(&self, arguments: &[&str]) {
-        let mut process =
-            Process::start(self.command().args(arguments)).expect("the binary can be started");
+        let mut process = Process::start(self.command().args(arguments)).expect("the binary can be started");
         let readers = [
             self.log.follow(process.child().stdout.take().expect("stdout is piped")),
             self.log.follow(process.child().stderr.take().expect("stderr is piped")),
@@ -105,7 +104,12 @@ impl Plan {
 
     fn command(&self) -> Command {
         let mut command = Command::new(&self.binary);
-        command.env_clear().envs(&self.env).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        command
+            .env_clear()
+            .envs(&self.env)
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped());
         command
     }
 }
@@ -208,7 +212,8 @@ impl Service {
 
     /// Resident memory in bytes.
     pub fn memory(&self) -> u64 {
-        let status = std::fs::read_to_string(format!("/proc/{}/status", self.process.id())).unwrap_or_default();
+        let status =
+            std::fs::read_to_string(format!("/proc/{}/status", self.process.id())).unwrap_or_default();
         let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap_or_default();
         line.trim().trim_end_matches(" kB").parse::<u64>().map_or(0, |kilobytes| kilobytes * 1024)
     }
@@ -221,7 +226,11 @@ impl Service {
         while !wanted.iter().all(|name| self.addresses.contains_key(*name)) {
             if let Some(status) = self.process.ended() {
                 std::thread::sleep(Duration::from_millis(100)); // Its last words are on the way.
-                panic!("{} ended with {status} at its start: {:#?}", self.plan.log.name, self.plan.log.lines());
+                panic!(
+                    "{} ended with {status} at its start: {:#?}",
+                    self.plan.log.name,
+                    self.plan.log.lines()
+                );
             }
             for line in self.plan.log.lines().iter().skip(before) {
                 let Ok(line) = serde_json::from_str::<Value>(line) else { continue };

@@ -242,7 +242,8 @@ impl World {
             let start = usize::from(key.bytes().next_back().unwrap_or_default());
             for turn in start.. {
                 let url = format!("{}/api/conversations/{conversation}/messages", apis[turn % apis.len()]);
-                let call = self.client.post(url).bearer(&from.token).header("idempotency-key", key).json(&body);
+                let call =
+                    self.client.post(url).bearer(&from.token).header("idempotency-key", key).json(&body);
                 match call.send().await {
                     Ok(answer) if answer.status == 201 => return answer.json(),
                     Ok(Answer { status: 429 | 500 | 502 | 503, .. }) | Err(_) => {
@@ -283,7 +284,8 @@ impl Database {
     }
 
     async fn create(&self) {
-        let mut admin = PgConnection::connect(&self.admin_url).await.expect("the Postgres of DATABASE_URL answers");
+        let mut admin =
+            PgConnection::connect(&self.admin_url).await.expect("the Postgres of DATABASE_URL answers");
         let create = AssertSqlSafe(format!("CREATE DATABASE {}", self.name));
         admin.execute(create).await.expect("DATABASE_URL may create databases");
     }
@@ -326,8 +328,16 @@ impl Drop for World {
             for line in log.lines().iter() {
                 assert!(!line.contains("panicked"), "{}: {line}", log.name);
                 assert!(!line.contains(WHISPER), "a message's text in the log of {}: {line}", log.name);
-                assert!(!line.contains(&self.internal_secret), "the internal secret in the log of {}", log.name);
-                assert!(!tokens.iter().any(|token| line.contains(token)), "a token in the log of {}: {line}", log.name);
+                assert!(
+                    !line.contains(&self.internal_secret),
+                    "the internal secret in the log of {}",
+                    log.name
+                );
+                assert!(
+                    !tokens.iter().any(|token| line.contains(token)),
+                    "a token in the log of {}: {line}",
+                    log.name
+                );
             }
         }
     }

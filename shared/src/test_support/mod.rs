@@ -6,6 +6,8 @@ pub mod process;
 pub mod proxy;
 pub mod servers;
 pub mod sse;
+#[cfg(test)]
+mod tests;
 
 use std::{future::Future, time::Duration};
 

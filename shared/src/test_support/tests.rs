@@ -1,0 +1,171 @@
+//! The instruments themselves: what they show must be what is there.
+
+use std::{net::SocketAddr, time::Duration};
+
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::{TcpListener, TcpStream},
+};
+
+use super::{
+    proxy::Proxy,
+    servers::{Postgres, Redis},
+    soon,
+    sse::{Block, Browser, End, Opening, Resume},
+};
+
+/// Answers each connection with the next of these texts and closes; tells what was asked.
+async fn canned(answers: Vec<&'static str>) -> (SocketAddr, tokio::sync::mpsc::Receiver<String>) {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let (tell, told) = tokio::sync::mpsc::channel(16);
+    tokio::spawn(async move {
+        for answer in answers {
+            let (mut socket, _) = listener.accept().await.unwrap();
+            let mut request = Vec::new();
+            while !request.ends_with(b"\r\n\r\n") {
+                request.push(socket.read_u8().await.unwrap());
+            }
+            tell.send(String::from_utf8(request).unwrap()).await.unwrap();
+            socket.write_all(answer.as_bytes()).await.unwrap();
+        }
+    });
+    (address, told)
+}
+
+const HEAD: &str = "HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n\r\n";
+
+fn whole(body: &str) -> &'static str {
+    format!("{HEAD}{body}").leak()
+}
+
+fn opening(address: SocketAddr) -> Opening {
+    Opening::new(format!("http://{address}/api/messages"))
+}
+
+#[tokio::test]
+async fn a_stream_shows_its_blocks_and_how_it_ended() {
+    let body = "retry: 10\n\n:\n\nid: a-1\nevent: ready\ndata: {}\n\ndata: x: y\n\nid: a-2\ndata: cut";
+    let (address, _asked) = canned(vec![whole(body)]).await;
+    let mut stream = opening(address).stream().await;
+    assert_eq!(stream.block().await, Ok(Block::Retry(Duration::from_millis(10))));
+    assert_eq!(stream.block().await, Ok(Block::Comment));
+    let ready = stream.named("ready").await;
+    assert_eq!(ready.id.as_deref(), Some("a-1"));
+    let message = stream.next().await;
+    assert_eq!((message.id, message.name, message.data.as_str()), (None, None, "x: y"));
+    assert_eq!(stream.event().await, Err(End::Broken), "a block without its blank line is lost");
+    assert_eq!(stream.last_id.as_deref(), Some("a-1"));
+}
+
+#[tokio::test]
+async fn a_browser_comes_back_with_its_last_id_and_gives_up_on_another_status() {
+    let first = whole("retry: 10\n\nid: a-1\ndata: 1\n\n");
+    let second = whole("id: a-2\ndata: 2\n\n");
+    let (address, mut asked) =
+        canned(vec![first, second, "HTTP/1.1 401 No\r\ncontent-length: 0\r\n\r\n"]).await;
+    let browser = Browser::open(vec![opening(address)], Resume::Alternately, Duration::from_secs(1));
+    browser.until("it gives up", |record| record.given_up == Some(401)).await;
+    let requests = [asked.recv().await.unwrap(), asked.recv().await.unwrap(), asked.recv().await.unwrap()];
+    assert!(requests[0].starts_with("GET /api/messages HTTP/1.1") && !requests[0].contains("last-event-id"));
+    assert!(
+        requests[1].starts_with("GET /api/messages?lastEventId=a-1 ")
+            && !requests[1].contains("last-event-id")
+    );
+    assert!(
+        requests[2].starts_with("GET /api/messages?lastEventId=a-1 "),
+        "the query is stale, as in a browser"
+    );
+    assert!(requests[2].contains("last-event-id: a-2\r\n"), "{}", requests[2]);
+    assert_eq!(browser.record().ledger().count(), 2);
+    assert_eq!(browser.record().opened, 2);
+}
+
+/// Sends back what it gets.
+async fn echo() -> SocketAddr {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    tokio::spawn(async move {
+        loop {
+            let (mut socket, _) = listener.accept().await.unwrap();
+            tokio::spawn(async move {
+                let (mut from, mut to) = socket.split();
+                let _ = tokio::io::copy(&mut from, &mut to).await;
+            });
+        }
+    });
+    address
+}
+
+async fn say(socket: &mut TcpStream, text: &[u8]) -> std::io::Result<Vec<u8>> {
+    socket.write_all(text).await?;
+    let mut back = vec![0; text.len()];
+    socket.read_exact(&mut back).await?;
+    Ok(back)
+}
+
+#[tokio::test]
+async fn the_proxy_has_every_fault_it_claims() {
+    let proxy = Proxy::start(echo().await).await;
+    let connect = || TcpStream::connect(proxy.address());
+    let mut socket = connect().await.unwrap();
+    assert_eq!(say(&mut socket, b"hello").await.unwrap(), b"hello");
+
+    proxy.silence();
+    let mut late = connect().await.unwrap();
+    let short = Duration::from_millis(200);
+    assert!(tokio::time::timeout(short, say(&mut socket, b"lost?")).await.is_err(), "open and silent");
+    assert!(tokio::time::timeout(short, say(&mut late, b"x")).await.is_err(), "silent from the start");
+    proxy.resume();
+    let mut back = [0; 5];
+    soon("what was swallowed comes late", socket.read_exact(&mut back)).await.unwrap();
+    assert_eq!(&back, b"lost?");
+
+    proxy.slow(short);
+    let began = std::time::Instant::now();
+    say(&mut socket, b"slow").await.unwrap();
+    assert!(began.elapsed() >= 2 * short, "both ways");
+
+    proxy.resume();
+    proxy.cut();
+    assert!(say(&mut socket, b"hello").await.is_err());
+
+    proxy.cut_after(3);
+    let mut socket = connect().await.unwrap();
+    socket.write_all(b"hello").await.unwrap();
+    let mut got = Vec::new();
+    let _ = soon("it is cut", socket.read_to_end(&mut got)).await;
+    assert!(b"hel".starts_with(got.as_slice()), "{got:?}");
+
+    proxy.refuse();
+    super::until("nobody listens", || async { connect().await.is_err() }).await;
+    proxy.resume();
+    super::until("somebody listens again", || async { connect().await.is_ok() }).await;
+    let mut socket = connect().await.unwrap();
+    assert_eq!(say(&mut socket, b"hello").await.unwrap(), b"hello");
+    drop(socket);
+    assert!(proxy.passed() > 0);
+}
+
+#[test]
+fn a_killed_redis_comes_back_empty() {
+    let mut redis = Redis::start();
+    assert_eq!(redis.command(&["SET", "a", "b"]).unwrap(), "+OK");
+    redis.kill();
+    assert!(redis.command(&["PING"]).is_err());
+    redis.restart();
+    assert_eq!(redis.command(&["EXISTS", "a"]).unwrap(), ":0");
+    redis.freeze();
+    assert!(redis.command(&["PING"]).is_err());
+    redis.thaw();
+    assert_eq!(redis.command(&["PING"]).unwrap(), "+PONG");
+}
+
+#[test]
+fn a_killed_postgres_comes_back() {
+    let mut postgres = Postgres::start();
+    postgres.kill();
+    assert!(std::net::TcpStream::connect(postgres.address()).is_err());
+    postgres.restart();
+    assert!(std::net::TcpStream::connect(postgres.address()).is_ok());
+}
