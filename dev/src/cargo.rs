@@ -24,7 +24,9 @@ pub(crate) fn cargo(places: &Places, args: &[&str]) -> Command {
 
 fn added_by_cargo_run(name: &str) -> bool {
     name == "CARGO"
-        || ["CARGO_PKG_", "CARGO_MANIFEST_", "CARGO_BIN_", "CARGO_CRATE_"].iter().any(|start| name.starts_with(start))
+        || ["CARGO_PKG_", "CARGO_MANIFEST_", "CARGO_BIN_", "CARGO_CRATE_"]
+            .iter()
+            .any(|start| name.starts_with(start))
 }
 
 /// Where cargo leaves binaries of a profile: beside our own folder.

@@ -86,7 +86,10 @@ mod tests {
         machine.file("a/redis-server", 0o644);
         machine.file("b/valkey-server", 0o755);
         let path = machine.path(&["a", "b"]);
-        assert_eq!(program(&path, &["redis-server", "valkey-server"]), Some(machine.0.join("b/valkey-server")));
+        assert_eq!(
+            program(&path, &["redis-server", "valkey-server"]),
+            Some(machine.0.join("b/valkey-server"))
+        );
     }
 
     #[test]

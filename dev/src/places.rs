@@ -98,13 +98,17 @@ fn move_out(root: &Path, dev: &Path) -> Result<()> {
     root.hash(&mut hasher);
     let target = PathBuf::from(format!("/var/tmp/messenger-dev-{:016x}", hasher.finish()));
     if fs::create_dir(&target).is_err() {
-        let meta = fs::symlink_metadata(&target).with_context(|| format!("cannot create {}", target.display()))?;
+        let meta =
+            fs::symlink_metadata(&target).with_context(|| format!("cannot create {}", target.display()))?;
         if !meta.is_dir() || meta.uid() != 0 {
             bail!("{} is in the way: remove it", target.display());
         }
     }
     symlink(&target, dev)?;
-    terminal::step("Keeping", format_args!("data in {}: servers cannot enter {}", target.display(), root.display()));
+    terminal::step(
+        "Keeping",
+        format_args!("data in {}: servers cannot enter {}", target.display(), root.display()),
+    );
     Ok(())
 }
 

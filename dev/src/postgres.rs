@@ -21,7 +21,7 @@ pub(crate) const DATABASE: &str = "messenger";
 const PROGRAMS: [&str; 2] = ["initdb", "postgres"];
 const OLDEST_VERSION: u32 = 14;
 const START_DEADLINE: Duration = Duration::from_secs(60);
-pub(crate) const STOP_PATIENCE: Duration = Duration::from_secs(20);
+const STOP_PATIENCE: Duration = Duration::from_secs(20);
 
 /// The programs of one Postgres version.
 pub(crate) struct Programs {
@@ -88,11 +88,16 @@ fn data_dir(dir: &Path, version: u32) -> PathBuf {
 }
 
 /// Starts the server whose data is under `dir`, making the data first when there is none.
-pub(crate) async fn start(programs: &Programs, dir: &Path, durability: Durability, life: &Life) -> Result<Postgres> {
+pub(crate) async fn start(
+    programs: &Programs,
+    dir: &Path,
+    durability: Durability,
+    life: &Life,
+) -> Result<Postgres> {
     let data = data_dir(dir, programs.version);
     let account = Account::for_data(&data)?;
-    let password = secrets::kept(&dir.join("postgres.password"), secrets::random_password)?;
-    if let Some(port) = running_port(&data) {
+    let password = password(dir)?;
+    if let Some((_, port)) = ready(&data) {
         return Ok(Postgres { child: None, port, password });
     }
     if !data.join("PG_VERSION").exists() {
@@ -151,7 +156,8 @@ async fn initialise(
         account.own(&begun)?;
         account.own(&password_file)?;
     }
-    let mut initdb = command(programs.bin_dir.join("initdb"), ["-U", "postgres", "--auth=scram-sha-256", "-D"]);
+    let mut initdb =
+        command(programs.bin_dir.join("initdb"), ["-U", "postgres", "--auth=scram-sha-256", "-D"]);
     initdb.arg(&begun).args(["--encoding=UTF8", "--locale=C.UTF-8", "--pwfile"]).arg(&password_file);
     if durability == Durability::Forgetful {
         initdb.arg("--no-sync");
@@ -165,28 +171,28 @@ async fn initialise(
     Ok(())
 }
 
-/// The lines of `postmaster.pid` that matter: the server's pid, its port, and whether it takes connections.
-fn running_port(data: &Path) -> Option<u16> {
+/// The pid and port of the server that takes connections on this data.
+fn ready(data: &Path) -> Option<(u32, u16)> {
     let lines = fs::read_to_string(data.join("postmaster.pid")).ok()?;
+    // Postgres writes here, line by line, its pid, the folder, a time, the port, and as the eighth its state.
     let lines: Vec<&str> = lines.lines().map(str::trim).collect();
-    let ready = works_in(lines.first()?.parse().ok()?, data) && lines.get(7) == Some(&"ready");
-    if ready { lines.get(3)?.parse().ok() } else { None }
+    let pid = lines.first()?.parse().ok()?;
+    let ready = lines.get(7) == Some(&"ready") && works_in(pid, data);
+    if ready { Some((pid, lines.get(3)?.parse().ok()?)) } else { None }
 }
 
-/// The pid of a server that runs on data under `dir`.
-pub(crate) fn running_pids(dir: &Path) -> Vec<u32> {
-    let data_dirs = fs::read_dir(dir).into_iter().flatten().flatten().map(|entry| entry.path());
-    data_dirs
-        .filter_map(|data| {
-            let pid = fs::read_to_string(data.join("postmaster.pid")).ok()?.lines().next()?.parse().ok()?;
-            works_in(pid, &data).then_some(pid)
-        })
-        .collect()
+/// The pid and port of a server whose data is under `dir`.
+pub(crate) fn running(dir: &Path) -> Option<(u32, u16)> {
+    fs::read_dir(dir).ok()?.flatten().find_map(|entry| ready(&entry.path()))
+}
+
+pub(crate) fn password(dir: &Path) -> Result<String> {
+    secrets::kept(&dir.join("postgres.password"), secrets::random_password)
 }
 
 async fn wait_until_ready(postgres: &Postgres, data: &Path) -> Result<()> {
     let wait = async {
-        while running_port(data) != Some(postgres.port) {
+        while ready(data).is_none() {
             if postgres.child.as_ref().is_some_and(Child::has_ended) {
                 bail!("Postgres ended while starting");
             }
@@ -216,7 +222,9 @@ pub(crate) async fn connect(url: &str) -> Result<PgConnection> {
         .await
         .map_err(anyhow::Error::from)
         .and_then(|connected| connected.map_err(anyhow::Error::from))
-        .context("Postgres does not answer at DATABASE_URL: start it, or unset the variable to get a private one")
+        .context(
+            "Postgres does not answer at DATABASE_URL: start it, or unset the variable to get a private one",
+        )
 }
 
 /// The same server's other database.

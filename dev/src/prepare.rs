@@ -25,7 +25,8 @@ pub(crate) async fn run(places: &Places, given: &Given, check: bool) -> Result<(
     let scratch = places.scratch()?;
     let (server, url) =
         servers::start_postgres(places, given, scratch.path(), Durability::Forgetful, &Life::Quiet).await?;
-    let fresh = with_scratch_database(&url, async |url| describe_queries(places, url, scratch.path()).await).await;
+    let fresh =
+        with_scratch_database(&url, async |url| describe_queries(places, url, scratch.path()).await).await;
     if let Some(server) = server {
         postgres::stop(&server).await;
     }
@@ -44,7 +45,10 @@ pub(crate) async fn run(places: &Places, given: &Given, check: bool) -> Result<(
         );
     }
     write(&committed_dir, &committed, &fresh)?;
-    terminal::step("Finished", format_args!("{} queries, api/.sqlx renewed:\n{}", fresh.len(), differences.join("\n")));
+    terminal::step(
+        "Finished",
+        format_args!("{} queries, api/.sqlx renewed:\n{}", fresh.len(), differences.join("\n")),
+    );
     Ok(())
 }
 
@@ -125,9 +129,11 @@ fn write(dir: &Path, committed: &QueryData, fresh: &QueryData) -> Result<()> {
 /// One line for each query that is missing, changed or no longer used.
 fn differences(committed: &QueryData, fresh: &QueryData) -> Vec<String> {
     let missing = fresh.iter().filter(|(name, _)| !committed.contains_key(*name));
-    let changed = fresh.iter().filter(|(name, content)| committed.get(*name).is_some_and(|old| old != *content));
+    let changed =
+        fresh.iter().filter(|(name, content)| committed.get(*name).is_some_and(|old| old != *content));
     let unused = committed.iter().filter(|(name, _)| !fresh.contains_key(*name));
-    let line = |what: &str, (_, content): (&String, &Vec<u8>)| format!("  {what}: {}", beginning_of_query(content));
+    let line =
+        |what: &str, (_, content): (&String, &Vec<u8>)| format!("  {what}: {}", beginning_of_query(content));
     missing
         .map(|query| line("new", query))
         .chain(changed.map(|query| line("changed", query)))
@@ -138,7 +144,8 @@ fn differences(committed: &QueryData, fresh: &QueryData) -> Vec<String> {
 /// The first words of the SQL in the data's `query` member.
 fn beginning_of_query(content: &[u8]) -> String {
     let content = String::from_utf8_lossy(content);
-    let sql = content.split_once("\"query\": \"").map_or("", |(_, rest)| rest).lines().next().unwrap_or_default();
+    let sql =
+        content.split_once("\"query\": \"").map_or("", |(_, rest)| rest).lines().next().unwrap_or_default();
     let words: Vec<&str> = sql.split("\\n").flat_map(str::split_whitespace).take(12).collect();
     words.join(" ").trim_end_matches("\",").to_owned()
 }
@@ -148,7 +155,8 @@ mod tests {
     use super::*;
 
     fn data(queries: &[(&str, &str)]) -> QueryData {
-        let content = |sql: &str| format!("{{\n  \"query\": \"{sql}\",\n  \"describe\": {{}}\n}}\n").into_bytes();
+        let content =
+            |sql: &str| format!("{{\n  \"query\": \"{sql}\",\n  \"describe\": {{}}\n}}\n").into_bytes();
         queries.iter().map(|(name, sql)| (format!("query-{name}.json"), content(sql))).collect()
     }
 

@@ -42,7 +42,8 @@ impl Account {
         {
             return Ok(Some(Self { uid: Uid::from_raw(meta.uid()), gid: Gid::from_raw(meta.gid()) }));
         }
-        let nobody = User::from_name("nobody")?.context("there is no user `nobody` to run the databases as")?;
+        let nobody =
+            User::from_name("nobody")?.context("there is no user `nobody` to run the databases as")?;
         Ok(Some(Self { uid: nobody.uid, gid: nobody.gid }))
     }
 
@@ -53,7 +54,10 @@ impl Account {
 }
 
 /// A command with the arguments as given, without input.
-pub(crate) fn command<A: AsRef<OsStr>>(program: impl AsRef<OsStr>, args: impl IntoIterator<Item = A>) -> Command {
+pub(crate) fn command<A: AsRef<OsStr>>(
+    program: impl AsRef<OsStr>,
+    args: impl IntoIterator<Item = A>,
+) -> Command {
     let mut command = Command::new(program);
     command.args(args).stdin(Stdio::null());
     command
@@ -75,7 +79,10 @@ pub(crate) fn bind_to_runner(command: &mut Command, on_death: Signal) {
         // The runner may have died before the line above.
         if getppid() == runner { Ok(()) } else { Err(io::Error::from(Errno::ESRCH)) }
     };
-    #[expect(unsafe_code, reason = "the closure runs between fork and exec; it only makes async-signal-safe calls")]
+    #[expect(
+        unsafe_code,
+        reason = "the closure runs between fork and exec; it only makes async-signal-safe calls"
+    )]
     // SAFETY: `arm` calls prctl and getppid, allocates nothing and takes no lock.
     unsafe {
         command.as_std_mut().pre_exec(arm);
@@ -84,7 +91,10 @@ pub(crate) fn bind_to_runner(command: &mut Command, on_death: Signal) {
 
 /// Lets the command outlive the runner and its terminal.
 pub(crate) fn detach(command: &mut Command) {
-    #[expect(unsafe_code, reason = "the closure runs between fork and exec; it only makes async-signal-safe calls")]
+    #[expect(
+        unsafe_code,
+        reason = "the closure runs between fork and exec; it only makes async-signal-safe calls"
+    )]
     // SAFETY: setsid is async-signal-safe.
     unsafe {
         command.as_std_mut().pre_exec(|| setsid().map(drop).map_err(io::Error::from));
@@ -115,7 +125,12 @@ pub(crate) async fn run_quietly(mut command: Command) -> Result<()> {
     let output = command.output().await.with_context(|| cannot_start(&command))?;
     if !output.status.success() {
         let said = [output.stdout, output.stderr].concat();
-        bail!("{} failed ({}):\n{}", name_of(&command), output.status, String::from_utf8_lossy(&said).trim_end());
+        bail!(
+            "{} failed ({}):\n{}",
+            name_of(&command),
+            output.status,
+            String::from_utf8_lossy(&said).trim_end()
+        );
     }
     Ok(())
 }
@@ -180,17 +195,25 @@ impl Child {
     }
 
     /// Resolves when the child has ended, to how.
-    pub(crate) async fn ended(&self) -> Option<ExitStatus> {
+    pub(crate) fn ended(&self) -> impl Future<Output = Option<ExitStatus>> + Send + use<> {
         let mut exit = self.exit.clone();
-        exit.wait_for(Option::is_some).await.ok().and_then(|status| *status)
+        async move { exit.wait_for(Option::is_some).await.ok().and_then(|status| *status) }
     }
 
     /// Asks the child to end, waits as long as `patience`, then ends it and its group.
     pub(crate) async fn stop(&self, signal: Signal, patience: Duration) {
-        if self.has_ended() {
-            return;
+        self.ask(signal);
+        self.wait_or_kill(patience).await;
+    }
+
+    pub(crate) fn ask(&self, signal: Signal) {
+        // Once it has ended, its pid may be another's.
+        if !self.has_ended() {
+            let _ = kill(self.pid, signal);
         }
-        let _ = kill(self.pid, signal);
+    }
+
+    pub(crate) async fn wait_or_kill(&self, patience: Duration) {
         if tokio::time::timeout(patience, self.ended()).await.is_err() {
             terminal::warn(format_args!("{} did not end within {patience:?} and is killed", self.name));
             let _ = killpg(self.pid, Signal::SIGKILL);

@@ -52,9 +52,7 @@ pub(crate) async fn start(program: &Path, dir: &Path, life: &Life) -> Result<Red
         account.own(&data)?;
     }
     let password = secrets::kept(&dir.join("redis.password"), secrets::random_password)?;
-    if running_pid(dir).is_some()
-        && let Ok(port) = fs::read_to_string(dir.join("redis.port")).unwrap_or_default().parse()
-    {
+    if let Some((_, port)) = running(dir) {
         return Ok(Redis { child: None, port, password });
     }
     let port = free_port()?;
@@ -105,11 +103,12 @@ async fn answers(redis: &Redis) -> bool {
     exchange.await.unwrap_or(false)
 }
 
-/// The pid of a server that runs under `dir`.
-pub(crate) fn running_pid(dir: &Path) -> Option<u32> {
+/// The pid and port of the server whose folder is under `dir`.
+pub(crate) fn running(dir: &Path) -> Option<(u32, u16)> {
     let data = dir.join("redis");
     let pid = fs::read_to_string(data.join("redis.pid")).ok()?.trim().parse().ok()?;
-    works_in(pid, &data).then_some(pid)
+    let port = fs::read_to_string(dir.join("redis.port")).ok()?.parse().ok()?;
+    works_in(pid, &data).then_some((pid, port))
 }
 
 pub(crate) async fn stop(redis: &Redis) {

@@ -12,7 +12,7 @@ use base64::engine::general_purpose::{STANDARD, URL_SAFE_NO_PAD};
 /// The DER of a PKCS#8 Ed25519 private key is this and the 32 bytes of the key (RFC 8410, section 7).
 const ED25519_PKCS8: [u8; 16] = *b"\x30\x2e\x02\x01\x00\x30\x05\x06\x03\x2b\x65\x70\x04\x22\x04\x20";
 
-fn random<const N: usize>() -> Result<[u8; N]> {
+pub(crate) fn random<const N: usize>() -> Result<[u8; N]> {
     let mut bytes = [0; N];
     File::open("/dev/urandom")?.read_exact(&mut bytes)?;
     Ok(bytes)
@@ -31,7 +31,13 @@ pub(crate) fn kept(file: &Path, make: impl FnOnce() -> Result<String>) -> Result
             // Written aside first, so that a file that exists is whole.
             let begun = file.with_extension("unfinished");
             let mut options = OpenOptions::new();
-            options.write(true).create(true).truncate(true).mode(0o600).open(&begun)?.write_all(secret.as_bytes())?;
+            options
+                .write(true)
+                .create(true)
+                .truncate(true)
+                .mode(0o600)
+                .open(&begun)?
+                .write_all(secret.as_bytes())?;
             fs::rename(begun, file)?;
             Ok(secret)
         }

@@ -9,9 +9,9 @@ use nix::sys::signal::Signal;
 use tokio::process::Command;
 
 use crate::places::Places;
-use crate::process::{self, Output};
+use crate::process::{self, Child, Output};
 use crate::terminal::{self, Colour};
-use crate::{postgres, redis};
+use crate::{postgres, redis, secrets};
 
 /// Servers that the caller brings.
 #[derive(clap::Args)]
@@ -99,6 +99,12 @@ impl Servers {
         Ok(Self { database_url, redis_url, postgres, redis })
     }
 
+    /// Those that we started.
+    pub(crate) fn children(&self) -> impl Iterator<Item = &Child> {
+        let postgres = self.postgres.iter().filter_map(|postgres| postgres.child.as_ref());
+        postgres.chain(self.redis.iter().filter_map(|redis| redis.child.as_ref()))
+    }
+
     /// In reverse order. Servers that were given or found running go on.
     pub(crate) async fn stop(&self) {
         if let Some(redis) = &self.redis {
@@ -127,18 +133,24 @@ pub(crate) async fn start_postgres(
     Ok((Some(postgres), url))
 }
 
-/// A port of loopback that is free now. Taken from below the range of outgoing connections, so that none of those
-/// takes it before its server does.
-pub(crate) fn free_port() -> Result<u16> {
-    let mut seed = u32::from(Ipv4Addr::LOCALHOST) ^ std::process::id();
+/// Ports of loopback that are free now. Taken from below the range of outgoing connections, so that none of those takes
+/// one before its server does.
+pub(crate) fn free_ports<const N: usize>() -> Result<[u16; N]> {
+    // Held until all are found, so that they differ.
+    let mut held = Vec::new();
     for _ in 0..200 {
-        seed = seed.wrapping_mul(1_664_525).wrapping_add(u32::from(std::time::UNIX_EPOCH.elapsed()?.subsec_nanos()));
-        let port = 20_000 + u16::try_from(seed >> 8 & 0xFFFF).unwrap_or_default() % 12_000;
-        if TcpListener::bind((Ipv4Addr::LOCALHOST, port)).is_ok() {
-            return Ok(port);
+        if held.len() == N {
+            break;
         }
+        let port = 20_000 + u16::from_ne_bytes(secrets::random()?) % 12_000;
+        held.extend(TcpListener::bind((Ipv4Addr::LOCALHOST, port)).map(|listener| (port, listener)));
     }
-    anyhow::bail!("no free port between 20000 and 32000 on 127.0.0.1")
+    let ports: Vec<u16> = held.into_iter().map(|(port, _)| port).collect();
+    ports.try_into().map_err(|_| anyhow::anyhow!("too few free ports between 20000 and 32000 on 127.0.0.1"))
+}
+
+pub(crate) fn free_port() -> Result<u16> {
+    free_ports().map(|[port]| port)
 }
 
 /// `cargo dev env`.

@@ -1,0 +1,258 @@
+//! The one address in front of everything, as an ingress gives it: exactly `/api/messages` to the gateways in turn,
+//! all else to api. Bodies pass through as they come, and when either side goes away, the other one is told at once.
+//!
+//! Limits on what clients may send are the services' business, and are seen through it unchanged.
+
+use std::convert::Infallible;
+use std::io;
+use std::net::{Ipv4Addr, SocketAddr};
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use anyhow::Result;
+use bytes::Bytes;
+use http_body::{Body, Frame, SizeHint};
+use http_body_util::{Either, Full};
+use hyper::body::Incoming;
+use hyper::header::{
+    CONNECTION, CONTENT_TYPE, EXPECT, HOST, HeaderMap, HeaderName, HeaderValue, TRAILER, UPGRADE,
+};
+use hyper::header::{TE, TRANSFER_ENCODING};
+use hyper::service::service_fn;
+use hyper::{Request, Response, StatusCode, Uri, client, server};
+use hyper_util::rt::{TokioIo, TokioTimer};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::Semaphore;
+use tokio::task::JoinHandle;
+
+use crate::{secrets, terminal};
+
+const STREAM_PATH: &str = "/api/messages";
+/// Each may hold two sockets; a process has some thousands.
+const MOST_CONNECTIONS: usize = 8_000;
+const CONNECT_DEADLINE: Duration = Duration::from_secs(2);
+/// How many ports after the wanted one are tried.
+const PORTS_TRIED: u16 = 100;
+
+const FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
+const FORWARDED_PROTO: HeaderName = HeaderName::from_static("x-forwarded-proto");
+const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+
+/// Headers that speak of one connection and end with it (RFC 9110, section 7.6.1).
+const HOP_BY_HOP: [HeaderName; 8] = [
+    CONNECTION,
+    HeaderName::from_static("keep-alive"),
+    HeaderName::from_static("proxy-connection"),
+    TE,
+    TRAILER,
+    TRANSFER_ENCODING,
+    UPGRADE,
+    // Answered here: the body is asked for when the upstream reads it.
+    EXPECT,
+];
+
+/// Where requests go.
+pub(crate) struct Routes {
+    pub(crate) api: SocketAddr,
+    pub(crate) gateways: Vec<SocketAddr>,
+    turn: AtomicUsize,
+}
+
+impl Routes {
+    pub(crate) fn new(api: SocketAddr, gateways: Vec<SocketAddr>) -> Self {
+        Self { api, gateways, turn: AtomicUsize::new(0) }
+    }
+
+    /// The upstreams for a path, the one to try first in front. Each call for the stream begins one further on.
+    fn candidates(&self, path: &str) -> Vec<SocketAddr> {
+        if path != STREAM_PATH {
+            return vec![self.api];
+        }
+        let mut candidates = self.gateways.clone();
+        if !candidates.is_empty() {
+            let turn = self.turn.fetch_add(1, Ordering::Relaxed) % candidates.len();
+            candidates.rotate_left(turn);
+        }
+        candidates
+    }
+}
+
+/// Listens on the wanted port of loopback or the next free one.
+pub(crate) async fn listen(wanted: u16) -> Result<TcpListener> {
+    let mut outcome = Err(io::Error::other("no port was tried"));
+    for port in wanted..=wanted.saturating_add(PORTS_TRIED) {
+        outcome = TcpListener::bind((Ipv4Addr::LOCALHOST, port)).await;
+        match &outcome {
+            Err(error) if error.kind() == io::ErrorKind::AddrInUse => {}
+            _ => break,
+        }
+    }
+    let listener =
+        outcome.map_err(|error| anyhow::anyhow!("cannot listen on 127.0.0.1:{wanted} or above: {error}"))?;
+    let got = listener.local_addr()?.port();
+    if wanted != 0 && got != wanted {
+        terminal::warn(format_args!("port {wanted} is taken; using {got}"));
+    }
+    Ok(listener)
+}
+
+/// Accepts until dropped. Connections that are open then go on until the runner ends.
+pub(crate) async fn serve(listener: TcpListener, routes: Arc<Routes>) {
+    let room = Arc::new(Semaphore::new(MOST_CONNECTIONS));
+    loop {
+        let Ok(permit) = room.clone().acquire_owned().await else { return };
+        let Ok((socket, peer)) = listener.accept().await else {
+            // Out of file descriptors, most likely: connections must end before another can begin.
+            tokio::time::sleep(Duration::from_millis(50)).await;
+            continue;
+        };
+        let routes = Arc::clone(&routes);
+        tokio::spawn(async move {
+            let _ = socket.set_nodelay(true);
+            let service = service_fn(move |request| {
+                let routes = Arc::clone(&routes);
+                async move { Ok::<_, Infallible>(forward(&routes, peer, request).await) }
+            });
+            let mut http = server::conn::http1::Builder::new();
+            http.timer(TokioTimer::new());
+            // An error here is a client that went away or does not speak HTTP; nobody is left to tell.
+            let _ = http.serve_connection(TokioIo::new(socket), service).await;
+            drop(permit);
+        });
+    }
+}
+
+type Answer = Response<Either<Passing, Full<Bytes>>>;
+
+async fn forward(routes: &Routes, peer: SocketAddr, mut request: Request<Incoming>) -> Answer {
+    let request_id = request.headers().get(REQUEST_ID).cloned();
+    let Some(socket) = connect(&routes.candidates(request.uri().path())).await else {
+        return unavailable(request_id);
+    };
+    rewrite(&mut request, peer);
+    // One connection per request: nothing can be stale, and nothing needs to be sent twice.
+    match exchange(socket, request).await {
+        Ok(response) => response.map(Either::Left),
+        Err(_) => unavailable(request_id),
+    }
+}
+
+/// The first upstream that accepts; a dead one is skipped.
+async fn connect(candidates: &[SocketAddr]) -> Option<TcpStream> {
+    for address in candidates {
+        if let Ok(Ok(socket)) = tokio::time::timeout(CONNECT_DEADLINE, TcpStream::connect(address)).await {
+            return Some(socket);
+        }
+    }
+    None
+}
+
+async fn exchange(socket: TcpStream, request: Request<Incoming>) -> Result<Response<Passing>> {
+    socket.set_nodelay(true)?;
+    let (mut sender, connection) = client::conn::http1::handshake(TokioIo::new(socket)).await?;
+    let connection = Connection(tokio::spawn(async move {
+        let _ = connection.await;
+    }));
+    let (mut head, body) = sender.send_request(request).await?.into_parts();
+    remove_hop_by_hop(&mut head.headers);
+    Ok(Response::from_parts(head, Passing { body, _connection: connection }))
+}
+
+/// The upstream connection: cut when dropped, however far the answer has come.
+struct Connection(JoinHandle<()>);
+
+impl Drop for Connection {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
+/// An upstream's body on its way to the client, frame by frame. A client that goes away drops it, and with it the
+/// connection: hyper alone would notice only at the upstream's next byte, which for a quiet stream is a heartbeat away.
+struct Passing {
+    body: Incoming,
+    _connection: Connection,
+}
+
+impl Body for Passing {
+    type Data = Bytes;
+    type Error = hyper::Error;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
+        Pin::new(&mut self.body).poll_frame(cx)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
+    }
+}
+
+fn rewrite(request: &mut Request<Incoming>, peer: SocketAddr) {
+    // A request for a proxy names the host in its target; the services expect a path.
+    if let Some(authority) = request.uri().authority().cloned() {
+        let path = request.uri().path_and_query().map_or("/", |path| path.as_str());
+        if let Ok(uri) = path.parse::<Uri>() {
+            *request.uri_mut() = uri;
+        }
+        if let Ok(host) = HeaderValue::from_str(authority.as_str()) {
+            request.headers_mut().insert(HOST, host);
+        }
+    }
+    *request.version_mut() = hyper::Version::HTTP_11;
+    let headers = request.headers_mut();
+    remove_hop_by_hop(headers);
+    let forwarded_for = forwarded_for(headers, peer);
+    headers.insert(FORWARDED_FOR, forwarded_for);
+    headers.insert(FORWARDED_PROTO, HeaderValue::from_static("http"));
+}
+
+/// What earlier proxies said, and then who they were for us.
+fn forwarded_for(headers: &HeaderMap, peer: SocketAddr) -> HeaderValue {
+    let mut hops: Vec<&str> =
+        headers.get_all(FORWARDED_FOR).iter().filter_map(|hop| hop.to_str().ok()).collect();
+    let peer = peer.ip().to_string();
+    hops.push(&peer);
+    HeaderValue::from_str(&hops.join(", ")).expect("header values and an address are visible ASCII")
+}
+
+fn remove_hop_by_hop(headers: &mut HeaderMap) {
+    let named: Vec<HeaderName> = headers
+        .get_all(CONNECTION)
+        .iter()
+        .filter_map(|value| value.to_str().ok())
+        .flat_map(|value| value.split(','))
+        .filter_map(|name| name.trim().parse().ok())
+        .collect();
+    for name in named.iter().chain(&HOP_BY_HOP) {
+        headers.remove(name);
+    }
+}
+
+fn unavailable(request_id: Option<HeaderValue>) -> Answer {
+    let request_id = request_id
+        .or_else(|| secrets::random_password().ok().and_then(|id| HeaderValue::from_str(&id).ok()))
+        .unwrap_or_else(|| HeaderValue::from_static("unknown"));
+    // Only a request id that needs no escaping is repeated in JSON.
+    let shown = request_id.to_str().ok().filter(|id| !id.contains(['"', '\\'])).unwrap_or_default();
+    let body = format!(
+        r#"{{"type":"about:blank","title":"Bad Gateway","status":502,"code":"bad_gateway","message":"The service behind this address does not answer","requestId":"{shown}"}}"#
+    );
+    let mut response = Response::new(Either::Right(Full::from(body)));
+    *response.status_mut() = StatusCode::BAD_GATEWAY;
+    response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("application/problem+json"));
+    response.headers_mut().insert(REQUEST_ID, request_id);
+    response
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,134 @@
+//! `cargo dev status`, `down`, `reset` and `psql`: looking at what runs, and ending it.
+
+use std::fs;
+use std::os::unix::process::CommandExt;
+use std::path::Path;
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+use crate::places::Places;
+use crate::servers::Given;
+use crate::state::{Lock, State};
+use crate::{find, postgres, redis, terminal};
+
+const STOP_DEADLINE: Duration = Duration::from_secs(45);
+
+pub(crate) fn status(places: &Places) -> Result<()> {
+    match State::read(&places.up())? {
+        None => terminal::answer("not running (`cargo dev up` starts it)"),
+        Some(state) => {
+            let address = if state.address.is_empty() { "starting" } else { &state.address };
+            terminal::answer(format_args!("{:<10} pid {:<8} {address}", "runner", state.runner));
+            for process in &state.processes {
+                let ended = if is_alive(process.pid) { "" } else { " ended" };
+                terminal::answer(format_args!(
+                    "{:<10} pid {:<8} {}{ended}",
+                    process.name, process.pid, process.address
+                ));
+            }
+        }
+    }
+    for (dir, what) in [(places.up(), ""), (places.shared(), " (of `cargo dev env`)")] {
+        for (name, server) in [("postgres", postgres::running(&dir)), ("redis", redis::running(&dir))] {
+            if let Some((pid, port)) = server {
+                terminal::answer(format_args!("{name:<10} pid {pid:<8} 127.0.0.1:{port}{what}"));
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Stops whatever runs from this workspace.
+pub(crate) async fn down(places: &Places) -> Result<()> {
+    let mut stopped = false;
+    if let Some(state) = State::read(&places.up())? {
+        terminal::step("Stopping", format_args!("`cargo dev up`, process {}", state.runner));
+        end(state.runner.cast_signed(), Signal::SIGTERM, || Ok(!Lock::is_free(&places.up())?)).await?;
+        stopped = true;
+    }
+    for dir in [places.up(), places.shared()] {
+        let servers = [
+            ("Redis", redis::running(&dir), Signal::SIGTERM),
+            ("Postgres", postgres::running(&dir), Signal::SIGINT),
+        ];
+        for (name, server, signal) in servers {
+            let Some((pid, port)) = server else { continue };
+            terminal::step("Stopping", format_args!("{name} on 127.0.0.1:{port}, process {pid}"));
+            let pid = pid.cast_signed();
+            end(pid, signal, || Ok(is_alive(pid))).await?;
+            stopped = true;
+        }
+    }
+    if !stopped {
+        terminal::step("Finished", "nothing was running");
+    }
+    Ok(())
+}
+
+/// Everything but the installed servers.
+pub(crate) async fn reset(places: &Places) -> Result<()> {
+    down(places).await?;
+    terminal::step("Deleting", "the dev database, keys and secrets under .dev (installed servers are kept)");
+    for dir in [places.up(), places.shared()] {
+        if dir.exists() {
+            fs::remove_dir_all(&dir).with_context(|| format!("cannot delete {}", dir.display()))?;
+        }
+    }
+    Ok(())
+}
+
+/// Becomes psql; comes back only with a reason why not.
+pub(crate) async fn psql(places: &Places, given: &Given, args: &[String]) -> Result<()> {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let program = match find::program(&path, &["psql"]) {
+        Some(program) => program,
+        None => {
+            let beside = postgres::programs(places).await?.bin_dir.join("psql");
+            if !beside.exists() {
+                bail!("no psql is installed (Debian: apt install postgresql-client)");
+            }
+            beside
+        }
+    };
+    let mut psql = Command::new(program);
+    match &given.database_url {
+        Some(url) => psql.arg(url),
+        None => {
+            let Some((_, port)) = postgres::running(&places.up()) else {
+                bail!("the dev database does not run: start it with `cargo dev up`");
+            };
+            // Not on the command line, where everybody could read it.
+            psql.env("PGPASSWORD", postgres::password(&places.up())?)
+                .arg(format!("postgres://postgres@127.0.0.1:{port}/{}", postgres::DATABASE))
+        }
+    };
+    Err(psql.args(args).exec()).context("cannot start psql")
+}
+
+/// Signals a process and waits while `runs`; kills it when that takes too long.
+async fn end(pid: i32, signal: Signal, runs: impl Fn() -> Result<bool>) -> Result<()> {
+    let pid = Pid::from_raw(pid);
+    for (signal, patience) in [(signal, STOP_DEADLINE), (Signal::SIGKILL, Duration::from_secs(5))] {
+        kill(pid, signal).with_context(|| format!("cannot signal process {pid}"))?;
+        let gone = async {
+            while runs()? {
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+            Ok(())
+        };
+        if let Ok(outcome) = tokio::time::timeout(patience, gone).await {
+            return outcome;
+        }
+    }
+    bail!("process {pid} does not end")
+}
+
+fn is_alive(pid: i32) -> bool {
+    // A zombie has ended, whether or not its parent has looked.
+    fs::read_to_string(Path::new("/proc").join(pid.to_string()).join("stat"))
+        .is_ok_and(|stat| stat.rsplit_once(')').is_some_and(|(_, rest)| !rest.trim_start().starts_with('Z')))
+}

@@ -1,0 +1,60 @@
+//! `cargo dev test`: the whole test suite over real servers, which are started for it, fast and forgetful, and
+//! stopped after it.
+
+use std::path::Path;
+use std::process::{ExitCode, ExitStatus};
+
+use anyhow::Result;
+use nix::sys::signal::Signal;
+
+use crate::cargo::cargo;
+use crate::places::Places;
+use crate::servers::{Durability, Given, Life, Servers, program_env};
+use crate::stop::Stop;
+use crate::{process, terminal};
+
+/// What a shell reports for a command that was interrupted.
+const INTERRUPTED: u8 = 130;
+
+pub(crate) async fn run(places: &Places, given: &Given, args: &[String]) -> Result<ExitCode> {
+    let mut stop = Stop::listen()?;
+    let scratch = places.scratch()?;
+    let mut servers = None;
+    let outcome = tokio::select! {
+        outcome = build_and_test(places, given, args, scratch.path(), &mut servers) => outcome,
+        () = stop.asked() => Ok(ExitCode::from(INTERRUPTED)),
+    };
+    if let Some(servers) = servers {
+        servers.stop().await;
+    }
+    outcome
+}
+
+async fn build_and_test(
+    places: &Places,
+    given: &Given,
+    args: &[String],
+    scratch: &Path,
+    servers: &mut Option<Servers>,
+) -> Result<ExitCode> {
+    let started = Servers::start(places, given, scratch, Durability::Forgetful, &Life::Quiet).await?;
+    let servers = servers.insert(started);
+    // The end-to-end tests run the services' own binaries, which cargo does not build for them.
+    let build = cargo(places, &["build", "--workspace", "--bins"]);
+    let status = process::run_to_end(build, Signal::SIGTERM).await?;
+    if !status.success() {
+        return Ok(exit_code(status));
+    }
+    let mut test = cargo(places, &["test", "--workspace"]);
+    test.args(args)
+        .env("DATABASE_URL", &servers.database_url)
+        .env("REDIS_URL", &servers.redis_url)
+        .env("SQLX_OFFLINE", "true")
+        .envs(program_env(places).await?);
+    terminal::step("Testing", "everything");
+    Ok(exit_code(process::run_to_end(test, Signal::SIGTERM).await?))
+}
+
+fn exit_code(status: ExitStatus) -> ExitCode {
+    status.code().and_then(|code| u8::try_from(code).ok()).map_or(ExitCode::FAILURE, ExitCode::from)
+}

@@ -1,0 +1,298 @@
+//! `cargo dev up`: everything, from the databases to the one address in front, until Ctrl-C.
+//!
+//! What was started is stopped in reverse order. A process that dies is announced and not restarted: a developer
+//! wants to see it.
+
+use std::net::{Ipv4Addr, SocketAddr};
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use nix::sys::signal::Signal;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
+use tokio::process::Command;
+use tokio::task::{JoinHandle, JoinSet};
+
+use crate::cargo::{binaries, cargo};
+use crate::demo::demo;
+use crate::ingress::{self, Routes};
+use crate::places::Places;
+use crate::process::{self, Child, Output};
+use crate::servers::{Durability, Given, Life, Servers, free_ports};
+use crate::state::{Lock, Process, State};
+use crate::stop::Stop;
+use crate::terminal::{self, Colour};
+use crate::{postgres, secrets};
+
+const START_DEADLINE: Duration = Duration::from_secs(30);
+const STOP_PATIENCE: Duration = Duration::from_secs(10);
+/// Who can log in.
+const SEEDED: [&str; 2] = ["john", "jane"];
+
+#[derive(clap::Args)]
+pub(crate) struct Options {
+    /// The port of 127.0.0.1 to listen on; the next free one if it is taken
+    #[arg(long, default_value_t = 3000)]
+    port: u16,
+    /// Builds and runs optimised binaries
+    #[arg(long)]
+    release: bool,
+}
+
+pub(crate) async fn run(places: &Places, given: &Given, options: &Options) -> Result<ExitCode> {
+    let began = Instant::now();
+    let dir = places.up();
+    let lock = Lock::take(&dir)?;
+    let mut stop = Stop::listen()?;
+    let mut running = Running::default();
+    let outcome = tokio::select! {
+        outcome = running.start(places, given, options, &lock) => outcome.map(Some),
+        () = stop.asked() => Ok(None),
+    };
+    if let Ok(Some(address)) = &outcome {
+        terminal::step("Ready", format_args!("in {:.1} s at {address}", began.elapsed().as_secs_f64()));
+        terminal::answer(format_args!(
+            "\n{address}\n\nSee a message arrive: paste this into another terminal.\n\n{}\nCtrl-C stops everything.\n",
+            demo(address)
+        ));
+        running.watch(&mut stop).await;
+    }
+    terminal::step("Stopping", "all of it");
+    tokio::select! {
+        () = running.stop() => {}
+        // The kernel ends the children together with us.
+        () = stop.asked() => terminal::warn("asked again: ending at once"),
+    }
+    // An answered Ctrl-C is a success.
+    outcome.map(|_| ExitCode::SUCCESS)
+}
+
+/// All that was started, in order.
+#[derive(Default)]
+struct Running {
+    servers: Option<Servers>,
+    api: Option<Child>,
+    gateways: Vec<Child>,
+    ingress: Option<JoinHandle<()>>,
+}
+
+impl Running {
+    /// Starts everything; answers the address to use. Whatever fails, what was started is here, to be stopped.
+    async fn start(
+        &mut self,
+        places: &Places,
+        given: &Given,
+        options: &Options,
+        lock: &Lock,
+    ) -> Result<String> {
+        let dir = places.up();
+        let mut state = State { runner: std::process::id(), address: String::new(), processes: Vec::new() };
+        lock.write(&state)?;
+        let servers = Servers::start(places, given, &dir, Durability::Durable, &Life::Followed).await?;
+        let servers = self.servers.insert(servers);
+        let binaries = build(places, options.release).await?;
+
+        let listener = ingress::listen(options.port).await?;
+        let origin = format!("http://localhost:{}", listener.local_addr()?.port());
+        let [api, internal, api_ops, gateway_1, gateway_1_ops, gateway_2, gateway_2_ops] =
+            free_ports()?.map(local);
+        let common = common_settings(&dir, &origin, servers)?;
+
+        let settings = api_settings(&dir, servers, [api, internal, api_ops])?;
+        migrate(&binaries, &common, &settings).await?;
+        seed(&servers.database_url).await?;
+
+        let gateways = [(gateway_1, gateway_1_ops), (gateway_2, gateway_2_ops)];
+        terminal::step("Starting", "one api and two gateways");
+        let child = spawn_service("api", &binaries.join("api"), Colour::Green, &common, &settings)?;
+        wait_until_ready(self.api.insert(child), api_ops).await?;
+        for (number, (listen, ops)) in (1..).zip(gateways) {
+            let name = format!("gateway-{number}");
+            let colour = if number == 1 { Colour::Magenta } else { Colour::Cyan };
+            let settings = gateway_settings(internal, listen, ops);
+            let program = binaries.join("stream-gateway");
+            self.gateways.push(spawn_service(&name, &program, colour, &common, &settings)?);
+        }
+        for (gateway, (_, ops)) in self.gateways.iter().zip(gateways) {
+            wait_until_ready(gateway, ops).await?;
+        }
+
+        let routes = Routes::new(api, gateways.map(|(listen, _)| listen).to_vec());
+        self.ingress = Some(tokio::spawn(ingress::serve(listener, Arc::new(routes))));
+
+        let addresses = [api].into_iter().chain(gateways.map(|(listen, _)| listen));
+        let services = self.api.iter().chain(&self.gateways).zip(addresses);
+        state.processes = services
+            .map(|(child, address)| Process { name: child.name.clone(), pid: child.id(), address })
+            .collect();
+        state.address.clone_from(&origin);
+        lock.write(&state)?;
+        Ok(origin)
+    }
+
+    fn children(&self) -> impl Iterator<Item = &Child> {
+        let servers = self.servers.iter().flat_map(Servers::children);
+        servers.chain(&self.api).chain(&self.gateways)
+    }
+
+    /// Announces who ends, until it is time to stop.
+    async fn watch(&self, stop: &mut Stop) {
+        let mut ends = JoinSet::new();
+        for child in self.children() {
+            let name = child.name.clone();
+            let end = child.ended();
+            ends.spawn(async move { (name, end.await) });
+        }
+        loop {
+            tokio::select! {
+                () = stop.asked() => return,
+                Some(Ok((name, status))) = ends.join_next() => {
+                    let how = status.map_or_else(|| "for an unknown reason".to_owned(), |status| status.to_string());
+                    terminal::warn(format_args!(
+                        "{name} ended ({how}); it is not restarted, the rest goes on until Ctrl-C"
+                    ));
+                }
+            }
+        }
+    }
+
+    async fn stop(&mut self) {
+        if let Some(ingress) = &self.ingress {
+            ingress.abort();
+        }
+        for gateway in &self.gateways {
+            gateway.ask(Signal::SIGTERM);
+        }
+        for gateway in &self.gateways {
+            gateway.wait_or_kill(STOP_PATIENCE).await;
+        }
+        if let Some(api) = &self.api {
+            api.stop(Signal::SIGTERM, STOP_PATIENCE).await;
+        }
+        if let Some(servers) = &self.servers {
+            servers.stop().await;
+        }
+    }
+}
+
+fn local(port: u16) -> SocketAddr {
+    SocketAddr::from((Ipv4Addr::LOCALHOST, port))
+}
+
+/// Cargo shows its own progress. Answers the folder of the binaries.
+async fn build(places: &Places, release: bool) -> Result<PathBuf> {
+    let mut build = cargo(places, &["build", "--package", "api", "--package", "stream-gateway"]);
+    if release {
+        build.arg("--release");
+    }
+    let status = process::run_to_end(build, Signal::SIGTERM).await?;
+    if !status.success() {
+        bail!("the services do not compile");
+    }
+    binaries(if release { "release" } else { "debug" })
+}
+
+type Settings = Vec<(&'static str, String)>;
+
+fn common_settings(dir: &Path, origin: &str, servers: &Servers) -> Result<Settings> {
+    let secret = secrets::kept(&dir.join("internal-secret"), secrets::random_password)?;
+    Ok(vec![
+        ("ORIGIN", origin.to_owned()),
+        ("REDIS_URL", servers.redis_url.clone()),
+        ("INTERNAL_SECRET", secret),
+        ("LOG_FORMAT", "human".to_owned()),
+    ])
+}
+
+fn api_settings(dir: &Path, servers: &Servers, [listen, internal, ops]: [SocketAddr; 3]) -> Result<Settings> {
+    let key = dir.join("signing-key.pem");
+    secrets::kept(&key, secrets::signing_key)?;
+    Ok(vec![
+        ("LISTEN", listen.to_string()),
+        ("INTERNAL_LISTEN", internal.to_string()),
+        ("OPS_LISTEN", ops.to_string()),
+        ("DATABASE_URL", servers.database_url.clone()),
+        ("SIGNING_KEY_FILES", key.display().to_string()),
+        ("DEV_LOGIN", "true".to_owned()),
+        // Nobody has to learn that this instance goes away.
+        ("SHUTDOWN_WAIT_SECONDS", "0".to_owned()),
+        ("SHUTDOWN_GRACE_SECONDS", "2".to_owned()),
+    ])
+}
+
+fn gateway_settings(internal: SocketAddr, listen: SocketAddr, ops: SocketAddr) -> Settings {
+    vec![
+        ("LISTEN", listen.to_string()),
+        ("OPS_LISTEN", ops.to_string()),
+        ("API_INTERNAL_URL", format!("http://{internal}")),
+        ("DRAIN_WAIT_SECONDS", "0".to_owned()),
+        ("DRAIN_WINDOW_SECONDS", "1".to_owned()),
+    ]
+}
+
+fn service(program: &Path, arguments: &[&str], common: &Settings, own: &Settings) -> Command {
+    let mut command = process::command(program, arguments);
+    command.envs(common.iter().chain(own).map(|(name, value)| (name, value)));
+    process::bind_to_runner(&mut command, Signal::SIGKILL);
+    command
+}
+
+fn spawn_service(
+    name: &str,
+    program: &Path,
+    colour: Colour,
+    common: &Settings,
+    own: &Settings,
+) -> Result<Child> {
+    Child::spawn(name, service(program, &[], common, own), Output::Follow(colour))
+}
+
+async fn migrate(binaries: &Path, common: &Settings, own: &Settings) -> Result<()> {
+    terminal::step("Migrating", "the database");
+    let migrate = service(&binaries.join("api"), &["migrate"], common, own);
+    let migrate = Child::spawn("api migrate", migrate, Output::Follow(Colour::Green))?;
+    match migrate.ended().await {
+        Some(status) if status.success() => Ok(()),
+        _ => {
+            bail!("`api migrate` failed; it said why above (`cargo dev reset` begins with an empty database)")
+        }
+    }
+}
+
+async fn seed(database_url: &str) -> Result<()> {
+    let mut connection = postgres::connect(database_url).await?;
+    sqlx::query("INSERT INTO users (username) SELECT unnest($1::text[]) ON CONFLICT DO NOTHING")
+        .bind(SEEDED.as_slice())
+        .execute(&mut connection)
+        .await
+        .context("cannot make the users john and jane")?;
+    Ok(())
+}
+
+async fn wait_until_ready(child: &Child, ops: SocketAddr) -> Result<()> {
+    let wait = async {
+        while !is_ready(ops).await {
+            if child.has_ended() {
+                bail!("{} ended while starting; it said why above", child.name);
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        Ok(())
+    };
+    let waited = tokio::time::timeout(START_DEADLINE, wait).await;
+    waited.with_context(|| format!("{} did not become ready within {START_DEADLINE:?}", child.name))?
+}
+
+async fn is_ready(ops: SocketAddr) -> bool {
+    let exchange = async {
+        let mut socket = TcpStream::connect(ops).await?;
+        socket.write_all(b"GET /readyz HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n").await?;
+        let mut head = [0; 12];
+        socket.read_exact(&mut head).await?;
+        Ok::<_, std::io::Error>(head.ends_with(b" 200"))
+    };
+    tokio::time::timeout(Duration::from_secs(2), exchange).await.is_ok_and(|outcome| outcome.unwrap_or(false))
+}
