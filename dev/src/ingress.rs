@@ -6,15 +6,12 @@
 use std::convert::Infallible;
 use std::io;
 use std::net::{Ipv4Addr, SocketAddr};
-use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::task::{Context, Poll};
 use std::time::Duration;
 
 use anyhow::Result;
 use bytes::Bytes;
-use http_body::{Body, Frame, SizeHint};
 use http_body_util::{Either, Full};
 use hyper::body::Incoming;
 use hyper::header::{
@@ -26,7 +23,6 @@ use hyper::{Request, Response, StatusCode, Uri, client, server};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
-use tokio::task::JoinHandle;
 
 use crate::{secrets, terminal};
 
@@ -125,7 +121,7 @@ pub(crate) async fn serve(listener: TcpListener, routes: Arc<Routes>) {
     }
 }
 
-type Answer = Response<Either<Passing, Full<Bytes>>>;
+type Answer = Response<Either<Incoming, Full<Bytes>>>;
 
 async fn forward(routes: &Routes, peer: SocketAddr, mut request: Request<Incoming>) -> Answer {
     let request_id = request.headers().get(REQUEST_ID).cloned();
@@ -150,51 +146,14 @@ async fn connect(candidates: &[SocketAddr]) -> Option<TcpStream> {
     None
 }
 
-async fn exchange(socket: TcpStream, request: Request<Incoming>) -> Result<Response<Passing>> {
+async fn exchange(socket: TcpStream, request: Request<Incoming>) -> Result<Response<Incoming>> {
     socket.set_nodelay(true)?;
     let (mut sender, connection) = client::conn::http1::handshake(TokioIo::new(socket)).await?;
-    let connection = Connection(tokio::spawn(async move {
-        let _ = connection.await;
-    }));
-    let (mut head, body) = sender.send_request(request).await?.into_parts();
-    remove_hop_by_hop(&mut head.headers);
-    Ok(Response::from_parts(head, Passing { body, _connection: connection }))
-}
-
-/// The upstream connection: cut when dropped, however far the answer has come.
-struct Connection(JoinHandle<()>);
-
-impl Drop for Connection {
-    fn drop(&mut self) {
-        self.0.abort();
-    }
-}
-
-/// An upstream's body on its way to the client, frame by frame. A client that goes away drops it, and with it the
-/// connection: hyper alone would notice only at the upstream's next byte, which for a quiet stream is a heartbeat away.
-struct Passing {
-    body: Incoming,
-    _connection: Connection,
-}
-
-impl Body for Passing {
-    type Data = Bytes;
-    type Error = hyper::Error;
-
-    fn poll_frame(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
-        Pin::new(&mut self.body).poll_frame(cx)
-    }
-
-    fn is_end_stream(&self) -> bool {
-        self.body.is_end_stream()
-    }
-
-    fn size_hint(&self) -> SizeHint {
-        self.body.size_hint()
-    }
+    // Ends with the answer's body: read to its end, or dropped because the client went away.
+    tokio::spawn(connection);
+    let mut response = sender.send_request(request).await?;
+    remove_hop_by_hop(response.headers_mut());
+    Ok(response)
 }
 
 fn rewrite(request: &mut Request<Incoming>, peer: SocketAddr) {
