@@ -16,9 +16,10 @@ use crate::{
     config::{Addresses, Config},
     http::{self, Api, Edge, auth::Auth},
     metrics::Metrics,
+    pruner,
     publisher::publisher,
     readiness::{self, Judgement},
-    store::{Database, schema},
+    store::{Database, feed, schema},
 };
 
 /// For Postgres to be there when the service starts, and for its answer to the first question.
@@ -54,6 +55,15 @@ pub async fn migrate(postgres: PgConnectOptions) -> anyhow::Result<()> {
     connection.close().await.context("cannot close the connection")
 }
 
+/// Gives every user's feed a new epoch: for a database that was restored to an earlier point, before it is served again.
+pub async fn new_epoch(postgres: PgConnectOptions) -> anyhow::Result<()> {
+    let mut connection = connect(&postgres).await?;
+    schema::require_current(&mut connection).await?;
+    let feeds = feed::redraw_epochs(&mut connection).await.context("cannot draw new epochs")?;
+    tracing::info!(feeds, "every feed has a new epoch");
+    connection.close().await.context("cannot close the connection")
+}
+
 /// Serves until `stop`, then ends in order: unready, still serving while the word spreads; then no new connections, requests
 /// in progress finish; then what they caused is published.
 pub async fn run(config: Config, listeners: Listeners, stop: CancellationToken) -> anyhow::Result<()> {
@@ -81,6 +91,8 @@ pub async fn run(config: Config, listeners: Listeners, stop: CancellationToken) 
     let watching =
         readiness::watch(config.database, database.clone(), metrics.clone(), judgement.clone(), stop.clone());
     let watching = tokio::spawn(watching);
+    let pruning = pruner::run(database.clone(), config.keep, metrics.clone(), stop.clone());
+    let pruning = tokio::spawn(pruning);
     let publishing = tokio::spawn(worker.run(stop_publishing.clone()));
 
     let limits = Limits { stop: config.shutdown_grace, ..Limits::default() };
@@ -111,6 +123,7 @@ pub async fn run(config: Config, listeners: Listeners, stop: CancellationToken) 
     if timeout(FLUSH_TIMEOUT, publishing).await.is_err() {
         tracing::warn!("Redis did not take the last events in time");
     }
+    pruning.await.context("the pruner failed")?;
     watching.await.context("the readiness watch failed")?;
     stop_ops.cancel();
     operators.await.context("the operators' listener failed")?;

@@ -32,6 +32,8 @@ pub enum Command {
     Serve,
     /// Apply what is missing of the schema, then end
     Migrate,
+    /// After a database was restored to an earlier point: make clients' places from the lost future recognisable
+    NewEpoch,
 }
 
 /// As given: texts, so that all of them can be checked before anything is said.
@@ -176,7 +178,8 @@ impl Settings {
         })
     }
 
-    pub fn for_migrating(&self) -> Result<(PgConnectOptions, Logging), Problems> {
+    /// For the commands that only need the database.
+    pub fn for_database(&self) -> Result<(PgConnectOptions, Logging), Problems> {
         let mut problems = Problems::default();
         let logging = self.logging(&mut problems);
         let database = self.database(&mut problems);

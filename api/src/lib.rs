@@ -8,6 +8,7 @@ pub mod config;
 pub mod domain;
 pub mod http;
 pub mod metrics;
+pub mod pruner;
 pub mod publisher;
 pub mod readiness;
 pub mod store;

@@ -8,13 +8,15 @@ use api::{
 };
 use clap::Parser;
 use shared::{lifecycle, telemetry};
+use sqlx::postgres::PgConnectOptions;
 
 #[tokio::main]
 async fn main() -> ExitCode {
     let cli = Cli::parse();
     let result = match cli.command.unwrap_or(Command::Serve) {
         Command::Serve => serve(&cli).await,
-        Command::Migrate => migrate(&cli).await,
+        Command::Migrate => with_database(&cli, app::migrate).await,
+        Command::NewEpoch => with_database(&cli, app::new_epoch).await,
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
@@ -33,8 +35,11 @@ async fn serve(cli: &Cli) -> anyhow::Result<()> {
     app::run(config, Listeners::bind(addresses)?, stop).await
 }
 
-async fn migrate(cli: &Cli) -> anyhow::Result<()> {
-    let (postgres, logging) = cli.settings.for_migrating()?;
+async fn with_database(
+    cli: &Cli,
+    work: impl AsyncFnOnce(PgConnectOptions) -> anyhow::Result<()>,
+) -> anyhow::Result<()> {
+    let (postgres, logging) = cli.settings.for_database()?;
     telemetry::start(logging.filter, logging.format);
-    app::migrate(postgres).await
+    work(postgres).await
 }

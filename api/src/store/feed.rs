@@ -108,3 +108,69 @@ pub struct Keep {
     pub age: Duration,
     pub events: u64,
 }
+
+/// The start of one feed that need not be kept: everything up to `seq`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct OldPrefix {
+    pub user: UserId,
+    pub seq: i64,
+}
+
+/// Looks at the oldest `rows` events of the next `users` feeds after `after`. Answers what is old there, and the last user
+/// looked at; `None` when there are no more users.
+///
+/// Old is a prefix: events are old while each one and all before it are beyond the count or the age. A clock that once went
+/// wrong leaves no hole.
+pub async fn old_prefixes(
+    connection: &mut PgConnection,
+    keep: Keep,
+    after: UserId,
+    users: i64,
+    rows: i64,
+) -> sqlx::Result<(Vec<OldPrefix>, Option<UserId>)> {
+    let found = sqlx::query!(
+        r#"WITH looked_at AS MATERIALIZED (
+               SELECT user_id, head_seq FROM feed_heads WHERE user_id > $1 ORDER BY user_id LIMIT $2
+           )
+           SELECT l.user_id, old.seq AS "seq?"
+           FROM looked_at AS l
+           LEFT JOIN LATERAL (
+               SELECT max(judged.seq) AS seq
+               FROM (
+                   SELECT oldest.seq,
+                          bool_and(oldest.seq <= l.head_seq - $3
+                                   OR oldest.created_at < now() - make_interval(secs => $4))
+                              OVER (ORDER BY oldest.seq) AS is_old
+                   FROM (SELECT f.seq, f.created_at FROM feed AS f
+                         WHERE f.user_id = l.user_id ORDER BY f.seq LIMIT $5) AS oldest
+               ) AS judged
+               WHERE judged.is_old
+           ) AS old ON true
+           ORDER BY l.user_id"#,
+        after.0,
+        users,
+        i64::try_from(keep.events).unwrap_or(i64::MAX),
+        keep.age.as_secs_f64(),
+        rows,
+    )
+    .fetch_all(connection)
+    .await?;
+    let last = found.last().map(|row| UserId(row.user_id));
+    let old =
+        found.into_iter().filter_map(|row| Some(OldPrefix { user: UserId(row.user_id), seq: row.seq? }));
+    Ok((old.collect(), last))
+}
+
+/// Deletes everything up to there. Repeating it, from several replicas at once too, does no harm.
+pub async fn delete_prefix(connection: &mut PgConnection, prefix: OldPrefix) -> sqlx::Result<u64> {
+    let done = sqlx::query!("DELETE FROM feed WHERE user_id = $1 AND seq <= $2", prefix.user.0, prefix.seq)
+        .execute(connection)
+        .await?;
+    Ok(done.rows_affected())
+}
+
+/// Every feed becomes another one: cursors from before are seen to be from another history.
+pub async fn redraw_epochs(connection: &mut PgConnection) -> sqlx::Result<u64> {
+    let done = sqlx::query!("UPDATE feed_heads SET epoch = random_epoch()").execute(connection).await?;
+    Ok(done.rows_affected())
+}
