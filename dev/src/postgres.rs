@@ -13,7 +13,7 @@ use sqlx::{AssertSqlSafe, Connection, PgConnection};
 
 use crate::places::{Places, works_in};
 use crate::process::{Account, Child, command, run_as, run_quietly};
-use crate::servers::{Durability, Life, free_port};
+use crate::servers::{Durability, Life, free_port, log_end, log_file};
 use crate::{find, install, secrets, terminal};
 
 /// The database that everything uses.
@@ -92,7 +92,7 @@ pub(crate) async fn start(
     programs: &Programs,
     dir: &Path,
     durability: Durability,
-    life: &Life,
+    life: Life,
 ) -> Result<Postgres> {
     let data = data_dir(dir, programs.version);
     let account = Account::for_data(&data)?;
@@ -113,9 +113,9 @@ pub(crate) async fn start(
     server.current_dir("/");
     run_as(&mut server, account);
     // SIGINT is Postgres' fast shutdown, and leaves nothing to recover.
-    let child = Child::spawn("postgres", life.shape(server, Signal::SIGINT), life.output(dir, "postgres")?)?;
+    let child = Child::spawn("postgres", life.shape(server, Signal::SIGINT), log_file(dir, "postgres")?)?;
     let postgres = Postgres { child: Some(child), port, password };
-    wait_until_ready(&postgres, &data).await.with_context(|| life.where_it_said_why(dir, "postgres"))?;
+    wait_until_ready(&postgres, &data).await.with_context(|| log_end(dir, "postgres"))?;
     create_database(&postgres).await?;
     Ok(postgres)
 }
@@ -125,9 +125,7 @@ fn settings(durability: Durability) -> Vec<&'static str> {
         "listen_addresses=127.0.0.1",
         "unix_socket_directories=",
         "max_connections=300",
-        "log_min_messages=warning",
-        "log_checkpoints=off",
-        "log_line_prefix=",
+        "log_line_prefix=%m ",
     ];
     if durability == Durability::Forgetful {
         settings.extend(["fsync=off", "synchronous_commit=off", "full_page_writes=off", "max_wal_size=4GB"]);

@@ -24,7 +24,7 @@ type QueryData = BTreeMap<String, Vec<u8>>;
 pub(crate) async fn run(places: &Places, given: &Given, check: bool) -> Result<()> {
     let scratch = places.scratch()?;
     let (server, url) =
-        servers::start_postgres(places, given, scratch.path(), Durability::Forgetful, &Life::Quiet).await?;
+        servers::start_postgres(places, given, scratch.path(), Durability::Forgetful, Life::Bound).await?;
     let fresh =
         with_scratch_database(&url, async |url| describe_queries(places, url, scratch.path()).await).await;
     if let Some(server) = server {

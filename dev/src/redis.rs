@@ -12,7 +12,7 @@ use tokio::net::TcpStream;
 
 use crate::places::{Places, works_in};
 use crate::process::{Account, Child, command, run_as};
-use crate::servers::{Life, free_port};
+use crate::servers::{Life, free_port, log_end, log_file};
 use crate::{find, install, secrets, terminal};
 
 const NAMES: [&str; 2] = ["redis-server", "valkey-server"];
@@ -44,7 +44,7 @@ impl Redis {
     }
 }
 
-pub(crate) async fn start(program: &Path, dir: &Path, life: &Life) -> Result<Redis> {
+pub(crate) async fn start(program: &Path, dir: &Path, life: Life) -> Result<Redis> {
     let data = dir.join("redis");
     fs::create_dir_all(&data)?;
     let account = Account::for_data(&data)?;
@@ -69,11 +69,11 @@ pub(crate) async fn start(program: &Path, dir: &Path, life: &Life) -> Result<Red
          save \"\"\nappendonly no\ndaemonize no\nloglevel warning\n",
         data.display()
     );
-    let child = Child::spawn("redis", server, life.output(dir, "redis")?)?;
+    let child = Child::spawn("redis", server, log_file(dir, "redis")?)?;
     std::io::Write::write_all(&mut write, settings.as_bytes())?;
     drop(write);
     let redis = Redis { child: Some(child), port, password };
-    wait_until_ready(&redis).await.with_context(|| life.where_it_said_why(dir, "redis"))?;
+    wait_until_ready(&redis).await.with_context(|| log_end(dir, "redis"))?;
     fs::write(dir.join("redis.port"), port.to_string())?;
     Ok(redis)
 }

@@ -10,8 +10,7 @@ use tokio::process::Command;
 
 use crate::places::Places;
 use crate::process::{self, Child, Output};
-use crate::terminal::{self, Colour};
-use crate::{postgres, redis, secrets};
+use crate::{postgres, redis, secrets, terminal};
 
 /// Servers that the caller brings.
 #[derive(clap::Args)]
@@ -32,43 +31,35 @@ pub(crate) enum Durability {
     Forgetful,
 }
 
-/// How long servers live, and where their output goes.
+/// How long servers live.
+#[derive(Clone, Copy)]
 pub(crate) enum Life {
-    /// As long as the runner; followed in the terminal.
-    Followed,
-    /// As long as the runner; logs to files.
-    Quiet,
-    /// Until `cargo dev down`; logs to files.
+    /// As long as the runner.
+    Bound,
+    /// Until `cargo dev down`.
     Detached,
 }
 
 impl Life {
-    pub(crate) fn shape(&self, mut command: Command, on_death: Signal) -> Command {
+    pub(crate) fn shape(self, mut command: Command, on_death: Signal) -> Command {
         match self {
-            Self::Followed | Self::Quiet => process::bind_to_runner(&mut command, on_death),
+            Self::Bound => process::bind_to_runner(&mut command, on_death),
             Self::Detached => process::detach(&mut command),
         }
         command
     }
+}
 
-    pub(crate) fn output(&self, dir: &Path, name: &str) -> Result<Output> {
-        Ok(match self {
-            Self::Followed => Output::Follow(if name == "redis" { Colour::Red } else { Colour::Blue }),
-            Self::Quiet | Self::Detached => Output::File(File::create(dir.join(format!("{name}.log")))?),
-        })
-    }
+/// Where a server logs, begun anew at each start.
+pub(crate) fn log_file(dir: &Path, name: &str) -> Result<Output> {
+    Ok(Output::File(File::create(dir.join(format!("{name}.log")))?))
+}
 
-    /// Context for a failed start; the log itself, as its file may be gone soon.
-    pub(crate) fn where_it_said_why(&self, dir: &Path, name: &str) -> String {
-        match self {
-            Self::Followed => format!("{name} said why above"),
-            Self::Quiet | Self::Detached => {
-                let log = fs::read_to_string(dir.join(format!("{name}.log"))).unwrap_or_default();
-                let lines: Vec<&str> = log.lines().collect();
-                format!("{name} said:\n{}\n", lines[lines.len().saturating_sub(10)..].join("\n"))
-            }
-        }
-    }
+/// Context for a failed start: what the log says, as the file itself may be gone soon.
+pub(crate) fn log_end(dir: &Path, name: &str) -> String {
+    let log = fs::read_to_string(dir.join(format!("{name}.log"))).unwrap_or_default();
+    let lines: Vec<&str> = log.lines().collect();
+    format!("{name} logged:\n{}\n", lines[lines.len().saturating_sub(10)..].join("\n"))
 }
 
 pub(crate) struct Servers {
@@ -84,7 +75,7 @@ impl Servers {
         given: &Given,
         dir: &Path,
         durability: Durability,
-        life: &Life,
+        life: Life,
     ) -> Result<Self> {
         fs::create_dir_all(dir)?;
         let (postgres, database_url) = start_postgres(places, given, dir, durability, life).await?;
@@ -122,7 +113,7 @@ pub(crate) async fn start_postgres(
     given: &Given,
     dir: &Path,
     durability: Durability,
-    life: &Life,
+    life: Life,
 ) -> Result<(Option<postgres::Postgres>, String)> {
     if let Some(url) = &given.database_url {
         return Ok((None, url.clone()));
@@ -160,7 +151,7 @@ pub(crate) async fn print_env(places: &Places, given: &Given) -> Result<()> {
     // Two at once would both start servers.
     let lock = File::create(dir.join("lock"))?;
     lock.lock().context("cannot lock .dev/test")?;
-    let servers = Servers::start(places, given, &dir, Durability::Forgetful, &Life::Detached).await?;
+    let servers = Servers::start(places, given, &dir, Durability::Forgetful, Life::Detached).await?;
     terminal::answer(format_args!(
         "export DATABASE_URL='{}' REDIS_URL='{}' {}",
         servers.database_url,

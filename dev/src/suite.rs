@@ -37,7 +37,7 @@ async fn build_and_test(
     scratch: &Path,
     servers: &mut Option<Servers>,
 ) -> Result<ExitCode> {
-    let started = Servers::start(places, given, scratch, Durability::Forgetful, &Life::Quiet).await?;
+    let started = Servers::start(places, given, scratch, Durability::Forgetful, Life::Bound).await?;
     let servers = servers.insert(started);
     // The end-to-end tests run the services' own binaries, which cargo does not build for them.
     let build = cargo(places, &["build", "--workspace", "--bins"]);

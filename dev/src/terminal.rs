@@ -9,13 +9,17 @@ use std::sync::LazyLock;
 static COLOURS: LazyLock<bool> =
     LazyLock::new(|| io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|v| v.is_empty()));
 
+/// Whether colours are shown, here and so by whoever writes through us.
+pub(crate) fn has_colours() -> bool {
+    *COLOURS
+}
+
 /// The colour that one process's log lines are marked with.
 #[derive(Clone, Copy)]
 pub(crate) enum Colour {
     Red = 31,
     Green = 32,
     Yellow = 33,
-    Blue = 34,
     Magenta = 35,
     Cyan = 36,
 }

@@ -55,7 +55,7 @@ pub(crate) async fn run(places: &Places, given: &Given, options: &Options) -> Re
     if let Ok(Some(address)) = &outcome {
         terminal::step("Ready", format_args!("in {:.1} s at {address}", began.elapsed().as_secs_f64()));
         terminal::answer(format_args!(
-            "\n{address}\n\nSee a message arrive: paste this into another terminal.\n\n{}\nCtrl-C stops everything.\n",
+            "\n{address}\n\nSee a message arrive: paste this into another terminal.\n\n{}\nCtrl-C stops everything. Postgres and Redis log to .dev/up/*.log.\n",
             demo(address)
         ));
         running.watch(&mut stop).await;
@@ -91,7 +91,7 @@ impl Running {
         let dir = places.up();
         let mut state = State { runner: std::process::id(), address: String::new(), processes: Vec::new() };
         lock.write(&state)?;
-        let servers = Servers::start(places, given, &dir, Durability::Durable, &Life::Followed).await?;
+        let servers = Servers::start(places, given, &dir, Durability::Durable, Life::Bound).await?;
         let servers = self.servers.insert(servers);
         let binaries = build(places, options.release).await?;
 
@@ -236,6 +236,9 @@ fn gateway_settings(internal: SocketAddr, listen: SocketAddr, ops: SocketAddr) -
 fn service(program: &Path, arguments: &[&str], common: &Settings, own: &Settings) -> Command {
     let mut command = process::command(program, arguments);
     command.envs(common.iter().chain(own).map(|(name, value)| (name, value)));
+    if !terminal::has_colours() {
+        command.env("NO_COLOR", "1");
+    }
     process::bind_to_runner(&mut command, Signal::SIGKILL);
     command
 }
