@@ -78,30 +78,30 @@ fn number(event: &Event) -> Seq {
     id.parse::<Cursor>().expect("ids are cursors").seq
 }
 
-/// Waits until a browser has all that there is now, then compares everything it ever saw with the feed after `after`;
-/// over all its connections, each of which must have begun exactly where the one before it ended.
-pub async fn assert_exact(sql: &PgPool, user: UserId, who: &str, browser: &Browser, after: Seq) {
+/// Waits until a browser has all that there is now, then compares everything it ever saw with the feed after the place of
+/// its first `ready`; over all its connections, each of which must have begun exactly where the one before it ended.
+pub async fn assert_exact(sql: &PgPool, user: UserId, who: &str, browser: &Browser) {
     let feed = Feed::read(sql, user).await;
-    if feed.head > after {
-        let head = feed.head_cursor();
-        browser
-            .until(&format!("{who} sees {head}"), |record| {
-                record.ledger().next_back().is_some_and(|event| event.id.as_deref() == Some(&head))
-            })
-            .await;
-    }
+    let head = feed.head_cursor();
+    browser
+        .until(&format!("{who} sees {head}"), |record| {
+            let durable = record.events.iter().rev().find(|event| event.id.is_some());
+            durable.is_some_and(|event| event.id.as_ref() == Some(&head))
+        })
+        .await;
     let record = browser.record();
+    let first = record.named("ready").next().expect("a stream begins with `ready`");
     let seen: Vec<Event> = record.ledger().cloned().collect();
-    feed.assert_is(who, &seen, after);
+    feed.assert_is(who, &seen, number(first));
     let mut place: Option<&str> = None;
     for event in &record.events {
         assert!(!event.is("resync"), "{who} was told to reload: {event:?}");
         if event.is("ready") {
             let data = event.json();
             assert_eq!(data["cursor"].as_str(), event.id.as_deref(), "{who}: {event:?}");
-            assert_eq!(data["resumed"], place.is_some(), "{who}: {event:?}");
             if place.is_some() {
                 assert_eq!(event.id.as_deref(), place, "{who} comes back to where it was");
+                assert_eq!(data["resumed"], true, "{who}: {event:?}");
             }
         }
         place = event.id.as_deref().or(place);

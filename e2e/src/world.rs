@@ -13,6 +13,7 @@ use std::{
 use base64::{Engine, engine::general_purpose::STANDARD};
 use serde_json::{Value, json};
 use shared::{
+    channels::Channels,
     claims::{Claims, SigningKeys},
     ids::{ConversationId, UserId},
     test_support::{
@@ -95,7 +96,9 @@ impl World {
         let sql = PgPoolOptions::new().max_connections(4).acquire_timeout(Duration::from_secs(30));
         let keys = tempfile::tempdir().expect("a temporary folder");
         let pem = private_key();
-        std::fs::write(keys.path().join("signing.pem"), &pem).expect("a file in our own folder");
+        for (name, pem) in [("signing.pem", &pem), ("another.pem", &private_key())] {
+            std::fs::write(keys.path().join(name), pem).expect("a file in our own folder");
+        }
         let world = Self {
             sql: sql.connect_lazy_with(options),
             client: Client::default(),
@@ -103,7 +106,7 @@ impl World {
             database,
             redis_url,
             keys,
-            signing: SigningKeys::from_pems(ORIGIN, pem.as_bytes(), &[]).expect("a key that was just made"),
+            signing: SigningKeys::from_pems(ORIGIN, &pem, &[]).expect("a key that was just made"),
             internal_secret: format!("{:032x}", rand::random::<u128>()),
             logs: Mutex::default(),
             tokens: Mutex::default(),
@@ -115,13 +118,22 @@ impl World {
 
     /// An api with the world's settings; change some, then start it.
     pub fn api(&self) -> Plan {
-        let key = self.keys.path().join("signing.pem").display().to_string();
         self.plan("api", "api")
             .env("INTERNAL_LISTEN", "127.0.0.1:0")
             .env("DATABASE_URL", self.database.url())
             .env("DATABASE_POOL_SIZE", 5)
-            .env("SIGNING_KEY_FILES", key)
+            .env("SIGNING_KEY_FILES", self.key_file("signing.pem"))
             .env("DEV_LOGIN", true)
+    }
+
+    /// An api in the middle of a rotation: a new key signs, the world's usual one is still good.
+    pub fn api_with_another_key(&self) -> Plan {
+        let files = format!("{},{}", self.key_file("another.pem"), self.key_file("signing.pem"));
+        self.api().env("SIGNING_KEY_FILES", files)
+    }
+
+    fn key_file(&self, name: &str) -> String {
+        self.keys.path().join(name).display().to_string()
     }
 
     /// A gateway that asks this internal listener.
@@ -202,6 +214,11 @@ impl World {
         &self.internal_secret
     }
 
+    /// The Redis channel of a user in this world.
+    pub fn channel(&self, user: UserId) -> String {
+        Channels::new(&*self.prefix).user(user)
+    }
+
     /// A text that was never sent before.
     pub fn text(&self) -> String {
         format!("{WHISPER} {}", self.texts.fetch_add(1, Ordering::Relaxed))
@@ -263,10 +280,10 @@ fn text(value: &Value) -> String {
 }
 
 /// An Ed25519 key in PKCS#8, by its fixed prefix (RFC 8410).
-fn private_key() -> String {
+pub fn private_key() -> Vec<u8> {
     let prefix = [0x30, 0x2e, 2, 1, 0, 0x30, 5, 6, 3, 0x2b, 0x65, 0x70, 4, 0x22, 4, 0x20];
     let der: Vec<u8> = prefix.into_iter().chain(rand::random::<[u8; 32]>()).collect();
-    format!("-----BEGIN PRIVATE KEY-----\n{}\n-----END PRIVATE KEY-----\n", STANDARD.encode(der))
+    format!("-----BEGIN PRIVATE KEY-----\n{}\n-----END PRIVATE KEY-----\n", STANDARD.encode(der)).into_bytes()
 }
 
 impl Database {
@@ -303,7 +320,8 @@ impl Database {
                 let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
                 let runtime = runtime.expect("a runtime");
                 // The test may have killed the server; then there is nothing to tidy.
-                let _ = runtime.block_on(tokio::time::timeout(Duration::from_secs(20), self.drop()));
+                let tidied = async { tokio::time::timeout(Duration::from_secs(20), self.drop()).await };
+                let _ = runtime.block_on(tidied);
             });
         });
     }

@@ -1,1 +1,18 @@
-//! x
+//! The promise, shown with the real binaries over real Postgres, Redis and sockets: every event of a user's feed, once, in
+//! order, from the cursor on; whatever fails in between costs time, never a message.
+//!
+//! One module a kind of trouble. Waits are for what must happen, with a generous limit that only tells late from never.
+#![allow(clippy::unwrap_used, reason = "a test fails where an assumption does not hold")]
+
+mod bad_input;
+mod crashes;
+mod delivery;
+mod drain;
+mod endings;
+mod numbering;
+mod opening;
+mod own_events;
+mod redis;
+mod resume;
+mod slow_readers;
+mod support;

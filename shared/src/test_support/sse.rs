@@ -9,7 +9,7 @@ use std::{
     pin::Pin,
     sync::{Arc, Mutex, PoisonError},
     task::{Context, Poll},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use bytes::Bytes;
@@ -361,6 +361,8 @@ pub struct Record {
     pub events: Vec<Event>,
     /// Streams opened.
     pub opened: usize,
+    /// When each of them ended.
+    pub ended: Vec<Instant>,
     /// Tries that failed before a head came.
     pub refused: usize,
     pub open: bool,
@@ -495,7 +497,10 @@ impl Page {
                     if !self.watch(stream).await {
                         return;
                     }
-                    self.told.send_modify(|record| record.open = false);
+                    self.told.send_modify(|record| {
+                        record.open = false;
+                        record.ended.push(Instant::now());
+                    });
                 }
                 Ok(Ok(stream)) => {
                     self.told.send_modify(|record| record.given_up = Some(stream.status));

@@ -1,0 +1,197 @@
+//! Processes die and links fail at the worst moment: it costs time, never a message.
+
+use std::{sync::Arc, time::Duration};
+
+use e2e::{
+    World,
+    ledger::{Feed, assert_exact},
+};
+use shared::test_support::{
+    proxy::Proxy,
+    servers::{Postgres, Redis},
+    sse::{Block, Browser, Resume},
+    until,
+};
+
+use crate::support::{Crowd, RETRY, Traffic, Two, assert_all_exact, browser};
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_message_whose_api_died_between_commit_and_publish_still_arrives() {
+    let redis = Redis::start();
+    let dead_link = Proxy::start(redis.address()).await;
+    let world = World::with_redis(redis.url()).await;
+    let behind = format!("redis://{}/", dead_link.address());
+    let (well, mut doomed) = tokio::join!(world.api().ready(), world.api().env("REDIS_URL", behind).ready());
+    let gateway = world.gateway(well.internal()).env("RECONCILE_SECONDS", 1).ready().await;
+    let two = Two::meet(&world, &well).await;
+    let jane = browser(gateway.stream(&two.jane));
+    jane.ready().await;
+
+    dead_link.silence();
+    let posted = world.say(&doomed, &two.john, two.conversation).await;
+    doomed.kill();
+
+    assert_exact(&world.sql, two.jane.id, "jane", &jane).await;
+    assert_eq!(jane.record().ledger().next_back().unwrap().json()["id"], posted["id"]);
+    assert!(gateway.metric("gateway_reconcile_found_total").await >= 1.0, "Redis did not bring it");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_committed_and_never_published_arrives_alone_or_before_the_next() {
+    let world = World::new().await;
+    let api = world.api().ready().await;
+    let gateway = world.gateway(api.internal()).env("RECONCILE_SECONDS", 1).ready().await;
+    let two = Two::meet(&world, &api).await;
+    let jane = browser(gateway.stream(&two.jane));
+    jane.ready().await;
+    let session = world.claims(&two.john).sid;
+    let commit = || async {
+        let post = sqlx::query("SELECT post_message($1, $2, $3, $4, NULL, NULL, NULL)");
+        let post = post.bind(session.0).bind(two.john.id.0).bind(two.conversation.0).bind(world.text());
+        post.execute(&world.sql).await.unwrap();
+    };
+    commit().await;
+    assert_exact(&world.sql, two.jane.id, "jane", &jane).await;
+    // A published event behind unpublished ones shows the gap.
+    for _ in 0..5 {
+        commit().await;
+        commit().await;
+        two.say(&world, &api, 1).await;
+    }
+    assert_exact(&world.sql, two.jane.id, "jane", &jane).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn when_a_gateway_is_killed_its_clients_go_on_elsewhere_with_nothing_lost_or_doubled() {
+    let world = Arc::new(World::new().await);
+    let api = world.api().ready().await;
+    let gateway = || world.gateway(api.internal()).ready();
+    let (mut a, b, mut c) = tokio::join!(gateway(), gateway(), gateway());
+    let crowd = Crowd::gather(&world, &api, 6).await;
+    let watching = crowd.watch(&[&a, &b, &c]).await;
+    let traffic = Traffic::start(&world, &[&api], &crowd.lines, Duration::from_millis(20));
+    traffic.more(60).await;
+    a.kill();
+    traffic.more(60).await;
+    c.kill();
+    traffic.more(60).await;
+    c.restart().await;
+    traffic.more(60).await;
+    traffic.stop().await;
+    assert_all_exact(&world, &api, &crowd.lines, &watching).await;
+    let moved = watching.iter().filter(|(_, browser)| browser.record().opened > 1).count();
+    assert!(moved >= 4, "only {moved} of 6 clients had to move");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn while_the_internal_listener_is_away_streams_stay_open_and_live_events_flow() {
+    let redis = Redis::start();
+    let world = World::with_redis(redis.url()).await;
+    let lossy = Proxy::start(redis.address()).await;
+    let lossy_url = format!("redis://{}/", lossy.address());
+    let (api, unheard) = tokio::join!(world.api().ready(), world.api().env("REDIS_URL", lossy_url).ready());
+    let link = Proxy::start(api.internal()).await;
+    let gateway = world.gateway(link.address()).env("RECONCILE_SECONDS", 1).ready().await;
+    let two = Two::meet(&world, &api).await;
+    let jane = browser(gateway.stream(&two.jane));
+    jane.ready().await;
+
+    for silent in [false, true] {
+        if silent {
+            link.silence()
+        } else {
+            link.refuse()
+        }
+        // Contiguous events need nobody's answer.
+        two.say(&world, &api, 5).await;
+        assert_exact(&world.sql, two.jane.id, "jane, the link away", &jane).await;
+        // A new stream has its head at once, and its place later.
+        let mut new = gateway.stream(&two.jane).stream().await;
+        assert!(matches!(new.block().await, Ok(Block::Retry(_))));
+        // One that nobody hears of, and one behind it: now there is a gap, and the rest waits.
+        lossy.silence();
+        world.say(&unheard, &two.john, two.conversation).await;
+        two.say(&world, &api, 3).await;
+        let questions = gateway.metric("gateway_questions_failed_total").await;
+        until("the gateway asks in vain", || async {
+            gateway.metric("gateway_questions_failed_total").await > questions
+        })
+        .await;
+        assert_eq!(jane.record().opened, 1, "the stream stays open");
+
+        link.resume();
+        lossy.resume();
+        assert_exact(&world.sql, two.jane.id, "jane, the link back", &jane).await;
+        new.named("ready").await;
+    }
+    assert_eq!(jane.record().opened, 1);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_link_to_api_that_breaks_inside_answers_delivers_no_half_event() {
+    let world = Arc::new(World::with_redis("redis://127.0.0.1:1/".into()).await);
+    let api = world.api().ready().await;
+    let link = Proxy::start(api.internal()).await;
+    // Everything comes by questions, and their answers break off.
+    let gateway = world.gateway(link.address()).ready().await;
+    let crowd = Crowd::gather(&world, &api, 4).await;
+    let watching = crowd.watch(&[&gateway]).await;
+    let traffic = Traffic::start(&world, &[&api], &crowd.lines, Duration::from_millis(20));
+    for bytes in [100, 900, 5_000, 20_000] {
+        link.cut_after(bytes);
+        link.cut();
+        traffic.more(25).await;
+    }
+    link.resume();
+    traffic.stop().await;
+    assert_all_exact(&world, &api, &crowd.lines, &watching).await;
+    assert!(watching.iter().all(|(_, browser)| browser.record().opened == 1), "no stream ended");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_postgres_that_crashes_and_recovers_under_traffic_loses_no_accepted_message() {
+    let mut postgres = Postgres::start();
+    let world = Arc::new(World::with_postgres(postgres.url()).await);
+    let (api, gateway) = world.pair().await;
+    let crowd = Crowd::gather(&world, &api, 4).await;
+    let watching = crowd.watch(&[&gateway]).await;
+    let traffic = Traffic::start(&world, &[&api], &crowd.lines, Duration::from_millis(20));
+    for _ in 0..2 {
+        traffic.more(60).await;
+        postgres.kill();
+        postgres.restart();
+    }
+    traffic.more(60).await;
+    let accepted = traffic.stop().await;
+    assert_all_exact(&world, &api, &crowd.lines, &watching).await;
+    assert!(watching.iter().all(|(_, browser)| browser.record().opened == 1), "no stream ended");
+    let ids: Vec<i64> = accepted.iter().map(|id| id.parse().unwrap()).collect();
+    let kept: i64 = sqlx::query_scalar("SELECT count(*) FROM messages WHERE id = ANY($1)")
+        .bind(&ids)
+        .fetch_one(&world.sql)
+        .await
+        .unwrap();
+    assert_eq!(usize::try_from(kept).unwrap(), ids.len(), "every accepted message is there");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_gateway_that_was_frozen_goes_on_exactly() {
+    let world = Arc::new(World::new().await);
+    let api = world.api().ready().await;
+    let mut gateway = world.gateway(api.internal()).env("RECONCILE_SECONDS", 1).ready().await;
+    let two = Two::meet(&world, &api).await;
+    let watching =
+        vec![(two.jane.clone(), Browser::open(vec![gateway.stream(&two.jane)], Resume::Header, RETRY))];
+    watching[0].1.ready().await;
+    let line = [(two.john.clone(), two.conversation)];
+    let traffic = Traffic::start(&world, &[&api], &line, Duration::from_millis(2));
+    traffic.more(20).await;
+    gateway.freeze();
+    traffic.more(200).await;
+    gateway.thaw();
+    traffic.more(20).await;
+    traffic.stop().await;
+    assert_all_exact(&world, &api, &line, &watching).await;
+    let feed = Feed::read(&world.sql, two.jane.id).await;
+    feed.assert_without_holes();
+}

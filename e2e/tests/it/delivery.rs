@@ -1,0 +1,142 @@
+//! When nothing is broken but the clients' own connections.
+
+use std::{sync::Arc, time::Duration};
+
+use e2e::{
+    World,
+    ledger::{Feed, assert_exact},
+};
+use futures_util::future::join_all;
+use shared::test_support::{
+    proxy::Proxy,
+    sse::{Browser, Opening, Resume},
+};
+
+use crate::support::{Crowd, RETRY, Traffic, Two, assert_all_exact, browser};
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_message_travels_from_post_to_both_screens() {
+    let world = World::new().await;
+    let (api, gateway) = world.pair().await;
+    let two = Two::meet(&world, &api).await;
+    let mut jane = gateway.stream(&two.jane).stream().await;
+    let mut john = gateway.stream(&two.john).stream().await;
+    jane.named("ready").await;
+    john.named("ready").await;
+
+    let posted = world.say(&api, &two.john, two.conversation).await;
+
+    let seen = jane.next().await;
+    assert_eq!(seen.name, None, "a bare onmessage hears it");
+    let mut wanted = posted.clone();
+    wanted["mine"] = false.into();
+    assert_eq!(seen.json(), wanted);
+    let seen = john.named("message.sent").await.json();
+    assert_eq!(seen["id"], posted["id"]);
+    assert_eq!(seen["mine"], true);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn every_device_sees_exactly_its_users_feed_whatever_replica_gateway_or_reconnect() {
+    let world = Arc::new(World::new().await);
+    let (one, two) = tokio::join!(world.api().ready(), world.api().ready());
+    let gateway = |internal| world.gateway(internal).ready();
+    let (a, b, c) = tokio::join!(gateway(one.internal()), gateway(two.internal()), gateway(one.internal()));
+    let crowd = Crowd::gather(&world, &one, 6).await;
+
+    // One of the three ways in breaks off in the middle of whatever it carries.
+    let breaking = Proxy::start(a.public()).await;
+    breaking.cut_after(3_500);
+    let ways = |user: &e2e::User, first: usize| -> Vec<Opening> {
+        let broken = Opening::new(format!("http://{}/api/messages", breaking.address())).bearer(&user.token);
+        let mut ways = vec![broken, b.stream(user), c.stream(user)];
+        ways.rotate_left(first);
+        ways
+    };
+    let mut watching = Vec::new();
+    for (number, user) in crowd.users.iter().enumerate() {
+        for (device, resume) in [Resume::Header, Resume::Query, Resume::Alternately].into_iter().enumerate() {
+            watching.push((user.clone(), Browser::open(ways(user, number + device), resume, RETRY)));
+        }
+    }
+    join_all(watching.iter().map(|(_, browser)| browser.ready())).await;
+
+    let traffic = Traffic::start(&world, &[&one, &two], &crowd.lines, Duration::from_millis(20));
+    for round in 0..60 {
+        traffic.more(12).await;
+        watching[round * 7 % watching.len()].1.cut().await;
+        if round % 5 == 0 {
+            let (reader, conversation) = &crowd.lines[round % crowd.lines.len()];
+            let url = two.url(&format!("/api/conversations/{conversation}/read_messages"));
+            world.client.post(url).bearer(&reader.token).expect(204).await;
+        }
+    }
+    let accepted = traffic.stop().await;
+    breaking.resume();
+
+    assert_all_exact(&world, &one, &crowd.lines, &watching).await;
+    let mut delivered = 0;
+    for user in &crowd.users {
+        let feed = Feed::read(&world.sql, user.id).await;
+        feed.assert_without_holes();
+        delivered += feed.events.len();
+    }
+    let reconnects: usize = watching.iter().map(|(_, browser)| browser.record().opened - 1).sum();
+    assert!(reconnects >= 60, "only {reconnects} reconnects: the test does not test");
+    println!(
+        "{} messages, {delivered} feed events, {} devices, {reconnects} reconnects",
+        accepted.len(),
+        watching.len()
+    );
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_burst_arrives_whole_and_in_order() {
+    let world = World::new().await;
+    let (api, gateway) = world.pair().await;
+    let two = Two::meet(&world, &api).await;
+    let jane = browser(gateway.stream(&two.jane));
+    jane.ready().await;
+    // All at once: the publisher, Redis and the gateway see them in any order they like.
+    join_all((0..300).map(|_| world.say(&api, &two.john, two.conversation))).await;
+    assert_exact(&world.sql, two.jane.id, "jane", &jane).await;
+    assert_eq!(jane.record().ledger().count(), 300);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_device_that_comes_while_messages_flow_misses_none_after_its_ready() {
+    let world = Arc::new(World::new().await);
+    let (api, gateway) = world.pair().await;
+    let two = Two::meet(&world, &api).await;
+    let line = [(two.john.clone(), two.conversation)];
+    let traffic = Traffic::start(&world, &[&api], &line, Duration::ZERO);
+    let mut watching = Vec::new();
+    for _ in 0..20 {
+        traffic.more(3).await;
+        watching.push((two.jane.clone(), browser(gateway.stream(&two.jane))));
+    }
+    traffic.more(10).await;
+    traffic.stop().await;
+    assert_all_exact(&world, &api, &line, &watching).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_user_who_left_and_came_back_to_the_same_gateway_misses_nothing() {
+    let world = World::new().await;
+    let (api, gateway) = world.pair().await;
+    let two = Two::meet(&world, &api).await;
+    let first = browser(gateway.stream(&two.jane));
+    first.ready().await;
+    two.say(&world, &api, 2).await;
+    assert_exact(&world.sql, two.jane.id, "jane", &first).await;
+    let cursor = first.record().last_id().unwrap().to_owned();
+    drop(first);
+    // The gateway's entry lingers for a moment, then goes; both kinds of return must find everything.
+    for _ in 0..3 {
+        two.say(&world, &api, 3).await;
+        let back = browser(gateway.stream(&two.jane).last_event_id(&cursor));
+        assert_exact(&world.sql, two.jane.id, "jane", &back).await;
+        drop(back);
+        tokio::time::sleep(Duration::from_millis(700)).await;
+    }
+}

@@ -1,0 +1,134 @@
+//! A deploy is not an event: what is told to stop parts from its clients in good order.
+
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use e2e::World;
+use futures_util::future::join_all;
+use shared::test_support::{
+    sse::{Browser, End, Resume},
+    until,
+};
+
+use crate::support::{Crowd, RETRY, Traffic, Two, assert_all_exact};
+
+const WINDOW: Duration = Duration::from_secs(3);
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_gateway_told_to_stop_says_goodbye_to_all_over_its_window_and_they_miss_nothing() {
+    let world = Arc::new(World::new().await);
+    let api = world.api().ready().await;
+    let plan = || {
+        world
+            .gateway(api.internal())
+            .env("DRAIN_WAIT_SECONDS", 1)
+            .env("DRAIN_WINDOW_SECONDS", WINDOW.as_secs())
+    };
+    let (mut leaving, staying) = tokio::join!(plan().ready(), plan().ready());
+    let crowd = Crowd::gather(&world, &api, 5).await;
+    let mut watching = Vec::new();
+    for user in &crowd.users {
+        for _ in 0..6 {
+            let ways = vec![leaving.stream(user), staying.stream(user)];
+            watching.push((user.clone(), Browser::open(ways, Resume::Header, RETRY)));
+        }
+    }
+    join_all(watching.iter().map(|(_, browser)| browser.ready())).await;
+    let traffic = Traffic::start(&world, &[&api], &crowd.lines, Duration::from_millis(40));
+    traffic.more(40).await;
+
+    let began = Instant::now();
+    leaving.terminate();
+    until("it is unready", || async { !leaving.is_ready().await }).await;
+    let status = leaving.wait().await;
+    let took = began.elapsed();
+    assert!(status.success(), "{status}");
+    assert!(took < WINDOW + Duration::from_secs(15), "the hard limit holds: {took:?}");
+
+    traffic.more(40).await;
+    traffic.stop().await;
+    assert_all_exact(&world, &api, &crowd.lines, &watching).await;
+
+    let mut ends = Vec::new();
+    for (user, browser) in &watching {
+        let record = browser.record();
+        let goodbyes: Vec<_> = record.named("goodbye").collect();
+        assert_eq!(goodbyes.len(), 1, "{}: {goodbyes:?}", user.name);
+        assert_eq!(goodbyes[0].id, None);
+        assert_eq!(goodbyes[0].json()["reason"], "drain");
+        assert_eq!(goodbyes[0].json()["reconnect"], true);
+        ends.push(record.ended[0]);
+    }
+    ends.sort();
+    let spread = *ends.last().unwrap() - ends[0];
+    println!("{} streams drained over {spread:?}, the process ended after {took:?}", ends.len());
+    assert!(spread > WINDOW / 3, "spread, not all at once: {spread:?}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_stream_that_is_asked_for_while_draining_is_told_to_go_elsewhere() {
+    let world = World::new().await;
+    let api = world.api().ready().await;
+    let plan = world.gateway(api.internal()).env("DRAIN_WAIT_SECONDS", 1).env("DRAIN_WINDOW_SECONDS", 4);
+    let mut gateway = plan.ready().await;
+    let jane = world.user(&api, "jane").await;
+    let mut held = Vec::new();
+    for _ in 0..4 {
+        let mut stream = gateway.stream(&jane).stream().await;
+        stream.named("ready").await;
+        held.push(stream);
+    }
+    gateway.terminate();
+    let ends = join_all(held.iter_mut().map(|stream| stream.rest())).await;
+    for (events, end) in ends {
+        assert_eq!(end, End::Clean);
+        assert_eq!(events.last().unwrap().json()["reason"], "drain");
+    }
+    // Whatever it still answers, it is not an error for ever.
+    match gateway.stream(&jane).open().await {
+        Err(_) => {}
+        Ok(mut stream) => {
+            assert_eq!(stream.status, 200);
+            let (events, _) = stream.rest().await;
+            assert_eq!(events.last().unwrap().json()["reason"], "drain");
+        }
+    }
+    assert!(gateway.wait().await.success());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_api_told_to_stop_under_load_finishes_what_it_accepted() {
+    let world = Arc::new(World::new().await);
+    let (mut leaving, staying) =
+        tokio::join!(world.api().env("SHUTDOWN_WAIT_SECONDS", 1).ready(), world.api().ready());
+    let gateway = world.gateway(staying.internal()).env("RECONCILE_SECONDS", 1).ready().await;
+    let crowd = Crowd::gather(&world, &staying, 4).await;
+    let watching = crowd.watch(&[&gateway]).await;
+    let traffic = Traffic::start(&world, &[&leaving, &staying], &crowd.lines, Duration::ZERO);
+    traffic.more(100).await;
+    leaving.terminate();
+    let status = leaving.wait().await;
+    assert!(status.success(), "{status}");
+    traffic.more(50).await;
+    let accepted = traffic.stop().await;
+    assert_all_exact(&world, &staying, &crowd.lines, &watching).await;
+    let ids: Vec<i64> = accepted.iter().map(|id| id.parse().unwrap()).collect();
+    let kept: i64 = sqlx::query_scalar("SELECT count(*) FROM messages WHERE id = ANY($1)")
+        .bind(&ids)
+        .fetch_one(&world.sql)
+        .await
+        .unwrap();
+    assert_eq!(usize::try_from(kept).unwrap(), ids.len(), "every accepted message is there");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_api_told_to_stop_lets_its_keepalive_clients_go_and_ends() {
+    let world = World::new().await;
+    let mut api = world.api().env("SHUTDOWN_WAIT_SECONDS", 0).ready().await;
+    let two = Two::meet(&world, &api).await; // The client keeps its connections.
+    two.say(&world, &api, 1).await;
+    api.terminate();
+    assert!(api.wait().await.success());
+}

@@ -1,0 +1,263 @@
+//! What a client gets when it asks for a stream: the head, at once, whatever is down; or the one right error.
+
+use std::time::{Duration, Instant};
+
+use chrono::Utc;
+use e2e::{Service, World, ledger::Feed};
+use shared::{
+    claims::{Audience, Claims, SigningKeys},
+    problem::Problem,
+    test_support::{
+        http::Answer,
+        servers::{Redis, free_port},
+        sse::{Block, Opening},
+        until,
+    },
+};
+
+use crate::support::Two;
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_stream_opens_with_its_head_a_retry_and_ready() {
+    let world = World::new().await;
+    let (api, gateway) = world.pair().await;
+    let two = Two::meet(&world, &api).await;
+    let mut retries = Vec::new();
+    for _ in 0..8 {
+        let mut stream = gateway.stream(&two.jane).stream().await;
+        assert_eq!(stream.header("content-type"), Some("text/event-stream"));
+        assert_eq!(stream.header("cache-control"), Some("no-cache, no-transform"));
+        assert_eq!(stream.header("x-accel-buffering"), Some("no"));
+        assert_eq!(stream.header("x-content-type-options"), Some("nosniff"));
+        assert_eq!(stream.header("content-encoding"), None);
+        assert!(stream.header("x-request-id").is_some());
+        let Ok(Block::Retry(retry)) = stream.block().await else { panic!("`retry` comes first") };
+        assert!((2_000..=5_000).contains(&retry.as_millis()), "{retry:?}");
+        retries.push(retry);
+        let ready = stream.named("ready").await;
+        let head = Feed::read(&world.sql, two.jane.id).await.head_cursor();
+        assert_eq!(ready.id, Some(head.clone()));
+        let data = ready.json();
+        assert_eq!(data["cursor"], head.as_str());
+        assert_eq!(data["resumed"], false);
+        assert_eq!(data["heartbeatSeconds"], 15);
+        let time = data["serverTime"].as_str().unwrap();
+        let time: chrono::DateTime<Utc> = time.parse().unwrap();
+        assert!((Utc::now() - time).num_seconds().abs() < 60, "{time}");
+        assert!(data["serverTime"].as_str().unwrap().ends_with('Z'));
+    }
+    retries.sort();
+    retries.dedup();
+    assert!(retries.len() > 1, "each connection draws its own retry");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_compression_that_is_offered_is_not_used_and_a_request_id_is_kept() {
+    let world = World::new().await;
+    let (api, gateway) = world.pair().await;
+    let two = Two::meet(&world, &api).await;
+    let opening =
+        gateway.stream(&two.jane).header("accept-encoding", "gzip, br").header("x-request-id", "abc-123");
+    let mut stream = opening.stream().await;
+    assert_eq!(stream.header("content-encoding"), None);
+    assert_eq!(stream.header("x-request-id"), Some("abc-123"));
+    stream.named("ready").await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_head_and_retry_come_at_once_with_api_and_redis_down_and_ready_when_api_is_back() {
+    let mut redis = Redis::start();
+    let world = World::with_redis(redis.url()).await;
+    let (mut api, gateway) = world.pair().await;
+    let two = Two::meet(&world, &api).await;
+    two.say(&world, &api, 2).await;
+    api.kill();
+    redis.kill();
+
+    let mut slowest = Duration::ZERO;
+    let mut streams = Vec::new();
+    for _ in 0..20 {
+        let began = Instant::now();
+        let mut stream = gateway.stream(&two.jane).stream().await;
+        assert!(matches!(stream.block().await, Ok(Block::Retry(_))));
+        slowest = slowest.max(began.elapsed());
+        streams.push(stream);
+    }
+    println!("head and retry with api and Redis down: {slowest:?} at the slowest of 20");
+    assert!(slowest < Duration::from_secs(2), "{slowest:?}");
+    assert!(gateway.is_ready().await, "a gateway without Redis and api is degraded, and still ready");
+
+    api.restart().await;
+    let head = Feed::read(&world.sql, two.jane.id).await.head_cursor();
+    for stream in &mut streams {
+        assert_eq!(stream.named("ready").await.id.as_ref(), Some(&head));
+    }
+    // Redis is still away: the tick brings it.
+    let posted = world.say(&api, &two.john, two.conversation).await;
+    for stream in &mut streams {
+        assert_eq!(stream.next().await.json()["id"], posted["id"]);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_gateway_without_keys_is_unready_and_never_says_401_for_want_of_them() {
+    let world = World::new().await;
+    let internal: std::net::SocketAddr = ([127, 0, 0, 1], free_port()).into();
+    let gateway = world.gateway(internal).start().await;
+    assert!(!gateway.is_ready().await);
+    let claims = Claims {
+        sub: 1.into(),
+        sid: 1.into(),
+        iat: Utc::now().timestamp(),
+        exp: Utc::now().timestamp() + 1_000,
+        aud: Audience::Api,
+        iss: e2e::world::ORIGIN.into(),
+        session_exp: None,
+    };
+    let early = Opening::new(gateway.url("/api/messages")).bearer(&world.sign(&claims)).open().await;
+    if let Ok(stream) = early {
+        assert_ne!(stream.status, 401);
+    }
+    let api = world.api().env("INTERNAL_LISTEN", internal).ready().await;
+    gateway.until_ready().await;
+    let jane = world.user(&api, "jane").await;
+    gateway.stream(&jane).stream().await.named("ready").await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn idle_streams_hear_heartbeats() {
+    let world = World::new().await;
+    let api = world.api().ready().await;
+    let gateway = world.gateway(api.internal()).env("HEARTBEAT_SECONDS", 1).ready().await;
+    let jane = world.user(&api, "jane").await;
+    let mut stream = gateway.stream(&jane).stream().await;
+    assert_eq!(stream.named("ready").await.json()["heartbeatSeconds"], 1);
+    for _ in 0..3 {
+        let beat = shared::test_support::soon("a heartbeat", stream.block()).await;
+        assert_eq!(beat, Ok(Block::Comment));
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_token_is_taken_from_header_query_or_cookie_and_a_bad_one_is_not_made_up_for() {
+    let world = World::new().await;
+    let (api, gateway) = world.pair().await;
+    let jane = world.user(&api, "jane").await;
+    let john = world.user(&api, "john").await;
+    let plain = || gateway.anonymous_stream();
+    let stream_token = world.sign(&Claims { aud: Audience::Stream, ..world.claims(&jane) });
+    for opening in [
+        plain().bearer(&jane.token),
+        plain().query_token(&jane.token),
+        plain().cookie(&jane.cookie),
+        plain().cookie(&format!("other=1; {}; more=2", jane.cookie)),
+        plain().query_token(&stream_token),
+        plain().bearer(&stream_token),
+        plain().bearer(&jane.token).cookie(&john.cookie),
+        plain().query_token(&jane.token).cookie("session=bad"),
+        plain().header("authorization", format!("bearer {}", jane.token)),
+    ] {
+        let mut stream = opening.stream().await;
+        let head = Feed::read(&world.sql, jane.id).await.head_cursor();
+        assert_eq!(stream.named("ready").await.id, Some(head), "{opening:?}");
+    }
+
+    let now = Utc::now().timestamp();
+    let claims = world.claims(&jane);
+    let expired = world.sign(&Claims { iat: now - 100, exp: now - 1, ..claims.clone() });
+    let foreign_issuer = world.sign(&Claims { iss: "http://elsewhere.example".into(), ..claims.clone() });
+    let stranger =
+        SigningKeys::from_pems(e2e::world::ORIGIN, &e2e::world::private_key(), &[]).unwrap().sign(&claims);
+    let cut = &jane.token[..jane.token.len() - 2];
+    for opening in [
+        plain(),
+        plain().bearer(""),
+        plain().bearer("a.b.c"),
+        plain().bearer(&expired),
+        plain().query_token(&expired),
+        plain().cookie(&format!("session={expired}")),
+        plain().bearer(&foreign_issuer),
+        plain().bearer(&stranger),
+        plain().bearer(cut),
+        plain().query_token(""),
+        plain().header("authorization", "Basic am9objpqYW5l"),
+        plain().bearer("bad").query_token(&jane.token).cookie(&jane.cookie),
+        plain().query_token("bad").cookie(&jane.cookie),
+    ] {
+        let problem = refused(&opening, 401).await;
+        assert_eq!(problem.1.message, "Unauthorized", "{opening:?}");
+        assert_eq!(problem.0.header("www-authenticate"), Some("Bearer"), "{opening:?}");
+    }
+}
+
+/// The answer to what is no stream: its status, its one form.
+async fn refused(opening: &Opening, status: u16) -> (Answer, Problem) {
+    let stream = opening.open().await.unwrap();
+    assert_eq!(stream.status, status, "{opening:?}");
+    let headers = stream.headers.clone();
+    let answer = Answer { status, headers, body: stream.text().await.into() };
+    let problem = read_problem(&answer);
+    (answer, problem)
+}
+
+fn read_problem(answer: &Answer) -> Problem {
+    assert!(answer.header("content-type").unwrap().starts_with("application/problem+json"));
+    let problem: Problem = serde_json::from_slice(&answer.body).unwrap();
+    assert_eq!(problem.status, answer.status);
+    assert_eq!(answer.header("x-request-id"), Some(problem.request_id.as_str()));
+    assert!(!problem.code.is_empty() && problem.code.bytes().all(|b| b.is_ascii_lowercase() || b == b'_'));
+    problem
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn errors_come_in_the_contracts_order() {
+    let world = World::new().await;
+    let (api, gateway) = world.pair().await;
+    let jane = world.user(&api, "jane").await;
+    let call = |method: &str, path: &str| world.client.call(method, gateway.url(path));
+
+    for path in ["/api/nothing", "/api/messages/", "/api/messages/1", "/api/conversations"] {
+        let answer = call("GET", path).send().await.unwrap();
+        assert_eq!(answer.status, 404, "{path}");
+        assert_eq!(read_problem(&answer).message, "Not found");
+    }
+    for method in ["POST", "PUT", "DELETE", "PATCH"] {
+        let answer = call(method, "/api/messages").header("content-type", "text/plain").send().await.unwrap();
+        assert_eq!(answer.status, 405, "{method}");
+        assert!(answer.header("allow").unwrap().split(", ").any(|method| method == "GET"));
+        read_problem(&answer);
+    }
+
+    // 401 before 403 before 406.
+    let plain = || gateway.anonymous_stream();
+    let foreign = "https://evil.example";
+    refused(&plain().without_header("accept").header("origin", foreign), 401).await;
+    refused(&plain().cookie(&jane.cookie).without_header("accept").header("origin", foreign), 403).await;
+    refused(&plain().cookie(&jane.cookie).header("origin", "null"), 403).await;
+    for accept in [None, Some("*/*"), Some("application/json"), Some("text/event-streams")] {
+        let opening = plain().bearer(&jane.token).without_header("accept");
+        let opening = if let Some(accept) = accept { opening.header("accept", accept) } else { opening };
+        let (_, problem) = refused(&opening, 406).await;
+        assert_eq!(problem.message, "This endpoint requires an EventSource connection");
+    }
+    for accept in ["text/event-stream;q=0.9", "application/json, text/event-stream", "Text/Event-Stream"] {
+        plain().bearer(&jane.token).header("accept", accept).stream().await.named("ready").await;
+    }
+    plain().cookie(&jane.cookie).header("origin", e2e::world::ORIGIN).stream().await.named("ready").await;
+    plain().cookie(&jane.cookie).header("sec-fetch-site", "cross-site").stream().await.named("ready").await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn keys_can_be_rotated_without_a_gateway_noticing_late() {
+    let world = World::new().await;
+    let (mut old, gateway) = world.pair().await;
+    let john = world.user(&old, "john").await;
+    // The new key signs, the old one is still published: both tokens open streams at once.
+    let new = world.api_with_another_key().env("INTERNAL_LISTEN", old.internal());
+    old.kill();
+    let new: Service = new.ready().await;
+    let jane = world.user(&new, "jane").await;
+    gateway.stream(&jane).stream().await.named("ready").await;
+    gateway.stream(&john).stream().await.named("ready").await;
+    until("both keys are there", || async { gateway.metric("gateway_keys").await >= 2.0 }).await;
+}

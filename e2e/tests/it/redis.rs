@@ -1,0 +1,214 @@
+//! Redis is a doorbell that also carries the letter: without it delivery is slower, not poorer.
+
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use e2e::{Service, User, World, ledger::assert_exact};
+use shared::test_support::{
+    proxy::Proxy,
+    servers::{Redis, free_port},
+    sse::Browser,
+    until,
+};
+
+use crate::support::{Crowd, Traffic, Two, assert_all_exact, browser};
+
+const PAUSE: Duration = Duration::from_millis(15);
+
+/// Two replicas, two gateways, four people who talk all the time and watch.
+struct Busy {
+    world: Arc<World>,
+    apis: [Service; 2],
+    gateways: [Service; 2],
+    crowd: Crowd,
+    watching: Vec<(User, Browser)>,
+}
+
+impl Busy {
+    async fn new(redis_url: String) -> Self {
+        let world = Arc::new(World::with_redis(redis_url).await);
+        let (one, two) = tokio::join!(world.api().ready(), world.api().ready());
+        let (a, b) =
+            tokio::join!(world.gateway(one.internal()).ready(), world.gateway(two.internal()).ready());
+        let crowd = Crowd::gather(&world, &one, 4).await;
+        let watching = crowd.watch(&[&a, &b]).await;
+        Self { world, apis: [one, two], gateways: [a, b], crowd, watching }
+    }
+
+    fn traffic(&self) -> Traffic {
+        Traffic::start(&self.world, &[&self.apis[0], &self.apis[1]], &self.crowd.lines, PAUSE)
+    }
+
+    /// All is exact, and no stream was ended by the trouble.
+    async fn assert_exact(&self) {
+        assert_all_exact(&self.world, &self.apis[0], &self.crowd.lines, &self.watching).await;
+        for (user, browser) in &self.watching {
+            assert_eq!(browser.record().opened, 1, "{}'s stream stayed open", user.name);
+        }
+    }
+
+    async fn until_redis_is_trusted(&self) {
+        for gateway in &self.gateways {
+            until("the gateway trusts Redis", || async {
+                gateway.metric("gateway_redis_suspect").await == 0.0
+                    && gateway.metric("gateway_subscriptions").await
+                        == gateway.metric("gateway_subscriptions_wanted").await
+            })
+            .await;
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn redis_killed_wiped_and_restarted_under_traffic_loses_nothing() {
+    let mut redis = Redis::start();
+    let busy = Busy::new(redis.url()).await;
+    let traffic = busy.traffic();
+    for _ in 0..2 {
+        traffic.more(80).await;
+        redis.kill();
+        traffic.more(80).await;
+        redis.restart();
+        busy.until_redis_is_trusted().await;
+    }
+    traffic.more(80).await;
+    traffic.stop().await;
+    busy.assert_exact().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_redis_that_is_silently_dead_for_a_while_loses_nothing() {
+    let mut redis = Redis::start();
+    let busy = Busy::new(redis.url()).await;
+    let traffic = busy.traffic();
+    traffic.more(80).await;
+    redis.freeze();
+    for gateway in &busy.gateways {
+        until("the gateway notices", || async { gateway.metric("gateway_redis_suspect").await == 1.0 }).await;
+    }
+    traffic.more(80).await;
+    redis.thaw();
+    busy.until_redis_is_trusted().await;
+    traffic.more(80).await;
+    traffic.stop().await;
+    busy.assert_exact().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn with_a_redis_that_never_started_all_arrives_a_tick_later() {
+    let world = Arc::new(World::with_redis(format!("redis://127.0.0.1:{}/", free_port())).await);
+    let (api, gateway) = world.pair().await;
+    let crowd = Crowd::gather(&world, &api, 4).await;
+    let watching = crowd.watch(&[&gateway]).await;
+    let mut slowest = Duration::ZERO;
+    for _ in 0..10 {
+        let began = Instant::now();
+        let (sender, conversation) = &crowd.lines[0];
+        let posted = world.say(&api, sender, *conversation).await;
+        let (_, receiver) = &watching[1];
+        receiver
+            .until("the message", |record| {
+                record.ledger().next_back().is_some_and(|event| event.json()["id"] == posted["id"])
+            })
+            .await;
+        slowest = slowest.max(began.elapsed());
+    }
+    println!("without Redis, ticks of 200 ms: post to screen {slowest:?} at the slowest of 10");
+    let traffic = Traffic::start(&world, &[&api], &crowd.lines, PAUSE);
+    traffic.more(100).await;
+    traffic.stop().await;
+    assert_all_exact(&world, &api, &crowd.lines, &watching).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn subscribers_killed_again_and_again_lose_nothing() {
+    let redis = Redis::start();
+    let busy = Busy::new(redis.url()).await;
+    let traffic = busy.traffic();
+    for _ in 0..15 {
+        traffic.more(15).await;
+        redis.command(&["CLIENT", "KILL", "TYPE", "pubsub"]).unwrap();
+    }
+    // The publishers' connections too.
+    for _ in 0..5 {
+        traffic.more(15).await;
+        redis.command(&["CLIENT", "KILL", "TYPE", "normal"]).unwrap();
+    }
+    traffic.stop().await;
+    busy.until_redis_is_trusted().await;
+    busy.assert_exact().await;
+    for gateway in &busy.gateways {
+        assert!(gateway.metric("gateway_redis_connects_total").await > 1.0, "the subscribers were killed");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_half_open_link_between_gateway_and_redis_loses_nothing() {
+    let redis = Redis::start();
+    let proxy = Proxy::start(redis.address()).await;
+    let world = Arc::new(World::with_redis(redis.url()).await);
+    let api = world.api().ready().await;
+    let behind = format!("redis://{}/", proxy.address());
+    let gateway = world.gateway(api.internal()).env("REDIS_URL", behind).ready().await;
+    let crowd = Crowd::gather(&world, &api, 4).await;
+    let watching = crowd.watch(&[&gateway]).await;
+    let traffic = Traffic::start(&world, &[&api], &crowd.lines, PAUSE);
+    traffic.more(50).await;
+    proxy.silence();
+    until("the gateway notices", || async { gateway.metric("gateway_redis_suspect").await == 1.0 }).await;
+    traffic.more(50).await;
+    proxy.resume();
+    until("it trusts Redis again", || async { gateway.metric("gateway_redis_suspect").await == 0.0 }).await;
+    proxy.slow(Duration::from_millis(60));
+    traffic.more(50).await;
+    proxy.cut_after(700);
+    proxy.cut();
+    traffic.more(50).await;
+    proxy.resume();
+    traffic.stop().await;
+    assert_all_exact(&world, &api, &crowd.lines, &watching).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn nonsense_and_repeats_on_a_channel_change_nothing() {
+    let redis = Redis::start();
+    let world = World::with_redis(redis.url()).await;
+    let (api, gateway) = world.pair().await;
+    let two = Two::meet(&world, &api).await;
+    let jane = browser(gateway.stream(&two.jane));
+    jane.ready().await;
+    two.say(&world, &api, 3).await;
+    let channel = world.channel(two.jane.id);
+    let feed = e2e::ledger::Feed::read(&world.sql, two.jane.id).await;
+    let event = |epoch: &str, seq: u64| {
+        format!(
+            r#"{{"v":1,"epoch":"{epoch}","seq":{seq},"event":"message","data":{{"forged":true}},"createdAt":"2026-01-01T00:00:00Z"}}"#
+        )
+    };
+    let epoch = feed.epoch.to_string();
+    for payload in [
+        "",
+        "nonsense",
+        "{}",
+        "[1]",
+        r#"{"v":2,"epoch":"x"}"#,
+        &event(&epoch, 1),
+        &event(&epoch, feed.head),
+        &event(&epoch, feed.head + 1_000),
+        &event("00000000000000aa", feed.head + 1),
+        &event("00000000000000aa", 0),
+        &event(&epoch, u64::MAX),
+        r#"{"revoked":"999999999"}"#,
+        r#"{"revoked":"-1"}"#,
+        &"x".repeat(200_000),
+    ] {
+        redis.command(&["PUBLISH", &channel, payload]).unwrap();
+        two.say(&world, &api, 1).await;
+    }
+    redis.command(&["PUBLISH", &format!("{channel}x"), "nonsense"]).unwrap();
+    assert_exact(&world.sql, two.jane.id, "jane", &jane).await;
+    assert_eq!(jane.record().opened, 1);
+    assert!(!jane.record().events.iter().any(|event| event.data.contains("forged")));
+}

@@ -1,0 +1,274 @@
+//! A cursor is a promise that was given: it is kept to the letter, or its owner is told to reload.
+
+use e2e::{
+    Service, World,
+    ledger::{Feed, assert_exact},
+};
+use shared::{
+    cursor::{Cursor, Epoch},
+    ids::UserId,
+    test_support::sse::{Opening, Stream},
+};
+
+use crate::support::{Two, browser};
+
+/// Jane has ten messages; two gateways.
+struct Setting {
+    world: World,
+    api: Service,
+    gateways: [Service; 2],
+    two: Two,
+}
+
+impl Setting {
+    async fn new() -> Self {
+        let world = World::new().await;
+        let (api, first) = world.pair().await;
+        let second = world.gateway(api.internal()).env("RECONCILE_SECONDS", 1).ready().await;
+        let two = Two::meet(&world, &api).await;
+        two.say(&world, &api, 10).await;
+        Self { world, api, gateways: [first, second], two }
+    }
+
+    fn jane(&self, gateway: usize) -> Opening {
+        self.gateways[gateway].stream(&self.two.jane)
+    }
+
+    async fn feed(&self) -> Feed {
+        Feed::read(&self.world.sql, self.two.jane.id).await
+    }
+
+    /// `ready` with the cursor it came with, then all behind it, then what comes now.
+    async fn assert_resumes(&self, mut stream: Stream, after: u64) {
+        let feed = self.feed().await;
+        let ready = stream.named("ready").await;
+        assert_eq!(ready.id, Some(feed.cursor(after)));
+        assert_eq!(ready.json()["cursor"], feed.cursor(after));
+        assert_eq!(ready.json()["resumed"], true);
+        self.two.say(&self.world, &self.api, 1).await;
+        let feed = self.feed().await;
+        let mut seen = Vec::new();
+        for _ in after..feed.head {
+            seen.push(stream.next().await);
+        }
+        feed.assert_is("jane", &seen, after);
+    }
+
+    /// `ready` without a place, `resync` with the head, then what comes now.
+    async fn assert_told_to_reload(&self, mut stream: Stream, reason: &str, what: &str) {
+        let head = self.feed().await.head_cursor();
+        let ready = stream.named("ready").await;
+        assert_eq!(ready.id, None, "{what}: a resync follows");
+        assert_eq!(ready.json()["resumed"], false, "{what}");
+        let resync = stream.named("resync").await;
+        assert_eq!(resync.id.as_ref(), Some(&head), "{what}");
+        assert_eq!(resync.json()["cursor"], head.as_str(), "{what}");
+        assert_eq!(resync.json()["reason"], reason, "{what}");
+        self.two.say(&self.world, &self.api, 1).await;
+        assert_eq!(
+            stream.next().await.id,
+            Some(self.feed().await.head_cursor()),
+            "{what}: live from the head"
+        );
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_reconnecting_client_gets_exactly_what_it_missed() {
+    let setting = Setting::new().await;
+    let feed = setting.feed().await;
+    let at = |seq| feed.cursor(seq);
+    for gateway in [0, 1] {
+        let jane = || setting.jane(gateway);
+        setting.assert_resumes(jane().last_event_id(at(4)).stream().await, 4).await;
+        setting.assert_resumes(jane().last_event_id_in_query(&at(5)).stream().await, 5).await;
+        // The header wins: in a reconnecting browser the query is stale.
+        let both = jane().last_event_id(at(6)).last_event_id_in_query(&at(2));
+        setting.assert_resumes(both.stream().await, 6).await;
+        let both = jane().last_event_id(at(7)).last_event_id_in_query("nonsense");
+        setting.assert_resumes(both.stream().await, 7).await;
+        // Empty is absent.
+        let empty = jane().last_event_id("").last_event_id_in_query(&at(3));
+        setting.assert_resumes(empty.stream().await, 3).await;
+        // From the very beginning, and from the head.
+        setting.assert_resumes(jane().last_event_id(at(0)).stream().await, 0).await;
+        let head = setting.feed().await.head;
+        setting.assert_resumes(jane().last_event_id(at(head)).stream().await, head).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn without_a_cursor_or_with_an_empty_one_a_stream_starts_at_the_head() {
+    let setting = Setting::new().await;
+    let head = setting.feed().await.head_cursor();
+    let jane = setting.jane(0);
+    for opening in [
+        jane.clone(),
+        jane.clone().last_event_id(""),
+        jane.clone().last_event_id_in_query(""),
+        jane.clone().last_event_id("").last_event_id_in_query(""),
+    ] {
+        let mut stream = opening.stream().await;
+        let ready = stream.named("ready").await;
+        assert_eq!(ready.id.as_deref(), Some(head.as_str()));
+        assert_eq!(ready.json()["resumed"], false);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_cursor_that_is_none_is_a_resync_and_never_an_error() {
+    let setting = Setting::new().await;
+    let feed = setting.feed().await;
+    let john = Feed::read(&setting.world.sql, setting.two.john.id).await;
+    let other_epoch = Cursor { epoch: Epoch(feed.epoch.0 ^ 1), seq: 3 }.to_string();
+    let good = feed.cursor(3);
+    let long = "a".repeat(2_000);
+    let texts = [
+        "garbage",
+        "-",
+        "0",
+        "1-2-3",
+        &long,
+        &good.to_uppercase().replace("-3", "-03"),
+        &format!("{good} "),
+        &format!("{good}x"),
+        &format!("{good}-1"),
+        &format!("+{good}"),
+        &format!("{}--1", feed.epoch),
+        &format!("{}-18446744073709551616", feed.epoch),
+        &format!("{}-18446744073709551615", feed.epoch),
+    ];
+    for text in texts {
+        // Spaces around a header's value are no part of it, so that one is only for the query.
+        if !text.ends_with(' ') {
+            let stream = setting.jane(0).last_event_id(text).stream().await;
+            setting.assert_told_to_reload(stream, "unknown", text).await;
+        }
+        let stream = setting.jane(1).last_event_id_in_query(text).stream().await;
+        setting.assert_told_to_reload(stream, "unknown", text).await;
+    }
+    for text in
+        ["x\r\nid: 7\r\n\r\ndata: injected\r\n\r\n", "\n\n", "\0", "\u{2028}é😀", &format!("{good}\n")]
+    {
+        let stream = setting.jane(0).last_event_id_in_query(text).stream().await;
+        setting.assert_told_to_reload(stream, "unknown", text).await;
+    }
+    let stream = setting.jane(0).last_event_id(b"\xff\xfe-3").stream().await;
+    setting.assert_told_to_reload(stream, "unknown", "not UTF-8").await;
+    let broken_escape = format!("{}?lastEventId=%f", setting.gateways[0].url("/api/messages"));
+    let stream = Opening::new(broken_escape).bearer(&setting.two.jane.token).stream().await;
+    setting.assert_told_to_reload(stream, "unknown", "a broken escape").await;
+
+    for (cursor, what) in [(other_epoch, "another epoch"), (john.head_cursor(), "another's cursor")] {
+        for gateway in [0, 1] {
+            let stream = setting.jane(gateway).last_event_id(&cursor).stream().await;
+            setting.assert_told_to_reload(stream, "unknown", what).await;
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_cursor_from_the_future_is_a_resync() {
+    let setting = Setting::new().await;
+    for ahead in [1, 1_000_000] {
+        let feed = setting.feed().await;
+        let stream = setting.jane(0).last_event_id(feed.cursor(feed.head + ahead)).stream().await;
+        setting.assert_told_to_reload(stream, "future", "beyond the head").await;
+    }
+    let last = setting.feed().await.cursor(i64::MAX.cast_unsigned());
+    let stream = setting.jane(0).last_event_id(last).stream().await;
+    setting.assert_told_to_reload(stream, "future", "the last number there is").await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_cursor_older_than_what_is_kept_is_a_resync_and_the_oldest_kept_one_is_not() {
+    let setting = Setting::new().await;
+    let feed = setting.feed().await;
+    let delete = sqlx::query("DELETE FROM feed WHERE user_id = $1 AND seq <= 5").bind(setting.two.jane.id.0);
+    delete.execute(&setting.world.sql).await.unwrap();
+    for after in [0, 4] {
+        let stream = setting.jane(0).last_event_id(feed.cursor(after)).stream().await;
+        setting.assert_told_to_reload(stream, "expired", "before the oldest").await;
+    }
+    setting.assert_resumes(setting.jane(1).last_event_id(feed.cursor(5)).stream().await, 5).await;
+
+    let delete = sqlx::query("DELETE FROM feed WHERE user_id = $1").bind(setting.two.jane.id.0);
+    delete.execute(&setting.world.sql).await.unwrap();
+    let feed = setting.feed().await;
+    let mut stream = setting.jane(0).last_event_id(feed.cursor(feed.head - 1)).stream().await;
+    assert_eq!(stream.named("ready").await.id, None);
+    assert_eq!(stream.named("resync").await.json()["reason"], "expired");
+    let mut stream = setting.jane(1).last_event_id(feed.head_cursor()).stream().await;
+    assert_eq!(stream.named("ready").await.id, Some(feed.head_cursor()), "the head needs no rows");
+}
+
+async fn set_epoch(world: &World, user: UserId, epoch: Epoch) {
+    let update = sqlx::query("UPDATE feed_heads SET epoch = $2 WHERE user_id = $1");
+    update.bind(user.0).bind(epoch.to_sql()).execute(&world.sql).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_live_stream_whose_epoch_is_redrawn_is_told_to_reload_and_goes_on() {
+    let setting = Setting::new().await;
+    let mut quiet = setting.jane(1).stream().await;
+    quiet.named("ready").await;
+    let mut busy = setting.jane(0).stream().await;
+    busy.named("ready").await;
+
+    set_epoch(&setting.world, setting.two.jane.id, Epoch(42)).await;
+
+    // One gateway finds it at its next tick, the other by the first event of the new epoch.
+    let head = setting.feed().await.head_cursor();
+    let resync = quiet.named("resync").await;
+    assert_eq!(resync.id.as_ref(), Some(&head));
+    assert_eq!(resync.json()["reason"], "unknown");
+    setting.two.say(&setting.world, &setting.api, 2).await;
+    let feed = setting.feed().await;
+    assert_eq!(quiet.next().await.id, Some(feed.cursor(feed.head - 1)));
+    assert_eq!(quiet.next().await.id, Some(feed.head_cursor()));
+    let resync = busy.named("resync").await;
+    let mut last: Cursor = resync.id.unwrap().parse().unwrap();
+    assert_eq!(last.epoch, Epoch(42));
+    while last.to_string() != feed.head_cursor() {
+        let next: Cursor = busy.next().await.id.unwrap().parse().unwrap();
+        assert_eq!((next.epoch, next.seq), (last.epoch, last.seq + 1));
+        last = next;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_database_set_back_under_live_streams_is_noticed_and_the_new_history_is_exact() {
+    let setting = Setting::new().await;
+    let mut jane = setting.jane(1).stream().await;
+    let ready = jane.named("ready").await;
+    let jane_id = setting.two.jane.id.0;
+    let mut back = setting.world.sql.begin().await.unwrap();
+    for sql in [
+        "DELETE FROM feed WHERE user_id = $1 AND seq > 6",
+        "UPDATE feed_heads SET head_seq = 6 WHERE user_id = $1",
+    ] {
+        sqlx::query(sql).bind(jane_id).execute(&mut *back).await.unwrap();
+    }
+    back.commit().await.unwrap();
+
+    let resync = jane.named("resync").await;
+    assert_eq!(resync.id, Some(setting.feed().await.cursor(6)), "not {ready:?}");
+    setting.two.say(&setting.world, &setting.api, 3).await;
+    let feed = setting.feed().await;
+    assert_eq!(feed.head, 9);
+    let seen = [jane.next().await, jane.next().await, jane.next().await];
+    feed.assert_is("jane", &seen, 6);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_long_absence_is_replayed_whole() {
+    let setting = Setting::new().await;
+    let cursor = setting.feed().await.head_cursor();
+    // More than one answer of the internal listener carries.
+    let payload = "SELECT append_to_feed($1, 'message', NULL, '{\"id\":\"' || n || '\"}', NULL, NULL) FROM generate_series(1, 3000) n";
+    sqlx::query(payload).bind(setting.two.jane.id.0).execute(&setting.world.sql).await.unwrap();
+    let back = browser(setting.jane(0).last_event_id(&cursor));
+    assert_exact(&setting.world.sql, setting.two.jane.id, "jane", &back).await;
+    assert_eq!(back.record().ledger().count(), 3_000);
+    assert_eq!(back.record().opened, 1);
+}

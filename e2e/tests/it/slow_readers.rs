@@ -1,0 +1,121 @@
+//! One reader that takes nothing costs nobody else anything; it is cut in time, or catches up exactly.
+
+use e2e::{
+    Service, User, World,
+    ledger::{Feed, assert_exact},
+};
+use serde_json::json;
+use shared::test_support::{
+    soon,
+    sse::{Event, Stream},
+    until,
+};
+
+use crate::support::{Two, browser};
+
+/// Far more than a tiny receive buffer and what the gateway gives a socket: about 1.2 MB.
+const MESSAGES: usize = 600;
+
+/// The longest text there is: 480 code points of four bytes.
+async fn say_much(world: &World, api: &Service, two: &Two) {
+    let url = api.url(&format!("/api/conversations/{}/messages", two.conversation));
+    let mut text = world.text();
+    while text.chars().count() < 480 {
+        text.push('😀');
+    }
+    for _ in 0..MESSAGES / 20 {
+        let calls = (0..20).map(|_| {
+            world.client.post(&url).bearer(&two.john.token).json(&json!({ "content": text })).expect(201)
+        });
+        futures_util::future::join_all(calls).await;
+    }
+}
+
+async fn stalled(gateway: &Service, user: &User) -> Stream {
+    let mut stream = gateway.stream(user).tiny_receive_buffer().stream().await;
+    stream.named("ready").await;
+    stream
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_stalled_reader_harms_nobody_and_catches_up_exactly_when_it_reads_again() {
+    let world = World::new().await;
+    let (api, gateway) = world.pair().await;
+    let two = Two::meet(&world, &api).await;
+    let after = Feed::read(&world.sql, two.jane.id).await.head;
+    let mut stalled = stalled(&gateway, &two.jane).await;
+    let well = browser(gateway.stream(&two.jane));
+    well.ready().await;
+
+    say_much(&world, &api, &two).await;
+    assert_exact(&world.sql, two.jane.id, "the healthy reader", &well).await;
+    assert_eq!(gateway.metric("gateway_readers_behind").await, 1.0);
+
+    let feed = Feed::read(&world.sql, two.jane.id).await;
+    let mut seen = Vec::new();
+    for _ in after..feed.head {
+        seen.push(stalled.next().await);
+    }
+    feed.assert_is("the one that was stalled", &seen, after);
+    // And it is live again.
+    let posted = world.say(&api, &two.john, two.conversation).await;
+    assert_eq!(stalled.next().await.json()["id"], posted["id"]);
+    until("nobody is behind", || async { gateway.metric("gateway_readers_behind").await == 0.0 }).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_reader_that_takes_nothing_is_cut_by_the_write_deadline_and_resumes_exactly() {
+    let world = World::new().await;
+    let api = world.api().ready().await;
+    let gateway = world.gateway(api.internal()).env("WRITE_DEADLINE_SECONDS", 2).ready().await;
+    let two = Two::meet(&world, &api).await;
+    let after = Feed::read(&world.sql, two.jane.id).await.head;
+    let mut stalled = stalled(&gateway, &two.jane).await;
+    let well = browser(gateway.stream(&two.jane));
+    well.ready().await;
+    assert_eq!(gateway.metric("gateway_streams").await, 2.0);
+
+    say_much(&world, &api, &two).await;
+    assert_exact(&world.sql, two.jane.id, "the healthy reader", &well).await;
+    until("it is cut", || async { gateway.metric("gateway_streams").await == 1.0 }).await;
+
+    // What it was given before is a true beginning of the feed, and its last id is where it goes on.
+    let feed = Feed::read(&world.sql, two.jane.id).await;
+    let (mut seen, _) = stalled.rest().await;
+    assert!(seen.len() < MESSAGES, "it was cut before everything was sent");
+    let last = stalled.last_id.unwrap();
+    let mut again = gateway.stream(&two.jane).last_event_id(&last).stream().await;
+    assert_eq!(again.named("ready").await.id.as_ref(), Some(&last));
+    while seen.last().and_then(|event: &Event| event.id.clone()) != Some(feed.head_cursor()) {
+        seen.push(again.next().await);
+    }
+    feed.assert_is("the one that was cut", &seen, after);
+    assert_eq!(well.record().opened, 1, "nobody else was cut");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn many_stalled_readers_do_not_make_the_gateway_grow_without_bound() {
+    let world = World::new().await;
+    let api = world.api().ready().await;
+    let gateway = world.gateway(api.internal()).env("BACKLOG_BYTES", 1 << 20).ready().await;
+    let two = Two::meet(&world, &api).await;
+    let mut readers = Vec::new();
+    for _ in 0..20 {
+        readers.push(stalled(&gateway, &two.jane).await);
+    }
+    let before = gateway.memory();
+    say_much(&world, &api, &two).await;
+    let well =
+        browser(gateway.stream(&two.jane).last_event_id(Feed::read(&world.sql, two.jane.id).await.cursor(0)));
+    assert_exact(&world.sql, two.jane.id, "the healthy reader", &well).await;
+    let grown = gateway.memory().saturating_sub(before);
+    println!("20 stalled readers, 1.2 MB of events: the gateway grew by {} KB", grown / 1024);
+    // Each of them with a copy of its own would be 24 MB.
+    assert!(grown < 16 << 20, "{grown}");
+    soon("they can still read", async {
+        for reader in &mut readers {
+            reader.next().await;
+        }
+    })
+    .await;
+}

@@ -1,0 +1,163 @@
+//! Two people who talk, traffic between many, and the browsers that watch.
+
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use e2e::{Service, User, World, ledger::assert_exact};
+use futures_util::future::join_all;
+use shared::{
+    ids::ConversationId,
+    test_support::{
+        soon,
+        sse::{Browser, Opening, Resume},
+    },
+};
+
+/// Browsers come back fast here: their patience is not what is tested.
+pub(crate) const RETRY: Duration = Duration::from_millis(50);
+
+pub(crate) fn browser(opening: Opening) -> Browser {
+    Browser::open(vec![opening], Resume::Header, RETRY)
+}
+
+/// John writes, Jane watches.
+pub(crate) struct Two {
+    pub(crate) john: User,
+    pub(crate) jane: User,
+    pub(crate) conversation: ConversationId,
+}
+
+impl Two {
+    pub(crate) async fn meet(world: &World, api: &Service) -> Self {
+        let john = world.user(api, "john").await;
+        let jane = world.user(api, "jane").await;
+        let conversation = world.conversation(api, &john, &jane).await;
+        Self { john, jane, conversation }
+    }
+
+    /// John says this many things.
+    pub(crate) async fn say(&self, world: &World, api: &Service, times: usize) {
+        for _ in 0..times {
+            world.say(api, &self.john, self.conversation).await;
+        }
+    }
+}
+
+/// Several people, each in conversation with the next two.
+pub(crate) struct Crowd {
+    pub(crate) users: Vec<User>,
+    /// Who may write where.
+    pub(crate) lines: Vec<(User, ConversationId)>,
+}
+
+impl Crowd {
+    pub(crate) async fn gather(world: &World, api: &Service, size: usize) -> Self {
+        let mut users = Vec::new();
+        for number in 0..size {
+            users.push(world.user(api, &format!("user{number}")).await);
+        }
+        let mut lines = Vec::new();
+        for (number, user) in users.iter().enumerate() {
+            for step in 1..=2 {
+                let other = &users[(number + step) % size];
+                let conversation = world.conversation(api, user, other).await;
+                lines.push((user.clone(), conversation));
+                lines.push((other.clone(), conversation));
+            }
+        }
+        Self { users, lines }
+    }
+
+    /// One browser a user, ready.
+    pub(crate) async fn watch(&self, at: &[&Service]) -> Vec<(User, Browser)> {
+        let mut watching = Vec::new();
+        for (number, user) in self.users.iter().enumerate() {
+            let openings = (0..at.len()).map(|turn| at[(number + turn) % at.len()].stream(user)).collect();
+            watching.push((user.clone(), Browser::open(openings, Resume::Header, RETRY)));
+        }
+        join_all(watching.iter().map(|(_, browser)| browser.ready())).await;
+        watching
+    }
+}
+
+/// Careful clients that write until told to stop, each its own messages, at any of these replicas.
+pub(crate) struct Traffic {
+    stop: Arc<AtomicBool>,
+    accepted: Arc<AtomicU64>,
+    senders: Vec<tokio::task::JoinHandle<Vec<String>>>,
+}
+
+impl Traffic {
+    pub(crate) fn start(
+        world: &Arc<World>,
+        apis: &[&Service],
+        lines: &[(User, ConversationId)],
+        pause: Duration,
+    ) -> Self {
+        let apis: Vec<String> = apis.iter().map(|api| api.url("")).collect();
+        let (stop, accepted) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
+        let senders = lines.iter().enumerate().map(|(number, (user, conversation))| {
+            let (world, apis, user, conversation) =
+                (world.clone(), apis.clone(), user.clone(), *conversation);
+            let (stop, accepted) = (stop.clone(), accepted.clone());
+            tokio::spawn(async move {
+                let mut ids = Vec::new();
+                while !stop.load(Ordering::Relaxed) {
+                    let key = format!("{number}-{}", ids.len());
+                    let message = world.say_until_accepted(&apis, &user, conversation, &key).await;
+                    ids.push(message["id"].as_str().unwrap().to_owned());
+                    accepted.fetch_add(1, Ordering::Relaxed);
+                    tokio::time::sleep(pause).await;
+                }
+                ids
+            })
+        });
+        Self { senders: senders.collect(), stop, accepted }
+    }
+
+    /// Lets it run until so many more were accepted.
+    pub(crate) async fn more(&self, messages: u64) {
+        let wanted = self.accepted.load(Ordering::Relaxed) + messages;
+        soon("the traffic goes on", async {
+            while self.accepted.load(Ordering::Relaxed) < wanted {
+                assert!(!self.senders.iter().all(|sender| sender.is_finished()), "all senders failed");
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        })
+        .await;
+    }
+
+    /// The ids of all that were accepted.
+    pub(crate) async fn stop(self) -> Vec<String> {
+        self.stop.store(true, Ordering::Relaxed);
+        let mut ids = Vec::new();
+        for sender in self.senders {
+            ids.extend(sender.await.expect("a sender does not fail"));
+        }
+        ids
+    }
+}
+
+/// Each of these saw exactly their feed; then one more message on each line, and still exactly: so nothing that came
+/// before it can come again later unnoticed.
+pub(crate) async fn assert_all_exact(
+    world: &World,
+    api: &Service,
+    lines: &[(User, ConversationId)],
+    watching: &[(User, Browser)],
+) {
+    for (user, browser) in watching {
+        assert_exact(&world.sql, user.id, &user.name, browser).await;
+    }
+    for (user, conversation) in lines {
+        world.say(api, user, *conversation).await;
+    }
+    for (user, browser) in watching {
+        assert_exact(&world.sql, user.id, &user.name, browser).await;
+    }
+}
