@@ -5,7 +5,10 @@ use chrono::{DateTime, SecondsFormat, Utc};
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 
-use crate::cursor::{Cursor, Epoch, Seq};
+use crate::{
+    cursor::{Cursor, Epoch, Seq},
+    ids::SessionId,
+};
 
 /// The version of this form. A gateway that meets another one asks `api` for the range instead of guessing.
 pub const VERSION: u8 = 1;
@@ -52,14 +55,26 @@ pub fn rfc3339(at: DateTime<Utc>) -> String {
 }
 
 /// What travels on a user's Redis channel.
-#[derive(Debug, Serialize, Deserialize)]
-#[serde(untagged)]
+#[derive(Debug)]
 pub enum Notice {
     Event(Envelope),
-    /// The session has ended: its streams end now. Best effort; the gateway asks as well.
-    Revoked {
-        revoked: crate::ids::SessionId,
-    },
+    Revoked(Revoked),
+}
+
+/// The session has ended: its streams end now. Best effort; the gateway asks as well.
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+pub struct Revoked {
+    pub revoked: SessionId,
+}
+
+impl Notice {
+    pub fn from_json(json: &[u8]) -> serde_json::Result<Self> {
+        // Not an untagged enum: raw JSON survives no buffering.
+        match serde_json::from_slice(json) {
+            Ok(envelope) => Ok(Self::Event(envelope)),
+            Err(error) => serde_json::from_slice(json).map(Self::Revoked).map_err(|_| error),
+        }
+    }
 }
 
 #[cfg(test)]
@@ -76,6 +91,14 @@ mod tests {
         assert_eq!(rfc3339(envelope.created_at), "2026-01-02T03:04:05.000006Z");
         let again: Envelope = serde_json::from_str(&serde_json::to_string(&envelope).unwrap()).unwrap();
         assert_eq!(again.cursor(), envelope.cursor());
+    }
+
+    #[test]
+    fn a_notice_is_an_event_or_an_end() {
+        assert!(matches!(Notice::from_json(TEXT.as_bytes()), Ok(Notice::Event(_))));
+        let revoked = Notice::from_json(br#"{"revoked":"5"}"#);
+        assert!(matches!(revoked, Ok(Notice::Revoked(Revoked { revoked: SessionId(5) }))));
+        assert!(Notice::from_json(b"{}").is_err());
     }
 
     #[test]

@@ -1,2 +1,20 @@
-pub mod frame;
-pub mod sequencer;
+//! The stream gateway: holds the live connections of browsers and keeps nothing that cannot be lost.
+//!
+//! It promises each connection of a user every event of that user's feed, once, in order, from its cursor on; whatever
+//! fails in between costs time, never an event. `docs/architecture.md` walks one message through the modules.
+
+pub mod app;
+pub mod config;
+pub mod descriptors;
+
+mod backfill;
+mod drain;
+mod engine;
+mod frame;
+mod http;
+mod hub;
+mod keys;
+mod limits;
+mod metrics;
+mod sequencer;
+mod subscriber;

@@ -138,15 +138,6 @@ impl<E> Sequencer<E> {
         self.open(now).suspicion = true;
     }
 
-    /// Ask now, unless a question is on its way or the user is in doubt already.
-    pub fn ask_place(&mut self, now: Millis, steps: &mut Vec<Step<E>>) {
-        let doubt = self.open(now);
-        if doubt.asked.is_none() {
-            doubt.suspicion = true;
-            self.ask(steps);
-        }
-    }
-
     /// Time has passed: asks if a doubt is due.
     pub fn tick(&mut self, now: Millis, steps: &mut Vec<Step<E>>) {
         if self.due().is_some_and(|due| due <= now) {
@@ -220,12 +211,10 @@ impl<E> Sequencer<E> {
 
     fn adopt(&mut self, head: Head, steps: &mut Vec<Step<E>>) {
         self.place = Some(head);
-        if let Some(doubt) = self.doubt.as_deref_mut() {
-            if doubt.epoch != Some(head.epoch) {
-                doubt.epoch = Some(head.epoch);
-                doubt.held.clear();
-                doubt.target = 0;
-            }
+        if let Some(doubt) = self.doubt.as_deref_mut().filter(|doubt| doubt.epoch != Some(head.epoch)) {
+            doubt.epoch = Some(head.epoch);
+            doubt.held.clear();
+            doubt.target = 0;
         }
         self.deliver_held(steps);
         self.settle();

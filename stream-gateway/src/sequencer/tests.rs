@@ -20,12 +20,8 @@ fn answer(asked_at: Option<Head>, head: Head, events: impl IntoIterator<Item = S
 /// A sequencer whose place is `seq`, and nothing in doubt.
 fn placed(seq: Seq) -> Sequencer<Seq> {
     let mut sequencer = Sequencer::default();
-    let mut steps = Vec::new();
-    sequencer.ask_place(0, &mut steps);
-    assert_eq!(steps, [Step::Ask { after: None }]);
-    steps.clear();
-    sequencer.answer(answer(None, at(seq), []), 0, &mut steps);
-    assert_eq!((steps, sequencer.place(), sequencer.due()), (vec![], Some(at(seq)), None));
+    assert_eq!(observed(&mut sequencer, answer(None, at(seq), []), 0), []);
+    assert_eq!((sequencer.place(), sequencer.due()), (Some(at(seq)), None));
     sequencer
 }
 
@@ -60,6 +56,16 @@ fn the_next_event_is_delivered_and_a_repeat_is_not() {
     assert_eq!(live(&mut sequencer, 6, 0), []);
     assert_eq!(live(&mut sequencer, 2, 0), []);
     assert_eq!(sequencer.due(), None);
+}
+
+#[test]
+fn events_before_the_place_is_known_wait_for_it() {
+    let mut sequencer = Sequencer::default();
+    assert_eq!(live(&mut sequencer, 6, 0), []);
+    assert_eq!(tick(&mut sequencer, REORDER_WAIT), [Step::Ask { after: None }]);
+    let head_only = Answer { after: None, ..answer(None, at(5), []) };
+    assert_eq!(answered(&mut sequencer, head_only, 40), [Step::Deliver(6, 6)]);
+    assert_eq!((sequencer.place(), sequencer.due()), (Some(at(6)), None));
 }
 
 #[test]
@@ -100,8 +106,8 @@ fn live_events_after_the_question_survive_its_older_answer() {
 #[test]
 fn a_head_below_live_events_that_came_after_the_question_is_merely_old() {
     let mut sequencer = placed(0);
-    let mut steps = Vec::new();
-    sequencer.ask_place(0, &mut steps);
+    sequencer.suspect(0);
+    assert_eq!(tick(&mut sequencer, REORDER_WAIT), [Step::Ask { after: Some(0) }]);
     live(&mut sequencer, 1, 0);
     assert_eq!(answered(&mut sequencer, answer(Some(at(0)), at(0), []), 0), []);
     assert_eq!((sequencer.place(), sequencer.due()), (Some(at(1)), None));
@@ -135,8 +141,8 @@ fn another_epoch_is_another_feed_and_redis_alone_cannot_say_so() {
 #[test]
 fn a_foreign_epoch_during_a_question_needs_another_question() {
     let mut sequencer = placed(5);
-    let mut steps = Vec::new();
-    sequencer.ask_place(0, &mut steps);
+    sequencer.suspect(0);
+    let mut steps = tick(&mut sequencer, REORDER_WAIT);
     sequencer.live(Head { epoch: OTHER, seq: 1 }, 1, 1, &mut steps);
     answered(&mut sequencer, answer(Some(at(5)), at(5), []), 2);
     assert!(sequencer.due().is_some());
@@ -313,7 +319,7 @@ struct World {
 
 impl World {
     fn new() -> Self {
-        let mut world = Self {
+        Self {
             now: 0,
             head: Head { epoch: Epoch(7), seq: 3 },
             first_kept: 1,
@@ -324,9 +330,7 @@ impl World {
             sequencer: Sequencer::default(),
             client: None,
             questions: 0,
-        };
-        world.act(|sequencer, now, steps| sequencer.ask_place(now, steps));
-        world
+        }
     }
 
     fn act(&mut self, act: impl FnOnce(&mut Sequencer<Event>, Millis, &mut Vec<Step<Event>>)) {

@@ -1,0 +1,140 @@
+//! Wires the gateway together, runs it on given listeners, and stops it in order: unready, a wait for load balancers to
+//! notice, a steady parting from all streams, the rest.
+
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::{Duration, SystemTime},
+};
+
+use anyhow::Context as _;
+use prometheus_client::registry::Registry;
+use shared::{
+    ops::{self, Readiness},
+    server::{self, Limits as ServerLimits},
+};
+use tokio::{
+    net::TcpListener,
+    sync::{mpsc, oneshot},
+    time::{sleep, timeout},
+};
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+
+use crate::{
+    backfill::Api,
+    config::Config,
+    engine::{self, Command, Inputs},
+    http::{self, Streams},
+    keys::Keys,
+    limits::Limits,
+    metrics::Metrics,
+    subscriber::{self, Subscriber, Wishes},
+};
+
+pub struct Listeners {
+    pub public: TcpListener,
+    pub ops: TcpListener,
+}
+
+impl Listeners {
+    pub fn bind(config: &Config) -> anyhow::Result<Self> {
+        let bind = |name: &'static str, address| -> anyhow::Result<TcpListener> {
+            let listener =
+                server::bind(address).with_context(|| format!("cannot listen on {address} ({name})"))?;
+            tracing::info!(name, address = %listener.local_addr()?, "listening");
+            Ok(listener)
+        };
+        Ok(Self { public: bind("public", config.listen)?, ops: bind("ops", config.ops_listen)? })
+    }
+}
+
+/// Runs until `stop`, then drains.
+pub async fn run(config: Config, listeners: Listeners, stop: CancellationToken) -> anyhow::Result<()> {
+    let mut registry = Registry::default();
+    let metrics = Arc::new(Metrics::register(&mut registry));
+    let since_1970 = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    metrics.started.set(since_1970.as_secs_f64());
+    let api = Api::new(&config.api_internal_url, &config.internal_secret);
+    let keys = Arc::new(Keys::new(config.origin.as_str(), api.clone(), metrics.clone()));
+    let wishes = Wishes::default();
+    let (news_in, news) = mpsc::channel(subscriber::QUEUE);
+    let (admissions_in, admissions) = mpsc::channel(engine::ADMISSIONS);
+    let (commands_in, commands) = mpsc::channel(4);
+
+    let inputs = Inputs { admissions, news, commands };
+    let mut engine = engine::start(config.delivery, api, wishes.clone(), metrics.clone(), inputs)?;
+
+    let end = CancellationToken::new();
+    let tasks = TaskTracker::new();
+    let following = keys.clone();
+    let until = end.clone();
+    tasks.spawn(async move { following.follow(until).await });
+    let subscriber = Subscriber {
+        redis: config.redis.clone(),
+        channels: config.channels.clone(),
+        wishes,
+        news: news_in,
+        metrics: metrics.clone(),
+    };
+    tasks.spawn(subscriber.run(end.clone()));
+
+    let stopping = Arc::new(AtomicBool::new(false));
+    let readiness = {
+        let (keys, stopping, metrics) = (keys.clone(), stopping.clone(), metrics.clone());
+        move || readiness(&keys, &stopping, &metrics)
+    };
+    let ops_routes = warp::service(ops::routes(Arc::new(registry), readiness));
+    let limits = ServerLimits { connections: 64, ..ServerLimits::default() };
+    tasks.spawn(server::serve(listeners.ops, ops_routes, limits, end.clone()));
+
+    let streams = Arc::new(Streams {
+        keys,
+        limits: Limits::new(&config.admission),
+        metrics,
+        origin: config.origin,
+        allowed_origins: config.allowed_origins,
+        max_age: config.admission.max_age,
+        admissions: admissions_in,
+        parting: AtomicBool::new(false),
+    });
+    let routes = warp::service(http::routes(streams.clone()));
+    tasks.spawn(server::serve(listeners.public, routes, ServerLimits::default(), end.clone()));
+
+    tokio::select! {
+        () = stop.cancelled() => {}
+        ended = &mut engine => {
+            ended.context("the delivery thread panicked")??;
+            anyhow::bail!("the delivery thread ended by itself");
+        }
+    }
+    stopping.store(true, Ordering::Relaxed);
+    tracing::info!(wait = ?config.drain.wait, "not ready any more; waiting for load balancers to notice");
+    sleep(config.drain.wait).await;
+    streams.parting.store(true, Ordering::Relaxed);
+    let (done_in, done) = oneshot::channel();
+    let window = config.drain.window;
+    if commands_in.send(Command::Drain { window, done: done_in }).await.is_ok() {
+        let _ = timeout(window + Duration::from_secs(10), done).await;
+    }
+    end.cancel();
+    tasks.close();
+    tasks.wait().await;
+    Ok(())
+}
+
+/// A gateway without Redis is degraded and still of use; one without keys can admit nobody.
+fn readiness(keys: &Keys, stopping: &AtomicBool, metrics: &Metrics) -> Readiness {
+    if stopping.load(Ordering::Relaxed) {
+        return Readiness { ready: false, note: "stopping".into() };
+    }
+    if !keys.known() {
+        return Readiness { ready: false, note: "no public keys from api yet".into() };
+    }
+    let note = match metrics.redis_suspect.get() {
+        0 => "ready",
+        _ => "ready; Redis is away or in doubt, events arrive by reconcile",
+    };
+    Readiness { ready: true, note: note.into() }
+}

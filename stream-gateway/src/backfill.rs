@@ -1,0 +1,354 @@
+//! Questions to Postgres, by way of `api`'s internal listener: where does a feed end, and what follows a place?
+//!
+//! Questions of many users are put into one request, so fifty thousand reconnects are a hundred requests. Every question is
+//! answered in the end: while `api` cannot be reached they wait here and are retried. What may wait is bounded by the
+//! asker, who has one question per connection and one per user; [`Backfill::retain`] drops those whose asker is gone.
+
+use std::{
+    collections::{HashMap, HashSet, VecDeque},
+    future::pending,
+    sync::Arc,
+    time::Duration,
+};
+
+use anyhow::Context as _;
+use bytes::Bytes;
+use futures_util::{StreamExt, stream::FuturesUnordered};
+use http::{Method, Request, StatusCode, header};
+use http_body_util::{BodyExt, Full, Limited};
+use hyper_util::{
+    client::legacy::{Client, connect::HttpConnector},
+    rt::{TokioExecutor, TokioTimer},
+};
+use rand::RngExt;
+use serde::{Serialize, de::DeserializeOwned};
+use shared::{
+    cursor::Seq,
+    feed::{
+        self, Head, HeadsAnswer, HeadsRequest, KnownHead, MAX_PAIRS, RangeAfter, RangesAnswer, RangesRequest,
+    },
+    ids::{SessionId, UserId},
+};
+use tokio::{
+    runtime::Handle,
+    task::JoinHandle,
+    time::{Instant, sleep_until, timeout},
+};
+
+use crate::{
+    frame::Event,
+    metrics::{Metrics, Question},
+};
+
+/// How long a first question waits for others to share its request.
+const GATHER: Duration = Duration::from_millis(2);
+const MAX_REQUESTS: usize = 4;
+const TIMEOUT: Duration = Duration::from_secs(5);
+/// An answer holds some 4,000 events of at most 6 KiB.
+const MAX_ANSWER: usize = 32 << 20;
+const FIRST_BACKOFF: Duration = Duration::from_millis(100);
+const MAX_BACKOFF: Duration = Duration::from_secs(2);
+
+/// `api`'s internal listener.
+#[derive(Clone)]
+pub struct Api {
+    client: Client<HttpConnector, Full<Bytes>>,
+    base: String,
+    authorization: String,
+}
+
+impl Api {
+    pub fn new(base: &str, secret: &str) -> Self {
+        let mut connector = HttpConnector::new();
+        connector.set_nodelay(true);
+        connector.set_connect_timeout(Some(Duration::from_secs(2)));
+        let client = Client::builder(TokioExecutor::new())
+            .pool_idle_timeout(Duration::from_secs(30))
+            .pool_timer(TokioTimer::new())
+            .pool_max_idle_per_host(2 * MAX_REQUESTS)
+            .build(connector);
+        Self { client, base: base.into(), authorization: feed::authorization(secret) }
+    }
+
+    pub async fn get<A: DeserializeOwned>(&self, path: &str) -> anyhow::Result<A> {
+        self.send(Method::GET, path, Bytes::new()).await
+    }
+
+    pub async fn post<A: DeserializeOwned>(&self, path: &str, body: &impl Serialize) -> anyhow::Result<A> {
+        self.send(Method::POST, path, serde_json::to_vec(body)?.into()).await
+    }
+
+    async fn send<A: DeserializeOwned>(&self, method: Method, path: &str, body: Bytes) -> anyhow::Result<A> {
+        let request = Request::builder()
+            .method(method)
+            .uri(format!("{}{path}", self.base))
+            .header(header::AUTHORIZATION, &self.authorization)
+            .header(header::CONTENT_TYPE, "application/json")
+            .body(Full::new(body))?;
+        let exchange = async {
+            let response = self.client.request(request).await.context("api cannot be reached")?;
+            let status = response.status();
+            anyhow::ensure!(status == StatusCode::OK, "api answered {status} to {path}");
+            let body = Limited::new(response.into_body(), MAX_ANSWER);
+            body.collect().await.map_err(|error| anyhow::anyhow!("api's answer broke off: {error}"))
+        };
+        let body = timeout(TIMEOUT, exchange).await.context("api did not answer in time")??.to_bytes();
+        serde_json::from_slice(&body).context("api's answer is of no known form")
+    }
+}
+
+/// What follows a place?
+#[derive(Debug, Clone, Copy)]
+pub struct RangeQuestion<A> {
+    pub user: UserId,
+    pub after: Seq,
+    /// Who gets the answer.
+    pub asker: A,
+    /// The user's place in this process when the question was asked.
+    pub asked_at: Option<Head>,
+}
+
+#[derive(Debug)]
+pub struct RangeAnswer {
+    pub head: Option<Head>,
+    pub events: Vec<Event>,
+    pub more: bool,
+}
+
+/// Where does a feed end?
+#[derive(Debug, Clone, Copy)]
+pub struct HeadQuestion {
+    pub user: UserId,
+    pub asked_at: Option<Head>,
+    pub why: WhyHead,
+    /// A session of this user, of which we want to know whether it has ended.
+    pub session: Option<SessionId>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum WhyHead {
+    /// The sequencer does not know its place.
+    Place,
+    /// A connection came: is its session still good?
+    Join,
+    /// The regular look at everybody, or the one after a doubt.
+    Reconcile,
+}
+
+#[derive(Debug)]
+pub struct HeadsAnswered {
+    pub questions: Vec<HeadQuestion>,
+    /// Those that differ from what was asked about.
+    pub heads: HashMap<UserId, Option<Head>>,
+    pub ended: HashSet<SessionId>,
+}
+
+pub enum Answers<A> {
+    Ranges(Vec<(RangeQuestion<A>, RangeAnswer)>),
+    Heads(HeadsAnswered),
+}
+
+type Batch<A> = (Result<Answers<A>, Failed<A>>, Instant);
+
+/// The questions come back, to be asked again.
+enum Failed<A> {
+    Ranges(Vec<RangeQuestion<A>>),
+    Heads(Vec<HeadQuestion>),
+}
+
+pub struct Backfill<A> {
+    api: Api,
+    /// Requests and the parsing of answers run there, not where events are delivered.
+    workers: Handle,
+    metrics: Arc<Metrics>,
+    ranges: VecDeque<RangeQuestion<A>>,
+    heads: VecDeque<HeadQuestion>,
+    requests: FuturesUnordered<JoinHandle<Batch<A>>>,
+    /// When the next request may start.
+    not_before: Instant,
+    backoff: Duration,
+}
+
+impl<A: Copy + Send + 'static> Backfill<A> {
+    pub fn new(api: Api, workers: Handle, metrics: Arc<Metrics>) -> Self {
+        Self {
+            api,
+            workers,
+            metrics,
+            ranges: VecDeque::new(),
+            heads: VecDeque::new(),
+            requests: FuturesUnordered::new(),
+            not_before: Instant::now(),
+            backoff: Duration::ZERO,
+        }
+    }
+
+    pub fn ask_range(&mut self, question: RangeQuestion<A>) {
+        self.gather();
+        self.ranges.push_back(question);
+    }
+
+    pub fn ask_head(&mut self, question: HeadQuestion) {
+        self.gather();
+        self.heads.push_back(question);
+    }
+
+    /// Whether `api` fails to answer at present.
+    pub fn failing(&self) -> bool {
+        self.backoff > Duration::ZERO
+    }
+
+    /// Drops waiting questions that nobody wants answered any more.
+    pub fn retain(
+        &mut self,
+        range: impl FnMut(&RangeQuestion<A>) -> bool,
+        head: impl FnMut(&HeadQuestion) -> bool,
+    ) {
+        self.ranges.retain(range);
+        self.heads.retain(head);
+    }
+
+    /// The next answers. Waits for ever when nothing was asked; may be dropped and called again at any point.
+    pub async fn next(&mut self) -> Answers<A> {
+        loop {
+            self.launch();
+            let waiting = !(self.ranges.is_empty() && self.heads.is_empty());
+            let may_launch = waiting && self.requests.len() < MAX_REQUESTS;
+            let not_before = self.not_before;
+            tokio::select! {
+                Some(done) = self.requests.next() => {
+                    let (result, started) = done.unwrap_or_else(|panic| std::panic::resume_unwind(panic.into_panic()));
+                    match result {
+                        Ok(answers) => {
+                            self.backoff = Duration::ZERO;
+                            return answers;
+                        }
+                        Err(failed) => self.put_back(failed, started),
+                    }
+                }
+                () = sleep_until(not_before), if may_launch => {}
+                () = pending(), if !may_launch && self.requests.is_empty() => {}
+            }
+        }
+    }
+
+    fn gather(&mut self) {
+        if self.ranges.is_empty() && self.heads.is_empty() {
+            self.not_before = self.not_before.max(Instant::now() + GATHER);
+        }
+    }
+
+    fn launch(&mut self) {
+        while self.requests.len() < MAX_REQUESTS && Instant::now() >= self.not_before {
+            let (api, metrics, started) = (self.api.clone(), self.metrics.clone(), Instant::now());
+            let request = if !self.ranges.is_empty() {
+                let questions: Vec<_> = self.ranges.drain(..self.ranges.len().min(MAX_PAIRS)).collect();
+                self.count("ranges", questions.len());
+                self.workers.spawn(async move { (ask_ranges(&api, questions, &metrics).await, started) })
+            } else if !self.heads.is_empty() {
+                let questions: Vec<_> = self.heads.drain(..self.heads.len().min(MAX_PAIRS)).collect();
+                self.count("heads", questions.len());
+                self.workers.spawn(async move { (ask_heads(&api, questions).await, started) })
+            } else {
+                return;
+            };
+            self.requests.push(request);
+        }
+    }
+
+    fn count(&self, question: &'static str, users: usize) {
+        self.metrics.questions.get_or_create(&Question { question }).inc_by(users as u64);
+    }
+
+    /// Several requests that fail together count as one failure: those that began before the pause prove nothing new.
+    fn put_back(&mut self, failed: Failed<A>, started: Instant) {
+        let (question, users) = match failed {
+            Failed::Ranges(questions) => {
+                let users = questions.len();
+                questions.into_iter().rev().for_each(|question| self.ranges.push_front(question));
+                ("ranges", users)
+            }
+            Failed::Heads(questions) => {
+                let users = questions.len();
+                questions.into_iter().rev().for_each(|question| self.heads.push_front(question));
+                ("heads", users)
+            }
+        };
+        self.metrics.questions_failed.get_or_create(&Question { question }).inc_by(users as u64);
+        if started >= self.not_before {
+            self.backoff = (self.backoff * 2).clamp(FIRST_BACKOFF, MAX_BACKOFF);
+        }
+        self.not_before = Instant::now() + self.backoff.mul_f64(rand::rng().random_range(0.5..1.0));
+    }
+}
+
+async fn ask_ranges<A: Copy>(
+    api: &Api,
+    questions: Vec<RangeQuestion<A>>,
+    metrics: &Metrics,
+) -> Result<Answers<A>, Failed<A>> {
+    let pairs =
+        questions.iter().map(|question| RangeAfter { user: question.user, after: question.after }).collect();
+    let answer = api.post::<RangesAnswer>(feed::RANGES_PATH, &RangesRequest { ranges: pairs }).await;
+    let answer = answer.and_then(|answer| {
+        let matches = answer.ranges.len() == questions.len()
+            && questions.iter().zip(&answer.ranges).all(|(q, a)| (q.user, q.after) == (a.user, a.after));
+        anyhow::ensure!(matches, "api answered other ranges than were asked for");
+        Ok(answer)
+    });
+    match answer {
+        Ok(answer) => {
+            let answers = answer.ranges.into_iter().map(|range| {
+                let (events, whole) = encode(range.user, range.events, metrics);
+                RangeAnswer { head: range.head, events, more: range.more || !whole }
+            });
+            Ok(Answers::Ranges(questions.into_iter().zip(answers).collect()))
+        }
+        Err(error) => {
+            tracing::warn!(
+                error = format!("{error:#}"),
+                users = questions.len(),
+                "cannot read feeds; trying again"
+            );
+            Err(Failed::Ranges(questions))
+        }
+    }
+}
+
+/// Up to the first event that this build cannot pass on. A reader that needs it is told to reload.
+fn encode(user: UserId, envelopes: Vec<shared::event::Envelope>, metrics: &Metrics) -> (Vec<Event>, bool) {
+    let mut events = Vec::with_capacity(envelopes.len());
+    for envelope in envelopes {
+        match Event::encode(&envelope) {
+            Ok(event) => events.push(event),
+            Err(error) => {
+                metrics.questions_failed.get_or_create(&Question { question: "encode" }).inc();
+                tracing::error!(%error, user.id = %user, event.seq = envelope.seq, "an event of the feed cannot be sent");
+                return (events, false);
+            }
+        }
+    }
+    (events, true)
+}
+
+async fn ask_heads<A>(api: &Api, questions: Vec<HeadQuestion>) -> Result<Answers<A>, Failed<A>> {
+    let request = HeadsRequest {
+        users: questions.iter().map(|q| KnownHead { user: q.user, head: q.asked_at }).collect(),
+        sessions: questions.iter().filter_map(|q| q.session).collect(),
+    };
+    match api.post::<HeadsAnswer>(feed::HEADS_PATH, &request).await {
+        Ok(answer) => Ok(Answers::Heads(HeadsAnswered {
+            questions,
+            heads: answer.heads.into_iter().map(|head| (head.user, head.head)).collect(),
+            ended: answer.ended.into_iter().collect(),
+        })),
+        Err(error) => {
+            tracing::warn!(
+                error = format!("{error:#}"),
+                users = questions.len(),
+                "cannot read heads; trying again"
+            );
+            Err(Failed::Heads(questions))
+        }
+    }
+}

@@ -1,0 +1,247 @@
+//! Every setting of the gateway: an environment variable, or the flag of the same name. Typed, checked together.
+
+use std::{net::SocketAddr, time::Duration};
+
+use clap::Parser;
+use shared::{
+    channels::Channels,
+    config::{Origin, Problems},
+    telemetry::LogFormat,
+};
+use tracing_subscriber::EnvFilter;
+
+/// Holds the Server-Sent Events streams of browsers: GET /api/messages.
+#[derive(Debug, Parser)]
+#[command(name = "stream-gateway", version)]
+#[command(next_line_help = true)]
+pub struct Settings {
+    /// Where browsers (through the ingress) connect
+    #[arg(long, hide_env_values = true, env, default_value = "127.0.0.1:8090")]
+    listen: String,
+    /// The operators' listener: /livez, /readyz, /metrics. Never routed from outside
+    #[arg(long, hide_env_values = true, env, default_value = "127.0.0.1:8092")]
+    ops_listen: String,
+    /// Where browsers find the product: scheme://host[:port]. Also the issuer of tokens; the same as api's
+    #[arg(long, hide_env_values = true, env)]
+    origin: Option<String>,
+    /// Other origins whose pages may open streams with the session cookie, separated by commas
+    #[arg(long, hide_env_values = true, env, default_value = "")]
+    allowed_origins: String,
+    /// api's internal listener: http://host:port
+    #[arg(long, hide_env_values = true, env)]
+    api_internal_url: Option<String>,
+    /// The secret that api's internal listener asks for; at least 32 characters. The same as api's
+    #[arg(long, hide_env_values = true, env)]
+    internal_secret: Option<String>,
+    /// redis://[user:password@]host:port
+    #[arg(long, hide_env_values = true, env)]
+    redis_url: Option<String>,
+    /// Before every Redis channel name. The same as api's
+    #[arg(long, hide_env_values = true, env, default_value = "")]
+    channel_prefix: String,
+    /// Log filter: info, debug, info,stream_gateway=debug
+    #[arg(long, hide_env_values = true, env, default_value = "info")]
+    log: String,
+    /// human or json
+    #[arg(long, hide_env_values = true, env, default_value = "human")]
+    log_format: String,
+    /// Seconds between the heartbeats of a stream, ± 20 %. Below every proxy's idle limit on the way
+    #[arg(long, hide_env_values = true, env, default_value = "15")]
+    heartbeat_seconds: String,
+    /// Seconds between reconciles (whose feed is beyond what this process has?) while Redis is well
+    #[arg(long, hide_env_values = true, env, default_value = "15")]
+    reconcile_seconds: String,
+    /// Milliseconds between reconciles while Redis is away or in doubt: how late events are then
+    #[arg(long, hide_env_values = true, env, default_value = "1000")]
+    suspect_reconcile_millis: String,
+    /// Seconds without progress after which a reader that takes nothing is cut
+    #[arg(long, hide_env_values = true, env, default_value = "60")]
+    write_deadline_seconds: String,
+    /// Seconds after which a stream is asked to reconnect, at random between half of it and all of it
+    #[arg(long, hide_env_values = true, env, default_value = "14400")]
+    max_stream_age_seconds: String,
+    /// Streams of this process; more are told to come back later. Needs as many file descriptors and 1,000 more
+    #[arg(long, hide_env_values = true, env, default_value = "15000")]
+    max_streams: String,
+    /// Streams of one user on this process; the oldest is replaced by one more
+    #[arg(long, hide_env_values = true, env, default_value = "32")]
+    max_streams_per_user: String,
+    /// Streams of one peer address on this process; 0: no limit, as behind an ingress whose address all share
+    #[arg(long, hide_env_values = true, env, default_value = "0")]
+    max_streams_per_address: String,
+    /// New streams a second on this process; more are told to come back later
+    #[arg(long, hide_env_values = true, env, default_value = "2000")]
+    accept_rate: String,
+    /// Bytes of events kept for readers that are behind, over all users. Beyond it they read from api again
+    #[arg(long, hide_env_values = true, env, default_value = "67108864")]
+    backlog_bytes: String,
+    /// Seconds after SIGTERM before the first stream is parted from, so that load balancers have noticed
+    #[arg(long, hide_env_values = true, env, default_value = "5")]
+    drain_wait_seconds: String,
+    /// Seconds over which streams are then parted from at a steady rate
+    #[arg(long, hide_env_values = true, env, default_value = "20")]
+    drain_window_seconds: String,
+}
+
+/// The settings, checked.
+#[derive(Debug, Clone)]
+pub struct Config {
+    pub listen: SocketAddr,
+    pub ops_listen: SocketAddr,
+    pub origin: Origin,
+    pub allowed_origins: Vec<Origin>,
+    /// Without a slash at the end.
+    pub api_internal_url: String,
+    pub internal_secret: String,
+    pub redis: redis::Client,
+    pub channels: Channels,
+    pub log: String,
+    pub log_format: LogFormat,
+    pub delivery: Delivery,
+    pub admission: Admission,
+    pub drain: Drain,
+}
+
+/// What the delivery engine works by.
+#[derive(Debug, Clone, Copy)]
+pub struct Delivery {
+    pub heartbeat: Duration,
+    pub reconcile: Duration,
+    pub suspect_reconcile: Duration,
+    pub write_deadline: Duration,
+    pub streams_per_user: usize,
+    pub backlog_bytes: usize,
+}
+
+/// Who may open a stream.
+#[derive(Debug, Clone, Copy)]
+pub struct Admission {
+    pub streams: usize,
+    /// 0: no limit.
+    pub streams_per_address: usize,
+    pub rate: u32,
+    pub max_age: Duration,
+}
+
+#[derive(Debug, Clone, Copy)]
+pub struct Drain {
+    pub wait: Duration,
+    pub window: Duration,
+}
+
+impl Settings {
+    pub fn check(self) -> Result<Config, Problems> {
+        let mut p = Problems::default();
+        let listen = p.parse("LISTEN", &self.listen);
+        let ops_listen = p.parse("OPS_LISTEN", &self.ops_listen);
+        let origin = p.require("ORIGIN", self.origin.as_deref()).map(str::to_owned);
+        let origin = origin.and_then(|origin| p.origin("ORIGIN", &origin));
+        let others = self.allowed_origins.split(',').map(str::trim).filter(|text| !text.is_empty());
+        let allowed_origins: Vec<_> = others.filter_map(|text| p.origin("ALLOWED_ORIGINS", text)).collect();
+        let api_internal_url = internal_url(&mut p, self.api_internal_url.as_deref());
+        let internal_secret = p.secret("INTERNAL_SECRET", self.internal_secret.as_deref());
+        let redis = redis_client(&mut p, self.redis_url.as_deref());
+        if let Err(error) = self.log.parse::<EnvFilter>() {
+            p.add(format!("LOG cannot be read: {error}"));
+        }
+        let log_format = p.parse("LOG_FORMAT", &self.log_format);
+        let heartbeat = p.seconds("HEARTBEAT_SECONDS", &self.heartbeat_seconds, 1, 55);
+        let reconcile = p.seconds("RECONCILE_SECONDS", &self.reconcile_seconds, 1, 300);
+        let suspect_reconcile =
+            p.millis("SUSPECT_RECONCILE_MILLIS", &self.suspect_reconcile_millis, 100, 60_000);
+        let write_deadline = p.seconds("WRITE_DEADLINE_SECONDS", &self.write_deadline_seconds, 1, 600);
+        let max_age = p.seconds("MAX_STREAM_AGE_SECONDS", &self.max_stream_age_seconds, 2, 14 * 86_400);
+        let streams = p.number("MAX_STREAMS", &self.max_streams, 1, 1_000_000);
+        let streams_per_user = p.number("MAX_STREAMS_PER_USER", &self.max_streams_per_user, 1, 10_000);
+        let per_address = p.number("MAX_STREAMS_PER_ADDRESS", &self.max_streams_per_address, 0, 1_000_000);
+        let rate = p.number("ACCEPT_RATE", &self.accept_rate, 1, 1_000_000);
+        let backlog = p.number("BACKLOG_BYTES", &self.backlog_bytes, 1 << 20, 1 << 36);
+        let wait = p.seconds("DRAIN_WAIT_SECONDS", &self.drain_wait_seconds, 0, 300);
+        let window = p.seconds("DRAIN_WINDOW_SECONDS", &self.drain_window_seconds, 0, 3_600);
+        p.finish(|| {
+            Some(Config {
+                listen: listen?,
+                ops_listen: ops_listen?,
+                origin: origin?,
+                allowed_origins,
+                api_internal_url: api_internal_url?,
+                internal_secret: internal_secret?,
+                redis: redis?,
+                channels: Channels::new(self.channel_prefix),
+                log: self.log,
+                log_format: log_format?,
+                delivery: Delivery {
+                    heartbeat: heartbeat?,
+                    reconcile: reconcile?,
+                    suspect_reconcile: suspect_reconcile?,
+                    write_deadline: write_deadline?,
+                    streams_per_user: usize::try_from(streams_per_user?).ok()?,
+                    backlog_bytes: usize::try_from(backlog?).ok()?,
+                },
+                admission: Admission {
+                    streams: usize::try_from(streams?).ok()?,
+                    streams_per_address: usize::try_from(per_address?).ok()?,
+                    rate: u32::try_from(rate?).ok()?,
+                    max_age: max_age?,
+                },
+                drain: Drain { wait: wait?, window: window? },
+            })
+        })
+    }
+}
+
+fn internal_url(p: &mut Problems, value: Option<&str>) -> Option<String> {
+    let text = p.require("API_INTERNAL_URL", value)?.trim_end_matches('/');
+    let well_formed = text
+        .parse::<http::Uri>()
+        .is_ok_and(|uri| uri.scheme_str() == Some("http") && uri.authority().is_some() && uri.path() == "/");
+    if !well_formed {
+        p.add("API_INTERNAL_URL must have the form http://host:port");
+        return None;
+    }
+    Some(text.to_owned())
+}
+
+/// RESP3, so that messages and command replies share a connection.
+fn redis_client(p: &mut Problems, value: Option<&str>) -> Option<redis::Client> {
+    use redis::IntoConnectionInfo;
+    let url = p.require("REDIS_URL", value)?;
+    let client = url.into_connection_info().and_then(|info| {
+        let settings = info.redis_settings().clone().set_protocol(redis::ProtocolVersion::RESP3);
+        redis::Client::open(info.set_redis_settings(settings))
+    });
+    // The error may hold the URL, and that a password.
+    client.map_err(|_| p.add("REDIS_URL must have the form redis://[user:password@]host:port")).ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn check(args: &[&str]) -> Result<Config, Problems> {
+        Settings::try_parse_from([&["stream-gateway"], args].concat()).unwrap().check()
+    }
+
+    #[test]
+    fn what_is_missing_is_told_at_once() {
+        let problems = check(&["--heartbeat-seconds=0", "--log-format=xml"]).unwrap_err().to_string();
+        for name in
+            ["ORIGIN", "API_INTERNAL_URL", "INTERNAL_SECRET", "REDIS_URL", "HEARTBEAT_SECONDS", "LOG_FORMAT"]
+        {
+            assert!(problems.contains(name), "{problems}");
+        }
+    }
+
+    #[test]
+    fn the_rest_has_defaults() {
+        let config = check(&[
+            "--origin=https://chat.example",
+            "--api-internal-url=http://api:8081/",
+            "--internal-secret=0123456789abcdef0123456789abcdef",
+            "--redis-url=redis://redis:6379",
+        ])
+        .unwrap();
+        assert_eq!(config.api_internal_url, "http://api:8081");
+        assert_eq!(config.delivery.heartbeat, Duration::from_secs(15));
+    }
+}

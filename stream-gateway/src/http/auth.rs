@@ -1,0 +1,88 @@
+//! Who is calling: which credential counts, and whether a browser's page may use its cookie.
+
+use http::{HeaderMap, header};
+use url::form_urlencoded;
+
+/// The session cookie's name, as `api` sets it.
+const COOKIE: &str = "session";
+
+#[derive(Debug, PartialEq, Eq)]
+pub struct Credential {
+    pub token: String,
+    /// From the cookie, which browsers send by themselves: the page's origin must be ours.
+    pub ambient: bool,
+}
+
+/// The one credential that counts: the header, else the query, else the cookie. A present but unusable one hides the
+/// others, and is an empty token here.
+pub fn credential(headers: &HeaderMap, query: &str) -> Option<Credential> {
+    if let Some(value) = headers.get(header::AUTHORIZATION) {
+        let token = value.to_str().ok().and_then(bearer).unwrap_or_default();
+        return Some(Credential { token: token.into(), ambient: false });
+    }
+    if let Some((_, token)) = form_urlencoded::parse(query.as_bytes()).find(|(name, _)| name == "token") {
+        return Some(Credential { token: token.into_owned(), ambient: false });
+    }
+    let cookies = headers.get_all(header::COOKIE).iter().filter_map(|value| value.to_str().ok());
+    let mut pairs = cookies.flat_map(|value| value.split(';')).filter_map(|pair| pair.trim().split_once('='));
+    pairs
+        .find(|(name, _)| *name == COOKIE)
+        .map(|(_, token)| Credential { token: token.into(), ambient: true })
+}
+
+fn bearer(value: &str) -> Option<&str> {
+    let (scheme, token) = value.split_once(' ')?;
+    scheme.eq_ignore_ascii_case("bearer").then(|| token.trim_matches(' '))
+}
+
+/// What the query says about the client's place. The header wins; an empty one is an absent one.
+pub fn last_event_id(headers: &HeaderMap, query: &str) -> Option<Vec<u8>> {
+    let header = headers.get("last-event-id").map(|value| value.as_bytes().to_vec());
+    header
+        .filter(|value| !value.is_empty())
+        .or_else(|| {
+            let mut pairs = form_urlencoded::parse(query.as_bytes());
+            pairs.find(|(name, _)| name == "lastEventId").map(|(_, value)| value.into_owned().into_bytes())
+        })
+        .filter(|value| !value.is_empty())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn headers(pairs: &[(&'static str, &str)]) -> HeaderMap {
+        pairs.iter().map(|(name, value)| (name.parse().unwrap(), value.parse().unwrap())).collect()
+    }
+
+    fn token(pairs: &[(&'static str, &str)], query: &str) -> Option<(String, bool)> {
+        credential(&headers(pairs), query).map(|credential| (credential.token, credential.ambient))
+    }
+
+    #[test]
+    fn the_header_hides_the_query_and_the_query_the_cookie() {
+        let all = [("authorization", "Bearer a"), ("cookie", "x=1; session=c")];
+        assert_eq!(token(&all, "token=b"), Some(("a".into(), false)));
+        assert_eq!(token(&all[1..], "token=b%2E"), Some(("b.".into(), false)));
+        assert_eq!(token(&all[1..], "other=b"), Some(("c".into(), true)));
+        assert_eq!(token(&[], ""), None);
+    }
+
+    #[test]
+    fn a_bad_credential_is_not_passed_over() {
+        let cookie = ("cookie", "session=c");
+        assert_eq!(token(&[("authorization", "Basic abc"), cookie], "token=b"), Some((String::new(), false)));
+        assert_eq!(token(&[cookie], "token="), Some((String::new(), false)));
+    }
+
+    #[test]
+    fn the_place_comes_from_the_header_else_the_query() {
+        let place = |pairs: &[(&'static str, &str)], query| {
+            last_event_id(&headers(pairs), query).map(|value| String::from_utf8(value).unwrap())
+        };
+        assert_eq!(place(&[("last-event-id", "a-1")], "lastEventId=b-2"), Some("a-1".into()));
+        assert_eq!(place(&[("last-event-id", "")], "lastEventId=b-2"), Some("b-2".into()));
+        assert_eq!(place(&[], "lastEventId="), None);
+        assert_eq!(place(&[], "lastEventId=%0A"), Some("\n".into()));
+    }
+}

@@ -1,0 +1,357 @@
+//! `GET /api/messages`: authenticates, admits, and hands the socket to the engine.
+//!
+//! Until the credential and `Accept` are checked, errors are statuses. From there on the answer is 200, because a browser's
+//! `EventSource` gives up for ever on anything else: what is refused then is told in band.
+
+use std::{
+    net::SocketAddr,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::{Duration, SystemTime},
+};
+
+use chrono::Utc;
+use http::{HeaderMap, HeaderValue, Method, Response as HttpResponse, StatusCode, header};
+use rand::RngExt;
+use shared::{claims::Claims, config::Origin, cursor::Cursor, problem::Problem, server};
+use tokio::sync::mpsc;
+use warp::reply::Response;
+
+use super::auth::{credential, last_event_id};
+use crate::{
+    engine::{Admission, Resume},
+    frame::{self, FIRST_RETRY, Goodbye},
+    keys::{Keys, Refused},
+    limits::{Limits, Place},
+    metrics::{Metrics, Reason},
+};
+
+/// All that the stream route works with.
+pub struct Streams {
+    pub keys: Arc<Keys>,
+    pub limits: Arc<Limits>,
+    pub metrics: Arc<Metrics>,
+    pub origin: Origin,
+    pub allowed_origins: Vec<Origin>,
+    pub max_age: Duration,
+    pub admissions: mpsc::Sender<Admission>,
+    /// Set when this process parts from its streams.
+    pub parting: AtomicBool,
+}
+
+impl Streams {
+    pub async fn answer(
+        &self,
+        method: Method,
+        headers: &HeaderMap,
+        query: &str,
+        peer: SocketAddr,
+    ) -> Response {
+        let request_id = request_id(headers);
+        let origin = headers.get(header::ORIGIN).filter(|origin| self.is_ours(origin));
+        let mut response = match method {
+            Method::OPTIONS if origin.is_some() => preflight(),
+            Method::GET => match self.open(headers, query, peer, &request_id, origin).await {
+                Ok(response) => return response,
+                Err(refusal) => self.refuse(&refusal, &request_id),
+            },
+            _ => self.refuse(&Refusal::Method, &request_id),
+        };
+        if let Ok(id) = HeaderValue::from_str(&request_id) {
+            response.headers_mut().insert("x-request-id", id);
+        }
+        if let Some(origin) = origin {
+            let headers = response.headers_mut();
+            headers.insert(header::ACCESS_CONTROL_ALLOW_ORIGIN, origin.clone());
+            headers.insert(header::ACCESS_CONTROL_ALLOW_CREDENTIALS, HeaderValue::from_static("true"));
+            headers.insert(
+                header::ACCESS_CONTROL_EXPOSE_HEADERS,
+                HeaderValue::from_static("X-Request-Id, Retry-After"),
+            );
+        }
+        response.headers_mut().append(header::VARY, HeaderValue::from_static("Origin"));
+        finish(response)
+    }
+
+    async fn open(
+        &self,
+        headers: &HeaderMap,
+        query: &str,
+        peer: SocketAddr,
+        request_id: &str,
+        origin: Option<&HeaderValue>,
+    ) -> Result<Response, Refusal> {
+        let credential = credential(headers, query).ok_or(Refusal::Unauthorized)?;
+        let claims = match self.keys.verify(&credential.token).await {
+            Ok(claims) => Some(claims),
+            Err(Refused::Token(reason)) => {
+                tracing::debug!(%peer, request.id = request_id, %reason, "a stream was refused");
+                return Err(Refusal::Unauthorized);
+            }
+            Err(Refused::NoKeys) => None,
+        };
+        if credential.ambient && headers.contains_key(header::ORIGIN) && origin.is_none() {
+            return Err(Refusal::Origin);
+        }
+        if !accepts_event_stream(headers) {
+            return Err(Refusal::NotAcceptable);
+        }
+        let head = answer_head(request_id, origin);
+        let Some(claims) = claims else {
+            return Ok(self.turn_away(&head, "no_keys", Goodbye::Busy));
+        };
+        if self.parting.load(Ordering::Relaxed) {
+            return Ok(self.turn_away(&head, "drain", Goodbye::Drain));
+        }
+        match self.limits.take(peer.ip()) {
+            Ok(place) => Ok(self.hand_off(&claims, headers, query, head, place)),
+            Err(full) => {
+                tracing::info!(user.id = %claims.sub, %peer, limit = full.as_str(), "a stream was told to come back later");
+                Ok(self.turn_away(&head, full.as_str(), Goodbye::Busy))
+            }
+        }
+    }
+
+    fn hand_off(
+        &self,
+        claims: &Claims,
+        headers: &HeaderMap,
+        query: &str,
+        head: String,
+        place: Place,
+    ) -> Response {
+        let resume = match last_event_id(headers, query) {
+            None => Resume::Head,
+            Some(text) => {
+                let cursor = std::str::from_utf8(&text).ok().and_then(|text| text.parse::<Cursor>().ok());
+                cursor.map_or(Resume::Nonsense, Resume::After)
+            }
+        };
+        let (lasts, ends_why) = lifetime(claims, SystemTime::now(), self.max_age);
+        let (user, session) = (claims.sub, claims.sid);
+        let head = head + &frame::retry(rand::rng().random_range(FIRST_RETRY));
+        let admissions = self.admissions.clone();
+        let metrics = self.metrics.clone();
+        server::hand_off(move |socket| {
+            let Ok(socket) = socket.into_std() else { return };
+            let admission =
+                Admission { socket, user, session, resume, head: head.into(), lasts, ends_why, place };
+            if let Err(refused) = admissions.try_send(admission) {
+                metrics.streams_refused.get_or_create(&Reason { reason: "backlog" }).inc();
+                let Admission { socket, head, .. } = match refused {
+                    mpsc::error::TrySendError::Full(admission)
+                    | mpsc::error::TrySendError::Closed(admission) => admission,
+                };
+                say_busy(&socket, &head);
+            }
+        })
+    }
+
+    /// 200, and the end: one write, no stream.
+    fn turn_away(&self, head: &str, limit: &'static str, why: Goodbye) -> Response {
+        self.metrics.streams_refused.get_or_create(&Reason { reason: limit }).inc();
+        let block = head.to_owned() + &frame::goodbye(why, rand::rng().random_range(why.retry()));
+        server::hand_off(move |mut socket| {
+            tokio::spawn(async move {
+                use tokio::io::{AsyncReadExt, AsyncWriteExt};
+                let farewell = async {
+                    socket.write_all(block.as_bytes()).await?;
+                    socket.shutdown().await?;
+                    // Closing with unread input would make the kernel discard what the client has not read yet.
+                    let mut ignored = [0; 1_024];
+                    for _ in 0..64 {
+                        if socket.read(&mut ignored).await? == 0 {
+                            break;
+                        }
+                    }
+                    std::io::Result::Ok(())
+                };
+                let _ = tokio::time::timeout(Duration::from_secs(2), farewell).await;
+            });
+        })
+    }
+
+    fn refuse(&self, refusal: &Refusal, request_id: &str) -> Response {
+        let (status, code, message) = match refusal {
+            Refusal::Method => (StatusCode::METHOD_NOT_ALLOWED, "method_not_allowed", "Method not allowed"),
+            Refusal::Unauthorized => (StatusCode::UNAUTHORIZED, "unauthorized", "Unauthorized"),
+            Refusal::Origin => {
+                (StatusCode::FORBIDDEN, "forbidden_origin", "This origin may not use the session cookie")
+            }
+            Refusal::NotAcceptable => (
+                StatusCode::NOT_ACCEPTABLE,
+                "not_acceptable",
+                "This endpoint requires an EventSource connection",
+            ),
+        };
+        self.metrics.requests_rejected.get_or_create(&Reason { reason: code }).inc();
+        let mut response: Response = Problem::new(status, code, message, request_id).into_response();
+        match refusal {
+            Refusal::Method => response.headers_mut().insert(header::ALLOW, HeaderValue::from_static("GET")),
+            Refusal::Unauthorized => {
+                response.headers_mut().insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"))
+            }
+            Refusal::Origin | Refusal::NotAcceptable => None,
+        };
+        response
+    }
+
+    fn is_ours(&self, origin: &HeaderValue) -> bool {
+        let same = |ours: &Origin| origin.as_bytes() == ours.as_str().as_bytes();
+        same(&self.origin) || self.allowed_origins.iter().any(same)
+    }
+}
+
+enum Refusal {
+    Method,
+    Unauthorized,
+    Origin,
+    NotAcceptable,
+}
+
+fn preflight() -> Response {
+    let mut response = HttpResponse::new(String::new().into());
+    *response.status_mut() = StatusCode::NO_CONTENT;
+    let headers = response.headers_mut();
+    headers.insert(header::ACCESS_CONTROL_ALLOW_METHODS, HeaderValue::from_static("GET"));
+    headers.insert(
+        header::ACCESS_CONTROL_ALLOW_HEADERS,
+        HeaderValue::from_static("Authorization, Cache-Control, Last-Event-ID, X-Request-Id"),
+    );
+    headers.insert(header::ACCESS_CONTROL_MAX_AGE, HeaderValue::from_static("600"));
+    response
+}
+
+/// The headers that every answer of ours has.
+pub(super) fn finish(mut response: Response) -> Response {
+    let headers = response.headers_mut();
+    headers.insert(header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
+    headers.insert(header::REFERRER_POLICY, HeaderValue::from_static("no-referrer"));
+    headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));
+    response
+}
+
+/// A well-formed id from outside is kept, so that a request can be followed through proxies.
+fn request_id(headers: &HeaderMap) -> String {
+    let given = headers.get("x-request-id").and_then(|value| value.to_str().ok());
+    let well_formed = |id: &&str| {
+        (1..=64).contains(&id.len())
+            && id.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_'))
+    };
+    given.filter(well_formed).map_or_else(new_request_id, str::to_owned)
+}
+
+pub(super) fn new_request_id() -> String {
+    uuid::Uuid::new_v4().to_string()
+}
+
+fn accepts_event_stream(headers: &HeaderMap) -> bool {
+    let accepts = headers.get_all(header::ACCEPT).iter().filter_map(|value| value.to_str().ok());
+    let mut types =
+        accepts.flat_map(|value| value.split(',')).map(|range| range.split(';').next().unwrap_or(""));
+    types.any(|media_type| media_type.trim().eq_ignore_ascii_case("text/event-stream"))
+}
+
+/// The head of the answer. The body ends with the connection: frames go out without chunks around them.
+fn answer_head(request_id: &str, origin: Option<&HeaderValue>) -> String {
+    let date = Utc::now().format("%a, %d %b %Y %H:%M:%S GMT");
+    let origin = origin.and_then(|origin| origin.to_str().ok()).map_or_else(String::new, |origin| {
+        format!("Access-Control-Allow-Origin: {origin}\r\nAccess-Control-Allow-Credentials: true\r\n")
+    });
+    format!(
+        "HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nCache-Control: no-cache, no-transform\r\n\
+         X-Accel-Buffering: no\r\nX-Content-Type-Options: nosniff\r\nReferrer-Policy: no-referrer\r\n\
+         X-Request-Id: {request_id}\r\n{origin}Vary: Origin\r\nDate: {date}\r\nConnection: close\r\n\r\n"
+    )
+}
+
+/// How long a stream may last: until the last minute before its token expires, or a random age, whichever comes first.
+fn lifetime(claims: &Claims, now: SystemTime, max_age: Duration) -> (Duration, Goodbye) {
+    /// The engine looks at its clock a few times a second; never after the token's end, so a little before.
+    const MARGIN: f64 = 0.75;
+    const LAST: f64 = 60.0;
+    let now = now.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs_f64();
+    let left = (claims.stream_ends_at() as f64 - now - MARGIN).max(0.0);
+    let mut rng = rand::rng();
+    let expires_in = left - rng.random_range(0.0..=LAST.min(left / 2.0));
+    let rotates_in = max_age.as_secs_f64() * rng.random_range(0.5..=1.0);
+    if expires_in <= rotates_in {
+        (Duration::from_secs_f64(expires_in), Goodbye::Expired)
+    } else {
+        (Duration::from_secs_f64(rotates_in), Goodbye::Rotate)
+    }
+}
+
+/// The engine cannot take more at this moment. The socket's buffer is empty, so this needs no waiting.
+fn say_busy(mut socket: &std::net::TcpStream, head: &[u8]) {
+    use std::io::Write;
+    let goodbye = frame::goodbye(Goodbye::Busy, rand::rng().random_range(Goodbye::Busy.retry()));
+    let _ = socket.write_all(&[head, goodbye.as_bytes()].concat());
+    let _ = socket.shutdown(std::net::Shutdown::Write);
+}
+
+#[cfg(test)]
+mod tests {
+    use shared::{
+        claims::Audience,
+        ids::{SessionId, UserId},
+    };
+
+    use super::*;
+
+    fn claims(exp: i64) -> Claims {
+        Claims {
+            sub: UserId(1),
+            sid: SessionId(1),
+            iat: 0,
+            exp,
+            aud: Audience::Api,
+            iss: String::new(),
+            session_exp: None,
+        }
+    }
+
+    #[test]
+    fn a_stream_ends_in_the_last_minute_before_its_token_does() {
+        let now = SystemTime::UNIX_EPOCH + Duration::from_secs(1_000);
+        let age = Duration::from_secs(1_000_000);
+        for _ in 0..1_000 {
+            let (lasts, why) = lifetime(&claims(2_000), now, age);
+            assert_eq!(why, Goodbye::Expired);
+            assert!((939.0..1_000.0).contains(&lasts.as_secs_f64()), "{lasts:?}");
+            let (short, _) = lifetime(&claims(1_010), now, age);
+            assert!((4.0..10.0).contains(&short.as_secs_f64()), "{short:?}");
+            assert_eq!(lifetime(&claims(999), now, age).0, Duration::ZERO);
+        }
+    }
+
+    #[test]
+    fn a_stream_token_bounds_the_stream_by_its_session() {
+        let claims = Claims { session_exp: Some(5_000), ..claims(1_060) };
+        let now = SystemTime::UNIX_EPOCH + Duration::from_secs(1_000);
+        assert!(lifetime(&claims, now, Duration::from_secs(1_000_000)).0 > Duration::from_secs(3_900));
+    }
+
+    #[test]
+    fn a_stream_ends_at_a_random_age() {
+        let age = Duration::from_secs(100);
+        let ages: Vec<_> = (0..100).map(|_| lifetime(&claims(i64::MAX), SystemTime::now(), age)).collect();
+        assert!(
+            ages.iter().all(|(lasts, why)| (50..=100).contains(&lasts.as_secs()) && *why == Goodbye::Rotate)
+        );
+        assert!(ages.iter().any(|(lasts, _)| lasts.as_secs() < 70));
+    }
+
+    #[test]
+    fn accept_must_name_the_event_stream() {
+        let accepts = |value: &str| {
+            let mut headers = HeaderMap::new();
+            headers.insert(header::ACCEPT, value.parse().unwrap());
+            accepts_event_stream(&headers)
+        };
+        assert!(["text/event-stream", "text/html, Text/Event-Stream;q=0.9"].into_iter().all(accepts));
+        assert!(!["*/*", "text/*", "text/event-streams", ""].into_iter().any(accepts));
+    }
+}

@@ -1,0 +1,209 @@
+//! Who is connected, and what was lately delivered to them. Memory only: all of it may be lost.
+//!
+//! One entry per user with a live connection. The ring holds encoded frames that some connection has not taken yet, and
+//! nothing when all are up to date; it is bounded per user here and per process by the engine.
+
+use std::collections::{HashMap, VecDeque};
+
+use shared::{cursor::Seq, feed::Head, ids::UserId};
+use slab::Slab;
+
+use crate::{
+    engine::Key,
+    frame::Event,
+    sequencer::{Millis, Sequencer},
+};
+
+/// Of one user's frames, as many and as long are kept for readers that are behind.
+const RING_FRAMES: usize = 256;
+const RING_BYTES: usize = 256 * 1024;
+
+pub struct Entry {
+    pub user: UserId,
+    pub sequencer: Sequencer<Event>,
+    pub ring: Ring,
+    /// Oldest first.
+    pub connections: Vec<Key>,
+    /// Redis has confirmed the subscription.
+    pub confirmed: bool,
+    /// When the last connection left. The entry stays for a moment, because people reload pages.
+    pub left_at: Option<Millis>,
+    /// When the sequencer is next looked at; 0: never.
+    pub tick_at: Millis,
+}
+
+#[derive(Default)]
+pub struct Hub {
+    by_user: HashMap<UserId, u32>,
+    entries: Slab<Entry>,
+}
+
+impl Hub {
+    pub fn users(&self) -> usize {
+        self.entries.len()
+    }
+
+    pub fn find(&self, user: UserId) -> Option<u32> {
+        self.by_user.get(&user).copied()
+    }
+
+    pub fn get(&self, at: u32) -> Option<&Entry> {
+        self.entries.get(at as usize)
+    }
+
+    pub fn get_mut(&mut self, at: u32) -> Option<&mut Entry> {
+        self.entries.get_mut(at as usize)
+    }
+
+    /// The entry of this user, and whether it is new.
+    pub fn enter(&mut self, user: UserId) -> (u32, bool) {
+        if let Some(at) = self.find(user) {
+            self.entries[at as usize].left_at = None;
+            return (at, false);
+        }
+        let at = self.entries.insert(Entry {
+            user,
+            sequencer: Sequencer::default(),
+            ring: Ring::default(),
+            connections: Vec::new(),
+            confirmed: false,
+            left_at: None,
+            tick_at: 0,
+        }) as u32;
+        self.by_user.insert(user, at);
+        (at, true)
+    }
+
+    pub fn remove(&mut self, at: u32) -> Option<Entry> {
+        let entry = self.entries.try_remove(at as usize)?;
+        self.by_user.remove(&entry.user);
+        Some(entry)
+    }
+
+    pub fn iter(&self) -> impl Iterator<Item = (u32, &Entry)> {
+        self.entries.iter().map(|(at, entry)| (at as u32, entry))
+    }
+
+    pub fn iter_mut(&mut self) -> impl Iterator<Item = &mut Entry> {
+        self.entries.iter_mut().map(|(_, entry)| entry)
+    }
+}
+
+/// Contiguous frames of one feed, the newest last.
+#[derive(Default)]
+pub struct Ring {
+    events: VecDeque<Event>,
+    bytes: usize,
+}
+
+impl Ring {
+    pub fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.events.is_empty()
+    }
+
+    pub fn push(&mut self, event: Event) {
+        let follows = self
+            .events
+            .back()
+            .is_none_or(|last| last.head.epoch == event.head.epoch && last.head.seq + 1 == event.head.seq);
+        if !follows {
+            self.clear();
+        }
+        self.bytes += event.frame.len();
+        self.events.push_back(event);
+        while self.events.len() > RING_FRAMES || self.bytes > RING_BYTES {
+            self.pop();
+        }
+    }
+
+    /// The event after this place, if it is held.
+    pub fn after(&self, place: Head) -> Option<&Event> {
+        let first = self.events.front()?.head;
+        if first.epoch != place.epoch {
+            return None;
+        }
+        let index = (place.seq + 1).checked_sub(first.seq)?;
+        self.events.get(usize::try_from(index).ok()?)
+    }
+
+    /// Drops what everybody has passed.
+    pub fn trim(&mut self, passed: Seq) {
+        while self.events.front().is_some_and(|first| first.head.seq <= passed) {
+            self.pop();
+        }
+        if self.events.is_empty() {
+            self.clear();
+        }
+    }
+
+    /// An empty ring holds no memory.
+    pub fn clear(&mut self) {
+        *self = Self::default();
+    }
+
+    fn pop(&mut self) {
+        if let Some(event) = self.events.pop_front() {
+            self.bytes -= event.frame.len();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use bytes::Bytes;
+    use shared::cursor::Epoch;
+
+    use super::*;
+
+    fn at(seq: Seq) -> Head {
+        Head { epoch: Epoch(1), seq }
+    }
+
+    fn event(seq: Seq) -> Event {
+        Event { head: at(seq), created_at: 0, frame: Bytes::from(vec![b'x'; 100]) }
+    }
+
+    fn after(ring: &Ring, seq: Seq) -> Option<Seq> {
+        ring.after(at(seq)).map(|event| event.head.seq)
+    }
+
+    #[test]
+    fn the_ring_gives_what_follows_or_nothing() {
+        let mut ring = Ring::default();
+        assert_eq!(after(&ring, 0), None);
+        (5..8).for_each(|seq| ring.push(event(seq)));
+        let got: Vec<_> = (3..9).map(|seq| after(&ring, seq)).collect();
+        assert_eq!(got, [None, Some(5), Some(6), Some(7), None, None]);
+        assert!(ring.after(Head { epoch: Epoch(2), seq: 5 }).is_none());
+        ring.trim(6);
+        assert_eq!((after(&ring, 5), after(&ring, 6), ring.bytes()), (None, Some(7), 100));
+        ring.trim(7);
+        assert!(ring.is_empty() && ring.bytes() == 0 && ring.events.capacity() == 0);
+    }
+
+    #[test]
+    fn a_jump_starts_anew_and_the_size_is_bounded() {
+        let mut ring = Ring::default();
+        (1..4).for_each(|seq| ring.push(event(seq)));
+        ring.push(event(9));
+        assert_eq!((after(&ring, 1), after(&ring, 8)), (None, Some(9)));
+        (10..2_000).for_each(|seq| ring.push(event(seq)));
+        assert_eq!(ring.events.len(), RING_FRAMES);
+        assert_eq!(ring.bytes(), RING_FRAMES * 100);
+        assert_eq!(after(&ring, 1_998), Some(1_999));
+    }
+
+    #[test]
+    fn a_user_has_one_entry() {
+        let mut hub = Hub::default();
+        assert_eq!(hub.enter(UserId(7)), (0, true));
+        assert_eq!(hub.enter(UserId(7)), (0, false));
+        assert_eq!(hub.enter(UserId(8)), (1, true));
+        assert_eq!(hub.remove(0).map(|entry| entry.user), Some(UserId(7)));
+        assert_eq!((hub.find(UserId(7)), hub.find(UserId(8)), hub.users()), (None, Some(1), 1));
+    }
+}

@@ -1,0 +1,134 @@
+//! How many streams there may be: in this process, per peer address, and how many may open a second. The limit per user is
+//! the hub's, which replaces the oldest.
+
+use std::{
+    collections::HashMap,
+    net::IpAddr,
+    num::NonZeroU32,
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicUsize, Ordering},
+    },
+};
+
+use governor::{DefaultDirectRateLimiter, Quota, RateLimiter};
+
+use crate::config::Admission;
+
+pub struct Limits {
+    streams: usize,
+    streams_per_address: usize,
+    rate: DefaultDirectRateLimiter,
+    open: AtomicUsize,
+    /// Only kept when there is a limit.
+    by_address: Mutex<HashMap<IpAddr, usize>>,
+}
+
+/// The right to one open stream, given back when dropped.
+pub struct Place {
+    limits: Arc<Limits>,
+    address: IpAddr,
+}
+
+/// Which limit refused a stream.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Full {
+    Process,
+    Address,
+    Rate,
+}
+
+impl Full {
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Process => "streams",
+            Self::Address => "address",
+            Self::Rate => "rate",
+        }
+    }
+}
+
+impl Limits {
+    pub fn new(admission: &Admission) -> Arc<Self> {
+        let rate = NonZeroU32::new(admission.rate).unwrap_or(NonZeroU32::MIN);
+        Arc::new(Self {
+            streams: admission.streams,
+            streams_per_address: admission.streams_per_address,
+            rate: RateLimiter::direct(Quota::per_second(rate)),
+            open: AtomicUsize::new(0),
+            by_address: Mutex::default(),
+        })
+    }
+
+    pub fn take(self: &Arc<Self>, address: IpAddr) -> Result<Place, Full> {
+        if self.rate.check().is_err() {
+            return Err(Full::Rate);
+        }
+        if self.open.fetch_add(1, Ordering::Relaxed) >= self.streams {
+            self.open.fetch_sub(1, Ordering::Relaxed);
+            return Err(Full::Process);
+        }
+        if self.streams_per_address > 0 {
+            let mut by_address = self.by_address.lock().unwrap_or_else(PoisonError::into_inner);
+            let count = by_address.entry(address).or_default();
+            if *count >= self.streams_per_address {
+                self.open.fetch_sub(1, Ordering::Relaxed);
+                return Err(Full::Address);
+            }
+            *count += 1;
+        }
+        Ok(Place { limits: self.clone(), address })
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        let limits = &self.limits;
+        limits.open.fetch_sub(1, Ordering::Relaxed);
+        if limits.streams_per_address > 0 {
+            let mut by_address = limits.by_address.lock().unwrap_or_else(PoisonError::into_inner);
+            if let Some(count) = by_address.get_mut(&self.address) {
+                *count -= 1;
+                if *count == 0 {
+                    by_address.remove(&self.address);
+                }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{net::Ipv4Addr, time::Duration};
+
+    use super::*;
+
+    fn limits(streams: usize, streams_per_address: usize, rate: u32) -> Arc<Limits> {
+        Limits::new(&Admission { streams, streams_per_address, rate, max_age: Duration::from_secs(60) })
+    }
+
+    const A: IpAddr = IpAddr::V4(Ipv4Addr::new(127, 0, 0, 1));
+    const B: IpAddr = IpAddr::V4(Ipv4Addr::new(127, 0, 0, 2));
+
+    #[test]
+    fn each_limit_refuses_and_a_place_is_given_back() {
+        let limits = limits(3, 2, 1_000);
+        let first = limits.take(A).ok().unwrap();
+        let _second = limits.take(A).ok().unwrap();
+        assert_eq!(limits.take(A).err(), Some(Full::Address));
+        let _third = limits.take(B).ok().unwrap();
+        assert_eq!(limits.take(B).err(), Some(Full::Process));
+        drop(first);
+        assert!(limits.take(A).is_ok());
+        assert_eq!(limits.open.load(Ordering::Relaxed), 2);
+        assert_eq!(limits.by_address.lock().unwrap().len(), 2);
+    }
+
+    #[test]
+    fn a_burst_beyond_the_rate_waits() {
+        let limits = limits(100, 0, 5);
+        let taken: Vec<_> = (0..10).map_while(|_| limits.take(A).ok()).collect();
+        assert_eq!(taken.len(), 5);
+        assert_eq!(limits.take(A).err(), Some(Full::Rate));
+    }
+}
