@@ -16,10 +16,6 @@ impl Drain {
         self.end
     }
 
-    pub fn is_over(&self, now: Millis) -> bool {
-        now >= self.end
-    }
-
     /// How many of those who stay to part from now, when asked again after `step`.
     pub fn share(&self, staying: usize, now: Millis, step: Millis) -> usize {
         let steps_left = self.end.saturating_sub(now) / step.max(1);
@@ -35,7 +31,7 @@ mod tests {
     fn the_rate_is_steady_and_nobody_is_left_at_the_end() {
         let drain = Drain::new(1_000, 10_000);
         let (mut staying, mut now, mut shares) = (10_000, 1_000, Vec::new());
-        while !drain.is_over(now) {
+        while now < drain.end() {
             let share = drain.share(staying, now, 250);
             shares.push(share);
             staying -= share;

@@ -263,7 +263,7 @@ impl Engine {
             }
             self.keep_time();
             self.bury();
-            if self.drained() {
+            if self.drained(inputs.admissions.is_empty()) {
                 return Ok(());
             }
         }
@@ -1120,10 +1120,10 @@ impl Engine {
         }
     }
 
-    fn drained(&mut self) -> bool {
+    /// Whether all streams are gone and none is on its way, or the time for it is over.
+    fn drained(&mut self, none_to_come: bool) -> bool {
         let over = self.drain.as_ref().is_some_and(|drain| {
-            self.connections.is_empty() && drain.is_over(self.now)
-                || self.now >= drain.end() + 2 * GOODBYE_WITHIN
+            self.connections.is_empty() && none_to_come || self.now >= drain.end() + 2 * GOODBYE_WITHIN
         });
         if over {
             tracing::info!(cut = self.connections.len(), "parted from all streams");
