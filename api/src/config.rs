@@ -194,8 +194,15 @@ impl Settings {
 
     fn database(&self, problems: &mut Problems) -> Option<PgConnectOptions> {
         let url = problems.require("DATABASE_URL", self.database_url.as_deref())?;
-        // The parser's own message can repeat a part of the URL, and with it the password.
-        PgConnectOptions::from_str(url).map_err(|_| problems.add("DATABASE_URL cannot be read")).ok()
+        // The parser looks at no scheme, and its message can repeat a part of the URL, and with it the password.
+        let ours = ["postgres://", "postgresql://"].iter().any(|scheme| url.starts_with(scheme));
+        let options = PgConnectOptions::from_str(url).ok().filter(|_| ours);
+        if options.is_none() {
+            problems.add(
+                "DATABASE_URL cannot be read: it has the form postgres://user:password@host:port/database",
+            );
+        }
+        options
     }
 
     fn keys(&self, problems: &mut Problems) -> Option<SigningKeys> {

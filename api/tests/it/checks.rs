@@ -1,0 +1,227 @@
+//! The order of checks: 404 path / 405 → 415 → 401 → 403 → 413/400 → 422 → 404/403. A request that is wrong in several ways
+//! is told the first.
+
+use sqlx::PgPool;
+
+use crate::{
+    raw,
+    support::{App, ORIGIN, assert_common_headers, assert_problem},
+};
+
+/// Method, path, what `Allow` says.
+const PATHS: &[(&str, &str)] = &[
+    ("/api/login", "POST"),
+    ("/api/refresh_token", "POST"),
+    ("/api/auth_user", "GET, HEAD"),
+    ("/api/usernames", "GET, HEAD"),
+    ("/api/conversations", "GET, HEAD, POST"),
+    ("/api/conversations/{id}", "GET, HEAD"),
+    ("/api/conversations/{id}/other_participant", "GET, HEAD"),
+    ("/api/conversations/{id}/messages", "GET, HEAD, POST"),
+    ("/api/conversations/{id}/read_messages", "POST"),
+    ("/.well-known/jwks.json", "GET, HEAD"),
+];
+
+const METHODS: &[&str] = &["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "BREW"];
+
+#[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
+async fn a_known_path_with_another_method_says_what_is_allowed(pool: PgPool) {
+    let app = App::start(&pool).await;
+    for (path, allow) in PATHS {
+        for id in ["1", "no-id"] {
+            let path = path.replace("{id}", id);
+            for method in METHODS {
+                // Wrong in every other way too.
+                let call = app.call(method, &path).header("content-type", "text/plain").bearer("bad");
+                let answer = call.send().await.unwrap();
+                assert_common_headers(&answer);
+                if allow.split(", ").any(|allowed| allowed == *method) {
+                    assert_ne!(answer.status, 405, "{method} {path}");
+                } else {
+                    assert_eq!(answer.header("allow"), Some(*allow), "{method} {path}");
+                    if *method != "HEAD" {
+                        assert_problem(&answer, 405, "Method not allowed");
+                    }
+                    assert_eq!(answer.status, 405);
+                }
+            }
+        }
+    }
+    app.stop().await;
+}
+
+#[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
+async fn an_unknown_path_is_not_found_whatever_else_is_wrong(pool: PgPool) {
+    let app = App::start(&pool).await;
+    for path in [
+        "/api",
+        "/api/",
+        "/api/nothing",
+        "/api/auth_user/x",
+        "/api/conversations/1/nothing",
+        "/api/conversations/1/messages/1",
+        "/API/auth_user",
+        "/api//auth_user",
+        "/internal/feed/heads",
+        "/internal/feed/ranges",
+        "/metrics",
+        "/readyz",
+        "/",
+    ] {
+        for method in METHODS {
+            let call = app.call(method, path).header("content-type", "text/plain").bearer("bad");
+            let answer = call.send().await.unwrap();
+            assert_eq!(answer.status, 404, "{method} {path}");
+            if *method != "HEAD" {
+                assert_problem(&answer, 404, "Not found");
+            }
+        }
+    }
+    app.stop().await;
+}
+
+#[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
+async fn head_answers_the_head_of_get(pool: PgPool) {
+    let app = App::start(&pool).await;
+    let (john, _, conversation) = app.pair(&pool).await;
+    john.say(&conversation, "hi").await;
+    for (path, allow) in PATHS {
+        if !allow.contains("HEAD") {
+            continue;
+        }
+        let path = path.replace("{id}", &conversation) + "?search=j";
+        let get = john.call("GET", &path).expect(200).await;
+        let head = john.call("HEAD", &path).expect(200).await;
+        assert!(head.body.is_empty());
+        for name in ["content-type", "content-length"] {
+            assert_eq!(head.header(name), get.header(name), "{path}");
+        }
+    }
+    app.stop().await;
+}
+
+#[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
+async fn each_check_goes_before_the_next(pool: PgPool) {
+    let app = App::start(&pool).await;
+    let (john, _, conversation) = app.pair(&pool).await;
+    let (revoked, gone) = (app.user(&pool, "revoked").await, app.user(&pool, "gone").await);
+    sqlx::query("UPDATE sessions SET revoked_at = now() WHERE user_id = $1")
+        .bind(revoked.id.0)
+        .execute(&pool)
+        .await
+        .unwrap();
+    sqlx::query("DELETE FROM users WHERE id = $1").bind(gone.id.0).execute(&pool).await.unwrap();
+
+    let huge = format!(r#"{{"content":"{}","username":"x"}}"#, "x".repeat(17 * 1024));
+    let bodies = [
+        ("huge", huge.as_str(), 413),
+        ("not JSON", "{", 400),
+        ("wrong shape", r#"{"content":1,"username":1}"#, 400),
+        ("nothing said", "{}", 422),
+    ];
+    let messages = |id: &str| format!("/api/conversations/{id}/messages");
+    let ours = ("origin", ORIGIN);
+    let foreign = ("origin", "http://evil.example");
+    for path in ["/api/conversations".to_owned(), messages(&conversation), messages("999"), messages("no-id")]
+    {
+        let post = async |content_type: &str, body: &str, more: &[(&str, &str)]| {
+            raw::post(&app, &path, &[&[("content-type", content_type)], more].concat(), body).await
+        };
+        let bearer = |token: &str| format!("Bearer {token}");
+        for (what, body, then) in bodies {
+            // 415 before 401.
+            for content_type in
+                ["application", "text/plain", "application/jsonp", "application/x-www-form-urlencoded"]
+            {
+                let answer = post(content_type, body, &[("authorization", "Bearer bad")]).await;
+                assert_problem(&answer, 415, "Content type of application/json required");
+            }
+            // 401 before 403 and everything about the body, whichever way the caller is nobody.
+            for token in ["bad", &revoked.token, &gone.token] {
+                let answer = post("application/json", body, &[("authorization", &bearer(token))]).await;
+                assert_problem(&answer, 401, "Unauthorized");
+                let cookie = format!("session={token}");
+                let answer = post("application/json", body, &[("cookie", &cookie), foreign]).await;
+                assert_problem(&answer, 401, "Unauthorized");
+            }
+            // 403 before the body.
+            let answer = post("application/json", body, &[("cookie", &john.cookie), foreign]).await;
+            assert_problem(&answer, 403, "Origin not allowed");
+            // 413, 400, 422, all before 404.
+            for content_type in ["application/json", "Application/JSON ; charset=utf-8"] {
+                for who in [
+                    &[("authorization", bearer(&john.token).as_str())][..],
+                    &[("cookie", &john.cookie), ours],
+                ] {
+                    let answer = post(content_type, body, who).await;
+                    assert_eq!(answer.status, then, "{what} at {path}: {}", answer.text());
+                }
+            }
+        }
+    }
+    let none = raw::post(&app, "/api/conversations", &[], "{}").await;
+    assert_problem(&none, 415, "Content type of application/json required");
+    // 422 for a parameter before 404 for the place.
+    assert_eq!(john.messages("999", "?limit=0").send().await.unwrap().status, 422);
+    assert_eq!(john.messages("no-id", "?limit=0").send().await.unwrap().status, 422);
+    let key = john.post_message("999", "hi").header("idempotency-key", "a b");
+    assert_eq!(key.send().await.unwrap().status, 422);
+    app.stop().await;
+}
+
+#[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
+async fn a_cookie_counts_only_when_our_own_page_sends_it(pool: PgPool) {
+    let app = App::start(&pool).await;
+    let (john, _, conversation) = app.pair(&pool).await;
+    let by_cookie = |method: &str, path: &str| app.call(method, path).header("cookie", &john.cookie);
+    let post = || by_cookie("POST", "/api/refresh_token");
+    let get = || by_cookie("GET", "/api/auth_user");
+    for (call, status) in [
+        (post(), 403),
+        (post().header("origin", ORIGIN), 200),
+        (post().header("origin", "null"), 403),
+        (post().header("origin", "http://localhost:8081"), 403),
+        (post().header("origin", "http://localhost"), 403),
+        (post().header("origin", "http://evil.example").header("sec-fetch-site", "same-origin"), 403),
+        (post().header("sec-fetch-site", "same-origin"), 200),
+        (post().header("sec-fetch-site", "same-site"), 403),
+        (post().header("sec-fetch-site", "cross-site"), 403),
+        (get(), 200),
+        (get().header("origin", ORIGIN), 200),
+        (get().header("origin", "http://evil.example"), 403),
+        (get().header("sec-fetch-site", "cross-site"), 200),
+        (by_cookie("HEAD", "/api/auth_user"), 200),
+        // A header that no foreign page can set proves enough.
+        (john.refresh_token().header("origin", "http://evil.example"), 200),
+        (john.auth_user().header("origin", "http://evil.example"), 200),
+    ] {
+        assert_eq!(call.send().await.unwrap().status, status);
+    }
+    let read = format!("/api/conversations/{conversation}/read_messages");
+    assert_problem(&by_cookie("POST", &read).send().await.unwrap(), 403, "Origin not allowed");
+    by_cookie("POST", &read).header("origin", ORIGIN).expect(204).await;
+    app.stop().await;
+}
+
+#[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
+async fn gateways_prove_themselves_before_they_ask(pool: PgPool) {
+    let app = App::start(&pool).await;
+    for path in ["/internal/feed/heads", "/internal/feed/ranges"] {
+        let url = format!("{}{path}", app.internal);
+        for method in ["GET", "PUT", "DELETE"] {
+            let answer = app.client.call(method, &url).send().await.unwrap();
+            assert_problem(&answer, 405, "Method not allowed");
+        }
+        for secret in ["", "wrong", &crate::support::SECRET[1..], &format!("{}x", crate::support::SECRET)] {
+            let answer = app.client.post(&url).bearer(secret).send().await.unwrap();
+            assert_problem(&answer, 401, "Unauthorized");
+        }
+        assert_problem(&app.client.post(&url).send().await.unwrap(), 401, "Unauthorized");
+        assert_eq!(app.ask(path, &"no object").send().await.unwrap().status, 400);
+    }
+    for path in ["/api/auth_user", "/api/login", "/internal/feed", "/"] {
+        let answer = app.client.get(format!("{}{path}", app.internal)).send().await.unwrap();
+        assert_problem(&answer, 404, "Not found");
+    }
+    app.stop().await;
+}

@@ -1,0 +1,618 @@
+//! Every endpoint: what it answers when all is well, and its particular errors.
+
+use chrono::{DateTime, Utc};
+use serde_json::{Value, json};
+use shared::{
+    claims::{Audience, KeySet},
+    cursor::Cursor,
+    test_support::http::Answer,
+};
+use sqlx::PgPool;
+
+use crate::support::{
+    App, ORIGIN, assert_common_headers, assert_problem, assert_unacceptable, config, keys, text,
+};
+
+fn cursor(answer: &Answer) -> Cursor {
+    answer.header("stream-cursor").expect("the answer carries Stream-Cursor").parse().unwrap()
+}
+
+#[track_caller]
+fn assert_json(answer: &Answer, expected: &Value) {
+    assert_common_headers(answer);
+    assert_eq!(answer.header("content-type"), Some("application/json; charset=utf-8"));
+    assert_eq!(&answer.json(), expected);
+}
+
+fn time(value: &Value) -> DateTime<Utc> {
+    let text = text(value);
+    assert!(text.ends_with('Z') && text.len() == "2026-01-02T03:04:05.000006Z".len(), "{text}");
+    text.parse().unwrap()
+}
+
+#[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
+async fn login_gives_the_user_a_token_and_a_cookie(pool: PgPool) {
+    let app = App::start(&pool).await;
+    sqlx::query("INSERT INTO users (username, avatar_url) VALUES ('john', 'https://a.example/j.png')")
+        .execute(&pool)
+        .await
+        .unwrap();
+    let answer = app.post("/api/login").json(&json!({ "username": "john" })).expect(200).await;
+    assert_common_headers(&answer);
+    let body = answer.json();
+    assert_eq!(
+        body["authUser"],
+        json!({ "id": "1", "username": "john", "avatarURL": "https://a.example/j.png" })
+    );
+    let claims = keys().verifier().verify(body["token"].as_str().unwrap(), &[Audience::Api]).unwrap();
+    assert_eq!((claims.sub.0, claims.iss.as_str()), (1, ORIGIN));
+    assert_eq!(time(&body["expiresAt"]).timestamp(), claims.exp);
+    assert!((3_590..=3_600).contains(&(claims.exp - Utc::now().timestamp())), "the configured lifetime");
+    let cookie = answer.header("set-cookie").unwrap();
+    for part in ["HttpOnly", "SameSite=Lax", "Path=/", "Max-Age="] {
+        assert!(cookie.contains(part), "{cookie}");
+    }
+    assert!(!cookie.contains("Secure"), "ORIGIN is not https here");
+    assert_eq!(answer.cookie(), format!("session={}", body["token"].as_str().unwrap()));
+    // The cookie alone is enough.
+    app.get("/api/auth_user").header("cookie", &answer.cookie()).expect(200).await;
+    app.stop().await;
+}
+
+#[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
+async fn login_is_by_the_exact_name_and_off_unless_switched_on(pool: PgPool) {
+    let app = App::start(&pool).await;
+    app.user(&pool, "john").await;
+    for name in [json!("John"), json!(" john"), json!("nobody"), json!(""), json!(null), json!("jo\u{0}hn")] {
+        let answer = app.post("/api/login").json(&json!({ "username": name })).expect(404).await;
+        assert_problem(&answer, 404, "User not found");
+    }
+    app.stop().await;
+
+    let off = App::start_with(api::config::Config {
+        dev_login: false,
+        ..config((*pool.connect_options()).clone())
+    })
+    .await;
+    for method in ["GET", "POST"] {
+        let answer = off.call(method, "/api/login").json(&json!({ "username": "john" })).expect(404).await;
+        assert_problem(&answer, 404, "Not found");
+    }
+    off.stop().await;
+}
+
+#[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
+async fn cookies_are_for_https_only_when_the_origin_is(pool: PgPool) {
+    let origin = "https://chat.example".parse().unwrap();
+    let app =
+        App::start_with(api::config::Config { origin, ..config((*pool.connect_options()).clone()) }).await;
+    sqlx::query("INSERT INTO users (username) VALUES ('john')").execute(&pool).await.unwrap();
+    let answer = app.post("/api/login").json(&json!({ "username": "john" })).expect(200).await;
+    assert!(answer.header("set-cookie").unwrap().ends_with("; Secure"));
+    app.stop().await;
+}
+
+#[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
+async fn auth_user_says_who_one_is_and_where_ones_feed_ends(pool: PgPool) {
+    let app = App::start(&pool).await;
+    let john = app.user(&pool, "john").await;
+    let before = john.auth_user().expect(200).await;
+    assert_json(&before, &json!({ "id": john.id, "username": "john", "avatarURL": null }));
+    assert_eq!(cursor(&before).seq, 0);
+    app.user(&pool, "jane").await;
+    john.start("jane").await;
+    let after = john.auth_user().expect(200).await;
+    assert_eq!(cursor(&after), Cursor { seq: 1, ..cursor(&before) });
+    app.stop().await;
+}
+
+#[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
+async fn a_token_is_worth_nothing_once_its_user_or_session_is_gone(pool: PgPool) {
+    let app = App::start(&pool).await;
+    let (john, jane) = (app.user(&pool, "john").await, app.user(&pool, "jane").await);
+    let (bob, ann) = (app.user(&pool, "bob").await, app.user(&pool, "ann").await);
+    sqlx::query("UPDATE sessions SET revoked_at = now() WHERE user_id = $1")
+        .bind(john.id.0)
+        .execute(&pool)
+        .await
+        .unwrap();
+    sqlx::query("UPDATE sessions SET expires_at = now() WHERE user_id = $1")
+        .bind(jane.id.0)
+        .execute(&pool)
+        .await
+        .unwrap();
+    sqlx::query("DELETE FROM users WHERE id = $1").bind(bob.id.0).execute(&pool).await.unwrap();
+    for gone in [&john, &jane, &bob] {
+        for call in [
+            gone.auth_user(),
+            gone.refresh_token(),
+            gone.usernames("a"),
+            gone.start_conversation("ann"),
+            gone.conversations(""),
+            gone.conversation("1"),
+            gone.other_participant("1"),
+            gone.messages("1", ""),
+            gone.post_message("1", "hi"),
+            gone.read_messages("1"),
+        ] {
+            let answer = call.send().await.unwrap();
+            assert_problem(&answer, 401, "Unauthorized");
+            assert_eq!(answer.header("www-authenticate"), Some("Bearer"));
+        }
+    }
+    // Another user's session proves nothing.
+    let stolen = ann.forge(|claims| claims.sub = john.id);
+    assert_problem(&app.get("/api/auth_user").bearer(&stolen).send().await.unwrap(), 401, "Unauthorized");
+    ann.auth_user().expect(200).await;
+    app.stop().await;
+}
+
+#[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
+async fn only_our_own_fresh_api_tokens_are_accepted(pool: PgPool) {
+    let app = App::start(&pool).await;
+    let john = app.user(&pool, "john").await;
+    let good = john.token.clone();
+    let expired = john.forge(|claims| claims.exp = Utc::now().timestamp() - 1);
+    let stream = john.forge(|claims| claims.aud = Audience::Stream);
+    let issuer = john.forge(|claims| claims.iss = "http://elsewhere".into());
+    for token in ["", "x", "a.b.c", &format!("{good}x"), &good[..good.len() - 4], &expired, &stream, &issuer]
+    {
+        let answer = app.get("/api/auth_user").bearer(token).send().await.unwrap();
+        assert_problem(&answer, 401, "Unauthorized");
+    }
+    assert_problem(&app.get("/api/auth_user").send().await.unwrap(), 401, "Unauthorized");
+    // A bad credential is 401 whatever else is there; and a token in the query is for the stream only.
+    for call in [
+        app.get("/api/auth_user").bearer("x").header("cookie", &john.cookie),
+        app.get("/api/auth_user").header("authorization", "Basic abc").header("cookie", &john.cookie),
+        app.get("/api/auth_user").header("cookie", "session=x"),
+        app.get(&format!("/api/auth_user?token={good}")),
+    ] {
+        assert_problem(&call.send().await.unwrap(), 401, "Unauthorized");
+    }
+    app.stop().await;
+}
+
+#[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
+async fn refreshing_slides_the_session_and_renews_token_and_cookie(pool: PgPool) {
+    let app = App::start(&pool).await;
+    let john = app.user(&pool, "john").await;
+    sqlx::query(
+        "UPDATE sessions SET expires_at = now() + interval '5 s', last_used_at = now() - interval '1 h'",
+    )
+    .execute(&pool)
+    .await
+    .unwrap();
+    let answer = john.refresh_token().expect(200).await;
+    assert_common_headers(&answer);
+    let body = answer.json();
+    assert!(body.get("authUser").is_none());
+    let claims = keys().verifier().verify(body["token"].as_str().unwrap(), &[Audience::Api]).unwrap();
+    assert_eq!((claims.sub, claims.sid), (john.id, john.session()));
+    assert_eq!(time(&body["expiresAt"]).timestamp(), claims.exp);
+    assert_eq!(answer.cookie(), format!("session={}", body["token"].as_str().unwrap()));
+    let (left, used): (f64, bool) = sqlx::query_as(
+        "SELECT extract(epoch FROM expires_at - now())::float8, last_used_at > now() - interval '1 min' FROM sessions",
+    )
+    .fetch_one(&pool)
+    .await
+    .unwrap();
+    assert!((3_500.0..=3_600.0).contains(&left) && used);
+    assert!(claims.exp as f64 <= Utc::now().timestamp() as f64 + left + 1.0, "never past its session");
+    app.stop().await;
+}
+
+#[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
+async fn the_public_keys_are_on_both_listeners_and_check_our_tokens(pool: PgPool) {
+    let app = App::start(&pool).await;
+    let john = app.user(&pool, "john").await;
+    for base in [&app.public, &app.internal] {
+        let answer = app.client.get(format!("{base}/.well-known/jwks.json")).expect(200).await;
+        assert_common_headers(&answer);
+        let jwks = answer.json();
+        assert!(jwks["keys"][0].get("d").is_none(), "the private half stays here");
+        let verifier = KeySet::from_jwks(ORIGIN, &serde_json::from_value(jwks).unwrap());
+        assert!(verifier.verify(&john.token, &[Audience::Api]).is_ok());
+    }
+    app.stop().await;
+}
+
+#[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
+async fn names_are_found_by_prefix(pool: PgPool) {
+    let app = App::start(&pool).await;
+    let me = app.user(&pool, "anna_me").await;
+    sqlx::query(
+        r"INSERT INTO users (username) VALUES ('Anna'), ('anne'), ('ANNIE'), ('ann'), ('annabel'), ('annika'), ('bob'),
+          ('50%'), ('50_'), ('500'), ('a\b'), ('x y')",
+    )
+    .execute(&pool)
+    .await
+    .unwrap();
+    for (search, found) in [
+        ("ann", json!(["ann", "Anna", "annabel", "anne", "ANNIE"])),
+        ("%20ANNI%09", json!(["ANNIE", "annika"])),
+        ("anna_", json!([])),
+        ("%25", json!([])),
+        ("_", json!([])),
+        ("50%25", json!(["50%"])),
+        ("50_", json!(["50_"])),
+        ("a%5C", json!([r"a\b"])),
+        ("x+y", json!(["x y"])),
+        ("bobby", json!([])),
+        ("b%00", json!([])),
+        ("%ff", json!([])),
+    ] {
+        assert_json(&me.usernames(search).expect(200).await, &found);
+    }
+    for nothing in ["", "%20%09", "+"] {
+        assert_unacceptable(&me.usernames(nothing).expect(422).await, "search", "Search required");
+    }
+    assert_unacceptable(&me.call("GET", "/api/usernames").expect(422).await, "search", "Search required");
+    app.stop().await;
+}
+
+#[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
+async fn starting_a_conversation_makes_it_once_and_tells_both(pool: PgPool) {
+    let app = App::start(&pool).await;
+    let (john, jane) = (app.user(&pool, "john").await, app.user(&pool, "jane").await);
+    let seen_by = |other: &str, id: &str| {
+        json!({
+            "id": "1", "otherParticipant": { "id": id, "username": other, "avatarURL": null }, "lastMessage": null,
+            "hasUnreadMessages": false, "unreadCount": 0, "lastReadMessageId": null, "otherLastReadMessageId": null,
+        })
+    };
+    let created = john.start_conversation(" jane\n").expect(201).await;
+    assert_json(&created, &seen_by("jane", "2"));
+    assert_json(&john.conversation("1").expect(200).await, &seen_by("jane", "2"));
+    assert_json(&jane.conversation("1").expect(200).await, &seen_by("john", "1"));
+    assert_eq!(app.feed(john.id).await, [("conversation.created".into(), seen_by("jane", "2"))]);
+    assert_eq!(app.feed(jane.id).await, [("conversation.created".into(), seen_by("john", "1"))]);
+
+    for (who, other) in [(&john, "jane"), (&jane, "john")] {
+        let again = who.start_conversation(other).expect(302).await;
+        assert_common_headers(&again);
+        assert_eq!(again.header("location"), Some("/api/conversations/1"));
+    }
+    assert_eq!(app.feed(john.id).await.len(), 1);
+
+    for empty in [json!(""), json!(" \n"), json!(null)] {
+        let answer =
+            john.call("POST", "/api/conversations").json(&json!({ "username": empty })).expect(422).await;
+        assert_unacceptable(&answer, "username", "Username required");
+    }
+    let missing = john.call("POST", "/api/conversations").json(&json!({})).expect(422).await;
+    assert_unacceptable(&missing, "username", "Username required");
+    assert_problem(
+        &john.start_conversation("john").expect(403).await,
+        403,
+        "Try start a conversation with someone else",
+    );
+    for nobody in ["nobody", "JANE", "ja\0ne"] {
+        assert_problem(&john.start_conversation(nobody).expect(404).await, 404, "User not found");
+    }
+    app.stop().await;
+}
+
+#[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
+async fn a_message_is_answered_and_both_are_told_in_their_own_words(pool: PgPool) {
+    let app = App::start(&pool).await;
+    let (john, jane, conversation) = app.pair(&pool).await;
+    let call =
+        john.post_message(&conversation, " hello\t \"jane\" \u{2028} ").header("idempotency-key", "k-1");
+    let posted = call.expect(201).await;
+    let at = posted.json()["createdAt"].clone();
+    time(&at);
+    let content = "hello \"jane\" \u{2028} ".trim();
+    assert_json(
+        &posted,
+        &json!({ "id": "1", "content": content, "conversationId": "1", "createdAt": at, "mine": true }),
+    );
+    assert!(posted.header("idempotent-replayed").is_none());
+
+    let sent = json!({
+        "id": "1", "content": content, "conversationId": "1", "createdAt": at, "mine": true, "idempotencyKey": "k-1",
+    });
+    let received =
+        json!({ "id": "1", "content": content, "conversationId": "1", "createdAt": at, "mine": false });
+    assert_eq!(app.feed(john.id).await[1..], [("message.sent".into(), sent)]);
+    assert_eq!(app.feed(jane.id).await[1..], [("message".into(), received)]);
+
+    // Inside a conversation the message does not repeat where it is.
+    let last = |mine| json!({ "id": "1", "content": content, "createdAt": at, "mine": mine });
+    let johns = john.conversation(&conversation).expect(200).await.json();
+    assert_eq!((&johns["lastMessage"], &johns["unreadCount"]), (&last(true), &json!(0)));
+    assert_eq!(johns["hasUnreadMessages"], false);
+    let janes = jane.conversation(&conversation).expect(200).await.json();
+    assert_eq!((&janes["lastMessage"], &janes["unreadCount"]), (&last(false), &json!(1)));
+    assert_eq!(janes["hasUnreadMessages"], true);
+    assert_eq!(jane.conversations("").expect(200).await.json(), json!([janes]));
+
+    john.say(&conversation, "no key").await;
+    assert_eq!(app.feed(john.id).await[2].1["idempotencyKey"], Value::Null);
+    app.stop().await;
+}
+
+#[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
+async fn content_is_normalised_as_the_contract_says(pool: PgPool) {
+    let app = App::start(&pool).await;
+    let (john, _, conversation) = app.pair(&pool).await;
+    let accepted = [
+        ("  hello \t  world ", "hello world"),
+        ("a\r\n\r\n\n b", "a\nb"),
+        ("a\rb", "a b"),
+        ("a\u{c}b", "a b"),
+        ("x\u{a0}\u{a0}y\u{a0}", "x\u{a0}\u{a0}y"),
+        ("\u{b}a\u{b}b\u{b}", "a\u{b}b"),
+        ("\u{85}a\u{2028}b\u{2029}", "a\u{2028}b"),
+        ("\u{200b}", "\u{200b}"),
+        ("<b>&amp;</b>", "<b>&amp;</b>"),
+        (&"😀".repeat(480), &"😀".repeat(480)),
+        (&format!("  {}  ", "é".repeat(480)), &"é".repeat(480)),
+    ];
+    for (input, kept) in accepted {
+        let answer = john.post_message(&conversation, input).expect(201).await;
+        assert_eq!(answer.json()["content"], kept, "{input:?}");
+    }
+    let listed = john.messages(&conversation, "").expect(200).await.json();
+    let listed: Vec<_> =
+        listed.as_array().unwrap().iter().rev().map(|message| text(&message["content"])).collect();
+    assert_eq!(listed, accepted.map(|(_, kept)| kept.to_owned()));
+
+    let path = format!("/api/conversations/{conversation}/messages");
+    for nothing in
+        [json!({ "content": " \n \t " }), json!({ "content": null }), json!({}), json!({ "content": "" })]
+    {
+        let answer = john.call("POST", &path).json(&nothing).expect(422).await;
+        assert_unacceptable(&answer, "content", "Message content required");
+    }
+    let long = john.post_message(&conversation, &"é".repeat(481)).expect(422).await;
+    assert_unacceptable(&long, "content", "Message too long. 480 max");
+    let nul = john.post_message(&conversation, "a\0b").expect(422).await;
+    assert_unacceptable(&nul, "content", "Message must not contain the character U+0000");
+    app.stop().await;
+}
+
+#[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
+async fn a_repeated_key_answers_the_same_message_and_tells_nobody_again(pool: PgPool) {
+    let app = App::start(&pool).await;
+    let (john, jane, conversation) = app.pair(&pool).await;
+    app.user(&pool, "bob").await;
+    let other = john.start("bob").await;
+    let post = |conversation: &str, content: &str, key: &str| {
+        john.post_message(conversation, content).header("idempotency-key", key)
+    };
+    let first = post(&conversation, "hi", "key!").expect(201).await;
+    // The same once normalised is the same.
+    for content in ["hi", " hi "] {
+        let again = post(&conversation, content, "key!").expect(201).await;
+        assert_eq!(again.body, first.body);
+        assert_eq!(again.header("idempotent-replayed"), Some("true"));
+    }
+    for conflict in [post(&conversation, "ho", "key!"), post(&other, "hi", "key!"), post("999", "hi", "key!")]
+    {
+        let answer = conflict.expect(422).await;
+        assert_unacceptable(
+            &answer,
+            "idempotencyKey",
+            "Idempotency-Key was already used for another message",
+        );
+    }
+    // Another sender's key is another key, and case matters.
+    jane.post_message(&conversation, "hi").header("idempotency-key", "key!").expect(201).await;
+    assert_ne!(post(&conversation, "hi", "KEY!").expect(201).await.body, first.body);
+    assert_eq!(app.feed(john.id).await.len(), 2 + 3);
+
+    for bad in ["", "a b", &"k".repeat(129)] {
+        let answer = post(&conversation, "hi", bad).expect(422).await;
+        assert_unacceptable(
+            &answer,
+            "idempotencyKey",
+            "Idempotency-Key must be 1 to 128 visible ASCII characters",
+        );
+    }
+    let twice = post(&conversation, "hi", "a").header("idempotency-key", "b").expect(422).await;
+    assert_eq!(twice.json()["errors"].as_object().unwrap().len(), 1);
+    app.stop().await;
+}
+
+#[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
+async fn a_conversation_is_seen_by_its_participants_only(pool: PgPool) {
+    let app = App::start(&pool).await;
+    let (_, _, conversation) = app.pair(&pool).await;
+    let bob = app.user(&pool, "bob").await;
+    for id in
+        [conversation.as_str(), "999", "0", "-1", "01", "x", "1.0", "9223372036854775808", "%31", "1%00"]
+    {
+        for call in [
+            bob.conversation(id),
+            bob.other_participant(id),
+            bob.messages(id, ""),
+            bob.post_message(id, "hi"),
+            bob.read_messages(id),
+        ] {
+            assert_problem(&call.send().await.unwrap(), 404, "Conversation not found");
+        }
+    }
+    app.stop().await;
+}
+
+#[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
+async fn the_other_participant_is_the_other_one(pool: PgPool) {
+    let app = App::start(&pool).await;
+    let (john, jane, conversation) = app.pair(&pool).await;
+    for (who, other) in [(&john, &jane), (&jane, &john)] {
+        let answer = who.other_participant(&conversation).expect(200).await;
+        assert_json(&answer, &json!({ "id": other.id, "username": other.name, "avatarURL": null }));
+    }
+    app.stop().await;
+}
+
+#[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
+async fn reading_a_page_moves_the_read_position_to_its_newest_message(pool: PgPool) {
+    let app = App::start(&pool).await;
+    let (john, jane, conversation) = app.pair(&pool).await;
+    for n in 1..=4 {
+        john.say(&conversation, &format!("m{n}")).await;
+    }
+    let state = async |who: &crate::support::User| {
+        let seen = who.conversation(&conversation).expect(200).await.json();
+        (
+            seen["unreadCount"].clone(),
+            seen["lastReadMessageId"].clone(),
+            seen["otherLastReadMessageId"].clone(),
+        )
+    };
+    let quiet = [
+        jane.messages(&conversation, "?markRead=false"),
+        jane.messages(&conversation, "").header("sec-fetch-site", "cross-site"),
+        jane.call("HEAD", &format!("/api/conversations/{conversation}/messages")),
+        jane.messages(&conversation, "?before=1"),
+    ];
+    for call in quiet {
+        call.expect(200).await;
+        assert_eq!(state(&jane).await, (json!(4), Value::Null, Value::Null));
+    }
+    let page = jane.messages(&conversation, "?before=3").expect(200).await;
+    assert_eq!(cursor(&page).seq, 5, "the place before the read, and before its own event");
+    assert_eq!(state(&jane).await, (json!(2), json!("2"), Value::Null));
+    assert_eq!(state(&john).await, (json!(0), Value::Null, json!("2")));
+    // Only forward; and what moves nothing tells nobody.
+    jane.messages(&conversation, "?before=2").expect(200).await;
+    jane.messages(&conversation, "?before=3&markRead=true").expect(200).await;
+    assert_eq!(state(&jane).await.1, "2");
+    jane.messages(&conversation, "?after=2&limit=1").expect(200).await;
+    assert_eq!(state(&jane).await, (json!(1), json!("3"), Value::Null));
+
+    jane.read_messages(&conversation).expect(204).await;
+    jane.read_messages(&conversation).expect(204).await;
+    assert_eq!(state(&jane).await, (json!(0), json!("4"), Value::Null));
+    let read = |id: &str, unread: i64| {
+        (
+            "conversation.read".to_owned(),
+            json!({ "conversationId": "1", "lastReadMessageId": id, "unreadCount": unread }),
+        )
+    };
+    assert_eq!(app.feed(jane.id).await[5..], [read("2", 2), read("3", 1), read("4", 0)]);
+    let receipt = |id: &str| {
+        let data = json!({ "conversationId": "1", "userId": jane.id, "lastReadMessageId": id });
+        ("receipt.read".to_owned(), data)
+    };
+    assert_eq!(app.feed(john.id).await[5..], [receipt("2"), receipt("3"), receipt("4")]);
+    app.stop().await;
+}
+
+#[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
+async fn own_messages_are_never_unread(pool: PgPool) {
+    let app = App::start(&pool).await;
+    let (john, jane, conversation) = app.pair(&pool).await;
+    john.say(&conversation, "1").await;
+    jane.say(&conversation, "2").await;
+    john.say(&conversation, "3").await;
+    jane.say(&conversation, "4").await;
+    let unread = async |who: &crate::support::User| {
+        who.conversation(&conversation).expect(200).await.json()["unreadCount"].clone()
+    };
+    assert_eq!((unread(&john).await, unread(&jane).await), (json!(2), json!(2)));
+    john.messages(&conversation, "?before=3").expect(200).await;
+    assert_eq!((unread(&john).await, unread(&jane).await), (json!(1), json!(2)));
+    jane.messages(&conversation, "").expect(200).await;
+    assert_eq!((unread(&john).await, unread(&jane).await), (json!(1), json!(0)));
+    john.say(&conversation, "5").await;
+    assert_eq!((unread(&john).await, unread(&jane).await), (json!(1), json!(1)));
+    app.stop().await;
+}
+
+#[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
+async fn reading_an_empty_conversation_tells_nobody(pool: PgPool) {
+    let app = App::start(&pool).await;
+    let (john, jane, conversation) = app.pair(&pool).await;
+    assert_json(&john.messages(&conversation, "").expect(200).await, &json!([]));
+    let answer = john.read_messages(&conversation).expect(204).await;
+    assert_common_headers(&answer);
+    assert!(answer.body.is_empty());
+    assert_eq!((app.feed(john.id).await.len(), app.feed(jane.id).await.len()), (1, 1));
+    app.stop().await;
+}
+
+#[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
+async fn parameters_out_of_range_are_named(pool: PgPool) {
+    let app = App::start(&pool).await;
+    let (john, _, conversation) = app.pair(&pool).await;
+    john.say(&conversation, "hi").await;
+    for (query, field, sentence) in [
+        ("?limit=0", "limit", "Limit must be from 1 to 100"),
+        ("?limit=101", "limit", "Limit must be from 1 to 100"),
+        ("?limit=-1", "limit", "Limit must be from 1 to 100"),
+        ("?limit=ten", "limit", "Limit must be from 1 to 100"),
+        ("?limit=99999999999999999999", "limit", "Limit must be from 1 to 100"),
+        ("?before=x", "before", "No such message"),
+        ("?after=-1", "after", "No such message"),
+        ("?before=01", "before", "No such message"),
+        ("?markRead=no", "markRead", "markRead must be true or false"),
+    ] {
+        assert_unacceptable(&john.messages(&conversation, query).expect(422).await, field, sentence);
+    }
+    for fine in [
+        "?limit=1",
+        "?limit=100",
+        "?before=",
+        "?after=999999",
+        "?before=1&after=1",
+        "?unknown=1",
+        "?%ff=%zz&&=&",
+    ] {
+        john.messages(&conversation, fine).expect(200).await;
+    }
+    let bob = app.user(&pool, "bob").await;
+    let foreign = bob.start("jane").await;
+    for before in ["x", "999", "0", foreign.as_str()] {
+        let answer = john.conversations(&format!("?before={before}")).expect(422).await;
+        assert_unacceptable(&answer, "before", "No such conversation");
+    }
+    // It is one of theirs, though not in the list: nothing comes after it.
+    assert_json(&bob.conversations(&format!("?before={foreign}")).expect(200).await, &json!([]));
+    app.stop().await;
+}
+
+#[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
+async fn lists_carry_the_place_in_the_feed_before_the_read(pool: PgPool) {
+    let app = App::start(&pool).await;
+    let (john, jane, conversation) = app.pair(&pool).await;
+    assert_json(&jane.conversations("").expect(200).await, &json!([]));
+    for n in 0..3 {
+        john.say(&conversation, "hi").await;
+        for answer in [
+            jane.conversations("").expect(200).await,
+            jane.messages(&conversation, "?markRead=false").expect(200).await,
+        ] {
+            assert_eq!(cursor(&answer).seq, 2 + n);
+        }
+    }
+    app.stop().await;
+}
+
+#[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
+async fn the_request_id_is_in_the_answer_and_in_the_event(pool: PgPool) {
+    let app = App::start(&pool).await;
+    let (john, jane, conversation) = app.pair(&pool).await;
+    let traceparent = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01";
+    let answer = john
+        .post_message(&conversation, "hi")
+        .header("x-request-id", "my_request-1")
+        .header("traceparent", traceparent)
+        .expect(201)
+        .await;
+    assert_eq!(answer.header("x-request-id"), Some("my_request-1"));
+    let other =
+        john.post_message(&conversation, "ho").header("x-request-id", "not good").header("traceparent", "x");
+    let other = other.expect(201).await;
+    let made = other.header("x-request-id").unwrap();
+    assert_ne!(made, "not good");
+    let range = shared::feed::RangeAfter { user: jane.id, after: 1 };
+    let events = app.ranges(vec![range]).await.ranges.remove(0).events;
+    assert_eq!(events[0].request_id.as_deref(), Some("my_request-1"));
+    assert_eq!(events[0].traceparent.as_deref(), Some(traceparent));
+    assert_eq!(events[1].request_id.as_deref(), Some(made));
+    assert_eq!(events[1].traceparent, None);
+    app.stop().await;
+}

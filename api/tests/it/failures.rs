@@ -1,0 +1,310 @@
+//! What the service does when what it stands on is away: Redis costs nothing but time, Postgres is said to be away.
+
+use std::time::{Duration, Instant};
+
+use api::config::Config;
+use futures_util::StreamExt;
+use shared::{
+    channels::Channels,
+    event::Envelope,
+    test_support::{proxy::Proxy, servers::Redis, soon, until},
+};
+use sqlx::{PgPool, postgres::PgConnectOptions};
+
+use crate::support::{App, assert_problem, channel_prefix, config};
+
+/// Hears what is published for one user.
+pub(crate) struct Listener(redis::aio::PubSub);
+
+impl Listener {
+    pub(crate) async fn start(url: &str, channel: &str) -> Self {
+        let mut pubsub = redis::Client::open(url).unwrap().get_async_pubsub().await.unwrap();
+        pubsub.subscribe(channel).await.unwrap();
+        Self(pubsub)
+    }
+
+    pub(crate) async fn next(&mut self) -> Envelope {
+        let message =
+            soon("something is published", async { self.0.on_message().next().await }).await.unwrap();
+        serde_json::from_slice(message.get_payload_bytes()).unwrap()
+    }
+}
+
+async fn metric(app: &App, line: &str) -> u64 {
+    let text = app.client.get(format!("{}/metrics", app.ops)).expect(200).await.text();
+    let value = text.lines().find_map(|found| found.strip_prefix(line)?.trim().parse().ok());
+    value.unwrap_or(0)
+}
+
+async fn readiness(app: &App) -> (u16, String) {
+    let answer = app.client.get(format!("{}/readyz", app.ops)).send().await.unwrap();
+    (answer.status, answer.text().trim().to_owned())
+}
+
+fn with_redis(pool: &PgPool, url: &str) -> (Config, Channels) {
+    let channels = Channels::new(channel_prefix());
+    let redis = redis::Client::open(url).unwrap();
+    (Config { redis, channels: channels.clone(), ..config((*pool.connect_options()).clone()) }, channels)
+}
+
+#[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
+async fn every_event_is_published_to_its_receiver(pool: PgPool) {
+    let redis = Redis::start();
+    let (config, channels) = with_redis(&pool, &redis.url());
+    let app = App::start_with(config).await;
+    let (john, jane) = (app.user(&pool, "john").await, app.user(&pool, "jane").await);
+    let mut johns = Listener::start(&redis.url(), &channels.user(john.id)).await;
+    let mut janes = Listener::start(&redis.url(), &channels.user(jane.id)).await;
+    let conversation = john.start("jane").await;
+    john.say(&conversation, "hi").await;
+    jane.read_messages(&conversation).expect(204).await;
+    for (heard, user) in [(&mut johns, john.id), (&mut janes, jane.id)] {
+        // The very envelopes that a range answers.
+        let range = app.ranges(vec![shared::feed::RangeAfter { user, after: 0 }]).await.ranges.remove(0);
+        assert_eq!(range.events.len(), 3);
+        let mut published = Vec::new();
+        for _ in 0..3 {
+            published.push(serde_json::to_value(heard.next().await).unwrap());
+        }
+        assert_eq!(
+            published,
+            range.events.iter().map(|event| serde_json::to_value(event).unwrap()).collect::<Vec<_>>()
+        );
+    }
+    assert_eq!(metric(&app, "api_published_events_total").await, 6);
+    app.stop().await;
+}
+
+#[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
+async fn a_killed_redis_costs_no_answer_and_is_found_again(pool: PgPool) {
+    let mut redis = Redis::start();
+    let (config, channels) = with_redis(&pool, &redis.url());
+    let app = App::start_with(config).await;
+    let (john, jane, conversation) = app.pair(&pool).await;
+    redis.kill();
+    let dropped = r#"api_publish_dropped_events_total{reason="disconnected"}"#;
+    let mut sent = 0;
+    until("events are dropped", || {
+        sent += 1;
+        let (john, app, conversation) = (&john, &app, &conversation);
+        async move {
+            let began = Instant::now();
+            john.say(conversation, "into the void").await;
+            assert!(began.elapsed() < Duration::from_millis(900), "the answer waited for Redis");
+            metric(app, dropped).await > 0
+        }
+    })
+    .await;
+    until("Redis is seen to be away", || async {
+        readiness(&app).await == (200, "ready, degraded: Redis does not answer".into())
+    })
+    .await;
+    redis.restart();
+    until("Redis is seen to be back", || async { readiness(&app).await == (200, "ready".into()) }).await;
+    let mut heard = Listener::start(&redis.url(), &channels.user(jane.id)).await;
+    john.say(&conversation, "and back").await;
+    let envelope = heard.next().await;
+    assert_eq!(envelope.seq, 1 + sent + 1, "nothing of the outage is published late");
+    assert!(envelope.data.get().contains("and back"));
+    app.stop().await;
+}
+
+#[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
+async fn a_redis_restarted_while_idle_loses_nothing(pool: PgPool) {
+    let mut redis = Redis::start();
+    let (config, channels) = with_redis(&pool, &redis.url());
+    let app = App::start_with(config).await;
+    let (john, jane, conversation) = app.pair(&pool).await;
+    until("the first events are out", || async { metric(&app, "api_published_events_total").await == 2 })
+        .await;
+    redis.restart();
+    let mut heard = Listener::start(&redis.url(), &channels.user(jane.id)).await;
+    john.say(&conversation, "first after the restart").await;
+    assert_eq!(heard.next().await.seq, 2);
+    app.stop().await;
+}
+
+#[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
+async fn without_redis_from_the_start_everything_but_the_bell_works(pool: PgPool) {
+    let port = shared::test_support::servers::free_port();
+    let (config, _) = with_redis(&pool, &format!("redis://127.0.0.1:{port}/"));
+    let app = App::start_with(config).await;
+    let (john, jane, conversation) = app.pair(&pool).await;
+    john.say(&conversation, "hi").await;
+    assert_eq!(app.feed(jane.id).await.len(), 2);
+    assert_eq!(readiness(&app).await, (200, "ready, degraded: Redis does not answer".into()));
+    app.stop().await;
+}
+
+#[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
+async fn a_redis_that_hangs_holds_up_neither_answers_nor_the_end(pool: PgPool) {
+    let mut redis = Redis::start();
+    let (config, _) = with_redis(&pool, &redis.url());
+    let app = App::start_with(config).await;
+    let (john, _, conversation) = app.pair(&pool).await;
+    redis.freeze();
+    for _ in 0..20 {
+        let began = Instant::now();
+        john.say(&conversation, "hi").await;
+        assert!(began.elapsed() < Duration::from_millis(900), "the answer waited for Redis");
+    }
+    let began = Instant::now();
+    app.stop().await;
+    assert!(began.elapsed() < Duration::from_secs(8));
+    redis.thaw();
+}
+
+/// The service reaches Postgres through a network that can fail.
+async fn behind_a_proxy(pool: &PgPool) -> (Proxy, PgConnectOptions) {
+    let options = (*pool.connect_options()).clone();
+    let upstream =
+        tokio::net::lookup_host((options.get_host(), options.get_port())).await.unwrap().next().unwrap();
+    let proxy = Proxy::start(upstream).await;
+    let options = options.host("127.0.0.1").port(proxy.address().port());
+    (proxy, options)
+}
+
+async fn assert_unavailable(app: &App, john: &crate::support::User, conversation: &str) {
+    for call in [
+        john.auth_user(),
+        john.refresh_token(),
+        john.conversations(""),
+        john.post_message(conversation, "hi"),
+        john.post_message(conversation, ""),
+        john.read_messages(conversation),
+        app.post("/api/login").json(&serde_json::json!({ "username": "john" })),
+        app.ask("/internal/feed/heads", &serde_json::json!({ "users": [{ "user": "1" }] })),
+        app.ask("/internal/feed/ranges", &serde_json::json!({ "ranges": [{ "user": "1", "after": 0 }] })),
+    ] {
+        let began = Instant::now();
+        let answer = call.send().await.unwrap();
+        assert_problem(&answer, 503, "Service unavailable, try again soon");
+        assert!(answer.header("retry-after").is_some());
+        assert!(began.elapsed() < Duration::from_secs(6), "{:?}", began.elapsed());
+    }
+    // What needs no database goes on, and a bad token is still nobody's.
+    app.get("/.well-known/jwks.json").expect(200).await;
+    assert_problem(&app.get("/api/auth_user").bearer("x").send().await.unwrap(), 401, "Unauthorized");
+    assert_problem(&app.get("/api/nothing").send().await.unwrap(), 404, "Not found");
+    until("the service is unready", || async {
+        readiness(app).await == (503, "Postgres does not answer".into())
+    })
+    .await;
+}
+
+#[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
+async fn a_refusing_postgres_is_503_and_is_found_again(pool: PgPool) {
+    let (proxy, options) = behind_a_proxy(&pool).await;
+    let app = App::start_with(config(options)).await;
+    let (john, _, conversation) = app.pair(&pool).await;
+    proxy.refuse();
+    assert_unavailable(&app, &john, &conversation).await;
+    proxy.resume();
+    until("the service is ready again", || async { readiness(&app).await.0 == 200 }).await;
+    john.say(&conversation, "back").await;
+    app.stop().await;
+}
+
+#[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
+async fn a_silent_postgres_is_503_and_is_found_again(pool: PgPool) {
+    let (proxy, options) = behind_a_proxy(&pool).await;
+    let app = App::start_with(config(options)).await;
+    let (john, _, conversation) = app.pair(&pool).await;
+    proxy.silence();
+    assert_unavailable(&app, &john, &conversation).await;
+    // Connections that hang are given up, so there is room for good ones.
+    proxy.resume();
+    proxy.cut();
+    until("the service is ready again", || async { readiness(&app).await.0 == 200 }).await;
+    until("messages are taken again", || async {
+        john.post_message(&conversation, "back").send().await.unwrap().status == 201
+    })
+    .await;
+    app.stop().await;
+}
+
+#[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
+async fn connections_that_were_cut_are_replaced_without_an_error(pool: PgPool) {
+    let (proxy, options) = behind_a_proxy(&pool).await;
+    let app = App::start_with(config(options)).await;
+    let (john, _, conversation) = app.pair(&pool).await;
+    john.say(&conversation, "before").await;
+    // A restart of Postgres, seen by connections that rest.
+    tokio::time::sleep(Duration::from_millis(1_200)).await;
+    proxy.cut();
+    for _ in 0..10 {
+        john.say(&conversation, "after").await;
+    }
+    app.stop().await;
+}
+
+#[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
+async fn a_lock_that_is_held_too_long_is_503_and_leaves_no_trace(pool: PgPool) {
+    let app = App::start(&pool).await;
+    let (john, jane, conversation) = app.pair(&pool).await;
+    let mut holder = pool.begin().await.unwrap();
+    // The second lock that a message needs: what it did before must be undone.
+    sqlx::query("SELECT FROM feed_heads WHERE user_id = $1 FOR UPDATE")
+        .bind(jane.id.0)
+        .execute(&mut *holder)
+        .await
+        .unwrap();
+    let answer =
+        john.post_message(&conversation, "never").header("idempotency-key", "k").send().await.unwrap();
+    assert_problem(&answer, 503, "Service unavailable, try again soon");
+    holder.rollback().await.unwrap();
+    assert_eq!(app.feed(john.id).await.len(), 1);
+    let again = john.post_message(&conversation, "never").header("idempotency-key", "k").expect(201).await;
+    assert!(again.header("idempotent-replayed").is_none());
+    assert_eq!((app.feed(john.id).await.len(), app.feed(jane.id).await.len()), (2, 2));
+    app.stop().await;
+}
+
+#[sqlx::test(migrations = false)]
+async fn a_server_refuses_to_start_on_a_schema_that_is_not_its_own(pool: PgPool) {
+    let options = || (*pool.connect_options()).clone();
+    let refused = async || {
+        let listeners = api::app::Listeners::bind(crate::support::anywhere()).unwrap();
+        let stop = tokio_util::sync::CancellationToken::new();
+        let run = api::app::run(config(options()), listeners, stop);
+        soon("it refuses", run).await.unwrap_err().to_string()
+    };
+    assert!(refused().await.contains("0 of 3 migrations are applied; run `api migrate`"));
+    let (one, other) = tokio::join!(api::app::migrate(options()), api::app::migrate(options()));
+    one.unwrap();
+    other.unwrap();
+    sqlx::query("UPDATE _sqlx_migrations SET success = false WHERE version = 3")
+        .execute(&pool)
+        .await
+        .unwrap();
+    assert!(refused().await.contains("migration 3"));
+    sqlx::query("DELETE FROM _sqlx_migrations WHERE version = 3").execute(&pool).await.unwrap();
+    assert!(refused().await.contains("2 of 3"));
+    sqlx::query("UPDATE _sqlx_migrations SET checksum = 'x' WHERE version = 2").execute(&pool).await.unwrap();
+    assert!(refused().await.contains("migration 2"));
+}
+
+#[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
+async fn the_old_version_runs_on_while_a_newer_schema_is_rolled_out(pool: PgPool) {
+    sqlx::query(
+        "INSERT INTO _sqlx_migrations (version, description, success, checksum, execution_time) VALUES (9999, 'newer', true, 'x', 0)",
+    )
+    .execute(&pool)
+    .await
+    .unwrap();
+    App::start(&pool).await.stop().await;
+}
+
+/// Users that were made by plain SQL have a feed, and times in events are those in answers.
+#[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
+async fn sql_and_rust_write_times_alike(pool: PgPool) {
+    for at in ["2026-01-02 03:04:05.000006+00", "2026-01-02 03:04:05+02", "1999-12-31 23:59:59.999999+00"] {
+        let (sql, at): (String, chrono::DateTime<chrono::Utc>) =
+            sqlx::query_as("SELECT rfc3339($1::text::timestamptz), $1::text::timestamptz")
+                .bind(at)
+                .fetch_one(&pool)
+                .await
+                .unwrap();
+        assert_eq!(sql, shared::event::rfc3339(at));
+    }
+}

@@ -1,0 +1,408 @@
+//! The feed: its numbers under everything that can happen to a command, what gateways are answered, and its old end.
+
+use std::{collections::HashMap, time::Duration};
+
+use api::{
+    pruner::{Step, prune_after},
+    store::{Database, feed::Keep},
+};
+use futures_util::future::join_all;
+use rand::{RngExt, SeedableRng, rngs::StdRng};
+use serde_json::{Value, json};
+use shared::{
+    cursor::Epoch,
+    feed::{Head, HeadsRequest, KnownHead, MAX_PAIRS, RangeAfter},
+    ids::{SessionId, UserId},
+};
+use sqlx::PgPool;
+use tokio::io::AsyncWriteExt;
+
+use crate::{
+    raw,
+    support::{App, User, assert_problem},
+};
+
+/// What one user's feed says about the messages of the world must be what the tables say.
+async fn assert_feeds_agree_with_tables(app: &App, pool: &PgPool, users: &[User]) {
+    let messages: Vec<(i64, i64, i64, String)> =
+        sqlx::query_as("SELECT id, conversation_id, sender_id, content FROM messages ORDER BY id")
+            .fetch_all(pool)
+            .await
+            .unwrap();
+    let people: HashMap<i64, (i64, i64)> = sqlx::query_as("SELECT id, user_a, user_b FROM conversations")
+        .fetch_all(pool)
+        .await
+        .unwrap()
+        .into_iter()
+        .map(|(id, a, b): (i64, i64, i64)| (id, (a, b)))
+        .collect();
+    for user in users {
+        let feed = app.feed(user.id).await; // Asserts that it is numbered without a hole.
+        let told =
+            |data: &Value, conversation: i64| data["conversationId"] == json!(conversation.to_string());
+        for (&conversation, &(a, b)) in &people {
+            if ![a, b].contains(&user.id.0) {
+                assert!(!feed.iter().any(|(_, data)| told(data, conversation)), "told of strangers");
+                continue;
+            }
+            // Within a conversation: each message once, in the order of ids, as this reader sees it.
+            let expected: Vec<(bool, String, &str)> = messages
+                .iter()
+                .filter(|message| message.1 == conversation)
+                .map(|(id, _, sender, content)| (*sender == user.id.0, id.to_string(), content.as_str()))
+                .collect();
+            let seen: Vec<(bool, String, &str)> = feed
+                .iter()
+                .filter(|(name, data)| name.starts_with("message") && told(data, conversation))
+                .map(|(name, data)| {
+                    let mine = data["mine"].as_bool().unwrap();
+                    assert_eq!(name, if mine { "message.sent" } else { "message" });
+                    (mine, data["id"].as_str().unwrap().to_owned(), data["content"].as_str().unwrap())
+                })
+                .collect();
+            assert_eq!(seen, expected);
+            // Read positions only move forward.
+            let positions: Vec<i64> = feed
+                .iter()
+                .filter(|(name, data)| name == "conversation.read" && told(data, conversation))
+                .map(|(_, data)| data["lastReadMessageId"].as_str().unwrap().parse().unwrap())
+                .collect();
+            assert!(positions.is_sorted_by(|a, b| a < b), "{positions:?}");
+            // The stored count is what a count gives.
+            let (kept, counted): (i64, i64) = sqlx::query_as(
+                "SELECT p.unread_count, (SELECT count(*) FROM messages AS m
+                    WHERE m.conversation_id = p.conversation_id AND m.sender_id <> p.user_id
+                      AND m.id > coalesce(p.last_read_message_id, 0))
+                 FROM participants AS p WHERE p.conversation_id = $1 AND p.user_id = $2",
+            )
+            .bind(conversation)
+            .bind(user.id.0)
+            .fetch_one(pool)
+            .await
+            .unwrap();
+            assert_eq!(kept, counted);
+        }
+    }
+}
+
+#[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
+async fn numbers_have_no_holes_under_interleavings_aborts_and_retries(pool: PgPool) {
+    let seed: u64 = rand::random();
+    println!("seed {seed}");
+    let mut random = StdRng::seed_from_u64(seed);
+    let apps = [App::start(&pool).await, App::start(&pool).await];
+    let mut users = Vec::new();
+    for n in 0..5 {
+        users.push(apps[0].user(&pool, &format!("user{n}")).await);
+    }
+    let mut conversations = Vec::new();
+    for a in 0..users.len() {
+        for b in a + 1..users.len() {
+            conversations.push((a, b, users[a].start(&users[b].name).await));
+        }
+    }
+    let mut actions = Vec::new();
+    for n in 0..400 {
+        let (a, b, conversation) = &conversations[random.random_range(0..conversations.len())];
+        let who = users[if random.random() { *a } else { *b }].at(&apps[random.random_range(0..2)]);
+        let app = &apps[random.random_range(0..2)];
+        let pause = Duration::from_micros(random.random_range(0..300_000));
+        let kind = random.random_range(0..10);
+        let (pool, conversation) = (&pool, conversation.clone());
+        actions.push(async move {
+            tokio::time::sleep(pause).await;
+            match kind {
+                0..=3 => {
+                    who.post_message(&conversation, &format!("m{n}")).expect(201).await;
+                }
+                // Sent again and again, as after a lost answer.
+                4 => {
+                    let send = || {
+                        who.post_message(&conversation, &format!("r{n}"))
+                            .header("idempotency-key", &format!("k{n}"))
+                    };
+                    let (first, second) = tokio::join!(send().expect(201), send().expect(201));
+                    assert_eq!(first.body, second.body);
+                }
+                // The client hangs up at some moment of the request.
+                5 => hang_up(app, &who, &conversation, pause / 60).await,
+                // The transaction is rolled back after it has taken its numbers.
+                6 => abort(pool, &who, &conversation).await,
+                7 => {
+                    who.read_messages(&conversation).expect(204).await;
+                }
+                8 => {
+                    who.messages(&conversation, "?limit=3").expect(200).await;
+                }
+                _ => {
+                    who.post_message(&conversation, "").expect(422).await;
+                }
+            }
+        });
+    }
+    join_all(actions).await;
+    // What was begun for a client that hung up goes on to its end.
+    tokio::time::sleep(Duration::from_millis(200)).await;
+    assert_feeds_agree_with_tables(&apps[0], &pool, &users).await;
+    for app in apps {
+        app.stop().await;
+    }
+}
+
+async fn hang_up(app: &App, who: &User, conversation: &str, after: Duration) {
+    let mut socket = raw::connect(app).await;
+    let body = r#"{"content":"hung up"}"#;
+    let request = format!(
+        "POST /api/conversations/{conversation}/messages HTTP/1.1\r\nhost: test\r\ncontent-type: application/json\r\n\
+         authorization: Bearer {}\r\ncontent-length: {}\r\n\r\n{body}",
+        who.token,
+        body.len(),
+    );
+    socket.write_all(request.as_bytes()).await.unwrap();
+    tokio::time::sleep(after).await;
+}
+
+async fn abort(pool: &PgPool, who: &User, conversation: &str) {
+    let mut transaction = pool.begin().await.unwrap();
+    sqlx::query("SELECT * FROM post_message($1, $2, $3, 'aborted', NULL, 'r', NULL)")
+        .bind(who.session().0)
+        .bind(who.id.0)
+        .bind(conversation.parse::<i64>().unwrap())
+        .fetch_all(&mut *transaction)
+        .await
+        .unwrap();
+    transaction.rollback().await.unwrap();
+}
+
+#[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
+async fn what_was_begun_is_published_though_the_client_hung_up(pool: PgPool) {
+    let mut config = crate::support::config((*pool.connect_options()).clone());
+    let channels = shared::channels::Channels::new(crate::support::channel_prefix());
+    config.channels = channels.clone();
+    let app = App::start_with(config).await;
+    let (john, jane, conversation) = app.pair(&pool).await;
+    // The conversation's row is held, so that the client surely goes before the command can end.
+    let mut holder = pool.begin().await.unwrap();
+    sqlx::query("SELECT FROM conversations FOR UPDATE").execute(&mut *holder).await.unwrap();
+    hang_up(&app, &john, &conversation, Duration::from_millis(100)).await;
+    let mut heard =
+        crate::failures::Listener::start(&crate::support::redis_url(), &channels.user(jane.id)).await;
+    holder.rollback().await.unwrap();
+    let envelope = heard.next().await;
+    assert_eq!((envelope.seq, envelope.event.as_str()), (2, "message"));
+    app.stop().await;
+}
+
+#[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
+async fn heads_answers_those_that_differ_and_sessions_that_ended(pool: PgPool) {
+    let app = App::start(&pool).await;
+    let (john, jane, conversation) = app.pair(&pool).await;
+    john.say(&conversation, "hi").await;
+    let unknown = |user| KnownHead { user, head: None };
+    let question = HeadsRequest {
+        users: vec![unknown(john.id), unknown(jane.id), unknown(UserId(99))],
+        sessions: vec![],
+    };
+    let answer = app.heads(&question).await;
+    assert_eq!(answer.heads.len(), 3);
+    let head_of = |user| answer.heads.iter().find(|head| head.user == user).unwrap().head;
+    assert_eq!(head_of(UserId(99)), None);
+    let johns = head_of(john.id).unwrap();
+    assert_eq!(johns.seq, 2);
+
+    let known = |head| KnownHead { user: john.id, head: Some(head) };
+    let same = app.heads(&HeadsRequest { users: vec![known(johns)], sessions: vec![] }).await;
+    assert!(same.heads.is_empty());
+    for other in [
+        Head { seq: 1, ..johns },
+        Head { seq: 3, ..johns },
+        Head { seq: u64::MAX, ..johns },
+        Head { epoch: Epoch(johns.epoch.0 ^ 1), ..johns },
+    ] {
+        let answer = app.heads(&HeadsRequest { users: vec![known(other)], sessions: vec![] }).await;
+        assert_eq!(answer.heads[0].head, Some(johns));
+    }
+
+    let (revoked, expired) = (app.login("john").await.session(), app.login("john").await.session());
+    sqlx::query("UPDATE sessions SET revoked_at = now() WHERE id = $1")
+        .bind(revoked.0)
+        .execute(&pool)
+        .await
+        .unwrap();
+    sqlx::query("UPDATE sessions SET expires_at = now() WHERE id = $1")
+        .bind(expired.0)
+        .execute(&pool)
+        .await
+        .unwrap();
+    let sessions = vec![john.session(), revoked, expired, SessionId(999), jane.session()];
+    let mut ended = app.heads(&HeadsRequest { users: vec![], sessions }).await.ended;
+    ended.sort();
+    assert_eq!(ended, [revoked, expired, SessionId(999)]);
+    app.stop().await;
+}
+
+#[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
+async fn ranges_answers_pair_by_pair_what_follows(pool: PgPool) {
+    let app = App::start(&pool).await;
+    let (john, jane, conversation) = app.pair(&pool).await;
+    for n in 0..120 {
+        john.say(&conversation, &format!("m{n}")).await;
+    }
+    let pair = |user, after| RangeAfter { user, after };
+    let asked = vec![
+        pair(jane.id, 119),
+        pair(UserId(99), 0),
+        pair(john.id, 0),
+        pair(jane.id, 121),
+        pair(jane.id, u64::MAX),
+        pair(jane.id, 119),
+    ];
+    let answer = app.ranges(asked.clone()).await;
+    assert_eq!(answer.ranges.len(), asked.len());
+    for (range, asked) in answer.ranges.iter().zip(&asked) {
+        assert_eq!((range.user, range.after), (asked.user, asked.after));
+        for (n, event) in range.events.iter().enumerate() {
+            assert_eq!(event.seq, range.after + 1 + n as u64);
+            assert_eq!(event.epoch, range.head.unwrap().epoch);
+        }
+    }
+    let shape: Vec<_> = answer
+        .ranges
+        .iter()
+        .map(|range| (range.head.map(|head| head.seq), range.events.len(), range.more))
+        .collect();
+    let head = Some(121);
+    assert_eq!(
+        shape,
+        [
+            (head, 2, false),
+            (None, 0, false),
+            (head, 100, true),
+            (head, 0, false),
+            (head, 0, false),
+            (head, 2, false)
+        ]
+    );
+    // The more is asked, the less is answered of each, so that an answer has a size.
+    let many = app.ranges(vec![pair(john.id, 0); MAX_PAIRS]).await;
+    assert!(many.ranges.iter().all(|range| range.events.len() == 4 && range.more));
+    app.stop().await;
+}
+
+#[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
+async fn questions_have_a_largest_size(pool: PgPool) {
+    let app = App::start(&pool).await;
+    let users = |n: usize| json!({ "users": vec![json!({ "user": "1" }); n] });
+    let sessions = |n: usize| json!({ "users": [], "sessions": vec!["1"; n] });
+    let ranges = |n: usize| json!({ "ranges": vec![json!({ "user": "1", "after": 0 }); n] });
+    for (path, fits, too_many) in [
+        ("/internal/feed/heads", users(MAX_PAIRS), users(MAX_PAIRS + 1)),
+        ("/internal/feed/heads", sessions(MAX_PAIRS), sessions(MAX_PAIRS + 1)),
+        ("/internal/feed/ranges", ranges(MAX_PAIRS), ranges(MAX_PAIRS + 1)),
+    ] {
+        app.ask(path, &fits).expect(200).await;
+        assert_problem(&app.ask(path, &too_many).expect(400).await, 400, "More than 1000 at once");
+        let padded = json!({ "padding": "x".repeat(600 * 1024) });
+        assert_problem(&app.ask(path, &padded).expect(413).await, 413, "Body too large");
+    }
+    for bad in [
+        json!({ "ranges": [{ "user": 1, "after": 0 }] }),
+        json!({ "ranges": [{ "user": "1", "after": -1 }] }),
+        json!({}),
+    ] {
+        assert_eq!(app.ask("/internal/feed/ranges", &bad).send().await.unwrap().status, 400);
+    }
+    app.stop().await;
+}
+
+/// Everything a real feed can look like at its old end.
+#[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
+async fn pruning_deletes_a_prefix_by_count_and_by_age_and_nothing_else(pool: PgPool) {
+    let database = Database::new((*pool.connect_options()).clone(), 4);
+    let keep = Keep { age: Duration::from_secs(3_600), events: 10 };
+    // (seq, age in seconds), and what is left.
+    let fresh = |range: std::ops::RangeInclusive<i64>| range.map(|seq| (seq, 0)).collect::<Vec<_>>();
+    let mut by_age = fresh(1..=8);
+    by_age[..3].iter_mut().for_each(|event| event.1 = 7_200);
+    let mut a_clock_went_wrong = fresh(1..=8);
+    a_clock_went_wrong[0].1 = 7_200;
+    a_clock_went_wrong[2].1 = 7_200;
+    let all_old = fresh(1..=5).into_iter().map(|(seq, _)| (seq, 7_200)).collect();
+    let cases = [
+        (fresh(1..=10), 1..11),
+        (fresh(1..=25), 16..26),
+        (by_age, 4..9),
+        (a_clock_went_wrong, 2..9),
+        (all_old, 0..0),
+        (fresh(1..=2_500), 2_491..2_501),
+        (Vec::new(), 0..0),
+    ];
+    for (n, (events, _)) in cases.iter().enumerate() {
+        sqlx::query("INSERT INTO users (username) VALUES ($1)")
+            .bind(format!("u{n}"))
+            .execute(&pool)
+            .await
+            .unwrap();
+        let user = n as i64 + 1;
+        let (seqs, ages): (Vec<i64>, Vec<i64>) = events.iter().copied().unzip();
+        sqlx::query(
+            "INSERT INTO feed (user_id, seq, kind, payload, created_at)
+             SELECT $1, seq, 'message', '{}', now() - age * interval '1 s' FROM unnest($2::bigint[], $3::bigint[]) AS e (seq, age)",
+        )
+        .bind(user)
+        .bind(&seqs)
+        .bind(&ages)
+        .execute(&pool)
+        .await
+        .unwrap();
+        sqlx::query("UPDATE feed_heads SET head_seq = $2 WHERE user_id = $1")
+            .bind(user)
+            .bind(events.len() as i64)
+            .execute(&pool)
+            .await
+            .unwrap();
+    }
+    let total =
+        async || sqlx::query_scalar::<_, i64>("SELECT count(*) FROM feed").fetch_one(&pool).await.unwrap();
+    let before = total().await;
+    // Two replicas at once, step by step.
+    let walk = async || {
+        let (mut after, mut deleted) = (UserId(0), 0);
+        loop {
+            let Step { deleted: now, next } = prune_after(&database, keep, after).await.unwrap();
+            deleted += now;
+            match next {
+                Some(next) => after = next,
+                None => return deleted,
+            }
+        }
+    };
+    let (one, other) = tokio::join!(walk(), walk());
+    assert_eq!((one + other).cast_signed(), before - total().await, "each event is deleted once");
+    for (n, (_, left)) in cases.iter().enumerate() {
+        let kept: Vec<i64> = sqlx::query_scalar("SELECT seq FROM feed WHERE user_id = $1 ORDER BY seq")
+            .bind(n as i64 + 1)
+            .fetch_all(&pool)
+            .await
+            .unwrap();
+        assert_eq!(kept, left.clone().collect::<Vec<_>>(), "case {n}");
+    }
+    assert_eq!(walk().await, 0);
+    database.pool().close().await;
+}
+
+#[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
+async fn a_new_epoch_makes_every_feed_another_one(pool: PgPool) {
+    sqlx::query("INSERT INTO users (username) SELECT 'u' || n FROM generate_series(1, 50) AS n")
+        .execute(&pool)
+        .await
+        .unwrap();
+    let epochs =
+        async || sqlx::query_scalar::<_, i64>("SELECT epoch FROM feed_heads").fetch_all(&pool).await.unwrap();
+    let mut all = epochs().await;
+    api::app::new_epoch((*pool.connect_options()).clone()).await.unwrap();
+    all.extend(epochs().await);
+    all.sort();
+    all.dedup();
+    assert_eq!(all.len(), 100, "all different");
+}

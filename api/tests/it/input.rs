@@ -1,0 +1,288 @@
+//! Bad input: each is answered clearly or cut, and nothing else notices.
+
+use std::time::{Duration, Instant};
+
+use rand::{RngExt, SeedableRng, rngs::StdRng};
+use sqlx::PgPool;
+use tokio::io::AsyncWriteExt;
+
+use crate::{
+    raw,
+    support::{App, User, assert_problem},
+};
+
+async fn post(app: &App, user: &User, body: impl AsRef<[u8]>) -> shared::test_support::http::Answer {
+    let headers =
+        [("content-type", "application/json"), ("authorization", &format!("Bearer {}", user.token))];
+    raw::post(app, "/api/conversations/1/messages", &headers, body).await
+}
+
+#[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
+async fn a_body_that_is_not_what_it_should_be_says_where(pool: PgPool) {
+    let app = App::start(&pool).await;
+    let (john, ..) = app.pair(&pool).await;
+    let deep = format!(r#"{{"content":{}{}}}"#, "[".repeat(5_000), "]".repeat(5_000));
+    for (body, message) in [
+        (&b""[..], "The body is not JSON at line 1, column 0"),
+        (b"{", "The body is not JSON at line 1, column 1"),
+        (b"{\"content\":\n\"a\"", "The body is not JSON at line 2, column 3"),
+        (b"{\"content\":\"a\"} x", "The body is not JSON at line 1, column 17"),
+        (b"{\"content\":\"a\nb\"}", "The body is not JSON at line 2, column 0"),
+        (b"{'content':'a'}", "The body is not JSON at line 1, column 2"),
+        (b"\xef\xbb\xbf{\"content\":\"a\"}", "The body is not JSON at line 1, column 1"),
+        (br#"{"content":"\ud800"}"#, "The body is not JSON at line 1, column 19"),
+        (b"\"content\"", "The body does not have the right shape at line 1, column 9"),
+        (b"null", "The body does not have the right shape at line 1, column 4"),
+        (b"[\"a\"]", "The body does not have the right shape at line 1, column 0"),
+        (br#"{"content":5}"#, "The body does not have the right shape at line 1, column 12"),
+        (br#"{"content":["a"]}"#, "The body does not have the right shape at line 1, column 11"),
+        (br#"{"content":"a","content":"b"}"#, "The body does not have the right shape at line 1, column 24"),
+        (b"{\"content\":\"\xff\"}", "The body is not UTF-8 from byte 12 on"),
+        (b"{\"other\":\"\xff\",\"content\":\"a\"}", "The body is not UTF-8 from byte 10 on"),
+        (deep.as_bytes(), "The body does not have the right shape at line 1, column 11"),
+    ] {
+        assert_problem(&post(&app, &john, body).await, 400, message);
+    }
+    // What is not asked for is not looked at, however deep.
+    let ignored = format!(r#"{{"x":{}{},"content":"fine"}}"#, "[".repeat(5_000), "]".repeat(5_000));
+    assert_eq!(post(&app, &john, ignored).await.status, 201);
+    assert_eq!(app.feed(john.id).await.len(), 2);
+    app.stop().await;
+}
+
+#[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
+async fn a_body_has_a_largest_size_however_it_is_sent(pool: PgPool) {
+    let app = App::start(&pool).await;
+    let (john, ..) = app.pair(&pool).await;
+    let padded = |size: usize| {
+        let body = r#"{"content":"a","x":""}"#;
+        body.replace(r#""""#, &format!("\"{}\"", "x".repeat(size - body.len())))
+    };
+    assert_eq!(post(&app, &john, padded(16 * 1024)).await.status, 201);
+    for size in [16 * 1024 + 1, 100_000, 900_000] {
+        assert_problem(&post(&app, &john, padded(size)).await, 413, "Body too large");
+    }
+    // Without saying how long it will be.
+    let chunked = |size: usize| {
+        let body = padded(size);
+        format!(
+            "POST /api/conversations/1/messages HTTP/1.1\r\nhost: x\r\nconnection: close\r\nauthorization: Bearer {}\r\n\
+             content-type: application/json\r\ntransfer-encoding: chunked\r\n\r\n{:x}\r\n{body}\r\n0\r\n\r\n",
+            john.token,
+            body.len()
+        )
+    };
+    assert_eq!(raw::exchange(&app, chunked(16 * 1024)).await.unwrap().status, 201);
+    assert_problem(&raw::exchange(&app, chunked(100_000)).await.unwrap(), 413, "Body too large");
+    // One that is announced and never comes is not waited for.
+    let mut socket = raw::connect(&app).await;
+    let head = format!(
+        "POST /api/conversations/1/messages HTTP/1.1\r\nhost: x\r\nconnection: close\r\nauthorization: Bearer {}\r\n\
+         content-type: application/json\r\ncontent-length: 99999999999\r\n\r\n",
+        john.token
+    );
+    socket.write_all(head.as_bytes()).await.unwrap();
+    let began = Instant::now();
+    assert_problem(&raw::read_to_end(&mut socket).await.unwrap(), 413, "Body too large");
+    assert!(began.elapsed() < Duration::from_secs(5));
+    app.stop().await;
+}
+
+#[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
+async fn slow_and_half_sent_requests_are_cut_and_hurt_nobody(pool: PgPool) {
+    let app = App::start(&pool).await;
+    let (john, _, conversation) = app.pair(&pool).await;
+    let head = format!(
+        "POST /api/conversations/1/messages HTTP/1.1\r\nhost: x\r\nconnection: close\r\nauthorization: Bearer {}\r\n\
+         content-type: application/json\r\ncontent-length: 15\r\n\r\n",
+        john.token
+    );
+    // A body that does not come in time, one byte now and then included.
+    let slow_body = async {
+        let mut socket = raw::connect(&app).await;
+        socket.write_all(format!("{head}{{\"con").as_bytes()).await.unwrap();
+        for byte in b"tent" {
+            tokio::time::sleep(Duration::from_secs(2)).await;
+            socket.write_all(&[*byte]).await.unwrap();
+        }
+        assert_problem(&raw::read_to_end(&mut socket).await.unwrap(), 408, "The body did not arrive in time");
+    };
+    // A head that never ends is cut without a word.
+    let slow_head = async {
+        let mut socket = raw::connect(&app).await;
+        socket.write_all(b"POST /api/login HTTP/1.1\r\nhost: x\r\nx: ").await.unwrap();
+        let began = Instant::now();
+        raw::read_to_end(&mut socket).await;
+        assert!((8..15).contains(&began.elapsed().as_secs()), "{:?}", began.elapsed());
+    };
+    // Half a body, then the end.
+    let half = async {
+        for cut in [0, 1, head.len() / 2, head.len(), head.len() + 5] {
+            let whole = format!("{head}{{\"content\":\"a\"}}");
+            let mut socket = raw::connect(&app).await;
+            socket.write_all(&whole.as_bytes()[..cut]).await.unwrap();
+            socket.shutdown().await.unwrap();
+            if let Some(answer) = raw::read_to_end(&mut socket).await {
+                assert_eq!(answer.status, 400);
+            }
+        }
+    };
+    let others = async {
+        for _ in 0..50 {
+            let began = Instant::now();
+            john.say(&conversation, "undisturbed").await;
+            assert!(began.elapsed() < Duration::from_secs(1));
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    };
+    tokio::join!(slow_body, slow_head, half, others);
+    assert_eq!(app.feed(john.id).await.len(), 51, "nothing half-sent was taken");
+    app.stop().await;
+}
+
+#[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
+async fn garbage_is_refused_or_cut(pool: PgPool) {
+    let app = App::start(&pool).await;
+    let long = "x".repeat(1 << 20);
+    for bytes in [
+        b"\x00\x01\x02\x03".to_vec(),
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03".to_vec(),
+        b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n".to_vec(),
+        b"GET / HTTP/9.9\r\n\r\n".to_vec(),
+        b"GET /api/auth_user HTTP/1.1\r\nhost: x\r\nno colon\r\n\r\n".to_vec(),
+        b"GET /\xff\xfe HTTP/1.1\r\nhost: x\r\n\r\n".to_vec(),
+        b"POST /api/login HTTP/1.1\r\nhost: x\r\ncontent-length: 5\r\ncontent-length: 6\r\n\r\nabcdef".to_vec(),
+        b"POST /api/login HTTP/1.1\r\nhost: x\r\ncontent-length: -1\r\n\r\n".to_vec(),
+        b"POST /api/login HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ntransfer-encoding: chunked\r\n\r\nzz\r\n".to_vec(),
+        format!("GET /{long} HTTP/1.1\r\nhost: x\r\n\r\n").into_bytes(),
+        format!("GET / HTTP/1.1\r\nhost: x\r\nx: {long}\r\n\r\n").into_bytes(),
+        format!("GET / HTTP/1.1\r\n{}\r\n", "a: b\r\n".repeat(10_000)).into_bytes(),
+    ] {
+        if let Some(answer) = raw::exchange(&app, &bytes).await {
+            assert!((400..500).contains(&answer.status), "{}: {:?}", answer.status, &bytes[..bytes.len().min(40)]);
+        }
+    }
+    app.get("/.well-known/jwks.json").expect(200).await;
+    app.stop().await;
+}
+
+/// Any request at all: it is our fault if the answer says so.
+#[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
+async fn no_request_is_answered_by_a_fault(pool: PgPool) {
+    let seed: u64 = rand::random();
+    println!("seed {seed}");
+    let mut random = StdRng::seed_from_u64(seed);
+    let app = App::start(&pool).await;
+    let (john, ..) = app.pair(&pool).await;
+    const PIECES: &[&str] = &[
+        "api",
+        "conversations",
+        "1",
+        "messages",
+        "read_messages",
+        "other_participant",
+        "usernames",
+        "auth_user",
+        "login",
+        "refresh_token",
+        "0",
+        "-1",
+        "99999999999999999999",
+        "%00",
+        "%ff",
+        "..",
+        "*",
+        "'",
+        "%25",
+        "+",
+        "é",
+    ];
+    const QUERIES: &[&str] = &[
+        "",
+        "?",
+        "?search=%00",
+        "?search=%25",
+        "?search=%ff%fe",
+        "?search='",
+        "?before=1",
+        "?before=%00",
+        "?after=9223372036854775807",
+        "?after=9223372036854775808",
+        "?limit=1",
+        "?limit=%00",
+        "?markRead=%00",
+        "?search=\\",
+        "?search=_",
+        "?&&==&%",
+        "?before=1&before=2",
+        "?search=\u{202e}",
+    ];
+    const BODIES: &[&str] = &[
+        "",
+        "{}",
+        "null",
+        "[]",
+        r#"{"username":"jane"}"#,
+        r#"{"username":"\u0000"}"#,
+        r#"{"content":"x"}"#,
+        r#"{"content":"\u0000"}"#,
+        r#"{"content":1e999}"#,
+        r#"{"content":{}}"#,
+        r#"{"username":"'; DROP TABLE users; --"}"#,
+        r#"{"content":"\u2028"}"#,
+        r#"{"username":"\ud83d\ude00"}"#,
+        "\u{0}",
+        r#"{"":""}"#,
+    ];
+    const HEADERS: &[(&str, &str)] = &[
+        ("idempotency-key", "k"),
+        ("idempotency-key", ""),
+        ("idempotency-key", "é"),
+        ("x-request-id", "r"),
+        ("x-request-id", "\t"),
+        ("content-type", "application/json"),
+        ("content-type", "é"),
+        ("origin", "null"),
+        ("cookie", "session="),
+        ("cookie", ";;=;"),
+        ("sec-fetch-site", "x"),
+        ("expect", "100-continue"),
+        ("accept", "\""),
+        ("traceparent", "00-é"),
+    ];
+    fn pick<T: Copy>(random: &mut StdRng, from: &[T]) -> T {
+        from[random.random_range(0..from.len())]
+    }
+    for _ in 0..1_500 {
+        let method = pick(&mut random, &["GET", "POST", "HEAD", "PUT", "DELETE", "OPTIONS"]);
+        let mut path = "/api".to_owned();
+        for _ in 0..random.random_range(0..5) {
+            path = format!("{path}/{}", pick(&mut random, PIECES));
+        }
+        path += pick(&mut random, QUERIES);
+        let mut body = pick(&mut random, BODIES).as_bytes().to_vec();
+        if random.random_ratio(1, 4) && !body.is_empty() {
+            let at = random.random_range(0..body.len());
+            body[at] = random.random();
+        }
+        let mut head = format!(
+            "{method} {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: {}\r\n",
+            body.len()
+        );
+        if random.random_ratio(4, 5) {
+            head += &format!("authorization: Bearer {}\r\n", john.token);
+        }
+        if random.random_ratio(4, 5) {
+            head += "content-type: application/json\r\n";
+        }
+        for _ in 0..random.random_range(0..3) {
+            let (name, value) = pick(&mut random, HEADERS);
+            head += &format!("{name}: {value}\r\n");
+        }
+        let request = [head.as_bytes(), b"\r\n", &body].concat();
+        if let Some(answer) = raw::exchange(&app, &request).await {
+            assert!(answer.status < 500, "{} for {}", answer.status, String::from_utf8_lossy(&request));
+        }
+    }
+    app.stop().await;
+}

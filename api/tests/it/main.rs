@@ -1,0 +1,15 @@
+//! The API over real HTTP, against a real Postgres (`DATABASE_URL`, a database per test) and a real Redis (`REDIS_URL`, a
+//! channel prefix per test). Names say what is promised.
+
+#![expect(clippy::unwrap_used, reason = "a helper that fails is a test that fails")]
+
+mod checks;
+mod contract;
+mod failures;
+mod feeds;
+mod input;
+mod paging;
+mod process;
+mod races;
+mod raw;
+mod support;

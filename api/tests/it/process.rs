@@ -1,0 +1,242 @@
+//! The real binary: its settings, its end.
+
+use std::{
+    io::{BufRead, BufReader},
+    process::{Command, Output, Stdio},
+    time::Duration,
+};
+
+use serde_json::Value;
+use shared::test_support::{
+    http::Client,
+    process::{Process, Signal},
+    soon, until,
+};
+use sqlx::PgPool;
+use tokio::io::AsyncWriteExt;
+
+use crate::{
+    raw,
+    support::{PEM, SECRET, redis_url},
+};
+
+fn command() -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_api"));
+    command.env_clear();
+    command
+}
+
+fn run(arguments: &[&str], variables: &[(&str, &str)]) -> (bool, String) {
+    let Output { status, stdout, stderr } =
+        command().args(arguments).envs(variables.iter().copied()).output().unwrap();
+    let text = String::from_utf8(stdout).unwrap() + &String::from_utf8(stderr).unwrap();
+    (status.success(), text)
+}
+
+#[test]
+fn every_problem_with_the_settings_is_told_at_once() {
+    let (success, said) = run(
+        &[],
+        &[
+            ("LISTEN", "here"),
+            ("DATABASE_URL", "mysql://me:hunter2@db/x"),
+            ("REDIS_URL", "hunter2"),
+            ("INTERNAL_SECRET", "hunter2"),
+            ("DATABASE_POOL_SIZE", "0"),
+            ("TOKEN_LIFETIME_SECONDS", "1209601"),
+            ("ORIGIN", "https://chat.example"),
+            ("DEV_LOGIN", "true"),
+            ("FEED_KEEP_DAYS", "-1"),
+            ("LOG_FORMAT", "xml"),
+        ],
+    );
+    assert!(!success);
+    for name in [
+        "LISTEN",
+        "DATABASE_URL",
+        "REDIS_URL",
+        "INTERNAL_SECRET",
+        "DATABASE_POOL_SIZE",
+        "TOKEN_LIFETIME_SECONDS",
+        "DEV_LOGIN",
+        "FEED_KEEP_DAYS",
+        "LOG_FORMAT",
+        "SIGNING_KEY_FILES is not set",
+    ] {
+        assert!(said.contains(name), "{name} is missing in {said}");
+    }
+    assert!(said.contains("10 problem(s)"), "{said}");
+    assert!(!said.contains("hunter2"), "{said}");
+}
+
+#[test]
+fn a_service_without_its_keys_and_secrets_does_not_start() {
+    let (success, said) = run(&["serve"], &[]);
+    assert!(!success);
+    for name in [
+        "DATABASE_URL is not set",
+        "REDIS_URL is not set",
+        "SIGNING_KEY_FILES is not set",
+        "INTERNAL_SECRET is not set",
+    ] {
+        assert!(said.contains(name), "{name} is missing in {said}");
+    }
+}
+
+#[test]
+fn help_names_every_variable_and_no_secret() {
+    let (success, said) = run(
+        &["--help"],
+        &[("INTERNAL_SECRET", "hunter2"), ("DATABASE_URL", "hunter2"), ("REDIS_URL", "hunter2")],
+    );
+    assert!(success);
+    for name in [
+        "LISTEN",
+        "INTERNAL_LISTEN",
+        "OPS_LISTEN",
+        "ORIGIN",
+        "DATABASE_URL",
+        "DATABASE_POOL_SIZE",
+        "REDIS_URL",
+        "CHANNEL_PREFIX",
+        "SIGNING_KEY_FILES",
+        "INTERNAL_SECRET",
+        "DEV_LOGIN",
+        "TOKEN_LIFETIME_SECONDS",
+        "FEED_KEEP_DAYS",
+        "FEED_KEEP_EVENTS",
+        "SHUTDOWN_WAIT_SECONDS",
+        "SHUTDOWN_GRACE_SECONDS",
+        "LOG",
+        "LOG_FORMAT",
+    ] {
+        assert!(said.contains(&format!("[env: {name}")), "{name} is missing in {said}");
+    }
+    assert!(said.contains("migrate") && said.contains("new-epoch"));
+    assert!(!said.contains("hunter2"), "{said}");
+}
+
+/// The URL of the test's own database.
+fn database_url(pool: &PgPool) -> String {
+    let options = pool.connect_options();
+    let base = std::env::var_os("DATABASE_URL").unwrap().into_string().unwrap();
+    let (server, _) = base.rsplit_once('/').unwrap();
+    format!("{server}/{}", options.get_database().unwrap())
+}
+
+struct Server {
+    process: Process,
+    public: String,
+    ops: String,
+}
+
+/// Migrates by the binary, then serves by it. It says where it listens.
+fn serve(pool: &PgPool, keys: &std::path::Path, wait: &str) -> Server {
+    let url = database_url(pool);
+    for _ in 0..2 {
+        let (success, said) = run(&["migrate"], &[("DATABASE_URL", &url)]);
+        assert!(success, "{said}");
+    }
+    let key = keys.join("key.pem");
+    std::fs::write(&key, PEM).unwrap();
+    let mut command = command();
+    command
+        .args([
+            "serve",
+            "--listen",
+            "127.0.0.1:0",
+            "--internal-listen",
+            "127.0.0.1:0",
+            "--ops-listen",
+            "127.0.0.1:0",
+        ])
+        .args(["--dev-login", "--shutdown-wait-seconds", wait, "--log-format", "json", "--log", "debug"])
+        .envs([("DATABASE_URL", url.as_str()), ("REDIS_URL", &redis_url()), ("INTERNAL_SECRET", SECRET)])
+        .env("CHANNEL_PREFIX", crate::support::channel_prefix())
+        .env("SIGNING_KEY_FILES", &key)
+        .stdout(Stdio::piped());
+    let mut process = Process::start(&mut command).unwrap();
+    let mut lines = BufReader::new(process.child().stdout.take().unwrap()).lines();
+    let mut address_of = |name: &str| loop {
+        let line: Value = serde_json::from_str(&lines.next().expect("it goes on").unwrap()).unwrap();
+        if line["message"] == "listening" && line["name"] == name {
+            return format!("http://{}", line["address"].as_str().unwrap());
+        }
+    };
+    let (public, _, ops) = (address_of("public"), address_of("internal"), address_of("ops"));
+    // Somebody must read on, or the process would wait for room in the pipe.
+    let secrets = [SECRET.to_owned(), "eyJ".to_owned(), "said in confidence".to_owned()];
+    std::thread::spawn(move || {
+        for line in lines.map_while(Result::ok) {
+            assert!(!secrets.iter().any(|secret| line.contains(secret)), "a secret is in the log: {line}");
+        }
+    });
+    Server { process, public, ops }
+}
+
+#[sqlx::test(migrations = false)]
+async fn sigterm_ends_it_in_order(pool: PgPool) {
+    let folder = tempfile::tempdir().unwrap();
+    let mut server = serve(&pool, folder.path(), "2");
+    let client = Client::default();
+    let ready =
+        async || client.get(format!("{}/readyz", server.ops)).send().await.map(|answer| answer.status);
+    until("it is ready", || async { matches!(ready().await, Ok(200)) }).await;
+    sqlx::query("INSERT INTO users (username) VALUES ('john'), ('jane')").execute(&pool).await.unwrap();
+    let login = client.post(format!("{}/api/login", server.public));
+    let token =
+        login.json(&serde_json::json!({ "username": "john" })).expect(200).await.json()["token"].clone();
+    let token = token.as_str().unwrap();
+    client
+        .post(format!("{}/api/conversations", server.public))
+        .bearer(token)
+        .json(&serde_json::json!({ "username": "jane" }))
+        .expect(201)
+        .await;
+
+    // A request that is under way when the signal comes, and takes longer than the wait.
+    let mut slow = raw::connect_to(&server.public).await;
+    let body = r#"{"content":"said in confidence"}"#;
+    let head = format!(
+        "POST /api/conversations/1/messages HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {token}\r\n\
+         content-type: application/json\r\ncontent-length: {}\r\n\r\n",
+        body.len()
+    );
+    slow.write_all(head.as_bytes()).await.unwrap();
+    slow.write_all(&body.as_bytes()[..5]).await.unwrap();
+
+    server.process.signal(Signal::SIGTERM);
+    until("it is unready", || async { matches!(ready().await, Ok(503)) }).await;
+    // Still serving, while the word spreads.
+    client.get(format!("{}/api/auth_user", server.public)).bearer(token).expect(200).await;
+    tokio::time::sleep(Duration::from_millis(2_500)).await;
+    assert!(
+        client.get(format!("{}/.well-known/jwks.json", server.public)).send().await.is_err(),
+        "no new connections"
+    );
+    slow.write_all(&body.as_bytes()[5..]).await.unwrap();
+    let answer = raw::read_to_end(&mut slow).await.expect("what was begun is answered");
+    assert_eq!(answer.status, 201);
+    let status = soon("the process ends", server.process.wait()).await;
+    assert_eq!(status.code(), Some(0));
+}
+
+#[sqlx::test(migrations = false)]
+async fn a_client_that_never_finishes_does_not_hold_up_the_end(pool: PgPool) {
+    let folder = tempfile::tempdir().unwrap();
+    let mut server = serve(&pool, folder.path(), "0");
+    let mut idle = raw::connect_to(&server.public).await;
+    idle.write_all(b"GET /.well-known/jwks.json HTTP/1.1\r\nhost: x\r\n\r\n").await.unwrap();
+    let mut half = raw::connect_to(&server.public).await;
+    half.write_all(
+        b"POST /api/login HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 9\r\n\r\n",
+    )
+    .await
+    .unwrap();
+    tokio::time::sleep(Duration::from_millis(200)).await;
+    server.process.signal(Signal::SIGTERM);
+    let began = std::time::Instant::now();
+    let status = soon("the process ends", server.process.wait()).await;
+    assert_eq!(status.code(), Some(0));
+    assert!(began.elapsed() < Duration::from_secs(14), "{:?}", began.elapsed());
+}

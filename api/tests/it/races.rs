@@ -1,0 +1,128 @@
+//! Many at once, over several replicas: one thing is made, its events are told once, and nobody waits for ever.
+
+use std::collections::HashSet;
+
+use futures_util::future::join_all;
+use serde_json::json;
+use sqlx::PgPool;
+
+use crate::support::App;
+
+#[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
+async fn eight_who_start_the_same_conversation_at_once_make_one(pool: PgPool) {
+    let apps = [App::start(&pool).await, App::start(&pool).await];
+    let (john, jane) = (apps[0].user(&pool, "john").await, apps[0].user(&pool, "jane").await);
+    let answers = join_all((0..8).map(|n| {
+        let (who, other) = if n % 2 == 0 { (&john, "jane") } else { (&jane, "john") };
+        who.at(&apps[n / 2 % 2]).start_conversation(other).send()
+    }))
+    .await;
+    let statuses: Vec<_> = answers.into_iter().map(|answer| answer.unwrap().status).collect();
+    assert_eq!(statuses.iter().filter(|status| **status == 201).count(), 1, "{statuses:?}");
+    assert_eq!(statuses.iter().filter(|status| **status == 302).count(), 7, "{statuses:?}");
+    for user in [&john, &jane] {
+        assert_eq!(apps[1].feed(user.id).await.len(), 1);
+    }
+    for app in apps {
+        app.stop().await;
+    }
+}
+
+#[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
+async fn twenty_sends_with_one_key_over_two_replicas_make_one_message(pool: PgPool) {
+    let apps = [App::start(&pool).await, App::start(&pool).await];
+    let (john, jane, conversation) = apps[0].pair(&pool).await;
+    let answers = join_all((0..20).map(|n| {
+        john.at(&apps[n % 2]).post_message(&conversation, "once").header("idempotency-key", "the-key").send()
+    }))
+    .await;
+    let answers: Vec<_> = answers.into_iter().map(Result::unwrap).collect();
+    assert!(answers.iter().all(|answer| answer.status == 201));
+    assert_eq!(
+        answers.iter().map(|answer| &answer.body).collect::<HashSet<_>>().len(),
+        1,
+        "all the same body"
+    );
+    let replayed =
+        answers.iter().filter(|answer| answer.header("idempotent-replayed") == Some("true")).count();
+    assert_eq!(replayed, 19);
+    assert_eq!(
+        john.messages(&conversation, "?markRead=false").expect(200).await.json().as_array().unwrap().len(),
+        1
+    );
+    let names = async |user| apps[1].feed(user).await.into_iter().map(|(name, _)| name).collect::<Vec<_>>();
+    assert_eq!(names(john.id).await, ["conversation.created", "message.sent"]);
+    assert_eq!(names(jane.id).await, ["conversation.created", "message"]);
+    for app in apps {
+        app.stop().await;
+    }
+}
+
+#[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
+async fn one_key_sent_to_two_conversations_at_once_counts_in_one(pool: PgPool) {
+    let apps = [App::start(&pool).await, App::start(&pool).await];
+    let (john, ..) = apps[0].pair(&pool).await;
+    apps[0].user(&pool, "bob").await;
+    john.start("bob").await;
+    for round in 0..20 {
+        let key = format!("key-{round}");
+        let answers = join_all((0..6).map(|n| {
+            let conversation = (n % 2 + 1).to_string();
+            john.at(&apps[n / 2 % 2]).post_message(&conversation, "hi").header("idempotency-key", &key).send()
+        }))
+        .await;
+        let answers: Vec<_> = answers.into_iter().map(Result::unwrap).collect();
+        let first =
+            answers.iter().find(|answer| answer.status == 201).expect("one of them came first").json();
+        for (n, answer) in answers.iter().enumerate() {
+            let winner = first["conversationId"] == json!((n % 2 + 1).to_string());
+            assert_eq!(answer.status, if winner { 201 } else { 422 }, "{}", answer.text());
+        }
+    }
+    let count: i64 = sqlx::query_scalar("SELECT count(*) FROM messages").fetch_one(&pool).await.unwrap();
+    assert_eq!(count, 20);
+    assert_eq!(apps[0].feed(john.id).await.len(), 2 + 20);
+    for app in apps {
+        app.stop().await;
+    }
+}
+
+/// Crossing sends and reads between the same people would deadlock if locks were taken in any order.
+#[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
+async fn crossing_sends_and_reads_do_not_deadlock(pool: PgPool) {
+    let app = App::start(&pool).await;
+    let names = ["ann", "bob", "cid", "dan"];
+    let mut users = Vec::new();
+    for name in names {
+        users.push(app.user(&pool, name).await);
+    }
+    let mut conversations = Vec::new();
+    for (n, a) in users.iter().enumerate() {
+        for b in &users[n + 1..] {
+            conversations.push((a, b, a.start(&b.name).await));
+        }
+    }
+    let calls = (0..240).map(|n| {
+        let (a, b, id) = &conversations[n % conversations.len()];
+        let who = if n / 6 % 2 == 0 { a } else { b };
+        match n % 4 {
+            0 => who.read_messages(id),
+            1 => who.messages(id, ""),
+            _ => who.post_message(id, "hi"),
+        }
+    });
+    for answer in join_all(calls.map(|call| call.send())).await {
+        let answer = answer.unwrap();
+        assert!(answer.status < 300, "{}", answer.text());
+    }
+    let deadlocks: i64 =
+        sqlx::query_scalar("SELECT deadlocks FROM pg_stat_database WHERE datname = current_database()")
+            .fetch_one(&pool)
+            .await
+            .unwrap();
+    assert_eq!(deadlocks, 0);
+    for user in &users {
+        app.feed(user.id).await;
+    }
+    app.stop().await;
+}

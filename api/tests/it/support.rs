@@ -1,0 +1,308 @@
+//! A running service for one test, and its clients: one method per endpoint.
+
+use std::{
+    sync::atomic::{AtomicU64, Ordering},
+    time::Duration,
+};
+
+use api::{
+    app::{self, Listeners},
+    config::{Addresses, Config},
+    store::feed::Keep,
+};
+use serde_json::{Value, json};
+use shared::{
+    channels::Channels,
+    claims::{Audience, Claims, SigningKeys},
+    feed::{
+        HEADS_PATH, HeadsAnswer, HeadsRequest, RANGES_PATH, RangeAfter, RangesAnswer, RangesRequest,
+        authorization,
+    },
+    ids::{SessionId, UserId},
+    test_support::http::{Answer, Call, Client},
+    test_support::until,
+};
+use sqlx::{PgPool, postgres::PgConnectOptions};
+use tokio::task::JoinHandle;
+use tokio_util::sync::CancellationToken;
+
+pub(crate) const ORIGIN: &str = "http://localhost:8080";
+pub(crate) const SECRET: &str = "the-internal-secret-of-these-tests";
+// Made for these tests alone.
+pub(crate) const PEM: &str = "-----BEGIN PRIVATE KEY-----\nMC4CAQAwBQYDK2VwBCIEIAABAgMEBQYHCAkKCwwNDg8QERITFBUWFxgZGhscHR4f\n-----END PRIVATE KEY-----\n";
+
+pub(crate) struct App {
+    pub(crate) public: String,
+    pub(crate) internal: String,
+    pub(crate) ops: String,
+    pub(crate) client: Client,
+    stop: CancellationToken,
+    task: JoinHandle<anyhow::Result<()>>,
+}
+
+#[expect(clippy::disallowed_methods, reason = "the test runner says where its servers are")]
+pub(crate) fn redis_url() -> String {
+    std::env::var("REDIS_URL").expect("REDIS_URL is set: run the tests by `cargo dev test`")
+}
+
+/// A prefix that no other test has, on a Redis that all share.
+pub(crate) fn channel_prefix() -> String {
+    static NEXT: AtomicU64 = AtomicU64::new(0);
+    format!("api-it:{}:{}:", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed))
+}
+
+pub(crate) fn keys() -> SigningKeys {
+    SigningKeys::from_pems(ORIGIN, PEM.as_bytes(), &[]).unwrap()
+}
+
+/// As most tests want it.
+pub(crate) fn config(database: PgConnectOptions) -> Config {
+    Config {
+        origin: ORIGIN.parse().unwrap(),
+        database,
+        database_pool_size: 8,
+        redis: redis::Client::open(redis_url()).unwrap(),
+        channels: Channels::new(channel_prefix()),
+        keys: keys(),
+        internal_secret: SECRET.into(),
+        dev_login: true,
+        token_lifetime: Duration::from_secs(3_600),
+        keep: Keep { age: Duration::from_secs(3_600), events: 1_000_000 },
+        shutdown_wait: Duration::ZERO,
+        shutdown_grace: Duration::from_secs(5),
+    }
+}
+
+pub(crate) fn anywhere() -> Addresses {
+    let address = "127.0.0.1:0".parse().unwrap();
+    Addresses { public: address, internal: address, ops: address }
+}
+
+impl App {
+    pub(crate) async fn start(pool: &PgPool) -> Self {
+        Self::start_with(config((*pool.connect_options()).clone())).await
+    }
+
+    /// Started as `main` does.
+    pub(crate) async fn start_with(config: Config) -> Self {
+        let listeners = Listeners::bind(anywhere()).unwrap();
+        let url = |listener: &tokio::net::TcpListener| format!("http://{}", listener.local_addr().unwrap());
+        let (public, internal, ops) = (url(&listeners.public), url(&listeners.internal), url(&listeners.ops));
+        let stop = CancellationToken::new();
+        let task = tokio::spawn(app::run(config, listeners, stop.clone()));
+        let app = Self { public, internal, ops, client: Client::default(), stop, task };
+        until("the service is ready", || async {
+            assert!(!app.task.is_finished(), "the service ended instead of starting");
+            app.client
+                .get(format!("{}/readyz", app.ops))
+                .send()
+                .await
+                .is_ok_and(|answer| answer.status == 200)
+        })
+        .await;
+        app
+    }
+
+    /// Each test ends with this, so that nothing holds its database.
+    pub(crate) async fn stop(self) {
+        self.stop.cancel();
+        drop(self.client);
+        self.task.await.unwrap().unwrap();
+    }
+
+    pub(crate) fn get(&self, path: &str) -> Call {
+        self.client.get(format!("{}{path}", self.public))
+    }
+
+    pub(crate) fn post(&self, path: &str) -> Call {
+        self.client.post(format!("{}{path}", self.public))
+    }
+
+    pub(crate) fn call(&self, method: &str, path: &str) -> Call {
+        self.client.call(method, format!("{}{path}", self.public))
+    }
+
+    /// Somebody who is logged in; made if there is nobody of this name.
+    pub(crate) async fn user(&self, pool: &PgPool, username: &str) -> User {
+        sqlx::query("INSERT INTO users (username) VALUES ($1) ON CONFLICT DO NOTHING")
+            .bind(username)
+            .execute(pool)
+            .await
+            .unwrap();
+        self.login(username).await
+    }
+
+    pub(crate) async fn login(&self, username: &str) -> User {
+        let answer = self.post("/api/login").json(&json!({ "username": username })).expect(200).await;
+        let body = answer.json();
+        User {
+            id: body["authUser"]["id"].as_str().unwrap().parse().unwrap(),
+            name: username.into(),
+            token: body["token"].as_str().unwrap().into(),
+            cookie: answer.cookie(),
+            base: self.public.clone(),
+            client: self.client.clone(),
+        }
+    }
+
+    pub(crate) async fn heads(&self, question: &HeadsRequest) -> HeadsAnswer {
+        serde_json::from_value(self.ask(HEADS_PATH, question).expect(200).await.json()).unwrap()
+    }
+
+    pub(crate) async fn ranges(&self, ranges: Vec<RangeAfter>) -> RangesAnswer {
+        serde_json::from_value(self.ask(RANGES_PATH, &RangesRequest { ranges }).expect(200).await.json())
+            .unwrap()
+    }
+
+    pub(crate) fn ask(&self, path: &str, question: &impl serde::Serialize) -> Call {
+        let call = self.client.post(format!("{}{path}", self.internal));
+        call.header("authorization", &authorization(SECRET)).json(question)
+    }
+
+    /// A whole feed, as a gateway reads it: event name and data, numbered from 1 without a hole.
+    pub(crate) async fn feed(&self, user: UserId) -> Vec<(String, Value)> {
+        let mut events = Vec::new();
+        loop {
+            let after = events.len() as u64;
+            let mut answer = self.ranges(vec![RangeAfter { user, after }]).await;
+            let range = answer.ranges.remove(0);
+            for event in range.events {
+                assert_eq!(event.seq, events.len() as u64 + 1, "feeds have no holes");
+                events.push((event.event, serde_json::from_str(event.data.get()).unwrap()));
+            }
+            if !range.more {
+                assert_eq!(range.head.unwrap().seq, events.len() as u64, "the head is the last event");
+                return events;
+            }
+        }
+    }
+
+    /// Two users with a conversation.
+    pub(crate) async fn pair(&self, pool: &PgPool) -> (User, User, String) {
+        let (john, jane) = (self.user(pool, "john").await, self.user(pool, "jane").await);
+        let conversation = john.start("jane").await;
+        (john, jane, conversation)
+    }
+}
+
+/// A logged-in client.
+#[derive(Clone)]
+pub(crate) struct User {
+    pub(crate) id: UserId,
+    pub(crate) name: String,
+    pub(crate) token: String,
+    pub(crate) cookie: String,
+    base: String,
+    client: Client,
+}
+
+impl User {
+    /// The same person, at another replica.
+    pub(crate) fn at(&self, app: &App) -> Self {
+        Self { base: app.public.clone(), client: app.client.clone(), ..self.clone() }
+    }
+
+    pub(crate) fn call(&self, method: &str, path: &str) -> Call {
+        self.client.call(method, format!("{}{path}", self.base)).bearer(&self.token)
+    }
+
+    pub(crate) fn auth_user(&self) -> Call {
+        self.call("GET", "/api/auth_user")
+    }
+
+    pub(crate) fn refresh_token(&self) -> Call {
+        self.call("POST", "/api/refresh_token")
+    }
+
+    /// `search` as it stands in the URL.
+    pub(crate) fn usernames(&self, search: &str) -> Call {
+        self.call("GET", &format!("/api/usernames?search={search}"))
+    }
+
+    pub(crate) fn start_conversation(&self, username: &str) -> Call {
+        self.call("POST", "/api/conversations").json(&json!({ "username": username }))
+    }
+
+    pub(crate) fn conversations(&self, query: &str) -> Call {
+        self.call("GET", &format!("/api/conversations{query}"))
+    }
+
+    pub(crate) fn conversation(&self, id: &str) -> Call {
+        self.call("GET", &format!("/api/conversations/{id}"))
+    }
+
+    pub(crate) fn other_participant(&self, id: &str) -> Call {
+        self.call("GET", &format!("/api/conversations/{id}/other_participant"))
+    }
+
+    pub(crate) fn post_message(&self, id: &str, content: &str) -> Call {
+        self.call("POST", &format!("/api/conversations/{id}/messages")).json(&json!({ "content": content }))
+    }
+
+    pub(crate) fn messages(&self, id: &str, query: &str) -> Call {
+        self.call("GET", &format!("/api/conversations/{id}/messages{query}"))
+    }
+
+    pub(crate) fn read_messages(&self, id: &str) -> Call {
+        self.call("POST", &format!("/api/conversations/{id}/read_messages"))
+    }
+
+    /// Starts a conversation; its id.
+    pub(crate) async fn start(&self, username: &str) -> String {
+        text(&self.start_conversation(username).expect(201).await.json()["id"])
+    }
+
+    /// Posts; the message's id.
+    pub(crate) async fn say(&self, conversation: &str, content: &str) -> String {
+        text(&self.post_message(conversation, content).expect(201).await.json()["id"])
+    }
+
+    pub(crate) fn session(&self) -> SessionId {
+        keys().verifier().verify(&self.token, &[Audience::Api]).unwrap().sid
+    }
+
+    /// A token for this user's session that says something else.
+    pub(crate) fn forge(&self, change: impl FnOnce(&mut Claims)) -> String {
+        let mut claims = keys().verifier().verify(&self.token, &[Audience::Api]).unwrap();
+        change(&mut claims);
+        keys().sign(&claims)
+    }
+}
+
+pub(crate) fn text(value: &Value) -> String {
+    value.as_str().unwrap_or_else(|| panic!("{value} is no string")).to_owned()
+}
+
+/// Every answer has these, whatever it says.
+#[track_caller]
+pub(crate) fn assert_common_headers(answer: &Answer) {
+    assert_eq!(answer.header("x-content-type-options"), Some("nosniff"));
+    assert_eq!(answer.header("referrer-policy"), Some("no-referrer"));
+    assert_eq!(answer.header("cache-control"), Some("no-store"));
+    assert!(answer.header("x-request-id").is_some_and(|id| !id.is_empty()));
+}
+
+/// The one form of a failure.
+#[track_caller]
+pub(crate) fn assert_problem(answer: &Answer, status: u16, message: &str) {
+    assert_eq!(answer.status, status, "{}", answer.text());
+    assert_common_headers(answer);
+    assert_eq!(answer.header("content-type"), Some("application/problem+json"));
+    let body = answer.json();
+    assert_eq!(body["message"], message, "{body}");
+    assert_eq!(body["status"], status);
+    assert_eq!(body["type"], "about:blank");
+    assert_eq!(body["requestId"], answer.header("x-request-id").unwrap());
+    assert!(
+        body["title"].is_string()
+            && body["code"].as_str().unwrap().bytes().all(|b| b.is_ascii_lowercase() || b == b'_')
+    );
+    assert_eq!(body.get("errors").is_some(), status == 422, "{body}");
+}
+
+/// 422 with this sentence for this field.
+#[track_caller]
+pub(crate) fn assert_unacceptable(answer: &Answer, field: &str, sentence: &str) {
+    assert_problem(answer, 422, sentence);
+    assert_eq!(answer.json()["errors"], json!({ field: sentence }));
+}
