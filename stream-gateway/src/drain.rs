@@ -3,22 +3,32 @@
 
 use crate::sequencer::Millis;
 
+/// Between two steps, in milliseconds.
+const STEP: Millis = 250;
+
 pub struct Drain {
     end: Millis,
+    next: Millis,
 }
 
 impl Drain {
     pub fn new(now: Millis, window: Millis) -> Self {
-        Self { end: now + window }
+        Self { end: now + window, next: now }
     }
 
     pub fn end(&self) -> Millis {
         self.end
     }
 
-    /// How many of those who stay to part from now, when asked again after `step`.
-    pub fn share(&self, staying: usize, now: Millis, step: Millis) -> usize {
-        let steps_left = self.end.saturating_sub(now) / step.max(1);
+    /// When the next step is due.
+    pub fn next(&self) -> Millis {
+        self.next
+    }
+
+    /// One step: how many of those who stay to part from now.
+    pub fn step(&mut self, staying: usize, now: Millis) -> usize {
+        self.next = now + STEP;
+        let steps_left = self.end.saturating_sub(now) / STEP;
         staying.div_ceil(usize::try_from(steps_left).unwrap_or(usize::MAX).max(1))
     }
 }
@@ -29,20 +39,20 @@ mod tests {
 
     #[test]
     fn the_rate_is_steady_and_nobody_is_left_at_the_end() {
-        let drain = Drain::new(1_000, 10_000);
-        let (mut staying, mut now, mut shares) = (10_000, 1_000, Vec::new());
-        while now < drain.end() {
-            let share = drain.share(staying, now, 250);
+        let mut drain = Drain::new(1_000, 10_000);
+        let (mut staying, mut shares) = (10_000, Vec::new());
+        while drain.next() < drain.end() {
+            let share = drain.step(staying, drain.next());
             shares.push(share);
             staying -= share;
-            now += 250;
         }
         assert_eq!(staying, 0);
-        assert!(shares.iter().all(|share| (240..=260).contains(share)), "{shares:?}");
+        assert_eq!(shares.len(), 40);
+        assert!(shares.iter().all(|share| *share == 250), "{shares:?}");
     }
 
     #[test]
     fn without_a_window_all_go_at_once() {
-        assert_eq!(Drain::new(5, 0).share(7, 5, 250), 7);
+        assert_eq!(Drain::new(5, 0).step(7, 5), 7);
     }
 }

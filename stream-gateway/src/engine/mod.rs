@@ -281,7 +281,7 @@ impl Engine {
         let wheel = if self.connections.is_empty() { Millis::MAX } else { self.wheel.next() };
         let tick = self.ticks.first().map_or(Millis::MAX, |(at, _)| *at);
         let linger = self.lingering.front().map_or(Millis::MAX, |(at, _)| *at);
-        let drain = if self.drain.is_some() { self.now + wheel::SLOT } else { Millis::MAX };
+        let drain = self.drain.as_ref().map_or(Millis::MAX, Drain::next);
         wheel.min(tick).min(linger).min(drain).min(self.reconcile_at)
     }
 
@@ -1109,12 +1109,12 @@ impl Engine {
     }
 
     fn go_on_draining(&mut self) {
-        let Some(drain) = &self.drain else { return };
+        let Some(drain) = self.drain.as_mut().filter(|drain| drain.next() <= self.now) else { return };
         let staying = self.connections.iter().filter(|(_, connection)| connection.parting.is_none());
         let staying: Vec<_> = staying
             .map(|(index, connection)| Key { index: index as u32, generation: connection.generation })
             .collect();
-        let share = drain.share(staying.len(), self.now, wheel::SLOT);
+        let share = drain.step(staying.len(), self.now);
         for key in staying.into_iter().take(share) {
             self.part(key, Goodbye::Drain);
         }

@@ -1,13 +1,13 @@
-//! The route table: the stream, and nothing else.
+//! The route table: the stream, and nothing else. The other end of the table is a route too, not a rejection, so that its
+//! answer is made like every other.
 
 mod auth;
 mod stream;
 
 use std::{convert::Infallible, sync::Arc};
 
-use http::StatusCode;
-use shared::{problem::Problem, server::PeerAddr};
-use warp::{Filter, Rejection, Reply, reply::Response};
+use shared::server::PeerAddr;
+use warp::{Filter, Reply};
 
 pub use self::stream::Streams;
 
@@ -24,12 +24,6 @@ pub fn routes(
             let streams = streams.clone();
             async move { streams.answer(method, &headers, &query, peer).await }
         })
-        .recover(not_found)
+        .or(warp::any().and(warp::header::headers_cloned()).map(|headers| stream::not_found(&headers)))
         .unify()
-}
-
-/// Whatever is no route of ours.
-async fn not_found(_: Rejection) -> Result<Response, Infallible> {
-    let problem = Problem::new(StatusCode::NOT_FOUND, "not_found", "Not found", stream::new_request_id());
-    Ok(stream::finish(problem.into_response()))
 }

@@ -59,9 +59,6 @@ impl Streams {
             },
             _ => self.refuse(&Refusal::Method, &request_id),
         };
-        if let Ok(id) = HeaderValue::from_str(&request_id) {
-            response.headers_mut().insert("x-request-id", id);
-        }
         if let Some(origin) = origin {
             let headers = response.headers_mut();
             headers.insert(header::ACCESS_CONTROL_ALLOW_ORIGIN, origin.clone());
@@ -72,7 +69,7 @@ impl Streams {
             );
         }
         response.headers_mut().append(header::VARY, HeaderValue::from_static("Origin"));
-        finish(response)
+        finish(response, &request_id)
     }
 
     async fn open(
@@ -224,9 +221,19 @@ fn preflight() -> Response {
     response
 }
 
+/// Whatever is no route of ours.
+pub(super) fn not_found(headers: &HeaderMap) -> Response {
+    let request_id = request_id(headers);
+    let problem = Problem::new(StatusCode::NOT_FOUND, "not_found", "Not found", &request_id);
+    finish(problem.into_response(), &request_id)
+}
+
 /// The headers that every answer of ours has.
-pub(super) fn finish(mut response: Response) -> Response {
+fn finish(mut response: Response, request_id: &str) -> Response {
     let headers = response.headers_mut();
+    if let Ok(id) = HeaderValue::from_str(request_id) {
+        headers.insert("x-request-id", id);
+    }
     headers.insert(header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
     headers.insert(header::REFERRER_POLICY, HeaderValue::from_static("no-referrer"));
     headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));
@@ -240,11 +247,7 @@ fn request_id(headers: &HeaderMap) -> String {
         (1..=64).contains(&id.len())
             && id.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_'))
     };
-    given.filter(well_formed).map_or_else(new_request_id, str::to_owned)
-}
-
-pub(super) fn new_request_id() -> String {
-    uuid::Uuid::new_v4().to_string()
+    given.filter(well_formed).map_or_else(|| uuid::Uuid::new_v4().to_string(), str::to_owned)
 }
 
 fn accepts_event_stream(headers: &HeaderMap) -> bool {
