@@ -6,7 +6,7 @@ use std::{net::SocketAddr, time::Duration};
 use e2e::{Service, User, World, ledger::assert_exact};
 use futures_util::future::join_all;
 use serde_json::json;
-use shared::test_support::{soon, sse::Browser};
+use shared::test_support::{soon, sse::Browser, until};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::TcpStream,
@@ -331,12 +331,12 @@ async fn connections_that_come_and_go_all_the_time_leave_nothing_behind() {
         });
         join_all(openings).await;
     }
-    shared::test_support::until("only the neighbour's stream is left", || async {
-        gateway.metric("gateway_streams").await == 1.0
-    })
-    .await;
-    shared::test_support::until("only the neighbour is left, and subscribed", || async {
-        gateway.metric("gateway_users").await == 1.0 && gateway.metric("gateway_subscriptions").await == 1.0
+    until("only the neighbour's stream is left", || async { gateway.metric("gateway_streams").await == 1.0 })
+        .await;
+    until("only the neighbour is left, and subscribed", || async {
+        gateway.metric("gateway_users").await == 1.0
+            && gateway.metric("gateway_subscriptions").await
+                == gateway.metric("gateway_subscriptions_wanted").await
     })
     .await;
     neighbours.assert_unharmed(&world, &api).await;

@@ -63,7 +63,11 @@ async fn a_gateway_told_to_stop_says_goodbye_to_all_over_its_window_and_they_mis
     }
     ends.sort();
     let spread = *ends.last().unwrap() - ends[0];
-    println!("{} streams drained over {spread:?}, the process ended after {took:?}", ends.len());
+    println!(
+        "{} streams drained over {spread:?}, the first after {:?}, the process ended after {took:?}",
+        ends.len(),
+        ends[0] - began,
+    );
     assert!(spread > WINDOW / 3, "spread, not all at once: {spread:?}");
 }
 
