@@ -46,11 +46,14 @@ CREATE INDEX conversations_by_user_b ON conversations (user_b);
 -- A conversation as one of its two people sees it. It repeats what could be computed (the other one, the last message, the
 -- count of unread ones) because the list of conversations is the most read page of all, and must cost one index scan.
 -- All of it changes only under the lock of the conversation's row.
+--
+-- Every message updates two of these rows and all their indexes, so there are no more of these than are read. The people
+-- are named by the conversation, whose foreign keys hold for both; here they need none of their own.
 CREATE TABLE participants (
     conversation_id      bigint NOT NULL REFERENCES conversations ON DELETE CASCADE,
-    user_id              bigint NOT NULL REFERENCES users ON DELETE CASCADE,
-    other_user_id        bigint NOT NULL REFERENCES users ON DELETE CASCADE,
-    -- Both are ids of messages of this conversation, without foreign keys: only the functions of the next migration write
+    user_id              bigint NOT NULL,
+    other_user_id        bigint NOT NULL,
+    -- Both are ids of messages of this conversation, without foreign keys: only the functions of a later migration write
     -- them, from a message they have just made or read, and messages are not deleted one by one.
     last_message_id      bigint,
     last_read_message_id bigint,
@@ -62,9 +65,6 @@ CREATE TABLE participants (
 -- which is what makes paging by it exact: a message is the last one of one conversation only.
 CREATE UNIQUE INDEX participants_by_last_message ON participants (user_id, last_message_id DESC)
     WHERE last_message_id IS NOT NULL;
-
--- The cascade from users.
-CREATE INDEX participants_by_other ON participants (other_user_id);
 
 -- Ids are drawn under the lock of the conversation's row, so within a conversation they grow in the order of commits:
 -- order, paging and read positions use the id, never a clock.

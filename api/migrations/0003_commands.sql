@@ -15,9 +15,12 @@ CREATE FUNCTION rfc3339(_at timestamptz) RETURNS text LANGUAGE sql STABLE PARALL
     SELECT to_char(_at AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"')
 $$;
 
-CREATE FUNCTION session_is_live(_session bigint, _user bigint) RETURNS boolean LANGUAGE sql STABLE AS $$
-    SELECT EXISTS (SELECT FROM sessions
-                   WHERE id = _session AND user_id = _user AND revoked_at IS NULL AND expires_at > now())
+-- In PL/pgSQL, which keeps its plan; a function in plain SQL would be planned again at every call from another one.
+CREATE FUNCTION session_is_live(_session bigint, _user bigint) RETURNS boolean LANGUAGE plpgsql STABLE AS $$
+BEGIN
+    RETURN EXISTS (SELECT FROM sessions AS s
+                   WHERE s.id = _session AND s.user_id = _user AND s.revoked_at IS NULL AND s.expires_at > now());
+END
 $$;
 
 CREATE FUNCTION append_to_feed(
