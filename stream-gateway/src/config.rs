@@ -70,7 +70,7 @@ pub struct Settings {
     #[arg(long, hide_env_values = true, env, default_value = "0")]
     max_streams_per_address: String,
     /// New streams a second on this process; more are told to come back later
-    #[arg(long, hide_env_values = true, env, default_value = "2000")]
+    #[arg(long, hide_env_values = true, env, default_value = "5000")]
     accept_rate: String,
     /// Bytes of events kept for readers that are behind, over all users. Beyond it they read from api again
     #[arg(long, hide_env_values = true, env, default_value = "67108864")]
