@@ -7,11 +7,12 @@ pub(crate) fn demo(base: &str) -> String {
 login() {{ curl -sS "$base/api/login" -H 'Content-Type: application/json' -d "{{\"username\":\"$1\"}}" | grep -o '"token":"[^"]*' | cut -d'"' -f4; }}
 john=$(login john) jane=$(login jane)
 for gateway in 1 2; do
-  curl -sSN "$base/api/messages" -H 'Accept: text/event-stream' -H "Authorization: Bearer $jane" | sed -u "s/^/jane $gateway | /" &
+  curl -sSN "$base/api/messages" -H 'Accept: text/event-stream' -H "Authorization: Bearer $jane" > >(sed -u "s/^/jane $gateway | /") &
+  streams+=" $!"
 done; sleep 1
 conversation=$(curl -sSL "$base/api/conversations" -H 'Content-Type: application/json' -H "Authorization: Bearer $john" -d '{{"username":"jane"}}' | grep -o '"id":"[^"]*' | head -n 1 | cut -d'"' -f4)
 curl -sS "$base/api/conversations/$conversation/messages" -H 'Content-Type: application/json' -H "Authorization: Bearer $john" -d '{{"content":"hello jane"}}'; echo
-sleep 1; kill $(jobs -p))
+sleep 1; kill $streams)
 "#
     )
 }

@@ -5,7 +5,8 @@ use std::fs;
 use std::path::Path;
 
 fn read(path: &str) -> String {
-    fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("..").join(path)).unwrap()
+    fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("..").join(path))
+        .expect("the file is in the workspace")
 }
 
 /// The settings of a service, from the fields that carry `#[arg(long, …env…)]`: name and default.
