@@ -164,8 +164,10 @@ pub struct Backfill<A> {
     ranges: VecDeque<RangeQuestion<A>>,
     heads: VecDeque<HeadQuestion>,
     requests: FuturesUnordered<JoinHandle<Batch<A>>>,
-    /// When the next request may start.
-    not_before: Instant,
+    /// Until when questions gather to share a request.
+    gather_until: Instant,
+    /// Until when `api` is left alone after a failure.
+    paused_until: Instant,
     backoff: Duration,
 }
 
@@ -178,7 +180,8 @@ impl<A: Copy + Send + 'static> Backfill<A> {
             ranges: VecDeque::new(),
             heads: VecDeque::new(),
             requests: FuturesUnordered::new(),
-            not_before: Instant::now(),
+            gather_until: Instant::now(),
+            paused_until: Instant::now(),
             backoff: Duration::ZERO,
         }
     }
@@ -214,7 +217,7 @@ impl<A: Copy + Send + 'static> Backfill<A> {
             self.launch();
             let waiting = !(self.ranges.is_empty() && self.heads.is_empty());
             let may_launch = waiting && self.requests.len() < MAX_REQUESTS;
-            let not_before = self.not_before;
+            let not_before = self.not_before();
             tokio::select! {
                 Some(done) = self.requests.next() => {
                     let (result, started) = done.unwrap_or_else(|panic| std::panic::resume_unwind(panic.into_panic()));
@@ -234,12 +237,16 @@ impl<A: Copy + Send + 'static> Backfill<A> {
 
     fn gather(&mut self) {
         if self.ranges.is_empty() && self.heads.is_empty() {
-            self.not_before = self.not_before.max(Instant::now() + GATHER);
+            self.gather_until = Instant::now() + GATHER;
         }
     }
 
+    fn not_before(&self) -> Instant {
+        self.gather_until.max(self.paused_until)
+    }
+
     fn launch(&mut self) {
-        while self.requests.len() < MAX_REQUESTS && Instant::now() >= self.not_before {
+        while self.requests.len() < MAX_REQUESTS && Instant::now() >= self.not_before() {
             let (api, metrics, started) = (self.api.clone(), self.metrics.clone(), Instant::now());
             let request = if !self.ranges.is_empty() {
                 let questions: Vec<_> = self.ranges.drain(..self.ranges.len().min(MAX_PAIRS)).collect();
@@ -275,10 +282,10 @@ impl<A: Copy + Send + 'static> Backfill<A> {
             }
         };
         self.metrics.questions_failed.get_or_create(&Question { question }).inc_by(users as u64);
-        if started >= self.not_before {
+        if started >= self.paused_until {
             self.backoff = (self.backoff * 2).clamp(FIRST_BACKOFF, MAX_BACKOFF);
         }
-        self.not_before = Instant::now() + self.backoff.mul_f64(rand::rng().random_range(0.5..1.0));
+        self.paused_until = Instant::now() + self.backoff.mul_f64(rand::rng().random_range(0.5..1.0));
     }
 }
 

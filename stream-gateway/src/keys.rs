@@ -40,7 +40,8 @@ pub struct Keys {
     api: Api,
     metrics: Arc<Metrics>,
     current: RwLock<Option<Arc<KeySet>>>,
-    last_asked: Mutex<Option<Instant>>,
+    /// When a token's unknown key was last asked about, and whether an answer came.
+    last_asked: Mutex<Option<(Instant, bool)>>,
 }
 
 impl Keys {
@@ -58,8 +59,12 @@ impl Keys {
         let keys = self.current().ok_or(Refused::NoKeys)?;
         match keys.verify(token, ACCEPTED) {
             Err(TokenError::UnknownKey) => {
-                self.ask_once(&keys).await;
-                self.current().ok_or(Refused::NoKeys)?.verify(token, ACCEPTED).map_err(Refused::Token)
+                let newest = self.ask_once(&keys).await;
+                let keys = self.current().ok_or(Refused::NoKeys)?;
+                keys.verify(token, ACCEPTED).map_err(|error| match error {
+                    TokenError::UnknownKey if !newest => Refused::NoKeys,
+                    error => Refused::Token(error),
+                })
             }
             result => result.map_err(Refused::Token),
         }
@@ -87,18 +92,23 @@ impl Keys {
         }
     }
 
-    /// Whoever waits here while another asks finds the answer there.
-    async fn ask_once(&self, seen: &Arc<KeySet>) {
-        let mut last_asked = self.last_asked.lock().await;
-        let news = self.current().is_some_and(|current| !Arc::ptr_eq(&current, seen));
-        let too_soon = last_asked.is_some_and(|at| at.elapsed() < ASK_AGAIN_AFTER);
-        if news || too_soon {
-            return;
+    /// Whether the keys are now the newest there are. Whoever waits here while another asks gets that answer.
+    async fn ask_once(&self, seen: &Arc<KeySet>) -> bool {
+        let mut last = self.last_asked.lock().await;
+        if self.current().is_some_and(|current| !Arc::ptr_eq(&current, seen)) {
+            return true;
         }
-        *last_asked = Some(Instant::now());
-        if let Err(error) = self.fetch().await {
+        if let Some((at, answered)) = *last
+            && at.elapsed() < ASK_AGAIN_AFTER
+        {
+            return answered;
+        }
+        let result = self.fetch().await;
+        if let Err(error) = &result {
             tracing::warn!(%error, "cannot ask api for a key that a token names");
         }
+        *last = Some((Instant::now(), result.is_ok()));
+        result.is_ok()
     }
 
     async fn fetch(&self) -> anyhow::Result<()> {

@@ -48,6 +48,8 @@ pub enum News {
     Event(UserId, Event),
     /// A session of this user has ended.
     Revoked(UserId, SessionId),
+    /// Something was said about this user that cannot be read.
+    Doubted(UserId),
     /// From here on, what is published for these users arrives.
     Confirmed(Vec<UserId>),
     /// The connection is gone: nothing is confirmed any more.
@@ -104,22 +106,37 @@ impl Wishes {
         }
     }
 
-    /// Some users whose wish differs from what is `actual`: those to subscribe to, those to leave.
-    fn take(&self, actual: &HashSet<UserId>) -> (Vec<UserId>, Vec<UserId>) {
+    /// Some of the users whose wish has changed, by what is to be done about it.
+    fn take(&self, actual: &HashSet<UserId>) -> Batch {
         let mut state = self.lock();
+        let mut batch = Batch::default();
         let some: Vec<_> = state.changed.iter().copied().take(BATCH).collect();
-        some.iter().for_each(|user| _ = state.changed.remove(user));
-        let differs = |user: &UserId| state.wanted.contains(user) != actual.contains(user);
-        let (join, leave) = some.into_iter().filter(differs).partition(|user| state.wanted.contains(user));
+        for user in some {
+            state.changed.remove(&user);
+            match (state.wanted.contains(&user), actual.contains(&user)) {
+                (true, false) => batch.join.push(user),
+                (false, true) => batch.leave.push(user),
+                (true, true) => batch.back.push(user),
+                (false, false) => {}
+            }
+        }
         if !state.changed.is_empty() {
             self.changed.notify_one();
         }
-        (join, leave)
+        batch
     }
 
     fn lock(&self) -> MutexGuard<'_, WishState> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+#[derive(Debug, Default, PartialEq, Eq)]
+struct Batch {
+    join: Vec<UserId>,
+    leave: Vec<UserId>,
+    /// Left and came back before Redis was told: the subscription was there all the time, and the hub does not know it.
+    back: Vec<UserId>,
 }
 
 pub struct Subscriber {
@@ -254,17 +271,15 @@ impl Subscriber {
                 }
                 return Ok(());
             }
-            let message = match (channels.user_of(channel), read(payload)) {
-                (Some(user), Some(Heard::Event(event))) => News::Event(user, event),
-                (Some(user), Some(Heard::Revoked(session))) => News::Revoked(user, session),
-                _ => {
-                    // Of a newer api, or a stranger's: the feed has it if it is an event.
-                    metrics.redis_bad_messages.inc();
-                    marks.overflows.fetch_add(1, Ordering::AcqRel);
-                    marks.noticed.notify_one();
-                    return Ok(());
-                }
+            let Some(user) = channels.user_of(channel) else {
+                metrics.redis_bad_messages.inc();
+                return Ok(());
             };
+            let message = read(user, payload).unwrap_or_else(|| {
+                // Of a newer api, or a stranger's: the feed has it if it is an event.
+                metrics.redis_bad_messages.inc();
+                News::Doubted(user)
+            });
             if news.try_send(message).is_err() {
                 metrics.redis_overflows.inc();
                 marks.overflows.fetch_add(1, Ordering::AcqRel);
@@ -279,7 +294,7 @@ impl Subscriber {
         connection: &mut MultiplexedConnection,
         actual: &mut HashSet<UserId>,
     ) -> anyhow::Result<()> {
-        let (join, leave) = self.wishes.take(actual);
+        let Batch { join, leave, back } = self.wishes.take(actual);
         let names = |users: &[UserId]| users.iter().map(|user| self.channels.user(*user)).collect::<Vec<_>>();
         // One command after the other: a confirmation then always belongs to the newest command on its channel.
         if !leave.is_empty() {
@@ -290,6 +305,9 @@ impl Subscriber {
             connection.subscribe(names(&join)).await.context("cannot subscribe")?;
             actual.extend(&join);
             self.news.send(News::Confirmed(join)).await?;
+        }
+        if !back.is_empty() {
+            self.news.send(News::Confirmed(back)).await?;
         }
         self.metrics.subscriptions.set(i64::try_from(actual.len()).unwrap_or(i64::MAX));
         self.metrics.subscriptions_wanted.set(i64::try_from(self.wishes.count()).unwrap_or(i64::MAX));
@@ -331,18 +349,13 @@ impl Subscriber {
     }
 }
 
-enum Heard {
-    Event(Event),
-    Revoked(SessionId),
-}
-
-fn read(payload: &[u8]) -> Option<Heard> {
+fn read(user: UserId, payload: &[u8]) -> Option<News> {
     if payload.len() > MAX_ENVELOPE {
         return None;
     }
     match Notice::from_json(payload).ok()? {
-        Notice::Event(envelope) => Event::encode(&envelope).ok().map(Heard::Event),
-        Notice::Revoked(Revoked { revoked }) => Some(Heard::Revoked(revoked)),
+        Notice::Event(envelope) => Event::encode(&envelope).ok().map(|event| News::Event(user, event)),
+        Notice::Revoked(Revoked { revoked }) => Some(News::Revoked(user, revoked)),
     }
 }
 
@@ -354,23 +367,35 @@ mod tests {
         ids.into_iter().map(UserId).collect()
     }
 
+    fn sorted(mut batch: Batch) -> [Vec<i64>; 3] {
+        batch.join.sort();
+        let ids = |users: Vec<UserId>| users.into_iter().map(|user| user.0).collect();
+        [ids(batch.join), ids(batch.leave), ids(batch.back)]
+    }
+
     #[test]
     fn wishes_are_told_once_connected_and_only_where_they_differ() {
         let wishes = Wishes::default();
         wishes.want(UserId(1));
         wishes.want(UserId(2));
-        assert_eq!(wishes.take(&users([])), (vec![], vec![]));
+        assert_eq!(wishes.take(&users([])), Batch::default());
         wishes.start_over(true);
-        let (mut join, leave) = wishes.take(&users([]));
-        join.sort();
-        assert_eq!((join, leave), (vec![UserId(1), UserId(2)], vec![]));
+        assert_eq!(sorted(wishes.take(&users([]))), [vec![1, 2], vec![], vec![]]);
         wishes.unwant(UserId(1));
         wishes.want(UserId(3));
         wishes.unwant(UserId(3));
-        assert_eq!(wishes.take(&users([1, 2])), (vec![], vec![UserId(1)]));
+        assert_eq!(sorted(wishes.take(&users([1, 2]))), [vec![], vec![1], vec![]]);
+    }
+
+    #[test]
+    fn one_who_left_and_came_back_at_once_is_confirmed_again() {
+        let wishes = Wishes::default();
+        wishes.want(UserId(2));
+        wishes.start_over(true);
+        assert_eq!(sorted(wishes.take(&users([]))), [vec![2], vec![], vec![]]);
         wishes.unwant(UserId(2));
         wishes.want(UserId(2));
-        assert_eq!(wishes.take(&users([2])), (vec![], vec![]));
+        assert_eq!(sorted(wishes.take(&users([2]))), [vec![], vec![], vec![2]]);
     }
 
     #[test]
@@ -381,12 +406,12 @@ mod tests {
         let mut actual = users([]);
         let mut batches = Vec::new();
         loop {
-            let (join, _) = wishes.take(&actual);
-            if join.is_empty() {
+            let batch = wishes.take(&actual);
+            if batch.join.is_empty() {
                 break;
             }
-            batches.push(join.len());
-            actual.extend(join);
+            batches.push(batch.join.len());
+            actual.extend(batch.join);
         }
         assert_eq!(batches, [BATCH, BATCH, 1_300 - 2 * BATCH]);
     }
@@ -404,8 +429,9 @@ mod tests {
     #[test]
     fn a_payload_of_another_form_is_none_of_ours() {
         for payload in [&b""[..], b"{}", b"[]", b"null", b"\xff", &vec![b' '; MAX_ENVELOPE + 1]] {
-            assert!(read(payload).is_none());
+            assert!(read(UserId(1), payload).is_none());
         }
-        assert!(matches!(read(br#"{"revoked":"5"}"#), Some(Heard::Revoked(SessionId(5)))));
+        let revoked = read(UserId(1), br#"{"revoked":"5"}"#);
+        assert!(matches!(revoked, Some(News::Revoked(UserId(1), SessionId(5)))));
     }
 }

@@ -12,7 +12,7 @@ mod connection;
 mod wheel;
 
 use std::{
-    collections::{BTreeSet, VecDeque},
+    collections::{BTreeSet, HashSet, VecDeque},
     io,
     sync::Arc,
     thread,
@@ -707,6 +707,14 @@ impl Engine {
                 }
                 self.reconcile_soon();
             }
+            News::Doubted(user) => {
+                if let Some(at) = self.hub.find(user)
+                    && let Some(entry) = self.hub.get_mut(at)
+                {
+                    entry.sequencer.suspect(self.now);
+                    self.take(at, vec![], Way::Repair);
+                }
+            }
             News::Missed => self.reconcile_soon(),
         }
     }
@@ -1082,6 +1090,7 @@ impl Engine {
     fn drop_stale_questions(&mut self) {
         let (hub, connections) = (&self.hub, &self.connections);
         let mut dropped = 0;
+        let mut seen = HashSet::new();
         self.backfill.retain(
             |question| match question.asker {
                 Asker::User => hub.find(question.user).is_some(),
@@ -1092,9 +1101,28 @@ impl Engine {
                 }
             },
             |question| {
-                let keep = hub.find(question.user).is_some() && question.why != WhyHead::Reconcile;
-                dropped += usize::from(!keep && question.why == WhyHead::Reconcile);
-                keep
+                let Some(entry) = hub.find(question.user).and_then(|user| hub.get(user)) else {
+                    dropped += usize::from(question.why == WhyHead::Reconcile);
+                    return false;
+                };
+                match question.why {
+                    WhyHead::Place => true,
+                    // Of several that ask the same, the first is enough.
+                    WhyHead::Join => {
+                        let wanted = question.session.is_none_or(|session| {
+                            let mut here = entry.connections.iter();
+                            here.any(|key| {
+                                connections.get(key.index as usize).is_some_and(|c| c.session == session)
+                            })
+                        });
+                        wanted && seen.insert((question.user, question.session))
+                    }
+                    // The next round asks anew.
+                    WhyHead::Reconcile => {
+                        dropped += 1;
+                        false
+                    }
+                }
             },
         );
         self.reconciling = self.reconciling.saturating_sub(dropped);
