@@ -10,8 +10,8 @@ CREATE TABLE users (
     created_at timestamptz NOT NULL DEFAULT now()
 );
 
--- Search by prefix, whatever the case. The "C" collation is what lets LIKE use a btree, and the second column gives the
--- answer its order, so that the first five are read and nothing is sorted, however many people share a prefix.
+-- Search by prefix, whatever the case. By the "C" collation a prefix is a range, and the second column gives the answer its
+-- order, so that the first five are read and nothing is sorted, however many people share a prefix.
 CREATE INDEX users_by_folded_name ON users ((lower(username) COLLATE "C"), username COLLATE "C");
 
 -- One login of one user: the `sid` of a token. A token is good only while its session is, so logging out is a matter of

@@ -45,6 +45,14 @@ impl Listeners {
             ops: bind("OPS_LISTEN", addresses.ops)?,
         })
     }
+
+    pub fn addresses(&self) -> std::io::Result<Addresses> {
+        Ok(Addresses {
+            public: self.public.local_addr()?,
+            internal: self.internal.local_addr()?,
+            ops: self.ops.local_addr()?,
+        })
+    }
 }
 
 /// Applies what is missing of the schema.
@@ -67,51 +75,60 @@ pub async fn new_epoch(postgres: PgConnectOptions) -> anyhow::Result<()> {
 /// Serves until `stop`, then ends in order: unready, still serving while the word spreads; then no new connections, requests
 /// in progress finish; then what they caused is published.
 pub async fn run(config: Config, listeners: Listeners, stop: CancellationToken) -> anyhow::Result<()> {
-    let mut connection = connect(&config.database).await?;
+    let (metrics, registry) = Metrics::new();
+    let judgement = Judgement::new();
+    let limits = Limits { stop: config.shutdown_grace, ..Limits::default() };
+
+    // The operators' listener is the first and the last: also who waits for Postgres is alive.
+    let stop_ops = CancellationToken::new();
+    let _stop_ops_on_failure = stop_ops.clone().drop_guard();
+    let operators = ops::routes(registry, {
+        let judgement = judgement.clone();
+        move || judgement.get()
+    });
+    let addresses = listeners.addresses()?;
+    let operators =
+        tokio::spawn(server::serve(listeners.ops, warp::service(operators), limits, stop_ops.clone()));
+
+    let mut connection = tokio::select! {
+        connection = connect(&config.database) => connection?,
+        () = stop.cancelled() => return Ok(()),
+    };
     schema::require_current(&mut connection).await?;
     let _ = connection.close().await;
 
-    let (metrics, registry) = Metrics::new();
     let database = Database::new(config.database.clone(), config.database_pool_size);
     let (publisher, worker) = publisher(config.redis, config.channels, metrics.clone());
-    let judgement = Judgement::new();
     let api = Arc::new(Api {
         context: Context { database: database.clone(), publisher },
         auth: Auth::new(config.keys, config.origin, config.token_lifetime),
         dev_login: config.dev_login,
         internal_secret: config.internal_secret,
-        metrics: metrics.clone(),
     });
 
     // Each is stopped after those that need it.
     let stop_serving = CancellationToken::new();
     let stop_publishing = CancellationToken::new();
-    let stop_ops = CancellationToken::new();
 
     let watching =
-        readiness::watch(config.database, database.clone(), metrics.clone(), judgement.clone(), stop.clone());
+        readiness::watch(config.database, database.clone(), metrics.clone(), judgement, stop.clone());
     let watching = tokio::spawn(watching);
     let pruning = pruner::run(database.clone(), config.keep, metrics.clone(), stop.clone());
     let pruning = tokio::spawn(pruning);
     let publishing = tokio::spawn(worker.run(stop_publishing.clone()));
 
-    let limits = Limits { stop: config.shutdown_grace, ..Limits::default() };
     let edge = |routes| Edge::new(warp::service(routes), metrics.clone());
-    for (name, listener) in
-        [("public", &listeners.public), ("internal", &listeners.internal), ("ops", &listeners.ops)]
-    {
-        tracing::info!(name, address = %listener.local_addr()?, "listening");
-    }
-    let public =
-        server::serve(listeners.public, edge(http::public(api.clone())), limits, stop_serving.clone());
-    let internal =
-        server::serve(listeners.internal, edge(http::internal(api.clone())), limits, stop_serving.clone());
-    let operators = ops::routes(registry, move || judgement.get());
-    let operators = server::serve(listeners.ops, warp::service(operators), limits, stop_ops.clone());
+    let public = server::serve(listeners.public, edge(http::public(&api)), limits, stop_serving.clone());
     let public = tokio::spawn(public);
+    let internal =
+        server::serve(listeners.internal, edge(http::internal(&api)), limits, stop_serving.clone());
     let internal = tokio::spawn(internal);
-    let operators = tokio::spawn(operators);
     drop(api);
+    for (name, address) in
+        [("public", addresses.public), ("internal", addresses.internal), ("ops", addresses.ops)]
+    {
+        tracing::info!(name, %address, "listening");
+    }
 
     stop.cancelled().await;
     tokio::time::sleep(config.shutdown_wait).await;

@@ -6,7 +6,7 @@ use std::{sync::Arc, time::Duration};
 use redis::{AsyncConnectionConfig, aio::MultiplexedConnection};
 use shared::channels::Channels;
 use tokio::{
-    sync::mpsc,
+    sync::mpsc::{self, error::TrySendError},
     time::{Instant, sleep_until, timeout},
 };
 use tokio_util::sync::CancellationToken;
@@ -60,9 +60,12 @@ impl Publisher {
             let payload =
                 serde_json::to_vec(&envelope).expect("an envelope is strings, numbers and valid JSON");
             let notice = Notice { channel: self.channels.user(receiver), payload };
-            if self.queue.try_send(notice).is_err() {
-                self.metrics.publish_dropped.get_or_create(&Dropped { reason: "queue_full" }).inc();
-            }
+            let reason = match self.queue.try_send(notice) {
+                Ok(()) => continue,
+                Err(TrySendError::Full(_)) => "queue_full",
+                Err(TrySendError::Closed(_)) => "stopping",
+            };
+            self.metrics.publish_dropped.get_or_create(&Dropped { reason }).inc();
         }
     }
 }
@@ -80,6 +83,7 @@ impl Worker {
     pub async fn run(mut self, stop: CancellationToken) {
         let mut batch = Vec::with_capacity(BATCH);
         let mut backoff = BACKOFF;
+        let mut second_chance = true;
         loop {
             let failed = match self.connect().await {
                 Ok(connection) => {
@@ -90,9 +94,11 @@ impl Worker {
                     match ended {
                         Ended::Stopped => return,
                         Ended::Failed { worked } => {
-                            if worked {
-                                // It was restarted, most likely: the batch gets a second chance on a new connection.
+                            if worked || second_chance {
+                                // It was restarted, most likely, and this batch is how we learn it: once, it is sent
+                                // again on a new connection.
                                 backoff = BACKOFF;
+                                second_chance = worked;
                                 continue;
                             }
                             "Redis refuses"
@@ -111,6 +117,7 @@ impl Worker {
                 return;
             }
             backoff = (backoff * 2).min(BACKOFF_CAP);
+            second_chance = true;
         }
     }
 

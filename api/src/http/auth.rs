@@ -70,12 +70,14 @@ impl Auth {
 
     /// A token for exactly as long as its session.
     pub(super) fn issue(&self, user: UserId, session: Session) -> Token {
-        // Whole seconds, rounded down: never past the session.
-        let exp = session.expires_at.timestamp();
+        let now = Utc::now();
+        // Whole seconds, rounded down: never past the session, whose end is by the database's clock, nor longer than a
+        // token may live by ours.
+        let exp = session.expires_at.min(now + self.lifetime).timestamp();
         let claims = Claims {
             sub: user,
             sid: session.id,
-            iat: Utc::now().timestamp(),
+            iat: now.timestamp(),
             exp,
             aud: Audience::Api,
             iss: self.keys.issuer().to_owned(),

@@ -22,7 +22,7 @@ use warp::{Filter, filters::BoxedFilter, reply::Response};
 
 pub use edge::Edge;
 
-use crate::{commands::Context, metrics::Metrics};
+use crate::commands::Context;
 use auth::Auth;
 use error::ApiError;
 
@@ -32,7 +32,6 @@ pub struct Api {
     pub auth: Auth,
     pub dev_login: bool,
     pub internal_secret: String,
-    pub metrics: Metrics,
 }
 
 /// How every handler ends.
@@ -41,29 +40,27 @@ type Answer = Result<Response, ApiError>;
 type Resource = BoxedFilter<(Answer,)>;
 
 /// The listener that clients reach.
-pub fn public(api: Arc<Api>) -> BoxedFilter<(Response,)> {
-    let a = &api;
+pub fn public(api: &Arc<Api>) -> BoxedFilter<(Response,)> {
     one_of([
-        at("/api/login", login::login(a)),
-        at("/api/refresh_token", login::refresh_token(a)),
-        at("/api/auth_user", users::auth_user(a)),
-        at("/api/usernames", users::usernames(a)),
-        at("/api/conversations", conversations::conversations(a)),
-        at("/api/conversations/{id}", conversations::conversation(a)),
-        at("/api/conversations/{id}/other_participant", conversations::other_participant(a)),
-        at("/api/conversations/{id}/messages", messages::messages(a)),
-        at("/api/conversations/{id}/read_messages", messages::read_messages(a)),
-        at(feed::JWKS_PATH, login::jwks(a)),
+        at("/api/login", login::login(api)),
+        at("/api/refresh_token", login::refresh_token(api)),
+        at("/api/auth_user", users::auth_user(api)),
+        at("/api/usernames", users::usernames(api)),
+        at("/api/conversations", conversations::conversations(api)),
+        at("/api/conversations/{id}", conversations::conversation(api)),
+        at("/api/conversations/{id}/other_participant", conversations::other_participant(api)),
+        at("/api/conversations/{id}/messages", messages::messages(api)),
+        at("/api/conversations/{id}/read_messages", messages::read_messages(api)),
+        at(feed::JWKS_PATH, login::jwks(api)),
     ])
 }
 
 /// The listener that gateways ask.
-pub fn internal(api: Arc<Api>) -> BoxedFilter<(Response,)> {
-    let a = &api;
+pub fn internal(api: &Arc<Api>) -> BoxedFilter<(Response,)> {
     one_of([
-        at(feed::HEADS_PATH, internal::heads(a)),
-        at(feed::RANGES_PATH, internal::ranges(a)),
-        at(feed::JWKS_PATH, login::jwks(a)),
+        at(feed::HEADS_PATH, internal::heads(api)),
+        at(feed::RANGES_PATH, internal::ranges(api)),
+        at(feed::JWKS_PATH, login::jwks(api)),
     ])
 }
 

@@ -87,7 +87,9 @@ pub async fn ended(connection: &mut PgConnection, asked: &[SessionId]) -> sqlx::
     let ended = sqlx::query_scalar!(
         r#"SELECT DISTINCT asked.id AS "id!"
            FROM unnest($1::bigint[]) AS asked (id)
-           LEFT JOIN sessions AS s ON s.id = asked.id AND s.revoked_at IS NULL AND s.expires_at > now()
+           LEFT JOIN LATERAL (
+               SELECT * FROM sessions WHERE sessions.id = asked.id AND revoked_at IS NULL AND expires_at > now() LIMIT 1
+           ) AS s ON true
            WHERE s.id IS NULL"#,
         &ids,
     )

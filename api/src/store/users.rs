@@ -14,19 +14,20 @@ pub async fn find_by_name(connection: &mut PgConnection, username: &str) -> sqlx
         .await
 }
 
-/// The first names with this prefix, whatever its case, without `me`. Every character of the prefix is a plain one.
+/// The first names with this prefix, whatever its case, without `me`. A range and no pattern: every character of the prefix is
+/// a plain one, and the index serves it whatever the plan. U+10FFFF comes after every character that a name has.
 pub async fn names_with_prefix(
     connection: &mut PgConnection,
     prefix: &str,
     me: UserId,
 ) -> sqlx::Result<Vec<String>> {
-    let escaped = prefix.replace('\\', r"\\").replace('%', r"\%").replace('_', r"\_");
     sqlx::query_scalar!(
         r#"SELECT username FROM users
-           WHERE lower(username) COLLATE "C" LIKE lower($1) || '%' AND id <> $2
+           WHERE lower(username) COLLATE "C" >= lower($1) AND lower(username) COLLATE "C" < lower($1) || chr(1114111)
+             AND id <> $2
            ORDER BY lower(username) COLLATE "C", username COLLATE "C"
            LIMIT $3"#,
-        escaped,
+        prefix,
         me.0,
         SUGGESTIONS,
     )

@@ -86,8 +86,8 @@ impl App {
     /// Started as `main` does.
     pub(crate) async fn start_with(config: Config) -> Self {
         let listeners = Listeners::bind(anywhere()).unwrap();
-        let url = |listener: &tokio::net::TcpListener| format!("http://{}", listener.local_addr().unwrap());
-        let (public, internal, ops) = (url(&listeners.public), url(&listeners.internal), url(&listeners.ops));
+        let Addresses { public, internal, ops } = listeners.addresses().unwrap();
+        let [public, internal, ops] = [public, internal, ops].map(|address| format!("http://{address}"));
         let stop = CancellationToken::new();
         let task = tokio::spawn(app::run(config, listeners, stop.clone()));
         let app = Self { public, internal, ops, client: Client::default(), stop, task };
