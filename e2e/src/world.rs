@@ -120,7 +120,7 @@ impl World {
     pub fn api(&self) -> Plan {
         self.plan("api", "api")
             .env("INTERNAL_LISTEN", "127.0.0.1:0")
-            .env("DATABASE_URL", self.database.url())
+            .env("DATABASE_URL", self.database_url())
             .env("DATABASE_POOL_SIZE", 5)
             .env("SIGNING_KEY_FILES", self.key_file("signing.pem"))
             .env("DEV_LOGIN", true)
@@ -217,6 +217,10 @@ impl World {
     /// The Redis channel of a user in this world.
     pub fn channel(&self, user: UserId) -> String {
         Channels::new(&*self.prefix).user(user)
+    }
+
+    pub fn database_url(&self) -> String {
+        self.database.url()
     }
 
     /// A text that was never sent before.

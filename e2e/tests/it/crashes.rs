@@ -175,6 +175,43 @@ async fn a_postgres_that_crashes_and_recovers_under_traffic_loses_no_accepted_me
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn while_the_link_to_postgres_hangs_or_breaks_streams_stay_open_and_nothing_is_lost_or_doubled() {
+    let postgres = Postgres::start();
+    let link = Proxy::start(postgres.address()).await;
+    let world = Arc::new(World::with_postgres(postgres.url()).await);
+    let behind = world.database_url().replace(&postgres.address().to_string(), &link.address().to_string());
+    let api = world.api().env("DATABASE_URL", behind).ready().await;
+    let gateway = world.gateway(api.internal()).env("RECONCILE_SECONDS", 1).ready().await;
+    let crowd = Crowd::gather(&world, &api, 4).await;
+    let watching = crowd.watch(&[&gateway]).await;
+    let traffic = Traffic::start(&world, &[&api], &crowd.lines, Duration::from_millis(20));
+    traffic.more(60).await;
+
+    link.silence();
+    let mut new = gateway.stream(&crowd.users[0]).stream().await;
+    assert!(matches!(new.block().await, Ok(Block::Retry(_))), "the head needs no database");
+    until("somebody asked in vain", || async {
+        gateway.metric("gateway_questions_failed_total").await >= 1.0
+    })
+    .await;
+    link.resume();
+    new.named("ready").await;
+    traffic.more(60).await;
+
+    // Whether a commit was done is unknown when the link breaks; the key tells.
+    for _ in 0..15 {
+        link.cut();
+        traffic.more(10).await;
+    }
+    let accepted = traffic.stop().await;
+    assert_all_exact(&world, &api, &crowd.lines, &watching).await;
+    assert!(watching.iter().all(|(_, browser)| browser.record().opened == 1), "no stream ended");
+    let messages: i64 =
+        sqlx::query_scalar("SELECT count(*) FROM messages").fetch_one(&world.sql).await.unwrap();
+    assert_eq!(usize::try_from(messages).unwrap(), accepted.len() + crowd.lines.len(), "each was taken once");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_gateway_that_was_frozen_goes_on_exactly() {
     let world = Arc::new(World::new().await);
     let api = world.api().ready().await;

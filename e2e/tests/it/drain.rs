@@ -103,6 +103,29 @@ async fn a_stream_that_is_asked_for_while_draining_is_told_to_go_elsewhere() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_client_that_reads_nothing_does_not_hold_up_a_drain() {
+    let world = World::new().await;
+    let api = world.api().ready().await;
+    let plan = world.gateway(api.internal()).env("DRAIN_WAIT_SECONDS", 0).env("DRAIN_WINDOW_SECONDS", 1);
+    let mut gateway = plan.ready().await;
+    let two = Two::meet(&world, &api).await;
+    let mut stalled = gateway.stream(&two.jane).tiny_receive_buffer().stream().await;
+    stalled.named("ready").await;
+    // More than the kernel takes for it.
+    until("its socket is full", || async {
+        two.say(&world, &api, 20).await;
+        gateway.metric("gateway_readers_behind").await == 1.0
+    })
+    .await;
+    let began = Instant::now();
+    gateway.terminate();
+    assert!(gateway.wait().await.success());
+    let took = began.elapsed();
+    assert!(took < Duration::from_secs(20), "the hard limit holds: {took:?}");
+    stalled.rest().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_api_told_to_stop_under_load_finishes_what_it_accepted() {
     let world = Arc::new(World::new().await);
     let (mut leaving, staying) =

@@ -6,7 +6,6 @@ use e2e::{
 };
 use shared::{
     cursor::{Cursor, Epoch},
-    ids::UserId,
     test_support::sse::{Opening, Stream},
 };
 
@@ -202,11 +201,6 @@ async fn a_cursor_older_than_what_is_kept_is_a_resync_and_the_oldest_kept_one_is
     assert_eq!(stream.named("ready").await.id, Some(feed.head_cursor()), "the head needs no rows");
 }
 
-async fn set_epoch(world: &World, user: UserId, epoch: Epoch) {
-    let update = sqlx::query("UPDATE feed_heads SET epoch = $2 WHERE user_id = $1");
-    update.bind(user.0).bind(epoch.to_sql()).execute(&world.sql).await.unwrap();
-}
-
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_live_stream_whose_epoch_is_redrawn_is_told_to_reload_and_goes_on() {
     let setting = Setting::new().await;
@@ -215,7 +209,10 @@ async fn a_live_stream_whose_epoch_is_redrawn_is_told_to_reload_and_goes_on() {
     let mut busy = setting.jane(0).stream().await;
     busy.named("ready").await;
 
-    set_epoch(&setting.world, setting.two.jane.id, Epoch(42)).await;
+    let before = setting.feed().await.epoch;
+    setting.world.api().run(&["new-epoch"]).await;
+    let epoch = setting.feed().await.epoch;
+    assert_ne!(epoch, before);
 
     // One gateway finds it at its next tick, the other by the first event of the new epoch.
     let head = setting.feed().await.head_cursor();
@@ -228,7 +225,7 @@ async fn a_live_stream_whose_epoch_is_redrawn_is_told_to_reload_and_goes_on() {
     assert_eq!(quiet.next().await.id, Some(feed.head_cursor()));
     let resync = busy.named("resync").await;
     let mut last: Cursor = resync.id.unwrap().parse().unwrap();
-    assert_eq!(last.epoch, Epoch(42));
+    assert_eq!(last.epoch, epoch);
     while last.to_string() != feed.head_cursor() {
         let next: Cursor = busy.next().await.id.unwrap().parse().unwrap();
         assert_eq!((next.epoch, next.seq), (last.epoch, last.seq + 1));

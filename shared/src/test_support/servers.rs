@@ -189,14 +189,6 @@ impl Postgres {
         }
         panic!("the Postgres server does not start again: {}", log_of(self.folder.path()));
     }
-
-    pub fn freeze(&mut self) {
-        self.process.signal(Signal::SIGSTOP);
-    }
-
-    pub fn thaw(&mut self) {
-        self.process.signal(Signal::SIGCONT);
-    }
 }
 
 fn start_postgres(port: u16, folder: &Path) -> Option<Process> {
