@@ -1,0 +1,64 @@
+//! The least of an HTTP/1.1 client: one connection kept open, one request at a time, no cost beyond its system calls.
+
+use std::{
+    io::{BufRead, BufReader, Read, Write},
+    net::{SocketAddr, TcpStream},
+    time::Duration,
+};
+
+use anyhow::Context as _;
+
+const PATIENCE: Duration = Duration::from_secs(30);
+
+pub struct Connection {
+    socket: BufReader<TcpStream>,
+}
+
+pub struct Answer {
+    pub status: u16,
+    pub body: String,
+}
+
+impl Connection {
+    pub fn open(address: SocketAddr) -> anyhow::Result<Self> {
+        let socket = TcpStream::connect_timeout(&address, PATIENCE)?;
+        socket.set_nodelay(true)?;
+        socket.set_read_timeout(Some(PATIENCE))?;
+        Ok(Self { socket: BufReader::new(socket) })
+    }
+
+    /// Sends a whole request and reads a whole answer.
+    pub fn exchange(&mut self, request: &[u8]) -> anyhow::Result<Answer> {
+        self.socket.get_mut().write_all(request)?;
+        let status_line = self.line()?;
+        let status = status_line.split(' ').nth(1).and_then(|status| status.parse().ok());
+        let status = status.with_context(|| format!("no status in {status_line:?}"))?;
+        let mut length = 0;
+        loop {
+            let line = self.line()?;
+            if line.is_empty() {
+                break;
+            }
+            if let Some((name, value)) = line.split_once(':')
+                && name.eq_ignore_ascii_case("content-length")
+            {
+                length = value.trim().parse().context("a length is a number")?;
+            }
+        }
+        let mut body = vec![0; length];
+        self.socket.read_exact(&mut body)?;
+        Ok(Answer { status, body: String::from_utf8(body).context("bodies are UTF-8")? })
+    }
+
+    fn line(&mut self) -> anyhow::Result<String> {
+        let mut line = String::new();
+        let count = self.socket.read_line(&mut line).context("no answer")?;
+        anyhow::ensure!(count > 0, "the connection was closed before an answer");
+        line.truncate(line.trim_end().len());
+        Ok(line)
+    }
+}
+
+pub fn get(address: SocketAddr, path: &str) -> anyhow::Result<Answer> {
+    Connection::open(address)?.exchange(format!("GET {path} HTTP/1.1\r\nHost: bench\r\n\r\n").as_bytes())
+}

@@ -1,0 +1,194 @@
+//! Load comes from processes of its own: no runtime, no descriptor and no lock is shared with what is measured, and what the
+//! load itself costs is known. This file is what both sides agree on, and the side that gives the orders.
+
+mod posts;
+mod streams;
+mod viewer;
+
+use std::{
+    collections::BTreeMap,
+    io::{BufRead, BufReader, Write},
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    process::{ChildStdin, ChildStdout, Command, Stdio},
+    time::{Duration, Instant},
+};
+
+use anyhow::Context as _;
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
+use shared::{
+    cursor::Cursor,
+    ids::{ConversationId, UserId},
+    test_support::process::Process,
+};
+
+pub use self::{
+    posts::{Posted, Posts, run as run_posts},
+    streams::run as run_streams,
+};
+use crate::{clock::Micros, usage::Cpu};
+
+/// The subcommands by which this program runs as a load process.
+pub const STREAMS: &str = "load-streams";
+pub const POSTS: &str = "load-posts";
+
+/// Whose stream to open.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Viewer {
+    pub user: UserId,
+    pub token: String,
+}
+
+/// Who may write, and where.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Sender {
+    pub conversation: ConversationId,
+    pub token: String,
+}
+
+/// One line to the process that holds streams; one line comes back.
+#[derive(Debug, Serialize, Deserialize)]
+pub enum Order {
+    /// Open a stream for each viewer of the file, so many a second.
+    Open {
+        gateway: SocketAddr,
+        viewers: PathBuf,
+        per_second: u32,
+    },
+    /// Forget what was measured; times in the texts of messages are from now on relative to `since`.
+    Measure {
+        since: Micros,
+    },
+    /// What to do when a stream ends: come back after the `retry` that it was told, as browsers do, or wait for `Reconnect`.
+    ComeBack {
+        by_itself: bool,
+    },
+    /// All that are closed, at once.
+    Reconnect,
+    Status,
+    Report,
+}
+
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub struct Status {
+    /// Streams whose present connection has had its `ready`.
+    pub ready: usize,
+    /// When the last one got it.
+    pub last_ready_at: Micros,
+    /// Connections being made or waiting for `ready`.
+    pub opening: usize,
+    /// Durable events since `Measure`, and when the last one came.
+    pub events: u64,
+    pub last_event_at: Micros,
+    /// Streams that had a heartbeat since `Measure`.
+    pub beaten: usize,
+    /// Connections that ended since `Measure`, by the reason they were told, if any.
+    pub ended: BTreeMap<String, u64>,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Report {
+    /// The newest event of each stream.
+    pub places: Vec<(UserId, Option<String>)>,
+    /// From the time in a message's text to its arrival at the other participant; microseconds.
+    pub latencies: Vec<u32>,
+    /// From the beginning of each connection to its `ready`; microseconds.
+    pub openings: Vec<u32>,
+    /// Events that did not follow the one before them, with what was wrong first.
+    pub faults: u64,
+    pub first_fault: Option<String>,
+    pub resyncs: u64,
+}
+
+/// The process that holds streams.
+pub struct Streams {
+    process: Process,
+    orders: ChildStdin,
+    answers: BufReader<ChildStdout>,
+}
+
+impl Streams {
+    pub fn start() -> anyhow::Result<Self> {
+        let mut process = start(&[STREAMS])?;
+        let orders = process.child().stdin.take().context("stdin is piped")?;
+        let answers = process.child().stdout.take().context("stdout is piped")?;
+        Ok(Self { process, orders, answers: BufReader::new(answers) })
+    }
+
+    pub fn order(&mut self, order: &Order) -> anyhow::Result<Status> {
+        self.ask(order)
+    }
+
+    pub fn status(&mut self) -> anyhow::Result<Status> {
+        self.ask(&Order::Status)
+    }
+
+    pub fn report(&mut self) -> anyhow::Result<Report> {
+        self.ask(&Order::Report)
+    }
+
+    /// Asks again and again until the answer will do.
+    pub fn until(
+        &mut self,
+        what: &str,
+        within: Duration,
+        enough: impl Fn(&Status) -> bool,
+    ) -> anyhow::Result<Status> {
+        let deadline = Instant::now() + within;
+        loop {
+            let status = self.status()?;
+            if enough(&status) {
+                return Ok(status);
+            }
+            anyhow::ensure!(Instant::now() < deadline, "waited {within:?} in vain: {what}: {status:?}");
+            std::thread::sleep(Duration::from_millis(50));
+        }
+    }
+
+    pub fn cpu(&self) -> anyhow::Result<Cpu> {
+        Cpu::of(self.process.id())
+    }
+
+    fn ask<A: DeserializeOwned>(&mut self, order: &Order) -> anyhow::Result<A> {
+        let mut line = serde_json::to_string(order)?;
+        line.push('\n');
+        self.orders.write_all(line.as_bytes()).context("the load process takes no orders")?;
+        let mut answer = String::new();
+        self.answers.read_line(&mut answer)?;
+        serde_json::from_str(&answer).context("the load process has ended")
+    }
+}
+
+/// What a report must say for a figure to count: nothing lost, repeated or out of order, and every ledger ends where the
+/// feed in Postgres ends.
+pub fn check(report: &Report, heads: &[(UserId, Cursor)]) -> anyhow::Result<()> {
+    let first = report.first_fault.as_deref().unwrap_or_default();
+    anyhow::ensure!(report.faults == 0, "{} events did not follow: {first}", report.faults);
+    anyhow::ensure!(report.resyncs == 0, "{} streams were told to reload", report.resyncs);
+    let heads: BTreeMap<_, _> = heads.iter().copied().collect();
+    for (user, place) in &report.places {
+        let head = heads.get(user).map(Cursor::to_string);
+        anyhow::ensure!(*place == head, "the stream of {user} ends at {place:?}, the feed at {head:?}");
+    }
+    Ok(())
+}
+
+/// Runs the process that posts to its end.
+pub fn post(posts: &Posts) -> anyhow::Result<Posted> {
+    let mut process = start(&[POSTS, &serde_json::to_string(posts)?])?;
+    let stdout = process.child().stdout.take().context("stdout is piped")?;
+    let mut line = String::new();
+    BufReader::new(stdout).read_line(&mut line)?;
+    serde_json::from_str(&line).context("the process that posts failed")
+}
+
+fn start(arguments: &[&str]) -> anyhow::Result<Process> {
+    let mut command = Command::new(std::env::current_exe()?);
+    command.args(arguments).stdin(Stdio::piped()).stdout(Stdio::piped());
+    Process::start(&mut command).context("a load process cannot be started")
+}
+
+fn read_lines<T: DeserializeOwned>(file: &Path) -> anyhow::Result<Vec<T>> {
+    let text = std::fs::read_to_string(file)?;
+    text.lines().map(|line| Ok(serde_json::from_str(line)?)).collect()
+}

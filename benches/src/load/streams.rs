@@ -1,0 +1,366 @@
+//! The process that holds streams: one thread, one epoll, no more work per event than to read it and keep its ledger, so that
+//! ten thousand of them leave the machine to what is measured. It takes orders on standard input and answers on standard output.
+
+use std::{
+    cmp::Reverse,
+    collections::{BinaryHeap, VecDeque},
+    io::{self, BufRead, Read, Write},
+    net::{IpAddr, Ipv4Addr, SocketAddr},
+    sync::mpsc::{Receiver, sync_channel},
+    time::Duration,
+};
+
+use mio::{Events, Interest, Poll, Token, Waker, net::TcpStream};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use socket2::{Domain, Protocol, Socket, Type};
+
+use super::{
+    Order, Report, Status, Viewer, read_lines,
+    viewer::{Ledger, Reader, Said},
+};
+use crate::clock::{Micros, now};
+
+/// Loopback has some 28,000 ports per source address, and those of ended connections are not free at once.
+const SOURCES: u8 = 8;
+const ORDERS: Token = Token(usize::MAX);
+/// More latencies are not kept.
+const SAMPLES: usize = 8_000_000;
+const TICK: Duration = Duration::from_millis(10);
+
+pub fn run() -> anyhow::Result<()> {
+    let (_, most) = getrlimit(Resource::RLIMIT_NOFILE)?;
+    setrlimit(Resource::RLIMIT_NOFILE, most, most)?;
+    let poll = Poll::new()?;
+    let waker = Waker::new(poll.registry(), ORDERS)?;
+    let (sender, orders) = sync_channel(1);
+    std::thread::spawn(move || {
+        for line in io::stdin().lock().lines().map_while(Result::ok) {
+            if sender.send(line).is_err() || waker.wake().is_err() {
+                return;
+            }
+        }
+        // Nobody gives orders any more.
+        std::process::exit(0);
+    });
+    Holder::new(poll).run(&orders)
+}
+
+struct Stream {
+    viewer: Viewer,
+    ledger: Ledger,
+    connection: Option<Connection>,
+    beaten: bool,
+}
+
+struct Connection {
+    socket: TcpStream,
+    reader: Reader,
+    began: Micros,
+    asked: bool,
+    ready: bool,
+    goodbye: Option<String>,
+}
+
+struct Holder {
+    poll: Poll,
+    streams: Vec<Stream>,
+    gateway: SocketAddr,
+    /// To be opened, at a pace.
+    waiting: VecDeque<usize>,
+    per_second: f64,
+    opened_until: Micros,
+    /// To come back at a time.
+    returning: BinaryHeap<Reverse<(Micros, usize)>>,
+    by_itself: bool,
+    since: Micros,
+    status: Status,
+    latencies: Vec<u32>,
+    openings: Vec<u32>,
+    faults: u64,
+    first_fault: Option<String>,
+    resyncs: u64,
+}
+
+impl Holder {
+    fn new(poll: Poll) -> Self {
+        Self {
+            poll,
+            streams: Vec::new(),
+            gateway: SocketAddr::from((Ipv4Addr::LOCALHOST, 0)),
+            waiting: VecDeque::new(),
+            per_second: 0.0,
+            opened_until: 0,
+            returning: BinaryHeap::new(),
+            by_itself: false,
+            since: 0,
+            status: Status::default(),
+            latencies: Vec::new(),
+            openings: Vec::new(),
+            faults: 0,
+            first_fault: None,
+            resyncs: 0,
+        }
+    }
+
+    fn run(mut self, orders: &Receiver<String>) -> anyhow::Result<()> {
+        let mut events = Events::with_capacity(1_024);
+        let mut buffer = vec![0; 64 * 1024];
+        loop {
+            // Only when something is due by time is there a reason to wake up without an event.
+            let tick = !self.waiting.is_empty() || !self.returning.is_empty();
+            match self.poll.poll(&mut events, tick.then_some(TICK)) {
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                result => result?,
+            }
+            for event in &events {
+                if event.token() == ORDERS {
+                    while let Ok(line) = orders.try_recv() {
+                        let answer = self.obey(serde_json::from_str(&line)?)?;
+                        let mut stdout = io::stdout().lock();
+                        writeln!(stdout, "{answer}")?;
+                        stdout.flush()?;
+                    }
+                } else {
+                    self.on_socket(event.token().0, &mut buffer);
+                }
+            }
+            self.open_due();
+        }
+    }
+
+    fn obey(&mut self, order: Order) -> anyhow::Result<String> {
+        match order {
+            Order::Open { gateway, viewers, per_second } => {
+                self.gateway = gateway;
+                self.per_second = f64::from(per_second);
+                self.opened_until = now();
+                for viewer in read_lines(&viewers)? {
+                    self.waiting.push_back(self.streams.len());
+                    let ledger = Ledger::default();
+                    self.streams.push(Stream { viewer, ledger, connection: None, beaten: false });
+                }
+            }
+            Order::Measure { since } => {
+                self.since = since;
+                self.latencies.clear();
+                self.openings.clear();
+                self.status = Status {
+                    ready: self.status.ready,
+                    opening: self.status.opening,
+                    last_ready_at: self.status.last_ready_at,
+                    ..Status::default()
+                };
+                self.streams.iter_mut().for_each(|stream| stream.beaten = false);
+            }
+            Order::ComeBack { by_itself } => self.by_itself = by_itself,
+            Order::Reconnect => {
+                for index in 0..self.streams.len() {
+                    if self.streams[index].connection.is_none() {
+                        self.open(index);
+                    }
+                }
+            }
+            Order::Status => {}
+            Order::Report => return Ok(serde_json::to_string(&self.report())?),
+        }
+        Ok(serde_json::to_string(&self.status)?)
+    }
+
+    fn report(&self) -> Report {
+        let place =
+            |stream: &Stream| (stream.viewer.user, stream.ledger.place.map(|place| place.to_string()));
+        Report {
+            places: self.streams.iter().map(place).collect(),
+            latencies: self.latencies.clone(),
+            openings: self.openings.clone(),
+            faults: self.faults,
+            first_fault: self.first_fault.clone(),
+            resyncs: self.resyncs,
+        }
+    }
+
+    fn open_due(&mut self) {
+        let now = now();
+        while let Some(index) = self.waiting.front().copied()
+            && self.opened_until <= now
+        {
+            self.waiting.pop_front();
+            self.opened_until += (1e6 / self.per_second) as Micros;
+            self.open(index);
+        }
+        while let Some(Reverse((at, index))) = self.returning.peek().copied()
+            && at <= now
+        {
+            self.returning.pop();
+            self.open(index);
+        }
+    }
+
+    fn open(&mut self, index: usize) {
+        let connection = connect(self.gateway, index).and_then(|mut socket| {
+            let interest = Interest::READABLE | Interest::WRITABLE;
+            self.poll.registry().register(&mut socket, Token(index), interest)?;
+            let reader = Reader::default();
+            Ok(Connection { socket, reader, began: now(), asked: false, ready: false, goodbye: None })
+        });
+        match connection {
+            Ok(connection) => {
+                self.status.opening += 1;
+                self.streams[index].connection = Some(connection);
+            }
+            Err(error) => {
+                self.fault(format!("cannot connect: {error}"));
+                self.come_back(index);
+            }
+        }
+    }
+
+    fn on_socket(&mut self, index: usize, buffer: &mut [u8]) {
+        let Some(stream) = self.streams.get_mut(index) else { return };
+        let Some(connection) = &mut stream.connection else { return };
+        if !connection.asked
+            && let Err(error) = ask(connection, &stream.viewer, &stream.ledger, self.gateway)
+        {
+            if error.kind() != io::ErrorKind::NotConnected {
+                self.end(index, "refused");
+            }
+            return;
+        }
+        loop {
+            let Some(stream) = self.streams.get_mut(index) else { return };
+            let Some(connection) = &mut stream.connection else { return };
+            let count = match connection.socket.read(buffer) {
+                Ok(0) => {
+                    let told = connection.goodbye.take();
+                    return self.end(index, told.as_deref().unwrap_or("closed"));
+                }
+                Ok(count) => count,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                Err(_) => return self.end(index, "reset"),
+            };
+            let arrived = now();
+            let mut heard = Heard::default();
+            connection.reader.read(&buffer[..count], &mut stream.ledger, |said| heard.take(said));
+            self.account(index, heard, arrived);
+            // Less than there was room for: nothing is left, and more is another event.
+            if count < buffer.len() {
+                return;
+            }
+        }
+    }
+
+    fn account(&mut self, index: usize, heard: Heard, arrived: Micros) {
+        let stream = &mut self.streams[index];
+        let status = &mut self.status;
+        if let Some(connection) = &mut stream.connection {
+            if heard.ready && !connection.ready {
+                connection.ready = true;
+                status.ready += 1;
+                status.opening -= 1;
+                status.last_ready_at = arrived;
+                self.openings.push((arrived - connection.began) as u32);
+            }
+            connection.goodbye = heard.goodbye.or(connection.goodbye.take());
+        }
+        if heard.beaten && !stream.beaten {
+            stream.beaten = true;
+            status.beaten += 1;
+        }
+        if heard.events > 0 {
+            status.events += heard.events;
+            status.last_event_at = arrived;
+        }
+        for number in heard.numbers {
+            if self.latencies.len() < SAMPLES {
+                // An event that the reconcile found first is early.
+                self.latencies.push(arrived.saturating_sub(self.since + number) as u32);
+            }
+        }
+        self.resyncs += heard.resyncs;
+        let user = stream.viewer.user;
+        heard.faults.into_iter().for_each(|fault| self.fault(format!("stream of {user}: {fault}")));
+    }
+
+    fn end(&mut self, index: usize, reason: &str) {
+        let Some(connection) = self.streams[index].connection.take() else { return };
+        if connection.ready {
+            self.status.ready -= 1;
+        } else {
+            self.status.opening -= 1;
+        }
+        *self.status.ended.entry(reason.to_owned()).or_default() += 1;
+        self.come_back(index);
+    }
+
+    fn come_back(&mut self, index: usize) {
+        if self.by_itself {
+            let wait = u64::from(self.streams[index].ledger.retry_millis()) * 1_000;
+            self.returning.push(Reverse((now() + wait, index)));
+        }
+    }
+
+    fn fault(&mut self, fault: String) {
+        self.faults += 1;
+        self.first_fault.get_or_insert(fault);
+    }
+}
+
+/// What one read said.
+#[derive(Default)]
+struct Heard {
+    ready: bool,
+    events: u64,
+    numbers: Vec<u64>,
+    beaten: bool,
+    resyncs: u64,
+    goodbye: Option<String>,
+    faults: Vec<String>,
+}
+
+impl Heard {
+    fn take(&mut self, said: Said) {
+        match said {
+            Said::Ready => self.ready = true,
+            Said::Event(number) => {
+                self.events += 1;
+                self.numbers.extend(number);
+            }
+            Said::Heartbeat => self.beaten = true,
+            Said::Resync => self.resyncs += 1,
+            Said::Goodbye(reason) => self.goodbye = Some(reason),
+            Said::Fault(fault) => self.faults.push(fault),
+        }
+    }
+}
+
+fn connect(gateway: SocketAddr, index: usize) -> io::Result<TcpStream> {
+    let socket = Socket::new(Domain::IPV4, Type::STREAM.nonblocking(), Some(Protocol::TCP))?;
+    let source = Ipv4Addr::new(127, 0, 0, 2 + (index % usize::from(SOURCES)) as u8);
+    socket.bind(&SocketAddr::new(IpAddr::V4(source), 0).into())?;
+    match socket.connect(&gateway.into()) {
+        Err(error) if error.raw_os_error() != Some(nix::errno::Errno::EINPROGRESS as i32) => Err(error),
+        _ => Ok(TcpStream::from_std(socket.into())),
+    }
+}
+
+/// Sends the request, once the connection stands. [`io::ErrorKind::NotConnected`] when it does not yet.
+fn ask(connection: &mut Connection, viewer: &Viewer, ledger: &Ledger, gateway: SocketAddr) -> io::Result<()> {
+    if let Some(error) = connection.socket.take_error()? {
+        return Err(error);
+    }
+    connection.socket.peer_addr()?;
+    let place = ledger.place.map_or_else(String::new, |place| format!("Last-Event-ID: {place}\r\n"));
+    let request = format!(
+        "GET /api/messages HTTP/1.1\r\nHost: {gateway}\r\nAccept: text/event-stream\r\nCache-Control: no-cache\r\n\
+         Authorization: Bearer {}\r\n{place}\r\n",
+        viewer.token
+    );
+    // A new connection's buffer takes a request whole.
+    let count = connection.socket.write(request.as_bytes())?;
+    if count < request.len() {
+        return Err(io::ErrorKind::WriteZero.into());
+    }
+    connection.asked = true;
+    Ok(())
+}

@@ -1,0 +1,110 @@
+//! `cargo run --release -p benches -- <scenario>…`: measures, and prints what it saw.
+
+use std::{
+    process::{Command, ExitCode},
+    sync::mpsc::{RecvTimeoutError, SyncSender, sync_channel},
+    thread,
+    time::Duration,
+};
+
+use anyhow::Context as _;
+use benches::{
+    load,
+    scenarios::{self, Scenario, Sizes},
+};
+use clap::{Parser, ValueEnum};
+
+/// A load bench of the two services' release binaries, on private, durable Postgres and Redis.
+///
+/// Load and servers share this machine: let nothing else run on it.
+#[derive(Debug, Parser)]
+#[command(next_line_help = true)]
+struct Cli {
+    /// What to measure; everything when nothing is named
+    #[arg(value_enum)]
+    scenarios: Vec<Scenario>,
+    /// Small numbers: it shows that the bench works, and no figure
+    #[arg(long)]
+    quick: bool,
+    /// Streams on the one gateway
+    #[arg(long)]
+    streams: Option<usize>,
+    /// Use the services' binaries as they are beside this program
+    #[arg(long)]
+    no_build: bool,
+}
+
+/// A scenario that takes longer hangs.
+const LONGEST: Duration = Duration::from_secs(900);
+
+fn main() -> ExitCode {
+    match run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run() -> anyhow::Result<()> {
+    // Load processes are this program, too.
+    let arguments: Vec<String> = std::env::args().collect();
+    match &arguments[1..] {
+        [kind] if kind == load::STREAMS => return load::run_streams(),
+        [kind, order] if kind == load::POSTS => return load::run_posts(order),
+        _ => {}
+    }
+    let cli = Cli::parse();
+    if !cli.no_build {
+        build()?;
+    }
+    let streams = cli.streams.unwrap_or(if cli.quick { 200 } else { 10_000 });
+    let sizes = if cli.quick { Sizes::quick(streams) } else { Sizes::full(streams) };
+    let scenarios = if cli.scenarios.is_empty() { Scenario::value_variants() } else { &cli.scenarios };
+    benches::describe(cli.quick);
+    let over = end_what_hangs();
+    // On this thread: children live as long as the thread that started them.
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    runtime.block_on(async {
+        for &scenario in scenarios {
+            tokio::select! {
+                result = scenarios::run(scenario, &sizes) => result?,
+                _ = tokio::signal::ctrl_c() => anyhow::bail!("interrupted"),
+            }
+            over.send(())?;
+        }
+        Ok(())
+    })
+}
+
+/// Ends the process, and with it its children, unless a message comes for every scenario in time.
+fn end_what_hangs() -> SyncSender<()> {
+    let (over, next) = sync_channel(1);
+    thread::spawn(move || {
+        loop {
+            match next.recv_timeout(LONGEST) {
+                Ok(()) => {}
+                Err(RecvTimeoutError::Disconnected) => return,
+                Err(RecvTimeoutError::Timeout) => {
+                    eprintln!("error: a scenario takes longer than {LONGEST:?}");
+                    std::process::exit(1);
+                }
+            }
+        }
+    });
+    over
+}
+
+/// The services as they are now. Cargo puts them beside this program.
+fn build() -> anyhow::Result<()> {
+    let Some(cargo) = benches::cargo() else { return Ok(()) };
+    let mut command = Command::new(cargo);
+    command.args(["build", "-p", "api", "-p", "stream-gateway"]);
+    if !cfg!(debug_assertions) {
+        command.arg("--release");
+    }
+    let status = command.status().context("cargo cannot be started")?;
+    anyhow::ensure!(status.success(), "the services cannot be built");
+    Ok(())
+}

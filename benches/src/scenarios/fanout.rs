@@ -1,0 +1,139 @@
+//! One to one over many streams: each event goes to one user, and users take turns at random. First at a steady rate with
+//! everything as shipped; then faster, step by step, until something gives.
+
+use std::time::Duration;
+
+use anyhow::Context as _;
+
+use super::{Costs, PATIENCE, Sizes, check_ledgers, open_streams, say_complaints};
+use crate::{
+    load::{Order, Streams},
+    people,
+    people::Person,
+    report::{Percentiles, count, figure, heading, progress},
+    service::Service,
+    source::{Commits, Published, Source},
+    world::World,
+};
+
+/// A gateway that found everything by reconcile would measure the reconcile: here none falls into a step.
+const NO_RECONCILE: u64 = 300;
+/// Beyond this 99th percentile, a rate is more than the machine can do.
+const TOO_LATE_MICROS: u32 = 1_000_000;
+
+pub async fn run(sizes: &Sizes) -> anyhow::Result<()> {
+    let world = World::new().await?;
+    let people = people::make(&world, sizes.streams).await?;
+    let api = world.api()?.start()?;
+
+    let gateway = world.gateway(&api)?.start()?;
+    let mut streams = open_streams(&world, &gateway, &people, sizes).await?;
+    let scene = Scene { world: &world, people: &people, api: &api, gateway: &gateway };
+    scene.warm_up(&mut streams, sizes).await?;
+    heading(format_args!(
+        "  {}/s for {:?} over {} streams, everything as shipped; events are committed moments before they are published",
+        count(sizes.fanout_rate.into()),
+        sizes.fanout_length,
+        count(people.len() as u64),
+    ));
+    scene.step(&mut streams, sizes.fanout_rate, sizes.fanout_length, Commits::Meanwhile).await?;
+    say_complaints(&[&api, &gateway]);
+    drop((streams, gateway));
+
+    let gateway = world.gateway(&api)?.env("RECONCILE_SECONDS", NO_RECONCILE).start()?;
+    let mut streams = open_streams(&world, &gateway, &people, sizes).await?;
+    let scene = Scene { world: &world, people: &people, api: &api, gateway: &gateway };
+    scene.warm_up(&mut streams, sizes).await?;
+    for &rate in &sizes.ceiling_rates {
+        heading(format_args!(
+            "  {}/s for {:?}; all events committed before, no reconcile meanwhile",
+            count(rate.into()),
+            sizes.ceiling_length
+        ));
+        if !scene.step(&mut streams, rate, sizes.ceiling_length, Commits::Before).await? {
+            figure("the ceiling", format_args!("below {}/s", count(rate.into())));
+            break;
+        }
+    }
+    say_complaints(&[&api, &gateway]);
+    Ok(())
+}
+
+struct Scene<'a> {
+    world: &'a World,
+    people: &'a [Person],
+    api: &'a Service,
+    gateway: &'a Service,
+}
+
+impl Scene<'_> {
+    /// So that no first time is measured.
+    async fn warm_up(&self, streams: &mut Streams, sizes: &Sizes) -> anyhow::Result<()> {
+        progress("warming up");
+        let mut source = Source::new(self.world, self.people).await?;
+        let warm_up = Duration::from_secs(1);
+        let published = source.steady(sizes.fanout_rate, warm_up, Commits::Meanwhile, |_| Ok(())).await?;
+        let arrived = |status: &crate::load::Status| status.events >= published.events;
+        streams.until("the first events arrive", PATIENCE, arrived)?;
+        Ok(())
+    }
+
+    /// One rate. `false`: it was too much.
+    async fn step(
+        &self,
+        streams: &mut Streams,
+        rate: u32,
+        length: Duration,
+        commits: Commits,
+    ) -> anyhow::Result<bool> {
+        let mut source = Source::new(self.world, self.people).await?;
+        let mut at_start = None;
+        let published = source
+            .steady(rate, length, commits, |since| {
+                streams.order(&Order::Measure { since })?;
+                at_start = Some((since, self.costs(streams)?, self.detours()?));
+                Ok(())
+            })
+            .await?;
+        let (since, costs, detours) = at_start.context("the source begins")?;
+        let Published { events, latest, heard } = published;
+        let status = streams.until("all events arrive", PATIENCE, |status| status.events >= events)?;
+        let costs = self.costs(streams)?.since(&costs);
+        let detours = self.detours()? - detours;
+        let latency = Percentiles::of(streams.report()?.latencies);
+        check_ledgers(self.world, streams, self.people).await?;
+
+        let took = (status.last_event_at - since) as f64 / 1e6;
+        let delivered = events as f64 / took;
+        figure(
+            "delivered",
+            format_args!("{} events, {delivered:.0}/s; none lost, repeated or out of order", count(events)),
+        );
+        figure("from due to arrival", latency);
+        figure("the source was late by at most", format_args!("{:.1} ms", latest as f64 / 1e3));
+        figure(
+            "not by Redis but by asking api",
+            format_args!("{detours} events; Redis told {heard} listeners"),
+        );
+        costs.say();
+        figure(
+            "CPU seconds per 100k deliveries",
+            format_args!(
+                "gateway {:.2}, Redis {:.2}",
+                costs.gateway.per(1e5, events),
+                costs.redis.per(1e5, events)
+            ),
+        );
+        Ok(latency.p99 < TOO_LATE_MICROS && delivered > 0.95 * f64::from(rate))
+    }
+
+    fn costs(&self, streams: &Streams) -> anyhow::Result<Costs> {
+        Costs::now(self.world, self.api, Some(self.gateway), Some(streams))
+    }
+
+    /// Events that did not come straight from Redis.
+    fn detours(&self) -> anyhow::Result<u64> {
+        let by = |path| self.gateway.metric("gateway_events_delivered_total", path);
+        Ok(by("path=\"repair\"")? + by("path=\"replay\"")?)
+    }
+}

@@ -1,0 +1,69 @@
+//! What an idle stream costs a gateway, with everything on: authentication, limits, subscriptions, heartbeats, reconcile.
+
+use std::thread::sleep;
+
+use super::{Costs, PATIENCE, Sizes, check_ledgers, open_streams, say_complaints};
+use crate::{
+    clock::now,
+    load::Order,
+    people,
+    report::{count, figure, megabytes, progress},
+    source::Source,
+    usage::Memory,
+    world::World,
+};
+
+/// Bytes of the gateway's memory for each stream, at most.
+const ALLOWED: f64 = 1_536.0;
+
+pub async fn run(sizes: &Sizes) -> anyhow::Result<()> {
+    let world = World::new().await?;
+    let people = people::make(&world, sizes.streams).await?;
+    let api = world.api()?.start()?;
+    let gateway = world.gateway(&api)?.env("HEARTBEAT_SECONDS", sizes.heartbeat.as_secs()).start()?;
+    let before = gateway.memory()?;
+    let each = |memory: Memory| {
+        let bytes = memory.pss.saturating_sub(before.pss) as f64 / sizes.streams as f64;
+        format!("{:<10} {bytes:.0} bytes a stream; RSS {}", megabytes(memory.pss), megabytes(memory.rss))
+    };
+    figure("PSS before", format_args!("{}; RSS {}", megabytes(before.pss), megabytes(before.rss)));
+
+    let cpu = gateway.cpu()?;
+    let mut streams = open_streams(&world, &gateway, &people, sizes).await?;
+    let opening = gateway.cpu()? - cpu;
+    let opened = gateway.memory()?;
+    figure(format_args!("PSS with {} streams", count(sizes.streams as u64)), each(opened));
+    figure(
+        "CPU of the gateway to open a stream",
+        format_args!("{:.0} µs", opening.per(1e6, sizes.streams as u64)),
+    );
+
+    progress("one event to each");
+    Source::new(&world, &people).await?.one_each().await?;
+    streams.until("everybody has the event", PATIENCE, |status| status.events >= people.len() as u64)?;
+    figure("PSS after an event to each", each(gateway.memory()?));
+
+    progress("a round of heartbeats");
+    streams.order(&Order::Measure { since: now() })?;
+    streams.until("everybody has a heartbeat", PATIENCE, |status| status.beaten == people.len())?;
+    let beaten = gateway.memory()?;
+    figure("PSS after a round of heartbeats", each(beaten));
+
+    progress(format_args!("idling for {:?}", sizes.idling));
+    let costs = Costs::now(&world, &api, Some(&gateway), Some(&streams))?;
+    sleep(sizes.idling);
+    let idle = Costs::now(&world, &api, Some(&gateway), Some(&streams))?.since(&costs);
+    let after = gateway.memory()?;
+    figure(format_args!("PSS after idling for {:?}", sizes.idling), each(after));
+    idle.say();
+
+    let status = streams.status()?;
+    anyhow::ensure!(status.ended.is_empty(), "streams ended: {:?}", status.ended);
+    check_ledgers(&world, &mut streams, &people).await?;
+    let most = [opened, beaten, after].map(|memory| memory.pss).into_iter().max().unwrap_or_default();
+    let bytes = most.saturating_sub(before.pss) as f64 / sizes.streams as f64;
+    let verdict = if bytes <= ALLOWED { "kept" } else { "NOT KEPT" };
+    figure("at most 1.5 KB a stream", format_args!("{verdict}: {bytes:.0} bytes at the most"));
+    say_complaints(&[&api, &gateway]);
+    Ok(())
+}

@@ -1,0 +1,192 @@
+//! What is measured. Each scenario has a world of its own, ends by itself, and fails when a promise was broken.
+
+mod fanout;
+mod idle;
+mod post;
+mod storm;
+
+use std::time::Duration;
+
+use clap::ValueEnum;
+
+use crate::{
+    clock::now,
+    load::{Order, Streams, check},
+    machine, people,
+    people::Person,
+    report::{figure, heading, progress},
+    service::Service,
+    usage::Cpu,
+    world::World,
+};
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Scenario {
+    /// What an idle stream costs: memory and CPU of a gateway that holds many
+    Idle,
+    /// One to one over many streams: latency and CPU at a steady rate, then faster until something gives
+    Fanout,
+    /// Messages a second through POST, and how long one takes from POST to the other's screen
+    Post,
+    /// Everybody comes back at once after a gateway was killed
+    Storm,
+}
+
+/// How much of everything.
+#[derive(Debug, Clone)]
+pub struct Sizes {
+    pub streams: usize,
+    /// Streams opened a second where opening is not what is measured: below the gateway's limit.
+    pub opened_per_second: u32,
+    pub heartbeat: Duration,
+    pub idling: Duration,
+    pub fanout_rate: u32,
+    pub fanout_length: Duration,
+    pub ceiling_rates: Vec<u32>,
+    pub ceiling_length: Duration,
+    pub post_pairs: usize,
+    pub post_clients: Vec<usize>,
+    pub post_length: Duration,
+    pub screen_rate: u32,
+    pub screen_length: Duration,
+}
+
+impl Sizes {
+    /// For figures.
+    pub fn full(streams: usize) -> Self {
+        Self {
+            streams,
+            opened_per_second: 1_500,
+            heartbeat: Duration::from_secs(15),
+            idling: Duration::from_secs(60),
+            fanout_rate: 5_000,
+            fanout_length: Duration::from_secs(10),
+            ceiling_rates: vec![10_000, 20_000, 40_000, 60_000, 80_000, 100_000, 120_000, 150_000],
+            ceiling_length: Duration::from_secs(5),
+            post_pairs: 2_000,
+            post_clients: vec![1, 8, 32, 64],
+            post_length: Duration::from_secs(10),
+            screen_rate: 500,
+            screen_length: Duration::from_secs(20),
+        }
+    }
+
+    /// To see in seconds that everything works.
+    pub fn quick(streams: usize) -> Self {
+        Self {
+            streams,
+            opened_per_second: 500,
+            heartbeat: Duration::from_secs(1),
+            idling: Duration::from_secs(2),
+            fanout_rate: 500,
+            fanout_length: Duration::from_secs(2),
+            ceiling_rates: vec![1_000],
+            ceiling_length: Duration::from_secs(1),
+            post_pairs: 50,
+            post_clients: vec![1, 4],
+            post_length: Duration::from_secs(1),
+            screen_rate: 50,
+            screen_length: Duration::from_secs(2),
+        }
+    }
+}
+
+pub async fn run(scenario: Scenario, sizes: &Sizes) -> anyhow::Result<()> {
+    heading(format_args!("{} — load average {}", scenario.name(), machine::load_average()));
+    match scenario {
+        Scenario::Idle => idle::run(sizes).await,
+        Scenario::Fanout => fanout::run(sizes).await,
+        Scenario::Post => post::run(sizes).await,
+        Scenario::Storm => storm::run(sizes).await,
+    }
+}
+
+impl Scenario {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Idle => "idle",
+            Self::Fanout => "fanout",
+            Self::Post => "post",
+            Self::Storm => "storm",
+        }
+    }
+}
+
+/// For everything that must happen, and is not itself the figure.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// The usual start: everybody's stream is open and ready on one gateway.
+async fn open_streams(
+    world: &World,
+    gateway: &Service,
+    people: &[Person],
+    sizes: &Sizes,
+) -> anyhow::Result<Streams> {
+    progress(format_args!("opening {} streams", people.len()));
+    let viewers = people::viewers_file(world, people)?;
+    let mut streams = Streams::start()?;
+    let per_second = sizes.opened_per_second;
+    streams.order(&Order::Open { gateway: gateway.public()?, viewers, per_second })?;
+    streams.until("all streams are ready", PATIENCE, |status| status.ready == people.len())?;
+    streams.order(&Order::Measure { since: now() })?;
+    Ok(streams)
+}
+
+/// Nothing was lost, repeated or out of order, and every ledger ends where the feed does.
+async fn check_ledgers(world: &World, streams: &mut Streams, people: &[Person]) -> anyhow::Result<()> {
+    check(&streams.report()?, &people::heads(world, people).await?)
+}
+
+/// CPU time so far of everything that takes part.
+struct Costs {
+    gateway: Cpu,
+    api: Cpu,
+    postgres: Cpu,
+    redis: Cpu,
+    load: Cpu,
+}
+
+impl Costs {
+    fn now(
+        world: &World,
+        api: &Service,
+        gateway: Option<&Service>,
+        streams: Option<&Streams>,
+    ) -> anyhow::Result<Self> {
+        let none = Cpu(Duration::ZERO);
+        let own = Cpu::of(std::process::id())?;
+        let streams = streams.map_or(Ok(none), Streams::cpu)?;
+        Ok(Self {
+            gateway: gateway.map_or(Ok(none), Service::cpu)?,
+            api: api.cpu()?,
+            postgres: world.postgres_cpu()?,
+            redis: world.redis_cpu()?,
+            load: Cpu(own.0 + streams.0),
+        })
+    }
+
+    fn since(&self, earlier: &Self) -> Self {
+        Self {
+            gateway: self.gateway - earlier.gateway,
+            api: self.api - earlier.api,
+            postgres: self.postgres - earlier.postgres,
+            redis: self.redis - earlier.redis,
+            load: self.load - earlier.load,
+        }
+    }
+
+    fn say(&self) {
+        let Self { gateway, api, postgres, redis, load } = self;
+        let [gateway, api, postgres, redis, load] =
+            [gateway, api, postgres, redis, load].map(|cpu| format!("{:.2}", cpu.seconds()));
+        let all = format!("gateway {gateway}, api {api}, Postgres {postgres}, Redis {redis}, load {load}");
+        figure("CPU seconds", all);
+    }
+}
+
+/// Warnings and errors do not spoil a figure, but whoever reads it should know.
+fn say_complaints(services: &[&Service]) {
+    for complaint in services.iter().flat_map(|service| service.complaints()).take(3) {
+        figure("a service complained", complaint);
+    }
+}

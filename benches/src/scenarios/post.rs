@@ -1,0 +1,95 @@
+//! Messages through POST, as clients send them: authenticated, with an idempotency key, committed to disk before the answer,
+//! in many conversations. Then from POST to the other participant's screen.
+
+use std::time::Duration;
+
+use super::{Costs, PATIENCE, Sizes, check_ledgers, open_streams, say_complaints};
+use crate::{
+    clock::{micros, now},
+    load::{self, Order, Posts},
+    people, report,
+    report::{Percentiles, count, figure, heading},
+    usage::Cpu,
+    world::World,
+};
+
+/// For the load process to start and connect.
+const HEAD_START: Duration = Duration::from_millis(500);
+/// Clients that share a fixed rate: so many that none has to wait for the one before.
+const SCREEN_CLIENTS: usize = 32;
+
+pub async fn run(sizes: &Sizes) -> anyhow::Result<()> {
+    let world = World::new().await?;
+    let sync = crate::machine::disk_sync(world.folder.path())?;
+    figure("the disk keeps 8 KiB within", sync);
+    let people = people::make(&world, 2 * sizes.post_pairs).await?;
+    let senders = people::introduce(&world, &people).await?;
+    let senders = people::senders_file(&world, &senders)?;
+    let api = world.api()?.start()?;
+    let post = |clients, length, per_second, begin| {
+        load::post(&Posts {
+            api: api.public()?,
+            senders: senders.clone(),
+            clients,
+            length,
+            per_second,
+            begin,
+        })
+    };
+
+    report::progress("warming up");
+    let mut stored = post(4, Duration::from_secs(1), None, now() + micros(HEAD_START))?.accepted;
+    for &clients in &sizes.post_clients {
+        let costs = Costs::now(&world, &api, None, None)?;
+        let posted = post(clients, sizes.post_length, None, now() + micros(HEAD_START))?;
+        let mut costs = Costs::now(&world, &api, None, None)?.since(&costs);
+        costs.load = Cpu(costs.load.0 + Duration::from_secs_f64(posted.cpu_seconds));
+        let per_second = posted.accepted as f64 / (posted.took as f64 / 1e6);
+        heading(format_args!("  POST by {clients} clients for {:?}", sizes.post_length));
+        figure("messages a second", format_args!("{per_second:.0} ({} messages)", count(posted.accepted)));
+        figure("from request to answer", Percentiles::of(posted.latencies));
+        costs.say();
+        figure(
+            "CPU ms per message",
+            format_args!(
+                "api {:.2}, Postgres {:.2}",
+                costs.api.per(1e3, posted.accepted),
+                costs.postgres.per(1e3, posted.accepted)
+            ),
+        );
+        stored += posted.accepted;
+        anyhow::ensure!(messages(&world).await? == stored, "answered 201: {stored}; in Postgres are others");
+    }
+
+    let gateway = world.gateway(&api)?.start()?;
+    let mut streams = open_streams(&world, &gateway, &people, sizes).await?;
+    let begin = now() + micros(HEAD_START);
+    streams.order(&Order::Measure { since: begin })?;
+    let costs = Costs::now(&world, &api, Some(&gateway), Some(&streams))?;
+    let posted =
+        post(SCREEN_CLIENTS.min(sizes.post_pairs), sizes.screen_length, Some(sizes.screen_rate), begin)?;
+    let status =
+        streams.until("all events arrive", PATIENCE, |status| status.events >= 2 * posted.accepted)?;
+    let mut costs = Costs::now(&world, &api, Some(&gateway), Some(&streams))?.since(&costs);
+    costs.load = Cpu(costs.load.0 + Duration::from_secs_f64(posted.cpu_seconds));
+    let screens = Percentiles::of(streams.report()?.latencies);
+    check_ledgers(&world, &mut streams, &people).await?;
+    anyhow::ensure!(status.events == 2 * posted.accepted, "two events for each message: {status:?}");
+    heading(format_args!(
+        "  from POST to the other's screen, {}/s for {:?}, {} streams, everything as shipped",
+        count(sizes.screen_rate.into()),
+        sizes.screen_length,
+        count(people.len() as u64),
+    ));
+    figure("messages", format_args!("{}; none lost, repeated or out of order", count(posted.accepted)));
+    figure("from due to the 201", Percentiles::of(posted.latencies));
+    figure("from due to the other's screen", screens);
+    costs.say();
+    say_complaints(&[&api, &gateway]);
+    Ok(())
+}
+
+async fn messages(world: &World) -> anyhow::Result<u64> {
+    let count: i64 = sqlx::query_scalar("SELECT count(*) FROM messages").fetch_one(&world.sql).await?;
+    Ok(count.cast_unsigned())
+}

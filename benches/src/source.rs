@@ -1,0 +1,284 @@
+//! Events for gateways at a steady rate, without `api`: committed to Postgres in bulk, as `api` would have, and then published
+//! to Redis at the time they are due. So every question that a gateway asks gets a true answer, and the rate is not bounded by
+//! what POST can do.
+
+use std::{
+    collections::VecDeque,
+    io::{BufRead, BufReader, Write},
+    net::{SocketAddr, TcpStream},
+    sync::mpsc::{Receiver, SyncSender, sync_channel},
+    thread,
+    time::Duration,
+};
+
+use anyhow::Context as _;
+use chrono::{DateTime, Utc};
+use rand::seq::SliceRandom;
+use serde_json::{json, value::RawValue};
+use shared::{
+    cursor::Seq,
+    event::{self, Envelope, kind, rfc3339},
+};
+use sqlx::Connection;
+
+use crate::{
+    clock::{Micros, micros, now, sleep_until},
+    people::{self, Person},
+    world::World,
+};
+
+/// Rows in one commit while publishing, and at most in one statement.
+const BATCH_EVERY: Duration = Duration::from_millis(10);
+const BATCH_ROWS: usize = 5_000;
+/// Events that are due within the same millisecond go out together.
+const GRAIN: Micros = 1_000;
+/// How long before they are due events are committed, when they are committed while publishing.
+const LEAD: Duration = Duration::from_millis(50);
+/// To be ready to publish.
+const HEAD_START: Duration = Duration::from_millis(500);
+
+/// When events are committed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Commits {
+    /// Moments before they are published, all the while.
+    Meanwhile,
+    /// All of them before the first is published, so that Postgres is idle during the measurement. A gateway must not be
+    /// reconciling then: it would find them early.
+    Before,
+}
+
+pub struct Source<'a> {
+    world: &'a World,
+    people: &'a [Person],
+    /// Everybody in a random order; each turn goes once through all.
+    order: Vec<usize>,
+    next: usize,
+    seqs: Vec<Seq>,
+}
+
+/// What was published.
+#[derive(Debug)]
+pub struct Published {
+    pub events: u64,
+    /// The most by which an event was published later than due: the source could not keep up.
+    pub latest: Micros,
+    /// CPU of the thread that publishes is in the bench's own; that of the commits is in Postgres'.
+    pub heard: u64,
+}
+
+struct Row {
+    due: Micros,
+    person: usize,
+    seq: Seq,
+    payload: String,
+    created_at: DateTime<Utc>,
+}
+
+/// Bytes for Redis, and when to send them.
+struct Burst {
+    due: Micros,
+    events: u64,
+    commands: Vec<u8>,
+}
+
+impl<'a> Source<'a> {
+    pub async fn new(world: &'a World, people: &'a [Person]) -> anyhow::Result<Self> {
+        let mut order: Vec<usize> = (0..people.len()).collect();
+        order.shuffle(&mut rand::rng());
+        let heads = people::heads(world, people).await?;
+        let seqs = heads.into_iter().map(|(_, head)| head.seq).collect();
+        Ok(Self { world, people, order, next: 0, seqs })
+    }
+
+    /// One event to each of the people, committed and published as fast as it goes.
+    pub async fn one_each(&mut self) -> anyhow::Result<Published> {
+        let rows = (0..self.people.len()).map(|_| self.row(0)).collect::<Vec<_>>();
+        self.commit(&rows).await?;
+        let publisher = Publisher::start(self.world.redis_address()?, now())?;
+        rows.chunks(500).try_for_each(|rows| publisher.send(self.burst(0, rows)?))?;
+        publisher.finish()
+    }
+
+    /// `per_second` events for `length`, to everybody in turn. `begin` is called with the time to which all due times are
+    /// relative, before the first event is published.
+    pub async fn steady(
+        &mut self,
+        per_second: u32,
+        length: Duration,
+        commits: Commits,
+        begin: impl FnOnce(Micros) -> anyhow::Result<()>,
+    ) -> anyhow::Result<Published> {
+        let total = (f64::from(per_second) * length.as_secs_f64()) as u64;
+        let due = |number: u64| number * 1_000_000 / u64::from(per_second) / GRAIN * GRAIN;
+        let mut bursts = VecDeque::new();
+        if commits == Commits::Before {
+            let mut rows: Vec<Row> = (0..total).map(|number| self.row(due(number))).collect();
+            for some in rows.chunks(BATCH_ROWS) {
+                self.commit(some).await?;
+            }
+            sqlx::query("CHECKPOINT").execute(&self.world.sql).await?;
+            let said = Utc::now() + HEAD_START;
+            for row in &mut rows {
+                row.created_at = said + Duration::from_micros(row.due); // For the gateway's own histogram.
+            }
+            for some in rows.chunk_by(|a, b| a.due == b.due) {
+                bursts.push_back(self.burst(some[0].due, some)?);
+            }
+        }
+        let since = now() + micros(HEAD_START);
+        begin(since)?;
+        let publisher = Publisher::start(self.world.redis_address()?, since)?;
+        bursts.into_iter().try_for_each(|burst| publisher.send(burst))?;
+        if commits == Commits::Meanwhile {
+            let mut number = 0;
+            while number < total {
+                let batch_from = due(number);
+                let mut rows = Vec::new();
+                while number < total && due(number) < batch_from + micros(BATCH_EVERY) {
+                    rows.push(self.row(due(number)));
+                    number += 1;
+                }
+                sleep_until((since + batch_from).saturating_sub(micros(LEAD)));
+                self.commit(&rows).await?;
+                for some in rows.chunk_by(|a, b| a.due == b.due) {
+                    publisher.send(self.burst(some[0].due, some)?)?;
+                }
+            }
+        }
+        publisher.finish()
+    }
+
+    /// The next event: to whom, and which of theirs.
+    fn row(&mut self, due: Micros) -> Row {
+        let person = self.order[self.next % self.order.len()];
+        self.next += 1;
+        self.seqs[person] += 1;
+        let (seq, created_at) = (self.seqs[person], Utc::now());
+        // As `api` says it; the text is of a usual length.
+        let payload = json!({
+            "id": self.next.to_string(),
+            "content": format!("{due:010} is when this message of the bench was due, in microseconds"),
+            "conversationId": (person + 1).to_string(),
+            "createdAt": rfc3339(created_at),
+            "mine": false,
+        });
+        Row { due, person, seq, payload: payload.to_string(), created_at }
+    }
+
+    async fn commit(&self, rows: &[Row]) -> anyhow::Result<()> {
+        let users: Vec<i64> = rows.iter().map(|row| self.people[row.person].id.0).collect();
+        let seqs: Vec<i64> = rows.iter().map(|row| row.seq.cast_signed()).collect();
+        let payloads: Vec<&str> = rows.iter().map(|row| row.payload.as_str()).collect();
+        let mut connection = self.world.sql.acquire().await?;
+        let mut transaction = connection.begin().await?;
+        // Only here: what is measured with this source is what happens after the commit.
+        sqlx::query("SET LOCAL synchronous_commit = off").execute(&mut *transaction).await?;
+        sqlx::query(
+            "WITH rows AS MATERIALIZED (
+                 SELECT * FROM unnest($1::bigint[], $2::bigint[], $3::text[]) AS r (user_id, seq, payload)
+             ), heads AS (
+                 UPDATE feed_heads AS h SET head_seq = newest.seq
+                 FROM (SELECT user_id, max(seq) AS seq FROM rows GROUP BY user_id) AS newest
+                 WHERE h.user_id = newest.user_id
+             )
+             INSERT INTO feed (user_id, seq, kind, payload) SELECT user_id, seq, $4, payload FROM rows",
+        )
+        .bind(users)
+        .bind(seqs)
+        .bind(payloads)
+        .bind(kind::MESSAGE)
+        .execute(&mut *transaction)
+        .await?;
+        Ok(transaction.commit().await?)
+    }
+
+    fn burst(&self, due: Micros, rows: &[Row]) -> anyhow::Result<Burst> {
+        let mut commands = Vec::with_capacity(rows.len() * 512);
+        for row in rows {
+            let person = &self.people[row.person];
+            let envelope = Envelope {
+                v: event::VERSION,
+                epoch: person.epoch,
+                seq: row.seq,
+                event: kind::MESSAGE.into(),
+                data: RawValue::from_string(row.payload.clone())?,
+                created_at: row.created_at,
+                request_id: Some(format!("{:032x}", row.seq)),
+                traceparent: None,
+            };
+            redis::cmd("PUBLISH")
+                .arg(self.world.channels.user(person.id))
+                .arg(serde_json::to_vec(&envelope)?)
+                .write_packed_command(&mut commands);
+        }
+        Ok(Burst { due, events: rows.len() as u64, commands })
+    }
+}
+
+/// The thread that publishes, by a socket of its own.
+struct Publisher {
+    bursts: SyncSender<Burst>,
+    thread: thread::JoinHandle<anyhow::Result<Published>>,
+}
+
+impl Publisher {
+    fn start(redis: SocketAddr, since: Micros) -> anyhow::Result<Self> {
+        let socket = TcpStream::connect(redis)?;
+        socket.set_nodelay(true)?;
+        // A million events at the highest rates, and each burst only once.
+        let (sender, bursts) = sync_channel(100_000);
+        let thread = thread::spawn(move || publish(socket, &bursts, since));
+        Ok(Self { bursts: sender, thread })
+    }
+
+    fn send(&self, burst: Burst) -> anyhow::Result<()> {
+        self.bursts.send(burst).context("the publisher has ended")
+    }
+
+    fn finish(self) -> anyhow::Result<Published> {
+        drop(self.bursts);
+        self.thread.join().unwrap_or_else(|_| anyhow::bail!("the publisher panicked"))
+    }
+}
+
+fn publish(mut socket: TcpStream, bursts: &Receiver<Burst>, since: Micros) -> anyhow::Result<Published> {
+    let mut published = Published { events: 0, latest: 0, heard: 0 };
+    let answers = socket.try_clone()?;
+    let (total_in, total) = sync_channel(1);
+    let reader = thread::spawn(move || count_heard(answers, &total));
+    for burst in bursts {
+        sleep_until(since + burst.due);
+        published.latest = published.latest.max(now().saturating_sub(since + burst.due));
+        socket.write_all(&burst.commands)?;
+        published.events += burst.events;
+    }
+    total_in.send(published.events)?;
+    // Redis answers this one, too, so the reader comes to know the total.
+    socket.write_all(b"PING\r\n")?;
+    published.heard = reader.join().unwrap_or_else(|_| anyhow::bail!("the reader panicked"))?;
+    Ok(published)
+}
+
+/// Redis answers each PUBLISH with the number of those who heard it.
+fn count_heard(answers: TcpStream, total: &Receiver<u64>) -> anyhow::Result<u64> {
+    answers.set_read_timeout(Some(Duration::from_secs(60)))?;
+    let mut heard = 0;
+    let (mut seen, mut wanted) = (0, u64::MAX);
+    for line in BufReader::new(answers).lines() {
+        let line = line.context("Redis does not answer")?;
+        match line.strip_prefix(':') {
+            Some(number) => {
+                seen += 1;
+                heard += number.parse::<u64>().context("Redis counts")?;
+            }
+            None => {
+                anyhow::ensure!(line == "+PONG", "Redis says {line}");
+                wanted = total.recv()?;
+            }
+        }
+        if seen >= wanted {
+            return Ok(heard);
+        }
+    }
+    anyhow::bail!("Redis has closed the connection")
+}

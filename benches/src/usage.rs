@@ -1,0 +1,125 @@
+//! What processes use, as the kernel accounts for it: CPU time and memory.
+
+use std::{fs, ops::Sub, time::Duration};
+
+use anyhow::Context as _;
+use nix::unistd::{SysconfVar, sysconf};
+
+/// User and system time together. The kernel counts it in ticks, usually of 10 ms.
+#[derive(Debug, Clone, Copy)]
+pub struct Cpu(pub Duration);
+
+impl Cpu {
+    pub fn of(pid: u32) -> anyhow::Result<Self> {
+        Ok(Self(ticks(read_stat(pid)?.own)))
+    }
+
+    /// Of a process and its children, those that have ended included: Postgres has one per connection.
+    pub fn of_family(pid: u32) -> anyhow::Result<Self> {
+        let parent = read_stat(pid)?;
+        let mut sum = parent.own + parent.ended_children;
+        for entry in fs::read_dir("/proc")? {
+            let Some(child) = entry?.file_name().to_str().and_then(|name| name.parse().ok()) else {
+                continue;
+            };
+            // A process may end while we look.
+            if let Ok(stat) = read_stat(child)
+                && stat.parent == pid
+            {
+                sum += stat.own;
+            }
+        }
+        Ok(Self(ticks(sum)))
+    }
+
+    pub fn seconds(self) -> f64 {
+        self.0.as_secs_f64()
+    }
+
+    /// Seconds for each `many` of `count`.
+    pub fn per(self, many: f64, count: u64) -> f64 {
+        self.seconds() * many / count.max(1) as f64
+    }
+}
+
+impl Sub for Cpu {
+    type Output = Self;
+
+    fn sub(self, earlier: Self) -> Self {
+        Self(self.0.saturating_sub(earlier.0))
+    }
+}
+
+struct Stat {
+    parent: u32,
+    own: u64,
+    ended_children: u64,
+}
+
+fn read_stat(pid: u32) -> anyhow::Result<Stat> {
+    let text = fs::read_to_string(format!("/proc/{pid}/stat"))?;
+    // The name in parentheses may hold anything, so fields are counted from behind it.
+    let (_, fields) = text.rsplit_once(") ").context("a stat file has a name in it")?;
+    let fields: Vec<&str> = fields.split_whitespace().collect();
+    let number = |index: usize| -> anyhow::Result<u64> {
+        Ok(fields.get(index).context("a stat file has more fields")?.parse()?)
+    };
+    Ok(Stat {
+        parent: u32::try_from(number(1)?)?,
+        own: number(11)? + number(12)?,
+        ended_children: number(13)? + number(14)?,
+    })
+}
+
+fn ticks(count: u64) -> Duration {
+    let per_second = sysconf(SysconfVar::CLK_TCK).ok().flatten().unwrap_or(100);
+    Duration::from_secs_f64(count as f64 / per_second as f64)
+}
+
+/// Memory of one process, in bytes.
+#[derive(Debug, Clone, Copy)]
+pub struct Memory {
+    /// Its own pages, and its share of those it has in common with others.
+    pub pss: u64,
+    pub rss: u64,
+}
+
+impl Memory {
+    pub fn of(pid: u32) -> anyhow::Result<Self> {
+        let text = fs::read_to_string(format!("/proc/{pid}/smaps_rollup"))?;
+        let field = |name: &str| {
+            let line = text.lines().find_map(|line| line.strip_prefix(name));
+            let kilobytes = line.and_then(|line| line.trim().trim_end_matches(" kB").parse::<u64>().ok());
+            kilobytes.map(|kilobytes| kilobytes * 1_024).with_context(|| format!("no {name} in smaps_rollup"))
+        };
+        Ok(Self { pss: field("Pss:")?, rss: field("Rss:")? })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{process::Command, time::Instant};
+
+    use super::*;
+
+    #[test]
+    fn work_done_here_is_seen() {
+        let own = std::process::id();
+        let (before, began) = (Cpu::of(own).unwrap(), Instant::now());
+        while (Cpu::of(own).unwrap() - before).0 < Duration::from_millis(50) {
+            assert!(began.elapsed() < Duration::from_secs(30));
+        }
+        let memory = Memory::of(own).unwrap();
+        assert!(memory.pss > 0 && memory.rss >= memory.pss);
+    }
+
+    #[test]
+    fn a_childs_work_counts_for_the_family_while_it_lives_and_after() {
+        let own = std::process::id();
+        let busy = "i=0; while [ $i -lt 200000 ]; do i=$((i+1)); done";
+        let before = Cpu::of_family(own).unwrap();
+        let mut child = Command::new("sh").args(["-c", busy]).spawn().unwrap();
+        child.wait().unwrap();
+        assert!((Cpu::of_family(own).unwrap() - before).0 > Duration::ZERO);
+    }
+}
