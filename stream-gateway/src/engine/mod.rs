@@ -692,6 +692,7 @@ impl Engine {
             News::Revoked(user, session) => self.end_session(user, session),
             News::Confirmed(users) => users.into_iter().for_each(|user| self.on_confirmed(user)),
             News::Lost => self.hub.iter_mut().for_each(|entry| entry.confirmed = false),
+            News::Trusted(trusted) if trusted == self.trusted => {}
             News::Trusted(trusted) => {
                 self.trusted = trusted;
                 if !trusted {
