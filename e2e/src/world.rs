@@ -210,10 +210,6 @@ impl World {
         token
     }
 
-    pub fn internal_secret(&self) -> &str {
-        &self.internal_secret
-    }
-
     /// The Redis channel of a user in this world.
     pub fn channel(&self, user: UserId) -> String {
         Channels::new(&*self.prefix).user(user)

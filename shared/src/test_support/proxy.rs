@@ -1,15 +1,7 @@
 //! A faulty network between two processes: a TCP proxy that can be slow, break off after some bytes, swallow everything
 //! in silence, or refuse; and that can be aimed elsewhere, as a service address is.
 
-use std::{
-    io,
-    net::SocketAddr,
-    sync::{
-        Arc,
-        atomic::{AtomicU64, Ordering},
-    },
-    time::Duration,
-};
+use std::{io, net::SocketAddr, sync::Arc, time::Duration};
 
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
@@ -48,7 +40,6 @@ struct State {
 pub struct Proxy {
     address: SocketAddr,
     state: watch::Sender<State>,
-    passed: Arc<AtomicU64>,
     task: JoinHandle<()>,
 }
 
@@ -58,18 +49,12 @@ impl Proxy {
         let address = listener.local_addr().expect("a bound socket has an address");
         let (state, watched) =
             watch::channel(State { upstream, fault: Fault::None, budget: None, generation: 0 });
-        let passed = Arc::new(AtomicU64::new(0));
-        let task = tokio::spawn(accept(listener, watched, passed.clone()));
-        Self { address, state, passed, task }
+        let task = tokio::spawn(accept(listener, watched));
+        Self { address, state, task }
     }
 
     pub fn address(&self) -> SocketAddr {
         self.address
-    }
-
-    /// Bytes that went through, both ways.
-    pub fn passed(&self) -> u64 {
-        self.passed.load(Ordering::Relaxed)
     }
 
     /// Everything goes through again.
@@ -114,7 +99,7 @@ impl Drop for Proxy {
     }
 }
 
-async fn accept(listener: TcpListener, mut state: watch::Receiver<State>, passed: Arc<AtomicU64>) {
+async fn accept(listener: TcpListener, mut state: watch::Receiver<State>) {
     let address = listener.local_addr().expect("a bound socket has an address");
     let mut listener = Some(listener);
     let places = Arc::new(Semaphore::new(CONNECTIONS));
@@ -136,9 +121,9 @@ async fn accept(listener: TcpListener, mut state: watch::Receiver<State>, passed
             accepted = accepted => {
                 let Ok((client, _)) = accepted else { continue };
                 let Ok(place) = places.clone().try_acquire_owned() else { continue };
-                let (state, passed) = (state.clone(), passed.clone());
+                let state = state.clone();
                 connections.spawn(async move {
-                    let _ = carry(client, state, passed).await; // Broken connections are the purpose.
+                    let _ = carry(client, state).await; // Broken connections are the purpose.
                     drop(place);
                 });
             }
@@ -157,11 +142,7 @@ async fn listen_again(address: SocketAddr) -> TcpListener {
     }
 }
 
-async fn carry(
-    client: TcpStream,
-    mut state: watch::Receiver<State>,
-    passed: Arc<AtomicU64>,
-) -> io::Result<()> {
+async fn carry(client: TcpStream, mut state: watch::Receiver<State>) -> io::Result<()> {
     let begun = *state.borrow_and_update();
     end_by_reset(&client, true)?;
     client.set_nodelay(true)?;
@@ -175,8 +156,8 @@ async fn carry(
     let mut cut = state.clone();
     let both = async {
         tokio::try_join!(
-            pump(from_client, to_upstream, state.clone(), passed.clone(), None),
-            pump(from_upstream, to_client, state, passed, begun.budget),
+            pump(from_client, to_upstream, state.clone(), None),
+            pump(from_upstream, to_client, state, begun.budget),
         )
     };
     tokio::select! {
@@ -198,7 +179,6 @@ async fn pump(
     mut from: OwnedReadHalf,
     mut to: OwnedWriteHalf,
     mut state: watch::Receiver<State>,
-    passed: Arc<AtomicU64>,
     mut budget: Option<u64>,
 ) -> io::Result<()> {
     let mut buffer = vec![0; 16 * 1024];
@@ -221,7 +201,6 @@ async fn pump(
         open_again(&mut state).await;
         let length = budget.map_or(length, |left| length.min(usize::try_from(left).unwrap_or(usize::MAX)));
         to.write_all(&buffer[..length]).await?;
-        passed.fetch_add(length as u64, Ordering::Relaxed);
         if let Some(left) = &mut budget {
             *left -= length as u64;
             if *left == 0 {

@@ -46,10 +46,6 @@ impl Redis {
         panic!("the Redis server does not start");
     }
 
-    pub fn port(&self) -> u16 {
-        self.port
-    }
-
     pub fn address(&self) -> SocketAddr {
         (Ipv4Addr::LOCALHOST, self.port).into()
     }
@@ -156,10 +152,6 @@ impl Postgres {
             }
         }
         panic!("the Postgres server does not start: {}", log_of(folder.path()));
-    }
-
-    pub fn port(&self) -> u16 {
-        self.port
     }
 
     pub fn address(&self) -> SocketAddr {

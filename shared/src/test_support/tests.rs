@@ -143,8 +143,6 @@ async fn the_proxy_has_every_fault_it_claims() {
     super::until("somebody listens again", || async { connect().await.is_ok() }).await;
     let mut socket = connect().await.unwrap();
     assert_eq!(say(&mut socket, b"hello").await.unwrap(), b"hello");
-    drop(socket);
-    assert!(proxy.passed() > 0);
 }
 
 #[test]
