@@ -1,0 +1,217 @@
+//! Connections come and go: admission, finding out where a connection stands, parting, burial.
+
+use std::collections::VecDeque;
+
+use bytes::Bytes;
+use mio::{Interest, Token};
+use shared::{
+    cursor::{Cursor, Epoch},
+    feed::Head,
+    ids::UserId,
+};
+
+use super::{
+    Admission, Engine, GOODBYE_WITHIN, LINGER, SEND_BUFFER, bytes_of,
+    connection::{Connection, Key, Resume, Stage},
+    jittered,
+};
+use crate::{
+    backfill::{HeadQuestion, WhyHead},
+    frame::Goodbye,
+    sequencer::{Lost, Millis},
+};
+
+impl Engine {
+    pub(super) fn admit(&mut self, admission: Admission) {
+        let Admission { socket, user, session, resume, head, lasts, ends_why, place } = admission;
+        let options = socket2::SockRef::from(&socket);
+        let prepared = socket.set_nonblocking(true).and_then(|()| {
+            options.set_send_buffer_size(SEND_BUFFER)?;
+            // What the kernel holds unacknowledged, or cannot send to a full receiver, may make no progress this long.
+            options.set_tcp_user_timeout(Some(self.settings.write_deadline))
+        });
+        let mut socket = mio::net::TcpStream::from_std(socket);
+        let slot = self.connections.vacant_entry();
+        self.generation = self.generation.wrapping_add(1);
+        let key = Key { index: slot.key() as u32, generation: self.generation };
+        let registered = prepared.and_then(|()| {
+            let interest = Interest::READABLE | Interest::WRITABLE;
+            self.sockets.get_ref().registry().register(&mut socket, Token(slot.key()), interest)
+        });
+        if let Err(error) = registered {
+            tracing::warn!(%error, user.id = %user, "a stream could not be taken over");
+            self.metrics.ended("error");
+            return;
+        }
+        let (at, new) = self.hub.enter(user);
+        if new {
+            self.wishes.want(user);
+            self.metrics.users.set(self.hub.users() as i64);
+        }
+        slot.insert(Connection {
+            socket,
+            generation: key.generation,
+            user: at,
+            session,
+            stage: Stage::Joining(resume),
+            head: match resume {
+                Resume::After(Cursor { epoch, seq }) => Head { epoch, seq },
+                Resume::Head | Resume::Nonsense => Head { epoch: Epoch(0), seq: 0 },
+            },
+            rest: Bytes::new(),
+            page: VecDeque::new(),
+            inquired: false,
+            asked: None,
+            owes_ready: None,
+            lost: None,
+            parting: None,
+            said_goodbye: false,
+            beat_at: self.now + jittered(self.settings.heartbeat),
+            ends_at: self.now + lasts.as_millis() as Millis,
+            ends_why,
+            blocked_since: self.now,
+            due: 0,
+            noise: 0,
+            _place: place,
+        });
+        self.metrics.streams.inc();
+        self.metrics.streams_opened.inc();
+        self.make_room(at);
+        if let Some(entry) = self.hub.get_mut(at) {
+            entry.connections.push(key);
+        }
+        tracing::debug!(user.id = %user, connection = key.generation, resumes = resume != Resume::Head, new, "stream opened");
+        self.schedule(key);
+        let now = self.now;
+        if let Some(connection) = self.connection(key) {
+            let written = connection.write(head, now);
+            self.note_write(key, written);
+        }
+        if self.drain.is_some() {
+            return self.part(key, Goodbye::Drain);
+        }
+        self.join(key);
+    }
+
+    /// One user's streams beyond the limit: the oldest goes.
+    fn make_room(&mut self, user: u32) {
+        let limit = self.settings.streams_per_user;
+        let Some(entry) = self.hub.get(user) else { return };
+        let staying = entry.connections.iter().copied().filter(|key| {
+            self.connections.get(key.index as usize).is_some_and(|connection| connection.parting.is_none())
+        });
+        let staying: Vec<_> = staying.collect();
+        let over = (staying.len() + 1).saturating_sub(limit);
+        for key in staying.into_iter().take(over) {
+            self.part(key, Goodbye::Replaced);
+        }
+    }
+
+    /// Asks what must be known of a joining connection, as soon as asking makes sense: an answer given before Redis listens
+    /// for this user could miss what comes between the two.
+    pub(super) fn join(&mut self, key: Key) {
+        let trusted = self.trusted;
+        let Some(connection) = self.connections.get_mut(key.index as usize) else { return };
+        let Some(entry) = self.hub.get(connection.user) else { return };
+        let place = entry.sequencer.place();
+        let may_ask = entry.confirmed || !trusted;
+        if !connection.inquired && (may_ask || place.is_some()) {
+            connection.inquired = true;
+            self.backfill.ask_head(HeadQuestion {
+                user: entry.user,
+                asked_at: place,
+                why: WhyHead::Join,
+                session: Some(connection.session),
+            });
+        }
+        match connection.stage {
+            Stage::Joining(Resume::After(cursor)) if may_ask && connection.asked.is_none() => {
+                self.ask_range(key, cursor.seq);
+            }
+            // The head that was just asked for places it otherwise.
+            Stage::Joining(Resume::Head | Resume::Nonsense) if place.is_some() => self.place_at_head(key),
+            Stage::Joining(_) | Stage::Placed => {}
+        }
+    }
+
+    pub(super) fn place_at_head(&mut self, key: Key) {
+        let Some(connection) = self.connections.get_mut(key.index as usize) else { return };
+        let Some(place) = self.hub.get(connection.user).and_then(|entry| entry.sequencer.place()) else {
+            return;
+        };
+        let Stage::Joining(resume) = connection.stage else { return };
+        connection.stage = Stage::Placed;
+        connection.head = place;
+        connection.owes_ready = Some(false);
+        connection.lost = (resume == Resume::Nonsense).then_some(Lost::Unknown);
+        self.pull(key);
+    }
+
+    pub(super) fn place_at_cursor(connection: &mut Connection) {
+        connection.stage = Stage::Placed;
+        connection.owes_ready = Some(true);
+    }
+
+    /// Says goodbye, once what was begun is written, and closes.
+    pub(super) fn part(&mut self, key: Key, why: Goodbye) {
+        let now = self.now;
+        let Some(connection) = self.connection(key) else { return };
+        if connection.parting.is_some() {
+            return;
+        }
+        connection.parting = Some(why);
+        connection.due = now + GOODBYE_WITHIN;
+        let due = connection.due;
+        self.wheel.insert(key, due);
+        self.pull(key);
+    }
+
+    pub(super) fn end(&mut self, key: Key, reason: &'static str) {
+        self.dead.push((key, reason));
+    }
+
+    /// Removes what has ended. Not where it ends, because there somebody may be walking over the user's connections.
+    pub(super) fn bury(&mut self) {
+        while let Some((key, reason)) = self.dead.pop() {
+            if self.connection(key).is_none() {
+                continue;
+            }
+            let mut connection = self.connections.remove(key.index as usize);
+            let _ = self.sockets.get_ref().registry().deregister(&mut connection.socket);
+            self.backlog -= bytes_of(&connection.page);
+            if !connection.rest.is_empty() {
+                self.metrics.readers_behind.dec();
+            }
+            self.metrics.streams.dec();
+            self.metrics.ended(reason);
+            if let Some(entry) = self.hub.get_mut(connection.user) {
+                entry.connections.retain(|other| *other != key);
+                tracing::debug!(user.id = %entry.user, connection = key.generation, reason, "stream ended");
+                if entry.connections.is_empty() {
+                    entry.left_at = Some(self.now);
+                    self.lingering.push_back((self.now + LINGER, entry.user));
+                }
+            }
+            self.trim(connection.user);
+        }
+        self.metrics.backlog_bytes.set(self.backlog as i64);
+    }
+
+    pub(super) fn connection(&mut self, key: Key) -> Option<&mut Connection> {
+        let connection = self.connections.get_mut(key.index as usize)?;
+        (connection.generation == key.generation).then_some(connection)
+    }
+
+    /// Lets go of a user who has had no connection for a while.
+    pub(super) fn forget(&mut self, user: UserId) {
+        let Some(at) = self.hub.find(user) else { return };
+        let idle =
+            self.hub.get(at).is_some_and(|entry| entry.left_at.is_some_and(|left| left + LINGER <= self.now));
+        if idle && let Some(entry) = self.hub.remove(at) {
+            self.backlog -= entry.ring.bytes();
+            self.ticks.remove(&(entry.tick_at, at));
+            self.wishes.unwant(user);
+            self.metrics.users.set(self.hub.users() as i64);
+        }
+    }
+}

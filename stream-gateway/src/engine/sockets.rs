@@ -1,0 +1,152 @@
+//! What goes to sockets and comes from them. [`Engine::pull`] is the one place that decides what a connection is written next.
+
+use std::{collections::VecDeque, io, time::SystemTime};
+
+use rand::RngExt;
+use shared::cursor::Cursor;
+
+use super::{
+    Engine, Way, bytes_of,
+    connection::{Key, MAX_NOISE, Written},
+};
+use crate::{
+    frame::{self, Goodbye},
+    metrics::Reason,
+};
+
+impl Engine {
+    pub(super) fn on_socket(&mut self, event: &mio::event::Event) {
+        let index = event.token().0;
+        let Some(connection) = self.connections.get_mut(index) else { return };
+        let key = Key { index: index as u32, generation: connection.generation };
+        if event.is_error() {
+            let timed_out = matches!(
+                connection.socket.take_error(),
+                Ok(Some(error)) if error.kind() == io::ErrorKind::TimedOut
+            );
+            return self.end(key, if timed_out { "stalled" } else { "client" });
+        }
+        if event.is_readable() {
+            let open = connection.discard_input();
+            let parting = connection.parting;
+            if connection.noise > MAX_NOISE {
+                return self.end(key, "noise");
+            }
+            if !matches!(open, Ok(true)) {
+                return self.end(key, parting.map_or("client", Goodbye::as_str));
+            }
+        }
+        if event.is_writable() {
+            self.pull(key);
+        }
+    }
+
+    /// Accounts for a write. `true` when the socket took everything.
+    pub(super) fn note_write(&mut self, key: Key, written: io::Result<Written>) -> bool {
+        match written {
+            Ok(Written::All) => true,
+            Ok(Written::Short) => {
+                self.metrics.readers_behind.inc();
+                self.metrics.readers_fell_behind.inc();
+                let parting = self.connection(key).is_some_and(|connection| connection.parting.is_some());
+                if !parting {
+                    self.schedule(key);
+                }
+                false
+            }
+            Err(error) => {
+                let stalled = error.kind() == io::ErrorKind::TimedOut;
+                self.end(key, if stalled { "stalled" } else { "client" });
+                false
+            }
+        }
+    }
+
+    /// Writes all that the connection may have and its socket takes: the rest of a block, what it is owed, what follows its
+    /// cursor. Asks for what is not here.
+    pub(super) fn pull(&mut self, key: Key) {
+        let now = self.now;
+        loop {
+            let Some(connection) = self.connections.get_mut(key.index as usize) else { return };
+            if connection.generation != key.generation {
+                return;
+            }
+            if !connection.rest.is_empty() {
+                match connection.flush(now) {
+                    Ok(Written::All) => _ = self.metrics.readers_behind.dec(),
+                    Ok(Written::Short) => return,
+                    Err(_) => return self.end(key, "client"),
+                }
+                continue;
+            }
+            let Some(entry) = self.hub.get(connection.user) else { return };
+            let place = entry.sequencer.place();
+            let mut delivered = None;
+            let block = if let Some(why) = connection.parting {
+                if connection.said_goodbye {
+                    return connection.finish_writing();
+                }
+                connection.said_goodbye = true;
+                frame::goodbye(why, rand::rng().random_range(why.retry())).into()
+            } else if !connection.is_placed() {
+                return;
+            } else if let Some(resumed) = connection.owes_ready.take() {
+                let cursor = Cursor { epoch: connection.head.epoch, seq: connection.head.seq };
+                let with_id = connection.lost.is_none();
+                let heartbeat = self.settings.heartbeat.as_secs();
+                let cursor = match (with_id, place) {
+                    (false, Some(head)) => Cursor { epoch: head.epoch, seq: head.seq },
+                    _ => cursor,
+                };
+                frame::ready(cursor, resumed && with_id, with_id, heartbeat, SystemTime::now()).into()
+            } else if let (Some(why), Some(head)) = (connection.lost, place) {
+                connection.lost = None;
+                connection.head = head;
+                connection.asked = None;
+                self.backlog -= bytes_of(&connection.page);
+                connection.page = VecDeque::new();
+                self.metrics.resyncs.get_or_create(&Reason { reason: why.as_str() }).inc();
+                tracing::info!(user.id = %entry.user, event.seq = head.seq, reason = why.as_str(), "a stream must resync");
+                frame::resync(Cursor { epoch: head.epoch, seq: head.seq }, why).into()
+            } else if let Some(event) = connection.page.pop_front() {
+                self.backlog -= event.frame.len();
+                if connection.page.is_empty() {
+                    connection.page = VecDeque::new();
+                }
+                if event.head.epoch != connection.head.epoch || event.head.seq != connection.head.seq + 1 {
+                    continue; // Passed already, by a live event.
+                }
+                connection.head = event.head;
+                delivered = Some((event.created_at, Way::Replay));
+                event.frame
+            } else if let Some(event) = entry.ring.after(connection.head) {
+                connection.head = event.head;
+                delivered = Some((event.created_at, Way::Redis));
+                event.frame.clone()
+            } else {
+                let head = connection.head;
+                let behind = place.is_some_and(|place| place.epoch == head.epoch && place.seq > head.seq);
+                if behind && connection.asked.is_none() {
+                    self.ask_range(key, head.seq);
+                } else if !behind && !entry.ring.is_empty() {
+                    let user = connection.user;
+                    self.trim(user);
+                }
+                return;
+            };
+            let written = connection.write(block, now);
+            if let Some((created_at, way)) = delivered {
+                self.note_delivery(created_at, way);
+            }
+            if !self.note_write(key, written) {
+                return;
+            }
+        }
+    }
+
+    pub(super) fn note_delivery(&self, created_at: i64, way: Way) {
+        let delivery = &self.deliveries[way as usize];
+        delivery.counter.inc();
+        delivery.lag.observe((self.wall - created_at).max(0) as f64 / 1_000.0);
+    }
+}
