@@ -59,13 +59,15 @@ impl Places {
     pub(crate) fn scratch(&self) -> Result<Scratch> {
         let runs = self.home.join("runs");
         fs::create_dir_all(&runs)?;
+        let own = std::process::id().to_string();
         for entry in fs::read_dir(&runs)? {
             let entry = entry?;
-            if !Path::new("/proc").join(entry.file_name()).exists() {
+            if entry.file_name() == *own || !Path::new("/proc").join(entry.file_name()).exists() {
+                // Another run may be sweeping too.
                 let _ = fs::remove_dir_all(entry.path());
             }
         }
-        let dir = runs.join(std::process::id().to_string());
+        let dir = runs.join(own);
         fs::create_dir_all(&dir)?;
         Ok(Scratch(dir))
     }
