@@ -6,6 +6,7 @@ use e2e::{
     World,
     ledger::{Feed, assert_exact},
 };
+use futures_util::future::join_all;
 use shared::test_support::{
     proxy::Proxy,
     servers::{Postgres, Redis},
@@ -84,6 +85,31 @@ async fn when_a_gateway_is_killed_its_clients_go_on_elsewhere_with_nothing_lost_
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_storm_of_reconnects_is_answered_exactly() {
+    let world = Arc::new(World::new().await);
+    let api = world.api().ready().await;
+    let (mut doomed, other) = tokio::join!(
+        world.gateway(api.internal()).ready(),
+        world.gateway(api.internal()).env("MAX_STREAMS_PER_USER", 100).ready()
+    );
+    let crowd = Crowd::gather(&world, &api, 10).await;
+    let mut watching = Vec::new();
+    for user in &crowd.users {
+        for _ in 0..30 {
+            let ways = vec![doomed.stream(user), other.stream(user)];
+            watching.push((user.clone(), Browser::open(ways, Resume::Header, RETRY)));
+        }
+    }
+    join_all(watching.iter().map(|(_, browser)| browser.ready())).await;
+    let traffic = Traffic::start(&world, &[&api], &crowd.lines, Duration::from_millis(100));
+    traffic.more(50).await;
+    doomed.kill();
+    traffic.more(100).await;
+    traffic.stop().await;
+    assert_all_exact(&world, &api, &crowd.lines, &watching).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn while_the_internal_listener_is_away_streams_stay_open_and_live_events_flow() {
     let redis = Redis::start();
     let world = World::with_redis(redis.url()).await;
@@ -125,6 +151,30 @@ async fn while_the_internal_listener_is_away_streams_stay_open_and_live_events_f
         new.named("ready").await;
     }
     assert_eq!(jane.record().opened, 1);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_missed_nothing_goes_live_without_an_answer_of_api() {
+    let world = World::new().await;
+    let api = world.api().ready().await;
+    let link = Proxy::start(api.internal()).await;
+    let gateway = world.gateway(link.address()).ready().await;
+    let two = Two::meet(&world, &api).await;
+    two.say(&world, &api, 3).await;
+    let cursor = Feed::read(&world.sql, two.jane.id).await.head_cursor();
+    link.silence();
+    let back = browser(gateway.stream(&two.jane).last_event_id(&cursor));
+    back.until("the stream is open", |record| record.open).await;
+    until("Redis confirmed the subscription", || async {
+        gateway.metric("gateway_subscriptions").await >= 1.0
+    })
+    .await;
+    // What comes next follows the cursor, so nothing was missed.
+    two.say(&world, &api, 3).await;
+    assert_exact(&world.sql, two.jane.id, "jane", &back).await;
+    link.resume();
+    two.say(&world, &api, 3).await;
+    assert_exact(&world.sql, two.jane.id, "jane", &back).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -1,5 +1,7 @@
 //! Every end of a stream has a reason, in band; none outlives its right to be open.
 
+use std::{sync::Arc, time::Duration};
+
 use chrono::Utc;
 use e2e::World;
 use shared::{
@@ -12,7 +14,7 @@ use shared::{
     },
 };
 
-use crate::support::{Two, browser};
+use crate::support::{Crowd, Traffic, Two, assert_all_exact, browser};
 
 /// The last event of a stream that ends: its reason, and whether to come back.
 async fn goodbye(stream: &mut Stream) -> (String, bool) {
@@ -163,18 +165,41 @@ async fn the_streams_of_a_revoked_session_end_within_a_tick_and_no_others() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn streams_end_at_a_random_age_and_come_back() {
+async fn the_streams_of_a_user_who_is_deleted_end_and_nobody_elses() {
     let world = World::new().await;
     let api = world.api().ready().await;
-    let gateway = world.gateway(api.internal()).env("MAX_STREAM_AGE_SECONDS", 3).ready().await;
+    let gateway = world.gateway(api.internal()).env("RECONCILE_SECONDS", 1).ready().await;
     let two = Two::meet(&world, &api).await;
-    let jane = browser(gateway.stream(&two.jane));
-    jane.ready().await;
-    jane.until("it was asked to come back", |record| record.opened >= 2).await;
-    two.say(&world, &api, 3).await;
-    e2e::ledger::assert_exact(&world.sql, two.jane.id, "jane", &jane).await;
-    let record = jane.record();
-    let goodbye = record.named("goodbye").next().unwrap();
-    assert_eq!(goodbye.json()["reason"], "rotate");
-    assert_eq!(goodbye.json()["reconnect"], true);
+    let ann = world.user(&api, "ann").await;
+    let mut lost = ready(gateway.stream(&two.jane).stream().await).await;
+    let johns = browser(gateway.stream(&two.john));
+    johns.ready().await;
+    let delete = sqlx::query("DELETE FROM users WHERE id = $1").bind(two.jane.id.0);
+    delete.execute(&world.sql).await.unwrap();
+    assert_eq!(goodbye(&mut lost).await, ("revoked".to_owned(), false));
+    let conversation = world.conversation(&api, &two.john, &ann).await;
+    world.say(&api, &ann, conversation).await;
+    e2e::ledger::assert_exact(&world.sql, two.john.id, "john", &johns).await;
+    assert_eq!(johns.record().opened, 1);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn streams_end_at_a_random_age_and_come_back_without_a_loss() {
+    let world = Arc::new(World::new().await);
+    let api = world.api().ready().await;
+    let gateway = world.gateway(api.internal()).env("MAX_STREAM_AGE_SECONDS", 2).ready().await;
+    let crowd = Crowd::gather(&world, &api, 3).await;
+    let watching = crowd.watch(&[&gateway]).await;
+    let traffic = Traffic::start(&world, &[&api], &crowd.lines, Duration::from_millis(20));
+    for (_, browser) in &watching {
+        browser.until("it was asked twice to come back", |record| record.opened >= 3).await;
+    }
+    traffic.stop().await;
+    assert_all_exact(&world, &api, &crowd.lines, &watching).await;
+    for (_, browser) in &watching {
+        let record = browser.record();
+        let goodbye = record.named("goodbye").next().unwrap();
+        assert_eq!(goodbye.json()["reason"], "rotate");
+        assert_eq!(goodbye.json()["reconnect"], true);
+    }
 }

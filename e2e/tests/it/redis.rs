@@ -6,12 +6,7 @@ use std::{
 };
 
 use e2e::{Service, User, World, ledger::assert_exact};
-use shared::test_support::{
-    proxy::Proxy,
-    servers::{Redis, free_port},
-    sse::Browser,
-    until,
-};
+use shared::test_support::{proxy::Proxy, servers::Redis, sse::Browser, until};
 
 use crate::support::{Crowd, Traffic, Two, assert_all_exact, browser};
 
@@ -97,8 +92,10 @@ async fn a_redis_that_is_silently_dead_for_a_while_loses_nothing() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn with_a_redis_that_never_started_all_arrives_a_tick_later() {
-    let world = Arc::new(World::with_redis(format!("redis://127.0.0.1:{}/", free_port())).await);
+async fn with_a_redis_that_never_started_all_arrives_a_tick_later_and_at_once_when_it_does() {
+    let mut redis = Redis::start();
+    redis.kill(); // Now its address is known, and nobody is there.
+    let world = Arc::new(World::with_redis(redis.url()).await);
     let (api, gateway) = world.pair().await;
     let crowd = Crowd::gather(&world, &api, 4).await;
     let watching = crowd.watch(&[&gateway]).await;
@@ -117,6 +114,10 @@ async fn with_a_redis_that_never_started_all_arrives_a_tick_later() {
     }
     println!("without Redis, ticks of 200 ms: post to screen {slowest:?} at the slowest of 10");
     let traffic = Traffic::start(&world, &[&api], &crowd.lines, PAUSE);
+    traffic.more(100).await;
+    // It starts at last.
+    redis.restart();
+    until("the gateway trusts it", || async { gateway.metric("gateway_redis_suspect").await == 0.0 }).await;
     traffic.more(100).await;
     traffic.stop().await;
     assert_all_exact(&world, &api, &crowd.lines, &watching).await;

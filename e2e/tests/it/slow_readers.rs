@@ -1,5 +1,7 @@
 //! One reader that takes nothing costs nobody else anything; it is cut in time, or catches up exactly.
 
+use std::time::Duration;
+
 use e2e::{
     Service, User, World,
     ledger::{Feed, assert_exact},
@@ -91,6 +93,33 @@ async fn a_reader_that_takes_nothing_is_cut_by_the_write_deadline_and_resumes_ex
     }
     feed.assert_is("the one that was cut", &seen, after);
     assert_eq!(well.record().opened, 1, "nobody else was cut");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_slow_reader_among_fast_ones_sees_everything_while_more_and_more_comes() {
+    let world = World::new().await;
+    let (api, gateway) = world.pair().await;
+    let two = Two::meet(&world, &api).await;
+    let after = Feed::read(&world.sql, two.jane.id).await.head;
+    let mut slow = stalled(&gateway, &two.jane).await;
+    let well = browser(gateway.stream(&two.jane));
+    well.ready().await;
+    // Behind, level and behind again, many times over.
+    let reading = async {
+        let mut seen = Vec::new();
+        while seen.len() < MESSAGES {
+            seen.push(slow.next().await);
+            if seen.len() % 50 < 10 {
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+        }
+        seen
+    };
+    let (seen, ()) = tokio::join!(reading, say_much(&world, &api, &two));
+    let feed = Feed::read(&world.sql, two.jane.id).await;
+    feed.assert_is("the slow one", &seen, after);
+    assert_exact(&world.sql, two.jane.id, "the healthy reader", &well).await;
+    assert!(gateway.metric("gateway_readers_fell_behind_total").await > 1.0, "it was slow");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
