@@ -25,7 +25,8 @@ use serde::{Serialize, de::DeserializeOwned};
 use shared::{
     cursor::Seq,
     feed::{
-        self, Head, HeadsAnswer, HeadsRequest, KnownHead, MAX_PAIRS, RangeAfter, RangesAnswer, RangesRequest,
+        self, Head, HeadsAnswer, HeadsRequest, KnownHead, MAX_PAIRS, Range, RangeAfter, RangesAnswer,
+        RangesRequest,
     },
     ids::{SessionId, UserId},
 };
@@ -301,6 +302,7 @@ async fn ask_ranges<A: Copy>(
         let matches = answer.ranges.len() == questions.len()
             && questions.iter().zip(&answer.ranges).all(|(q, a)| (q.user, q.after) == (a.user, a.after));
         anyhow::ensure!(matches, "api answered other ranges than were asked for");
+        anyhow::ensure!(answer.ranges.iter().all(is_possible), "api answered ranges that cannot be");
         Ok(answer)
     });
     match answer {
@@ -320,6 +322,15 @@ async fn ask_ranges<A: Copy>(
             Err(Failed::Ranges(questions))
         }
     }
+}
+
+/// Whether the events are of the feed that the head is of, behind the place, without holes, and end by the head. The first
+/// may be any: older ones are perhaps no longer kept.
+fn is_possible(range: &Range) -> bool {
+    let Some(head) = range.head else { return range.events.is_empty() };
+    let contiguous = range.events.is_sorted_by(|one, next| one.seq.checked_add(1) == Some(next.seq));
+    let of_this_feed = range.events.iter().all(|event| event.epoch == head.epoch && event.seq <= head.seq);
+    contiguous && of_this_feed && range.events.first().is_none_or(|first| first.seq > range.after)
 }
 
 /// Up to the first event that this build cannot pass on. A reader that needs it is told to reload.
@@ -343,12 +354,14 @@ async fn ask_heads<A>(api: &Api, questions: Vec<HeadQuestion>) -> Result<Answers
         users: questions.iter().map(|q| KnownHead { user: q.user, head: q.asked_at }).collect(),
         sessions: questions.iter().filter_map(|q| q.session).collect(),
     };
-    match api.post::<HeadsAnswer>(feed::HEADS_PATH, &request).await {
-        Ok(answer) => Ok(Answers::Heads(HeadsAnswered {
-            questions,
-            heads: answer.heads.into_iter().map(|head| (head.user, head.head)).collect(),
-            ended: answer.ended.into_iter().collect(),
-        })),
+    let answer = api.post::<HeadsAnswer>(feed::HEADS_PATH, &request).await.and_then(|answer| {
+        let heads: HashMap<_, _> = answer.heads.into_iter().map(|head| (head.user, head.head)).collect();
+        let whole = questions.iter().all(|q| q.asked_at.is_some() || heads.contains_key(&q.user));
+        anyhow::ensure!(whole, "api left out heads that were asked for");
+        Ok((heads, answer.ended.into_iter().collect()))
+    });
+    match answer {
+        Ok((heads, ended)) => Ok(Answers::Heads(HeadsAnswered { questions, heads, ended })),
         Err(error) => {
             tracing::warn!(
                 error = format!("{error:#}"),

@@ -130,10 +130,7 @@ impl Engine {
                     self.metrics.reconcile_found.inc_by(u64::from(beyond));
                     entry.sequencer.observe(answer(head), self.now, &mut steps);
                 }
-                (None, WhyHead::Place) => {
-                    tracing::error!(user.id = %question.user, "api left out a head that was asked for");
-                    entry.sequencer.answer(answer(None), self.now, &mut steps);
-                }
+                // Only what differs is answered.
                 (None, _) => {}
             }
             self.take(user, steps, Way::Repair);
