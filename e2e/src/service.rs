@@ -165,10 +165,17 @@ impl Service {
         Some((answer.status, answer.text()))
     }
 
-    /// The sum over all lines of `/metrics` that begin so, whatever their labels.
+    /// One metric's sum over its labels.
     pub async fn metric(&self, name: &str) -> f64 {
+        self.metric_where(name, "").await
+    }
+
+    /// One metric's sum over the lines with this label, as `/metrics` writes it: `path="redis"`.
+    pub async fn metric_where(&self, name: &str, label: &str) -> f64 {
         let (_, text) = self.ops_says("/metrics").await.expect("the ops listener answers");
-        let of_this = |line: &&str| line.starts_with(name) && line[name.len()..].starts_with(['{', ' ']);
+        let of_this = |line: &&str| {
+            line.strip_prefix(name).is_some_and(|rest| rest.starts_with(['{', ' ']) && rest.contains(label))
+        };
         text.lines().filter(of_this).filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok()).sum()
     }
 

@@ -1,6 +1,9 @@
 //! When nothing is broken but the clients' own connections.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use e2e::{
     World,
@@ -10,6 +13,7 @@ use futures_util::future::join_all;
 use shared::test_support::{
     proxy::Proxy,
     sse::{Browser, Opening, Resume},
+    until,
 };
 
 use crate::support::{Crowd, RETRY, Traffic, Two, assert_all_exact, browser};
@@ -88,6 +92,35 @@ async fn every_device_sees_exactly_its_users_feed_whatever_replica_gateway_or_re
         accepted.len(),
         watching.len()
     );
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn while_all_is_well_every_event_comes_by_redis_at_once_and_none_by_reconcile() {
+    let world = World::new().await;
+    let api = world.api().ready().await;
+    let gateway = world.gateway(api.internal()).env("RECONCILE_SECONDS", 300).ready().await;
+    let two = Two::meet(&world, &api).await;
+    let jane = browser(gateway.stream(&two.jane));
+    jane.ready().await;
+    until("Redis confirmed the subscription", || async {
+        gateway.metric("gateway_subscriptions").await >= 1.0
+    })
+    .await;
+    let mut slowest = Duration::ZERO;
+    for _ in 0..50 {
+        let began = Instant::now();
+        let posted = world.say(&api, &two.john, two.conversation).await;
+        jane.until("the message", |record| {
+            record.ledger().next_back().is_some_and(|event| event.json()["id"] == posted["id"])
+        })
+        .await;
+        slowest = slowest.max(began.elapsed());
+    }
+    println!("post to screen, all well: {slowest:?} at the slowest of 50");
+    let by = async |label: &str| gateway.metric_where("gateway_events_delivered_total", label).await;
+    assert_eq!(by(r#"path="redis""#).await, 50.0);
+    assert_eq!(gateway.metric("gateway_events_delivered_total").await, 50.0);
+    assert_eq!(gateway.metric("gateway_reconcile_found_total").await, 0.0);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
