@@ -144,7 +144,7 @@ pub async fn run(config: Config, listeners: Listeners, stop: CancellationToken) 
     watching.await.context("the readiness watch failed")?;
     stop_ops.cancel();
     operators.await.context("the operators' listener failed")?;
-    database.pool().close().await;
+    database.close().await;
     tracing::info!("stopped");
     Ok(())
 }

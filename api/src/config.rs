@@ -114,7 +114,7 @@ pub struct Addresses {
 pub struct Config {
     pub origin: Origin,
     pub database: PgConnectOptions,
-    pub database_pool_size: u32,
+    pub database_pool_size: usize,
     pub redis: redis::Client,
     pub channels: Channels,
     pub keys: SigningKeys,
@@ -141,7 +141,7 @@ impl Settings {
         let database = self.database(&mut problems);
         let database_pool_size = problems
             .number("DATABASE_POOL_SIZE", &self.database_pool_size, 1, 1_000)
-            .and_then(|size| u32::try_from(size).ok());
+            .and_then(|size| usize::try_from(size).ok());
         let redis =
             problems.require("REDIS_URL", self.redis_url.as_deref()).map(str::to_owned).and_then(|url| {
                 redis::Client::open(url).map_err(|_| problems.add("REDIS_URL cannot be read")).ok()

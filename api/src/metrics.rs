@@ -20,7 +20,7 @@ pub struct Metrics {
     pub published: Counter,
     pub publish_dropped: Family<Dropped, Counter>,
     pub redis_connected: Gauge,
-    pub pool_connections: Gauge,
+    pub pool_in_use: Gauge,
     pub pool_idle: Gauge,
     pub feed_pruned: Counter,
 }
@@ -51,7 +51,7 @@ impl Metrics {
             published: Counter::default(),
             publish_dropped: Family::default(),
             redis_connected: Gauge::default(),
-            pool_connections: Gauge::default(),
+            pool_in_use: Gauge::default(),
             pool_idle: Gauge::default(),
             feed_pruned: Counter::default(),
         };
@@ -74,8 +74,16 @@ impl Metrics {
             "1 while the publisher has a connection",
             metrics.redis_connected.clone(),
         );
-        registry.register("pool_connections", "Connections to Postgres", metrics.pool_connections.clone());
-        registry.register("pool_idle_connections", "Of these, not in use", metrics.pool_idle.clone());
+        registry.register(
+            "pool_used_connections",
+            "Connections to Postgres in use",
+            metrics.pool_in_use.clone(),
+        );
+        registry.register(
+            "pool_idle_connections",
+            "Connections to Postgres at rest",
+            metrics.pool_idle.clone(),
+        );
         registry.register(
             "feed_pruned_events",
             "Events deleted at the old end of feeds",

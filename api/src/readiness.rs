@@ -68,8 +68,9 @@ pub async fn watch(
         if !answers {
             connection = None;
         }
-        metrics.pool_connections.set(i64::from(database.pool().size()));
-        metrics.pool_idle.set(i64::try_from(database.pool().num_idle()).unwrap_or(i64::MAX));
+        let (in_use, idle) = database.connections();
+        metrics.pool_in_use.set(i64::try_from(in_use).unwrap_or(i64::MAX));
+        metrics.pool_idle.set(i64::try_from(idle).unwrap_or(i64::MAX));
         let redis = metrics.redis_connected.get() == 1;
         match (answers, redis) {
             (false, _) => judgement.set(false, "Postgres does not answer"),

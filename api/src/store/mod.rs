@@ -6,11 +6,12 @@
 pub mod conversations;
 pub mod feed;
 pub mod messages;
+mod pool;
 pub mod schema;
 pub mod sessions;
 pub mod users;
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use chrono::{DateTime, Utc};
 use shared::{
@@ -18,11 +19,10 @@ use shared::{
     event::{self, Envelope},
     ids::UserId,
 };
-use sqlx::{
-    Connection, PgConnection, PgPool,
-    postgres::{PgConnectOptions, PgPoolOptions},
-};
+use sqlx::{PgConnection, postgres::PgConnectOptions};
 use thiserror::Error;
+
+use pool::Pool;
 
 #[derive(Debug, Error)]
 pub enum StoreError {
@@ -35,58 +35,45 @@ pub enum StoreError {
 
 #[derive(Clone)]
 pub struct Database {
-    pool: PgPool,
+    pool: Arc<Pool>,
 }
 
-/// To get a connection, waiting for one included.
-const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(2);
 /// For a lock inside a statement, and for a statement: the server gives up and says so.
 const LOCK_TIMEOUT: &str = "2s";
 const STATEMENT_TIMEOUT: &str = "4s";
 /// For the server to say anything at all: it has vanished.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
-/// A connection that has rested longer is tried before it is used; others are not, to save the round trip.
-const RESTED: Duration = Duration::from_secs(1);
 
 impl Database {
     /// Connects when first asked something.
-    pub fn new(url: PgConnectOptions, connections: u32) -> Self {
-        let pool = PgPoolOptions::new()
-            .max_connections(connections)
-            .acquire_timeout(ACQUIRE_TIMEOUT)
-            .test_before_acquire(false)
-            .before_acquire(|connection, meta| {
-                Box::pin(async move {
-                    if meta.idle_for < RESTED {
-                        return Ok(true);
-                    }
-                    Ok(tokio::time::timeout(RESTED, connection.ping())
-                        .await
-                        .is_ok_and(|answer| answer.is_ok()))
-                })
-            })
-            .connect_lazy_with(bounded(url));
-        Self { pool }
+    pub fn new(url: PgConnectOptions, connections: usize) -> Self {
+        Self { pool: Arc::new(Pool::new(bounded(url), connections)) }
     }
 
-    pub fn pool(&self) -> &PgPool {
-        &self.pool
-    }
-
-    /// Runs `work` on a connection of the pool, within the time a client can be kept waiting.
+    /// Runs `work` on a connection, within the time a client can be kept waiting.
     pub async fn run<T>(
         &self,
         work: impl AsyncFnOnce(&mut PgConnection) -> Result<T, sqlx::Error>,
     ) -> Result<T, StoreError> {
-        let mut connection = self.pool.acquire().await.map_err(judge)?;
-        match tokio::time::timeout(ANSWER_TIMEOUT, work(&mut connection)).await {
-            Ok(result) => result.map_err(judge),
-            Err(_) => {
-                // Nothing is known about its state, and asking it could take for ever.
-                connection.close_on_drop();
-                Err(StoreError::Unavailable("no answer in time".into()))
+        let mut used = self.pool.take().await.map_err(judge)?;
+        match tokio::time::timeout(ANSWER_TIMEOUT, work(&mut used.connection)).await {
+            Ok(Ok(answer)) => {
+                self.pool.put_back(used);
+                Ok(answer)
             }
+            Ok(Err(error)) => Err(judge(error)),
+            Err(_) => Err(StoreError::Unavailable("no answer in time".into())),
         }
+    }
+
+    /// Connections in use, and at rest.
+    pub fn connections(&self) -> (usize, usize) {
+        (self.pool.in_use(), self.pool.idle())
+    }
+
+    /// What is asked from now on is not answered.
+    pub async fn close(&self) {
+        self.pool.close().await;
     }
 }
 

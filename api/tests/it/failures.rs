@@ -30,10 +30,10 @@ impl Listener {
     }
 }
 
-async fn metric(app: &App, line: &str) -> u64 {
+/// `None`: there is no such line, as before the first of its kind.
+async fn metric(app: &App, line: &str) -> Option<u64> {
     let text = app.client.get(format!("{}/metrics", app.ops)).expect(200).await.text();
-    let value = text.lines().find_map(|found| found.strip_prefix(line)?.trim().parse().ok());
-    value.unwrap_or(0)
+    text.lines().find_map(|found| found.strip_prefix(line)?.trim().parse().ok())
 }
 
 async fn readiness(app: &App) -> (u16, String) {
@@ -71,7 +71,7 @@ async fn every_event_is_published_to_its_receiver(pool: PgPool) {
             range.events.iter().map(|event| serde_json::to_value(event).unwrap()).collect::<Vec<_>>()
         );
     }
-    assert_eq!(metric(&app, "api_published_events_total").await, 6);
+    assert_eq!(metric(&app, "api_published_events_total").await, Some(6));
     app.stop().await;
 }
 
@@ -89,7 +89,7 @@ async fn a_killed_redis_costs_no_answer_and_is_found_again(pool: PgPool) {
         let (john, app, conversation) = (&john, &app, &conversation);
         async move {
             john.say(conversation, "into the void").await;
-            metric(app, dropped).await > 0
+            metric(app, dropped).await > Some(0)
         }
     })
     .await;
@@ -113,8 +113,10 @@ async fn a_redis_restarted_while_idle_loses_nothing(pool: PgPool) {
     let (config, channels) = with_redis(&pool, &redis.url());
     let app = App::start_with(config).await;
     let (john, jane, conversation) = app.pair(&pool).await;
-    until("the first events are out", || async { metric(&app, "api_published_events_total").await == 2 })
-        .await;
+    until("the first events are out", || async {
+        metric(&app, "api_published_events_total").await == Some(2)
+    })
+    .await;
     redis.restart();
     let mut heard = Listener::start(&redis.url(), &channels.user(jane.id)).await;
     john.say(&conversation, "first after the restart").await;
@@ -211,7 +213,9 @@ async fn a_silent_postgres_is_503_and_is_found_again(pool: PgPool) {
     let (john, _, conversation) = app.pair(&pool).await;
     proxy.silence();
     assert_unavailable(&app, &john, &conversation).await;
-    // Connections that hang are given up, so there is room for good ones.
+    // Connections that hang are given up, so that there is room for good ones.
+    until("no connection is in use", || async { metric(&app, "api_pool_used_connections").await == Some(0) })
+        .await;
     proxy.resume();
     proxy.cut();
     until("the service is ready again", || async { readiness(&app).await.0 == 200 }).await;

@@ -13,7 +13,10 @@ use shared::{
     cursor::Epoch,
     feed::{Head, HeadsRequest, KnownHead, MAX_PAIRS, RangeAfter},
     ids::{SessionId, UserId},
-    test_support::http::{Answer, Call},
+    test_support::{
+        http::{Answer, Call},
+        until,
+    },
 };
 use sqlx::PgPool;
 use tokio::io::AsyncWriteExt;
@@ -186,6 +189,41 @@ async fn abort(pool: &PgPool, who: &User, conversation: &str) {
     transaction.rollback().await.unwrap();
 }
 
+async fn until_waiting_for_locks(pool: &PgPool, number: i64) {
+    until("they wait for the lock", || async {
+        let waiting: i64 = sqlx::query_scalar(
+            "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'",
+        )
+        .fetch_one(pool)
+        .await
+        .unwrap();
+        waiting == number
+    })
+    .await;
+}
+
+/// Both see that there is something to read; the second finds it read.
+#[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
+async fn two_reads_at_once_move_the_position_once(pool: PgPool) {
+    let app = App::start(&pool).await;
+    let (john, jane, conversation) = app.pair(&pool).await;
+    john.say(&conversation, "hi").await;
+    let mut holder = pool.begin().await.unwrap();
+    sqlx::query("SELECT FROM conversations FOR NO KEY UPDATE").execute(&mut *holder).await.unwrap();
+    let release = async {
+        until_waiting_for_locks(&pool, 2).await;
+        holder.rollback().await.unwrap();
+    };
+    tokio::join!(
+        jane.read_messages(&conversation).expect(204),
+        jane.messages(&conversation, "").expect(200),
+        release
+    );
+    let reads = app.feed(jane.id).await.into_iter().filter(|(name, _)| name == "conversation.read").count();
+    assert_eq!(reads, 1);
+    app.stop().await;
+}
+
 /// Otherwise a smaller id could be committed after a larger one, and be passed over by whoever pages or reads.
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
 async fn an_id_is_drawn_only_when_the_conversation_is_free(pool: PgPool) {
@@ -196,16 +234,7 @@ async fn an_id_is_drawn_only_when_the_conversation_is_free(pool: PgPool) {
     // As another send does; the foreign key of a message can pass it.
     sqlx::query("SELECT FROM conversations FOR NO KEY UPDATE").execute(&mut *holder).await.unwrap();
     let waiting = async {
-        shared::test_support::until("the send waits for the lock", || async {
-            let waiting: i64 = sqlx::query_scalar(
-                "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'",
-            )
-            .fetch_one(&pool)
-            .await
-            .unwrap();
-            waiting == 1
-        })
-        .await;
+        until_waiting_for_locks(&pool, 1).await;
         let last: i64 =
             sqlx::query_scalar("SELECT last_value FROM messages_id_seq").fetch_one(&pool).await.unwrap();
         assert_eq!(last, first, "no id was drawn yet");
@@ -430,7 +459,7 @@ async fn pruning_deletes_a_prefix_by_count_and_by_age_and_nothing_else(pool: PgP
         assert_eq!(kept, left.clone().collect::<Vec<_>>(), "case {n}");
     }
     assert_eq!(walk().await, 0);
-    database.pool().close().await;
+    database.close().await;
 }
 
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]

@@ -1,0 +1,103 @@
+//! Connections to Postgres, kept open between statements.
+//!
+//! Sqlx's own pool tries each connection when it is handed out and again when it comes back: two more round trips around every
+//! statement, and the second one without a limit, so that a link that dies at that moment takes a place of the pool with it for
+//! a quarter of an hour. Here a connection is tried only if it has rested for a while, and what did not end well is dropped.
+
+use std::{
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+
+use sqlx::{Connection, PgConnection, postgres::PgConnectOptions};
+use tokio::{
+    sync::{OwnedSemaphorePermit, Semaphore},
+    time::{Instant, timeout},
+};
+
+/// To get a connection, waiting for one included.
+const TAKE_TIMEOUT: Duration = Duration::from_secs(2);
+/// A connection that has rested longer is tried before it is used, and must answer in as short a time.
+const RESTED: Duration = Duration::from_secs(1);
+/// A connection is not used for longer, so that a pool finds its way to where the name of the server leads by now.
+const LIFETIME: Duration = Duration::from_secs(30 * 60);
+
+pub(super) struct Pool {
+    options: PgConnectOptions,
+    size: usize,
+    places: Arc<Semaphore>,
+    /// The last one used is the next one used, so that no more are kept busy than are needed.
+    resting: Mutex<Vec<Resting>>,
+}
+
+struct Resting {
+    connection: PgConnection,
+    made: Instant,
+    since: Instant,
+}
+
+/// A connection in use. It is closed when dropped; [`Pool::put_back`] keeps it.
+pub(super) struct InUse {
+    pub(super) connection: PgConnection,
+    made: Instant,
+    _place: OwnedSemaphorePermit,
+}
+
+impl Pool {
+    pub(super) fn new(options: PgConnectOptions, size: usize) -> Self {
+        Self { options, size, places: Arc::new(Semaphore::new(size)), resting: Mutex::default() }
+    }
+
+    pub(super) async fn take(&self) -> sqlx::Result<InUse> {
+        timeout(TAKE_TIMEOUT, self.find()).await.unwrap_or(Err(sqlx::Error::PoolTimedOut))
+    }
+
+    async fn find(&self) -> sqlx::Result<InUse> {
+        let place = self.places.clone().acquire_owned().await.map_err(|_| sqlx::Error::PoolClosed)?;
+        let resting = self.resting().pop();
+        if let Some(Resting { mut connection, made, since }) = resting {
+            if since.elapsed() < RESTED || answers(&mut connection).await {
+                return Ok(InUse { connection, made, _place: place });
+            }
+            // What has ended this one has most likely ended those that rest for longer.
+            self.resting().clear();
+        }
+        let connection = PgConnection::connect_with(&self.options).await?;
+        Ok(InUse { connection, made: Instant::now(), _place: place })
+    }
+
+    /// Only what is in good order comes back: after a whole answer, not after a wait that was given up.
+    pub(super) fn put_back(&self, InUse { connection, made, _place: place }: InUse) {
+        if made.elapsed() < LIFETIME && !self.places.is_closed() {
+            self.resting().push(Resting { connection, made, since: Instant::now() });
+        }
+        // Last, so that whoever gets the place finds the connection.
+        drop(place);
+    }
+
+    /// Connections that are in use or being made.
+    pub(super) fn in_use(&self) -> usize {
+        self.size - self.places.available_permits()
+    }
+
+    pub(super) fn idle(&self) -> usize {
+        self.resting().len()
+    }
+
+    /// Nobody gets a connection any more, and Postgres is told that those at rest are done.
+    pub(super) async fn close(&self) {
+        self.places.close();
+        let resting = std::mem::take(&mut *self.resting());
+        for Resting { connection, .. } in resting {
+            let _ = timeout(RESTED, connection.close()).await;
+        }
+    }
+
+    fn resting(&self) -> MutexGuard<'_, Vec<Resting>> {
+        self.resting.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+async fn answers(connection: &mut PgConnection) -> bool {
+    timeout(RESTED, connection.ping()).await.is_ok_and(|answer| answer.is_ok())
+}
