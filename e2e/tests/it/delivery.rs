@@ -154,6 +154,34 @@ async fn a_device_that_comes_while_messages_flow_misses_none_after_its_ready() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_single_message_posted_at_the_moment_of_joining_is_not_missed() {
+    let world = World::new().await;
+    let api = world.api().ready().await;
+    // No reconcile comes to the rescue, and no later event shows a gap.
+    let gateway = world.gateway(api.internal()).env("RECONCILE_SECONDS", 300).ready().await;
+    let john = world.user(&api, "john").await;
+    let mut joining = Vec::new();
+    for number in 0..60 {
+        let user = world.user(&api, &format!("user{number}")).await;
+        let conversation = world.conversation(&api, &john, &user).await;
+        let cursor = Feed::read(&world.sql, user.id).await.head_cursor();
+        joining.push((user, conversation, cursor));
+    }
+    for wave in joining.chunks(6) {
+        join_all(wave.iter().enumerate().map(async |(number, (user, conversation, cursor))| {
+            let opening = gateway.stream(user);
+            let opening = if number % 2 == 0 { opening.last_event_id(cursor) } else { opening };
+            let watching = browser(opening);
+            tokio::time::sleep(Duration::from_micros(rand::random_range(0..12_000))).await;
+            world.say(&api, &john, *conversation).await;
+            watching.ready().await;
+            assert_exact(&world.sql, user.id, &user.name, &watching).await;
+        }))
+        .await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_user_who_left_and_came_back_to_the_same_gateway_misses_nothing() {
     let world = World::new().await;
     let (api, gateway) = world.pair().await;
