@@ -221,7 +221,11 @@ impl<A: Copy + Send + 'static> Backfill<A> {
             let not_before = self.not_before();
             tokio::select! {
                 Some(done) = self.requests.next() => {
-                    let (result, started) = done.unwrap_or_else(|panic| std::panic::resume_unwind(panic.into_panic()));
+                    let (result, started) = match done {
+                        Ok(done) => done,
+                        Err(error) if error.is_panic() => std::panic::resume_unwind(error.into_panic()),
+                        Err(_) => pending().await, // Cancelled: the process is ending.
+                    };
                     match result {
                         Ok(answers) => {
                             self.backoff = Duration::ZERO;
