@@ -10,7 +10,8 @@ use crate::{
     ids::SessionId,
 };
 
-/// The version of this form. A gateway that meets another one asks `api` for the range instead of guessing.
+/// The version of this form. A gateway cannot pass on one that it does not know: its readers are told to reload. So a new
+/// version goes to the gateways first.
 pub const VERSION: u8 = 1;
 
 /// Event names, as the contract has them. [`MESSAGE`] travels to browsers without a name, so that a bare `onmessage` hears it.

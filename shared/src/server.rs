@@ -12,7 +12,7 @@ use std::{
     net::SocketAddr,
     pin::{Pin, pin},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
-    task::{Context, Poll},
+    task::{Context, Poll, ready},
     time::Duration,
 };
 
@@ -234,7 +234,12 @@ enum Phase {
     Head,
     /// A handler has the request; it bounds its own time.
     Serving,
+    /// All is said. What the client still sends is thrown away, so that the kernel does not reset what it has not read yet.
+    Closing,
 }
+
+/// How long a connection may stay half closed.
+const LINGER: Duration = Duration::from_secs(1);
 
 impl Notes {
     fn new() -> Self {
@@ -255,6 +260,7 @@ impl Notes {
             Phase::Idle => Some((self.since + limits.idle, "idle")),
             Phase::Head => Some((self.since + limits.head, "no whole request head")),
             Phase::Serving => None,
+            Phase::Closing => Some((self.since + LINGER, "half closed")),
         }
     }
 
@@ -376,7 +382,20 @@ impl AsyncWrite for Watched {
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.socket).poll_shutdown(cx)
+        if lock(&self.notes).phase != Phase::Closing {
+            ready!(Pin::new(&mut self.socket).poll_shutdown(cx))?;
+            let mut notes = lock(&self.notes);
+            notes.enter(Phase::Closing);
+            notes.blocked = None;
+        }
+        let mut space = [std::mem::MaybeUninit::uninit(); 4_096];
+        loop {
+            let mut buffer = ReadBuf::uninit(&mut space);
+            ready!(Pin::new(&mut self.socket).poll_read(cx, &mut buffer))?;
+            if buffer.filled().is_empty() {
+                return Poll::Ready(Ok(()));
+            }
+        }
     }
 }
 

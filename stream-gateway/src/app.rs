@@ -17,7 +17,7 @@ use shared::{
 };
 use tokio::{
     net::TcpListener,
-    sync::{mpsc, oneshot},
+    sync::{Semaphore, mpsc, oneshot},
     time::{sleep, timeout},
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
@@ -25,6 +25,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use crate::{
     backfill::Api,
     config::Config,
+    descriptors,
     engine::{self, Command, Inputs},
     http::{self, Streams},
     keys::Keys,
@@ -86,7 +87,7 @@ pub async fn run(config: Config, listeners: Listeners, stop: CancellationToken) 
         move || readiness(&keys, &stopping, &metrics)
     };
     let ops_routes = warp::service(ops::routes(Arc::new(registry), readiness));
-    let limits = ServerLimits { connections: 64, ..ServerLimits::default() };
+    let limits = ServerLimits { connections: descriptors::OPS, ..ServerLimits::default() };
     tasks.spawn(server::serve(listeners.ops, ops_routes, limits, end.clone()));
 
     let streams = Arc::new(Streams {
@@ -97,10 +98,12 @@ pub async fn run(config: Config, listeners: Listeners, stop: CancellationToken) 
         allowed_origins: config.allowed_origins,
         max_age: config.admission.max_age,
         admissions: admissions_in,
+        turning_away: Arc::new(Semaphore::new(descriptors::TURNED_AWAY)),
         parting: AtomicBool::new(false),
     });
     let routes = warp::service(http::routes(streams.clone()));
-    tasks.spawn(server::serve(listeners.public, routes, ServerLimits::default(), end.clone()));
+    let limits = ServerLimits { connections: descriptors::HTTP, ..ServerLimits::default() };
+    tasks.spawn(server::serve(listeners.public, routes, limits, end.clone()));
 
     tokio::select! {
         () = stop.cancelled() => {}

@@ -24,6 +24,7 @@ use rand::RngExt;
 use serde::{Serialize, de::DeserializeOwned};
 use shared::{
     cursor::Seq,
+    event::Envelope,
     feed::{
         self, Head, HeadsAnswer, HeadsRequest, KnownHead, MAX_PAIRS, Range, RangeAfter, RangesAnswer,
         RangesRequest,
@@ -45,7 +46,7 @@ use crate::{
 const GATHER: Duration = Duration::from_millis(2);
 const MAX_REQUESTS: usize = 4;
 const TIMEOUT: Duration = Duration::from_secs(5);
-/// An answer holds some 4,000 events of at most 6 KiB.
+/// An answer holds some 4,000 events of some 4 KiB at most.
 const MAX_ANSWER: usize = 32 << 20;
 const FIRST_BACKOFF: Duration = Duration::from_millis(100);
 const MAX_BACKOFF: Duration = Duration::from_secs(2);
@@ -306,12 +307,17 @@ async fn ask_ranges<A: Copy>(
         let matches = answer.ranges.len() == questions.len()
             && questions.iter().zip(&answer.ranges).all(|(q, a)| (q.user, q.after) == (a.user, a.after));
         anyhow::ensure!(matches, "api answered other ranges than were asked for");
-        anyhow::ensure!(answer.ranges.iter().all(is_possible), "api answered ranges that cannot be");
         Ok(answer)
     });
     match answer {
         Ok(answer) => {
-            let answers = answer.ranges.into_iter().map(|range| {
+            let answers = answer.ranges.into_iter().map(|mut range| {
+                let possible = possible(&range);
+                if possible < range.events.len() {
+                    tracing::error!(user.id = %range.user, after = range.after, "api answered a range that cannot be");
+                    range.events.truncate(possible);
+                    range.more = true;
+                }
                 let (events, whole) = encode(range.user, range.events, metrics);
                 RangeAnswer { head: range.head, events, more: range.more || !whole }
             });
@@ -328,17 +334,23 @@ async fn ask_ranges<A: Copy>(
     }
 }
 
-/// Whether the events are of the feed that the head is of, behind the place, without holes, and end by the head. The first
-/// may be any: older ones are perhaps no longer kept.
-fn is_possible(range: &Range) -> bool {
-    let Some(head) = range.head else { return range.events.is_empty() };
-    let contiguous = range.events.is_sorted_by(|one, next| one.seq.checked_add(1) == Some(next.seq));
-    let of_this_feed = range.events.iter().all(|event| event.epoch == head.epoch && event.seq <= head.seq);
-    contiguous && of_this_feed && range.events.first().is_none_or(|first| first.seq > range.after)
+/// How many of the events can be: of the feed that the head is of, behind the place, without holes, up to the head. The first
+/// may be any: older ones are perhaps no longer kept. One damaged feed must not keep the others of its request waiting, so
+/// what cannot be is cut off here, and who needs it is told to reload.
+fn possible(range: &Range) -> usize {
+    let Some(head) = range.head else { return 0 };
+    let mut last = None;
+    let fits = |event: &&Envelope| {
+        let follows =
+            last.map_or(event.seq > range.after, |last: Seq| last.checked_add(1) == Some(event.seq));
+        last = Some(event.seq);
+        follows && event.epoch == head.epoch && event.seq <= head.seq
+    };
+    range.events.iter().take_while(fits).count()
 }
 
 /// Up to the first event that this build cannot pass on. A reader that needs it is told to reload.
-fn encode(user: UserId, envelopes: Vec<shared::event::Envelope>, metrics: &Metrics) -> (Vec<Event>, bool) {
+fn encode(user: UserId, envelopes: Vec<Envelope>, metrics: &Metrics) -> (Vec<Event>, bool) {
     let mut events = Vec::with_capacity(envelopes.len());
     for envelope in envelopes {
         match Event::encode(&envelope) {

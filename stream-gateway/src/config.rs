@@ -60,7 +60,7 @@ pub struct Settings {
     /// Seconds after which a stream is asked to reconnect, at random between half of it and all of it
     #[arg(long, hide_env_values = true, env, default_value = "14400")]
     max_stream_age_seconds: String,
-    /// Streams of this process; more are told to come back later. Needs as many file descriptors and 1,000 more
+    /// Streams of this process; more are told to come back later. Needs as many open files and 3,612 more
     #[arg(long, hide_env_values = true, env, default_value = "15000")]
     max_streams: String,
     /// Streams of one user on this process; the oldest is replaced by one more

@@ -17,8 +17,8 @@ use thiserror::Error;
 
 use crate::sequencer::Lost;
 
-/// The largest envelope that is taken from Redis, in bytes. A message of 480 code points makes some 6 KiB at most.
-pub const MAX_ENVELOPE: usize = 64 * 1024;
+/// The largest envelope that is taken from Redis, in bytes. A message of 480 code points makes some 4 KiB at most.
+pub const MAX_ENVELOPE: usize = 16 * 1024;
 
 /// A comment: keeps proxies and dead-peer detection going, invisible to scripts.
 pub const HEARTBEAT: &[u8] = b":\n\n";

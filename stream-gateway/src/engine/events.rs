@@ -82,7 +82,8 @@ impl Engine {
     fn write_next(&mut self, key: Key, event: &Event, way: Way) {
         let now = self.now;
         let Some(connection) = self.connection(key) else { return };
-        if connection.is_clear() {
+        let follows = connection.head.epoch == event.head.epoch && connection.head.seq + 1 == event.head.seq;
+        if follows && connection.is_clear() {
             connection.head = event.head;
             let written = connection.write(event.frame.clone(), now);
             self.note_delivery(event.created_at, way);

@@ -11,7 +11,7 @@ use shared::{
 };
 
 use super::{
-    Admission, Engine, GOODBYE_WITHIN, LINGER, SEND_BUFFER, bytes_of,
+    Admission, EXPIRED_WITHIN, Engine, GOODBYE_WITHIN, LINGER, REVOKED_WITHIN, SEND_BUFFER, bytes_of,
     connection::{Connection, Key, Resume, Stage},
     jittered,
 };
@@ -23,7 +23,7 @@ use crate::{
 
 impl Engine {
     pub(super) fn admit(&mut self, admission: Admission) {
-        let Admission { socket, user, session, resume, head, lasts, ends_why, place } = admission;
+        let Admission { socket, user, session, resume, head, ends, ends_why, place } = admission;
         let options = socket2::SockRef::from(&socket);
         let prepared = socket.set_nonblocking(true).and_then(|()| {
             options.set_send_buffer_size(SEND_BUFFER)?;
@@ -67,7 +67,7 @@ impl Engine {
             parting: None,
             said_goodbye: false,
             beat_at: self.now + jittered(self.settings.heartbeat),
-            ends_at: self.now + lasts.as_millis() as Millis,
+            ends_at: ends.saturating_duration_since(self.started).as_millis() as Millis,
             ends_why,
             blocked_since: self.now,
             due: 0,
@@ -160,7 +160,12 @@ impl Engine {
             return;
         }
         connection.parting = Some(why);
-        connection.due = now + GOODBYE_WITHIN;
+        connection.due = now
+            + match why {
+                Goodbye::Expired => EXPIRED_WITHIN,
+                Goodbye::Revoked => REVOKED_WITHIN,
+                Goodbye::Busy | Goodbye::Drain | Goodbye::Replaced | Goodbye::Rotate => GOODBYE_WITHIN,
+            };
         let due = connection.due;
         self.wheel.insert(key, due);
         self.pull(key);

@@ -60,6 +60,9 @@ pub const ADMISSIONS: usize = 1_024;
 const LINGER: Millis = 1_000;
 /// A goodbye must be out, and the client gone, this long after it was due.
 const GOODBYE_WITHIN: Millis = 3_000;
+/// The same where the right to be connected has ended: a reader that is stalled must not gain time by it.
+const EXPIRED_WITHIN: Millis = 500;
+const REVOKED_WITHIN: Millis = 1_000;
 /// News taken before sockets and timers get their turn.
 const NEWS_AT_ONCE: usize = 512;
 /// The kernel doubles it. Enough for a page of the feed; what does not fit stays in the ring or in Postgres.
@@ -73,8 +76,8 @@ pub struct Admission {
     pub resume: Resume,
     /// The head of the HTTP answer and the first `retry`.
     pub head: Bytes,
-    /// How long the stream may last, and why it ends then.
-    pub lasts: Duration,
+    /// When the stream ends at the latest, and why.
+    pub ends: Instant,
     pub ends_why: Goodbye,
     pub place: Place,
 }
@@ -233,7 +236,10 @@ impl Engine {
                 }
                 ready = self.sockets.readable_mut() => {
                     let mut ready = ready?;
-                    ready.get_inner_mut().poll(&mut events, Some(Duration::ZERO))?;
+                    match ready.get_inner_mut().poll(&mut events, Some(Duration::ZERO)) {
+                        Err(error) if error.kind() != io::ErrorKind::Interrupted => return Err(error.into()),
+                        _ => {}
+                    }
                     if events.iter().count() < events.capacity() {
                         ready.clear_ready();
                     }
@@ -347,8 +353,10 @@ impl Engine {
         if !connection.rest.is_empty() {
             due = due.min(connection.blocked_since + write_deadline);
         }
-        connection.due = due;
-        self.wheel.insert(key, due);
+        if due != connection.due {
+            connection.due = due; // It stands there already otherwise.
+            self.wheel.insert(key, due);
+        }
     }
 
     fn begin_drain(&mut self, window: Duration, done: oneshot::Sender<()>) {

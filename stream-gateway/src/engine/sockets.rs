@@ -20,11 +20,8 @@ impl Engine {
         let Some(connection) = self.connections.get_mut(index) else { return };
         let key = Key { index: index as u32, generation: connection.generation };
         if event.is_error() {
-            let timed_out = matches!(
-                connection.socket.take_error(),
-                Ok(Some(error)) if error.kind() == io::ErrorKind::TimedOut
-            );
-            return self.end(key, if timed_out { "stalled" } else { "client" });
+            let error = connection.socket.take_error().ok().flatten();
+            return self.end(key, error.as_ref().map_or("client", why_broken));
         }
         if event.is_readable() {
             let open = connection.discard_input();
@@ -55,8 +52,7 @@ impl Engine {
                 false
             }
             Err(error) => {
-                let stalled = error.kind() == io::ErrorKind::TimedOut;
-                self.end(key, if stalled { "stalled" } else { "client" });
+                self.end(key, why_broken(&error));
                 false
             }
         }
@@ -75,7 +71,7 @@ impl Engine {
                 match connection.flush(now) {
                     Ok(Written::All) => _ = self.metrics.readers_behind.dec(),
                     Ok(Written::Short) => return,
-                    Err(_) => return self.end(key, "client"),
+                    Err(error) => return self.end(key, why_broken(&error)),
                 }
                 continue;
             }
@@ -149,4 +145,9 @@ impl Engine {
         delivery.counter.inc();
         delivery.lag.observe((self.wall - created_at).max(0) as f64 / 1_000.0);
     }
+}
+
+/// The kernel gives up on a peer that acknowledges nothing for the write deadline; all else is the client's doing.
+fn why_broken(error: &io::Error) -> &'static str {
+    if error.kind() == io::ErrorKind::TimedOut { "stalled" } else { "client" }
 }

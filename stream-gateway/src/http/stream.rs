@@ -9,14 +9,17 @@ use std::{
         Arc,
         atomic::{AtomicBool, Ordering},
     },
-    time::{Duration, SystemTime},
+    time::{Duration, Instant, SystemTime},
 };
 
 use chrono::Utc;
 use http::{HeaderMap, HeaderValue, Method, Response as HttpResponse, StatusCode, header};
 use rand::RngExt;
 use shared::{claims::Claims, config::Origin, cursor::Cursor, problem::Problem, server};
-use tokio::sync::mpsc;
+use tokio::sync::{
+    Semaphore,
+    mpsc::{self, error::TrySendError},
+};
 use warp::reply::Response;
 
 use super::auth::{credential, last_event_id};
@@ -37,6 +40,8 @@ pub struct Streams {
     pub allowed_origins: Vec<Origin>,
     pub max_age: Duration,
     pub admissions: mpsc::Sender<Admission>,
+    /// Refused streams that are still being said goodbye to; beyond these a goodbye is one write.
+    pub turning_away: Arc<Semaphore>,
     /// Set when this process parts from its streams.
     pub parting: AtomicBool,
 }
@@ -127,6 +132,7 @@ impl Streams {
             }
         };
         let (lasts, ends_why) = lifetime(claims, SystemTime::now(), self.max_age);
+        let ends = Instant::now() + lasts;
         let (user, session) = (claims.sub, claims.sid);
         let head = head + &frame::retry(rand::rng().random_range(FIRST_RETRY));
         let admissions = self.admissions.clone();
@@ -134,14 +140,14 @@ impl Streams {
         server::hand_off(move |socket| {
             let Ok(socket) = socket.into_std() else { return };
             let admission =
-                Admission { socket, user, session, resume, head: head.into(), lasts, ends_why, place };
+                Admission { socket, user, session, resume, head: head.into(), ends, ends_why, place };
             if let Err(refused) = admissions.try_send(admission) {
-                metrics.streams_refused.get_or_create(&Reason { reason: "backlog" }).inc();
-                let Admission { socket, head, .. } = match refused {
-                    mpsc::error::TrySendError::Full(admission)
-                    | mpsc::error::TrySendError::Closed(admission) => admission,
+                let (admission, limit, why) = match refused {
+                    TrySendError::Full(admission) => (admission, "backlog", Goodbye::Busy),
+                    TrySendError::Closed(admission) => (admission, "drain", Goodbye::Drain),
                 };
-                say_busy(&socket, &head);
+                metrics.streams_refused.get_or_create(&Reason { reason: limit }).inc();
+                say_at_once(&admission.socket, &admission.head, why);
             }
         })
     }
@@ -149,8 +155,16 @@ impl Streams {
     /// 200, and the end: one write, no stream.
     fn turn_away(&self, head: &str, limit: &'static str, why: Goodbye) -> Response {
         self.metrics.streams_refused.get_or_create(&Reason { reason: limit }).inc();
-        let block = head.to_owned() + &frame::goodbye(why, rand::rng().random_range(why.retry()));
+        let head = head.to_owned();
+        let place = self.turning_away.clone().try_acquire_owned();
         server::hand_off(move |mut socket| {
+            let Ok(place) = place else {
+                if let Ok(socket) = socket.into_std() {
+                    say_at_once(&socket, head.as_bytes(), why);
+                }
+                return;
+            };
+            let block = head + &frame::goodbye(why, rand::rng().random_range(why.retry()));
             tokio::spawn(async move {
                 use tokio::io::{AsyncReadExt, AsyncWriteExt};
                 let farewell = async {
@@ -166,6 +180,7 @@ impl Streams {
                     std::io::Result::Ok(())
                 };
                 let _ = tokio::time::timeout(Duration::from_secs(2), farewell).await;
+                drop(place);
             });
         })
     }
@@ -261,7 +276,10 @@ fn accepts_event_stream(headers: &HeaderMap) -> bool {
 fn answer_head(request_id: &str, origin: Option<&HeaderValue>) -> String {
     let date = Utc::now().format("%a, %d %b %Y %H:%M:%S GMT");
     let origin = origin.and_then(|origin| origin.to_str().ok()).map_or_else(String::new, |origin| {
-        format!("Access-Control-Allow-Origin: {origin}\r\nAccess-Control-Allow-Credentials: true\r\n")
+        format!(
+            "Access-Control-Allow-Origin: {origin}\r\nAccess-Control-Allow-Credentials: true\r\n\
+             Access-Control-Expose-Headers: X-Request-Id\r\n"
+        )
     });
     format!(
         "HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nCache-Control: no-cache, no-transform\r\n\
@@ -272,8 +290,8 @@ fn answer_head(request_id: &str, origin: Option<&HeaderValue>) -> String {
 
 /// How long a stream may last: until the last minute before its token expires, or a random age, whichever comes first.
 fn lifetime(claims: &Claims, now: SystemTime, max_age: Duration) -> (Duration, Goodbye) {
-    /// The engine looks at its clock a few times a second; never after the token's end, so a little before.
-    const MARGIN: f64 = 0.75;
+    /// Never after the token's end: a quarter second for the wheel, half of one for a goodbye that finds a full socket.
+    const MARGIN: f64 = 1.0;
     const LAST: f64 = 60.0;
     let now = now.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs_f64();
     let left = (claims.stream_ends_at() as f64 - now - MARGIN).max(0.0);
@@ -287,10 +305,10 @@ fn lifetime(claims: &Claims, now: SystemTime, max_age: Duration) -> (Duration, G
     }
 }
 
-/// The engine cannot take more at this moment. The socket's buffer is empty, so this needs no waiting.
-fn say_busy(mut socket: &std::net::TcpStream, head: &[u8]) {
+/// One write and the end, where nothing more can be afforded. The socket's buffer is empty, so it needs no waiting.
+fn say_at_once(mut socket: &std::net::TcpStream, head: &[u8], why: Goodbye) {
     use std::io::Write;
-    let goodbye = frame::goodbye(Goodbye::Busy, rand::rng().random_range(Goodbye::Busy.retry()));
+    let goodbye = frame::goodbye(why, rand::rng().random_range(why.retry()));
     let _ = socket.write_all(&[head, goodbye.as_bytes()].concat());
     let _ = socket.shutdown(std::net::Shutdown::Write);
 }
