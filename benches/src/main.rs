@@ -29,6 +29,9 @@ struct Cli {
     /// Streams on the one gateway
     #[arg(long)]
     streams: Option<usize>,
+    /// Events a second of each step of `fanout` beyond the first, separated by commas
+    #[arg(long, value_delimiter = ',')]
+    rates: Vec<u32>,
     /// Use the services' binaries as they are beside this program
     #[arg(long)]
     no_build: bool,
@@ -60,7 +63,10 @@ fn run() -> anyhow::Result<()> {
         build()?;
     }
     let streams = cli.streams.unwrap_or(if cli.quick { 200 } else { 10_000 });
-    let sizes = if cli.quick { Sizes::quick(streams) } else { Sizes::full(streams) };
+    let mut sizes = if cli.quick { Sizes::quick(streams) } else { Sizes::full(streams) };
+    if !cli.rates.is_empty() {
+        sizes.ceiling_rates = cli.rates;
+    }
     let scenarios = if cli.scenarios.is_empty() { Scenario::value_variants() } else { &cli.scenarios };
     benches::describe(cli.quick);
     let over = end_what_hangs();

@@ -7,6 +7,8 @@ use shared::{
     ids::{ConversationId, SessionId, UserId},
 };
 
+use sqlx::AssertSqlSafe;
+
 use crate::{
     load::{Sender, Viewer},
     world::World,
@@ -42,8 +44,7 @@ pub async fn make(world: &World, count: usize) -> anyhow::Result<Vec<Person>> {
     .bind(&ids)
     .fetch_all(&world.sql)
     .await?;
-    // As autovacuum would have left them after a while.
-    sqlx::query("VACUUM ANALYZE").execute(&world.sql).await?;
+    settle(world, "users, sessions, feed_heads").await?;
     let person = |(user, epoch, session): (i64, i64, i64)| Person {
         id: UserId(user),
         epoch: Epoch::from_sql(epoch),
@@ -69,13 +70,19 @@ pub async fn introduce(world: &World, people: &[Person]) -> anyhow::Result<Vec<S
     .bind(&seconds)
     .fetch_all(&world.sql)
     .await?;
-    sqlx::query("VACUUM ANALYZE").execute(&world.sql).await?;
+    settle(world, "conversations, participants").await?;
     let conversations: std::collections::HashMap<_, _> = rows.into_iter().collect();
     let sender = |person: &Person| {
         let conversation = ConversationId(*conversations.get(&person.id.0)?);
         Some(Sender { conversation, token: person.token.clone() })
     };
     Ok(people.iter().filter_map(sender).collect())
+}
+
+/// As autovacuum leaves tables that were filled a while ago. Empty ones it never touches.
+async fn settle(world: &World, tables: &'static str) -> anyhow::Result<()> {
+    sqlx::query(AssertSqlSafe(format!("VACUUM ANALYZE {tables}"))).execute(&world.sql).await?;
+    Ok(())
 }
 
 /// Where all these feeds end, by what Postgres says.

@@ -22,7 +22,7 @@ use crate::{
 
 const START_WITHIN: Duration = Duration::from_secs(30);
 /// Complaints kept of one process.
-const COMPLAINTS: usize = 20;
+const COMPLAINTS: usize = 1_000;
 
 #[derive(Clone)]
 pub struct Plan {
@@ -103,9 +103,15 @@ impl Log {
             self.addresses.insert(name.into(), address);
         }
         // What is no line of the log is a panic, or a refusal to start.
-        let complains = parsed.is_null() || parsed["level"] == "WARN" || parsed["level"] == "ERROR";
-        if complains && self.complaints.len() < COMPLAINTS {
-            self.complaints.push(line.to_owned());
+        let complaint = match parsed["level"].as_str() {
+            None => line,
+            Some("WARN" | "ERROR") => {
+                parsed["message"].as_str().unwrap_or(line).split("\n").next().unwrap_or_default()
+            }
+            Some(_) => return,
+        };
+        if self.complaints.len() < COMPLAINTS {
+            self.complaints.push(complaint.to_owned());
         }
     }
 }

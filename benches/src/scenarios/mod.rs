@@ -5,7 +5,7 @@ mod idle;
 mod post;
 mod storm;
 
-use std::time::Duration;
+use std::{collections::BTreeMap, time::Duration};
 
 use clap::ValueEnum;
 
@@ -61,7 +61,7 @@ impl Sizes {
             idling: Duration::from_secs(60),
             fanout_rate: 5_000,
             fanout_length: Duration::from_secs(10),
-            ceiling_rates: vec![10_000, 20_000, 40_000, 60_000, 80_000, 100_000, 120_000, 150_000],
+            ceiling_rates: vec![10_000, 20_000, 40_000, 50_000, 60_000, 80_000, 100_000, 120_000],
             ceiling_length: Duration::from_secs(5),
             post_pairs: 2_000,
             post_clients: vec![1, 8, 32, 64],
@@ -186,7 +186,11 @@ impl Costs {
 
 /// Warnings and errors do not spoil a figure, but whoever reads it should know.
 fn say_complaints(services: &[&Service]) {
-    for complaint in services.iter().flat_map(|service| service.complaints()).take(3) {
-        figure("a service complained", complaint);
+    let mut times = BTreeMap::<String, usize>::new();
+    for complaint in services.iter().flat_map(|service| service.complaints()) {
+        *times.entry(complaint).or_default() += 1;
+    }
+    for (complaint, times) in times {
+        figure(format_args!("complained {times} times"), complaint);
     }
 }
