@@ -1,0 +1,407 @@
+//! An `api` that does what a test says: feeds in memory, answers that can be held back, refused or falsified, and a record of
+//! all that it was asked.
+
+use std::{
+    collections::{HashMap, HashSet, VecDeque},
+    net::SocketAddr,
+    sync::{Arc, Mutex, MutexGuard},
+    time::Duration,
+};
+
+use bytes::Bytes;
+use chrono::Utc;
+use http::{HeaderMap, Response, StatusCode, header};
+use jsonwebtoken::jwk::JwkSet;
+use serde::Serialize;
+use serde_json::{json, value::RawValue};
+use shared::{
+    cursor::{Cursor, Epoch, Seq},
+    event::{self, Envelope},
+    feed::{
+        self, HEADS_PATH, Head, HeadsAnswer, HeadsRequest, JWKS_PATH, RANGES_PATH, Range, RangeAfter,
+        RangesAnswer, RangesRequest, UserHead,
+    },
+    ids::{SessionId, UserId},
+    server::{self, Limits},
+    test_support::soon,
+};
+use tokio::{sync::watch, time::sleep};
+use tokio_util::sync::{CancellationToken, DropGuard};
+use warp::Filter;
+
+pub(crate) const SECRET: &str = "the-internal-secret-of-these-tests";
+
+/// How an endpoint answers at present.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Mood {
+    Well,
+    /// Answers are made when the question comes and sent when the mood changes.
+    Holding,
+    Failing,
+    /// Fails, after this long.
+    FailingAfter(Duration),
+}
+
+/// What was asked in one request, in its order.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Asked {
+    Heads { users: Vec<(UserId, Option<Head>)>, sessions: Vec<SessionId> },
+    Ranges(Vec<RangeAfter>),
+    Keys,
+}
+
+impl Asked {
+    /// How many pairs.
+    pub(crate) fn size(&self) -> usize {
+        match self {
+            Self::Heads { users, .. } => users.len(),
+            Self::Ranges(pairs) => pairs.len(),
+            Self::Keys => 0,
+        }
+    }
+}
+
+/// All that was asked so far.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Record(Vec<Asked>);
+
+impl Record {
+    pub(crate) fn requests(&self) -> &[Asked] {
+        &self.0
+    }
+
+    pub(crate) fn range_requests(&self) -> impl Iterator<Item = &Vec<RangeAfter>> {
+        self.0.iter().filter_map(|asked| match asked {
+            Asked::Ranges(pairs) => Some(pairs),
+            _ => None,
+        })
+    }
+
+    /// The places that this user's feed was asked about.
+    pub(crate) fn ranges(&self, user: UserId) -> Vec<Seq> {
+        self.range_requests().flatten().filter(|pair| pair.user == user).map(|pair| pair.after).collect()
+    }
+
+    /// How often this user's head was asked for.
+    pub(crate) fn heads(&self, user: UserId) -> usize {
+        let users = self.0.iter().filter_map(|asked| match asked {
+            Asked::Heads { users, .. } => Some(users),
+            _ => None,
+        });
+        users.flatten().filter(|(asked, _)| *asked == user).count()
+    }
+
+    pub(crate) fn keys(&self) -> usize {
+        self.0.iter().filter(|asked| **asked == Asked::Keys).count()
+    }
+}
+
+type Falsify = Box<dyn FnOnce(&mut RangesAnswer) + Send>;
+
+/// What becomes of one answer.
+enum Trick {
+    Instead(Bytes),
+    Falsified(Falsify),
+}
+
+struct Row {
+    seq: Seq,
+    name: String,
+    data: String,
+}
+
+struct Feed {
+    head: Head,
+    rows: Vec<Row>,
+}
+
+struct State {
+    feeds: HashMap<UserId, Feed>,
+    ended: HashSet<SessionId>,
+    jwks: JwkSet,
+    /// Events in one answer for one user, at most.
+    page: usize,
+    tricks: HashMap<&'static str, VecDeque<Trick>>,
+}
+
+#[derive(Clone)]
+struct Shared {
+    state: Arc<Mutex<State>>,
+    moods: HashMap<&'static str, watch::Sender<Mood>>,
+    record: watch::Sender<Record>,
+}
+
+pub(crate) struct Api {
+    pub(crate) address: SocketAddr,
+    shared: Shared,
+    _stop: DropGuard,
+}
+
+impl Api {
+    pub(crate) fn start(jwks: JwkSet) -> Self {
+        let listener = server::bind("127.0.0.1:0".parse().unwrap()).unwrap();
+        let address = listener.local_addr().unwrap();
+        let state =
+            State { feeds: HashMap::new(), ended: HashSet::new(), jwks, page: 1_000, tricks: HashMap::new() };
+        let endpoints = [HEADS_PATH, RANGES_PATH, JWKS_PATH];
+        let shared = Shared {
+            state: Arc::new(Mutex::new(state)),
+            moods: endpoints.map(|path| (path, watch::Sender::new(Mood::Well))).into(),
+            record: watch::Sender::default(),
+        };
+        let stop = CancellationToken::new();
+        let answering = shared.clone();
+        let routes = warp::path::full()
+            .and(warp::header::headers_cloned())
+            .and(
+                warp::body::content_length_limit(1 << 20)
+                    .and(warp::body::bytes())
+                    .or(warp::any().map(Bytes::new))
+                    .unify(),
+            )
+            .then(move |path: warp::path::FullPath, headers, body: Bytes| {
+                let answering = answering.clone();
+                async move { answering.answer(path.as_str(), &headers, &body).await }
+            });
+        let limits = Limits { stop: Duration::ZERO, ..Limits::default() };
+        tokio::spawn(server::serve(listener, warp::service(routes), limits, stop.clone()));
+        Self { address, shared, _stop: stop.drop_guard() }
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.shared.state.lock().unwrap()
+    }
+
+    // ---- Feeds
+
+    /// A new user whose feed ends at `head`, all of its events kept.
+    pub(crate) fn add(&self, user: UserId, epoch: Epoch, head: Seq) {
+        let mut feed = Feed { head: Head { epoch, seq: 0 }, rows: vec![] };
+        (0..head).for_each(|_| _ = feed.append(None));
+        assert!(self.state().feeds.insert(user, feed).is_none(), "a user of this id exists");
+    }
+
+    pub(crate) fn remove(&self, user: UserId) {
+        self.state().feeds.remove(&user);
+    }
+
+    fn change<T>(&self, user: UserId, change: impl FnOnce(&mut Feed) -> T) -> T {
+        change(self.state().feeds.get_mut(&user).expect("the test added this user"))
+    }
+
+    /// Commits an event and publishes nothing.
+    pub(crate) fn append(&self, user: UserId) -> Envelope {
+        self.change(user, |feed| feed.append(None))
+    }
+
+    /// Commits an event with so many bytes more.
+    pub(crate) fn append_large(&self, user: UserId, bytes: usize) -> Envelope {
+        self.change(user, |feed| feed.append(Some("x".repeat(bytes))))
+    }
+
+    /// Commits an event of this name.
+    pub(crate) fn append_named(&self, user: UserId, name: &str) -> Envelope {
+        self.change(user, |feed| {
+            feed.append(None);
+            let row = feed.rows.last_mut().unwrap();
+            row.name = name.into();
+            envelope(feed.head.epoch, row)
+        })
+    }
+
+    /// An event that was never committed.
+    pub(crate) fn made_up(&self, seq: Seq) -> Envelope {
+        let data = json!({ "n": seq }).to_string();
+        envelope(crate::support::EPOCH, &Row { seq, name: event::kind::MESSAGE.into(), data })
+    }
+
+    pub(crate) fn head(&self, user: UserId) -> Head {
+        self.change(user, |feed| feed.head)
+    }
+
+    /// This place in this user's feed, as a client says it.
+    pub(crate) fn cursor(&self, user: UserId, seq: Seq) -> String {
+        Cursor { epoch: self.head(user).epoch, seq }.to_string()
+    }
+
+    /// Events up to this one are no longer kept.
+    pub(crate) fn prune(&self, user: UserId, to: Seq) {
+        self.change(user, |feed| feed.rows.retain(|row| row.seq > to));
+    }
+
+    /// A backup is restored in which the feed ends at `head`. Unless `epoch` is a new one, nobody redrew it.
+    pub(crate) fn restore(&self, user: UserId, epoch: Epoch, head: Seq) {
+        self.change(user, |feed| {
+            feed.rows.retain(|row| row.seq <= head);
+            feed.head = Head { epoch, seq: head };
+        });
+    }
+
+    pub(crate) fn end_session(&self, session: SessionId) {
+        self.state().ended.insert(session);
+    }
+
+    // ---- Answers
+
+    pub(crate) fn publish_keys(&self, jwks: JwkSet) {
+        self.state().jwks = jwks;
+    }
+
+    pub(crate) fn page(&self, events: usize) {
+        self.state().page = events;
+    }
+
+    pub(crate) fn mood(&self, path: &'static str, mood: Mood) {
+        self.shared.moods[path].send_replace(mood);
+    }
+
+    /// Questions about feeds; keys are published as ever.
+    pub(crate) fn mood_of_feeds(&self, mood: Mood) {
+        self.mood(HEADS_PATH, mood);
+        self.mood(RANGES_PATH, mood);
+    }
+
+    /// The next answer is this instead.
+    pub(crate) fn next_answer(&self, path: &'static str, body: impl Into<Bytes>) {
+        self.state().tricks.entry(path).or_default().push_back(Trick::Instead(body.into()));
+    }
+
+    /// The next ranges are changed first.
+    pub(crate) fn falsify_ranges(&self, falsify: impl FnOnce(&mut RangesAnswer) + Send + 'static) {
+        self.state().tricks.entry(RANGES_PATH).or_default().push_back(Trick::Falsified(Box::new(falsify)));
+    }
+
+    // ---- Questions
+
+    pub(crate) fn asked(&self) -> Record {
+        self.shared.record.borrow().clone()
+    }
+
+    /// What is asked from now on is counted from nothing.
+    pub(crate) fn forget_questions(&self) {
+        self.shared.record.send_replace(Record::default());
+    }
+
+    /// Waits until the record shows something.
+    pub(crate) async fn until_asked(&self, what: &str, shown: impl FnMut(&Record) -> bool) {
+        let mut record = self.shared.record.subscribe();
+        soon(what, record.wait_for(shown)).await.expect("the sender lives here");
+    }
+}
+
+impl Feed {
+    fn append(&mut self, padding: Option<String>) -> Envelope {
+        self.head.seq += 1;
+        let data = json!({ "n": self.head.seq, "padding": padding }).to_string();
+        let row = Row { seq: self.head.seq, name: event::kind::MESSAGE.into(), data };
+        let envelope = envelope(self.head.epoch, &row);
+        self.rows.push(row);
+        envelope
+    }
+}
+
+fn envelope(epoch: Epoch, row: &Row) -> Envelope {
+    Envelope {
+        v: event::VERSION,
+        epoch,
+        seq: row.seq,
+        event: row.name.clone(),
+        data: RawValue::from_string(row.data.clone()).unwrap(),
+        created_at: Utc::now(),
+        request_id: Some("r1".into()),
+        traceparent: None,
+    }
+}
+
+impl Shared {
+    async fn answer(&self, path: &str, headers: &HeaderMap, body: &[u8]) -> Response<Bytes> {
+        let Some((path, mood)) = self.moods.get_key_value(path) else {
+            return respond(StatusCode::NOT_FOUND, Bytes::new());
+        };
+        let authorized =
+            headers.get(header::AUTHORIZATION).is_some_and(|a| *a == feed::authorization(SECRET));
+        if !authorized && *path != JWKS_PATH {
+            return respond(StatusCode::UNAUTHORIZED, Bytes::new());
+        }
+        // As of now, whenever it is sent.
+        let (asked, answer) = self.make(path, body);
+        self.record.send_modify(|record| record.0.push(asked));
+        let mut mood = mood.subscribe();
+        let mood = *mood.wait_for(|mood| *mood != Mood::Holding).await.expect("the sender lives as long");
+        match mood {
+            Mood::Well => respond(StatusCode::OK, answer),
+            Mood::FailingAfter(wait) => {
+                sleep(wait).await;
+                respond(StatusCode::SERVICE_UNAVAILABLE, Bytes::new())
+            }
+            Mood::Failing | Mood::Holding => respond(StatusCode::SERVICE_UNAVAILABLE, Bytes::new()),
+        }
+    }
+
+    fn make(&self, path: &'static str, body: &[u8]) -> (Asked, Bytes) {
+        let mut state = self.state.lock().unwrap();
+        let trick = state.tricks.get_mut(path).and_then(VecDeque::pop_front);
+        let (asked, answer) = match path {
+            HEADS_PATH => {
+                let request: HeadsRequest = serde_json::from_slice(body).unwrap();
+                let answer = to_json(&state.heads(&request));
+                let users = request.users.iter().map(|known| (known.user, known.head)).collect();
+                (Asked::Heads { users, sessions: request.sessions }, answer)
+            }
+            RANGES_PATH => {
+                let request: RangesRequest = serde_json::from_slice(body).unwrap();
+                let mut answer = state.ranges(&request);
+                if let Some(Trick::Falsified(falsify)) = trick {
+                    falsify(&mut answer);
+                    return (Asked::Ranges(request.ranges), to_json(&answer));
+                }
+                (Asked::Ranges(request.ranges), to_json(&answer))
+            }
+            _ => (Asked::Keys, to_json(&state.jwks)),
+        };
+        match trick {
+            Some(Trick::Instead(body)) => (asked, body),
+            _ => (asked, answer),
+        }
+    }
+}
+
+impl State {
+    fn heads(&self, request: &HeadsRequest) -> HeadsAnswer {
+        let differing = request.users.iter().filter_map(|known| {
+            let head = self.feeds.get(&known.user).map(|feed| feed.head);
+            (head.is_none() || head != known.head).then_some(UserHead { user: known.user, head })
+        });
+        let ended = request.sessions.iter().copied().filter(|session| self.ended.contains(session));
+        HeadsAnswer { heads: differing.collect(), ended: ended.collect() }
+    }
+
+    fn ranges(&self, request: &RangesRequest) -> RangesAnswer {
+        let ranges = request.ranges.iter().map(|pair| {
+            let feed = self.feeds.get(&pair.user);
+            let mut rows: Vec<_> =
+                feed.iter().flat_map(|feed| &feed.rows).filter(|row| row.seq > pair.after).collect();
+            let more = rows.len() > self.page;
+            rows.truncate(self.page);
+            Range {
+                user: pair.user,
+                after: pair.after,
+                head: feed.map(|feed| feed.head),
+                events: feed
+                    .iter()
+                    .flat_map(|feed| rows.iter().map(|row| envelope(feed.head.epoch, row)))
+                    .collect(),
+                more,
+            }
+        });
+        RangesAnswer { ranges: ranges.collect() }
+    }
+}
+
+fn to_json(value: &impl Serialize) -> Bytes {
+    serde_json::to_vec(value).unwrap().into()
+}
+
+fn respond(status: StatusCode, body: Bytes) -> Response<Bytes> {
+    Response::builder().status(status).header(header::CONTENT_TYPE, "application/json").body(body).unwrap()
+}

@@ -1,0 +1,118 @@
+//! The end of the process: unready, a wait, a steady parting, and no longer than that.
+
+use std::time::{Duration, Instant};
+
+use futures_util::future::join_all;
+use shared::test_support::{soon, until};
+
+use crate::support::{Setup, distinct, goodbye, receives};
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn streams_are_parted_from_at_a_steady_rate() {
+    const STREAMS: usize = 24;
+    let world = Setup::config(|config| config.drain.window = Duration::from_secs(3)).start().await;
+    let user = world.user(3);
+    let mut streams = Vec::new();
+    for _ in 0..STREAMS {
+        streams.push(world.joined(&user).await);
+    }
+    world.stop();
+    let ends = join_all(streams.iter_mut().map(|stream| async move {
+        assert_eq!(goodbye(stream, "drain").await["reconnect"], true);
+        let retry = stream.retry.unwrap().as_millis();
+        assert!((2_000..=5_000).contains(&retry), "{retry}");
+        (Instant::now(), retry)
+    }))
+    .await;
+    assert!(distinct(ends.iter().map(|(_, retry)| retry)) > STREAMS / 2, "each has its own retry");
+    let mut times: Vec<_> = ends.into_iter().map(|(at, _)| at).collect();
+    times.sort();
+    let lasted = times[STREAMS - 1] - times[0];
+    assert!((Duration::from_secs(2)..Duration::from_secs(8)).contains(&lasted), "{lasted:?}");
+    // Two a step. A slow machine may bring some steps together.
+    let most = times
+        .iter()
+        .map(|at| times.iter().filter(|t| **t >= *at && **t < *at + Duration::from_millis(200)).count());
+    assert!(most.max() <= Some(STREAMS / 3), "{times:?}");
+    drop(streams);
+    world.stopped().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn nothing_ends_while_load_balancers_learn_of_it_and_nobody_is_admitted_after() {
+    let world = Setup::config(|config| {
+        config.drain.wait = Duration::from_secs(1);
+        config.drain.window = Duration::from_secs(4);
+    })
+    .start()
+    .await;
+    let user = world.user(3);
+    let mut streams = vec![world.joined(&user).await];
+    world.stop();
+    until("it says that it is going", || async { world.readiness().await.status == 503 }).await;
+    assert_eq!(world.readiness().await.text(), "stopping\n");
+    // Who comes now is still welcome, and events go on.
+    streams.push(world.joined(&user).await);
+    world.say(&user, 1).await;
+    for stream in &mut streams {
+        receives(stream, 4..=4).await;
+    }
+    // One goes at once, the other after half the window.
+    goodbye(&mut streams[0], "drain").await;
+    let mut late = world.stream(&user).stream().await;
+    goodbye(&mut late, "drain").await;
+    let retry = late.retry.unwrap().as_millis();
+    assert!((2_000..=5_000).contains(&retry), "{retry}");
+    assert!(world.metric("gateway_streams_refused_total{reason=\"drain\"}").await >= 1);
+    // Whoever stays gets events to the last.
+    world.say(&user, 1).await;
+    receives(&mut streams[1], 5..=5).await;
+    goodbye(&mut streams[1], "drain").await;
+    drop((streams, late));
+    world.stopped().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_gateway_without_streams_ends_at_once() {
+    let world = Setup::config(|config| config.drain.window = Duration::from_secs(300)).start().await;
+    world.stop();
+    soon("it ends", world.stopped()).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn readers_that_take_no_goodbye_do_not_hold_it_up() {
+    let world = Setup::default().start().await;
+    let user = world.user(0);
+    let mut streams = Vec::new();
+    for _ in 0..3 {
+        let mut stream = world.stream(&user).tiny_receive_buffer().stream().await;
+        stream.named("ready").await;
+        streams.push(stream);
+    }
+    world.until_subscribed(&user).await;
+    for _ in 0..40 {
+        let event = world.api.append_large(user.id, 15_000);
+        world.publish_event(&user, &event).await;
+    }
+    world.until_metric("gateway_readers_behind", 3).await;
+    let began = Instant::now();
+    world.stop();
+    world.stopped().await;
+    assert!(began.elapsed() < Duration::from_secs(12), "{:?}", began.elapsed());
+    drop(streams);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_gateway_stops_while_everything_else_is_away() {
+    let world = Setup::default().redis_is_away().start().await;
+    world.api.mood_of_feeds(crate::api::Mood::Holding);
+    let user = world.user(3);
+    let mut streams = [world.stream(&user).stream().await, world.stream_after(&user, 1).stream().await];
+    world.until_metric("gateway_streams", 2).await;
+    world.stop();
+    for stream in &mut streams {
+        goodbye(stream, "drain").await;
+    }
+    drop(streams);
+    world.stopped().await;
+}

@@ -1,0 +1,301 @@
+//! What Redis brings: in order, out of order, not at all, twice, or not fit to be passed on.
+
+use std::time::Duration;
+
+use serde_json::{json, value::RawValue};
+use shared::{event::Envelope, test_support::until};
+
+use crate::support::{ANOTHER_EPOCH, Setup, World, goodbye, receives, resync, silence};
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_reordering_costs_no_question() {
+    let world = World::new().await;
+    let user = world.user(5);
+    let mut stream = world.joined(&user).await;
+    world.api.forget_questions();
+    let mut said = [world.api.append(user.id), world.api.append(user.id), world.api.append(user.id)];
+    said.reverse();
+    for envelope in &said {
+        world.publish_event(&user, envelope).await;
+    }
+    // And once more, for which there is no reason.
+    for envelope in &said {
+        world.publish_event(&user, envelope).await;
+    }
+    receives(&mut stream, 6..=8).await;
+    silence(&mut stream).await;
+    world.until_delivered("redis", 3).await;
+    assert_eq!(world.api.asked().requests(), []);
+    drop(stream);
+    world.ends().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_hole_costs_one_question() {
+    let world = World::new().await;
+    let user = world.user(5);
+    let mut streams = [world.joined(&user).await, world.joined(&user).await];
+    world.api.forget_questions();
+    for _ in 0..3 {
+        world.api.append(user.id); // Redis loses these.
+    }
+    world.say(&user, 4).await;
+    for stream in &mut streams {
+        receives(stream, 6..=12).await;
+    }
+    world.say(&user, 1).await;
+    for stream in &mut streams {
+        receives(stream, 13..=13).await;
+    }
+    assert_eq!(world.api.asked().ranges(user.id), [5]);
+    assert_eq!(world.api.asked().heads(user.id), 0);
+    drop(streams);
+    world.ends().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_redis_never_said_is_found_by_the_reconcile() {
+    let world = Setup::config(|config| config.delivery.reconcile = Duration::from_secs(1)).start().await;
+    let (user, other) = (world.user(5), world.user(5));
+    let mut stream = world.joined(&user).await;
+    let mut another = world.joined(&other).await;
+    for _ in 0..3 {
+        world.api.append(user.id);
+    }
+    receives(&mut stream, 6..=8).await;
+    silence(&mut another).await;
+    world.until_delivered("repair", 3).await;
+    assert_eq!(world.metric("gateway_reconcile_found_total").await, 1);
+    drop((stream, another));
+    world.ends().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn rows_that_were_pruned_before_they_were_delivered_are_a_resync() {
+    let world = World::new().await;
+    let user = world.user(5);
+    let mut stream = world.joined(&user).await;
+    for _ in 0..4 {
+        world.api.append(user.id);
+    }
+    world.api.prune(user.id, 7);
+    world.say(&user, 1).await;
+    resync(&mut stream, &world.api.cursor(user.id, 10), "expired").await;
+    world.say(&user, 1).await;
+    receives(&mut stream, 11..=11).await;
+    drop(stream);
+    world.leaves_nothing().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_event_of_another_epoch_is_a_doubt_and_no_event() {
+    let world = World::new().await;
+    let user = world.user(5);
+    let mut stream = world.joined(&user).await;
+    world.api.forget_questions();
+    for seq in [6, 1, 900] {
+        let stranger = Envelope { epoch: ANOTHER_EPOCH, seq, ..world.api.made_up(6) };
+        world.publish_event(&user, &stranger).await;
+    }
+    world.api.until_asked("the doubt", |asked| asked.ranges(user.id) == [5]).await;
+    silence(&mut stream).await;
+    assert_eq!(world.api.asked().ranges(user.id), [5]);
+    world.say(&user, 1).await;
+    receives(&mut stream, 6..=6).await;
+
+    // This time it is true: a backup was restored, and the epochs were redrawn.
+    world.api.restore(user.id, ANOTHER_EPOCH, 4);
+    world.say(&user, 2).await;
+    resync(&mut stream, &world.api.cursor(user.id, 6), "unknown").await;
+    world.say(&user, 1).await;
+    receives(&mut stream, 7..=7).await;
+    drop(stream);
+    world.ends().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_event_from_a_future_that_never_comes_costs_a_question_and_no_more() {
+    let world = World::new().await;
+    let user = world.user(5);
+    let mut stream = world.joined(&user).await;
+    world.api.forget_questions();
+    world.publish_event(&user, &world.api.made_up(1_000_000)).await;
+    world.api.until_asked("the hole", |asked| asked.ranges(user.id) == [5]).await;
+    silence(&mut stream).await;
+    world.say(&user, 2).await;
+    receives(&mut stream, 6..=7).await;
+    silence(&mut stream).await;
+    assert_eq!(world.api.asked().ranges(user.id), [5]);
+    drop(stream);
+    world.ends().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn garbage_on_a_channel_harms_nobody() {
+    let world = World::new().await;
+    let (user, other) = (world.user(5), world.user(5));
+    let mut stream = world.joined(&user).await;
+    let mut another = world.joined(&other).await;
+    world.api.forget_questions();
+    let deep = "[".repeat(50_000);
+    let payloads: [&[u8]; 9] = [
+        b"",
+        b"{}",
+        b"null",
+        b"[1,2",
+        b"\x00\xff\xfe",
+        deep.as_bytes(),
+        br#"{"revoked":7}"#,
+        br#"{"v":1,"epoch":"0000000000000abc","seq":-1,"event":"message","data":{},"createdAt":"2026-01-02T03:04:05Z"}"#,
+        br#"{"v":1,"epoch":"abc","seq":6,"event":"message","data":{},"createdAt":"2026-01-02T03:04:05Z"}"#,
+    ];
+    for payload in payloads {
+        world.publish(&user, payload).await;
+    }
+    world.until_metric("gateway_redis_bad_messages_total", payloads.len() as u64).await;
+    world.say(&user, 2).await;
+    receives(&mut stream, 6..=7).await;
+    world.say(&other, 1).await;
+    receives(&mut another, 6..=6).await;
+    // The doubt is about the one whose channel it was.
+    world.api.until_asked("the doubt", |asked| !asked.ranges(user.id).is_empty()).await;
+    assert_eq!((world.api.asked().ranges(other.id).len(), world.api.asked().heads(other.id)), (0, 0));
+    drop((stream, another));
+    world.ends().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_envelope_that_this_build_cannot_take_from_redis_comes_from_the_feed() {
+    let world = World::new().await;
+    let user = world.user(5);
+    let mut stream = world.joined(&user).await;
+    // Of a newer api.
+    let newer = Envelope { v: 2, ..world.api.append(user.id) };
+    world.publish_event(&user, &newer).await;
+    receives(&mut stream, 6..=6).await;
+    // Far beyond any message.
+    let large = world.api.append_large(user.id, 100_000);
+    world.publish_event(&user, &large).await;
+    receives(&mut stream, 7..=7).await;
+    world.until_delivered("repair", 2).await;
+    world.until_delivered("redis", 0).await;
+    drop(stream);
+    world.ends().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_event_name_that_is_not_known_here_is_passed_on() {
+    let world = World::new().await;
+    let user = world.user(5);
+    let mut stream = world.joined(&user).await;
+    let new = world.api.append_named(user.id, "reaction.added");
+    world.publish_event(&user, &new).await;
+    let event = stream.named("reaction.added").await;
+    assert_eq!(event.id, Some(world.api.cursor(user.id, 6)));
+    // Line breaks between tokens are no line breaks of the stream.
+    let broken = RawValue::from_string("{\r\n\"n\":\n7\r}".into()).unwrap();
+    let event = Envelope { data: broken, ..world.api.append(user.id) };
+    world.publish_event(&user, &event).await;
+    receives(&mut stream, 7..=7).await;
+    drop(stream);
+    world.ends().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_event_that_no_client_may_get_is_a_resync_for_those_who_would_need_it() {
+    let world = World::new().await;
+    let user = world.user(5);
+    let mut stream = world.joined(&user).await;
+    for (name, head) in [("error", 6), ("a\nid: x", 7)] {
+        let bad = world.api.append_named(user.id, name);
+        world.publish_event(&user, &bad).await;
+        resync(&mut stream, &world.api.cursor(user.id, head), "expired").await;
+    }
+    world.say(&user, 1).await;
+    receives(&mut stream, 8..=8).await;
+    drop(stream);
+    world.ends().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_revocation_ends_the_streams_of_that_session_only() {
+    let world = World::new().await;
+    let user = world.user(5);
+    let phone = world.another_session(user.id);
+    let other = world.user(5);
+    let mut ended = [world.joined(&user).await, world.joined(&user).await];
+    let mut stays = world.joined(&phone).await;
+    let mut others = world.joined(&other).await;
+    world.publish(&user, json!({ "revoked": user.session }).to_string()).await;
+    for stream in &mut ended {
+        assert_eq!(goodbye(stream, "revoked").await["reconnect"], false);
+    }
+    // On another's channel it ends nothing.
+    world.publish(&other, json!({ "revoked": phone.session }).to_string()).await;
+    world.say(&user, 1).await;
+    receives(&mut stays, 6..=6).await;
+    world.say(&other, 1).await;
+    receives(&mut others, 6..=6).await;
+    drop((ended, stays, others));
+    world.until_ended("revoked", 2).await;
+    world.leaves_nothing().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_revocation_that_redis_lost_is_found_by_the_reconcile_and_at_the_join() {
+    let world = Setup::config(|config| config.delivery.reconcile = Duration::from_secs(1)).start().await;
+    let user = world.user(5);
+    let phone = world.another_session(user.id);
+    let mut ended = world.joined(&user).await;
+    let mut stays = world.joined(&phone).await;
+    world.api.end_session(user.session);
+    goodbye(&mut ended, "revoked").await;
+    let mut late = world.stream_after(&user, 5).stream().await;
+    goodbye(&mut late, "revoked").await;
+    world.say(&user, 1).await;
+    receives(&mut stays, 6..=6).await;
+    drop((ended, late, stays));
+    world.ends().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn events_go_on_when_redis_dies_and_when_it_is_back() {
+    let world =
+        Setup::config(|config| config.delivery.suspect_reconcile = Duration::from_millis(200)).start().await;
+    let users = [world.user(5), world.user(5)];
+    let mut streams = [world.joined(&users[0]).await, world.joined(&users[1]).await];
+    world.network.refuse();
+    until("Redis is in doubt", || async { world.metric("gateway_redis_suspect").await == 1 }).await;
+    assert!(world.readiness().await.text().starts_with("ready; Redis is away"));
+    assert_eq!(world.readiness().await.status, 200);
+    for (user, stream) in users.iter().zip(&mut streams) {
+        world.api.append(user.id);
+        receives(stream, 6..=6).await;
+    }
+    world.network.resume();
+    world.until_metric("gateway_redis_suspect", 0).await;
+    for (user, stream) in users.iter().zip(&mut streams) {
+        world.until_subscribed(user).await;
+        world.say(user, 1).await;
+        receives(stream, 7..=7).await;
+    }
+    world.until_delivered("redis", 2).await;
+    drop(streams);
+    world.leaves_nothing().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_redis_that_is_silently_dead_is_found_by_the_beat() {
+    let world =
+        Setup::config(|config| config.delivery.suspect_reconcile = Duration::from_millis(200)).start().await;
+    let user = world.user(5);
+    let mut stream = world.joined(&user).await;
+    world.network.silence();
+    world.say(&user, 1).await;
+    receives(&mut stream, 6..=6).await;
+    world.until_delivered("repair", 1).await;
+    world.network.resume();
+    world.until_metric("gateway_redis_suspect", 0).await;
+    drop(stream);
+    world.ends().await;
+}

@@ -1,0 +1,327 @@
+//! From the request to `ready`: where a stream begins, and what it waits for.
+
+use std::time::{Duration, Instant};
+
+use shared::test_support::sse::Block;
+
+use crate::{
+    api::Mood,
+    support::{
+        A_WHILE, ANOTHER_EPOCH, EPOCH, Setup, World, goodbye, ready, ready_and_resync, receives, resync,
+        silence,
+    },
+};
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_stream_without_a_cursor_starts_at_the_head() {
+    let world = World::new().await;
+    let user = world.user(7);
+    let mut stream = world.stream(&user).stream().await;
+    ready(&mut stream, &world.api.cursor(user.id, 7), false).await;
+    world.say(&user, 2).await;
+    receives(&mut stream, 8..=9).await;
+
+    // An empty cursor is an absent one. This time the place is known, and nobody has to be asked for it.
+    let mut another = world.stream(&user).last_event_id("").last_event_id_in_query("").stream().await;
+    ready(&mut another, &world.api.cursor(user.id, 9), false).await;
+    world.say(&user, 1).await;
+    receives(&mut another, 10..=10).await;
+    receives(&mut stream, 10..=10).await;
+    assert!(world.api.asked().ranges(user.id).is_empty());
+    drop((stream, another));
+    world.ends().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_stream_with_a_cursor_gets_what_follows_it_and_then_goes_live() {
+    let world = World::new().await;
+    let user = world.user(7);
+    let mut by_header = world.stream_after(&user, 4).last_event_id_in_query("stale").stream().await;
+    let mut by_query =
+        world.stream(&user).last_event_id_in_query(&world.api.cursor(user.id, 0)).stream().await;
+    let mut at_head = world.stream_after(&user, 7).stream().await;
+    ready(&mut by_header, &world.api.cursor(user.id, 4), true).await;
+    receives(&mut by_header, 5..=7).await;
+    ready(&mut by_query, &world.api.cursor(user.id, 0), true).await;
+    receives(&mut by_query, 1..=7).await;
+    ready(&mut at_head, &world.api.cursor(user.id, 7), true).await;
+    world.say(&user, 3).await;
+    for stream in [&mut by_header, &mut by_query, &mut at_head] {
+        receives(stream, 8..=10).await;
+    }
+    drop((by_header, by_query, at_head));
+    world.leaves_nothing().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_page_that_was_cut_is_followed_by_the_next() {
+    let world = World::new().await;
+    let user = world.user(25);
+    world.api.page(10);
+    let mut stream = world.stream_after(&user, 0).stream().await;
+    ready(&mut stream, &world.api.cursor(user.id, 0), true).await;
+    receives(&mut stream, 1..=25).await;
+    world.say(&user, 1).await;
+    receives(&mut stream, 26..=26).await;
+    assert_eq!(world.api.asked().ranges(user.id), [0, 10, 20]);
+    drop(stream);
+    world.ends().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_cursor_that_cannot_be_followed_is_a_resync_to_the_head() {
+    let world = World::new().await;
+    let user = world.user(20);
+    world.api.prune(user.id, 10);
+    let head = world.api.cursor(user.id, 20);
+    let other_epoch = format!("{ANOTHER_EPOCH}-20");
+    let cases: [(&[u8], &str); 10] = [
+        (b"nonsense", "unknown"),
+        (b"0000000000000abc-020", "unknown"),
+        (b"0000000000000abc--1", "unknown"),
+        (b"0000000000000abc-9223372036854775808", "unknown"),
+        (b"\xff\xfe", "unknown"),
+        (other_epoch.as_bytes(), "unknown"),
+        (b"0000000000000abc-21", "future"),
+        (b"0000000000000abc-9223372036854775807", "future"),
+        (b"0000000000000abc-9", "expired"),
+        (b"0000000000000abc-0", "expired"),
+    ];
+    let mut streams = Vec::new();
+    for (cursor, reason) in cases {
+        let mut stream = world.stream(&user).last_event_id(cursor).stream().await;
+        ready_and_resync(&mut stream, &head, reason).await;
+        streams.push(stream);
+    }
+    // The oldest place that can be followed.
+    let mut stream = world.stream_after(&user, 10).stream().await;
+    ready(&mut stream, &world.api.cursor(user.id, 10), true).await;
+    receives(&mut stream, 11..=20).await;
+    streams.push(stream);
+    // All of them stream on.
+    world.say(&user, 1).await;
+    for stream in &mut streams {
+        receives(stream, 21..=21).await;
+    }
+    for (reason, times) in [("unknown", 6), ("future", 2), ("expired", 2)] {
+        let name = format!("gateway_resyncs_total{{reason=\"{reason}\"}}");
+        assert_eq!(world.metric(&name).await, times, "{reason}");
+    }
+    drop(streams);
+    world.ends().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn nothing_is_asked_before_redis_listens() {
+    let world = World::new().await;
+    let (with_cursor, without) = (world.user(3), world.user(3));
+    world.until_beat().await; // The next one is two seconds away, so Redis stays trusted meanwhile.
+    world.network.silence();
+    let mut streams =
+        [world.stream_after(&with_cursor, 1).stream().await, world.stream(&without).stream().await];
+    tokio::time::sleep(A_WHILE).await;
+    assert_eq!(world.api.asked().requests(), []);
+    // What is committed before Redis listens is in the answer, because the question comes after.
+    world.api.append(with_cursor.id);
+    world.api.append(without.id);
+    world.network.resume();
+    ready(&mut streams[0], &world.api.cursor(with_cursor.id, 1), true).await;
+    receives(&mut streams[0], 2..=4).await;
+    ready(&mut streams[1], &world.api.cursor(without.id, 4), false).await;
+    assert!(world.is_subscribed(&with_cursor).await && world.is_subscribed(&without).await);
+    drop(streams);
+    world.ends().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn while_redis_is_away_the_question_is_asked_at_once_and_again_when_redis_listens() {
+    let world = Setup::default().redis_is_away().start().await;
+    let (with_cursor, without) = (world.user(3), world.user(3));
+    let mut a = world.stream_after(&with_cursor, 1).stream().await;
+    ready(&mut a, &world.api.cursor(with_cursor.id, 1), true).await;
+    receives(&mut a, 2..=3).await;
+    let mut b = world.stream(&without).stream().await;
+    ready(&mut b, &world.api.cursor(without.id, 3), false).await;
+
+    // Nothing says that these exist, until Redis is back: then it is looked after, though nothing is published.
+    world.api.append(with_cursor.id);
+    world.api.append(without.id);
+    silence(&mut a).await;
+    world.network.resume();
+    receives(&mut a, 4..=4).await;
+    receives(&mut b, 4..=4).await;
+    world.until_subscribed(&with_cursor).await;
+    world.say(&with_cursor, 1).await;
+    receives(&mut a, 5..=5).await;
+    world.until_delivered("redis", 1).await;
+    drop((a, b));
+    world.leaves_nothing().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn joins_that_wait_for_redis_ask_when_it_is_lost() {
+    let world = World::new().await;
+    let user = world.user(3);
+    world.until_beat().await;
+    world.network.silence();
+    let mut stream = world.stream_after(&user, 1).stream().await;
+    let mut another = world.stream(&user).stream().await;
+    tokio::time::sleep(A_WHILE).await;
+    assert_eq!(world.api.asked().requests(), []);
+    world.network.refuse();
+    ready(&mut stream, &world.api.cursor(user.id, 1), true).await;
+    receives(&mut stream, 2..=3).await;
+    ready(&mut another, &world.api.cursor(user.id, 3), false).await;
+    drop((stream, another));
+    world.ends().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_event_that_directly_follows_the_cursor_needs_no_answer() {
+    let world = World::new().await;
+    let user = world.user(5);
+    world.api.mood_of_feeds(Mood::Holding);
+    let mut stream = world.stream_after(&user, 5).stream().await;
+    world.until_subscribed(&user).await;
+    world.api.until_asked("what follows the cursor", |asked| asked.ranges(user.id) == [5]).await;
+    world.say(&user, 3).await;
+    ready(&mut stream, &world.api.cursor(user.id, 5), true).await;
+    receives(&mut stream, 6..=8).await;
+    // The answers are older than what was delivered, and change nothing.
+    world.api.mood_of_feeds(Mood::Well);
+    world.say(&user, 1).await;
+    receives(&mut stream, 9..=9).await;
+    silence(&mut stream).await;
+    drop(stream);
+    world.ends().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_event_beyond_the_cursor_waits_for_the_answer() {
+    let world = World::new().await;
+    let user = world.user(5);
+    world.api.mood_of_feeds(Mood::Holding);
+    let mut stream = world.stream_after(&user, 3).stream().await;
+    world.until_subscribed(&user).await;
+    world.api.until_asked("what follows the cursor", |asked| asked.ranges(user.id) == [3]).await;
+    world.say(&user, 2).await;
+    silence(&mut stream).await;
+    world.api.mood_of_feeds(Mood::Well);
+    ready(&mut stream, &world.api.cursor(user.id, 3), true).await;
+    receives(&mut stream, 4..=7).await;
+    drop(stream);
+    world.ends().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_head_of_the_answer_comes_at_once_whatever_is_down() {
+    let world = Setup::default().redis_is_away().start().await;
+    world.api.mood_of_feeds(Mood::Failing);
+    let user = world.user(3);
+    let began = Instant::now();
+    let mut stream = world.stream(&user).stream().await;
+    let block = stream.block().await;
+    assert!(began.elapsed() < Duration::from_secs(1), "{:?}", began.elapsed());
+    assert!(
+        matches!(block, Ok(Block::Retry(retry)) if (2_000..=5_000).contains(&retry.as_millis())),
+        "{block:?}"
+    );
+    for (name, value) in [
+        ("content-type", "text/event-stream"),
+        ("cache-control", "no-cache, no-transform"),
+        ("x-accel-buffering", "no"),
+    ] {
+        assert_eq!(stream.header(name), Some(value));
+    }
+    assert_eq!(stream.header("content-encoding"), None);
+    world.api.mood_of_feeds(Mood::Well);
+    ready(&mut stream, &world.api.cursor(user.id, 3), false).await;
+    drop(stream);
+    world.ends().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_stream_of_a_user_who_does_not_exist_is_told_to_go() {
+    let world = World::new().await;
+    let user = world.user(3);
+    world.api.remove(user.id);
+    for opening in [world.stream(&user), world.stream(&user).last_event_id(format!("{EPOCH}-1"))] {
+        let mut stream = opening.stream().await;
+        let goodbye = goodbye(&mut stream, "revoked").await;
+        assert_eq!(goodbye["reconnect"], false);
+    }
+    world.leaves_nothing().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_feed_that_goes_back_or_becomes_another_is_a_resync_for_those_who_are_connected() {
+    let world = Setup::config(|config| config.delivery.reconcile = Duration::from_secs(1)).start().await;
+    let (back, redrawn) = (world.user(9), world.user(9));
+    let mut a = world.joined(&back).await;
+    let mut b = world.joined(&redrawn).await;
+    world.api.restore(back.id, EPOCH, 6);
+    resync(&mut a, &world.api.cursor(back.id, 6), "future").await;
+    world.api.restore(redrawn.id, ANOTHER_EPOCH, 6);
+    resync(&mut b, &world.api.cursor(redrawn.id, 6), "unknown").await;
+    for (user, stream) in [(&back, &mut a), (&redrawn, &mut b)] {
+        world.say(user, 1).await;
+        receives(stream, 7..=7).await;
+    }
+    drop((a, b));
+    world.ends().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_user_who_comes_back_while_the_leaving_is_under_way_joins() {
+    let world = World::new().await;
+    let user = world.user(3);
+    let stream = world.joined(&user).await;
+    world.until_beat().await;
+    // The next beat will hang, and with it whatever is to be told to Redis: for less than it takes to distrust it.
+    tokio::time::sleep(Duration::from_millis(1_200)).await;
+    drop(stream);
+    world.until_metric("gateway_streams", 0).await;
+    world.network.silence();
+    world.until_metric("gateway_users", 0).await;
+    world.api.append(user.id);
+    let mut again = world.stream_after(&user, 3).stream().await;
+    world.network.resume();
+    ready(&mut again, &world.api.cursor(user.id, 3), true).await;
+    receives(&mut again, 4..=4).await;
+    drop(again);
+    world.leaves_nothing().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_client_that_leaves_before_it_is_ready_leaves_nothing() {
+    let world = World::new().await;
+    let user = world.user(3);
+    world.api.mood_of_feeds(Mood::Holding);
+    let streams = [world.stream(&user).stream().await, world.stream_after(&user, 1).stream().await];
+    world.until_metric("gateway_streams", 2).await;
+    world.api.until_asked("both", |asked| asked.heads(user.id) >= 1 && asked.ranges(user.id) == [1]).await;
+    drop(streams);
+    world.until_ended("client", 2).await;
+    world.api.mood_of_feeds(Mood::Well);
+    world.leaves_nothing().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn half_an_end_is_an_end() {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    let world = World::new().await;
+    let user = world.user(3);
+    let mut socket = tokio::net::TcpStream::connect(world.public).await.unwrap();
+    let head = format!(
+        "GET /api/messages HTTP/1.1\r\nHost: x\r\nAccept: text/event-stream\r\nAuthorization: Bearer {}\r\n\r\n",
+        user.token
+    );
+    socket.write_all(head.as_bytes()).await.unwrap();
+    world.until_metric("gateway_streams", 1).await;
+    socket.shutdown().await.unwrap();
+    let mut all = Vec::new();
+    socket.read_to_end(&mut all).await.unwrap();
+    assert!(all.starts_with(b"HTTP/1.1 200 OK\r\n"));
+    world.until_ended("client", 1).await;
+    world.leaves_nothing().await;
+}

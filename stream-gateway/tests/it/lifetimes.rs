@@ -1,0 +1,178 @@
+//! How long a stream lasts, what is said on it while nothing happens, and what a client may send.
+
+use std::time::{Duration, Instant};
+
+use shared::{
+    claims::{Audience, Claims},
+    test_support::{soon, sse::Block, until},
+};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::TcpStream,
+};
+
+use crate::support::{Setup, User, World, claims, goodbye, keys, now, ready, receives};
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn heartbeats_come_about_as_often_as_set() {
+    let world = Setup::config(|config| config.delivery.heartbeat = Duration::from_secs(1)).start().await;
+    let user = world.user(3);
+    let mut stream = world.joined(&user).await;
+    let mut beats = Vec::new();
+    while beats.len() < 4 {
+        if soon("a heartbeat", stream.block()).await == Ok(Block::Comment) {
+            beats.push(Instant::now());
+        }
+    }
+    let three = beats[3] - beats[0];
+    // Each within a fifth, and up to two turns of the wheel late.
+    assert!((Duration::from_secs(2)..Duration::from_secs(8)).contains(&three), "{three:?}");
+    drop(stream);
+    world.ends().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_stream_ends_before_its_token_does() {
+    let world = World::new().await;
+    let user = world.user(3);
+    let exp = now() + 4;
+    let token = keys().sign(&claims(user.id, user.session, exp));
+    let mut streams = Vec::new();
+    for _ in 0..5 {
+        streams.push(world.opening().bearer(&token).stream().await);
+    }
+    for stream in &mut streams {
+        ready(stream, &world.api.cursor(user.id, 3), false).await;
+        assert_eq!(goodbye(stream, "expired").await["reconnect"], false);
+        assert!(now() < exp, "not after the token");
+    }
+    world.until_ended("expired", 5).await;
+    assert_eq!(
+        world
+            .opening()
+            .bearer(&keys().sign(&claims(user.id, user.session, now() - 1)))
+            .open()
+            .await
+            .unwrap()
+            .status,
+        401
+    );
+    drop(streams);
+    world.ends().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_stream_tokens_end_bounds_the_opening_and_not_the_stream() {
+    let world = World::new().await;
+    let user = world.user(3);
+    let usual = claims(user.id, user.session, now() + 2);
+    let token =
+        keys().sign(&Claims { aud: Audience::Stream, session_exp: Some(now() + 3_600), ..usual.clone() });
+    let mut stream = world.opening().query_token(&token).stream().await;
+    ready(&mut stream, &world.api.cursor(user.id, 3), false).await;
+    // And one whose session ends soon.
+    let brief = keys().sign(&Claims { aud: Audience::Stream, session_exp: Some(now() + 3), ..usual });
+    let mut brief = world.opening().query_token(&brief).stream().await;
+    goodbye(&mut brief, "expired").await;
+    until("the token has expired", || async {
+        world.opening().query_token(&token).open().await.unwrap().status == 401
+    })
+    .await;
+    world.say(&user, 1).await;
+    receives(&mut stream, 4..=4).await;
+    drop((stream, brief));
+    world.ends().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_stream_ends_at_a_random_age() {
+    let world = Setup::config(|config| config.admission.max_age = Duration::from_secs(2)).start().await;
+    let user = world.user(3);
+    let began = Instant::now();
+    let mut streams = Vec::new();
+    for _ in 0..5 {
+        streams.push(world.stream(&user).stream().await);
+    }
+    for stream in &mut streams {
+        ready(stream, &world.api.cursor(user.id, 3), false).await;
+        assert_eq!(goodbye(stream, "rotate").await["reconnect"], true);
+        let retry = stream.retry.unwrap().as_millis();
+        assert!((2_000..=5_000).contains(&retry), "{retry}");
+        assert!(began.elapsed() >= Duration::from_secs(1), "{:?}", began.elapsed());
+    }
+    world.until_ended("rotate", 5).await;
+    drop(streams);
+    world.leaves_nothing().await;
+}
+
+/// A client that can be rude.
+struct Raw {
+    socket: TcpStream,
+    read: Vec<u8>,
+}
+
+impl Raw {
+    async fn open(world: &World, user: &User) -> Self {
+        let mut socket = TcpStream::connect(world.public).await.unwrap();
+        let head = format!(
+            "GET /api/messages HTTP/1.1\r\nHost: x\r\nAccept: text/event-stream\r\nAuthorization: Bearer {}\r\n\r\n",
+            user.token
+        );
+        socket.write_all(head.as_bytes()).await.unwrap();
+        let mut raw = Self { socket, read: vec![] };
+        raw.until("event: ready").await;
+        raw
+    }
+
+    async fn until(&mut self, text: &str) {
+        soon(text, async {
+            while !String::from_utf8_lossy(&self.read).contains(text) {
+                assert!(self.socket.read_buf(&mut self.read).await.unwrap() > 0, "ended before {text:?}");
+            }
+        })
+        .await;
+    }
+
+    /// Until the other side has closed; how does not matter.
+    async fn until_end(&mut self) {
+        soon("the end", async { while matches!(self.socket.read_buf(&mut self.read).await, Ok(1..)) {} })
+            .await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_a_client_says_on_a_stream_is_ignored_and_too_much_of_it_ends_the_stream() {
+    let world = World::new().await;
+    let user = world.user(3);
+    let mut polite = Raw::open(&world, &user).await;
+    let mut rude = Raw::open(&world, &user).await;
+    world.until_subscribed(&user).await;
+    let noise = vec![b'x'; 60 * 1024];
+    polite.socket.write_all(&noise).await.unwrap();
+    rude.socket.write_all(&noise).await.unwrap();
+    world.say(&user, 1).await;
+    polite.until("\"n\":4").await;
+    rude.until("\"n\":4").await;
+    rude.socket.write_all(&noise).await.unwrap();
+    rude.until_end().await;
+    world.until_ended("noise", 1).await;
+    world.say(&user, 1).await;
+    polite.until("\"n\":5").await;
+    drop((polite, rude));
+    world.leaves_nothing().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_client_that_does_not_leave_after_the_goodbye_is_left() {
+    let world = World::new().await;
+    let user = world.user(3);
+    let mut stays = Raw::open(&world, &user).await;
+    world.until_subscribed(&user).await;
+    world.publish(&user, serde_json::json!({ "revoked": user.session }).to_string()).await;
+    stays.until("event: goodbye").await;
+    stays.until_end().await; // Our half of it ends at once.
+    world.until_ended("revoked", 1).await; // The rest a little later, though this client keeps its half open.
+    world.until_metric("gateway_streams", 0).await;
+    drop(stays);
+    world.ends().await;
+}

@@ -1,0 +1,165 @@
+//! Who is let in, who must wait, who must make room; and that a place is given back, however its stream ends.
+
+use std::time::Instant;
+
+use futures_util::future::join_all;
+use shared::test_support::{
+    soon,
+    sse::{End, Opening, Stream},
+};
+use tokio::{io::AsyncWriteExt, net::TcpStream};
+
+use crate::support::{Setup, World, distinct, goodbye, ready, receives};
+
+/// 200, a long `retry` and `goodbye {busy}`, and nothing else.
+async fn assert_busy(stream: &mut Stream) {
+    let (events, end) = stream.rest().await;
+    assert_eq!((events.len(), end), (1, End::Clean));
+    let goodbye = events[0].json();
+    assert!(
+        events[0].is("goodbye") && goodbye["reason"] == "busy" && goodbye["reconnect"] == true,
+        "{goodbye}"
+    );
+    let retry = stream.retry.unwrap().as_millis();
+    assert!((60_000..=120_000).contains(&retry), "{retry}");
+}
+
+/// A place is free again a moment after its stream has ended.
+async fn until_admitted(opening: &Opening) -> Stream {
+    soon("a place is free", async {
+        loop {
+            let mut stream = opening.stream().await;
+            if stream.next().await.is("ready") {
+                return stream;
+            }
+        }
+    })
+    .await
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_user_with_too_many_streams_loses_the_oldest() {
+    let world = Setup::config(|config| config.delivery.streams_per_user = 2).start().await;
+    let (user, other) = (world.user(3), world.user(3));
+    let phone = world.another_session(user.id);
+    let mut others = world.joined(&other).await;
+    let mut first = world.joined(&user).await;
+    let mut second = world.joined(&phone).await;
+    let mut third = world.joined(&user).await;
+    assert_eq!(goodbye(&mut first, "replaced").await["reconnect"], true);
+    let retry = first.retry.unwrap().as_millis();
+    assert!((60_000..=120_000).contains(&retry), "{retry}");
+    let mut fourth = world.joined(&user).await;
+    goodbye(&mut second, "replaced").await;
+    world.say(&user, 1).await;
+    world.say(&other, 1).await;
+    for stream in [&mut third, &mut fourth, &mut others] {
+        receives(stream, 4..=4).await;
+    }
+    world.until_ended("replaced", 2).await;
+    drop((first, second, third, fourth, others));
+    world.leaves_nothing().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_full_process_says_busy_until_a_place_is_given_back() {
+    let world = Setup::config(|config| config.admission.streams = 3).start().await;
+    let user = world.user(3);
+    let mut streams = vec![world.joined(&user).await, world.joined(&user).await, world.joined(&user).await];
+    let mut retries = Vec::new();
+    for _ in 0..10 {
+        let mut refused = world.stream(&user).stream().await;
+        assert_busy(&mut refused).await;
+        retries.push(refused.retry);
+    }
+    assert!(distinct(retries) > 5, "those who were refused together do not come back together");
+    assert_eq!(world.metric("gateway_streams_refused_total{reason=\"streams\"}").await, 10);
+    for _ in 0..3 {
+        drop(streams.remove(0));
+        streams.push(until_admitted(&world.stream(&user)).await);
+    }
+    world.say(&user, 1).await;
+    for stream in &mut streams {
+        receives(stream, 4..=4).await;
+    }
+    drop(streams);
+    world.ends().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn one_address_has_so_many_places() {
+    let world = Setup::config(|config| config.admission.streams_per_address = 2).start().await;
+    let users = [world.user(3), world.user(3), world.user(3)];
+    let streams = [world.joined(&users[0]).await, world.joined(&users[1]).await];
+    assert_busy(&mut world.stream(&users[2]).stream().await).await;
+    assert_eq!(world.metric("gateway_streams_refused_total{reason=\"address\"}").await, 1);
+    drop(streams);
+    let stream = until_admitted(&world.stream(&users[2])).await;
+    drop(stream);
+    world.ends().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn more_than_the_rate_must_wait() {
+    const RATE: u32 = 5;
+    let world = Setup::config(|config| config.admission.rate = RATE).start().await;
+    let user = world.user(3);
+    let began = Instant::now();
+    let mut streams = join_all((0..30).map(|_| async { world.stream(&user).stream().await })).await;
+    let most = RATE as f64 * (1.0 + began.elapsed().as_secs_f64());
+    let mut admitted = 0;
+    for stream in &mut streams {
+        admitted += usize::from(stream.next().await.is("ready"));
+    }
+    assert!(admitted >= RATE as usize && admitted as f64 <= most, "{admitted} of at most {most}");
+    let refused = world.metric("gateway_streams_refused_total{reason=\"rate\"}").await;
+    assert_eq!(refused as usize, streams.len() - admitted);
+    let stream = until_admitted(&world.stream(&user)).await;
+    drop((streams, stream));
+    world.ends().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn clients_that_vanish_at_any_moment_keep_no_place() {
+    let world = Setup::config(|config| config.admission.streams = 3).start().await;
+    let user = world.user(3);
+    let head = format!(
+        "GET /api/messages HTTP/1.1\r\nHost: x\r\nAccept: text/event-stream\r\nAuthorization: Bearer {}\r\n\r\n",
+        user.token
+    );
+    for round in 0..60 {
+        let mut socket = TcpStream::connect(world.public).await.unwrap();
+        let sent = head.len() * (round % 3 + 1) / 3;
+        socket.write_all(&head.as_bytes()[..sent]).await.unwrap();
+        if round % 2 == 0 {
+            socket2::SockRef::from(&socket).set_linger(Some(std::time::Duration::ZERO)).unwrap(); // A reset.
+        }
+        drop(socket);
+    }
+    world.until_metric("gateway_streams", 0).await;
+    let mut streams = Vec::new();
+    for _ in 0..3 {
+        streams.push(until_admitted(&world.stream(&user)).await);
+    }
+    assert_busy(&mut world.stream(&user).stream().await).await;
+    drop(streams);
+    world.leaves_nothing().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn many_come_and_go_and_nothing_is_left() {
+    let world = World::new().await;
+    let users: Vec<_> = (0..20).map(|_| world.user(3)).collect();
+    for round in 0..10_u64 {
+        let mut streams =
+            join_all(users.iter().map(|user| async { world.stream_after(user, 1).stream().await })).await;
+        if round % 2 == 0 {
+            for (user, stream) in users.iter().zip(&mut streams) {
+                ready(stream, &world.api.cursor(user.id, 1), true).await;
+            }
+        }
+    }
+    world.until_metric("gateway_streams_opened_total", 200).await;
+    world.until_ended("client", 200).await;
+    world.leaves_nothing().await;
+}

@@ -1,0 +1,402 @@
+//! A gateway in this process, over a real Redis behind a faulty network and an `api` that does what the test says.
+
+use std::{
+    collections::BTreeSet,
+    net::SocketAddr,
+    sync::atomic::{AtomicI64, AtomicU64, Ordering},
+    time::{Duration, SystemTime},
+};
+
+use clap::Parser;
+use redis::{AsyncCommands, aio::MultiplexedConnection};
+use serde_json::Value;
+use shared::{
+    channels::Channels,
+    claims::{Audience, Claims, SigningKeys},
+    cursor::{Epoch, Seq},
+    event::Envelope,
+    ids::{SessionId, UserId},
+    test_support::{
+        http::{Answer, Client},
+        proxy::Proxy,
+        soon,
+        sse::{Opening, Stream},
+        until,
+    },
+};
+use stream_gateway::{
+    app::{self, Listeners},
+    config::{Config, Settings},
+};
+use tokio::task::JoinHandle;
+use tokio_util::sync::CancellationToken;
+use url::Url;
+
+use crate::api::{Api, Mood, SECRET};
+
+pub(crate) const ORIGIN: &str = "http://localhost:8080";
+pub(crate) const EPOCH: Epoch = Epoch(0xabc);
+pub(crate) const ANOTHER_EPOCH: Epoch = Epoch(0xdef);
+// Made for these tests alone.
+const PEM: &[u8] = b"-----BEGIN PRIVATE KEY-----\nMC4CAQAwBQYDK2VwBCIEIAABAgMEBQYHCAkKCwwNDg8QERITFBUWFxgZGhscHR4f\n-----END PRIVATE KEY-----\n";
+const ANOTHER_PEM: &[u8] = b"-----BEGIN PRIVATE KEY-----\nMC4CAQAwBQYDK2VwBCIEIB8eHRwbGhkYFxYVFBMSERAPDg0MCwoJCAcGBQQDAgEA\n-----END PRIVATE KEY-----\n";
+
+/// Somebody with a feed at the fake `api`, and a session.
+#[derive(Debug, Clone)]
+pub(crate) struct User {
+    pub(crate) id: UserId,
+    pub(crate) session: SessionId,
+    pub(crate) token: String,
+}
+
+/// What a test wants other than usual.
+pub(crate) struct Setup {
+    change: Box<dyn FnOnce(&mut Config)>,
+    redis_is_away: bool,
+    no_keys: bool,
+}
+
+impl Default for Setup {
+    fn default() -> Self {
+        Self { change: Box::new(|_| {}), redis_is_away: false, no_keys: false }
+    }
+}
+
+impl Setup {
+    pub(crate) fn config(change: impl FnOnce(&mut Config) + 'static) -> Self {
+        Self { change: Box::new(change), ..Self::default() }
+    }
+
+    pub(crate) fn redis_is_away(self) -> Self {
+        Self { redis_is_away: true, ..self }
+    }
+
+    pub(crate) fn no_keys(self) -> Self {
+        Self { no_keys: true, ..self }
+    }
+
+    pub(crate) async fn start(self) -> World {
+        World::start(self).await
+    }
+}
+
+pub(crate) struct World {
+    pub(crate) api: Api,
+    /// Between the gateway and Redis.
+    pub(crate) network: Proxy,
+    pub(crate) client: Client,
+    pub(crate) public: SocketAddr,
+    ops: SocketAddr,
+    redis: MultiplexedConnection,
+    channels: Channels,
+    prefix: String,
+    signing: SigningKeys,
+    stop: CancellationToken,
+    run: JoinHandle<anyhow::Result<()>>,
+}
+
+#[expect(clippy::disallowed_methods, reason = "the test runner says where its servers are")]
+fn redis_url() -> Url {
+    std::env::var("REDIS_URL").expect("REDIS_URL is set: run the tests by `cargo dev test`").parse().unwrap()
+}
+
+/// The usual keys, as a JWKS has them.
+pub(crate) fn keys() -> SigningKeys {
+    SigningKeys::from_pems(ORIGIN, PEM, &[]).unwrap()
+}
+
+/// A new key signs, the usual one is still good.
+pub(crate) fn rotated_keys() -> SigningKeys {
+    SigningKeys::from_pems(ORIGIN, ANOTHER_PEM, &[PEM.to_vec()]).unwrap()
+}
+
+pub(crate) fn now() -> i64 {
+    SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap().as_secs().cast_signed()
+}
+
+impl World {
+    pub(crate) async fn new() -> Self {
+        Setup::default().start().await
+    }
+
+    async fn start(setup: Setup) -> Self {
+        static WORLDS: AtomicU64 = AtomicU64::new(0);
+        let prefix = format!("gateway-it:{}:{}:", std::process::id(), WORLDS.fetch_add(1, Ordering::Relaxed));
+        let signing = keys();
+        let api = Api::start(signing.jwks().clone());
+        if setup.no_keys {
+            api.mood(shared::feed::JWKS_PATH, Mood::Failing);
+        }
+        let url = redis_url();
+        let address = url.socket_addrs(|| Some(6379)).unwrap()[0];
+        let network = Proxy::start(address).await;
+        if setup.redis_is_away {
+            network.refuse();
+        }
+        let mut by_proxy = url.clone();
+        by_proxy.set_ip_host(network.address().ip()).unwrap();
+        by_proxy.set_port(Some(network.address().port())).unwrap();
+        let redis = redis::Client::open(url).unwrap().get_multiplexed_async_connection().await.unwrap();
+
+        let settings = Settings::try_parse_from([
+            "stream-gateway",
+            "--listen=127.0.0.1:0",
+            "--ops-listen=127.0.0.1:0",
+            &format!("--origin={ORIGIN}"),
+            &format!("--api-internal-url=http://{}", api.address),
+            &format!("--internal-secret={SECRET}"),
+            &format!("--redis-url={by_proxy}"),
+            &format!("--channel-prefix={prefix}"),
+            "--drain-wait-seconds=0",
+            "--drain-window-seconds=0",
+            // Where a test does not ask for a reconcile, only its own questions are counted.
+            "--reconcile-seconds=300",
+            "--suspect-reconcile-millis=60000",
+        ]);
+        let mut config = settings.unwrap().check().unwrap();
+        (setup.change)(&mut config);
+        let listeners = Listeners::bind(&config).unwrap();
+        let public = listeners.public.local_addr().unwrap();
+        let ops = listeners.ops.local_addr().unwrap();
+        let stop = CancellationToken::new();
+        let run = tokio::spawn(app::run(config, listeners, stop.clone()));
+        let channels = Channels::new(&prefix);
+        let client = Client::default();
+        let world = Self { api, network, client, public, ops, redis, channels, prefix, signing, stop, run };
+        let usual = if setup.redis_is_away { "ready; Redis is away" } else { "ready\n" };
+        let note = if setup.no_keys { "no public keys" } else { usual };
+        until("the gateway is as the test wants it", || async {
+            assert!(!world.run.is_finished(), "the gateway ended instead of starting");
+            world.readiness().await.text().starts_with(note)
+        })
+        .await;
+        if !setup.redis_is_away {
+            world.until_metric("gateway_redis_suspect", 0).await;
+        }
+        world.api.forget_questions();
+        world
+    }
+
+    // ---- People
+
+    /// A new user whose feed ends at `head`.
+    pub(crate) fn user(&self, head: Seq) -> User {
+        static USERS: AtomicI64 = AtomicI64::new(1);
+        let id = UserId(USERS.fetch_add(1, Ordering::Relaxed));
+        self.api.add(id, EPOCH, head);
+        self.another_session(id)
+    }
+
+    pub(crate) fn another_session(&self, id: UserId) -> User {
+        static SESSIONS: AtomicI64 = AtomicI64::new(1);
+        let session = SessionId(SESSIONS.fetch_add(1, Ordering::Relaxed));
+        let token = self.signing.sign(&claims(id, session, now() + 3_600));
+        User { id, session, token }
+    }
+
+    pub(crate) fn opening(&self) -> Opening {
+        Opening::new(format!("http://{}/api/messages", self.public))
+    }
+
+    /// A stream of this user, about to be opened.
+    pub(crate) fn stream(&self, user: &User) -> Opening {
+        self.opening().bearer(&user.token)
+    }
+
+    /// The same, from a place in the feed.
+    pub(crate) fn stream_after(&self, user: &User, seq: Seq) -> Opening {
+        self.stream(user).last_event_id(self.api.cursor(user.id, seq))
+    }
+
+    /// A stream at the head of its feed, for which Redis is being listened to and all that a join asks is answered.
+    pub(crate) async fn joined(&self, user: &User) -> Stream {
+        let before = self.api.asked().heads(user.id);
+        let mut stream = self.stream(user).stream().await;
+        ready(&mut stream, &self.api.cursor(user.id, self.api.head(user.id).seq), false).await;
+        self.until_subscribed(user).await;
+        self.api.until_asked("is the session good?", |asked| asked.heads(user.id) > before).await;
+        stream
+    }
+
+    // ---- Redis
+
+    pub(crate) async fn publish(&self, user: &User, payload: impl AsRef<[u8]>) {
+        let mut redis = self.redis.clone();
+        redis.publish::<_, _, ()>(self.channels.user(user.id), payload.as_ref()).await.unwrap();
+    }
+
+    pub(crate) async fn publish_event(&self, user: &User, envelope: &Envelope) {
+        self.publish(user, serde_json::to_vec(envelope).unwrap()).await;
+    }
+
+    /// Commits and publishes so many events; the last one's number.
+    pub(crate) async fn say(&self, user: &User, times: usize) -> Seq {
+        for _ in 0..times {
+            let envelope = self.api.append(user.id);
+            self.publish_event(user, &envelope).await;
+        }
+        self.api.head(user.id).seq
+    }
+
+    /// Whether the gateway listens to this user's channel, by Redis's own account.
+    pub(crate) async fn is_subscribed(&self, user: &User) -> bool {
+        let mut redis = self.redis.clone();
+        let mut command = redis::cmd("PUBSUB");
+        command.arg("NUMSUB").arg(self.channels.user(user.id));
+        let (_, count): (String, u64) = command.query_async(&mut redis).await.unwrap();
+        count > 0
+    }
+
+    pub(crate) async fn until_subscribed(&self, user: &User) {
+        until("Redis has the subscription", || self.is_subscribed(user)).await;
+    }
+
+    /// Returns when the gateway has heard its own beat: the next one is due some two seconds later.
+    pub(crate) async fn until_beat(&self) {
+        use futures_util::StreamExt;
+        let client = redis::Client::open(redis_url()).unwrap();
+        let mut listener = client.get_async_pubsub().await.unwrap();
+        listener.psubscribe(format!("{}beat:*", self.prefix)).await.unwrap();
+        let mut beats = listener.on_message();
+        soon("a beat", beats.next()).await.unwrap();
+    }
+
+    // ---- The operators' view
+
+    pub(crate) async fn readiness(&self) -> Answer {
+        self.client.get(format!("http://{}/readyz", self.ops)).send().await.unwrap()
+    }
+
+    /// A metric by its name and labels, as written; 0 when it was never counted.
+    pub(crate) async fn metric(&self, name: &str) -> u64 {
+        let text = self.client.get(format!("http://{}/metrics", self.ops)).expect(200).await.text();
+        let mut lines = text.lines().filter_map(|line| line.rsplit_once(' '));
+        lines.find(|(present, _)| *present == name).map_or(0, |(_, value)| value.parse().unwrap())
+    }
+
+    pub(crate) async fn until_metric(&self, name: &str, value: u64) {
+        until(&format!("{name} is {value}"), || async { self.metric(name).await == value }).await;
+    }
+
+    pub(crate) async fn ended(&self, reason: &str) -> u64 {
+        self.metric(&format!("gateway_streams_ended_total{{reason=\"{reason}\"}}")).await
+    }
+
+    pub(crate) async fn until_ended(&self, reason: &str, times: u64) {
+        until(&format!("{times} streams ended: {reason}"), || async { self.ended(reason).await == times })
+            .await;
+    }
+
+    /// Events are counted just after they are written, so a client may be a little ahead.
+    pub(crate) async fn until_delivered(&self, path: &str, times: u64) {
+        self.until_metric(&format!("gateway_events_delivered_total{{path=\"{path}\"}}"), times).await;
+    }
+
+    // ---- The end
+
+    /// Tells it to go, as a signal does.
+    pub(crate) fn stop(&self) {
+        self.stop.cancel();
+    }
+
+    /// The process has ended in good order.
+    pub(crate) async fn stopped(self) {
+        let run = soon("the gateway ends", self.run).await;
+        run.unwrap().unwrap();
+    }
+
+    /// Each test ends with this or the next, its streams closed: nothing is left of them, and the gateway stops in good
+    /// order.
+    pub(crate) async fn ends(self) {
+        for gauge in ["gateway_streams", "gateway_readers_behind", "gateway_backlog_bytes"] {
+            self.until_metric(gauge, 0).await;
+        }
+        self.stop();
+        self.stopped().await;
+    }
+
+    /// Nor of their users, who are remembered for a second.
+    pub(crate) async fn leaves_nothing(self) {
+        self.until_metric("gateway_users", 0).await;
+        if self.metric("gateway_redis_up").await == 1 {
+            self.until_metric("gateway_subscriptions", 0).await;
+        }
+        self.ends().await;
+    }
+}
+
+pub(crate) fn claims(user: UserId, session: SessionId, exp: i64) -> Claims {
+    Claims {
+        sub: user,
+        sid: session,
+        iat: now(),
+        exp,
+        aud: Audience::Api,
+        iss: ORIGIN.into(),
+        session_exp: None,
+    }
+}
+
+/// The first event of a stream that goes on from `cursor`.
+pub(crate) async fn ready(stream: &mut Stream, cursor: &str, resumed: bool) {
+    let ready = stream.named("ready").await;
+    assert_eq!(ready.id.as_deref(), Some(cursor));
+    assert_eq!(
+        (ready.json()["cursor"].as_str(), ready.json()["resumed"].as_bool()),
+        (Some(cursor), Some(resumed))
+    );
+}
+
+/// The first two events of a stream whose cursor cannot be followed.
+pub(crate) async fn ready_and_resync(stream: &mut Stream, head: &str, reason: &str) {
+    let ready = stream.named("ready").await;
+    assert_eq!((ready.id.as_ref(), ready.json()["resumed"].as_bool()), (None, Some(false)));
+    resync(stream, head, reason).await;
+}
+
+pub(crate) async fn resync(stream: &mut Stream, head: &str, reason: &str) {
+    let resync = stream.named("resync").await;
+    assert_eq!(resync.id.as_deref(), Some(head));
+    assert_eq!(
+        (resync.json()["cursor"].as_str(), resync.json()["reason"].as_str()),
+        (Some(head), Some(reason))
+    );
+}
+
+/// The next events are exactly these.
+pub(crate) async fn receives(stream: &mut Stream, seqs: impl IntoIterator<Item = Seq>) {
+    for seq in seqs {
+        let event = stream.next().await;
+        let number = event.id.as_deref().and_then(|id| id.rsplit_once('-')).map(|(_, seq)| seq.to_owned());
+        assert_eq!(
+            (number, event.json()["n"].as_u64()),
+            (Some(seq.to_string()), Some(seq)),
+            "{:?}",
+            event.name
+        );
+    }
+}
+
+/// The last event, and the end after it.
+pub(crate) async fn goodbye(stream: &mut Stream, reason: &str) -> Value {
+    let (events, _) = stream.rest().await;
+    let last = events.last().unwrap_or_else(|| panic!("an end without goodbye, {reason} expected"));
+    assert!(last.is("goodbye"), "{last:?}");
+    assert_eq!((last.id.as_ref(), last.json()["reason"].as_str()), (None, Some(reason)));
+    last.json()
+}
+
+/// How long nothing may happen where nothing must happen.
+pub(crate) const A_WHILE: Duration = Duration::from_millis(300);
+
+/// Nothing comes.
+pub(crate) async fn silence(stream: &mut Stream) {
+    if let Ok(event) = tokio::time::timeout(A_WHILE, stream.event()).await {
+        panic!("expected nothing, got {event:?}");
+    }
+}
+
+/// All of these are different.
+pub(crate) fn distinct<T: Ord>(all: impl IntoIterator<Item = T>) -> usize {
+    all.into_iter().collect::<BTreeSet<_>>().len()
+}
