@@ -11,10 +11,11 @@ use std::{
 };
 
 use base64::{Engine, engine::general_purpose::STANDARD};
+use chrono::Utc;
 use serde_json::{Value, json};
 use shared::{
     channels::Channels,
-    claims::{Claims, SigningKeys},
+    claims::{Audience, Claims, SigningKeys},
     ids::{ConversationId, UserId},
     test_support::{
         http::{Answer, Client},
@@ -181,6 +182,29 @@ impl World {
         user
     }
 
+    /// Very many users with a session each, made by SQL and signed for here.
+    pub async fn many(&self, count: i64) -> Vec<User> {
+        let insert = "WITH new AS (INSERT INTO users (username) SELECT 'many' || n FROM generate_series(1, $1) n RETURNING id, username)
+                      INSERT INTO sessions (user_id, expires_at) SELECT id, now() + interval '1 day' FROM new
+                      RETURNING user_id, id, (SELECT username FROM new WHERE new.id = user_id)";
+        let rows: Vec<(i64, i64, String)> =
+            sqlx::query_as(insert).bind(count).fetch_all(&self.sql).await.expect("new users");
+        let now = Utc::now().timestamp();
+        let sign = |(user, session, name): (i64, i64, String)| {
+            let token = self.signing.sign(&Claims {
+                sub: user.into(),
+                sid: session.into(),
+                iat: now,
+                exp: now + 3_600,
+                aud: Audience::Api,
+                iss: ORIGIN.into(),
+                session_exp: None,
+            });
+            User { id: user.into(), name, cookie: format!("session={token}"), token }
+        };
+        rows.into_iter().map(sign).collect()
+    }
+
     /// Another session of somebody who exists.
     pub async fn login(&self, api: &Service, name: &str) -> User {
         let call = self.client.post(api.url("/api/login")).json(&json!({ "username": name }));
@@ -199,8 +223,10 @@ impl World {
 
     /// The claims of a token that `api` made.
     pub fn claims(&self, user: &User) -> Claims {
-        use shared::claims::Audience::{Api, Stream};
-        self.signing.verifier().verify(&user.token, &[Api, Stream]).expect("the world's own key signed it")
+        self.signing
+            .verifier()
+            .verify(&user.token, &[Audience::Api, Audience::Stream])
+            .expect("the world's own key signed it")
     }
 
     /// A token as `api` would sign it.

@@ -3,10 +3,11 @@
 use std::{sync::Arc, time::Duration};
 
 use e2e::{
-    World,
+    Service, World,
     ledger::{Feed, assert_exact},
 };
 use futures_util::future::join_all;
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use shared::test_support::{
     proxy::Proxy,
     servers::{Postgres, Redis},
@@ -107,6 +108,48 @@ async fn a_storm_of_reconnects_is_answered_exactly() {
     traffic.more(100).await;
     traffic.stop().await;
     assert_all_exact(&world, &api, &crowd.lines, &watching).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn more_users_than_fit_in_one_batch_are_subscribed_reconciled_and_resumed() {
+    const USERS: i64 = 1_100; // Batches are 512 and 1,000.
+    let most = getrlimit(Resource::RLIMIT_NOFILE).unwrap().1;
+    setrlimit(Resource::RLIMIT_NOFILE, most, most).unwrap();
+    let redis = Redis::start();
+    let world = World::with_redis(redis.url()).await;
+    let api = world.api().ready().await;
+    let mut gateway = world.gateway(api.internal()).env("RECONCILE_SECONDS", 1).ready().await;
+    let users = world.many(USERS).await;
+    let watching: Vec<_> = users.iter().map(|user| (user, browser(gateway.stream(user)))).collect();
+    join_all(watching.iter().map(|(_, browser)| browser.ready())).await;
+    let told = async || {
+        let append =
+            "SELECT append_to_feed(id, 'message', NULL, '{\"to\":\"' || id || '\"}', NULL, NULL) FROM users";
+        sqlx::query(append).execute(&world.sql).await.unwrap();
+        for (user, browser) in &watching {
+            assert_exact(&world.sql, user.id, &user.name, browser).await;
+        }
+    };
+    let subscribed = async |gateway: &Service| {
+        until("all are subscribed", || async {
+            gateway.metric("gateway_users").await == USERS as f64
+                && gateway.metric("gateway_redis_suspect").await == 0.0
+                && gateway.metric("gateway_subscriptions").await
+                    == gateway.metric("gateway_subscriptions_wanted").await
+        })
+        .await;
+    };
+    subscribed(&gateway).await;
+    told().await;
+    redis.command(&["CLIENT", "KILL", "TYPE", "pubsub"]).unwrap();
+    told().await;
+    subscribed(&gateway).await;
+    gateway.restart().await;
+    told().await;
+    subscribed(&gateway).await;
+    told().await;
+    let opened: Vec<_> = watching.iter().map(|(_, browser)| browser.record().opened).collect();
+    assert!(opened.iter().all(|opened| *opened == 2), "each came back once: {:?}", opened.iter().max());
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
