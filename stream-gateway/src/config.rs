@@ -224,7 +224,17 @@ mod tests {
 
     #[test]
     fn what_is_missing_is_told_at_once() {
-        let problems = check(&["--heartbeat-seconds=0", "--log-format=xml"]).unwrap_err().to_string();
+        let problems = check(&[
+            // Given as flags, so that the environment of the tests says nothing.
+            "--origin=",
+            "--api-internal-url=",
+            "--internal-secret=",
+            "--redis-url=",
+            "--heartbeat-seconds=0",
+            "--log-format=xml",
+        ])
+        .unwrap_err()
+        .to_string();
         for name in
             ["ORIGIN", "API_INTERNAL_URL", "INTERNAL_SECRET", "REDIS_URL", "HEARTBEAT_SECONDS", "LOG_FORMAT"]
         {
