@@ -57,6 +57,8 @@ impl Listeners {
 
 /// Applies what is missing of the schema.
 pub async fn migrate(postgres: PgConnectOptions) -> anyhow::Result<()> {
+    // "Relation already exists, skipping" is no news to an operator.
+    let postgres = postgres.options([("client_min_messages", "warning")]);
     let mut connection = connect(&postgres).await?;
     schema::migrate(&mut connection).await.context("cannot migrate")?;
     tracing::info!(migrations = schema::MIGRATIONS.iter().count(), "the schema is current");

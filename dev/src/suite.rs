@@ -45,7 +45,8 @@ async fn build_and_test(
     if !status.success() {
         return Ok(exit_code(status));
     }
-    let mut test = cargo(places, &["test", "--workspace"]);
+    // All that fails is told, not only the first.
+    let mut test = cargo(places, &["test", "--workspace", "--no-fail-fast"]);
     test.args(args)
         .env("DATABASE_URL", &servers.database_url)
         .env("REDIS_URL", &servers.redis_url)
