@@ -49,13 +49,18 @@ fn observed(sequencer: &mut Sequencer<Seq>, answer: Answer<Seq>, now: Millis) ->
     steps
 }
 
+/// Nothing is in doubt, and nothing is held.
+fn assert_idle(sequencer: &Sequencer<Seq>) {
+    assert!(sequencer.doubt.is_none() && sequencer.due().is_none(), "{sequencer:?}");
+}
+
 #[test]
 fn the_next_event_is_delivered_and_a_repeat_is_not() {
     let mut sequencer = placed(5);
     assert_eq!(live(&mut sequencer, 6, 0), [Step::Deliver(6, 6)]);
     assert_eq!(live(&mut sequencer, 6, 0), []);
     assert_eq!(live(&mut sequencer, 2, 0), []);
-    assert_eq!(sequencer.due(), None);
+    assert_idle(&sequencer);
 }
 
 #[test]
@@ -75,7 +80,7 @@ fn a_reordering_costs_no_question() {
     assert_eq!(live(&mut sequencer, 2, 0), []);
     assert_eq!(tick(&mut sequencer, REORDER_WAIT - 1), []);
     assert_eq!(live(&mut sequencer, 1, 0), [Step::Deliver(1, 1), Step::Deliver(2, 2), Step::Deliver(3, 3)]);
-    assert_eq!(sequencer.due(), None);
+    assert_idle(&sequencer);
 }
 
 #[test]
@@ -121,6 +126,33 @@ fn a_head_below_the_place_at_asking_is_a_feed_set_back() {
         [Step::Lost(Lost::Future, at(4))]
     );
     assert_eq!(live(&mut sequencer, 5, 0), [Step::Deliver(5, 5)]);
+}
+
+#[test]
+fn what_was_held_of_a_history_that_was_lost_is_not_delivered_in_the_next() {
+    let mut sequencer = placed(5);
+    live(&mut sequencer, 8, 0);
+    let steps = observed(&mut sequencer, answer(Some(at(5)), at(4), []), 0);
+    assert_eq!(steps, [Step::Lost(Lost::Future, at(4))]);
+    assert_idle(&sequencer);
+    for seq in 5..=8 {
+        assert_eq!(live(&mut sequencer, seq, 0), [Step::Deliver(seq, seq)]);
+    }
+}
+
+#[test]
+fn what_was_held_of_another_epoch_is_forgotten_when_the_place_or_an_event_of_ours_comes() {
+    let stranger = Head { epoch: OTHER, seq: 900 };
+    let mut sequencer = Sequencer::default();
+    sequencer.live(stranger, 900, 0, &mut vec![]);
+    assert_eq!(observed(&mut sequencer, answer(None, at(5), []), 0), []);
+    assert_idle(&sequencer);
+
+    let mut sequencer = Sequencer::default();
+    sequencer.live(stranger, 900, 0, &mut vec![]);
+    assert_eq!(live(&mut sequencer, 6, 0), []);
+    assert_eq!(observed(&mut sequencer, answer(None, at(5), []), 0), [Step::Deliver(6, 6)]);
+    assert_idle(&sequencer);
 }
 
 #[test]
@@ -170,9 +202,17 @@ fn rows_that_are_no_longer_kept_lose_the_place() {
     let mut sequencer = placed(5);
     let steps = observed(&mut sequencer, answer(Some(at(5)), at(9), [8, 9]), 0);
     assert_eq!(steps, [Step::Lost(Lost::Expired, at(9))]);
-    let mut sequencer = placed(5);
-    let steps = observed(&mut sequencer, answer(Some(at(5)), at(9), []), 0);
-    assert_eq!(steps, [Step::Lost(Lost::Expired, at(9))]);
+    for head in [6, 9] {
+        let mut sequencer = placed(5);
+        let steps = observed(&mut sequencer, answer(Some(at(5)), at(head), []), 0);
+        assert_eq!(steps, [Step::Lost(Lost::Expired, at(head))]);
+    }
+}
+
+#[test]
+fn a_lost_place_is_called_as_the_contract_has_it() {
+    let names = [Lost::Unknown, Lost::Expired, Lost::Future].map(Lost::as_str);
+    assert_eq!(names, ["unknown", "expired", "future"]);
 }
 
 #[test]
@@ -183,7 +223,7 @@ fn what_postgres_refutes_is_forgotten() {
     live(&mut sequencer, 8, 35);
     assert_eq!(answered(&mut sequencer, answer(Some(at(5)), at(5), []), 40), []);
     // 8 is below what was held when the question was asked, so it is refuted as well; a true 8 is found by its head.
-    assert_eq!(sequencer.due(), None);
+    assert_idle(&sequencer);
 }
 
 #[test]
