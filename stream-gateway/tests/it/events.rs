@@ -5,7 +5,7 @@ use std::time::Duration;
 use serde_json::{json, value::RawValue};
 use shared::{event::Envelope, test_support::until};
 
-use crate::support::{ANOTHER_EPOCH, Setup, World, goodbye, receives, resync, silence};
+use crate::support::{ANOTHER_EPOCH, Raw, Setup, World, goodbye, receives, resync, silence};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_reordering_costs_no_question() {
@@ -298,4 +298,24 @@ async fn a_redis_that_is_silently_dead_is_found_by_the_beat() {
     world.until_metric("gateway_redis_suspect", 0).await;
     drop(stream);
     world.ends().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_redis_that_is_no_longer_where_its_name_points_is_left() {
+    let world = World::new().await;
+    let user = world.user(5);
+    let mut stream = world.joined(&user).await;
+    // The old one lives on with our connection to it, as after a failover; everybody publishes to the new one.
+    let promoted = shared::test_support::servers::Redis::start();
+    world.network.aim(promoted.address());
+    let envelope = world.api.append(user.id);
+    let payload = serde_json::to_string(&envelope).unwrap();
+    let channel = world.channel(&user);
+    until("somebody listens at the new one", || async {
+        promoted.command(&["PUBLISH", &channel, &payload]).unwrap() == ":1"
+    })
+    .await;
+    receives(&mut stream, 6..=6).await;
+    drop(stream);
+    world.leaves_nothing().await;
 }

@@ -6,12 +6,9 @@ use shared::{
     claims::{Audience, Claims},
     test_support::{soon, sse::Block, until},
 };
-use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt},
-    net::TcpStream,
-};
+use tokio::io::AsyncWriteExt;
 
-use crate::support::{Setup, User, World, claims, goodbye, keys, now, ready, receives};
+use crate::support::{Raw, Setup, World, claims, goodbye, keys, now, ready, receives};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn heartbeats_come_about_as_often_as_set() {
@@ -103,41 +100,6 @@ async fn a_stream_ends_at_a_random_age() {
     world.until_ended("rotate", 5).await;
     drop(streams);
     world.leaves_nothing().await;
-}
-
-/// A client that can be rude.
-struct Raw {
-    socket: TcpStream,
-    read: Vec<u8>,
-}
-
-impl Raw {
-    async fn open(world: &World, user: &User) -> Self {
-        let mut socket = TcpStream::connect(world.public).await.unwrap();
-        let head = format!(
-            "GET /api/messages HTTP/1.1\r\nHost: x\r\nAccept: text/event-stream\r\nAuthorization: Bearer {}\r\n\r\n",
-            user.token
-        );
-        socket.write_all(head.as_bytes()).await.unwrap();
-        let mut raw = Self { socket, read: vec![] };
-        raw.until("event: ready").await;
-        raw
-    }
-
-    async fn until(&mut self, text: &str) {
-        soon(text, async {
-            while !String::from_utf8_lossy(&self.read).contains(text) {
-                assert!(self.socket.read_buf(&mut self.read).await.unwrap() > 0, "ended before {text:?}");
-            }
-        })
-        .await;
-    }
-
-    /// Until the other side has closed; how does not matter.
-    async fn until_end(&mut self) {
-        soon("the end", async { while matches!(self.socket.read_buf(&mut self.read).await, Ok(1..)) {} })
-            .await;
-    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

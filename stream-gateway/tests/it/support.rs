@@ -28,7 +28,11 @@ use stream_gateway::{
     app::{self, Listeners},
     config::{Config, Settings},
 };
-use tokio::task::JoinHandle;
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::TcpStream,
+    task::JoinHandle,
+};
 use tokio_util::sync::CancellationToken;
 use url::Url;
 
@@ -222,7 +226,11 @@ impl World {
 
     pub(crate) async fn publish(&self, user: &User, payload: impl AsRef<[u8]>) {
         let mut redis = self.redis.clone();
-        redis.publish::<_, _, ()>(self.channels.user(user.id), payload.as_ref()).await.unwrap();
+        redis.publish::<_, _, ()>(self.channel(user), payload.as_ref()).await.unwrap();
+    }
+
+    pub(crate) fn channel(&self, user: &User) -> String {
+        self.channels.user(user.id)
     }
 
     pub(crate) async fn publish_event(&self, user: &User, envelope: &Envelope) {
@@ -242,7 +250,7 @@ impl World {
     pub(crate) async fn is_subscribed(&self, user: &User) -> bool {
         let mut redis = self.redis.clone();
         let mut command = redis::cmd("PUBSUB");
-        command.arg("NUMSUB").arg(self.channels.user(user.id));
+        command.arg("NUMSUB").arg(self.channel(user));
         let (_, count): (String, u64) = command.query_async(&mut redis).await.unwrap();
         count > 0
     }
@@ -399,4 +407,39 @@ pub(crate) async fn silence(stream: &mut Stream) {
 /// All of these are different.
 pub(crate) fn distinct<T: Ord>(all: impl IntoIterator<Item = T>) -> usize {
     all.into_iter().collect::<BTreeSet<_>>().len()
+}
+
+/// A client that can be rude.
+pub(crate) struct Raw {
+    pub(crate) socket: TcpStream,
+    read: Vec<u8>,
+}
+
+impl Raw {
+    pub(crate) async fn open(world: &World, user: &User) -> Self {
+        let mut socket = TcpStream::connect(world.public).await.unwrap();
+        let head = format!(
+            "GET /api/messages HTTP/1.1\r\nHost: x\r\nAccept: text/event-stream\r\nAuthorization: Bearer {}\r\n\r\n",
+            user.token
+        );
+        socket.write_all(head.as_bytes()).await.unwrap();
+        let mut raw = Self { socket, read: vec![] };
+        raw.until("event: ready").await;
+        raw
+    }
+
+    pub(crate) async fn until(&mut self, text: &str) {
+        soon(text, async {
+            while !String::from_utf8_lossy(&self.read).contains(text) {
+                assert!(self.socket.read_buf(&mut self.read).await.unwrap() > 0, "ended before {text:?}");
+            }
+        })
+        .await;
+    }
+
+    /// Until the other side has closed; how does not matter.
+    pub(crate) async fn until_end(&mut self) {
+        soon("the end", async { while matches!(self.socket.read_buf(&mut self.read).await, Ok(1..)) {} })
+            .await;
+    }
 }
