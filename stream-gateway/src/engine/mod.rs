@@ -54,8 +54,10 @@ use crate::{
     subscriber::{News, Wishes},
 };
 
-/// Streams that were accepted and not yet taken over.
-pub const ADMISSIONS: usize = 1_024;
+/// Streams that were accepted and not yet taken over: a storm of reconnects fits in.
+pub const ADMISSIONS: usize = 16_384;
+/// Streams taken over before others get their turn.
+const ADMITTED_AT_ONCE: usize = 64;
 /// An entry without connections stays this long.
 const LINGER: Millis = 1_000;
 /// A goodbye must be out, and the client gone, this long after it was due.
@@ -224,6 +226,7 @@ impl Engine {
     async fn run(mut self, mut inputs: Inputs) -> anyhow::Result<()> {
         let mut events = Events::with_capacity(1_024);
         let mut news = Vec::with_capacity(NEWS_AT_ONCE);
+        let mut admissions = Vec::with_capacity(ADMITTED_AT_ONCE);
         loop {
             let wake = tokio::time::Instant::from_std(self.started + Duration::from_millis(self.next_wake()));
             tokio::select! {
@@ -248,9 +251,9 @@ impl Engine {
                         self.on_socket(event);
                     }
                 }
-                Some(admission) = inputs.admissions.recv() => {
+                1.. = inputs.admissions.recv_many(&mut admissions, ADMITTED_AT_ONCE) => {
                     self.look_at_clock();
-                    self.admit(admission);
+                    admissions.drain(..).for_each(|admission| self.admit(admission));
                 }
                 answers = self.backfill.next() => {
                     self.look_at_clock();
