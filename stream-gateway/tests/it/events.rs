@@ -5,7 +5,7 @@ use std::time::Duration;
 use serde_json::{json, value::RawValue};
 use shared::{event::Envelope, test_support::until};
 
-use crate::support::{ANOTHER_EPOCH, Raw, Setup, World, goodbye, receives, resync, silence};
+use crate::support::{ANOTHER_EPOCH, Setup, World, goodbye, receives, resync, silence};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_reordering_costs_no_question() {
