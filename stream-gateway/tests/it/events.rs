@@ -15,13 +15,8 @@ async fn a_reordering_costs_no_question() {
     world.api.forget_questions();
     let mut said = [world.api.append(user.id), world.api.append(user.id), world.api.append(user.id)];
     said.reverse();
-    for envelope in &said {
-        world.publish_event(&user, envelope).await;
-    }
-    // And once more, for which there is no reason.
-    for envelope in &said {
-        world.publish_event(&user, envelope).await;
-    }
+    world.publish_at_once(&user, &said).await;
+    world.publish_at_once(&user, &said).await; // For which there is no reason.
     receives(&mut stream, 6..=8).await;
     silence(&mut stream).await;
     world.until_delivered("redis", 3).await;
@@ -93,10 +88,8 @@ async fn an_event_of_another_epoch_is_a_doubt_and_no_event() {
     let user = world.user(5);
     let mut stream = world.joined(&user).await;
     world.api.forget_questions();
-    for seq in [6, 1, 900] {
-        let stranger = Envelope { epoch: ANOTHER_EPOCH, seq, ..world.api.made_up(6) };
-        world.publish_event(&user, &stranger).await;
-    }
+    let strangers = [6, 1, 900].map(|seq| Envelope { epoch: ANOTHER_EPOCH, ..world.api.made_up(seq) });
+    world.publish_at_once(&user, &strangers).await;
     world.api.until_asked("the doubt", |asked| asked.ranges(user.id) == [5]).await;
     silence(&mut stream).await;
     assert_eq!(world.api.asked().ranges(user.id), [5]);

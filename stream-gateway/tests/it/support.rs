@@ -229,6 +229,15 @@ impl World {
         redis.publish::<_, _, ()>(self.channel(user), payload.as_ref()).await.unwrap();
     }
 
+    /// So close together that they are one doubt.
+    pub(crate) async fn publish_at_once(&self, user: &User, envelopes: &[Envelope]) {
+        let mut pipeline = redis::pipe();
+        for envelope in envelopes {
+            pipeline.publish(self.channel(user), serde_json::to_vec(envelope).unwrap()).ignore();
+        }
+        pipeline.query_async::<()>(&mut self.redis.clone()).await.unwrap();
+    }
+
     pub(crate) fn channel(&self, user: &User) -> String {
         self.channels.user(user.id)
     }
