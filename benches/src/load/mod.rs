@@ -63,7 +63,7 @@ pub enum Order {
     ComeBack {
         by_itself: bool,
     },
-    /// All that are closed, at once.
+    /// All that are closed, at once; who fails or is turned away comes back by itself.
     Reconnect,
     Status,
     Report,
@@ -92,8 +92,8 @@ pub struct Report {
     pub places: Vec<(UserId, Option<String>)>,
     /// From the time in a message's text to its arrival at the other participant; microseconds.
     pub latencies: Vec<u32>,
-    /// From the beginning of each connection to its `ready`; microseconds.
-    pub openings: Vec<u32>,
+    /// From `since` to each `ready`; microseconds.
+    pub readies: Vec<u32>,
     /// Events that did not follow the one before them, with what was wrong first.
     pub faults: u64,
     pub first_fault: Option<String>,

@@ -55,7 +55,6 @@ struct Stream {
 struct Connection {
     socket: TcpStream,
     reader: Reader,
-    began: Micros,
     asked: bool,
     ready: bool,
     goodbye: Option<String>,
@@ -75,7 +74,7 @@ struct Holder {
     since: Micros,
     status: Status,
     latencies: Vec<u32>,
-    openings: Vec<u32>,
+    readies: Vec<u32>,
     faults: u64,
     first_fault: Option<String>,
     resyncs: u64,
@@ -95,7 +94,7 @@ impl Holder {
             since: 0,
             status: Status::default(),
             latencies: Vec::new(),
-            openings: Vec::new(),
+            readies: Vec::new(),
             faults: 0,
             first_fault: None,
             resyncs: 0,
@@ -121,7 +120,8 @@ impl Holder {
                         stdout.flush()?;
                     }
                 } else {
-                    self.on_socket(event.token().0, &mut buffer);
+                    let over = event.is_read_closed() || event.is_error();
+                    self.on_socket(event.token().0, over, &mut buffer);
                 }
             }
             self.open_due();
@@ -143,7 +143,7 @@ impl Holder {
             Order::Measure { since } => {
                 self.since = since;
                 self.latencies.clear();
-                self.openings.clear();
+                self.readies.clear();
                 self.status = Status {
                     ready: self.status.ready,
                     opening: self.status.opening,
@@ -154,6 +154,7 @@ impl Holder {
             }
             Order::ComeBack { by_itself } => self.by_itself = by_itself,
             Order::Reconnect => {
+                self.by_itself = true;
                 for index in 0..self.streams.len() {
                     if self.streams[index].connection.is_none() {
                         self.open(index);
@@ -172,7 +173,7 @@ impl Holder {
         Report {
             places: self.streams.iter().map(place).collect(),
             latencies: self.latencies.clone(),
-            openings: self.openings.clone(),
+            readies: self.readies.clone(),
             faults: self.faults,
             first_fault: self.first_fault.clone(),
             resyncs: self.resyncs,
@@ -201,7 +202,7 @@ impl Holder {
             let interest = Interest::READABLE | Interest::WRITABLE;
             self.poll.registry().register(&mut socket, Token(index), interest)?;
             let reader = Reader::default();
-            Ok(Connection { socket, reader, began: now(), asked: false, ready: false, goodbye: None })
+            Ok(Connection { socket, reader, asked: false, ready: false, goodbye: None })
         });
         match connection {
             Ok(connection) => {
@@ -215,7 +216,8 @@ impl Holder {
         }
     }
 
-    fn on_socket(&mut self, index: usize, buffer: &mut [u8]) {
+    /// `over`: the other side has closed, so there is an end to be read, and no further event.
+    fn on_socket(&mut self, index: usize, over: bool, buffer: &mut [u8]) {
         let Some(stream) = self.streams.get_mut(index) else { return };
         let Some(connection) = &mut stream.connection else { return };
         if !connection.asked
@@ -244,7 +246,7 @@ impl Holder {
             connection.reader.read(&buffer[..count], &mut stream.ledger, |said| heard.take(said));
             self.account(index, heard, arrived);
             // Less than there was room for: nothing is left, and more is another event.
-            if count < buffer.len() {
+            if count < buffer.len() && !over {
                 return;
             }
         }
@@ -259,7 +261,7 @@ impl Holder {
                 status.ready += 1;
                 status.opening -= 1;
                 status.last_ready_at = arrived;
-                self.openings.push((arrived - connection.began) as u32);
+                self.readies.push(arrived.saturating_sub(self.since) as u32);
             }
             connection.goodbye = heard.goodbye.or(connection.goodbye.take());
         }
