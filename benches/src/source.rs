@@ -62,7 +62,7 @@ pub struct Published {
     pub events: u64,
     /// The most by which an event was published later than due: the source could not keep up.
     pub latest: Micros,
-    /// CPU of the thread that publishes is in the bench's own; that of the commits is in Postgres'.
+    /// Listeners that Redis told, over all events.
     pub heard: u64,
 }
 

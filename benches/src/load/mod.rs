@@ -73,8 +73,6 @@ pub enum Order {
 pub struct Status {
     /// Streams whose present connection has had its `ready`.
     pub ready: usize,
-    /// When the last one got it.
-    pub last_ready_at: Micros,
     /// Connections being made or waiting for `ready`.
     pub opening: usize,
     /// Durable events since `Measure`, and when the last one came.

@@ -144,12 +144,8 @@ impl Holder {
                 self.since = since;
                 self.latencies.clear();
                 self.readies.clear();
-                self.status = Status {
-                    ready: self.status.ready,
-                    opening: self.status.opening,
-                    last_ready_at: self.status.last_ready_at,
-                    ..Status::default()
-                };
+                self.status =
+                    Status { ready: self.status.ready, opening: self.status.opening, ..Status::default() };
                 self.streams.iter_mut().for_each(|stream| stream.beaten = false);
             }
             Order::ComeBack { by_itself } => self.by_itself = by_itself,
@@ -260,7 +256,6 @@ impl Holder {
                 connection.ready = true;
                 status.ready += 1;
                 status.opening -= 1;
-                status.last_ready_at = arrived;
                 self.readies.push(arrived.saturating_sub(self.since) as u32);
             }
             connection.goodbye = heard.goodbye.or(connection.goodbye.take());
