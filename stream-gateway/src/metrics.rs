@@ -85,6 +85,7 @@ impl Metrics {
             keys: Gauge::default(),
             started: Gauge::default(),
         };
+        metrics.redis_suspect.set(1); // Until the engine hears otherwise.
         let m = &metrics;
         registry.register("streams", "Streams that are open", m.streams.clone());
         registry.register("streams_opened", "Streams that were opened", m.streams_opened.clone());

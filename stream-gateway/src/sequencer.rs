@@ -86,8 +86,10 @@ struct Doubt<E> {
     /// Live events of `epoch` beyond the place.
     epoch: Option<Epoch>,
     held: BTreeMap<Seq, E>,
-    /// The feed is said to reach this far.
+    /// The feed is said to reach this far, by Redis or by Postgres.
     target: Seq,
+    /// The furthest head that Postgres told: no older answer takes it back.
+    told: Seq,
     /// Something is wrong that a hole does not show: ask in any case.
     suspicion: bool,
     since: Millis,
@@ -99,6 +101,15 @@ struct Doubt<E> {
 #[derive(Debug)]
 struct Asked {
     held_to: Seq,
+}
+
+impl<E> Doubt<E> {
+    /// Nothing that was said of the feed holds any more.
+    fn forget(&mut self) {
+        self.held.clear();
+        self.target = 0;
+        self.told = 0;
+    }
 }
 
 impl<E> Default for Sequencer<E> {
@@ -116,8 +127,7 @@ impl<E> Sequencer<E> {
     /// When [`Self::tick`] wants to be called.
     pub fn due(&self) -> Option<Millis> {
         let doubt = self.doubt.as_ref()?;
-        let open = doubt.suspicion || self.place.is_none_or(|place| doubt.target > place.seq);
-        (open && doubt.asked.is_none()).then(|| doubt.since + (REORDER_WAIT << doubt.patience))
+        doubt.asked.is_none().then(|| doubt.since + (REORDER_WAIT << doubt.patience))
     }
 
     /// An event came from Redis.
@@ -160,7 +170,7 @@ impl<E> Sequencer<E> {
         {
             // Commit comes before publishing, so what we held when we asked exists up to the head, or was never true.
             doubt.held.retain(|seq, _| *seq <= head.seq || *seq > asked.held_to);
-            doubt.target = doubt.held.keys().next_back().copied().unwrap_or(0).max(head.seq);
+            doubt.target = doubt.held.keys().next_back().copied().unwrap_or(0).max(doubt.told);
         }
         self.settle();
         if more && moved && self.due().is_some() {
@@ -192,7 +202,7 @@ impl<E> Sequencer<E> {
         }
         let no_longer_kept = answer.after.is_some_and(|after| {
             let first = answer.events.first().map_or(head.seq + 1, |(seq, _)| *seq);
-            after == place.seq && after < head.seq && first > after + 1
+            after == place.seq && first > after + 1
         });
         if no_longer_kept {
             return self.lose(Lost::Expired, head, steps);
@@ -205,6 +215,7 @@ impl<E> Sequencer<E> {
         self.deliver_held(steps);
         if self.place.is_some_and(|place| head.seq > place.seq) {
             let doubt = self.open(now);
+            doubt.told = doubt.told.max(head.seq);
             doubt.target = doubt.target.max(head.seq);
         }
     }
@@ -213,19 +224,15 @@ impl<E> Sequencer<E> {
         self.place = Some(head);
         if let Some(doubt) = self.doubt.as_deref_mut().filter(|doubt| doubt.epoch != Some(head.epoch)) {
             doubt.epoch = Some(head.epoch);
-            doubt.held.clear();
-            doubt.target = 0;
+            doubt.forget();
         }
         self.deliver_held(steps);
-        self.settle();
     }
 
     fn lose(&mut self, why: Lost, head: Head, steps: &mut Vec<Step<E>>) {
         steps.push(Step::Lost(why, head));
-        if let Some(doubt) = self.doubt.as_deref_mut() {
-            // What was held belongs to the history that we lost.
-            doubt.held.clear();
-            doubt.target = 0;
+        if let Some(doubt) = self.doubt.as_deref_mut().filter(|_| why != Lost::Expired) {
+            doubt.forget(); // What was held belongs to the history that we lost. An expired feed goes on where it was.
         }
         self.adopt(head, steps);
     }
@@ -254,8 +261,7 @@ impl<E> Sequencer<E> {
     fn hold(&mut self, at: Head, event: E, now: Millis) {
         let doubt = self.open(now);
         if doubt.epoch != Some(at.epoch) {
-            doubt.held.clear();
-            doubt.target = 0;
+            doubt.forget();
             doubt.epoch = Some(at.epoch);
         }
         doubt.target = doubt.target.max(at.seq);
@@ -272,6 +278,7 @@ impl<E> Sequencer<E> {
                 epoch: place.map(|place| place.epoch),
                 held: BTreeMap::new(),
                 target: 0,
+                told: 0,
                 suspicion: false,
                 since: now,
                 patience: 0,

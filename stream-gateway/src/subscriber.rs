@@ -196,7 +196,6 @@ impl Subscriber {
     }
 
     async fn trust(&self, trusted: bool) {
-        self.metrics.redis_suspect.set(i64::from(!trusted));
         let _ = self.news.send(News::Trusted(trusted)).await;
     }
 

@@ -23,6 +23,7 @@ impl Engine {
             News::Trusted(trusted) if trusted == self.trusted => {}
             News::Trusted(trusted) => {
                 self.trusted = trusted;
+                self.metrics.redis_suspect.set(i64::from(!trusted));
                 if !trusted {
                     // Nobody will confirm now; answers are all there is.
                     let joining = self.connections.iter().filter(|(_, connection)| !connection.is_placed());

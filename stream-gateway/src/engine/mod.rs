@@ -194,7 +194,6 @@ impl Engine {
             counter: metrics.events_delivered.get_or_create_owned(&Path { path }),
             lag: metrics.delivery_lag_seconds.get_or_create_owned(&Path { path }),
         });
-        metrics.redis_suspect.set(1);
         Self {
             settings,
             metrics,

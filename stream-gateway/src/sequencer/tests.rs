@@ -216,6 +216,31 @@ fn a_lost_place_is_called_as_the_contract_has_it() {
 }
 
 #[test]
+fn an_older_answer_does_not_take_back_what_a_newer_one_said() {
+    let mut sequencer = placed(5);
+    sequencer.suspect(0);
+    assert_eq!(tick(&mut sequencer, REORDER_WAIT), [Step::Ask { after: Some(5) }]);
+    let newer = Answer { after: None, ..answer(Some(at(5)), at(9), []) };
+    assert_eq!(observed(&mut sequencer, newer, 40), []);
+    assert_eq!(answered(&mut sequencer, answer(Some(at(5)), at(5), []), 50), []);
+    let due = sequencer.due().expect("6 to 9 are known to exist");
+    assert_eq!(tick(&mut sequencer, due), [Step::Ask { after: Some(5) }]);
+    assert_eq!(answered(&mut sequencer, answer(Some(at(5)), at(9), [6, 7, 8, 9]), due).len(), 4);
+    assert_idle(&sequencer);
+}
+
+#[test]
+fn what_came_live_beyond_an_expired_place_follows_it() {
+    let mut sequencer = placed(5);
+    live(&mut sequencer, 8, 0);
+    assert_eq!(tick(&mut sequencer, REORDER_WAIT), [Step::Ask { after: Some(5) }]);
+    assert_eq!(live(&mut sequencer, 9, 40), []);
+    let steps = answered(&mut sequencer, answer(Some(at(5)), at(8), [7, 8]), 50);
+    assert_eq!(steps, [Step::Lost(Lost::Expired, at(8)), Step::Deliver(9, 9)]);
+    assert_idle(&sequencer);
+}
+
+#[test]
 fn what_postgres_refutes_is_forgotten() {
     let mut sequencer = placed(5);
     live(&mut sequencer, 900, 0);

@@ -176,8 +176,6 @@ impl World {
         .await;
         if !setup.redis_is_away {
             world.until_metric("gateway_redis_suspect", 0).await;
-            // The metric is set a moment before the engine is told, and nothing shows when it was.
-            tokio::time::sleep(Duration::from_millis(50)).await;
         }
         world.api.forget_questions();
         world
