@@ -38,6 +38,8 @@ use crate::{
 pub const QUEUE: usize = 16_384;
 /// Channels in one command: it keeps one command's work in Redis, and its answer, small.
 const BATCH: usize = 512;
+/// An overload lasts; its log line does not say so hundreds of times.
+const OVERFLOWS_TOLD_EVERY: Duration = Duration::from_secs(1);
 const BEAT_EVERY: Duration = Duration::from_secs(2);
 const ANSWER_WITHIN: Duration = Duration::from_secs(2);
 const BACKOFF: std::ops::Range<f64> = 0.05..2.0;
@@ -219,6 +221,7 @@ impl Subscriber {
         let mut beats = 0;
         let mut next_beat = Instant::now();
         let mut trusted = false;
+        let (mut told, mut untold) = (None::<Instant>, 0);
         loop {
             tokio::select! {
                 () = self.wishes.changed.notified() => self.follow_wishes(&mut connection, &mut actual).await?,
@@ -226,8 +229,12 @@ impl Subscriber {
                     anyhow::ensure!(marks.gone.load(Ordering::Acquire) == 0, "the connection broke");
                     let missed = marks.overflows.swap(0, Ordering::AcqRel);
                     if missed > 0 {
-                        tracing::warn!(missed, "messages from Redis found the queue full; reconciling");
                         self.news.send(News::Missed).await?;
+                        untold += missed;
+                        if told.is_none_or(|told| told.elapsed() > OVERFLOWS_TOLD_EVERY) {
+                            tracing::warn!(missed = untold, "messages from Redis found the queue full; reconciling");
+                            (told, untold) = (Some(Instant::now()), 0);
+                        }
                     }
                 }
                 () = tokio::time::sleep_until(next_beat) => {
