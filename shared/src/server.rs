@@ -70,7 +70,7 @@ pub fn bind(address: SocketAddr) -> io::Result<TcpListener> {
     socket.set_reuse_address(true)?;
     socket.set_tcp_nodelay(true)?; // Accepted sockets inherit it.
     socket.bind(&address.into())?;
-    socket.listen(4_096)?;
+    socket.listen(65_535)?; // The kernel lowers it to net.core.somaxconn: how long the queue may be is the operator's.
     TcpListener::from_std(socket.into())
 }
 
