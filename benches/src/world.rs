@@ -85,7 +85,7 @@ impl World {
         let now = chrono::Utc::now().timestamp();
         self.keys.sign(&Claims {
             sub: user,
-            sid: session,
+            sid: Some(session),
             iat: now,
             exp: now + 86_400,
             aud: Audience::Api,

@@ -193,7 +193,7 @@ impl World {
         let sign = |(user, session, name): (i64, i64, String)| {
             let token = self.signing.sign(&Claims {
                 sub: user.into(),
-                sid: session.into(),
+                sid: Some(session.into()),
                 iat: now,
                 exp: now + 3_600,
                 aud: Audience::Api,

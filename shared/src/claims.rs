@@ -27,7 +27,9 @@ pub enum Audience {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Claims {
     pub sub: UserId,
-    pub sid: SessionId,
+    /// The login behind it. None in stream tokens that were made from a foreign issuer's token.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sid: Option<SessionId>,
     pub iat: i64,
     pub exp: i64,
     pub aud: Audience,
@@ -147,6 +149,9 @@ impl KeySet {
         if !accepted.contains(&claims.aud) {
             return Err(TokenError::Audience);
         }
+        if claims.aud == Audience::Api && claims.sid.is_none() {
+            return Err(TokenError::Invalid); // It could not be revoked.
+        }
         Ok(claims)
     }
 }
@@ -173,7 +178,7 @@ mod tests {
     fn claims(exp: i64) -> Claims {
         Claims {
             sub: UserId(1),
-            sid: SessionId(2),
+            sid: Some(SessionId(2)),
             iat: 0,
             exp,
             aud: Audience::Api,

@@ -57,7 +57,8 @@ impl Context {
 #[derive(Debug, Clone, Copy)]
 pub struct Actor {
     pub user: UserId,
-    pub session: SessionId,
+    /// None: by a foreign issuer's token, which has no session here and is good until it expires.
+    pub session: Option<SessionId>,
 }
 
 /// Why a command was not carried out.

@@ -8,13 +8,12 @@ use crate::store::{
     sessions::{self, Session},
 };
 
-/// `None`: the session has ended.
+/// `None`: the session has ended, or there is none: a foreign token is renewed where it came from.
 pub async fn refresh_session(
     database: &Database,
     actor: Actor,
     lifetime: Duration,
 ) -> Result<Option<Session>, StoreError> {
-    database
-        .run(async |connection| sessions::slide(connection, actor.session, actor.user, lifetime).await)
-        .await
+    let Some(session) = actor.session else { return Ok(None) };
+    database.run(async |connection| sessions::slide(connection, session, actor.user, lifetime).await).await
 }

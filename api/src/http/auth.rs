@@ -76,7 +76,7 @@ impl Auth {
         let exp = session.expires_at.min(now + self.lifetime).timestamp();
         let claims = Claims {
             sub: user,
-            sid: session.id,
+            sid: Some(session.id),
             iat: now.timestamp(),
             exp,
             aud: Audience::Api,

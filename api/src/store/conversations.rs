@@ -22,7 +22,7 @@ pub enum Started {
 /// SQL `start_conversation()`.
 pub async fn start(
     connection: &mut PgConnection,
-    session: SessionId,
+    session: Option<SessionId>,
     user: UserId,
     username: &str,
     trace: &Trace,
@@ -32,7 +32,7 @@ pub async fn start(
         r#"SELECT outcome AS "outcome!", conversation_id AS subject, NULL::timestamptz AS subject_at,
                   receiver, epoch, seq, kind, payload, event_at
            FROM start_conversation($1, $2, $3, $4, $5)"#,
-        session.0,
+        session.map(|session| session.0),
         user.0,
         username,
         trace.request_id,

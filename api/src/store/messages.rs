@@ -21,7 +21,7 @@ pub enum Posted {
 /// SQL `post_message()`.
 pub async fn post(
     connection: &mut PgConnection,
-    session: SessionId,
+    session: Option<SessionId>,
     sender: UserId,
     conversation: ConversationId,
     content: &Content,
@@ -33,7 +33,7 @@ pub async fn post(
         r#"SELECT outcome AS "outcome!", message_id AS subject, created_at AS subject_at,
                   receiver, epoch, seq, kind, payload, event_at
            FROM post_message($1, $2, $3, $4, $5, $6, $7)"#,
-        session.0,
+        session.map(|session| session.0),
         sender.0,
         conversation.0,
         content.as_str(),
@@ -65,7 +65,7 @@ pub enum Read {
 /// SQL `mark_read()`: to the message `to`, or to the last one.
 pub async fn mark_read(
     connection: &mut PgConnection,
-    session: SessionId,
+    session: Option<SessionId>,
     reader: UserId,
     conversation: ConversationId,
     to: Option<MessageId>,
@@ -76,7 +76,7 @@ pub async fn mark_read(
         r#"SELECT outcome AS "outcome!", NULL::bigint AS subject, NULL::timestamptz AS subject_at,
                   receiver, epoch, seq, kind, payload, event_at
            FROM mark_read($1, $2, $3, $4, $5, $6)"#,
-        session.0,
+        session.map(|session| session.0),
         reader.0,
         conversation.0,
         to.map(|id| id.0),

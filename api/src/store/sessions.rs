@@ -50,8 +50,13 @@ pub async fn slide(
     Ok(expires_at.map(|expires_at| Session { id: session, expires_at }))
 }
 
-pub async fn is_live(connection: &mut PgConnection, session: SessionId, user: UserId) -> sqlx::Result<bool> {
-    sqlx::query_scalar!(r#"SELECT session_is_live($1, $2) AS "live!""#, session.0, user.0)
+pub async fn is_live(
+    connection: &mut PgConnection,
+    session: Option<SessionId>,
+    user: UserId,
+) -> sqlx::Result<bool> {
+    let session = session.map(|session| session.0);
+    sqlx::query_scalar!(r#"SELECT session_is_live($1, $2) AS "live!""#, session, user.0)
         .fetch_one(connection)
         .await
 }
@@ -59,14 +64,14 @@ pub async fn is_live(connection: &mut PgConnection, session: SessionId, user: Us
 /// Who is calling, and their place in their feed at this moment: what is read after this is at least as new.
 pub async fn caller(
     connection: &mut PgConnection,
-    session: SessionId,
+    session: Option<SessionId>,
     user: UserId,
 ) -> sqlx::Result<Option<(User, Cursor)>> {
     let row = sqlx::query!(
         "SELECT u.username, u.avatar_url, h.epoch, h.head_seq
          FROM users AS u JOIN feed_heads AS h ON h.user_id = u.id
          WHERE u.id = $2 AND session_is_live($1, $2)",
-        session.0,
+        session.map(|session| session.0),
         user.0,
     )
     .fetch_optional(connection)

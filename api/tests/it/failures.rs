@@ -272,7 +272,8 @@ async fn a_server_refuses_to_start_on_a_schema_that_is_not_its_own(pool: PgPool)
         let run = api::app::run(config(options()), listeners, stop);
         soon("it refuses", run).await.unwrap_err().to_string()
     };
-    assert!(refused().await.contains("0 of 3 migrations are applied; run `api migrate`"));
+    let all = api::store::schema::MIGRATIONS.iter().count();
+    assert!(refused().await.contains(&format!("0 of {all} migrations are applied; run `api migrate`")));
     let (one, other) = tokio::join!(api::app::migrate(options()), api::app::migrate(options()));
     one.unwrap();
     other.unwrap();
@@ -282,7 +283,7 @@ async fn a_server_refuses_to_start_on_a_schema_that_is_not_its_own(pool: PgPool)
         .unwrap();
     assert!(refused().await.contains("migration 3"));
     sqlx::query("DELETE FROM _sqlx_migrations WHERE version = 3").execute(&pool).await.unwrap();
-    assert!(refused().await.contains("2 of 3"));
+    assert!(refused().await.contains(&format!("{} of {all}", all - 1)));
     sqlx::query("UPDATE _sqlx_migrations SET checksum = 'x' WHERE version = 2").execute(&pool).await.unwrap();
     assert!(refused().await.contains("migration 2"));
 }

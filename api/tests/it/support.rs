@@ -258,7 +258,7 @@ impl User {
     }
 
     pub(crate) fn session(&self) -> SessionId {
-        keys().verifier().verify(&self.token, &[Audience::Api]).unwrap().sid
+        keys().verifier().verify(&self.token, &[Audience::Api]).unwrap().sid.unwrap()
     }
 
     /// A token for this user's session that says something else.

@@ -49,7 +49,8 @@ async fn what_is_committed_and_never_published_arrives_alone_or_before_the_next(
     let session = world.claims(&two.john).sid;
     let commit = || async {
         let post = sqlx::query("SELECT post_message($1, $2, $3, $4, NULL, NULL, NULL)");
-        let post = post.bind(session.0).bind(two.john.id.0).bind(two.conversation.0).bind(world.text());
+        let post =
+            post.bind(session.unwrap().0).bind(two.john.id.0).bind(two.conversation.0).bind(world.text());
         post.execute(&world.sql).await.unwrap();
     };
     commit().await;

@@ -154,7 +154,7 @@ async fn the_streams_of_a_revoked_session_end_within_a_tick_and_no_others() {
         let mut lost = ready(gateway.stream(&two.jane).stream().await).await;
         let kept = browser(gateway.stream(&world.login(&api, "jane").await));
         kept.ready().await;
-        revoke(&world, world.claims(&two.jane).sid).await;
+        revoke(&world, world.claims(&two.jane).sid.unwrap()).await;
         assert_eq!(goodbye(&mut lost).await, ("revoked".to_owned(), false));
         // Opened before anybody knows: it is a stream, and then a goodbye.
         assert_eq!(goodbye(&mut gateway.stream(&two.jane).stream().await).await.0, "revoked");

@@ -107,7 +107,7 @@ async fn a_gateway_without_keys_is_unready_and_never_says_401_for_want_of_them()
     assert!(!gateway.is_ready().await);
     let claims = Claims {
         sub: 1.into(),
-        sid: 1.into(),
+        sid: Some(1.into()),
         iat: Utc::now().timestamp(),
         exp: Utc::now().timestamp() + 1_000,
         aud: Audience::Api,

@@ -47,7 +47,8 @@ pub struct Connection {
     pub generation: u32,
     /// Where the user is in the hub.
     pub user: u32,
-    pub session: SessionId,
+    /// None: a foreign token, which nobody can revoke here.
+    pub session: Option<SessionId>,
     pub stage: Stage,
     /// The last event that was written: in `Placed`, and from the start when the client brought a cursor.
     pub head: Head,

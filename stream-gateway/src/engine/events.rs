@@ -205,7 +205,7 @@ impl Engine {
     pub(super) fn end_session(&mut self, user: UserId, session: SessionId) {
         let Some(user) = self.hub.find(user) else { return };
         for key in self.connections_of(user) {
-            if self.connection(key).is_some_and(|connection| connection.session == session) {
+            if self.connection(key).is_some_and(|connection| connection.session == Some(session)) {
                 self.part(key, Goodbye::Revoked);
             }
         }

@@ -121,7 +121,7 @@ impl Engine {
                 user: entry.user,
                 asked_at: place,
                 why: WhyHead::Join,
-                session: Some(connection.session),
+                session: connection.session,
             });
         }
         match connection.stage {

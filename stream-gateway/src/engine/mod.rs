@@ -74,7 +74,7 @@ const SEND_BUFFER: usize = 64 * 1024;
 pub struct Admission {
     pub socket: std::net::TcpStream,
     pub user: UserId,
-    pub session: SessionId,
+    pub session: Option<SessionId>,
     pub resume: Resume,
     /// The head of the HTTP answer and the first `retry`.
     pub head: Bytes,

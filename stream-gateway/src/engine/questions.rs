@@ -194,7 +194,7 @@ impl Engine {
             };
             let sessions =
                 entry.connections.iter().filter_map(|key| self.connections.get(key.index as usize));
-            let mut sessions: Vec<_> = sessions.map(|connection| connection.session).collect();
+            let mut sessions: Vec<_> = sessions.filter_map(|connection| connection.session).collect();
             sessions.sort_unstable();
             sessions.dedup();
             if sessions.is_empty() {
@@ -243,7 +243,9 @@ impl Engine {
                         let wanted = question.session.is_none_or(|session| {
                             let mut here = entry.connections.iter();
                             here.any(|key| {
-                                connections.get(key.index as usize).is_some_and(|c| c.session == session)
+                                connections
+                                    .get(key.index as usize)
+                                    .is_some_and(|c| c.session == Some(session))
                             })
                         });
                         wanted && seen.insert((question.user, question.session))

@@ -325,7 +325,7 @@ mod tests {
     fn claims(exp: i64) -> Claims {
         Claims {
             sub: UserId(1),
-            sid: SessionId(1),
+            sid: Some(SessionId(1)),
             iat: 0,
             exp,
             aud: Audience::Api,

@@ -345,7 +345,7 @@ impl World {
 pub(crate) fn claims(user: UserId, session: SessionId, exp: i64) -> Claims {
     Claims {
         sub: user,
-        sid: session,
+        sid: Some(session),
         iat: now(),
         exp,
         aud: Audience::Api,
