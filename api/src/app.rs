@@ -4,6 +4,7 @@ use std::{sync::Arc, time::Duration};
 
 use anyhow::Context as _;
 use shared::{
+    client_address::TrustedProxies,
     ops,
     server::{self, Limits},
 };
@@ -119,11 +120,12 @@ pub async fn run(config: Config, listeners: Listeners, stop: CancellationToken) 
     let pruning = tokio::spawn(pruning);
     let publishing = tokio::spawn(worker.run(stop_publishing.clone()));
 
-    let edge = |routes| Edge::new(warp::service(routes), metrics.clone());
-    let public = server::serve(listeners.public, edge(http::public(&api)), limits, stop_serving.clone());
-    let public = tokio::spawn(public);
-    let internal =
-        server::serve(listeners.internal, edge(http::internal(&api)), limits, stop_serving.clone());
+    let edge = |routes, proxies| Edge::new(warp::service(routes), proxies, metrics.clone());
+    let service = edge(http::public(&api), config.trusted_proxies);
+    let public = tokio::spawn(server::serve(listeners.public, service, limits, stop_serving.clone()));
+    // Gateways ask without a proxy between.
+    let service = edge(http::internal(&api), TrustedProxies::default());
+    let internal = server::serve(listeners.internal, service, limits, stop_serving.clone());
     let internal = tokio::spawn(internal);
     drop(api);
     for (name, address) in

@@ -6,6 +6,7 @@ use clap::{Args, Parser, Subcommand};
 use shared::{
     channels::Channels,
     claims::SigningKeys,
+    client_address::TrustedProxies,
     config::{Origin, Problems},
     telemetry::LogFormat,
 };
@@ -51,6 +52,9 @@ pub struct Settings {
     /// Where browsers find the product: `https://host`, no path. Issuer of tokens; cookies are for https only if it is
     #[arg(long, env, global = true, default_value = "http://localhost:8080", value_name = "ORIGIN")]
     pub origin: String,
+    /// Networks of our own proxies, comma-separated: what they say in X-Forwarded-For is believed. None: the peer is the client
+    #[arg(long, env, global = true, default_value = "", value_name = "NETWORKS")]
+    pub trusted_proxies: String,
     /// Postgres, as `postgres://user:password@host:port/database`
     #[arg(long, env, global = true, hide_env_values = true, value_name = "URL")]
     pub database_url: Option<String>,
@@ -113,6 +117,7 @@ pub struct Addresses {
 /// What a running service needs.
 pub struct Config {
     pub origin: Origin,
+    pub trusted_proxies: TrustedProxies,
     pub database: PgConnectOptions,
     pub database_pool_size: usize,
     pub redis: redis::Client,
@@ -138,6 +143,7 @@ impl Settings {
         let internal = problems.parse("INTERNAL_LISTEN", &self.internal_listen);
         let ops = problems.parse("OPS_LISTEN", &self.ops_listen);
         let origin = problems.origin("ORIGIN", &self.origin);
+        let trusted_proxies = problems.parse("TRUSTED_PROXIES", &self.trusted_proxies);
         let database = self.database(&mut problems);
         let database_pool_size = problems
             .number("DATABASE_POOL_SIZE", &self.database_pool_size, 1, 1_000)
@@ -162,6 +168,7 @@ impl Settings {
         problems.finish(|| {
             let config = Config {
                 origin: origin?,
+                trusted_proxies: trusted_proxies?,
                 database: database?,
                 database_pool_size: database_pool_size?,
                 redis: redis?,

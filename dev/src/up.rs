@@ -203,6 +203,8 @@ fn common_settings(dir: &Path, origin: &str, servers: &Servers) -> Result<Settin
         ("ORIGIN", origin.to_owned()),
         ("REDIS_URL", servers.redis_url.clone()),
         ("INTERNAL_SECRET", secret),
+        // The ingress.
+        ("TRUSTED_PROXIES", "127.0.0.1".to_owned()),
         ("LOG_FORMAT", "human".to_owned()),
     ])
 }

@@ -4,6 +4,7 @@
 
 pub mod channels;
 pub mod claims;
+pub mod client_address;
 pub mod config;
 pub mod cursor;
 pub mod event;

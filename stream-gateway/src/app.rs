@@ -96,6 +96,7 @@ pub async fn run(config: Config, listeners: Listeners, stop: CancellationToken) 
         metrics,
         origin: config.origin,
         allowed_origins: config.allowed_origins,
+        trusted_proxies: config.trusted_proxies,
         max_age: config.admission.max_age,
         admissions: admissions_in,
         turning_away: Arc::new(Semaphore::new(descriptors::TURNED_AWAY)),

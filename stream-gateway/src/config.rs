@@ -5,6 +5,7 @@ use std::{net::SocketAddr, time::Duration};
 use clap::Parser;
 use shared::{
     channels::Channels,
+    client_address::TrustedProxies,
     config::{Origin, Problems},
     telemetry::LogFormat,
 };
@@ -27,6 +28,9 @@ pub struct Settings {
     /// Other origins whose pages may open streams with the session cookie, separated by commas
     #[arg(long, hide_env_values = true, env, default_value = "")]
     allowed_origins: String,
+    /// Networks of our own proxies, separated by commas: what they say in X-Forwarded-For is believed. None: the peer is the client
+    #[arg(long, hide_env_values = true, env, default_value = "")]
+    trusted_proxies: String,
     /// api's internal listener: http://host:port
     #[arg(long, hide_env_values = true, env)]
     api_internal_url: Option<String>,
@@ -66,7 +70,7 @@ pub struct Settings {
     /// Streams of one user on this process; the oldest is replaced by one more
     #[arg(long, hide_env_values = true, env, default_value = "32")]
     max_streams_per_user: String,
-    /// Streams of one peer address on this process; 0: no limit, as behind an ingress whose address all share
+    /// Streams of one client address on this process (IPv6: of one /64); 0: no limit
     #[arg(long, hide_env_values = true, env, default_value = "0")]
     max_streams_per_address: String,
     /// New streams a second on this process; more are told to come back later
@@ -90,6 +94,7 @@ pub struct Config {
     pub ops_listen: SocketAddr,
     pub origin: Origin,
     pub allowed_origins: Vec<Origin>,
+    pub trusted_proxies: TrustedProxies,
     /// Without a slash at the end.
     pub api_internal_url: String,
     pub internal_secret: String,
@@ -138,6 +143,7 @@ impl Settings {
         let origin = origin.and_then(|origin| p.origin("ORIGIN", &origin));
         let others = self.allowed_origins.split(',').map(str::trim).filter(|text| !text.is_empty());
         let allowed_origins: Vec<_> = others.filter_map(|text| p.origin("ALLOWED_ORIGINS", text)).collect();
+        let trusted_proxies = p.parse("TRUSTED_PROXIES", &self.trusted_proxies);
         let api_internal_url = internal_url(&mut p, self.api_internal_url.as_deref());
         let internal_secret = p.secret("INTERNAL_SECRET", self.internal_secret.as_deref());
         let redis = redis_client(&mut p, self.redis_url.as_deref());
@@ -164,6 +170,7 @@ impl Settings {
                 ops_listen: ops_listen?,
                 origin: origin?,
                 allowed_origins,
+                trusted_proxies: trusted_proxies?,
                 api_internal_url: api_internal_url?,
                 internal_secret: internal_secret?,
                 redis: redis?,

@@ -1,4 +1,4 @@
-//! How many streams there may be: in this process, per peer address, and how many may open a second. The limit per user is
+//! How many streams there may be: in this process, per client address, and how many may open a second. The limit per user is
 //! the hub's, which replaces the oldest.
 
 use std::{
@@ -12,6 +12,7 @@ use std::{
 };
 
 use governor::{DefaultDirectRateLimiter, Quota, RateLimiter};
+use shared::client_address::household;
 
 use crate::config::Admission;
 
@@ -61,6 +62,7 @@ impl Limits {
     }
 
     pub fn take(self: &Arc<Self>, address: IpAddr) -> Result<Place, Full> {
+        let address = household(address);
         if self.rate.check().is_err() {
             return Err(Full::Rate);
         }

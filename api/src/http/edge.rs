@@ -1,15 +1,24 @@
-//! What all requests and answers have in common, around the routes: the request's id, its span in the logs, the headers of
-//! every answer, the completion of problems, the metrics.
+//! What all requests and answers have in common, around the routes: the request's id and its client's address, its span in the
+//! logs, the headers of every answer, the completion of problems, the metrics.
 
 use std::{
     convert::Infallible,
+    net::{IpAddr, SocketAddr},
     pin::Pin,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
     task::{Context, Poll},
     time::Instant,
 };
 
 use http::{HeaderMap, HeaderName, HeaderValue, Request, header};
-use shared::problem::Problem;
+use shared::{
+    client_address::{ClientAddress, TrustedProxies},
+    problem::Problem,
+    server::PeerAddr,
+};
 use tower_service::Service;
 use tracing::Instrument;
 use uuid::Uuid;
@@ -24,12 +33,33 @@ const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 #[derive(Clone)]
 pub struct Edge<S> {
     routes: S,
+    proxies: Arc<Proxies>,
     metrics: Metrics,
 }
 
+struct Proxies {
+    trusted: TrustedProxies,
+    /// Said once, not for every request.
+    told_of_another: AtomicBool,
+}
+
 impl<S> Edge<S> {
-    pub fn new(routes: S, metrics: Metrics) -> Self {
-        Self { routes, metrics }
+    pub fn new(routes: S, trusted: TrustedProxies, metrics: Metrics) -> Self {
+        let proxies = Arc::new(Proxies { trusted, told_of_another: AtomicBool::new(false) });
+        Self { routes, proxies, metrics }
+    }
+}
+
+impl Proxies {
+    fn client(&self, peer: SocketAddr, headers: &HeaderMap) -> IpAddr {
+        if self.trusted.is_unheard(peer.ip(), headers) && !self.told_of_another.swap(true, Ordering::Relaxed)
+        {
+            tracing::warn!(
+                peer = %peer.ip(),
+                "a peer that TRUSTED_PROXIES does not name sends X-Forwarded-For: if it is the ingress, all its clients count as one"
+            );
+        }
+        self.trusted.client(peer.ip(), headers)
     }
 }
 
@@ -51,10 +81,13 @@ where
         let trace = trace(request.headers());
         let request_id = trace.request_id.clone();
         let method = request.method().clone();
+        let PeerAddr(peer) = *request.extensions().get().expect("the accept loop tells the peer's address");
+        let client = self.proxies.client(peer, request.headers());
         // The path and nothing of the query, which may hold a token.
-        let span =
-            tracing::info_span!("request", request.id = %request_id, %method, path = request.uri().path());
+        let path = request.uri().path();
+        let span = tracing::info_span!("request", request.id = %request_id, %client, %method, path);
         request.extensions_mut().insert(trace);
+        request.extensions_mut().insert(ClientAddress(client));
         let answer = span.in_scope(|| self.routes.call(request));
         let metrics = self.metrics.clone();
         let work = async move {

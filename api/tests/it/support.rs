@@ -14,6 +14,7 @@ use serde_json::{Value, json};
 use shared::{
     channels::Channels,
     claims::{Audience, Claims, SigningKeys},
+    client_address::TrustedProxies,
     feed::{
         HEADS_PATH, HeadsAnswer, HeadsRequest, RANGES_PATH, RangeAfter, RangesAnswer, RangesRequest,
         authorization,
@@ -59,6 +60,7 @@ pub(crate) fn keys() -> SigningKeys {
 pub(crate) fn config(database: PgConnectOptions) -> Config {
     Config {
         origin: ORIGIN.parse().unwrap(),
+        trusted_proxies: TrustedProxies::default(),
         database,
         database_pool_size: 8,
         redis: redis::Client::open(redis_url()).unwrap(),

@@ -22,7 +22,7 @@ pub fn routes(
         .and(warp::ext::get::<PeerAddr>())
         .then(move |method, headers, query: String, PeerAddr(peer)| {
             let streams = streams.clone();
-            async move { streams.answer(method, &headers, &query, peer).await }
+            async move { streams.answer(method, &headers, &query, peer.ip()).await }
         })
         .or(warp::any().and(warp::header::headers_cloned()).map(|headers| stream::not_found(&headers)))
         .unify()

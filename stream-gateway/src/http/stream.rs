@@ -4,7 +4,7 @@
 //! `EventSource` gives up for ever on anything else: what is refused then is told in band.
 
 use std::{
-    net::SocketAddr,
+    net::IpAddr,
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -15,7 +15,9 @@ use std::{
 use chrono::Utc;
 use http::{HeaderMap, HeaderValue, Method, Response as HttpResponse, StatusCode, header};
 use rand::RngExt;
-use shared::{claims::Claims, config::Origin, cursor::Cursor, problem::Problem, server};
+use shared::{
+    claims::Claims, client_address::TrustedProxies, config::Origin, cursor::Cursor, problem::Problem, server,
+};
 use tokio::sync::{
     Semaphore,
     mpsc::{self, error::TrySendError},
@@ -38,6 +40,7 @@ pub struct Streams {
     pub metrics: Arc<Metrics>,
     pub origin: Origin,
     pub allowed_origins: Vec<Origin>,
+    pub trusted_proxies: TrustedProxies,
     pub max_age: Duration,
     pub admissions: mpsc::Sender<Admission>,
     /// Refused streams that are still being said goodbye to; beyond these a goodbye is one write.
@@ -47,18 +50,13 @@ pub struct Streams {
 }
 
 impl Streams {
-    pub async fn answer(
-        &self,
-        method: Method,
-        headers: &HeaderMap,
-        query: &str,
-        peer: SocketAddr,
-    ) -> Response {
+    pub async fn answer(&self, method: Method, headers: &HeaderMap, query: &str, peer: IpAddr) -> Response {
         let request_id = request_id(headers);
+        let client = self.trusted_proxies.client(peer, headers);
         let origin = headers.get(header::ORIGIN).filter(|origin| self.is_ours(origin));
         let mut response = match method {
             Method::OPTIONS if origin.is_some() => preflight(),
-            Method::GET => match self.open(headers, query, peer, &request_id, origin).await {
+            Method::GET => match self.open(headers, query, client, &request_id, origin).await {
                 Ok(response) => return response,
                 Err(refusal) => self.refuse(&refusal, &request_id),
             },
@@ -81,7 +79,7 @@ impl Streams {
         &self,
         headers: &HeaderMap,
         query: &str,
-        peer: SocketAddr,
+        client: IpAddr,
         request_id: &str,
         origin: Option<&HeaderValue>,
     ) -> Result<Response, Refusal> {
@@ -89,7 +87,7 @@ impl Streams {
         let claims = match self.keys.verify(&credential.token).await {
             Ok(claims) => Some(claims),
             Err(Refused::Token(reason)) => {
-                tracing::debug!(%peer, request.id = request_id, %reason, "a stream was refused");
+                tracing::debug!(%client, request.id = request_id, %reason, "a stream was refused");
                 return Err(Refusal::Unauthorized);
             }
             Err(Refused::NoKeys) => None,
@@ -107,10 +105,10 @@ impl Streams {
         if self.parting.load(Ordering::Relaxed) {
             return Ok(self.turn_away(&head, "drain", Goodbye::Drain));
         }
-        match self.limits.take(peer.ip()) {
+        match self.limits.take(client) {
             Ok(place) => Ok(self.hand_off(&claims, headers, query, head, place)),
             Err(full) => {
-                tracing::info!(user.id = %claims.sub, %peer, limit = full.as_str(), "a stream was told to come back later");
+                tracing::info!(user.id = %claims.sub, %client, limit = full.as_str(), "a stream was told to come back later");
                 Ok(self.turn_away(&head, full.as_str(), Goodbye::Busy))
             }
         }

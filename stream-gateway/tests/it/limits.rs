@@ -100,6 +100,40 @@ async fn one_address_has_so_many_places() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn clients_behind_a_trusted_proxy_are_told_apart() {
+    let world = Setup::config(|config| {
+        config.admission.streams_per_address = 1;
+        config.trusted_proxies = "127.0.0.0/8".parse().unwrap();
+    })
+    .start()
+    .await;
+    let user = world.user(3);
+    let from = |forwarded_for: &str| world.stream(&user).header("x-forwarded-for", forwarded_for);
+    let mut streams = Vec::new();
+    for client in ["198.51.100.1", "198.51.100.2, 127.0.0.9", "2001:db8::1", "2001:db8:0:1::1"] {
+        streams.push(until_admitted(&from(client)).await);
+    }
+    // The same ones by another spelling, and with what a client made up in front.
+    for client in ["198.51.100.1:4711", "203.0.113.7, 198.51.100.2", "[2001:db8::2]:80"] {
+        assert_busy(&mut from(client).stream().await).await;
+    }
+    assert_eq!(world.metric("gateway_streams_refused_total{reason=\"address\"}").await, 3);
+    drop(streams);
+    world.ends().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_an_untrusted_peer_says_of_its_address_is_not_believed() {
+    let world = Setup::config(|config| config.admission.streams_per_address = 1).start().await;
+    let user = world.user(3);
+    let from = |forwarded_for: &str| world.stream(&user).header("x-forwarded-for", forwarded_for);
+    let stream = until_admitted(&from("198.51.100.1")).await;
+    assert_busy(&mut from("198.51.100.2").stream().await).await;
+    drop(stream);
+    world.ends().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn more_than_the_rate_must_wait() {
     const RATE: u32 = 5;
     let world = Setup::config(|config| config.admission.rate = RATE).start().await;
