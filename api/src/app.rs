@@ -16,6 +16,7 @@ use crate::{
     commands::Context,
     config::{Addresses, Config},
     http::{self, Api, Edge, auth::Auth},
+    last_used::{self, LastUsed},
     metrics::Metrics,
     pruner,
     publisher::publisher,
@@ -102,9 +103,10 @@ pub async fn run(config: Config, listeners: Listeners, stop: CancellationToken) 
 
     let database = Database::new(config.database.clone(), config.database_pool_size);
     let (publisher, worker) = publisher(config.redis, config.channels, metrics.clone());
+    let used = LastUsed::default();
     let api = Arc::new(Api {
         context: Context::new(database.clone(), publisher),
-        auth: Auth::new(config.keys, config.origin, config.token_lifetime),
+        auth: Auth::new(config.keys, config.origin, config.lifetimes, used.clone()),
         dev_login: config.dev_login,
         internal_secret: config.internal_secret,
     });
@@ -118,6 +120,7 @@ pub async fn run(config: Config, listeners: Listeners, stop: CancellationToken) 
     let watching = tokio::spawn(watching);
     let pruning = pruner::run(database.clone(), config.keep, metrics.clone(), stop.clone());
     let pruning = tokio::spawn(pruning);
+    let noting = tokio::spawn(last_used::run(used, database.clone(), stop.clone()));
     let publishing = tokio::spawn(worker.run(stop_publishing.clone()));
 
     let edge = |routes, proxies| Edge::new(warp::service(routes), proxies, metrics.clone());
@@ -145,6 +148,7 @@ pub async fn run(config: Config, listeners: Listeners, stop: CancellationToken) 
         tracing::warn!("Redis did not take the last events in time");
     }
     pruning.await.context("the pruner failed")?;
+    noting.await.context("noting the use of sessions failed")?;
     watching.await.context("the readiness watch failed")?;
     stop_ops.cancel();
     operators.await.context("the operators' listener failed")?;

@@ -13,7 +13,7 @@ use shared::{
 use sqlx::postgres::PgConnectOptions;
 use tracing_subscriber::EnvFilter;
 
-use crate::store::feed::Keep;
+use crate::{http::auth::Lifetimes, store::feed::Keep};
 
 /// The REST API of the messenger: owns Postgres, tells Redis.
 ///
@@ -79,6 +79,9 @@ pub struct Settings {
     /// How long a session lives from its last refresh, and the longest life of a token
     #[arg(long, env, global = true, default_value = "1209600", value_name = "SECONDS")]
     pub token_lifetime_seconds: String,
+    /// How long a stream token opens streams; what it opened may last as long as the session
+    #[arg(long, env, global = true, default_value = "300", value_name = "SECONDS")]
+    pub stream_token_lifetime_seconds: String,
     /// Events older than this may be deleted; a client away for longer reloads
     #[arg(long, env, global = true, default_value = "30", value_name = "DAYS")]
     pub feed_keep_days: String,
@@ -125,7 +128,7 @@ pub struct Config {
     pub keys: SigningKeys,
     pub internal_secret: String,
     pub dev_login: bool,
-    pub token_lifetime: Duration,
+    pub lifetimes: Lifetimes,
     pub keep: Keep,
     pub shutdown_wait: Duration,
     pub shutdown_grace: Duration,
@@ -160,6 +163,8 @@ impl Settings {
         }
         let token_lifetime =
             problems.seconds("TOKEN_LIFETIME_SECONDS", &self.token_lifetime_seconds, 60, LONGEST_TOKEN);
+        let stream_token_lifetime =
+            problems.seconds("STREAM_TOKEN_LIFETIME_SECONDS", &self.stream_token_lifetime_seconds, 10, 3_600);
         let keep_days = problems.number("FEED_KEEP_DAYS", &self.feed_keep_days, 1, 3_650);
         let keep_events = problems.number("FEED_KEEP_EVENTS", &self.feed_keep_events, 1, 1_000_000_000);
         let wait = problems.seconds("SHUTDOWN_WAIT_SECONDS", &self.shutdown_wait_seconds, 0, 600);
@@ -176,7 +181,7 @@ impl Settings {
                 keys: keys?,
                 internal_secret: internal_secret?,
                 dev_login: dev_login?,
-                token_lifetime: token_lifetime?,
+                lifetimes: Lifetimes { session: token_lifetime?, stream_token: stream_token_lifetime? },
                 keep: Keep { age: Duration::from_secs(keep_days? * DAY), events: keep_events? },
                 shutdown_wait: wait?,
                 shutdown_grace: grace?,

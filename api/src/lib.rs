@@ -7,6 +7,7 @@ pub mod commands;
 pub mod config;
 pub mod domain;
 pub mod http;
+pub mod last_used;
 pub mod metrics;
 pub mod pruner;
 pub mod publisher;

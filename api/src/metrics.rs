@@ -23,6 +23,7 @@ pub struct Metrics {
     pub pool_in_use: Gauge,
     pub pool_idle: Gauge,
     pub feed_pruned: Counter,
+    pub sessions_pruned: Counter,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -54,6 +55,7 @@ impl Metrics {
             pool_in_use: Gauge::default(),
             pool_idle: Gauge::default(),
             feed_pruned: Counter::default(),
+            sessions_pruned: Counter::default(),
         };
         let mut registry = Registry::with_prefix("api");
         registry.register("http_requests", "Answered requests", metrics.requests.clone());
@@ -88,6 +90,11 @@ impl Metrics {
             "feed_pruned_events",
             "Events deleted at the old end of feeds",
             metrics.feed_pruned.clone(),
+        );
+        registry.register(
+            "sessions_pruned",
+            "Sessions deleted some days after they ended",
+            metrics.sessions_pruned.clone(),
         );
         (metrics, Arc::new(registry))
     }

@@ -1,11 +1,12 @@
-//! Feeds do not grow for ever: walks over all users, again and again, and deletes what is beyond the age and the count that
-//! are kept. Always the start of a feed, in small statements; a client whose cursor is before what is left reloads.
+//! What need not be kept for ever is deleted in small statements: walks over all users, again and again, and deletes of their
+//! feeds what is beyond the age and the count that are kept, always the start of a feed; a client whose cursor is before what
+//! is left reloads. And walks over all sessions, and deletes those that ended some days ago.
 //!
-//! Replicas do this side by side without agreeing: each deletion is one user's prefix, and repeating it does nothing.
+//! Replicas do this side by side without agreeing: a deletion that is repeated does nothing.
 
 use std::time::Duration;
 
-use shared::ids::UserId;
+use shared::ids::{SessionId, UserId};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
@@ -13,6 +14,7 @@ use crate::{
     store::{
         Database, StoreError,
         feed::{self, Keep},
+        sessions,
     },
 };
 
@@ -20,6 +22,10 @@ use crate::{
 const USERS: i64 = 500;
 /// Events deleted by one statement, at most. A user with more to delete gets more statements.
 const ROWS: i64 = 1_000;
+/// Sessions looked at in one step.
+const SESSIONS: i64 = 1_000;
+/// How long a session that has ended stays, so that an operator can look back a little.
+const ENDED_KEEP: Duration = Duration::from_secs(7 * 24 * 60 * 60);
 /// Between two steps of a walk, and between two walks.
 const STEP_PAUSE: Duration = Duration::from_secs(1);
 const WALK_PAUSE: Duration = Duration::from_secs(10 * 60);
@@ -50,24 +56,58 @@ pub async fn prune_after(database: &Database, keep: Keep, after: UserId) -> Resu
     Ok(Step { deleted, next: full.or(last) })
 }
 
+/// One step over sessions: the rows after this one. Those that ended long ago are deleted; how many, and where to go on.
+pub async fn prune_sessions_after(
+    database: &Database,
+    after: SessionId,
+) -> Result<(u64, Option<SessionId>), StoreError> {
+    database
+        .run(async |connection| sessions::delete_ended(connection, ENDED_KEEP, after, SESSIONS).await)
+        .await
+}
+
+/// Feeds and sessions, side by side.
 pub async fn run(database: Database, keep: Keep, metrics: Metrics, stop: CancellationToken) {
-    let mut after = UserId(0);
-    loop {
-        let pause = match prune_after(&database, keep, after).await {
-            Ok(Step { deleted, next }) => {
+    let feeds = async {
+        let mut after = UserId(0);
+        loop {
+            let step = prune_after(&database, keep, after).await;
+            let more = step.map(|Step { deleted, next }| {
                 metrics.feed_pruned.inc_by(deleted);
                 after = next.unwrap_or(UserId(0));
-                if next.is_some() { STEP_PAUSE } else { WALK_PAUSE }
-            }
-            Err(error) => {
-                tracing::warn!(%error, "cannot prune feeds now");
-                WALK_PAUSE
-            }
-        };
-        // At random, so that replicas look at different places.
-        tokio::select! {
-            () = tokio::time::sleep(rand::random_range(pause / 2..=pause)) => {}
-            () = stop.cancelled() => return,
+                next.is_some()
+            });
+            pause(more, "feeds").await;
         }
+    };
+    let sessions = async {
+        let mut after = SessionId(0);
+        loop {
+            let step = prune_sessions_after(&database, after).await;
+            let more = step.map(|(deleted, next)| {
+                metrics.sessions_pruned.inc_by(deleted);
+                after = next.unwrap_or(SessionId(0));
+                next.is_some()
+            });
+            pause(more, "sessions").await;
+        }
+    };
+    tokio::select! {
+        ((), ()) = async { tokio::join!(feeds, sessions) } => {}
+        () = stop.cancelled() => {}
     }
+}
+
+/// After a step: a short while when there are more, a long one after the last, or when it could not be made. At random, so that
+/// replicas look at different places.
+async fn pause(more: Result<bool, StoreError>, what: &'static str) {
+    let pause = match more {
+        Ok(true) => STEP_PAUSE,
+        Ok(false) => WALK_PAUSE,
+        Err(error) => {
+            tracing::warn!(%error, what, "cannot prune now");
+            WALK_PAUSE
+        }
+    };
+    tokio::time::sleep(rand::random_range(pause / 2..=pause)).await;
 }

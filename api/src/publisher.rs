@@ -4,7 +4,11 @@
 use std::{sync::Arc, time::Duration};
 
 use redis::{AsyncConnectionConfig, aio::MultiplexedConnection};
-use shared::channels::Channels;
+use shared::{
+    channels::Channels,
+    event::Revoked,
+    ids::{SessionId, UserId},
+};
 use tokio::{
     sync::mpsc::{self, error::TrySendError},
     time::{Instant, sleep_until, timeout},
@@ -59,14 +63,25 @@ impl Publisher {
         for Appended { receiver, envelope } in events {
             let payload =
                 serde_json::to_vec(&envelope).expect("an envelope is strings, numbers and valid JSON");
-            let notice = Notice { channel: self.channels.user(receiver), payload };
-            let reason = match self.queue.try_send(notice) {
-                Ok(()) => continue,
-                Err(TrySendError::Full(_)) => "queue_full",
-                Err(TrySendError::Closed(_)) => "stopping",
-            };
-            self.metrics.publish_dropped.get_or_create(&Dropped { reason }).inc();
+            self.offer(receiver, payload);
         }
+    }
+
+    /// Tells gateways that these sessions of one user have ended. As best effort as events are, and asked for as well.
+    pub fn publish_revoked(&self, user: UserId, sessions: &[SessionId]) {
+        for &revoked in sessions {
+            let payload = serde_json::to_vec(&Revoked { revoked }).expect("an id is a string");
+            self.offer(user, payload);
+        }
+    }
+
+    fn offer(&self, receiver: UserId, payload: Vec<u8>) {
+        let reason = match self.queue.try_send(Notice { channel: self.channels.user(receiver), payload }) {
+            Ok(()) => return,
+            Err(TrySendError::Full(_)) => "queue_full",
+            Err(TrySendError::Closed(_)) => "stopping",
+        };
+        self.metrics.publish_dropped.get_or_create(&Dropped { reason }).inc();
     }
 }
 

@@ -2,7 +2,9 @@
 //! part of the value.
 
 pub mod conversation;
+pub mod device;
 pub mod message;
+pub mod session;
 pub mod user;
 
 use chrono::{DateTime, Utc};

@@ -16,6 +16,7 @@ use super::{error::ApiError, request::Inbound};
 use crate::{
     commands::Actor,
     domain::user::User,
+    last_used::LastUsed,
     store::{
         Database,
         sessions::{self, Session},
@@ -28,7 +29,17 @@ pub struct Auth {
     keys: SigningKeys,
     verifier: KeySet,
     origin: Origin,
-    lifetime: Duration,
+    lifetimes: Lifetimes,
+    used: LastUsed,
+}
+
+/// How long what we hand out is good.
+#[derive(Debug, Clone, Copy)]
+pub struct Lifetimes {
+    /// A session from its last refresh, and an `api` token at most.
+    pub session: Duration,
+    /// A stream token.
+    pub stream_token: Duration,
 }
 
 /// A caller whose token is good; whether the session lives is asked next, alone or as a part of a command.
@@ -47,21 +58,26 @@ pub(super) struct Caller {
     pub(super) cursor: Cursor,
 }
 
-/// What a login gives.
+/// What is handed out.
 pub(super) struct Token {
     pub(super) text: String,
     pub(super) expires_at: DateTime<Utc>,
 }
 
 impl Auth {
-    pub fn new(keys: SigningKeys, origin: Origin, lifetime: Duration) -> Self {
+    pub fn new(keys: SigningKeys, origin: Origin, lifetimes: Lifetimes, used: LastUsed) -> Self {
         let verifier = keys.verifier();
-        Self { keys, verifier, origin, lifetime }
+        Self { keys, verifier, origin, lifetimes, used }
+    }
+
+    /// Where the use of sessions is noted.
+    pub(super) fn used(&self) -> &LastUsed {
+        &self.used
     }
 
     /// How long a session lives without being refreshed.
     pub(super) fn lifetime(&self) -> Duration {
-        self.lifetime
+        self.lifetimes.session
     }
 
     pub(super) fn jwks(&self) -> &impl serde::Serialize {
@@ -70,18 +86,35 @@ impl Auth {
 
     /// A token for exactly as long as its session.
     pub(super) fn issue(&self, user: UserId, session: Session) -> Token {
+        self.sign(user, session, Audience::Api, self.lifetimes.session, None)
+    }
+
+    /// A token that opens streams for a while; what it opens may last as long as the session.
+    pub(super) fn issue_for_stream(&self, user: UserId, session: Session) -> Token {
+        let session_exp = Some(session.expires_at.timestamp());
+        self.sign(user, session, Audience::Stream, self.lifetimes.stream_token, session_exp)
+    }
+
+    fn sign(
+        &self,
+        user: UserId,
+        session: Session,
+        aud: Audience,
+        lifetime: Duration,
+        session_exp: Option<i64>,
+    ) -> Token {
         let now = Utc::now();
         // Whole seconds, rounded down: never past the session, whose end is by the database's clock, nor longer than a
         // token may live by ours.
-        let exp = session.expires_at.min(now + self.lifetime).timestamp();
+        let exp = session.expires_at.min(now + lifetime).timestamp();
         let claims = Claims {
             sub: user,
             sid: Some(session.id),
             iat: now.timestamp(),
             exp,
-            aud: Audience::Api,
+            aud,
             iss: self.keys.issuer().to_owned(),
-            session_exp: None,
+            session_exp,
         };
         let expires_at = DateTime::from_timestamp(exp, 0).expect("it came from a timestamp");
         Token { text: self.keys.sign(&claims), expires_at }
@@ -89,9 +122,17 @@ impl Auth {
 
     pub(super) fn cookie(&self, token: &Token) -> HeaderValue {
         let age = (token.expires_at - Utc::now()).num_seconds().max(0);
+        self.set_cookie(&token.text, age)
+    }
+
+    /// The browser forgets the cookie: it does so only if the attributes are the same.
+    pub(super) fn no_cookie(&self) -> HeaderValue {
+        self.set_cookie("", 0)
+    }
+
+    fn set_cookie(&self, value: &str, age: i64) -> HeaderValue {
         let secure = if self.origin.is_https() { "; Secure" } else { "" };
-        let cookie =
-            format!("{COOKIE}={}; Path=/; Max-Age={age}; HttpOnly; SameSite=Lax{secure}", token.text);
+        let cookie = format!("{COOKIE}={value}; Path=/; Max-Age={age}; HttpOnly; SameSite=Lax{secure}");
         HeaderValue::from_str(&cookie).expect("a token is base64 and dots")
     }
 
@@ -105,6 +146,9 @@ impl Auth {
             tracing::debug!(reason = %error, "token refused");
             ApiError::Unauthorized
         })?;
+        if let Some(session) = claims.sid {
+            self.used.note(session);
+        }
         Ok(Credential { actor: Actor { user: claims.sub, session: claims.sid }, by_cookie })
     }
 

@@ -30,6 +30,8 @@ async fn post_heads(mut inbound: Inbound, api: Arc<Api>) -> Answer {
     let asked: HeadsRequest = inbound.json(BODY_LIMIT).await?;
     require_few(asked.users.len())?;
     require_few(asked.sessions.len())?;
+    // An open stream is use.
+    asked.sessions.iter().for_each(|session| api.auth.used().note(*session));
     let (heads, ended) = api
         .context
         .database

@@ -48,7 +48,8 @@ async fn post_login(mut inbound: Inbound, api: Arc<Api>) -> Answer {
     inbound.require_json()?;
     let body: LoginBody = inbound.json(BODY_LIMIT).await?;
     let username = body.username.filter(|name| may_be_a_name(name)).ok_or(ApiError::NO_USER)?;
-    let (user, session) = log_in_by_name(&api.context.database, &username, api.auth.lifetime())
+    let device = inbound.device();
+    let (user, session) = log_in_by_name(&api.context.database, &username, &device, api.auth.lifetime())
         .await?
         .ok_or(ApiError::NO_USER)?;
     tracing::info!(user.id = %user.id, session.id = %session.id, "logged in by name");

@@ -11,6 +11,7 @@ mod internal;
 mod login;
 mod messages;
 mod request;
+mod sessions;
 mod users;
 
 use std::sync::Arc;
@@ -44,6 +45,10 @@ pub fn public(api: &Arc<Api>) -> BoxedFilter<(Response,)> {
     one_of([
         at("/api/login", login::login(api)),
         at("/api/refresh_token", login::refresh_token(api)),
+        at("/api/logout", sessions::logout(api)),
+        at("/api/sessions", sessions::sessions(api)),
+        at("/api/sessions/{id}", sessions::session(api)),
+        at("/api/stream_token", sessions::stream_token(api)),
         at("/api/auth_user", users::auth_user(api)),
         at("/api/usernames", users::usernames(api)),
         at("/api/conversations", conversations::conversations(api)),

@@ -14,7 +14,7 @@ use tokio::time::timeout;
 use warp::Filter;
 
 use super::error::ApiError;
-use crate::store::Trace;
+use crate::{domain::device, store::Trace};
 
 /// The contract's limit for a client's body.
 pub(super) const BODY_LIMIT: usize = 16 * 1024;
@@ -60,6 +60,11 @@ impl Inbound {
         form_urlencoded::parse(self.query.as_bytes())
             .find(|(key, value)| key == name && !value.is_empty())
             .map(|(_, value)| value.into_owned())
+    }
+
+    /// What a session is called that is begun by this request.
+    pub(super) fn device(&self) -> String {
+        device::label(self.headers.get(header::USER_AGENT).map_or(b"", |value| value.as_bytes()))
     }
 
     /// 415, before anything is asked about the caller.

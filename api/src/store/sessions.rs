@@ -10,7 +10,7 @@ use shared::{
 use sqlx::PgConnection;
 
 use super::number;
-use crate::domain::user::User;
+use crate::domain::{device, session::ListedSession, user::User};
 
 /// A session and its last second, by the database's clock.
 #[derive(Debug, Clone, Copy)]
@@ -19,10 +19,18 @@ pub struct Session {
     pub expires_at: DateTime<Utc>,
 }
 
-pub async fn start(connection: &mut PgConnection, user: UserId, lifetime: Duration) -> sqlx::Result<Session> {
+/// `device` is what its owner will recognise it by.
+pub async fn start(
+    connection: &mut PgConnection,
+    user: UserId,
+    device: &str,
+    lifetime: Duration,
+) -> sqlx::Result<Session> {
     let row = sqlx::query!(
-        "INSERT INTO sessions (user_id, expires_at) VALUES ($1, now() + make_interval(secs => $2)) RETURNING id, expires_at",
+        "INSERT INTO sessions (user_id, device, expires_at) VALUES ($1, $2, now() + make_interval(secs => $3))
+         RETURNING id, expires_at",
         user.0,
+        device,
         lifetime.as_secs_f64(),
     )
     .fetch_one(connection)
@@ -59,6 +67,149 @@ pub async fn is_live(
     sqlx::query_scalar!(r#"SELECT session_is_live($1, $2) AS "live!""#, session, user.0)
         .fetch_one(connection)
         .await
+}
+
+/// The live session itself.
+pub async fn find(
+    connection: &mut PgConnection,
+    session: SessionId,
+    user: UserId,
+) -> sqlx::Result<Option<Session>> {
+    let expires_at = sqlx::query_scalar!(
+        "SELECT expires_at FROM sessions
+         WHERE id = $1 AND user_id = $2 AND revoked_at IS NULL AND expires_at > now()",
+        session.0,
+        user.0,
+    )
+    .fetch_optional(connection)
+    .await?;
+    Ok(expires_at.map(|expires_at| Session { id: session, expires_at }))
+}
+
+/// A user's live sessions, the newest use first.
+pub async fn of_user(
+    connection: &mut PgConnection,
+    user: UserId,
+    current: Option<SessionId>,
+    limit: i64,
+) -> sqlx::Result<Vec<ListedSession>> {
+    let rows = sqlx::query!(
+        "SELECT id, device, created_at, last_used_at FROM sessions
+         WHERE user_id = $1 AND revoked_at IS NULL AND expires_at > now()
+         ORDER BY last_used_at DESC, id DESC
+         LIMIT $2",
+        user.0,
+        limit,
+    )
+    .fetch_all(connection)
+    .await?;
+    let listed = rows.into_iter().map(|row| ListedSession {
+        id: SessionId(row.id),
+        device: if row.device.is_empty() { device::UNKNOWN.to_owned() } else { row.device },
+        created_at: row.created_at,
+        last_used_at: row.last_used_at,
+        current: current == Some(SessionId(row.id)),
+    });
+    Ok(listed.collect())
+}
+
+/// Which sessions of a user are to end.
+#[derive(Debug, Clone, Copy)]
+pub enum Which {
+    One(SessionId),
+    /// All but the caller's own.
+    Others,
+    /// The caller's own.
+    Own,
+}
+
+/// Ends them, if the caller's session lives: then answers those that ended, else `None`.
+///
+/// Rows are locked in the order of their ids, so that two who end each other do not wait in a circle.
+pub async fn end(
+    connection: &mut PgConnection,
+    caller: Option<SessionId>,
+    user: UserId,
+    which: Which,
+) -> sqlx::Result<Option<Vec<SessionId>>> {
+    let caller = caller.map(|session| session.0);
+    let (one, others) = match which {
+        Which::One(session) => (Some(session.0), false),
+        Which::Others => (None, true),
+        Which::Own => (caller, false),
+    };
+    let row = sqlx::query!(
+        r#"WITH caller AS MATERIALIZED (SELECT session_is_live($1, $2) AS lives),
+                ending AS MATERIALIZED (
+                    SELECT s.id FROM sessions AS s, caller
+                    WHERE caller.lives AND s.user_id = $2 AND s.revoked_at IS NULL AND s.expires_at > now()
+                      AND CASE WHEN $4 THEN s.id IS DISTINCT FROM $1 ELSE s.id = $3 END
+                    ORDER BY s.id
+                    FOR NO KEY UPDATE OF s
+                ),
+                ended AS (
+                    UPDATE sessions SET revoked_at = now() WHERE id IN (SELECT id FROM ending) RETURNING id
+                )
+           SELECT lives AS "lives!", ARRAY(SELECT id FROM ended) AS "ended!" FROM caller"#,
+        caller,
+        user.0,
+        one,
+        others,
+    )
+    .fetch_one(connection)
+    .await?;
+    Ok(row.lives.then(|| row.ended.into_iter().map(SessionId).collect()))
+}
+
+/// Notes that these are in use: moves the time of those where it is older than `coarse`, and says how many.
+///
+/// A row that somebody else holds is being refreshed or ended, and needs no note.
+pub async fn used(
+    connection: &mut PgConnection,
+    sessions: &[SessionId],
+    coarse: Duration,
+) -> sqlx::Result<u64> {
+    let ids: Vec<i64> = sessions.iter().map(|id| id.0).collect();
+    let done = sqlx::query!(
+        "UPDATE sessions SET last_used_at = now()
+         WHERE id IN (
+             SELECT s.id FROM unnest($1::bigint[]) AS asked (id) JOIN sessions AS s ON s.id = asked.id
+             WHERE s.last_used_at < now() - make_interval(secs => $2)
+               AND s.revoked_at IS NULL AND s.expires_at > now()
+             FOR NO KEY UPDATE OF s SKIP LOCKED
+         )",
+        &ids,
+        coarse.as_secs_f64(),
+    )
+    .execute(connection)
+    .await?;
+    Ok(done.rows_affected())
+}
+
+/// Of the next `rows` sessions after `after`, deletes those that ended longer than `keep` ago. Answers how many, and the
+/// last one looked at; `None` when there are no more.
+pub async fn delete_ended(
+    connection: &mut PgConnection,
+    keep: Duration,
+    after: SessionId,
+    rows: i64,
+) -> sqlx::Result<(u64, Option<SessionId>)> {
+    let row = sqlx::query!(
+        r#"WITH looked_at AS MATERIALIZED (
+               SELECT id, least(revoked_at, expires_at) AS ended_at FROM sessions WHERE id > $1 ORDER BY id LIMIT $2
+           ), deleted AS (
+               DELETE FROM sessions WHERE id IN (
+                   SELECT id FROM looked_at WHERE ended_at < now() - make_interval(secs => $3)
+               ) RETURNING id
+           )
+           SELECT (SELECT count(*) FROM deleted) AS "deleted!", (SELECT max(id) FROM looked_at) AS last"#,
+        after.0,
+        rows,
+        keep.as_secs_f64(),
+    )
+    .fetch_one(connection)
+    .await?;
+    Ok((row.deleted.cast_unsigned(), row.last.map(SessionId)))
 }
 
 /// Who is calling, and their place in their feed at this moment: what is read after this is at least as new.

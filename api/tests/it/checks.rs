@@ -12,6 +12,10 @@ use crate::{
 const PATHS: &[(&str, &str)] = &[
     ("/api/login", "POST"),
     ("/api/refresh_token", "POST"),
+    ("/api/logout", "POST"),
+    ("/api/sessions", "GET, HEAD, DELETE"),
+    ("/api/sessions/{id}", "DELETE"),
+    ("/api/stream_token", "POST"),
     ("/api/auth_user", "GET, HEAD"),
     ("/api/usernames", "GET, HEAD"),
     ("/api/conversations", "GET, HEAD, POST"),

@@ -134,6 +134,11 @@ async fn a_token_is_worth_nothing_once_its_user_or_session_is_gone(pool: PgPool)
             gone.messages("1", ""),
             gone.post_message("1", "hi"),
             gone.read_messages("1"),
+            gone.call("POST", "/api/logout"),
+            gone.call("GET", "/api/sessions"),
+            gone.call("DELETE", "/api/sessions"),
+            gone.call("DELETE", "/api/sessions/1"),
+            gone.call("POST", "/api/stream_token"),
         ] {
             let answer = call.send().await.unwrap();
             assert_problem(&answer, 401, "Unauthorized");

@@ -4,6 +4,7 @@ use std::time::{Duration, Instant};
 
 use api::config::Config;
 use futures_util::StreamExt;
+use serde::de::DeserializeOwned;
 use shared::{
     channels::Channels,
     event::Envelope,
@@ -24,6 +25,10 @@ impl Listener {
     }
 
     pub(crate) async fn next(&mut self) -> Envelope {
+        self.next_as().await
+    }
+
+    pub(crate) async fn next_as<T: DeserializeOwned>(&mut self) -> T {
         let message =
             soon("something is published", async { self.0.on_message().next().await }).await.unwrap();
         serde_json::from_slice(message.get_payload_bytes()).unwrap()
@@ -41,7 +46,7 @@ async fn readiness(app: &App) -> (u16, String) {
     (answer.status, answer.text().trim().to_owned())
 }
 
-fn with_redis(pool: &PgPool, url: &str) -> (Config, Channels) {
+pub(crate) fn with_redis(pool: &PgPool, url: &str) -> (Config, Channels) {
     let channels = Channels::new(channel_prefix());
     let redis = redis::Client::open(url).unwrap();
     (Config { redis, channels: channels.clone(), ..config((*pool.connect_options()).clone()) }, channels)

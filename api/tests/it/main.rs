@@ -12,4 +12,5 @@ mod paging;
 mod process;
 mod races;
 mod raw;
+mod sessions;
 mod support;

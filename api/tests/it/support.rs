@@ -8,6 +8,7 @@ use std::{
 use api::{
     app::{self, Listeners},
     config::{Addresses, Config},
+    http::auth::Lifetimes,
     store::feed::Keep,
 };
 use serde_json::{Value, json};
@@ -68,7 +69,7 @@ pub(crate) fn config(database: PgConnectOptions) -> Config {
         keys: keys(),
         internal_secret: SECRET.into(),
         dev_login: true,
-        token_lifetime: Duration::from_secs(3_600),
+        lifetimes: Lifetimes { session: Duration::from_secs(3_600), stream_token: Duration::from_secs(60) },
         keep: Keep { age: Duration::from_secs(3_600), events: 1_000_000 },
         shutdown_wait: Duration::ZERO,
         shutdown_grace: Duration::from_secs(5),

@@ -1,0 +1,135 @@
+//! What a person calls the device that they logged in with: a few words made from its `User-Agent`, "Firefox on Linux".
+//!
+//! A `User-Agent` is whatever its sender likes. So nothing of it is repeated: it only chooses among the words below, and the
+//! longest label is short.
+
+/// The label of a device that says nothing we know.
+pub const UNKNOWN: &str = "Unknown device";
+
+/// Looked at this far; real ones are shorter, and a name in the rest is no loss.
+const LOOKED_AT: usize = 512;
+
+/// What a name is known by. Most browsers also claim to be the others, so the first that fits is the one: derived ones go
+/// before those that they derive from.
+const PROGRAMS: &[(&str, &str)] = &[
+    ("Edg/", "Edge"),
+    ("EdgA/", "Edge"),
+    ("EdgiOS/", "Edge"),
+    ("OPR/", "Opera"),
+    ("OPiOS/", "Opera"),
+    ("Opera", "Opera"),
+    ("Vivaldi/", "Vivaldi"),
+    ("YaBrowser/", "Yandex Browser"),
+    ("SamsungBrowser/", "Samsung Internet"),
+    ("DuckDuckGo/", "DuckDuckGo"),
+    ("Ddg/", "DuckDuckGo"),
+    ("Brave/", "Brave"),
+    ("FxiOS/", "Firefox"),
+    ("Firefox/", "Firefox"),
+    ("CriOS/", "Chrome"),
+    ("Chrome/", "Chrome"),
+    ("Chromium/", "Chrome"),
+    // After all those that add their own name to it.
+    ("Version/", "Safari"),
+    ("curl/", "curl"),
+    ("Wget/", "Wget"),
+    ("HTTPie/", "HTTPie"),
+    ("PostmanRuntime/", "Postman"),
+    ("python-requests/", "Python"),
+    ("Go-http-client/", "Go"),
+    ("okhttp/", "an Android app"),
+    ("CFNetwork/", "an Apple app"),
+];
+
+/// Phones name the system that theirs derives from, so they go first too.
+const SYSTEMS: &[(&str, &str)] = &[
+    ("iPhone", "iPhone"),
+    ("iPad", "iPad"),
+    ("Android", "Android"),
+    ("CrOS", "ChromeOS"),
+    ("Windows", "Windows"),
+    ("Macintosh", "macOS"),
+    ("Linux", "Linux"),
+];
+
+pub fn label(user_agent: &[u8]) -> String {
+    let looked_at = &user_agent[..user_agent.len().min(LOOKED_AT)];
+    let known_by = |names: &[(&str, &'static str)]| {
+        let says = |word: &str| looked_at.windows(word.len()).any(|part| part == word.as_bytes());
+        names.iter().find(|(word, _)| says(word)).map(|(_, name)| *name)
+    };
+    match (known_by(PROGRAMS), known_by(SYSTEMS)) {
+        (Some(program), Some(system)) => format!("{program} on {system}"),
+        (Some(name), None) | (None, Some(name)) => name.to_owned(),
+        (None, None) => UNKNOWN.to_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn common_devices_are_recognised() {
+        for (user_agent, expected) in [
+            ("Mozilla/5.0 (X11; Linux x86_64; rv:140.0) Gecko/20100101 Firefox/140.0", "Firefox on Linux"),
+            (
+                "Mozilla/5.0 (Windows NT 10.0; Win64; x64) AppleWebKit/537.36 (KHTML, like Gecko) Chrome/138.0.0.0 Safari/537.36",
+                "Chrome on Windows",
+            ),
+            (
+                "Mozilla/5.0 (Windows NT 10.0; Win64; x64) AppleWebKit/537.36 (KHTML, like Gecko) Chrome/138.0.0.0 Safari/537.36 Edg/138.0.0.0",
+                "Edge on Windows",
+            ),
+            (
+                "Mozilla/5.0 (Macintosh; Intel Mac OS X 10_15_7) AppleWebKit/605.1.15 (KHTML, like Gecko) Version/18.5 Safari/605.1.15",
+                "Safari on macOS",
+            ),
+            (
+                "Mozilla/5.0 (iPhone; CPU iPhone OS 18_5 like Mac OS X) AppleWebKit/605.1.15 (KHTML, like Gecko) Version/18.5 Mobile/15E148 Safari/604.1",
+                "Safari on iPhone",
+            ),
+            (
+                "Mozilla/5.0 (iPad; CPU OS 18_5 like Mac OS X) AppleWebKit/605.1.15 (KHTML, like Gecko) CriOS/138.0.7204.53 Mobile/15E148 Safari/604.1",
+                "Chrome on iPad",
+            ),
+            (
+                "Mozilla/5.0 (Linux; Android 10; K) AppleWebKit/537.36 (KHTML, like Gecko) Chrome/138.0.0.0 Mobile Safari/537.36",
+                "Chrome on Android",
+            ),
+            (
+                "Mozilla/5.0 (Linux; Android 10; K) AppleWebKit/537.36 (KHTML, like Gecko) SamsungBrowser/28.0 Chrome/130.0.0.0 Mobile Safari/537.36",
+                "Samsung Internet on Android",
+            ),
+            (
+                "Mozilla/5.0 (X11; CrOS x86_64 14541.0.0) AppleWebKit/537.36 (KHTML, like Gecko) Chrome/138.0.0.0 Safari/537.36 OPR/122.0.0.0",
+                "Opera on ChromeOS",
+            ),
+            ("curl/8.5.0", "curl"),
+            ("Mozilla/5.0 (Windows NT 6.1)", "Windows"),
+            ("", UNKNOWN),
+            ("Mozilla/5.0", UNKNOWN),
+            ("firefox", UNKNOWN),
+        ] {
+            assert_eq!(label(user_agent.as_bytes()), expected, "{user_agent}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn whatever_is_sent_the_label_is_short_plain_and_ours(
+            noise in proptest::collection::vec(any::<u8>(), 0..600),
+            word in 0..PROGRAMS.len(),
+            system in 0..SYSTEMS.len(),
+        ) {
+            let agent = [&noise, PROGRAMS[word].0.as_bytes(), &noise, SYSTEMS[system].0.as_bytes(), &noise].concat();
+            for agent in [&noise, &agent] {
+                let label = label(agent);
+                prop_assert!((1..=64).contains(&label.len()));
+                prop_assert!(label.bytes().all(|b| b.is_ascii_alphabetic() || b == b' '));
+            }
+        }
+    }
+}

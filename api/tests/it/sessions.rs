@@ -1,0 +1,357 @@
+//! Sessions: which of mine live, ending them, and what is handed out for the stream.
+
+use std::time::Duration;
+
+use api::{
+    config::Config,
+    http::auth::Lifetimes,
+    last_used::{COARSE, LastUsed},
+    pruner::prune_sessions_after,
+    store::Database,
+};
+use chrono::{DateTime, Utc};
+use futures_util::future::join_all;
+use serde_json::{Value, json};
+use shared::{
+    claims::{Audience, Claims},
+    event::Revoked,
+    feed::HeadsRequest,
+    ids::SessionId,
+    test_support::http::Answer,
+};
+use sqlx::PgPool;
+
+use crate::{
+    failures::{Listener, with_redis},
+    support::{App, ORIGIN, User, assert_common_headers, assert_problem, config, keys, redis_url, text},
+};
+
+/// The list as pairs of id and device, and which one is the current one.
+async fn listed(user: &User) -> (Vec<(String, String)>, Option<usize>) {
+    let answer = user.call("GET", "/api/sessions").expect(200).await;
+    assert_common_headers(&answer);
+    let Value::Array(list) = answer.json() else { panic!("a list") };
+    let mut current = list.iter().enumerate().filter(|(_, session)| session["current"] == true);
+    let place = current.next().map(|(place, _)| place);
+    assert!(current.next().is_none(), "one is the current one");
+    let pairs = list.iter().map(|session| {
+        assert_eq!(session.as_object().unwrap().len(), 5, "{session}");
+        let time = |name: &str| session[name].as_str().unwrap().parse::<DateTime<Utc>>().unwrap();
+        assert!(time("createdAt") <= time("lastUsedAt"));
+        (text(&session["id"]), text(&session["device"]))
+    });
+    (pairs.collect(), place)
+}
+
+fn id(user: &User) -> String {
+    user.session().to_string()
+}
+
+async fn is_refused(user: &User) -> bool {
+    user.auth_user().send().await.unwrap().status == 401
+}
+
+#[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
+async fn the_list_has_my_live_sessions_the_newest_use_first(pool: PgPool) {
+    let app = App::start(&pool).await;
+    app.user(&pool, "jane").await;
+    app.user(&pool, "john").await;
+    let login = async |user_agent: &[u8]| {
+        let call = app.post("/api/login").json(&json!({ "username": "john" }));
+        let call = match std::str::from_utf8(user_agent) {
+            Ok("") | Err(_) => call,
+            Ok(text) => call.header("user-agent", text),
+        };
+        text(&call.expect(200).await.json()["token"])
+    };
+    let firefox = login(b"Mozilla/5.0 (X11; Linux x86_64; rv:140.0) Gecko/20100101 Firefox/140.0").await;
+    login(b"<script>alert(1)</script>").await;
+    let phone = app.login("john").await;
+    let expired = app.login("john").await;
+    let revoked = app.login("john").await;
+    for (session, change) in [
+        (&expired, "expires_at = now()"),
+        (&revoked, "revoked_at = now()"),
+        (&phone, "last_used_at = now() + interval '1 s', device = ''"),
+    ] {
+        let update = sqlx::AssertSqlSafe(format!("UPDATE sessions SET {change} WHERE id = {}", id(session)));
+        sqlx::query(update).execute(&pool).await.unwrap();
+    }
+    let (list, current) = listed(&phone).await;
+    let devices: Vec<_> = list.iter().map(|(_, device)| device.as_str()).collect();
+    // The last is the session that `app.user` began.
+    assert_eq!(devices, ["Unknown device", "Unknown device", "Firefox on Linux", "Unknown device"]);
+    assert_eq!((list[0].0.as_str(), current), (id(&phone).as_str(), Some(0)));
+    // Seen from another one the list is the same, and another one is current.
+    let answer = app.get("/api/sessions").bearer(&firefox).expect(200).await;
+    assert_eq!(answer.json()[2]["current"], true);
+    assert_eq!(answer.json()[0]["current"], false);
+    app.stop().await;
+}
+
+#[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
+async fn a_session_that_is_ended_is_refused_at_once_by_every_replica_and_published(pool: PgPool) {
+    let (config_one, channels) = with_redis(&pool, &redis_url());
+    let one = App::start_with(config_one).await;
+    let other = App::start(&pool).await;
+    let john = one.user(&pool, "john").await;
+    let (phone, tablet, desk) = (one.login("john").await, one.login("john").await, one.login("john").await);
+    let jane = one.user(&pool, "jane").await;
+    let mut heard = Listener::start(&redis_url(), &channels.user(john.id)).await;
+    let ended = async |heard: &mut Listener| heard.next_as::<Revoked>().await.revoked;
+
+    // One of mine.
+    phone.at(&other).auth_user().expect(200).await;
+    let answer = john.call("DELETE", &format!("/api/sessions/{}", id(&phone))).expect(204).await;
+    assert!(answer.body.is_empty());
+    assert_common_headers(&answer);
+    assert_eq!(ended(&mut heard).await, phone.session());
+    assert!(is_refused(&phone).await && is_refused(&phone.at(&other)).await);
+    assert_eq!(listed(&john).await.0.len(), 3);
+
+    // All but this one.
+    john.call("DELETE", "/api/sessions").expect(204).await;
+    let mut both = [ended(&mut heard).await, ended(&mut heard).await];
+    both.sort();
+    assert_eq!(both, [tablet.session(), desk.session()]);
+    for gone in [&tablet, &desk] {
+        assert!(is_refused(gone).await && is_refused(&gone.at(&other)).await);
+    }
+    assert_eq!(listed(&john).await, (vec![(id(&john), "Unknown device".into())], Some(0)));
+    // None is left, and that is no failure.
+    john.call("DELETE", "/api/sessions").expect(204).await;
+
+    // Its own.
+    let answer = john.call("POST", "/api/logout").expect(204).await;
+    assert_eq!(
+        answer.header("set-cookie"),
+        Some("session=; Path=/; Max-Age=0; HttpOnly; SameSite=Lax"),
+        "the attributes are those of the login"
+    );
+    assert_eq!(ended(&mut heard).await, john.session());
+    assert!(is_refused(&john.at(&other)).await);
+    for gone in [john.call("POST", "/api/logout"), john.call("GET", "/api/sessions")] {
+        assert_problem(&gone.send().await.unwrap(), 401, "Unauthorized");
+    }
+    // Nobody else's.
+    jane.at(&other).auth_user().expect(200).await;
+    one.stop().await;
+    other.stop().await;
+}
+
+#[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
+async fn only_a_live_session_of_mine_can_be_ended(pool: PgPool) {
+    let app = App::start(&pool).await;
+    let (john, jane) = (app.user(&pool, "john").await, app.user(&pool, "jane").await);
+    let (gone, expired) = (app.login("john").await, app.login("john").await);
+    john.call("DELETE", &format!("/api/sessions/{}", id(&gone))).expect(204).await;
+    sqlx::query("UPDATE sessions SET expires_at = now() WHERE id = $1")
+        .bind(expired.session().0)
+        .execute(&pool)
+        .await
+        .unwrap();
+    for other in [id(&jane), id(&gone), id(&expired), "999".into(), "0".into(), "no-id".into()] {
+        let answer = john.call("DELETE", &format!("/api/sessions/{other}")).send().await.unwrap();
+        assert_problem(&answer, 404, "Not found");
+        // The session that asks goes before the one that is asked about.
+        let answer = gone.call("DELETE", &format!("/api/sessions/{other}")).send().await.unwrap();
+        assert_problem(&answer, 401, "Unauthorized");
+    }
+    jane.auth_user().expect(200).await;
+    // One may end the session that asks, too.
+    john.call("DELETE", &format!("/api/sessions/{}", id(&john))).expect(204).await;
+    assert!(is_refused(&john).await);
+    app.stop().await;
+}
+
+#[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
+async fn a_page_that_is_not_ours_ends_no_session_and_gets_no_token(pool: PgPool) {
+    let app = App::start(&pool).await;
+    let john = app.user(&pool, "john").await;
+    let one = format!("/api/sessions/{}", id(&john));
+    for (method, path) in [
+        ("DELETE", "/api/sessions"),
+        ("DELETE", &*one),
+        ("DELETE", "/api/sessions/no-id"),
+        ("POST", "/api/logout"),
+        ("POST", "/api/stream_token"),
+    ] {
+        let call = |cookie: &str| app.call(method, path).header("cookie", cookie);
+        for foreign in [call(&john.cookie), call(&john.cookie).header("origin", "http://evil.example")] {
+            assert_problem(&foreign.send().await.unwrap(), 403, "Origin not allowed");
+        }
+        // 401 goes before 403.
+        let nobody = call("session=x").header("origin", "http://evil.example");
+        assert_problem(&nobody.send().await.unwrap(), 401, "Unauthorized");
+    }
+    john.auth_user().expect(200).await;
+    app.post("/api/stream_token").header("cookie", &john.cookie).header("origin", ORIGIN).expect(200).await;
+    app.post("/api/logout").header("cookie", &john.cookie).header("origin", ORIGIN).expect(204).await;
+    assert!(is_refused(&john).await);
+    app.stop().await;
+}
+
+#[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
+async fn sessions_that_end_each_other_at_once_do_not_wait_in_a_circle(pool: PgPool) {
+    let app = App::start(&pool).await;
+    for _ in 0..5 {
+        let mut sessions = vec![app.user(&pool, "john").await];
+        for _ in 0..7 {
+            sessions.push(app.login("john").await);
+        }
+        let calls = sessions.iter().map(|session| session.call("DELETE", "/api/sessions").send());
+        let answers: Vec<Answer> = join_all(calls).await.into_iter().map(Result::unwrap).collect();
+        assert!(answers.iter().all(|answer| [204, 401].contains(&answer.status)));
+        assert!(answers.iter().any(|answer| answer.status == 204));
+    }
+    app.stop().await;
+}
+
+async fn last_used(pool: &PgPool, user: &User) -> DateTime<Utc> {
+    sqlx::query_scalar("SELECT last_used_at FROM sessions WHERE id = $1")
+        .bind(user.session().0)
+        .fetch_one(pool)
+        .await
+        .unwrap()
+}
+
+/// All were last used this long ago.
+async fn age(pool: &PgPool, by: Duration) {
+    sqlx::query("UPDATE sessions SET last_used_at = now() - make_interval(secs => $1)")
+        .bind(by.as_secs_f64())
+        .execute(pool)
+        .await
+        .unwrap();
+}
+
+#[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
+async fn the_last_use_is_noted_without_a_write_per_request(pool: PgPool) {
+    let app = App::start(&pool).await;
+    let reader = app.user(&pool, "john").await;
+    let (writer, streamer, idle) =
+        (app.login("john").await, app.login("john").await, app.login("john").await);
+    age(&pool, COARSE + Duration::from_secs(1)).await;
+    let before = last_used(&pool, &idle).await;
+    for _ in 0..3 {
+        reader.auth_user().expect(200).await;
+        writer.start_conversation("nobody").expect(404).await;
+        // A gateway asks about the sessions of its streams.
+        app.heads(&HeadsRequest { users: vec![], sessions: vec![streamer.session()] }).await;
+    }
+    for user in [&reader, &writer, &streamer] {
+        assert_eq!(last_used(&pool, user).await, before, "nothing was written yet");
+    }
+    app.stop().await;
+    // What is noted is written at the end too.
+    for user in [&reader, &writer, &streamer] {
+        assert!(last_used(&pool, user).await > before + COARSE);
+    }
+    assert_eq!(last_used(&pool, &idle).await, before);
+}
+
+#[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
+async fn the_last_use_moves_coarsely_and_only_for_what_lives(pool: PgPool) {
+    let app = App::start(&pool).await;
+    let (john, gone) = (app.user(&pool, "john").await, app.login("john").await);
+    gone.call("POST", "/api/logout").expect(204).await;
+    let database = Database::new((*pool.connect_options()).clone(), 1);
+    let moved = async || {
+        let used = LastUsed::default();
+        used.note(john.session());
+        used.note(gone.session());
+        used.note(SessionId(999));
+        let moved = used.write(&database).await.unwrap();
+        // What was looked after is left alone for a while.
+        used.note(john.session());
+        assert_eq!(used.write(&database).await.unwrap(), 0);
+        moved
+    };
+    age(&pool, COARSE - Duration::from_secs(60)).await;
+    assert_eq!(moved().await, 0, "recent enough");
+    age(&pool, COARSE + Duration::from_secs(1)).await;
+    assert_eq!(moved().await, 1);
+    assert_eq!(moved().await, 0);
+    database.close().await;
+    app.stop().await;
+}
+
+#[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
+async fn sessions_that_ended_long_ago_are_deleted_step_by_step(pool: PgPool) {
+    sqlx::query("INSERT INTO users (username) VALUES ('john')").execute(&pool).await.unwrap();
+    // Every fifth of each kind.
+    sqlx::query(
+        "INSERT INTO sessions (user_id, expires_at, revoked_at)
+         SELECT 1,
+                now() + CASE n % 5 WHEN 0 THEN interval '-8 d' WHEN 1 THEN interval '-6 d' ELSE interval '1 d' END,
+                now() + CASE n % 5 WHEN 2 THEN interval '-8 d' WHEN 3 THEN interval '-6 d' END
+         FROM generate_series(1, 2500) AS n",
+    )
+    .execute(&pool)
+    .await
+    .unwrap();
+    let database = Database::new((*pool.connect_options()).clone(), 1);
+    for round in [vec![400, 400, 200, 0], vec![0, 0, 0]] {
+        let (mut after, mut deleted) = (Some(SessionId(0)), Vec::new());
+        while let Some(place) = after {
+            let (now, next) = prune_sessions_after(&database, place).await.unwrap();
+            deleted.push(now);
+            after = next;
+        }
+        assert_eq!(deleted, round);
+    }
+    let left: i64 = sqlx::query_scalar("SELECT count(*) FROM sessions").fetch_one(&pool).await.unwrap();
+    assert_eq!(left, 1_500);
+    database.close().await;
+}
+
+fn stream_claims(answer: &Answer) -> Claims {
+    let body = answer.json();
+    assert_eq!(body.as_object().unwrap().len(), 2, "{body}");
+    let claims = keys().verifier().verify(body["token"].as_str().unwrap(), &[Audience::Stream]).unwrap();
+    let expires_at: DateTime<Utc> = body["expiresAt"].as_str().unwrap().parse().unwrap();
+    assert_eq!(expires_at.timestamp(), claims.exp);
+    claims
+}
+
+#[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
+async fn a_stream_token_is_good_for_the_stream_alone_and_never_past_its_session(pool: PgPool) {
+    let lifetimes = Lifetimes { session: Duration::from_secs(3_600), stream_token: Duration::from_secs(120) };
+    let app = App::start_with(Config { lifetimes, ..config((*pool.connect_options()).clone()) }).await;
+    let john = app.user(&pool, "john").await;
+    let answer = john.call("POST", "/api/stream_token").expect(200).await;
+    assert_common_headers(&answer);
+    assert_eq!(answer.header("set-cookie"), None);
+    let claims = stream_claims(&answer);
+    assert_eq!((claims.sub, claims.sid), (john.id, Some(john.session())));
+    assert!((118..=120).contains(&(claims.exp - Utc::now().timestamp())));
+    let session_ends: DateTime<Utc> =
+        sqlx::query_scalar("SELECT expires_at FROM sessions").fetch_one(&pool).await.unwrap();
+    assert_eq!(claims.session_exp, Some(session_ends.timestamp()));
+
+    // Nothing of REST takes it, not even for another one.
+    let token = text(&answer.json()["token"]);
+    for (method, path) in [
+        ("GET", "/api/auth_user"),
+        ("GET", "/api/sessions"),
+        ("POST", "/api/stream_token"),
+        ("POST", "/api/refresh_token"),
+        ("POST", "/api/logout"),
+    ] {
+        for (name, value) in
+            [("authorization", format!("Bearer {token}")), ("cookie", format!("session={token}"))]
+        {
+            let answer = app.call(method, path).header(name, &value).header("origin", ORIGIN).send().await;
+            assert_problem(&answer.unwrap(), 401, "Unauthorized");
+        }
+    }
+
+    // A session that ends sooner ends it sooner.
+    sqlx::query("UPDATE sessions SET expires_at = now() + interval '30 s'").execute(&pool).await.unwrap();
+    let claims = stream_claims(&john.call("POST", "/api/stream_token").expect(200).await);
+    assert!((28..=30).contains(&(claims.exp - Utc::now().timestamp())));
+    assert_eq!(claims.session_exp, Some(claims.exp));
+    john.call("POST", "/api/logout").expect(204).await;
+    let refused = john.call("POST", "/api/stream_token").send().await.unwrap();
+    assert_problem(&refused, 401, "Unauthorized");
+    app.stop().await;
+}
