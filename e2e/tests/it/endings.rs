@@ -17,7 +17,7 @@ use shared::{
 use crate::support::{Crowd, Traffic, Two, assert_all_exact, browser};
 
 /// The last event of a stream that ends: its reason, and whether to come back.
-async fn goodbye(stream: &mut Stream) -> (String, bool) {
+pub(crate) async fn goodbye(stream: &mut Stream) -> (String, bool) {
     let (events, end) = stream.rest().await;
     assert_eq!(end, End::Clean);
     let goodbye: &Event = events.last().expect("a goodbye");
@@ -27,7 +27,7 @@ async fn goodbye(stream: &mut Stream) -> (String, bool) {
     (data["reason"].as_str().unwrap().to_owned(), data["reconnect"].as_bool().unwrap())
 }
 
-async fn ready(mut stream: Stream) -> Stream {
+pub(crate) async fn ready(mut stream: Stream) -> Stream {
     stream.named("ready").await;
     stream
 }

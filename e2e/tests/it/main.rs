@@ -14,5 +14,6 @@ mod opening;
 mod own_events;
 mod redis;
 mod resume;
+mod revocation;
 mod slow_readers;
 mod support;

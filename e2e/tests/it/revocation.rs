@@ -1,0 +1,160 @@
+//! Whoever ends a session ends what it opened: REST at once, on every replica; streams as soon as they are told.
+
+use std::time::{Duration, Instant};
+
+use chrono::Utc;
+use e2e::{Service, User, World};
+use shared::{
+    claims::Claims,
+    test_support::{servers::free_port, soon, sse::Stream, until},
+};
+
+use crate::{
+    endings::{goodbye, ready},
+    support::{Two, browser},
+};
+
+/// The contract's limit with Redis up.
+const PROMISED: Duration = Duration::from_secs(2);
+
+async fn call(world: &World, api: &Service, user: &User, method: &str, path: &str, status: u16) {
+    world.client.call(method, api.url(path)).bearer(&user.token).expect(status).await;
+}
+
+fn session_of(world: &World, user: &User) -> String {
+    world.claims(user).sid.expect("a session of ours").to_string()
+}
+
+/// Until the goodbye of each of these streams, the slowest.
+async fn until_revoked(began: Instant, streams: &mut [Stream]) -> Duration {
+    for stream in streams {
+        assert_eq!(goodbye(stream).await, ("revoked".to_owned(), false));
+    }
+    began.elapsed()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_ended_session_is_refused_at_once_and_its_streams_end_within_two_seconds() {
+    let world = World::new().await;
+    let (one, other) = tokio::join!(world.api().ready(), world.api().ready());
+    // Only Redis can be in time.
+    let gateway = || world.gateway(one.internal()).env("RECONCILE_SECONDS", 300).ready();
+    let gateways = tokio::join!(gateway(), gateway());
+    let two = Two::meet(&world, &one).await;
+    let kept = browser(gateways.0.stream(&two.john));
+    let desk = browser(gateways.1.stream(&two.jane));
+    tokio::join!(kept.ready(), desk.ready());
+    for way in ["one", "others", "logout"] {
+        let phone = world.login(&one, "jane").await;
+        let mut streams = [
+            ready(gateways.0.stream(&phone).stream().await).await,
+            ready(gateways.1.stream(&phone).stream().await).await,
+        ];
+        let began = Instant::now();
+        match way {
+            "one" => {
+                let path = format!("/api/sessions/{}", session_of(&world, &phone));
+                call(&world, &one, &two.jane, "DELETE", &path, 204).await;
+            }
+            "others" => call(&world, &one, &two.jane, "DELETE", "/api/sessions", 204).await,
+            _ => call(&world, &one, &phone, "POST", "/api/logout", 204).await,
+        }
+        call(&world, &other, &phone, "GET", "/api/auth_user", 401).await;
+        call(&world, &one, &phone, "GET", "/api/auth_user", 401).await;
+        let took = until_revoked(began, &mut streams).await;
+        println!("{way}: its two streams at two gateways ended {took:?} after it was asked for, with Redis");
+        assert!(took < PROMISED, "{took:?}");
+        // A gateway learns that a session has ended after it has opened its stream.
+        let mut late = gateways.0.stream(&phone).stream().await;
+        assert_eq!(goodbye(&mut late).await, ("revoked".to_owned(), false));
+    }
+    two.say(&world, &one, 3).await;
+    for (who, browser) in [(&two.john, &kept), (&two.jane, &desk)] {
+        e2e::ledger::assert_exact(&world.sql, who.id, &who.name, browser).await;
+        assert_eq!(browser.record().opened, 1, "the streams of other sessions live on");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn without_redis_the_streams_of_an_ended_session_end_within_a_tick() {
+    let world = World::with_redis(format!("redis://127.0.0.1:{}/", free_port())).await;
+    let (one, other) = tokio::join!(world.api().ready(), world.api().ready());
+    let tick = Duration::from_secs(1);
+    let gateway = world.gateway(one.internal()).env("SUSPECT_RECONCILE_MILLIS", tick.as_millis());
+    let gateway = gateway.ready().await;
+    let two = Two::meet(&world, &one).await;
+    let kept = browser(gateway.stream(&two.jane));
+    kept.ready().await;
+    let phone = world.login(&one, "jane").await;
+    let mut streams = [ready(gateway.stream(&phone).stream().await).await];
+    let began = Instant::now();
+    call(&world, &one, &phone, "POST", "/api/logout", 204).await;
+    call(&world, &other, &phone, "GET", "/api/auth_user", 401).await;
+    let took = until_revoked(began, &mut streams).await;
+    println!(
+        "the stream of an ended session ended {took:?} after the answer, without Redis, ticks of {tick:?}"
+    );
+    // A tick is jittered by a fifth; the rest is the question and the goodbye on a busy machine.
+    assert!(took < tick * 2, "{took:?}");
+    two.say(&world, &one, 2).await;
+    e2e::ledger::assert_exact(&world.sql, two.jane.id, "jane", &kept).await;
+    assert_eq!(kept.record().opened, 1);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_stream_token_opens_streams_until_it_expires_and_they_last_as_long_as_the_session() {
+    let world = World::new().await;
+    let (api, gateway) = world.pair().await;
+    let two = Two::meet(&world, &api).await;
+    let jane = world.login(&api, "jane").await;
+    let call = world.client.post(api.url("/api/stream_token")).bearer(&jane.token);
+    let token = call.expect(200).await.json()["token"].as_str().unwrap().to_owned();
+    world.remember(&token);
+    world.client.get(api.url("/api/auth_user")).bearer(&token).expect(401).await;
+
+    // The same, but soon to expire.
+    let claims = world.claims(&User { token: token.clone(), ..jane.clone() });
+    let brief = world.sign(&Claims { exp: Utc::now().timestamp() + 2, ..claims.clone() });
+    let mut outlives = ready(gateway.anonymous_stream().query_token(&brief).stream().await).await;
+
+    // Again and again, as a browser does that reconnects to the same address.
+    let mut streams = Vec::new();
+    for _ in 0..3 {
+        streams.push(ready(gateway.anonymous_stream().query_token(&token).stream().await).await);
+    }
+    streams.push(ready(gateway.anonymous_stream().bearer(&token).stream().await).await);
+
+    until("the brief one has expired", || async {
+        gateway.anonymous_stream().query_token(&brief).open().await.unwrap().status == 401
+    })
+    .await;
+    let posted = world.say(&api, &two.john, two.conversation).await;
+    assert_eq!(outlives.next().await.json()["id"], posted["id"]);
+    for stream in &mut streams {
+        assert_eq!(stream.next().await.json()["id"], posted["id"]);
+    }
+
+    let began = Instant::now();
+    world.client.post(api.url("/api/logout")).bearer(&jane.token).expect(204).await;
+    streams.push(outlives);
+    let took = until_revoked(began, &mut streams).await;
+    assert!(took < PROMISED, "{took:?}");
+    let mut late = gateway.anonymous_stream().query_token(&token).stream().await;
+    assert_eq!(goodbye(&mut late).await.0, "revoked");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_stream_by_a_stream_token_ends_before_its_session_does() {
+    let world = World::new().await;
+    let (api, gateway) = world.pair().await;
+    let jane = world.user(&api, "jane").await;
+    let expire = "UPDATE sessions SET expires_at = now() + interval '4 s' RETURNING extract(epoch FROM expires_at)::bigint";
+    let ends: i64 = sqlx::query_scalar(expire).fetch_one(&world.sql).await.unwrap();
+    let call = world.client.post(api.url("/api/stream_token")).bearer(&jane.token);
+    let token = call.expect(200).await.json()["token"].as_str().unwrap().to_owned();
+    world.remember(&token);
+    let mut stream = ready(gateway.anonymous_stream().query_token(&token).stream().await).await;
+    let (reason, _) = soon("the stream ends", goodbye(&mut stream)).await;
+    assert_eq!(reason, "expired");
+    assert!(Utc::now().timestamp() <= ends, "never after");
+}
