@@ -5,6 +5,7 @@ use std::{sync::Arc, time::Duration};
 use anyhow::Context as _;
 use shared::{
     client_address::TrustedProxies,
+    limiter::Limiter,
     ops,
     server::{self, Limits},
 };
@@ -102,11 +103,18 @@ pub async fn run(config: Config, listeners: Listeners, stop: CancellationToken) 
     let _ = connection.close().await;
 
     let database = Database::new(config.database.clone(), config.database_pool_size);
+    let (limiter, counting) = Limiter::new(
+        config.redis.clone(),
+        config.channels.clone(),
+        config.limits.patience,
+        metrics.limits.clone(),
+    );
     let (publisher, worker) = publisher(config.redis, config.channels, metrics.clone());
     let used = LastUsed::default();
     let api = Arc::new(Api {
         context: Context::new(database.clone(), publisher),
         auth: Auth::new(config.keys, config.origin, config.lifetimes, used.clone()),
+        limits: http::limits::Limits::new(limiter, &config.limits),
         dev_login: config.dev_login,
         internal_secret: config.internal_secret,
     });
@@ -122,6 +130,7 @@ pub async fn run(config: Config, listeners: Listeners, stop: CancellationToken) 
     let pruning = tokio::spawn(pruning);
     let noting = tokio::spawn(last_used::run(used, database.clone(), stop.clone()));
     let publishing = tokio::spawn(worker.run(stop_publishing.clone()));
+    let counting = tokio::spawn(counting.run(stop_serving.clone()));
 
     let edge = |routes, proxies| Edge::new(warp::service(routes), proxies, metrics.clone());
     let service = edge(http::public(&api), config.trusted_proxies);
@@ -143,6 +152,7 @@ pub async fn run(config: Config, listeners: Listeners, stop: CancellationToken) 
     stop_serving.cancel();
     public.await.context("the public listener failed")?;
     internal.await.context("the internal listener failed")?;
+    counting.await.context("the rate limits failed")?;
     stop_publishing.cancel();
     if timeout(FLUSH_TIMEOUT, publishing).await.is_err() {
         tracing::warn!("Redis did not take the last events in time");

@@ -8,6 +8,7 @@ use shared::{
     claims::SigningKeys,
     client_address::TrustedProxies,
     config::{Origin, Problems},
+    limiter::{self, Limit},
     telemetry::LogFormat,
 };
 use sqlx::postgres::PgConnectOptions;
@@ -88,6 +89,33 @@ pub struct Settings {
     /// Of one user's events, older ones than this many may be deleted
     #[arg(long, env, global = true, default_value = "10000", value_name = "NUMBER")]
     pub feed_keep_events: String,
+    /// Whether there are rate limits at all
+    #[arg(long, env, global = true, default_value = "true", value_name = "BOOL")]
+    pub rate_limits: String,
+    /// Logins by one client address: so many at once/refilled within so many seconds. Each request of an OAuth login counts
+    #[arg(long, env, global = true, default_value = "120/60", value_name = "LIMIT")]
+    pub limit_login_per_address: String,
+    /// Logins that try one username
+    #[arg(long, env, global = true, default_value = "30/60", value_name = "LIMIT")]
+    pub limit_login_per_name: String,
+    /// Searches for usernames by one user
+    #[arg(long, env, global = true, default_value = "120/60", value_name = "LIMIT")]
+    pub limit_search_per_user: String,
+    /// The same by one client address
+    #[arg(long, env, global = true, default_value = "1200/60", value_name = "LIMIT")]
+    pub limit_search_per_address: String,
+    /// Conversations that one user starts
+    #[arg(long, env, global = true, default_value = "60/600", value_name = "LIMIT")]
+    pub limit_start_per_user: String,
+    /// The same from one client address
+    #[arg(long, env, global = true, default_value = "600/600", value_name = "LIMIT")]
+    pub limit_start_per_address: String,
+    /// Messages that one user sends
+    #[arg(long, env, global = true, default_value = "120/60", value_name = "LIMIT")]
+    pub limit_send_per_user: String,
+    /// The same from one client address
+    #[arg(long, env, global = true, default_value = "1200/60", value_name = "LIMIT")]
+    pub limit_send_per_address: String,
     /// After SIGTERM: how long to be unready and still serve, until nobody sends new requests here
     #[arg(long, env, global = true, default_value = "5", value_name = "SECONDS")]
     pub shutdown_wait_seconds: String,
@@ -130,8 +158,38 @@ pub struct Config {
     pub dev_login: bool,
     pub lifetimes: Lifetimes,
     pub keep: Keep,
+    pub limits: RateLimits,
     pub shutdown_wait: Duration,
     pub shutdown_grace: Duration,
+}
+
+/// How often somebody may do what.
+#[derive(Debug, Clone, Copy)]
+pub struct RateLimits {
+    pub login_per_address: Limit,
+    pub login_per_name: Limit,
+    pub search_per_user: Limit,
+    pub search_per_address: Limit,
+    pub start_per_user: Limit,
+    pub start_per_address: Limit,
+    pub send_per_user: Limit,
+    pub send_per_address: Limit,
+    /// How long Redis may take to answer.
+    pub patience: Duration,
+}
+
+impl RateLimits {
+    pub const OFF: Self = Self {
+        login_per_address: Limit::Off,
+        login_per_name: Limit::Off,
+        search_per_user: Limit::Off,
+        search_per_address: Limit::Off,
+        start_per_user: Limit::Off,
+        start_per_address: Limit::Off,
+        send_per_user: Limit::Off,
+        send_per_address: Limit::Off,
+        patience: limiter::PATIENCE,
+    };
 }
 
 const DAY: u64 = 24 * 60 * 60;
@@ -167,6 +225,7 @@ impl Settings {
             problems.seconds("STREAM_TOKEN_LIFETIME_SECONDS", &self.stream_token_lifetime_seconds, 10, 3_600);
         let keep_days = problems.number("FEED_KEEP_DAYS", &self.feed_keep_days, 1, 3_650);
         let keep_events = problems.number("FEED_KEEP_EVENTS", &self.feed_keep_events, 1, 1_000_000_000);
+        let limits = self.limits(&mut problems);
         let wait = problems.seconds("SHUTDOWN_WAIT_SECONDS", &self.shutdown_wait_seconds, 0, 600);
         let grace = problems.seconds("SHUTDOWN_GRACE_SECONDS", &self.shutdown_grace_seconds, 1, 600);
         let channels = Channels::new(self.channel_prefix.clone());
@@ -183,6 +242,7 @@ impl Settings {
                 dev_login: dev_login?,
                 lifetimes: Lifetimes { session: token_lifetime?, stream_token: stream_token_lifetime? },
                 keep: Keep { age: Duration::from_secs(keep_days? * DAY), events: keep_events? },
+                limits: limits?,
                 shutdown_wait: wait?,
                 shutdown_grace: grace?,
             };
@@ -202,6 +262,30 @@ impl Settings {
         let filter = problems.parse("LOG", &self.log);
         let format = problems.parse("LOG_FORMAT", &self.log_format);
         Some(Logging { filter: filter?, format: format? })
+    }
+
+    fn limits(&self, problems: &mut Problems) -> Option<RateLimits> {
+        let on = problems.parse::<bool>("RATE_LIMITS", &self.rate_limits);
+        let login_per_address = problems.parse("LIMIT_LOGIN_PER_ADDRESS", &self.limit_login_per_address);
+        let login_per_name = problems.parse("LIMIT_LOGIN_PER_NAME", &self.limit_login_per_name);
+        let search_per_user = problems.parse("LIMIT_SEARCH_PER_USER", &self.limit_search_per_user);
+        let search_per_address = problems.parse("LIMIT_SEARCH_PER_ADDRESS", &self.limit_search_per_address);
+        let start_per_user = problems.parse("LIMIT_START_PER_USER", &self.limit_start_per_user);
+        let start_per_address = problems.parse("LIMIT_START_PER_ADDRESS", &self.limit_start_per_address);
+        let send_per_user = problems.parse("LIMIT_SEND_PER_USER", &self.limit_send_per_user);
+        let send_per_address = problems.parse("LIMIT_SEND_PER_ADDRESS", &self.limit_send_per_address);
+        let limits = RateLimits {
+            login_per_address: login_per_address?,
+            login_per_name: login_per_name?,
+            search_per_user: search_per_user?,
+            search_per_address: search_per_address?,
+            start_per_user: start_per_user?,
+            start_per_address: start_per_address?,
+            send_per_user: send_per_user?,
+            send_per_address: send_per_address?,
+            patience: limiter::PATIENCE,
+        };
+        Some(if on? { limits } else { RateLimits::OFF })
     }
 
     fn database(&self, problems: &mut Problems) -> Option<PgConnectOptions> {

@@ -12,6 +12,7 @@ use prometheus_client::{
     },
     registry::{Registry, Unit},
 };
+use shared::limiter;
 
 #[derive(Clone)]
 pub struct Metrics {
@@ -24,6 +25,7 @@ pub struct Metrics {
     pub pool_idle: Gauge,
     pub feed_pruned: Counter,
     pub sessions_pruned: Counter,
+    pub limits: limiter::Metrics,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -46,6 +48,7 @@ pub struct Dropped {
 impl Metrics {
     pub fn new() -> (Self, Arc<Registry>) {
         let latency: fn() -> Histogram = || Histogram::new(exponential_buckets(0.0005, 2.0, 15));
+        let mut registry = Registry::with_prefix("api");
         let metrics = Self {
             requests: Family::default(),
             latency: Family::new_with_constructor(latency),
@@ -56,8 +59,8 @@ impl Metrics {
             pool_idle: Gauge::default(),
             feed_pruned: Counter::default(),
             sessions_pruned: Counter::default(),
+            limits: limiter::Metrics::register(&mut registry),
         };
-        let mut registry = Registry::with_prefix("api");
         registry.register("http_requests", "Answered requests", metrics.requests.clone());
         registry.register_with_unit(
             "http_request_duration",

@@ -53,7 +53,7 @@ impl World {
         Ok(world)
     }
 
-    /// An api as shipped: every setting that is not an address or a secret has its default.
+    /// An api as shipped: every setting that is not an address, a secret or a limit has its default.
     pub fn api(&self) -> anyhow::Result<Plan> {
         let key = self.folder.path().join("signing.pem");
         Ok(self
@@ -77,6 +77,8 @@ impl World {
             .env("REDIS_URL", &self.redis.url)
             .env("CHANNEL_PREFIX", PREFIX)
             .env("INTERNAL_SECRET", &self.internal_secret)
+            // One address and few users do what a whole installation does.
+            .env("RATE_LIMITS", false)
             .env("LOG_FORMAT", "json"))
     }
 

@@ -37,6 +37,8 @@ use crate::{
 /// In every text that a test sends, and in no line of any log.
 const WHISPER: &str = "whispered";
 
+const GENEROUS: &str = "1000000/60";
+
 pub const ORIGIN: &str = "http://localhost:8080";
 
 static WORLDS: AtomicU32 = AtomicU32::new(0);
@@ -125,6 +127,15 @@ impl World {
             .env("DATABASE_POOL_SIZE", 5)
             .env("SIGNING_KEY_FILES", self.key_file("signing.pem"))
             .env("DEV_LOGIN", true)
+            // Asked like in production, and never reached: one address does everything here.
+            .env("LIMIT_LOGIN_PER_ADDRESS", GENEROUS)
+            .env("LIMIT_LOGIN_PER_NAME", GENEROUS)
+            .env("LIMIT_SEARCH_PER_USER", GENEROUS)
+            .env("LIMIT_SEARCH_PER_ADDRESS", GENEROUS)
+            .env("LIMIT_START_PER_USER", GENEROUS)
+            .env("LIMIT_START_PER_ADDRESS", GENEROUS)
+            .env("LIMIT_SEND_PER_USER", GENEROUS)
+            .env("LIMIT_SEND_PER_ADDRESS", GENEROUS)
     }
 
     /// An api in the middle of a rotation: a new key signs, the world's usual one is still good.

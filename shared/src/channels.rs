@@ -1,6 +1,8 @@
 //! Redis names, spelled only here. The prefix is a setting, the same on both services; it separates installations and
 //! tests that share one Redis.
 
+use std::fmt::Display;
+
 use crate::ids::UserId;
 
 #[derive(Debug, Clone, Default)]
@@ -28,6 +30,11 @@ impl Channels {
     pub fn beat(&self, instance: &str) -> String {
         format!("{}beat:{instance}", self.prefix)
     }
+
+    /// The key that counts what one subject did under one rule.
+    pub fn limit(&self, rule: &str, by: &str, subject: impl Display) -> String {
+        format!("{}limit:{rule}:{by}:{subject}", self.prefix)
+    }
 }
 
 #[cfg(test)]
@@ -39,6 +46,7 @@ mod tests {
         let channels = Channels::new("t1:");
         assert_eq!(channels.user(UserId(7)), "t1:user:7");
         assert_eq!(channels.user_of(b"t1:user:7"), Some(UserId(7)));
+        assert_eq!(channels.limit("send", "user", UserId(7)), "t1:limit:send:user:7");
         for other in ["user:7", "t1:user:", "t1:user:07", "t1:beat:7", "t2:user:7", "t1:user:7x"] {
             assert_eq!(channels.user_of(other.as_bytes()), None, "{other}");
         }

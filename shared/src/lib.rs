@@ -11,6 +11,7 @@ pub mod event;
 pub mod feed;
 pub mod ids;
 pub mod lifecycle;
+pub mod limiter;
 pub mod ops;
 pub mod problem;
 pub mod server;

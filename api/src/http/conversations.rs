@@ -54,6 +54,7 @@ async fn post_conversation(mut inbound: Inbound, api: Arc<Api>) -> Answer {
     let credential = api.auth.credential(&inbound.headers)?;
     let input = async {
         api.auth.check_origin(credential, &inbound)?;
+        api.limits.start(credential.actor.user, &inbound).await?;
         let body: StartBody = inbound.json(BODY_LIMIT).await?;
         let username = body.username.as_deref().unwrap_or_default().trim().to_owned();
         if username.is_empty() {

@@ -1,7 +1,7 @@
 //! How a failure is answered. Nothing else knows that a failure has a status, a code and a sentence.
 
 use http::{HeaderValue, StatusCode, header};
-use shared::problem::Problem;
+use shared::{limiter::Over, problem::Problem};
 use warp::reply::Response;
 
 use crate::{commands::CommandError, store::StoreError};
@@ -17,6 +17,7 @@ pub(super) enum ApiError {
     ForeignOrigin,
     /// Code and sentence.
     Forbidden(&'static str, &'static str),
+    RateLimited(Over),
     BodyTooLarge,
     BodyTooSlow,
     BadBody(String),
@@ -50,6 +51,14 @@ impl ApiError {
             Self::Unauthorized => (StatusCode::UNAUTHORIZED, "unauthorized", "Unauthorized".into()),
             Self::ForeignOrigin => (StatusCode::FORBIDDEN, "foreign_origin", "Origin not allowed".into()),
             Self::Forbidden(code, sentence) => (StatusCode::FORBIDDEN, *code, (*sentence).to_owned()),
+            Self::RateLimited(over) => (
+                StatusCode::TOO_MANY_REQUESTS,
+                "rate_limited",
+                match over.retry_after() {
+                    1 => "Too many requests, try again in a second".into(),
+                    seconds => format!("Too many requests, try again in {seconds} seconds"),
+                },
+            ),
             Self::BodyTooLarge => (StatusCode::PAYLOAD_TOO_LARGE, "body_too_large", "Body too large".into()),
             Self::BodyTooSlow => {
                 (StatusCode::REQUEST_TIMEOUT, "body_too_slow", "The body did not arrive in time".into())
@@ -68,24 +77,35 @@ impl ApiError {
         let mut problem = Problem::new(status, code, message, "");
         let mut extra = None;
         match self {
-            Self::MethodNotAllowed(allow) => extra = Some((header::ALLOW, allow)),
-            Self::Unauthorized => extra = Some((header::WWW_AUTHENTICATE, "Bearer")),
+            Self::MethodNotAllowed(allow) => extra = Some((header::ALLOW, HeaderValue::from_static(allow))),
+            Self::Unauthorized => {
+                extra = Some((header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer")))
+            }
+            Self::RateLimited(over) => {
+                extra = Some((header::RETRY_AFTER, HeaderValue::from(over.retry_after())))
+            }
             Self::Unacceptable(field, sentence) => {
                 problem.errors.insert(field.into(), sentence);
             }
             Self::Store(StoreError::Unavailable(reason)) => {
                 tracing::warn!(reason, "the database is not available");
-                extra = Some((header::RETRY_AFTER, "1"));
+                extra = Some((header::RETRY_AFTER, HeaderValue::from_static("1")));
             }
             Self::Store(StoreError::Fault(error)) => tracing::error!(%error, "a request failed"),
             _ => {}
         }
         let mut response = super::empty(status);
         if let Some((name, value)) = extra {
-            response.headers_mut().insert(name, HeaderValue::from_static(value));
+            response.headers_mut().insert(name, value);
         }
         response.extensions_mut().insert(problem);
         response
+    }
+}
+
+impl From<Over> for ApiError {
+    fn from(over: Over) -> Self {
+        Self::RateLimited(over)
     }
 }
 

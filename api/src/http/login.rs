@@ -46,8 +46,10 @@ struct LoginAnswer<'a> {
 
 async fn post_login(mut inbound: Inbound, api: Arc<Api>) -> Answer {
     inbound.require_json()?;
+    api.limits.login(&inbound).await?;
     let body: LoginBody = inbound.json(BODY_LIMIT).await?;
     let username = body.username.filter(|name| may_be_a_name(name)).ok_or(ApiError::NO_USER)?;
+    api.limits.login_as(&username).await?;
     let device = inbound.device();
     let (user, session) = log_in_by_name(&api.context.database, &username, &device, api.auth.lifetime())
         .await?

@@ -65,6 +65,7 @@ async fn read_draft(
     inbound: &mut Inbound,
 ) -> Result<Draft, ApiError> {
     api.auth.check_origin(credential, inbound)?;
+    api.limits.send(credential.actor.user, inbound).await?;
     let body: MessageBody = inbound.json(BODY_LIMIT).await?;
     let key = idempotency_key(inbound)?;
     let content = Content::normalise(body.content.as_deref().unwrap_or_default())

@@ -8,6 +8,7 @@ mod conversations;
 mod edge;
 mod error;
 mod internal;
+pub mod limits;
 mod login;
 mod messages;
 mod request;
@@ -26,11 +27,13 @@ pub use edge::Edge;
 use crate::commands::Context;
 use auth::Auth;
 use error::ApiError;
+use limits::Limits;
 
 /// What handlers work with.
 pub struct Api {
     pub context: Context,
     pub auth: Auth,
+    pub limits: Limits,
     pub dev_login: bool,
     pub internal_secret: String,
 }

@@ -1,7 +1,7 @@
 //! A request, read piece by piece as the contract's order of checks wants it: first what its head says, last its body,
 //! which is bounded in size and time.
 
-use std::{convert::Infallible, pin::Pin, str::FromStr, time::Duration};
+use std::{convert::Infallible, net::IpAddr, pin::Pin, str::FromStr, time::Duration};
 
 use bytes::{Buf, Bytes};
 use futures_util::{Stream, StreamExt};
@@ -10,6 +10,7 @@ use serde::{
     Deserialize, Deserializer,
     de::{DeserializeOwned, MapAccess, Visitor, value::MapAccessDeserializer},
 };
+use shared::client_address::ClientAddress;
 use tokio::time::timeout;
 use warp::Filter;
 
@@ -30,6 +31,7 @@ pub(super) struct Inbound {
     pub(super) method: Method,
     pub(super) headers: HeaderMap,
     pub(super) trace: Trace,
+    pub(super) client: IpAddr,
     query: String,
     body: Chunks,
 }
@@ -39,12 +41,14 @@ pub(super) fn inbound() -> impl Filter<Extract = (Inbound,), Error = warp::Rejec
     warp::method()
         .and(warp::header::headers_cloned())
         .and(warp::ext::get::<Trace>())
+        .and(warp::ext::get::<ClientAddress>())
         .and(query)
         .and(warp::body::stream())
-        .map(|method, headers, trace, query, body| Inbound {
+        .map(|method, headers, trace, ClientAddress(client), query, body| Inbound {
             method,
             headers,
             trace,
+            client,
             query,
             body: boxed(body),
         })

@@ -33,6 +33,7 @@ pub(super) fn usernames(api: &Arc<Api>) -> Resource {
 
 async fn get_usernames(inbound: Inbound, api: Arc<Api>) -> Answer {
     let caller = api.auth.caller(&api.context.database, &inbound).await?;
+    api.limits.search(caller.user.id, &inbound).await?;
     let search = inbound.query("search").unwrap_or_default();
     let search = search.trim();
     if search.is_empty() {

@@ -1,4 +1,4 @@
-//! The order of checks: 404 path / 405 → 415 → 401 → 403 → 413/400 → 422 → 404/403. A request that is wrong in several ways
+//! The order of checks: 404 path / 405 → 415 → 401 → 403 → 429 (`limits`) → 413/400 → 422 → 404/403. A request that is wrong in several ways
 //! is told the first.
 
 use sqlx::PgPool;

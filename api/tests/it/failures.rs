@@ -36,7 +36,7 @@ impl Listener {
 }
 
 /// `None`: there is no such line, as before the first of its kind.
-async fn metric(app: &App, line: &str) -> Option<u64> {
+pub(crate) async fn metric(app: &App, line: &str) -> Option<u64> {
     let text = app.client.get(format!("{}/metrics", app.ops)).expect(200).await.text();
     text.lines().find_map(|found| found.strip_prefix(line)?.trim().parse().ok())
 }

@@ -8,6 +8,7 @@ mod contract;
 mod failures;
 mod feeds;
 mod input;
+mod limits;
 mod paging;
 mod process;
 mod races;

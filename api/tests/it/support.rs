@@ -7,7 +7,7 @@ use std::{
 
 use api::{
     app::{self, Listeners},
-    config::{Addresses, Config},
+    config::{Addresses, Config, RateLimits},
     http::auth::Lifetimes,
     store::feed::Keep,
 };
@@ -71,6 +71,7 @@ pub(crate) fn config(database: PgConnectOptions) -> Config {
         dev_login: true,
         lifetimes: Lifetimes { session: Duration::from_secs(3_600), stream_token: Duration::from_secs(60) },
         keep: Keep { age: Duration::from_secs(3_600), events: 1_000_000 },
+        limits: RateLimits::OFF,
         shutdown_wait: Duration::ZERO,
         shutdown_grace: Duration::from_secs(5),
     }

@@ -1,0 +1,288 @@
+//! Rate limits: over all replicas, by user and by address, told in time and truly; and that Redis is no part of the promise
+//! that a message is taken.
+
+use std::time::{Duration, Instant};
+
+use api::config::{Config, RateLimits};
+use serde_json::json;
+use shared::{
+    channels::Channels,
+    limiter::Limit,
+    test_support::{PATIENCE, http::Answer, servers::Redis, until},
+};
+use sqlx::PgPool;
+
+use crate::{
+    failures::metric,
+    raw,
+    support::{App, ORIGIN, User, assert_problem, channel_prefix, config},
+};
+
+const HOUR: Duration = Duration::from_secs(3_600);
+
+/// Tests that count over all replicas wait for Redis as long as it takes.
+const OFF: RateLimits = RateLimits { patience: PATIENCE, ..RateLimits::OFF };
+
+fn limited(pool: &PgPool, limits: RateLimits) -> Config {
+    Config { limits, ..config((*pool.connect_options()).clone()) }
+}
+
+async fn start(config: Config) -> App {
+    let app = App::start_with(config).await;
+    until_shared(&app, 1).await;
+    app
+}
+
+async fn until_shared(app: &App, value: u64) {
+    until("limits are shared as wanted", || async { metric(app, "api_limits_shared").await == Some(value) })
+        .await;
+}
+
+/// 429, with all that belongs to it; how many seconds to wait.
+#[track_caller]
+fn assert_limited(answer: &Answer) -> u64 {
+    let seconds = answer.header("retry-after").and_then(|seconds| seconds.parse().ok()).unwrap_or_default();
+    let sentence = match seconds {
+        1 => "Too many requests, try again in a second".to_owned(),
+        seconds => format!("Too many requests, try again in {seconds} seconds"),
+    };
+    assert_problem(answer, 429, &sentence);
+    assert_eq!(answer.json()["code"], "rate_limited");
+    assert!(seconds >= 1);
+    seconds
+}
+
+/// Sends so many; how many were taken. The others were told to wait.
+async fn send(user: &User, conversation: &str, times: u32) -> u32 {
+    let mut taken = 0;
+    for _ in 0..times {
+        let answer = user.post_message(conversation, "hi").send().await.unwrap();
+        if answer.status == 201 {
+            taken += 1;
+        } else {
+            assert_limited(&answer);
+        }
+    }
+    taken
+}
+
+#[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
+async fn two_replicas_share_one_budget_and_nobody_else_is_touched(pool: PgPool) {
+    let limits = RateLimits { send_per_user: Limit::new(10, HOUR), ..OFF };
+    let channels = Channels::new(channel_prefix());
+    let config = || Config { channels: channels.clone(), ..limited(&pool, limits) };
+    let (one, two) = (start(config()).await, start(config()).await);
+    let (john, jane, conversation) = one.pair(&pool).await;
+    let there = john.at(&two);
+    assert_eq!((send(&john, &conversation, 4).await, send(&there, &conversation, 4).await), (4, 4));
+    // Another session is the same user.
+    let phone = one.login("john").await;
+    assert_eq!((send(&phone, &conversation, 4).await, send(&there, &conversation, 2).await), (2, 0));
+    assert_eq!(send(&jane.at(&two), &conversation, 12).await, 10);
+    let refusals = r#"api_limited_total{rule="send",by="user"}"#;
+    assert_eq!((metric(&one, refusals).await, metric(&two, refusals).await), (Some(2), Some(4)));
+    // What is not limited goes on.
+    john.messages(&conversation, "").expect(200).await;
+    one.stop().await;
+    two.stop().await;
+}
+
+#[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
+async fn who_waits_as_long_as_told_is_let_in(pool: PgPool) {
+    let limits = RateLimits { send_per_user: Limit::new(2, Duration::from_secs(3)), ..OFF };
+    let channels = Channels::new(channel_prefix());
+    let config = || Config { channels: channels.clone(), ..limited(&pool, limits) };
+    let (one, two) = (start(config()).await, start(config()).await);
+    let (john, _, conversation) = one.pair(&pool).await;
+    for sender in [&john, &john.at(&two)] {
+        let mut told = None;
+        while told.is_none() {
+            let answer = sender.post_message(&conversation, "hi").send().await.unwrap();
+            told = (answer.status != 201).then(|| assert_limited(&answer));
+        }
+        let told = told.unwrap();
+        assert!((1..=2).contains(&told), "{told}");
+        tokio::time::sleep(Duration::from_secs(told)).await;
+        sender.post_message(&conversation, "at last").expect(201).await;
+    }
+    one.stop().await;
+    two.stop().await;
+}
+
+#[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
+async fn a_repeated_key_counts_like_a_send(pool: PgPool) {
+    let app = start(limited(&pool, RateLimits { send_per_user: Limit::new(2, HOUR), ..OFF })).await;
+    let (john, _, conversation) = app.pair(&pool).await;
+    let post = || john.post_message(&conversation, "once").header("idempotency-key", "k").send();
+    assert_eq!(post().await.unwrap().status, 201);
+    assert_eq!(post().await.unwrap().header("idempotent-replayed"), Some("true"));
+    assert_limited(&post().await.unwrap());
+    app.stop().await;
+}
+
+#[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
+async fn without_redis_each_replica_limits_alone_and_no_send_fails(pool: PgPool) {
+    let mut redis = Redis::start();
+    let limits = RateLimits { send_per_user: Limit::new(20, HOUR), ..RateLimits::OFF };
+    let config = limited(&pool, limits);
+    let app = start(Config { redis: redis::Client::open(redis.url()).unwrap(), ..config }).await;
+    let (john, jane, conversation) = app.pair(&pool).await;
+    assert_eq!(send(&john, &conversation, 5).await, 5);
+    redis.kill();
+    assert_eq!(send(&john, &conversation, 30).await, 15);
+    until_shared(&app, 0).await;
+    redis.restart();
+    until_shared(&app, 1).await;
+    assert_eq!(send(&john, &conversation, 1).await, 0, "what was counted here still counts");
+    redis.freeze();
+    assert_eq!(send(&jane, &conversation, 30).await, 20);
+    let decided_alone = async |reason: &str| {
+        metric(&app, &format!("api_limits_alone_total{{reason=\"{reason}\"}}")).await.unwrap_or_default()
+    };
+    assert_eq!(decided_alone("failed").await + decided_alone("slow").await + decided_alone("away").await, 35);
+    redis.thaw();
+    until_shared(&app, 1).await;
+    app.stop().await;
+}
+
+#[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
+async fn a_frozen_redis_is_not_felt_by_who_sends(pool: PgPool) {
+    let mut redis = Redis::start();
+    let limits = RateLimits { send_per_user: Limit::new(10_000, HOUR), ..RateLimits::OFF };
+    let config = limited(&pool, limits);
+    let app = start(Config { redis: redis::Client::open(redis.url()).unwrap(), ..config }).await;
+    let (john, _, conversation) = app.pair(&pool).await;
+    redis.freeze();
+    let mut longest = Vec::new();
+    for _ in 0..100 {
+        let began = Instant::now();
+        john.say(&conversation, "hi").await;
+        longest.push(began.elapsed());
+    }
+    longest.sort();
+    // One of them asked, and the machine may be busy now and then; nobody else waited.
+    assert!(longest[80] < Duration::from_millis(40), "{longest:?}");
+    redis.thaw();
+    app.stop().await;
+}
+
+#[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
+async fn who_is_over_a_limit_is_told_so_after_401_and_403_and_before_what_they_sent_is_looked_at(
+    pool: PgPool,
+) {
+    let once = Limit::new(1, HOUR);
+    let limits = RateLimits { send_per_user: once, start_per_user: once, search_per_user: once, ..OFF };
+    let app = start(limited(&pool, limits)).await;
+    let (john, revoked) = (app.user(&pool, "john").await, app.login("john").await);
+    app.user(&pool, "jane").await;
+    let conversation = john.start("jane").await;
+    john.say(&conversation, "hi").await;
+    john.usernames("j").expect(200).await;
+    sqlx::query("UPDATE sessions SET revoked_at = now() WHERE id = $1")
+        .bind(revoked.session().0)
+        .execute(&pool)
+        .await
+        .unwrap();
+
+    let bearer = |token: &str| format!("Bearer {token}");
+    let huge = "x".repeat(17 * 1024);
+    for path in ["/api/conversations".to_owned(), format!("/api/conversations/{conversation}/messages")] {
+        for body in [huge.as_str(), "{", "{}", r#"{"content":"hi","username":"nobody"}"#] {
+            let post = async |content_type: &str, more: &[(&str, &str)]| {
+                raw::post(&app, &path, &[&[("content-type", content_type)], more].concat(), body).await
+            };
+            let over = bearer(&john.token);
+            let answer = post("text/plain", &[("authorization", &over)]).await;
+            assert_problem(&answer, 415, "Content type of application/json required");
+            for token in ["bad", &revoked.token] {
+                let answer = post("application/json", &[("authorization", &bearer(token))]).await;
+                assert_problem(&answer, 401, "Unauthorized");
+            }
+            let foreign = [("cookie", john.cookie.as_str()), ("origin", "http://evil.example")];
+            assert_problem(&post("application/json", &foreign).await, 403, "Origin not allowed");
+            assert_limited(&post("application/json", &[("authorization", &over)]).await);
+            let ours = [("cookie", john.cookie.as_str()), ("origin", ORIGIN)];
+            assert_limited(&post("application/json", &ours).await);
+        }
+    }
+    assert_problem(&revoked.usernames("j").send().await.unwrap(), 401, "Unauthorized");
+    assert_limited(&john.usernames("").send().await.unwrap());
+    app.stop().await;
+}
+
+#[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
+async fn logins_are_limited_by_address_and_by_the_name_that_is_tried(pool: PgPool) {
+    let limits =
+        RateLimits { login_per_address: Limit::new(6, HOUR), login_per_name: Limit::new(2, HOUR), ..OFF };
+    let proxies = "127.0.0.0/8".parse().unwrap();
+    let app = start(Config { trusted_proxies: proxies, ..limited(&pool, limits) }).await;
+    sqlx::query("INSERT INTO users (username) VALUES ('john'), ('jane')").execute(&pool).await.unwrap();
+    let login = async |from: &str, name: &str| {
+        let call = app.post("/api/login").header("x-forwarded-for", from);
+        call.json(&json!({ "username": name })).send().await.unwrap()
+    };
+    // A name is counted wherever it is tried from, and whether anybody has it or not.
+    for (from, name, status) in [
+        ("198.51.100.1", "john", 200),
+        ("198.51.100.2", "john", 200),
+        ("198.51.100.3", "john", 429),
+        ("198.51.100.3", "jane", 200),
+        ("198.51.100.3", "nobody", 404),
+        ("198.51.100.3", "nobody", 404),
+        ("198.51.100.3", "nobody", 429),
+    ] {
+        assert_eq!(login(from, name).await.status, status, "{from} {name}");
+    }
+    // One more from there; the next is refused before the body is looked at, unlike the media type.
+    let post = async |content_type: &str, body: &str| {
+        let headers = [("content-type", content_type), ("x-forwarded-for", "203.0.113.1, 198.51.100.3")];
+        raw::post(&app, "/api/login", &headers, body).await
+    };
+    assert_eq!(post("application/json", "{").await.status, 400);
+    assert_limited(&post("application/json", "{").await);
+    assert_eq!(post("text/plain", "{").await.status, 415);
+    assert_eq!(login("198.51.100.4", "jane").await.status, 200);
+    app.stop().await;
+}
+
+#[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
+async fn all_users_of_an_address_have_a_limit_together(pool: PgPool) {
+    let three = Limit::new(3, HOUR);
+    let limits =
+        RateLimits { send_per_address: three, start_per_address: three, search_per_address: three, ..OFF };
+    let proxies = "127.0.0.1".parse().unwrap();
+    let behind = start(Config { trusted_proxies: proxies, ..limited(&pool, limits) }).await;
+    let open = start(limited(&pool, limits)).await;
+    let (john, jane) = (behind.user(&pool, "john").await, behind.user(&pool, "jane").await);
+    let from =
+        |call: shared::test_support::http::Call, from: &str| call.header("x-forwarded-for", from).send();
+    let (home, work, neighbour) = ("2001:db8::1", "198.51.100.1", "2001:db8::2");
+    let conversation = from(john.start_conversation("jane"), home).await.unwrap().json()["id"].clone();
+    let conversation = conversation.as_str().unwrap();
+    let calls = [
+        |user: &User, _: &str| user.usernames("j"),
+        |user: &User, conversation: &str| user.post_message(conversation, "hi"),
+    ];
+    for call in calls {
+        for (user, place) in [(&john, home), (&jane, neighbour), (&john, home)] {
+            assert!(from(call(user, conversation), place).await.unwrap().status < 300);
+        }
+        for user in [&john, &jane] {
+            assert_limited(&from(call(user, conversation), neighbour).await.unwrap());
+            assert!(from(call(user, conversation), work).await.unwrap().status < 300);
+        }
+        // Nobody is a proxy here: what the client says of itself counts for nothing.
+        for (place, status) in
+            [("198.51.100.1", 2), ("198.51.100.2", 2), ("198.51.100.3", 2), ("198.51.100.4", 4)]
+        {
+            let answer = from(call(&john.at(&open), conversation), place).await.unwrap();
+            assert_eq!(answer.status / 100, status, "{place}");
+        }
+    }
+    // It exists: a try counts whatever comes of it.
+    for status in [302, 302, 429] {
+        assert_eq!(from(jane.start_conversation("john"), home).await.unwrap().status, status);
+    }
+    behind.stop().await;
+    open.stop().await;
+}

@@ -1,0 +1,307 @@
+//! How often somebody may do something: so many times at once, refilled evenly (GCRA). Counted by user, by client address,
+//! by a name that was tried.
+//!
+//! Asked are first the counts of this process ([`table`]), then those of all replicas in Redis ([`replicas`]). It promises
+//! that what it limits neither fails nor is noticeably late because of it: when Redis is away, slow or full, this process
+//! decides alone, and a metric and one log line say so. Memory and everything in flight are bounded, whoever comes.
+
+mod replicas;
+mod table;
+#[cfg(all(test, feature = "test-support"))]
+mod tests;
+
+use std::{
+    fmt,
+    hash::{BuildHasher, RandomState},
+    net::IpAddr,
+    num::NonZeroU32,
+    str::FromStr,
+    sync::{Arc, atomic::Ordering},
+    time::Duration,
+};
+
+use governor::{
+    Quota, RateLimiter,
+    clock::{Clock, DefaultClock},
+    middleware::NoOpMiddleware,
+};
+use prometheus_client::{
+    encoding::EncodeLabelSet,
+    metrics::{counter::Counter, family::Family, gauge::Gauge},
+    registry::Registry,
+};
+use sha2::{Digest, Sha256};
+use thiserror::Error;
+
+pub use self::replicas::Worker;
+use self::{
+    replicas::{Question, Replicas},
+    table::Table,
+};
+use crate::{channels::Channels, client_address::household, ids::UserId};
+
+/// So many at once, refilled evenly over the period.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Limit {
+    Off,
+    Of { burst: NonZeroU32, period: Duration },
+}
+
+#[derive(Debug, Error)]
+#[error(
+    "a limit has the form 60/30 (60 at once, refilled within 30 seconds), at most 1000000/86400, or is off"
+)]
+pub struct NotALimit;
+
+impl Limit {
+    /// None at once is no limit.
+    pub fn new(burst: u32, period: Duration) -> Self {
+        NonZeroU32::new(burst).map_or(Self::Off, |burst| Self::Of { burst, period })
+    }
+}
+
+impl FromStr for Limit {
+    type Err = NotALimit;
+
+    fn from_str(text: &str) -> Result<Self, NotALimit> {
+        if matches!(text, "off" | "0") {
+            return Ok(Self::Off);
+        }
+        let (burst, seconds) = text.split_once('/').ok_or(NotALimit)?;
+        let (burst, seconds): (u32, u64) =
+            (burst.parse().map_err(|_| NotALimit)?, seconds.parse().map_err(|_| NotALimit)?);
+        if !(1..=1_000_000).contains(&burst) || !(1..=86_400).contains(&seconds) {
+            return Err(NotALimit);
+        }
+        Ok(Self::new(burst, Duration::from_secs(seconds)))
+    }
+}
+
+/// Who is counted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Subject<'a> {
+    User(UserId),
+    /// IPv6 by /64.
+    Address(IpAddr),
+    /// Kept as a hash: it is of any length, and somebody's.
+    Name(&'a str),
+}
+
+impl Subject<'_> {
+    pub fn by(&self) -> &'static str {
+        match self {
+            Self::User(_) => "user",
+            Self::Address(_) => "address",
+            Self::Name(_) => "name",
+        }
+    }
+}
+
+impl fmt::Display for Subject<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::User(user) => user.fmt(f),
+            Self::Address(address) => household(*address).fmt(f),
+            Self::Name(name) => write!(f, "{:.32x}", Sha256::digest(name)),
+        }
+    }
+}
+
+/// A limit of this process, by name. Made by [`Limiter::rule`].
+pub struct Rule {
+    name: &'static str,
+    active: Option<Active>,
+}
+
+struct Active {
+    local: RateLimiter<u64, Table, DefaultClock, NoOpMiddleware<<DefaultClock as Clock>::Instant>>,
+    /// Between two, when the burst is used up.
+    interval: Duration,
+    burst: u32,
+}
+
+/// A limit that was reached, and after how long there is room again.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Over {
+    pub rule: &'static str,
+    pub by: &'static str,
+    pub wait: Duration,
+}
+
+impl Over {
+    /// What `Retry-After` says: whole seconds, long enough.
+    pub fn retry_after(&self) -> u64 {
+        (self.wait.as_millis().div_ceil(1_000) as u64).max(1)
+    }
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Limited {
+    rule: &'static str,
+    by: &'static str,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Why {
+    reason: &'static str,
+}
+
+#[derive(Clone, Default)]
+pub struct Metrics {
+    limited: Family<Limited, Counter>,
+    alone: Family<Why, Counter>,
+    shared: Gauge,
+}
+
+impl Metrics {
+    pub fn register(registry: &mut Registry) -> Self {
+        let metrics = Self::default();
+        registry.register(
+            "limited",
+            "Refusals by rate limits, by rule and who is counted",
+            metrics.limited.clone(),
+        );
+        registry.register(
+            "limits_alone",
+            "Decisions on rate limits without the other replicas, by why Redis was not asked or heard",
+            metrics.alone.clone(),
+        );
+        registry.register(
+            "limits_shared",
+            "1 while rate limits are counted together with the other replicas",
+            metrics.shared.clone(),
+        );
+        metrics
+    }
+}
+
+/// How long the answer of Redis may take before this process decides alone, and stops asking until Redis is found well.
+pub const PATIENCE: Duration = Duration::from_millis(40);
+
+/// What all rules of a process share.
+pub struct Limiter {
+    table: Table,
+    hasher: RandomState,
+    clock: DefaultClock,
+    channels: Channels,
+    replicas: Arc<Replicas>,
+    metrics: Metrics,
+}
+
+impl Limiter {
+    /// With the task that keeps up the connection to Redis, one of its own.
+    pub fn new(
+        redis: redis::Client,
+        channels: Channels,
+        patience: Duration,
+        metrics: Metrics,
+    ) -> (Self, Worker) {
+        let (replicas, worker) = replicas::new(redis, channels.clone(), patience, metrics.clone());
+        let limiter = Self {
+            table: Table::default(),
+            hasher: RandomState::new(),
+            clock: DefaultClock::default(),
+            channels,
+            replicas,
+            metrics,
+        };
+        (limiter, worker)
+    }
+
+    pub fn rule(&self, name: &'static str, limit: Limit) -> Rule {
+        let active = match limit {
+            Limit::Off => None,
+            Limit::Of { burst, period } => {
+                self.replicas.wanted.store(true, Ordering::Relaxed);
+                let interval = (period / burst.get()).max(Duration::from_micros(1));
+                let quota = Quota::with_period(interval).expect("it is not zero").allow_burst(burst);
+                let local = RateLimiter::new(quota, self.table.clone(), self.clock.clone());
+                Some(Active { local, interval, burst: burst.get() })
+            }
+        };
+        Rule { name, active }
+    }
+
+    /// Counts it, here and at all replicas together. Under several rules, the longest wait is told; where one of them refuses,
+    /// the others have counted it all the same.
+    pub async fn check(&self, charges: &[(&Rule, Subject<'_>)]) -> Result<(), Over> {
+        self.check_here(charges)?;
+        self.check_together(charges).await
+    }
+
+    /// The first half of [`Self::check`]: no waiting.
+    pub fn check_here(&self, charges: &[(&Rule, Subject<'_>)]) -> Result<(), Over> {
+        let waits = charges.iter().filter_map(|(rule, subject)| {
+            let active = rule.active.as_ref()?;
+            let subject_of = |subject| self.hasher.hash_one((rule.name, subject));
+            let key = match *subject {
+                Subject::Address(address) => subject_of(Subject::Address(household(address))),
+                other => subject_of(other),
+            };
+            let until = active.local.check_key(&key).err()?;
+            Some(Over { rule: rule.name, by: subject.by(), wait: until.wait_time_from(self.clock.now()) })
+        });
+        self.longest(waits)
+    }
+
+    /// The second half: asks Redis, if it is well.
+    pub async fn check_together(&self, charges: &[(&Rule, Subject<'_>)]) -> Result<(), Over> {
+        let active = |(rule, subject): &(&Rule, Subject<'_>)| {
+            let Active { interval, burst, .. } = rule.active.as_ref()?;
+            let key = self.channels.limit(rule.name, subject.by(), subject);
+            Some((rule.name, subject.by(), Question { key, interval: *interval, burst: *burst }))
+        };
+        let asked: Vec<_> = charges.iter().filter_map(active).collect();
+        if asked.is_empty() {
+            return Ok(());
+        }
+        let Some(waits) = self.replicas.ask(asked.iter().map(|(.., question)| question)).await else {
+            return Ok(());
+        };
+        let waits = asked.iter().zip(waits).map(|((rule, by, _), wait)| Over { rule, by, wait });
+        self.longest(waits.filter(|over| !over.wait.is_zero()))
+    }
+
+    fn longest(&self, waits: impl Iterator<Item = Over>) -> Result<(), Over> {
+        let Some(over) = waits.max_by_key(|over| over.wait) else { return Ok(()) };
+        self.metrics.limited.get_or_create(&Limited { rule: over.rule, by: over.by }).inc();
+        tracing::debug!(rule = over.rule, by = over.by, wait = ?over.wait, "over a limit");
+        Err(over)
+    }
+}
+
+#[cfg(test)]
+mod settings {
+    use super::*;
+
+    #[test]
+    fn a_limit_is_read_as_an_operator_writes_it() {
+        let limit = |text: &str| text.parse::<Limit>().ok();
+        assert_eq!(limit("60/30"), Some(Limit::new(60, Duration::from_secs(30))));
+        assert_eq!((limit("off"), limit("0")), (Some(Limit::Off), Some(Limit::Off)));
+        for bad in [
+            "",
+            "60",
+            "60/",
+            "/60",
+            "0/60",
+            "60/0",
+            "60/30/1",
+            "-1/60",
+            "1.5/60",
+            "1000001/1",
+            "1/86401",
+            "on",
+        ] {
+            assert_eq!(limit(bad), None, "{bad}");
+        }
+    }
+
+    #[test]
+    fn retry_after_is_whole_seconds_and_long_enough() {
+        for (millis, seconds) in [(0, 1), (1, 1), (999, 1), (1_000, 1), (1_001, 2), (59_001, 60)] {
+            let over = Over { rule: "send", by: "user", wait: Duration::from_millis(millis) };
+            assert_eq!(over.retry_after(), seconds, "{millis}");
+        }
+    }
+}

@@ -1,0 +1,255 @@
+//! The counts that replicas share, against a real Redis that is asked, killed, frozen and filled up.
+
+use std::{
+    sync::atomic::{AtomicU64, Ordering},
+    time::{Instant, SystemTime},
+};
+
+use super::*;
+use crate::test_support::{PATIENCE as LONG, servers::Redis, until};
+use tokio_util::sync::CancellationToken;
+
+const ALICE: Subject<'_> = Subject::User(UserId(1));
+const BOB: Subject<'_> = Subject::User(UserId(2));
+
+/// One replica's limiter, looking for Redis.
+struct Replica {
+    limiter: Limiter,
+    metrics: Metrics,
+    stop: CancellationToken,
+}
+
+impl Drop for Replica {
+    fn drop(&mut self) {
+        self.stop.cancel();
+    }
+}
+
+impl Replica {
+    fn start(redis: &Redis, patience: Duration) -> Self {
+        let metrics = Metrics::default();
+        let client = redis::Client::open(redis.url()).expect("the URL is good");
+        let (limiter, worker) = Limiter::new(client, Channels::new("t:"), patience, metrics.clone());
+        limiter.rule("any", Limit::new(1, HOUR));
+        let stop = CancellationToken::new();
+        tokio::spawn(worker.run(stop.clone()));
+        Self { limiter, metrics, stop }
+    }
+
+    async fn ready(redis: &Redis, patience: Duration) -> Self {
+        let replica = Self::start(redis, patience);
+        replica.until_shared(1).await;
+        replica
+    }
+
+    async fn until_shared(&self, value: i64) {
+        until("limits are shared as wanted", || async { self.metrics.shared.get() == value }).await;
+    }
+
+    async fn allowed(&self, rule: &Rule, subject: Subject<'_>, tries: u32) -> u32 {
+        let mut allowed = 0;
+        for _ in 0..tries {
+            allowed += u32::from(self.limiter.check(&[(rule, subject)]).await.is_ok());
+        }
+        allowed
+    }
+
+    fn alone(&self, reason: &'static str) -> u64 {
+        self.metrics.alone.get_or_create(&Why { reason }).get()
+    }
+}
+
+const HOUR: Duration = Duration::from_secs(3_600);
+
+#[tokio::test]
+async fn replicas_share_one_budget_and_subjects_do_not() {
+    let redis = Redis::start();
+    let (one, two) = (Replica::ready(&redis, LONG).await, Replica::ready(&redis, LONG).await);
+    let limit = Limit::new(10, HOUR);
+    let (at_one, at_two) = (one.limiter.rule("send", limit), two.limiter.rule("send", limit));
+    assert_eq!((one.allowed(&at_one, ALICE, 6).await, two.allowed(&at_two, ALICE, 6).await), (6, 4));
+    assert_eq!((one.allowed(&at_one, ALICE, 6).await, two.allowed(&at_two, BOB, 12).await), (0, 10));
+    let other_rule = two.limiter.rule("search", limit);
+    assert_eq!(two.allowed(&other_rule, ALICE, 12).await, 10);
+    let refused = one.metrics.limited.get_or_create(&Limited { rule: "send", by: "user" }).get();
+    assert_eq!(refused, 6);
+    let name = Subject::Name("somebody's name");
+    assert_eq!(two.allowed(&at_two, name, 1).await, 1);
+    assert_eq!(redis.command(&["KEYS", "*somebody*"]).unwrap(), "*0", "names are not spelled");
+}
+
+#[tokio::test]
+async fn of_several_rules_the_longest_wait_is_told() {
+    let redis = Redis::start();
+    let replica = Replica::ready(&redis, LONG).await;
+    let (minute, hour) = (Limit::new(1, Duration::from_secs(60)), Limit::new(1, HOUR));
+    let (short, long, off) = (
+        replica.limiter.rule("short", minute),
+        replica.limiter.rule("long", hour),
+        replica.limiter.rule("off", Limit::Off),
+    );
+    let address = Subject::Address("2001:db8::1".parse().unwrap());
+    let neighbour = Subject::Address("2001:db8::2".parse().unwrap());
+    let check = async |who| replica.limiter.check(&[(&short, ALICE), (&long, who), (&off, ALICE)]).await;
+    check(address).await.unwrap();
+    let over = check(neighbour).await.unwrap_err();
+    assert_eq!((over.rule, over.by), ("long", "address"));
+    assert!((3_590..=3_600).contains(&over.retry_after()), "{over:?}");
+    // The same from the counts of another process.
+    let other = Replica::ready(&redis, LONG).await;
+    let long = other.limiter.rule("long", hour);
+    let over = other.limiter.check(&[(&long, neighbour)]).await.unwrap_err();
+    assert!((3_590..=3_600).contains(&over.retry_after()), "{over:?}");
+}
+
+/// The script at random moments, judged by a model that knows the moment to within a question's round trip.
+#[tokio::test]
+async fn the_script_is_the_model() {
+    const INTERVAL: i64 = 5_000;
+    const BURST: i64 = 4;
+    let redis = Redis::start();
+    let client = redis::Client::open(redis.url()).unwrap();
+    let mut clock = client.get_multiplexed_async_connection().await.unwrap();
+    let replica = Replica::ready(&redis, LONG).await;
+    let period = Duration::from_micros((INTERVAL * BURST) as u64);
+    let rule = replica.limiter.rule("model", Limit::new(BURST as u32, period));
+    let key = "t:limit:model:user:1";
+    let mut time = async || {
+        let (seconds, micros): (i64, i64) = redis::cmd("TIME").query_async(&mut clock).await.unwrap();
+        seconds * 1_000_000 + micros
+    };
+    let mut keys = client.get_multiplexed_async_connection().await.unwrap();
+    let (mut owes, mut allowed, mut refused) = (0, 0, 0);
+    for _ in 0..600 {
+        let before = time().await;
+        // The local half would refuse first: it has the same rule.
+        let answer = replica.limiter.check_together(&[(&rule, ALICE)]).await;
+        let after = time().await;
+        let wait = |now: i64| owes.max(now) + INTERVAL - now - INTERVAL * BURST;
+        match answer {
+            Ok(()) => {
+                assert!(wait(after) <= 0, "allowed {} µs too early", wait(after));
+                let stored: i64 = redis::cmd("GET").arg(key).query_async(&mut keys).await.unwrap();
+                let possible = owes.max(before) + INTERVAL..=owes.max(after) + INTERVAL;
+                assert!(possible.contains(&stored), "{stored} not in {possible:?}");
+                let lasts: i64 = redis::cmd("PTTL").arg(key).query_async(&mut keys).await.unwrap();
+                assert!((0..=INTERVAL * BURST / 1_000 + 1).contains(&lasts), "{lasts}");
+                (owes, allowed) = (stored, allowed + 1);
+            }
+            Err(over) => {
+                let told = over.wait.as_micros() as i64;
+                assert!((wait(after)..=wait(before)).contains(&told), "{told} µs of {}", wait(before));
+                refused += 1;
+            }
+        }
+        tokio::time::sleep(Duration::from_micros(rand::random_range(0..2_500))).await;
+    }
+    assert!(allowed > 50 && refused > 50, "{allowed} {refused}");
+}
+
+#[tokio::test]
+async fn a_clock_that_was_set_back_holds_nobody_for_longer_than_the_burst() {
+    let redis = Redis::start();
+    let replica = Replica::ready(&redis, LONG).await;
+    let rule = replica.limiter.rule("send", Limit::new(60, Duration::from_secs(60)));
+    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap().as_micros();
+    let in_an_hour = (now + HOUR.as_micros()).to_string();
+    redis.command(&["SET", "t:limit:send:user:1", &in_an_hour]).unwrap();
+    let over = replica.limiter.check_together(&[(&rule, ALICE)]).await.unwrap_err();
+    assert!(over.wait <= Duration::from_secs(1), "{over:?}");
+}
+
+#[tokio::test]
+async fn a_forgotten_script_is_told_again() {
+    let redis = Redis::start();
+    let replica = Replica::ready(&redis, LONG).await;
+    let rule = replica.limiter.rule("send", Limit::new(3, HOUR));
+    assert_eq!(replica.allowed(&rule, ALICE, 1).await, 1);
+    redis.command(&["SCRIPT", "FLUSH"]).unwrap();
+    assert_eq!(replica.allowed(&rule, ALICE, 5).await, 2);
+    assert_eq!(redis.command(&["EXISTS", "t:limit:send:user:1"]).unwrap(), ":1");
+    assert_eq!(replica.metrics.shared.get(), 1);
+}
+
+/// What one check took, at most, and how many were allowed.
+async fn hurry(replica: &Replica, rule: &Rule, checks: u32) -> (Duration, u32) {
+    let (mut longest, mut allowed) = (Duration::ZERO, 0);
+    for _ in 0..checks {
+        let began = Instant::now();
+        allowed += replica.allowed(rule, BOB, 1).await;
+        longest = longest.max(began.elapsed());
+    }
+    (longest, allowed)
+}
+
+#[tokio::test]
+async fn without_redis_each_process_limits_alone_and_at_once_until_it_is_back() {
+    let mut redis = Redis::start();
+    let replica = Replica::ready(&redis, LONG).await;
+    let rule = replica.limiter.rule("send", Limit::new(500, HOUR));
+    assert_eq!(replica.allowed(&rule, BOB, 100).await, 100);
+    redis.kill();
+    let (_, allowed) = hurry(&replica, &rule, 1_000).await;
+    assert_eq!(allowed, 400, "its own count goes on");
+    assert_eq!(replica.alone("failed") + replica.alone("away"), 400);
+    assert_eq!(replica.metrics.shared.get(), 0);
+    redis.restart();
+    replica.until_shared(1).await;
+    assert_eq!(replica.allowed(&rule, ALICE, 1).await, 1);
+    assert_eq!(redis.command(&["EXISTS", "t:limit:send:user:1"]).unwrap(), ":1");
+}
+
+#[tokio::test]
+async fn a_frozen_redis_delays_once() {
+    let mut redis = Redis::start();
+    let replica = Replica::ready(&redis, PATIENCE).await;
+    let rule = replica.limiter.rule("send", Limit::new(1_000, HOUR));
+    redis.freeze();
+    let began = Instant::now();
+    let (_, allowed) = hurry(&replica, &rule, 500).await;
+    assert_eq!(allowed, 500);
+    assert_eq!((replica.alone("slow"), replica.alone("away")), (1, 499));
+    assert!(began.elapsed() >= PATIENCE, "it was asked");
+    redis.thaw();
+    replica.until_shared(1).await;
+}
+
+#[tokio::test]
+async fn those_who_ask_a_frozen_redis_together_are_bounded() {
+    let mut redis = Redis::start();
+    let replica = Replica::ready(&redis, LONG).await;
+    let rule = Arc::new(replica.limiter.rule("send", Limit::new(10_000, HOUR)));
+    redis.freeze();
+    let replica = Arc::new(replica);
+    let waiting = AtomicU64::new(0);
+    let ask = || async {
+        waiting.fetch_add(1, Ordering::Relaxed);
+        let allowed = replica.allowed(&rule, ALICE, 1).await;
+        waiting.fetch_sub(1, Ordering::Relaxed);
+        allowed
+    };
+    let all = futures_util::future::join_all((0..2_000).map(|_| ask()));
+    let busy = async {
+        until("the rest is not kept waiting", || async { replica.alone("busy") == 2_000 - 512 }).await;
+        let kept = waiting.load(Ordering::Relaxed);
+        redis.thaw();
+        kept
+    };
+    let (allowed, kept) = tokio::join!(all, busy);
+    assert_eq!((allowed.iter().sum::<u32>(), kept), (2_000, 512));
+}
+
+#[tokio::test]
+async fn a_redis_without_memory_left_does_not_count() {
+    let redis = Redis::start();
+    let replica = Replica::ready(&redis, LONG).await;
+    let rule = replica.limiter.rule("send", Limit::new(10, HOUR));
+    redis.command(&["CONFIG", "SET", "maxmemory", "1"]).unwrap();
+    assert_eq!(replica.allowed(&rule, ALICE, 20).await, 10);
+    assert_eq!((replica.alone("failed"), replica.alone("away")), (1, 9));
+    // It is not asked again and again: a trial shows that it does not count yet.
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    assert_eq!(replica.metrics.shared.get(), 0);
+    redis.command(&["CONFIG", "SET", "maxmemory", "0"]).unwrap();
+    replica.until_shared(1).await;
+}
