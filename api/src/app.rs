@@ -7,6 +7,7 @@ use shared::{
     client_address::TrustedProxies,
     limiter::Limiter,
     ops,
+    origins::Origins,
     server::{self, Limits},
 };
 use sqlx::{Connection, PgConnection, postgres::PgConnectOptions};
@@ -16,7 +17,7 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     commands::Context,
     config::{Addresses, Config},
-    http::{self, Api, Edge, auth::Auth},
+    http::{self, Api, Cors, Edge, auth::Auth},
     last_used::{self, LastUsed},
     metrics::Metrics,
     pruner,
@@ -110,10 +111,11 @@ pub async fn run(config: Config, listeners: Listeners, stop: CancellationToken) 
         metrics.limits.clone(),
     );
     let (publisher, worker) = publisher(config.redis, config.channels, metrics.clone());
+    let origins = Arc::new(Origins::new(config.origin, config.allowed_origins));
     let used = LastUsed::default();
     let api = Arc::new(Api {
         context: Context::new(database.clone(), publisher),
-        auth: Auth::new(config.keys, config.origin, config.lifetimes, used.clone()),
+        auth: Auth::new(config.keys, origins.clone(), config.lifetimes, used.clone()),
         limits: http::limits::Limits::new(limiter, &config.limits),
         dev_login: config.dev_login,
         internal_secret: config.internal_secret,
@@ -132,11 +134,12 @@ pub async fn run(config: Config, listeners: Listeners, stop: CancellationToken) 
     let publishing = tokio::spawn(worker.run(stop_publishing.clone()));
     let counting = tokio::spawn(counting.run(stop_serving.clone()));
 
-    let edge = |routes, proxies| Edge::new(warp::service(routes), proxies, metrics.clone());
-    let service = edge(http::public(&api), config.trusted_proxies);
+    let routes = Cors::new(warp::service(http::public(&api)), origins);
+    let service = Edge::new(routes, config.trusted_proxies, metrics.clone());
     let public = tokio::spawn(server::serve(listeners.public, service, limits, stop_serving.clone()));
     // Gateways ask without a proxy between.
-    let service = edge(http::internal(&api), TrustedProxies::default());
+    let routes = warp::service(http::internal(&api));
+    let service = Edge::new(routes, TrustedProxies::default(), metrics.clone());
     let internal = server::serve(listeners.internal, service, limits, stop_serving.clone());
     let internal = tokio::spawn(internal);
     drop(api);

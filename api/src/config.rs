@@ -53,6 +53,9 @@ pub struct Settings {
     /// Where browsers find the product: `https://host`, no path. Issuer of tokens; cookies are for https only if it is
     #[arg(long, env, global = true, default_value = "http://localhost:8080", value_name = "ORIGIN")]
     pub origin: String,
+    /// Other origins whose pages may use the API with the session cookie and read its answers, comma-separated, exact
+    #[arg(long, env, global = true, default_value = "", value_name = "ORIGINS")]
+    pub allowed_origins: String,
     /// Networks of our own proxies, comma-separated: what they say in X-Forwarded-For is believed. None: the peer is the client
     #[arg(long, env, global = true, default_value = "", value_name = "NETWORKS")]
     pub trusted_proxies: String,
@@ -148,6 +151,7 @@ pub struct Addresses {
 /// What a running service needs.
 pub struct Config {
     pub origin: Origin,
+    pub allowed_origins: Vec<Origin>,
     pub trusted_proxies: TrustedProxies,
     pub database: PgConnectOptions,
     pub database_pool_size: usize,
@@ -205,6 +209,7 @@ impl Settings {
         let ops = problems.parse("OPS_LISTEN", &self.ops_listen);
         let origin = problems.origin("ORIGIN", &self.origin);
         let trusted_proxies = problems.parse("TRUSTED_PROXIES", &self.trusted_proxies);
+        let allowed_origins = problems.origins("ALLOWED_ORIGINS", &self.allowed_origins);
         let database = self.database(&mut problems);
         let database_pool_size = problems
             .number("DATABASE_POOL_SIZE", &self.database_pool_size, 1, 1_000)
@@ -232,6 +237,7 @@ impl Settings {
         problems.finish(|| {
             let config = Config {
                 origin: origin?,
+                allowed_origins,
                 trusted_proxies: trusted_proxies?,
                 database: database?,
                 database_pool_size: database_pool_size?,

@@ -70,6 +70,12 @@ impl Problems {
         self.parse(name, value)
     }
 
+    /// Several of them, comma-separated; none is allowed.
+    pub fn origins(&mut self, name: &str, value: &str) -> Vec<Origin> {
+        let texts = value.split(',').map(str::trim).filter(|text| !text.is_empty());
+        texts.filter_map(|text| self.origin(name, text)).collect()
+    }
+
     /// The settings, if nothing was wrong; `build` gets each value by `?`.
     pub fn finish<T>(self, build: impl FnOnce() -> Option<T>) -> Result<T, Self> {
         if !self.0.is_empty() {

@@ -1,5 +1,5 @@
 //! What `api` and `stream-gateway` must agree on, and no product rules: typed ids, the feed's cursor and envelope, the
-//! internal protocol, tokens, Redis names; and the plumbing both run on: settings, logs, the accept loop, the operators'
+//! internal protocol, tokens, Redis names, whose pages may ask; and the plumbing both run on: settings, logs, the accept loop, the operators'
 //! listener, the end of a process.
 
 pub mod channels;
@@ -13,6 +13,7 @@ pub mod ids;
 pub mod lifecycle;
 pub mod limiter;
 pub mod ops;
+pub mod origins;
 pub mod problem;
 pub mod server;
 pub mod telemetry;

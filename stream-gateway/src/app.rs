@@ -13,6 +13,7 @@ use anyhow::Context as _;
 use prometheus_client::registry::Registry;
 use shared::{
     ops::{self, Readiness},
+    origins::Origins,
     server::{self, Limits as ServerLimits},
 };
 use tokio::{
@@ -94,8 +95,7 @@ pub async fn run(config: Config, listeners: Listeners, stop: CancellationToken) 
         keys,
         limits: Limits::new(&config.admission),
         metrics,
-        origin: config.origin,
-        allowed_origins: config.allowed_origins,
+        origins: Origins::new(config.origin, config.allowed_origins),
         trusted_proxies: config.trusted_proxies,
         max_age: config.admission.max_age,
         admissions: admissions_in,

@@ -25,7 +25,7 @@ pub struct Settings {
     /// Where browsers find the product: scheme://host[:port]. Also the issuer of tokens; the same as api's
     #[arg(long, hide_env_values = true, env)]
     origin: Option<String>,
-    /// Other origins whose pages may open streams with the session cookie, separated by commas
+    /// Other origins whose pages may open streams with the session cookie, separated by commas. The same as api's
     #[arg(long, hide_env_values = true, env, default_value = "")]
     allowed_origins: String,
     /// Networks of our own proxies, separated by commas: what they say in X-Forwarded-For is believed. None: the peer is the client
@@ -141,8 +141,7 @@ impl Settings {
         let ops_listen = p.parse("OPS_LISTEN", &self.ops_listen);
         let origin = p.require("ORIGIN", self.origin.as_deref()).map(str::to_owned);
         let origin = origin.and_then(|origin| p.origin("ORIGIN", &origin));
-        let others = self.allowed_origins.split(',').map(str::trim).filter(|text| !text.is_empty());
-        let allowed_origins: Vec<_> = others.filter_map(|text| p.origin("ALLOWED_ORIGINS", text)).collect();
+        let allowed_origins = p.origins("ALLOWED_ORIGINS", &self.allowed_origins);
         let trusted_proxies = p.parse("TRUSTED_PROXIES", &self.trusted_proxies);
         let api_internal_url = internal_url(&mut p, self.api_internal_url.as_deref());
         let internal_secret = p.secret("INTERNAL_SECRET", self.internal_secret.as_deref());

@@ -1,15 +1,15 @@
 //! Who is calling: a token from the `Authorization` header, else from the session cookie; signed by us, and of a session
 //! that still lives. And where from: a cookie is sent by whatever page asks, so then the page must be ours.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use chrono::{DateTime, Utc};
-use http::{HeaderMap, HeaderValue, Method, header};
+use http::{HeaderMap, HeaderValue, header};
 use shared::{
     claims::{Audience, Claims, KeySet, SigningKeys},
-    config::Origin,
     cursor::Cursor,
     ids::UserId,
+    origins::Origins,
 };
 
 use super::{error::ApiError, request::Inbound};
@@ -28,7 +28,7 @@ const COOKIE: &str = "session";
 pub struct Auth {
     keys: SigningKeys,
     verifier: KeySet,
-    origin: Origin,
+    origins: Arc<Origins>,
     lifetimes: Lifetimes,
     used: LastUsed,
 }
@@ -65,9 +65,9 @@ pub(super) struct Token {
 }
 
 impl Auth {
-    pub fn new(keys: SigningKeys, origin: Origin, lifetimes: Lifetimes, used: LastUsed) -> Self {
+    pub fn new(keys: SigningKeys, origins: Arc<Origins>, lifetimes: Lifetimes, used: LastUsed) -> Self {
         let verifier = keys.verifier();
-        Self { keys, verifier, origin, lifetimes, used }
+        Self { keys, verifier, origins, lifetimes, used }
     }
 
     /// Where the use of sessions is noted.
@@ -131,7 +131,7 @@ impl Auth {
     }
 
     fn set_cookie(&self, value: &str, age: i64) -> HeaderValue {
-        let secure = if self.origin.is_https() { "; Secure" } else { "" };
+        let secure = if self.origins.own().is_https() { "; Secure" } else { "" };
         let cookie = format!("{COOKIE}={value}; Path=/; Max-Age={age}; HttpOnly; SameSite=Lax{secure}");
         HeaderValue::from_str(&cookie).expect("a token is base64 and dots")
     }
@@ -186,15 +186,8 @@ impl Auth {
 
     /// 403: a cookie proves who sends, not who meant it.
     pub(super) fn check_origin(&self, credential: Credential, inbound: &Inbound) -> Result<(), ApiError> {
-        if !credential.by_cookie {
-            return Ok(());
-        }
-        let reads = matches!(inbound.method, Method::GET | Method::HEAD);
-        let ours = match inbound.headers.get(header::ORIGIN) {
-            Some(origin) => origin.as_bytes() == self.origin.as_str().as_bytes(),
-            None => reads || inbound.headers.get("sec-fetch-site").is_some_and(|site| site == "same-origin"),
-        };
-        if ours { Ok(()) } else { Err(ApiError::ForeignOrigin) }
+        let meant = !credential.by_cookie || self.origins.may_use_cookie(&inbound.method, &inbound.headers);
+        if meant { Ok(()) } else { Err(ApiError::ForeignOrigin) }
     }
 }
 
@@ -215,8 +208,9 @@ fn cookie(headers: &HeaderMap) -> Option<&str> {
     headers
         .get_all(header::COOKIE)
         .iter()
-        .filter_map(|value| value.to_str().ok())
-        .flat_map(|value| value.split(';'))
+        // As bytes, because another program's cookie beside ours may be no text.
+        .flat_map(|value| value.as_bytes().split(|b| *b == b';'))
+        .filter_map(|pair| std::str::from_utf8(pair).ok())
         .find_map(|pair| pair.trim().strip_prefix(COOKIE)?.strip_prefix('='))
 }
 
@@ -248,6 +242,10 @@ mod tests {
         let cookie_of = |values: &[&str]| cookie(&headers(header::COOKIE, values)).map(str::to_owned);
         assert_eq!(cookie_of(&["a=b; session=x.y.z; c=d"]), Some("x.y.z".into()));
         assert_eq!(cookie_of(&["a=b", "session=x"]), Some("x".into()));
+        let mut beside_noise = HeaderMap::new();
+        let noise = HeaderValue::from_bytes(b"a=\xff; session=x").unwrap();
+        beside_noise.insert(header::COOKIE, noise);
+        assert_eq!(cookie(&beside_noise), Some("x"));
         for none in [&[][..], &["sessions=x"], &["mysession=x"], &["session"]] {
             assert_eq!(cookie_of(none), None, "{none:?}");
         }

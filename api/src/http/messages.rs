@@ -4,7 +4,10 @@ use std::sync::Arc;
 
 use http::{HeaderValue, Method, StatusCode};
 use serde::Deserialize;
-use shared::ids::{ConversationId, MessageId};
+use shared::{
+    ids::{ConversationId, MessageId},
+    origins::is_cross_site,
+};
 use warp::Filter;
 
 use super::{
@@ -138,8 +141,7 @@ fn marks_read(inbound: &Inbound) -> Result<bool, ApiError> {
         Some("false") => false,
         Some(_) => return Err(ApiError::unacceptable("markRead", "markRead must be true or false")),
     };
-    let foreign = inbound.headers.get("sec-fetch-site").is_some_and(|site| site == "cross-site");
-    Ok(wanted && inbound.method == Method::GET && !foreign)
+    Ok(wanted && inbound.method == Method::GET && !is_cross_site(&inbound.headers))
 }
 
 pub(super) fn read_messages(api: &Arc<Api>) -> Resource {

@@ -5,6 +5,7 @@
 
 pub mod auth;
 mod conversations;
+mod cors;
 mod edge;
 mod error;
 mod internal;
@@ -22,6 +23,7 @@ use serde::Serialize;
 use shared::feed;
 use warp::{Filter, filters::BoxedFilter, reply::Response};
 
+pub use cors::Cors;
 pub use edge::Edge;
 
 use crate::commands::Context;

@@ -9,6 +9,7 @@ mod failures;
 mod feeds;
 mod input;
 mod limits;
+mod origins;
 mod paging;
 mod process;
 mod races;

@@ -29,6 +29,8 @@ use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
 pub(crate) const ORIGIN: &str = "http://localhost:8080";
+/// Another origin whose pages may use us.
+pub(crate) const LISTED: &str = "https://shop.example:8443";
 pub(crate) const SECRET: &str = "the-internal-secret-of-these-tests";
 // Made for these tests alone.
 pub(crate) const PEM: &str = "-----BEGIN PRIVATE KEY-----\nMC4CAQAwBQYDK2VwBCIEIAABAgMEBQYHCAkKCwwNDg8QERITFBUWFxgZGhscHR4f\n-----END PRIVATE KEY-----\n";
@@ -61,6 +63,7 @@ pub(crate) fn keys() -> SigningKeys {
 pub(crate) fn config(database: PgConnectOptions) -> Config {
     Config {
         origin: ORIGIN.parse().unwrap(),
+        allowed_origins: vec![LISTED.parse().unwrap()],
         trusted_proxies: TrustedProxies::default(),
         database,
         database_pool_size: 8,

@@ -16,15 +16,20 @@ pub struct Credential {
 /// The one credential that counts: the header, else the query, else the cookie. A present but unusable one hides the
 /// others, and is an empty token here.
 pub fn credential(headers: &HeaderMap, query: &str) -> Option<Credential> {
-    if let Some(value) = headers.get(header::AUTHORIZATION) {
-        let token = value.to_str().ok().and_then(bearer).unwrap_or_default();
+    let mut given = headers.get_all(header::AUTHORIZATION).iter();
+    if let Some(value) = given.next() {
+        // Two of them name no one token.
+        let only = given.next().is_none();
+        let token = value.to_str().ok().filter(|_| only).and_then(bearer).unwrap_or_default();
         return Some(Credential { token: token.into(), ambient: false });
     }
     if let Some((_, token)) = form_urlencoded::parse(query.as_bytes()).find(|(name, _)| name == "token") {
         return Some(Credential { token: token.into_owned(), ambient: false });
     }
-    let cookies = headers.get_all(header::COOKIE).iter().filter_map(|value| value.to_str().ok());
-    let mut pairs = cookies.flat_map(|value| value.split(';')).filter_map(|pair| pair.trim().split_once('='));
+    // As bytes, because another program's cookie beside ours may be no text.
+    let cookies =
+        headers.get_all(header::COOKIE).iter().flat_map(|value| value.as_bytes().split(|b| *b == b';'));
+    let mut pairs = cookies.filter_map(|pair| std::str::from_utf8(pair).ok()?.trim().split_once('='));
     pairs
         .find(|(name, _)| *name == COOKIE)
         .map(|(_, token)| Credential { token: token.into(), ambient: true })
@@ -73,6 +78,9 @@ mod tests {
         let cookie = ("cookie", "session=c");
         assert_eq!(token(&[("authorization", "Basic abc"), cookie], "token=b"), Some((String::new(), false)));
         assert_eq!(token(&[cookie], "token="), Some((String::new(), false)));
+        let mut two = headers(&[("authorization", "Bearer a"), cookie]);
+        two.append(header::AUTHORIZATION, "Bearer a".parse().unwrap());
+        assert_eq!(credential(&two, "").unwrap().token, "");
     }
 
     #[test]

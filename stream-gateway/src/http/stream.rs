@@ -16,7 +16,12 @@ use chrono::Utc;
 use http::{HeaderMap, HeaderValue, Method, Response as HttpResponse, StatusCode, header};
 use rand::RngExt;
 use shared::{
-    claims::Claims, client_address::TrustedProxies, config::Origin, cursor::Cursor, problem::Problem, server,
+    claims::Claims,
+    client_address::TrustedProxies,
+    cursor::Cursor,
+    origins::{EXPOSED_HEADERS, Origins, is_preflight},
+    problem::Problem,
+    server,
 };
 use tokio::sync::{
     Semaphore,
@@ -38,8 +43,7 @@ pub struct Streams {
     pub keys: Arc<Keys>,
     pub limits: Arc<Limits>,
     pub metrics: Arc<Metrics>,
-    pub origin: Origin,
-    pub allowed_origins: Vec<Origin>,
+    pub origins: Origins,
     pub trusted_proxies: TrustedProxies,
     pub max_age: Duration,
     pub admissions: mpsc::Sender<Admission>,
@@ -53,25 +57,18 @@ impl Streams {
     pub async fn answer(&self, method: Method, headers: &HeaderMap, query: &str, peer: IpAddr) -> Response {
         let request_id = request_id(headers);
         let client = self.trusted_proxies.client(peer, headers);
-        let origin = headers.get(header::ORIGIN).filter(|origin| self.is_ours(origin));
+        if is_preflight(&method, headers) {
+            return finish(self.preflight(headers), &request_id);
+        }
+        let origin = self.origins.named(headers);
         let mut response = match method {
-            Method::OPTIONS if origin.is_some() => preflight(),
             Method::GET => match self.open(headers, query, client, &request_id, origin).await {
                 Ok(response) => return response,
                 Err(refusal) => self.refuse(&refusal, &request_id),
             },
             _ => self.refuse(&Refusal::Method, &request_id),
         };
-        if let Some(origin) = origin {
-            let headers = response.headers_mut();
-            headers.insert(header::ACCESS_CONTROL_ALLOW_ORIGIN, origin.clone());
-            headers.insert(header::ACCESS_CONTROL_ALLOW_CREDENTIALS, HeaderValue::from_static("true"));
-            headers.insert(
-                header::ACCESS_CONTROL_EXPOSE_HEADERS,
-                HeaderValue::from_static("X-Request-Id, Retry-After"),
-            );
-        }
-        response.headers_mut().append(header::VARY, HeaderValue::from_static("Origin"));
+        self.origins.let_read(origin, response.headers_mut());
         finish(response, &request_id)
     }
 
@@ -92,7 +89,7 @@ impl Streams {
             }
             Err(Refused::NoKeys) => None,
         };
-        if credential.ambient && headers.contains_key(header::ORIGIN) && origin.is_none() {
+        if credential.ambient && !self.origins.may_use_cookie(&Method::GET, headers) {
             return Err(Refusal::Origin);
         }
         if !accepts_event_stream(headers) {
@@ -208,9 +205,11 @@ impl Streams {
         response
     }
 
-    fn is_ours(&self, origin: &HeaderValue) -> bool {
-        let same = |ours: &Origin| origin.as_bytes() == ours.as_str().as_bytes();
-        same(&self.origin) || self.allowed_origins.iter().any(same)
+    fn preflight(&self, asked: &HeaderMap) -> Response {
+        let mut response = HttpResponse::new(String::new().into());
+        *response.status_mut() = StatusCode::NO_CONTENT;
+        *response.headers_mut() = self.origins.answer_preflight("GET", asked);
+        response
     }
 }
 
@@ -219,19 +218,6 @@ enum Refusal {
     Unauthorized,
     Origin,
     NotAcceptable,
-}
-
-fn preflight() -> Response {
-    let mut response = HttpResponse::new(String::new().into());
-    *response.status_mut() = StatusCode::NO_CONTENT;
-    let headers = response.headers_mut();
-    headers.insert(header::ACCESS_CONTROL_ALLOW_METHODS, HeaderValue::from_static("GET"));
-    headers.insert(
-        header::ACCESS_CONTROL_ALLOW_HEADERS,
-        HeaderValue::from_static("Authorization, Cache-Control, Last-Event-ID, X-Request-Id"),
-    );
-    headers.insert(header::ACCESS_CONTROL_MAX_AGE, HeaderValue::from_static("600"));
-    response
 }
 
 /// Whatever is no route of ours.
@@ -276,7 +262,7 @@ fn answer_head(request_id: &str, origin: Option<&HeaderValue>) -> String {
     let origin = origin.and_then(|origin| origin.to_str().ok()).map_or_else(String::new, |origin| {
         format!(
             "Access-Control-Allow-Origin: {origin}\r\nAccess-Control-Allow-Credentials: true\r\n\
-             Access-Control-Expose-Headers: X-Request-Id\r\n"
+             Access-Control-Expose-Headers: {EXPOSED_HEADERS}\r\n"
         )
     });
     format!(

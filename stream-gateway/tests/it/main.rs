@@ -11,6 +11,7 @@ mod joining;
 mod keys;
 mod lifetimes;
 mod limits;
+mod origins;
 mod questions;
 mod readers;
 mod support;

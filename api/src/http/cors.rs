@@ -1,0 +1,63 @@
+//! Pages of listed origins: their preflights are answered before anything else is looked at, and every answer to them, an
+//! error too, says that they may read it.
+
+use std::{
+    convert::Infallible,
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll},
+};
+
+use http::{Request, StatusCode};
+use shared::origins::{Origins, is_preflight};
+use tower_service::Service;
+use warp::reply::Response;
+
+use super::{Label, empty};
+
+/// All that any path takes.
+const METHODS: &str = "GET, HEAD, POST, PUT, DELETE";
+
+/// Around the routes, inside the edge.
+#[derive(Clone)]
+pub struct Cors<S> {
+    routes: S,
+    origins: Arc<Origins>,
+}
+
+impl<S> Cors<S> {
+    pub fn new(routes: S, origins: Arc<Origins>) -> Self {
+        Self { routes, origins }
+    }
+}
+
+impl<S, B> Service<Request<B>> for Cors<S>
+where
+    S: Service<Request<B>, Response = Response, Error = Infallible>,
+    S::Future: Send + 'static,
+{
+    type Response = Response;
+    type Error = Infallible;
+    type Future = Pin<Box<dyn Future<Output = Result<Response, Infallible>> + Send>>;
+
+    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
+        self.routes.poll_ready(cx)
+    }
+
+    fn call(&mut self, request: Request<B>) -> Self::Future {
+        if is_preflight(request.method(), request.headers()) {
+            let mut response = empty(StatusCode::NO_CONTENT);
+            *response.headers_mut() = self.origins.answer_preflight(METHODS, request.headers());
+            response.extensions_mut().insert(Label("preflight"));
+            return Box::pin(std::future::ready(Ok(response)));
+        }
+        let origins = self.origins.clone();
+        let page = origins.named(request.headers()).cloned();
+        let answer = self.routes.call(request);
+        Box::pin(async move {
+            let Ok(mut response) = answer.await;
+            origins.let_read(page.as_ref(), response.headers_mut());
+            Ok(response)
+        })
+    }
+}

@@ -1,0 +1,221 @@
+//! Who is calling, and whose page: every rule of the contract about credentials and origins, and CORS.
+
+use shared::test_support::http::{Answer, Call};
+use sqlx::PgPool;
+
+use crate::support::{App, LISTED, ORIGIN, User, assert_common_headers, assert_problem, text};
+
+const FOREIGN: &str = "https://evil.example";
+const EXPOSED: &str = "Stream-Cursor, X-Request-Id, Retry-After, Idempotent-Replayed";
+
+type Headers<'a> = &'a [(&'a str, &'a str)];
+
+fn with(call: Call, headers: Headers) -> Call {
+    headers.iter().fold(call, |call, (name, value)| call.header(name, value))
+}
+
+/// A change, a read, and what each is answered with these headers.
+async fn assert_statuses(app: &App, headers: Headers<'_>, changes: u16, reads: u16) {
+    for (method, path, expected) in [
+        ("POST", "/api/refresh_token", changes),
+        ("DELETE", "/api/sessions/no-id", if changes == 200 { 404 } else { changes }),
+        ("GET", "/api/auth_user", reads),
+        ("HEAD", "/api/auth_user", reads),
+    ] {
+        let answer = with(app.call(method, path), headers).send().await.unwrap();
+        assert_eq!(answer.status, expected, "{method} {path} {headers:?}");
+        assert_common_headers(&answer);
+    }
+}
+
+#[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
+async fn the_credential_that_counts_is_the_header_then_the_cookie_and_a_bad_one_is_not_made_up_for(
+    pool: PgPool,
+) {
+    let app = App::start(&pool).await;
+    let (john, jane) = (app.user(&pool, "john").await, app.user(&pool, "jane").await);
+    let (bearer, basic) = (format!("Bearer {}", john.token), format!("Basic {}", john.token));
+    let cookie = ("cookie", john.cookie.as_str());
+    let ours = ("origin", ORIGIN);
+    for (headers, changes, reads) in [
+        (&[][..], 401, 401),
+        (&[("authorization", bearer.as_str())], 200, 200),
+        (&[cookie, ours], 200, 200),
+        // Present but bad, whatever else is there.
+        (&[("authorization", "Bearer x"), cookie, ours], 401, 401),
+        (&[("authorization", "Bearer "), cookie, ours], 401, 401),
+        (&[("authorization", ""), cookie, ours], 401, 401),
+        (&[("authorization", &basic), cookie, ours], 401, 401),
+        (&[("authorization", &bearer), ("authorization", &bearer), cookie, ours], 401, 401),
+        (&[("cookie", "session=x"), ours], 401, 401),
+        (&[("cookie", "session="), ours], 401, 401),
+        // 401 before 403.
+        (&[("cookie", "session=x"), ("origin", FOREIGN)], 401, 401),
+        (&[("authorization", "Bearer x"), cookie, ("origin", FOREIGN)], 401, 401),
+        // A header that no foreign page can make a browser send proves enough, also beside a cookie.
+        (&[("authorization", &bearer), cookie, ("origin", FOREIGN)], 200, 200),
+        (&[("authorization", &bearer), ("sec-fetch-site", "cross-site")], 200, 200),
+    ] {
+        assert_statuses(&app, headers, changes, reads).await;
+    }
+    let both = app.get("/api/auth_user").bearer(&john.token).header("cookie", &jane.cookie);
+    assert_eq!(text(&both.expect(200).await.json()["username"]), "john");
+    // A token in the query is for the stream.
+    let path = format!("/api/auth_user?token={}", john.token);
+    assert_problem(&app.get(&path).send().await.unwrap(), 401, "Unauthorized");
+    app.get(&path).header("cookie", &jane.cookie).expect(200).await;
+    app.stop().await;
+}
+
+#[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
+async fn by_cookie_a_change_needs_a_page_of_ours_and_a_read_no_foreign_one(pool: PgPool) {
+    let app = App::start(&pool).await;
+    let john = app.user(&pool, "john").await;
+    let site = |site| ("sec-fetch-site", site);
+    for (headers, changes, reads) in [
+        (&[][..], 403, 200),
+        (&[("origin", ORIGIN)], 200, 200),
+        (&[("origin", LISTED)], 200, 200),
+        (&[("origin", LISTED), site("cross-site")], 200, 200),
+        (&[("origin", FOREIGN)], 403, 403),
+        (&[("origin", "null")], 403, 403),
+        (&[("origin", "")], 403, 403),
+        (&[("origin", "https://shop.example")], 403, 403),
+        (&[("origin", "https://shop.example:8443.evil.example")], 403, 403),
+        (&[("origin", "http://shop.example:8443")], 403, 403),
+        (&[("origin", ORIGIN), ("origin", FOREIGN)], 403, 403),
+        (&[("origin", FOREIGN), site("same-origin")], 403, 403),
+        (&[site("same-origin")], 200, 200),
+        (&[site("same-site")], 403, 200),
+        (&[site("cross-site")], 403, 200),
+        (&[site("none")], 403, 200),
+        // Where the page says it is from is no proof.
+        (&[("referer", ORIGIN)], 403, 200),
+    ] {
+        let headers = [&[("cookie", john.cookie.as_str())], headers].concat();
+        assert_statuses(&app, &headers, changes, reads).await;
+    }
+    let foreign = app.get("/api/auth_user").header("cookie", &john.cookie).header("origin", FOREIGN);
+    assert_problem(&foreign.send().await.unwrap(), 403, "Origin not allowed");
+    app.stop().await;
+}
+
+#[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
+async fn what_another_site_asks_for_marks_nothing_read(pool: PgPool) {
+    let app = App::start(&pool).await;
+    let (john, jane, conversation) = app.pair(&pool).await;
+    john.say(&conversation, "hi").await;
+    let path = format!("/api/conversations/{conversation}/messages");
+    let unread = async |user: &User| {
+        user.conversation(&conversation).expect(200).await.json()["unreadCount"].as_i64().unwrap()
+    };
+    let bearer = format!("Bearer {}", jane.token);
+    for credential in [("cookie", jane.cookie.as_str()), ("authorization", bearer.as_str())] {
+        for headers in [
+            &[("sec-fetch-site", "cross-site")][..],
+            &[("sec-fetch-site", "cross-site"), ("origin", LISTED)],
+            &[("sec-fetch-site", "cross-site"), ("sec-fetch-site", "same-origin")],
+            &[("sec-fetch-site", "same-origin"), ("sec-fetch-site", "cross-site")],
+        ] {
+            let headers = [&[credential], headers].concat();
+            let page = with(app.get(&path), &headers).expect(200).await.json();
+            assert_eq!(page.as_array().unwrap().len(), 1);
+            with(app.get(&format!("{path}?markRead=true")), &headers).expect(200).await;
+            assert_eq!(unread(&jane).await, 1, "{headers:?}");
+        }
+    }
+    with(app.get(&path), &[("cookie", &jane.cookie), ("origin", FOREIGN)]).expect(403).await;
+    let read = || app.post(&format!("/api/conversations/{conversation}/read_messages"));
+    for headers in [&[][..], &[("origin", FOREIGN)], &[("sec-fetch-site", "cross-site")]] {
+        with(read().header("cookie", &jane.cookie), headers).expect(403).await;
+    }
+    assert_eq!(unread(&jane).await, 1);
+    with(app.get(&path), &[("cookie", &jane.cookie), ("sec-fetch-site", "same-site")]).expect(200).await;
+    assert_eq!(unread(&jane).await, 0);
+    // A page of ours says so itself.
+    john.say(&conversation, "hi").await;
+    with(read(), &[("cookie", &jane.cookie), ("origin", LISTED)]).expect(204).await;
+    assert_eq!(unread(&jane).await, 0);
+    app.stop().await;
+}
+
+/// What CORS says in an answer: who may read it, and that it depends on who asks.
+#[track_caller]
+fn assert_readable(answer: &Answer, by: Option<&str>) {
+    assert_eq!(answer.header("access-control-allow-origin"), by);
+    assert_eq!(answer.header("access-control-allow-credentials"), by.map(|_| "true"));
+    assert_eq!(answer.header("vary"), Some("Origin"));
+}
+
+#[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
+async fn a_preflight_is_answered_before_everything_and_only_a_listed_page_learns_something(pool: PgPool) {
+    let app = App::start(&pool).await;
+    for path in ["/api/conversations", "/api/auth_user", "/api/nothing", "/"] {
+        for (origin, known) in [
+            (ORIGIN, true),
+            (LISTED, true),
+            (FOREIGN, false),
+            ("null", false),
+            ("https://shop.example", false),
+        ] {
+            let preflight = [
+                ("origin", origin),
+                ("access-control-request-method", "POST"),
+                ("access-control-request-headers", "content-type, idempotency-key"),
+                // Nothing else is looked at.
+                ("authorization", "Bearer bad"),
+                ("content-type", "text/plain"),
+            ];
+            let answer = with(app.call("OPTIONS", path), &preflight).expect(204).await;
+            assert_common_headers(&answer);
+            assert!(answer.body.is_empty());
+            assert_readable(&answer, known.then_some(origin));
+            for (name, value) in [
+                ("access-control-allow-methods", "GET, HEAD, POST, PUT, DELETE"),
+                (
+                    "access-control-allow-headers",
+                    "Authorization, Cache-Control, Content-Type, Idempotency-Key, Last-Event-ID, X-Request-Id",
+                ),
+                ("access-control-max-age", "600"),
+            ] {
+                assert_eq!(answer.header(name), known.then_some(value), "{origin}");
+            }
+        }
+    }
+    // An OPTIONS that is no preflight is a method like others.
+    for headers in [&[][..], &[("origin", LISTED)], &[("access-control-request-method", "GET")]] {
+        let answer = with(app.call("OPTIONS", "/api/auth_user"), headers).send().await.unwrap();
+        assert_problem(&answer, 405, "Method not allowed");
+    }
+    app.stop().await;
+}
+
+#[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
+async fn every_answer_to_a_listed_page_can_be_read_by_it_errors_too(pool: PgPool) {
+    let app = App::start(&pool).await;
+    let john = app.user(&pool, "john").await;
+    for (origin, by) in
+        [(Some(LISTED), Some(LISTED)), (Some(ORIGIN), Some(ORIGIN)), (Some(FOREIGN), None), (None, None)]
+    {
+        let headers: Vec<_> = origin.into_iter().map(|origin| ("origin", origin)).collect();
+        for (call, status) in [
+            (john.auth_user(), 200),
+            (app.get("/api/auth_user"), 401),
+            (john.conversation("999"), 404),
+            (app.get("/api/nothing"), 404),
+            (app.call("PATCH", "/api/auth_user"), 405),
+            (john.call("POST", "/api/conversations"), 415),
+            (john.start_conversation(""), 422),
+            (john.start_conversation("john"), 403),
+            (app.get("/.well-known/jwks.json"), 200),
+        ] {
+            let answer = with(call, &headers).expect(status).await;
+            assert_readable(&answer, by);
+            assert_eq!(answer.header("access-control-expose-headers"), by.map(|_| EXPOSED));
+        }
+    }
+    // A page that is refused is not told why.
+    let refused = app.post("/api/logout").header("cookie", &john.cookie).header("origin", FOREIGN);
+    assert_readable(&refused.expect(403).await, None);
+    app.stop().await;
+}

@@ -1,0 +1,121 @@
+//! Which credential opens a stream, and for whose page: every rule of the contract about that, and CORS.
+
+use shared::test_support::{http::Answer, sse::Opening};
+
+use crate::support::{ORIGIN, Setup, World, claims, keys, now, ready};
+
+const LISTED: &str = "https://shop.example:8443";
+const FOREIGN: &str = "https://evil.example";
+const EXPOSED: &str = "Stream-Cursor, X-Request-Id, Retry-After, Idempotent-Replayed";
+
+async fn start() -> World {
+    Setup::config(|config| config.allowed_origins = vec![LISTED.parse().unwrap()]).start().await
+}
+
+fn with(opening: Opening, headers: &[(&'static str, &str)]) -> Opening {
+    headers.iter().fold(opening, |opening, (name, value)| opening.header(name, value))
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_credential_that_counts_is_the_header_then_the_query_then_the_cookie() {
+    let world = start().await;
+    let (john, jane) = (world.user(3), world.user(5));
+    let expired = keys().sign(&claims(john.id, john.session, now() - 1));
+    let cookie = format!("a=b; session={}", jane.token);
+    let plain = || world.opening();
+    for opening in [
+        plain().bearer(&john.token),
+        plain().bearer(&john.token).query_token("bad").cookie(&cookie),
+        plain().query_token(&john.token),
+        plain().query_token(&john.token).cookie(&cookie),
+        plain().cookie(&format!("session={}", john.token)),
+    ] {
+        let mut stream = opening.stream().await;
+        ready(&mut stream, &world.api.cursor(john.id, 3), false).await;
+    }
+    for (opening, status) in [
+        (plain(), 401),
+        (plain().bearer("bad").query_token(&john.token).cookie(&cookie), 401),
+        (plain().bearer(&expired).query_token(&john.token).cookie(&cookie), 401),
+        (plain().header("authorization", "").query_token(&john.token), 401),
+        (plain().header("authorization", "Basic x").cookie(&cookie), 401),
+        (plain().query_token("bad").cookie(&cookie), 401),
+        (plain().query_token("").cookie(&cookie), 401),
+        (plain().cookie("session=bad"), 401),
+        // 401 before 403 before 406.
+        (plain().cookie("session=bad").header("origin", FOREIGN), 401),
+        (plain().cookie(&cookie).header("origin", FOREIGN).without_header("accept"), 403),
+        (plain().cookie(&cookie).without_header("accept"), 406),
+    ] {
+        assert_eq!(opening.open().await.unwrap().status, status, "{opening:?}");
+    }
+    world.ends().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn by_cookie_a_stream_is_for_no_foreign_page() {
+    let world = start().await;
+    let user = world.user(3);
+    let cookie = format!("session={}", user.token);
+    for (headers, by_cookie) in [
+        (&[][..], 200),
+        (&[("origin", ORIGIN)], 200),
+        (&[("origin", LISTED)], 200),
+        (&[("origin", LISTED), ("sec-fetch-site", "cross-site")], 200),
+        (&[("sec-fetch-site", "cross-site")], 200),
+        (&[("sec-fetch-site", "none")], 200),
+        (&[("origin", FOREIGN)], 403),
+        (&[("origin", "null")], 403),
+        (&[("origin", "")], 403),
+        (&[("origin", "https://shop.example")], 403),
+        (&[("origin", FOREIGN), ("sec-fetch-site", "same-origin")], 403),
+    ] {
+        let opening = with(world.opening().cookie(&cookie), headers);
+        assert_eq!(opening.open().await.unwrap().status, by_cookie, "{headers:?}");
+        // Another page cannot make a browser send these.
+        for opening in [world.opening().bearer(&user.token), world.opening().query_token(&user.token)] {
+            let opening = with(opening.cookie(&cookie), headers);
+            assert_eq!(opening.open().await.unwrap().status, 200, "{headers:?}");
+        }
+    }
+    world.ends().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_listed_page_may_read_the_stream_and_every_refusal_and_its_preflight_comes_first() {
+    let world = start().await;
+    let user = world.user(3);
+    for (origin, known) in [(ORIGIN, true), (LISTED, true), (FOREIGN, false), ("null", false)] {
+        let by = known.then_some(origin);
+        for (opening, status) in [
+            (world.opening().bearer(&user.token), 200),
+            (world.opening(), 401),
+            (world.opening().bearer(&user.token).without_header("accept"), 406),
+        ] {
+            let stream = opening.header("origin", origin).open().await.unwrap();
+            assert_eq!(stream.status, status);
+            assert_eq!(stream.header("access-control-allow-origin"), by);
+            assert_eq!(stream.header("access-control-allow-credentials"), by.map(|_| "true"));
+            assert_eq!(stream.header("access-control-expose-headers"), by.map(|_| EXPOSED));
+            assert_eq!(stream.header("vary"), Some("Origin"));
+        }
+        let options = || world.client.call("OPTIONS", format!("http://{}/api/messages", world.public));
+        let preflight = options().header("origin", origin).header("access-control-request-method", "GET");
+        let answer: Answer = preflight.bearer("bad").expect(204).await;
+        for (name, value) in [
+            ("access-control-allow-origin", origin),
+            ("access-control-allow-credentials", "true"),
+            ("access-control-allow-methods", "GET"),
+            (
+                "access-control-allow-headers",
+                "Authorization, Cache-Control, Content-Type, Idempotency-Key, Last-Event-ID, X-Request-Id",
+            ),
+            ("access-control-max-age", "600"),
+        ] {
+            assert_eq!(answer.header(name), known.then_some(value), "{origin}");
+        }
+        assert_eq!(answer.header("vary"), Some("Origin"));
+        options().header("origin", origin).expect(405).await;
+    }
+    world.ends().await;
+}
