@@ -153,6 +153,8 @@ impl World {
         self.plan("gateway", "stream-gateway")
             .env("API_INTERNAL_URL", format!("http://{internal}"))
             .env("SUSPECT_RECONCILE_MILLIS", 200)
+            .env("LIMIT_OPEN_PER_USER", GENEROUS)
+            .env("LIMIT_OPEN_PER_ADDRESS", GENEROUS)
     }
 
     /// The usual pair, ready.

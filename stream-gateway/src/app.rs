@@ -12,6 +12,7 @@ use std::{
 use anyhow::Context as _;
 use prometheus_client::registry::Registry;
 use shared::{
+    limiter::Limiter,
     ops::{self, Readiness},
     origins::Origins,
     server::{self, Limits as ServerLimits},
@@ -91,9 +92,14 @@ pub async fn run(config: Config, listeners: Listeners, stop: CancellationToken) 
     let limits = ServerLimits { connections: descriptors::OPS, ..ServerLimits::default() };
     tasks.spawn(server::serve(listeners.ops, ops_routes, limits, end.clone()));
 
+    let (limiter, counting) =
+        Limiter::new(config.redis, config.channels, config.opening.patience, metrics.limits.clone());
+    let limits = Limits::new(&config.admission, &config.opening, limiter);
+    tasks.spawn(counting.run(end.clone()));
+
     let streams = Arc::new(Streams {
         keys,
-        limits: Limits::new(&config.admission),
+        limits,
         metrics,
         origins: Origins::new(config.origin, config.allowed_origins),
         trusted_proxies: config.trusted_proxies,

@@ -7,6 +7,7 @@ use shared::{
     channels::Channels,
     client_address::TrustedProxies,
     config::{Origin, Problems},
+    limiter::{self, Limit},
     telemetry::LogFormat,
 };
 use tracing_subscriber::EnvFilter;
@@ -76,6 +77,15 @@ pub struct Settings {
     /// New streams a second on this process; more are told to come back later
     #[arg(long, hide_env_values = true, env, default_value = "5000")]
     accept_rate: String,
+    /// Whether there are rate limits at all
+    #[arg(long, hide_env_values = true, env, default_value = "true")]
+    rate_limits: String,
+    /// Streams that one user opens: so many at once/refilled within so many seconds, or off. All gateways count together
+    #[arg(long, hide_env_values = true, env, default_value = "240/60")]
+    limit_open_per_user: String,
+    /// The same from one client address. Name the ingress in TRUSTED_PROXIES first
+    #[arg(long, hide_env_values = true, env, default_value = "off")]
+    limit_open_per_address: String,
     /// Bytes of events kept for readers that are behind, over all users. Beyond it they read from api again
     #[arg(long, hide_env_values = true, env, default_value = "67108864")]
     backlog_bytes: String,
@@ -104,6 +114,7 @@ pub struct Config {
     pub log_format: LogFormat,
     pub delivery: Delivery,
     pub admission: Admission,
+    pub opening: Opening,
     pub drain: Drain,
 }
 
@@ -126,6 +137,15 @@ pub struct Admission {
     pub streams_per_address: usize,
     pub rate: u32,
     pub max_age: Duration,
+}
+
+/// How often somebody may open a stream.
+#[derive(Debug, Clone, Copy)]
+pub struct Opening {
+    pub per_user: Limit,
+    pub per_address: Limit,
+    /// How long Redis may take to answer. The head of a stream waits for it.
+    pub patience: Duration,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -160,6 +180,9 @@ impl Settings {
         let streams_per_user = p.number("MAX_STREAMS_PER_USER", &self.max_streams_per_user, 1, 10_000);
         let per_address = p.number("MAX_STREAMS_PER_ADDRESS", &self.max_streams_per_address, 0, 1_000_000);
         let rate = p.number("ACCEPT_RATE", &self.accept_rate, 1, 1_000_000);
+        let limits = p.parse::<bool>("RATE_LIMITS", &self.rate_limits);
+        let opened_per_user = p.parse("LIMIT_OPEN_PER_USER", &self.limit_open_per_user);
+        let opened_per_address = p.parse("LIMIT_OPEN_PER_ADDRESS", &self.limit_open_per_address);
         let backlog = p.number("BACKLOG_BYTES", &self.backlog_bytes, 1 << 20, 1 << 36);
         let wait = p.seconds("DRAIN_WAIT_SECONDS", &self.drain_wait_seconds, 0, 300);
         let window = p.seconds("DRAIN_WINDOW_SECONDS", &self.drain_window_seconds, 0, 3_600);
@@ -189,6 +212,11 @@ impl Settings {
                     streams_per_address: usize::try_from(per_address?).ok()?,
                     rate: u32::try_from(rate?).ok()?,
                     max_age: max_age?,
+                },
+                opening: Opening {
+                    per_user: if limits? { opened_per_user? } else { Limit::Off },
+                    per_address: if limits? { opened_per_address? } else { Limit::Off },
+                    patience: limiter::PATIENCE,
                 },
                 drain: Drain { wait: wait?, window: window? },
             })

@@ -1,5 +1,5 @@
-//! How many streams there may be: in this process, per client address, and how many may open a second. The limit per user is
-//! the hub's, which replaces the oldest.
+//! How many streams there may be: in this process, per client address, and how many may open a second; and how often one user
+//! or one address may open one, over all gateways. How many one user may have is the hub's to say, which replaces the oldest.
 
 use std::{
     collections::HashMap,
@@ -12,9 +12,13 @@ use std::{
 };
 
 use governor::{DefaultDirectRateLimiter, Quota, RateLimiter};
-use shared::client_address::household;
+use shared::{
+    client_address::household,
+    ids::UserId,
+    limiter::{Limiter, Over, Rule, Subject},
+};
 
-use crate::config::Admission;
+use crate::config::{Admission, Opening};
 
 pub struct Limits {
     streams: usize,
@@ -23,6 +27,9 @@ pub struct Limits {
     open: AtomicUsize,
     /// Only kept when there is a limit.
     by_address: Mutex<HashMap<IpAddr, usize>>,
+    limiter: Limiter,
+    opened_per_user: Rule,
+    opened_per_address: Rule,
 }
 
 /// The right to one open stream, given back when dropped.
@@ -37,6 +44,8 @@ pub enum Full {
     Process,
     Address,
     Rate,
+    UserRate,
+    AddressRate,
 }
 
 impl Full {
@@ -45,12 +54,20 @@ impl Full {
             Self::Process => "streams",
             Self::Address => "address",
             Self::Rate => "rate",
+            Self::UserRate => "user_rate",
+            Self::AddressRate => "address_rate",
         }
     }
 }
 
+impl From<Over> for Full {
+    fn from(over: Over) -> Self {
+        if over.by == "user" { Self::UserRate } else { Self::AddressRate }
+    }
+}
+
 impl Limits {
-    pub fn new(admission: &Admission) -> Arc<Self> {
+    pub fn new(admission: &Admission, opening: &Opening, limiter: Limiter) -> Arc<Self> {
         let rate = NonZeroU32::new(admission.rate).unwrap_or(NonZeroU32::MIN);
         Arc::new(Self {
             streams: admission.streams,
@@ -58,10 +75,26 @@ impl Limits {
             rate: RateLimiter::direct(Quota::per_second(rate)),
             open: AtomicUsize::new(0),
             by_address: Mutex::default(),
+            opened_per_user: limiter.rule("open", opening.per_user),
+            opened_per_address: limiter.rule("open", opening.per_address),
+            limiter,
         })
     }
 
-    pub fn take(self: &Arc<Self>, address: IpAddr) -> Result<Place, Full> {
+    /// A stream of this user may open. The others of this address and of this process are not made to wait by who opens too
+    /// many; and Redis is asked last, for those only whom nothing here refuses.
+    pub async fn admit(self: &Arc<Self>, user: UserId, client: IpAddr) -> Result<Place, Full> {
+        let charges = [
+            (&self.opened_per_user, Subject::User(user)),
+            (&self.opened_per_address, Subject::Address(client)),
+        ];
+        self.limiter.check_here(&charges)?;
+        let place = self.take(client)?;
+        self.limiter.check_together(&charges).await?;
+        Ok(place)
+    }
+
+    fn take(self: &Arc<Self>, address: IpAddr) -> Result<Place, Full> {
         let address = household(address);
         if self.rate.check().is_err() {
             return Err(Full::Rate);
@@ -103,10 +136,20 @@ impl Drop for Place {
 mod tests {
     use std::{net::Ipv4Addr, time::Duration};
 
+    use shared::{
+        channels::Channels,
+        limiter::{Limit, Metrics},
+    };
+
     use super::*;
 
     fn limits(streams: usize, streams_per_address: usize, rate: u32) -> Arc<Limits> {
-        Limits::new(&Admission { streams, streams_per_address, rate, max_age: Duration::from_secs(60) })
+        let admission = Admission { streams, streams_per_address, rate, max_age: Duration::from_secs(60) };
+        let opening = Opening { per_user: Limit::Off, per_address: Limit::Off, patience: Duration::ZERO };
+        // Nobody asks it.
+        let redis = redis::Client::open("redis://localhost").unwrap();
+        let (limiter, _) = Limiter::new(redis, Channels::default(), opening.patience, Metrics::default());
+        Limits::new(&admission, &opening, limiter)
     }
 
     const A: IpAddr = IpAddr::V4(Ipv4Addr::new(127, 0, 0, 1));

@@ -12,6 +12,7 @@ use prometheus_client::{
     },
     registry::{Registry, Unit},
 };
+use shared::limiter;
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub struct Reason {
@@ -52,6 +53,7 @@ pub struct Metrics {
     pub subscriptions_wanted: Gauge,
     pub subscriptions: Gauge,
     pub keys: Gauge,
+    pub limits: limiter::Metrics,
     pub started: Gauge<f64, AtomicU64>,
 }
 
@@ -83,6 +85,7 @@ impl Metrics {
             subscriptions_wanted: Gauge::default(),
             subscriptions: Gauge::default(),
             keys: Gauge::default(),
+            limits: limiter::Metrics::register(registry),
             started: Gauge::default(),
         };
         metrics.redis_suspect.set(1); // Until the engine hears otherwise.

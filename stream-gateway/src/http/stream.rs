@@ -102,10 +102,10 @@ impl Streams {
         if self.parting.load(Ordering::Relaxed) {
             return Ok(self.turn_away(&head, "drain", Goodbye::Drain));
         }
-        match self.limits.take(client) {
+        match self.limits.admit(claims.sub, client).await {
             Ok(place) => Ok(self.hand_off(&claims, headers, query, head, place)),
             Err(full) => {
-                tracing::info!(user.id = %claims.sub, %client, limit = full.as_str(), "a stream was told to come back later");
+                tracing::debug!(user.id = %claims.sub, %client, limit = full.as_str(), "a stream was told to come back later");
                 Ok(self.turn_away(&head, full.as_str(), Goodbye::Busy))
             }
         }

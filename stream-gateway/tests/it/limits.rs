@@ -1,15 +1,20 @@
 //! Who is let in, who must wait, who must make room; and that a place is given back, however its stream ends.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use futures_util::future::join_all;
-use shared::test_support::{
-    soon,
-    sse::{End, Opening, Stream},
+use shared::{
+    channels::Channels,
+    limiter::{self, Limit},
+    test_support::{
+        PATIENCE, soon,
+        sse::{self, End, Stream},
+    },
 };
+use stream_gateway::config::Opening;
 use tokio::{io::AsyncWriteExt, net::TcpStream};
 
-use crate::support::{Setup, World, distinct, goodbye, ready, receives};
+use crate::support::{EPOCH, Setup, World, distinct, goodbye, ready, receives};
 
 /// 200, a long `retry` and `goodbye {busy}`, and nothing else.
 async fn assert_busy(stream: &mut Stream) {
@@ -25,7 +30,7 @@ async fn assert_busy(stream: &mut Stream) {
 }
 
 /// A place is free again a moment after its stream has ended.
-async fn until_admitted(opening: &Opening) -> Stream {
+async fn until_admitted(opening: &sse::Opening) -> Stream {
     soon("a place is free", async {
         loop {
             let mut stream = opening.stream().await;
@@ -153,6 +158,94 @@ async fn more_than_the_rate_must_wait() {
     world.ends().await;
 }
 
+/// So many at once, and no more within a test.
+fn once(burst: u32) -> Limit {
+    Limit::new(burst, Duration::from_secs(3_600))
+}
+
+/// With a limit on opening, counted together with whoever has these channels; Redis may take as long as it likes.
+fn opens(per_user: Limit, per_address: Limit, channels: &Channels) -> Setup {
+    let channels = channels.clone();
+    Setup::config(move |config| {
+        config.opening = Opening { per_user, per_address, patience: PATIENCE };
+        config.trusted_proxies = "127.0.0.0/8".parse().unwrap();
+        config.channels = channels;
+    })
+}
+
+fn channels() -> Channels {
+    Channels::new(format!("gateway-it:limits:{:032x}:", rand::random::<u128>()))
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_user_who_opens_too_often_is_told_to_come_back_later_by_all_gateways() {
+    let channels = channels();
+    let one = opens(once(4), Limit::Off, &channels).start().await;
+    let two = opens(once(4), Limit::Off, &channels).start().await;
+    for world in [&one, &two] {
+        world.until_metric("gateway_limits_shared", 1).await;
+    }
+    let (user, other) = (one.user(3), one.user(3));
+    for user in [&user, &other] {
+        two.api.add(user.id, EPOCH, 3);
+    }
+    for world in [&one, &two, &two, &one] {
+        assert!(world.stream(&user).stream().await.next().await.is("ready"));
+    }
+    let phone = one.another_session(user.id);
+    assert_busy(&mut one.stream(&user).stream().await).await;
+    assert_busy(&mut two.stream(&phone).stream().await).await;
+    assert!(two.stream(&other).stream().await.next().await.is("ready"));
+    for world in [one, two] {
+        assert_eq!(world.metric("gateway_streams_refused_total{reason=\"user_rate\"}").await, 1);
+        assert_eq!(world.metric("gateway_limited_total{rule=\"open\",by=\"user\"}").await, 1);
+        world.ends().await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_address_that_opens_too_often_is_told_to_come_back_later() {
+    let world = opens(Limit::Off, once(2), &channels()).start().await;
+    let users = [world.user(3), world.user(3), world.user(3)];
+    let from = |user, client: &str| world.stream(user).header("x-forwarded-for", client);
+    for user in &users[..2] {
+        assert!(from(user, "198.51.100.1").stream().await.next().await.is("ready"));
+    }
+    assert_busy(&mut from(&users[2], "203.0.113.7, 198.51.100.1").stream().await).await;
+    assert!(from(&users[2], "198.51.100.2").stream().await.next().await.is("ready"));
+    assert_eq!(world.metric("gateway_streams_refused_total{reason=\"address_rate\"}").await, 1);
+    world.ends().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_silent_redis_neither_keeps_a_head_waiting_nor_lets_everybody_in() {
+    const MANY: u64 = 30;
+    let setup = Setup::config(|config| {
+        config.opening =
+            Opening { per_user: once(MANY as u32), per_address: Limit::Off, patience: limiter::PATIENCE }
+    });
+    let world = setup.start().await;
+    world.until_metric("gateway_limits_shared", 1).await;
+    let user = world.user(3);
+    world.network.silence();
+    let (mut heads, mut streams) = (Vec::new(), Vec::new());
+    for _ in 0..2 * MANY {
+        let began = Instant::now();
+        streams.push(world.stream(&user).stream().await);
+        heads.push(began.elapsed());
+    }
+    heads.sort();
+    // One of them asked Redis, and the machine may be busy now and then.
+    assert!(heads[MANY as usize] < limiter::PATIENCE, "{heads:?}");
+    world.until_metric("gateway_streams_opened_total", MANY).await;
+    assert_eq!(world.metric("gateway_streams_refused_total{reason=\"user_rate\"}").await, MANY);
+    world.network.resume();
+    world.until_metric("gateway_limits_shared", 1).await;
+    assert_busy(&mut world.stream(&user).stream().await).await;
+    drop(streams);
+    world.ends().await;
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn clients_that_vanish_at_any_moment_keep_no_place() {
     let world = Setup::config(|config| config.admission.streams = 3).start().await;
@@ -166,7 +259,7 @@ async fn clients_that_vanish_at_any_moment_keep_no_place() {
         let sent = head.len() * (round % 3 + 1) / 3;
         socket.write_all(&head.as_bytes()[..sent]).await.unwrap();
         if round % 2 == 0 {
-            socket2::SockRef::from(&socket).set_linger(Some(std::time::Duration::ZERO)).unwrap(); // A reset.
+            socket2::SockRef::from(&socket).set_linger(Some(Duration::ZERO)).unwrap(); // A reset.
         }
         drop(socket);
     }

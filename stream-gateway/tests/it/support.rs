@@ -156,6 +156,7 @@ impl World {
             // Where a test does not ask for a reconcile, only its own questions are counted.
             "--reconcile-seconds=300",
             "--suspect-reconcile-millis=60000",
+            "--rate-limits=false",
         ]);
         let mut config = settings.unwrap().check().unwrap();
         (setup.change)(&mut config);
