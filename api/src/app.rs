@@ -17,10 +17,10 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     commands::Context,
     config::{Addresses, Config},
-    http::{self, Api, Cors, Edge, auth::Auth},
+    http::{self, Api, Cors, Edge, auth::Auth, oauth::SignIn},
     last_used::{self, LastUsed},
     metrics::Metrics,
-    pruner,
+    oauth, pruner,
     publisher::publisher,
     readiness::{self, Judgement},
     store::{Database, feed, schema},
@@ -111,13 +111,23 @@ pub async fn run(config: Config, listeners: Listeners, stop: CancellationToken) 
         metrics.limits.clone(),
     );
     let (publisher, worker) = publisher(config.redis, config.channels, metrics.clone());
-    let origins = Arc::new(Origins::new(config.origin, config.allowed_origins));
     let used = LastUsed::default();
+    let providers = oauth::providers(config.providers, &config.origin, config.provider_time_limit)
+        .context("cannot read whom this machine trusts (SSL_CERT_FILE, ca-certificates)")?;
+    let sign_in = SignIn::new(
+        providers,
+        config.origin.clone(),
+        &config.internal_secret,
+        config.callback_token_in_query,
+        metrics.clone(),
+    );
+    let origins = Arc::new(Origins::new(config.origin, config.allowed_origins));
     let api = Arc::new(Api {
         context: Context::new(database.clone(), publisher),
         auth: Auth::new(config.keys, origins.clone(), config.lifetimes, used.clone()),
         limits: http::limits::Limits::new(limiter, &config.limits),
         dev_login: config.dev_login,
+        sign_in,
         internal_secret: config.internal_secret,
     });
 

@@ -14,7 +14,11 @@ use shared::{
 use sqlx::postgres::PgConnectOptions;
 use tracing_subscriber::EnvFilter;
 
-use crate::{http::auth::Lifetimes, store::feed::Keep};
+use crate::{
+    http::auth::Lifetimes,
+    oauth::{self, ProviderSettings},
+    store::feed::Keep,
+};
 
 /// The REST API of the messenger: owns Postgres, tells Redis.
 ///
@@ -80,6 +84,31 @@ pub struct Settings {
     /// Let anybody log in as anybody by name: for development, refused unless ORIGIN is a loopback host
     #[arg(long, env, global = true, default_value = "false", value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
     pub dev_login: String,
+    /// The id of an OAuth app at GitHub, whose callback is `{ORIGIN}/api/oauth/github/callback`; lets people log in by GitHub
+    #[arg(long, env, global = true, default_value = "", value_name = "TEXT")]
+    pub github_client_id: String,
+    /// Its secret
+    #[arg(long, env, global = true, hide_env_values = true, default_value = "", value_name = "TEXT")]
+    pub github_client_secret: String,
+    /// Another GitHub: `https://host` of GitHub Enterprise
+    #[arg(long, env, global = true, default_value = "https://github.com", value_name = "URL")]
+    pub github_url: String,
+    /// Where that one has its API: `https://host/api/v3`
+    #[arg(long, env, global = true, default_value = "https://api.github.com", value_name = "URL")]
+    pub github_api_url: String,
+    /// An OpenID Connect provider, exactly as it calls itself; lets people log in by it
+    #[arg(long, env, global = true, default_value = "", value_name = "URL")]
+    pub oidc_issuer: String,
+    /// What we are registered as there, with the callback `{ORIGIN}/api/oauth/oidc/callback`
+    #[arg(long, env, global = true, default_value = "", value_name = "TEXT")]
+    pub oidc_client_id: String,
+    /// The secret of that
+    #[arg(long, env, global = true, hide_env_values = true, default_value = "", value_name = "TEXT")]
+    pub oidc_client_secret: String,
+    /// After a login at a provider, put the token itself into the URL, as a page of the original client expects it. It then
+    /// stays in the browser's history and in the logs of whatever is in front; without this it is a code for one use
+    #[arg(long, env, global = true, default_value = "false", value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
+    pub callback_token_in_query: String,
     /// How long a session lives from its last refresh, and the longest life of a token
     #[arg(long, env, global = true, default_value = "1209600", value_name = "SECONDS")]
     pub token_lifetime_seconds: String,
@@ -160,6 +189,10 @@ pub struct Config {
     pub keys: SigningKeys,
     pub internal_secret: String,
     pub dev_login: bool,
+    pub providers: Vec<ProviderSettings>,
+    /// For one question to a provider.
+    pub provider_time_limit: Duration,
+    pub callback_token_in_query: bool,
     pub lifetimes: Lifetimes,
     pub keep: Keep,
     pub limits: RateLimits,
@@ -224,6 +257,9 @@ impl Settings {
         if dev_login == Some(true) && origin.as_ref().is_some_and(|origin| !origin.is_loopback()) {
             problems.add("DEV_LOGIN lets anybody in as anybody, and ORIGIN is not a loopback host");
         }
+        let providers = self.providers(&mut problems);
+        let callback_token_in_query =
+            problems.parse::<bool>("CALLBACK_TOKEN_IN_QUERY", &self.callback_token_in_query);
         let token_lifetime =
             problems.seconds("TOKEN_LIFETIME_SECONDS", &self.token_lifetime_seconds, 60, LONGEST_TOKEN);
         let stream_token_lifetime =
@@ -246,6 +282,9 @@ impl Settings {
                 keys: keys?,
                 internal_secret: internal_secret?,
                 dev_login: dev_login?,
+                providers,
+                provider_time_limit: oauth::TIME_LIMIT,
+                callback_token_in_query: callback_token_in_query?,
                 lifetimes: Lifetimes { session: token_lifetime?, stream_token: stream_token_lifetime? },
                 keep: Keep { age: Duration::from_secs(keep_days? * DAY), events: keep_events? },
                 limits: limits?,
@@ -305,6 +344,23 @@ impl Settings {
             );
         }
         options
+    }
+
+    fn providers(&self, problems: &mut Problems) -> Vec<ProviderSettings> {
+        let github = ProviderSettings::github(
+            problems,
+            &self.github_url,
+            &self.github_api_url,
+            &self.github_client_id,
+            &self.github_client_secret,
+        );
+        let oidc = ProviderSettings::oidc(
+            problems,
+            &self.oidc_issuer,
+            &self.oidc_client_id,
+            &self.oidc_client_secret,
+        );
+        github.into_iter().chain(oidc).collect()
     }
 
     fn keys(&self, problems: &mut Problems) -> Option<SigningKeys> {

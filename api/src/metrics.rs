@@ -26,6 +26,7 @@ pub struct Metrics {
     pub feed_pruned: Counter,
     pub sessions_pruned: Counter,
     pub limits: limiter::Metrics,
+    sign_ins: Family<SignIn, Counter>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -45,6 +46,12 @@ pub struct Dropped {
     pub reason: &'static str,
 }
 
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct SignIn {
+    provider: &'static str,
+    outcome: &'static str,
+}
+
 impl Metrics {
     pub fn new() -> (Self, Arc<Registry>) {
         let latency: fn() -> Histogram = || Histogram::new(exponential_buckets(0.0005, 2.0, 15));
@@ -60,6 +67,7 @@ impl Metrics {
             feed_pruned: Counter::default(),
             sessions_pruned: Counter::default(),
             limits: limiter::Metrics::register(&mut registry),
+            sign_ins: Family::default(),
         };
         registry.register("http_requests", "Answered requests", metrics.requests.clone());
         registry.register_with_unit(
@@ -99,7 +107,16 @@ impl Metrics {
             "Sessions deleted some days after they ended",
             metrics.sessions_pruned.clone(),
         );
+        registry.register(
+            "sign_ins",
+            "Logins at a provider: begun, signed_in, or why not",
+            metrics.sign_ins.clone(),
+        );
         (metrics, Arc::new(registry))
+    }
+
+    pub fn sign_in(&self, provider: &'static str, outcome: &'static str) {
+        self.sign_ins.get_or_create(&SignIn { provider, outcome }).inc();
     }
 
     pub fn answered(&self, route: &'static str, method: &http::Method, status: u16, took: Duration) {

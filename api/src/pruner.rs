@@ -1,6 +1,7 @@
 //! What need not be kept for ever is deleted in small statements: walks over all users, again and again, and deletes of their
 //! feeds what is beyond the age and the count that are kept, always the start of a feed; a client whose cursor is before what
-//! is left reloads. And walks over all sessions, and deletes those that ended some days ago.
+//! is left reloads. And walks over all sessions, and deletes those that ended some days ago. And deletes codes of logins that
+//! nobody fetched.
 //!
 //! Replicas do this side by side without agreeing: a deletion that is repeated does nothing.
 
@@ -14,7 +15,7 @@ use crate::{
     store::{
         Database, StoreError,
         feed::{self, Keep},
-        sessions,
+        identities, sessions,
     },
 };
 
@@ -56,6 +57,11 @@ pub async fn prune_after(database: &Database, keep: Keep, after: UserId) -> Resu
     Ok(Step { deleted, next: full.or(last) })
 }
 
+/// One step over codes of logins: those that nobody fetched in time.
+pub async fn prune_codes(database: &Database) -> Result<u64, StoreError> {
+    database.run(async |connection| identities::delete_expired_codes(connection, ROWS).await).await
+}
+
 /// One step over sessions: the rows after this one. Those that ended long ago are deleted; how many, and where to go on.
 pub async fn prune_sessions_after(
     database: &Database,
@@ -66,7 +72,7 @@ pub async fn prune_sessions_after(
         .await
 }
 
-/// Feeds and sessions, side by side.
+/// Feeds, sessions and codes, side by side.
 pub async fn run(database: Database, keep: Keep, metrics: Metrics, stop: CancellationToken) {
     let feeds = async {
         let mut after = UserId(0);
@@ -92,8 +98,14 @@ pub async fn run(database: Database, keep: Keep, metrics: Metrics, stop: Cancell
             pause(more, "sessions").await;
         }
     };
+    let codes = async {
+        loop {
+            let deleted = prune_codes(&database).await;
+            pause(deleted.map(|deleted| deleted >= ROWS.cast_unsigned()), "codes").await;
+        }
+    };
     tokio::select! {
-        ((), ()) = async { tokio::join!(feeds, sessions) } => {}
+        ((), (), ()) = async { tokio::join!(feeds, sessions, codes) } => {}
         () = stop.cancelled() => {}
     }
 }

@@ -140,7 +140,7 @@ impl Auth {
     pub(super) fn credential(&self, headers: &HeaderMap) -> Result<Credential, ApiError> {
         let (token, by_cookie) = match bearer(headers)? {
             Some(token) => (token, false),
-            None => (cookie(headers).ok_or(ApiError::Unauthorized)?, true),
+            None => (cookie(headers, COOKIE).ok_or(ApiError::Unauthorized)?, true),
         };
         let claims = self.verifier.verify(token, &[Audience::Api]).map_err(|error| {
             tracing::debug!(reason = %error, "token refused");
@@ -204,14 +204,15 @@ fn bearer(headers: &HeaderMap) -> Result<Option<&str>, ApiError> {
     Ok(Some(token.trim()))
 }
 
-fn cookie(headers: &HeaderMap) -> Option<&str> {
+/// The value of the first cookie of this name.
+pub(super) fn cookie<'a>(headers: &'a HeaderMap, name: &str) -> Option<&'a str> {
     headers
         .get_all(header::COOKIE)
         .iter()
         // As bytes, because another program's cookie beside ours may be no text.
         .flat_map(|value| value.as_bytes().split(|b| *b == b';'))
         .filter_map(|pair| std::str::from_utf8(pair).ok())
-        .find_map(|pair| pair.trim().strip_prefix(COOKIE)?.strip_prefix('='))
+        .find_map(|pair| pair.trim().strip_prefix(name)?.strip_prefix('='))
 }
 
 #[cfg(test)]
@@ -239,13 +240,13 @@ mod tests {
 
     #[test]
     fn the_session_cookie_is_found_among_others() {
-        let cookie_of = |values: &[&str]| cookie(&headers(header::COOKIE, values)).map(str::to_owned);
+        let cookie_of = |values: &[&str]| cookie(&headers(header::COOKIE, values), COOKIE).map(str::to_owned);
         assert_eq!(cookie_of(&["a=b; session=x.y.z; c=d"]), Some("x.y.z".into()));
         assert_eq!(cookie_of(&["a=b", "session=x"]), Some("x".into()));
         let mut beside_noise = HeaderMap::new();
         let noise = HeaderValue::from_bytes(b"a=\xff; session=x").unwrap();
         beside_noise.insert(header::COOKIE, noise);
-        assert_eq!(cookie(&beside_noise), Some("x"));
+        assert_eq!(cookie(&beside_noise, COOKIE), Some("x"));
         for none in [&[][..], &["sessions=x"], &["mysession=x"], &["session"]] {
             assert_eq!(cookie_of(none), None, "{none:?}");
         }

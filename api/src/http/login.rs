@@ -77,7 +77,7 @@ async fn post_refresh_token(inbound: Inbound, api: Arc<Api>) -> Answer {
     Ok(token_answer(&api, None, &token))
 }
 
-fn token_answer(api: &Api, auth_user: Option<&User>, token: &Token) -> warp::reply::Response {
+pub(super) fn token_answer(api: &Api, auth_user: Option<&User>, token: &Token) -> warp::reply::Response {
     let body = LoginAnswer { auth_user, token: &token.text, expires_at: token.expires_at };
     let mut response = json(StatusCode::OK, &body);
     response.headers_mut().insert(header::SET_COOKIE, api.auth.cookie(token));

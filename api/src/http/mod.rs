@@ -12,6 +12,7 @@ mod internal;
 pub mod limits;
 mod login;
 mod messages;
+pub mod oauth;
 mod request;
 mod sessions;
 mod users;
@@ -30,6 +31,7 @@ use crate::commands::Context;
 use auth::Auth;
 use error::ApiError;
 use limits::Limits;
+use oauth::SignIn;
 
 /// What handlers work with.
 pub struct Api {
@@ -37,6 +39,7 @@ pub struct Api {
     pub auth: Auth,
     pub limits: Limits,
     pub dev_login: bool,
+    pub sign_in: SignIn,
     pub internal_secret: String,
 }
 
@@ -49,6 +52,9 @@ type Resource = BoxedFilter<(Answer,)>;
 pub fn public(api: &Arc<Api>) -> BoxedFilter<(Response,)> {
     one_of([
         at("/api/login", login::login(api)),
+        at("/api/oauth/exchange", oauth::exchange(api)),
+        at("/api/oauth/{provider}", oauth::start(api)),
+        at("/api/oauth/{provider}/callback", oauth::callback(api)),
         at("/api/refresh_token", login::refresh_token(api)),
         at("/api/logout", sessions::logout(api)),
         at("/api/sessions", sessions::sessions(api)),
@@ -120,7 +126,7 @@ fn json<T: Serialize>(status: StatusCode, value: &T) -> Response {
 }
 
 fn empty(status: StatusCode) -> Response {
-    let mut response = Response::new(warp::hyper::body::Bytes::new().into());
+    let mut response = Response::new(bytes::Bytes::new().into());
     *response.status_mut() = status;
     response
 }

@@ -5,6 +5,7 @@
 
 pub mod conversations;
 pub mod feed;
+pub mod identities;
 pub mod messages;
 mod pool;
 pub mod schema;

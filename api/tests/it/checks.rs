@@ -11,6 +11,7 @@ use crate::{
 /// Method, path, what `Allow` says.
 const PATHS: &[(&str, &str)] = &[
     ("/api/login", "POST"),
+    ("/api/oauth/exchange", "POST"),
     ("/api/refresh_token", "POST"),
     ("/api/logout", "POST"),
     ("/api/sessions", "GET, HEAD, DELETE"),

@@ -14,6 +14,7 @@ use sqlx::PgPool;
 
 use crate::{
     failures::metric,
+    providers::{Browser, Fake, begin, github_at, parameter},
     raw,
     support::{App, ORIGIN, User, assert_problem, channel_prefix, config},
 };
@@ -243,6 +244,28 @@ async fn logins_are_limited_by_address_and_by_the_name_that_is_tried(pool: PgPoo
     assert_eq!(post("text/plain", "{").await.status, 415);
     assert_eq!(login("198.51.100.4", "jane").await.status, 200);
     app.stop().await;
+}
+
+#[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
+async fn each_request_of_a_login_at_a_provider_counts_and_none_uses_anything_up(pool: PgPool) {
+    let fake = Fake::start().await;
+    let with = |limits| Config { providers: vec![github_at(&fake.url)], ..limited(&pool, limits) };
+    let app = start(with(RateLimits { login_per_address: Limit::new(2, HOUR), ..OFF })).await;
+    let open = App::start_with(with(RateLimits::OFF)).await;
+    let mut browser = Browser::default();
+    let callback = begin(&app, "github", &mut browser).await;
+    // One is left.
+    assert_eq!(app.get("/api/oauth/github").send().await.unwrap().status, 307);
+    assert_limited(&app.get("/api/oauth/github").send().await.unwrap());
+    assert_limited(&browser.get(&app, &callback).await);
+    assert_eq!(fake.asked("/login/oauth/access_token"), 0);
+    // Who comes again when they may, goes on where they were.
+    let page = browser.follow(&open, callback, |_| false).await;
+    let code = parameter(&page, "code").unwrap();
+    assert_limited(&browser.exchange(&app, &code).await);
+    assert_eq!(browser.exchange(&open, &code).await.status, 200);
+    app.stop().await;
+    open.stop().await;
 }
 
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]

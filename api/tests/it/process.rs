@@ -48,6 +48,10 @@ fn every_problem_with_the_settings_is_told_at_once() {
             ("DEV_LOGIN", "true"),
             ("FEED_KEEP_DAYS", "-1"),
             ("LOG_FORMAT", "xml"),
+            ("GITHUB_CLIENT_SECRET", "hunter2"),
+            ("GITHUB_URL", "http://hunter2.example"),
+            ("OIDC_ISSUER", "https://hunter2.example"),
+            ("CALLBACK_TOKEN_IN_QUERY", "hunter2"),
         ],
     );
     assert!(!success);
@@ -62,10 +66,15 @@ fn every_problem_with_the_settings_is_told_at_once() {
         "FEED_KEEP_DAYS",
         "LOG_FORMAT",
         "SIGNING_KEY_FILES is not set",
+        "GITHUB_CLIENT_ID is not set",
+        "GITHUB_URL cannot be used",
+        "OIDC_CLIENT_ID is not set",
+        "OIDC_CLIENT_SECRET is not set",
+        "CALLBACK_TOKEN_IN_QUERY",
     ] {
         assert!(said.contains(name), "{name} is missing in {said}");
     }
-    assert!(said.contains("10 problem(s)"), "{said}");
+    assert!(said.contains("15 problem(s)"), "{said}");
     assert!(!said.contains("hunter2"), "{said}");
 }
 
@@ -87,7 +96,13 @@ fn a_service_without_its_keys_and_secrets_does_not_start() {
 fn help_names_every_variable_and_no_secret() {
     let (success, said) = run(
         &["--help"],
-        &[("INTERNAL_SECRET", "hunter2"), ("DATABASE_URL", "hunter2"), ("REDIS_URL", "hunter2")],
+        &[
+            ("INTERNAL_SECRET", "hunter2"),
+            ("DATABASE_URL", "hunter2"),
+            ("REDIS_URL", "hunter2"),
+            ("GITHUB_CLIENT_SECRET", "hunter2"),
+            ("OIDC_CLIENT_SECRET", "hunter2"),
+        ],
     );
     assert!(success);
     for name in [
@@ -102,6 +117,14 @@ fn help_names_every_variable_and_no_secret() {
         "SIGNING_KEY_FILES",
         "INTERNAL_SECRET",
         "DEV_LOGIN",
+        "GITHUB_CLIENT_ID",
+        "GITHUB_CLIENT_SECRET",
+        "GITHUB_URL",
+        "GITHUB_API_URL",
+        "OIDC_ISSUER",
+        "OIDC_CLIENT_ID",
+        "OIDC_CLIENT_SECRET",
+        "CALLBACK_TOKEN_IN_QUERY",
         "TOKEN_LIFETIME_SECONDS",
         "FEED_KEEP_DAYS",
         "FEED_KEEP_EVENTS",
@@ -124,14 +147,31 @@ fn database_url(pool: &PgPool) -> String {
     format!("{server}/{}", options.get_database().unwrap())
 }
 
-struct Server {
-    process: Process,
-    public: String,
+pub(crate) struct Server {
+    pub(crate) process: Process,
+    pub(crate) public: String,
     ops: String,
+    log: std::thread::JoinHandle<String>,
+}
+
+impl Server {
+    /// Everything that was logged, once the process has ended.
+    pub(crate) async fn said(self) -> String {
+        tokio::task::spawn_blocking(|| self.log.join().unwrap()).await.unwrap()
+    }
 }
 
 /// Migrates by the binary, then serves by it. It says where it listens.
 fn serve(pool: &PgPool, keys: &std::path::Path, wait: &str) -> Server {
+    serve_with(pool, keys, wait, |_| {})
+}
+
+pub(crate) fn serve_with(
+    pool: &PgPool,
+    keys: &std::path::Path,
+    wait: &str,
+    settings: impl FnOnce(&mut Command),
+) -> Server {
     let url = database_url(pool);
     for _ in 0..2 {
         let (success, said) = run(&["migrate"], &[("DATABASE_URL", &url)]);
@@ -155,6 +195,7 @@ fn serve(pool: &PgPool, keys: &std::path::Path, wait: &str) -> Server {
         .env("CHANNEL_PREFIX", crate::support::channel_prefix())
         .env("SIGNING_KEY_FILES", &key)
         .stdout(Stdio::piped());
+    settings(&mut command);
     let mut process = Process::start(&mut command).unwrap();
     let mut lines = BufReader::new(process.child().stdout.take().unwrap()).lines();
     let mut address_of = |name: &str| loop {
@@ -166,12 +207,16 @@ fn serve(pool: &PgPool, keys: &std::path::Path, wait: &str) -> Server {
     let (public, _, ops) = (address_of("public"), address_of("internal"), address_of("ops"));
     // Somebody must read on, or the process would wait for room in the pipe.
     let secrets = [SECRET.to_owned(), "eyJ".to_owned(), "said in confidence".to_owned()];
-    std::thread::spawn(move || {
+    let log = std::thread::spawn(move || {
+        let mut said = String::new();
         for line in lines.map_while(Result::ok) {
             assert!(!secrets.iter().any(|secret| line.contains(secret)), "a secret is in the log: {line}");
+            said.push_str(&line);
+            said.push('\n');
         }
+        said
     });
-    Server { process, public, ops }
+    Server { process, public, ops, log }
 }
 
 #[sqlx::test(migrations = false)]

@@ -72,6 +72,9 @@ pub(crate) fn config(database: PgConnectOptions) -> Config {
         keys: keys(),
         internal_secret: SECRET.into(),
         dev_login: true,
+        providers: Vec::new(),
+        provider_time_limit: Duration::from_secs(10),
+        callback_token_in_query: false,
         lifetimes: Lifetimes { session: Duration::from_secs(3_600), stream_token: Duration::from_secs(60) },
         keep: Keep { age: Duration::from_secs(3_600), events: 1_000_000 },
         limits: RateLimits::OFF,
@@ -83,6 +86,12 @@ pub(crate) fn config(database: PgConnectOptions) -> Config {
 pub(crate) fn anywhere() -> Addresses {
     let address = "127.0.0.1:0".parse().unwrap();
     Addresses { public: address, internal: address, ops: address }
+}
+
+impl AsRef<str> for App {
+    fn as_ref(&self) -> &str {
+        &self.public
+    }
 }
 
 impl App {

@@ -1,0 +1,238 @@
+//! Logging in at a provider: there, back, and fetching the token. People come here by following links, so what goes wrong on
+//! the way is told to the page and not by a status: every way ends at `{ORIGIN}/callback`. Only who is over a limit is told so
+//! at once, by 429.
+//!
+//! Logging somebody in as somebody else is an attack too (login CSRF): whoever writes to whom they take for others, writes to the
+//! attacker. Three bonds prevent it. The state cookie ties the provider's answer to the browser that asked. The code that the
+//! callback gives is tied to a cookie of the same answer, so that a link with an attacker's code does nothing in another
+//! browser. And fetching needs a JSON body, which no foreign page can send without being asked about its origin first.
+
+use std::sync::Arc;
+
+use http::{HeaderValue, StatusCode, header};
+use serde::Deserialize;
+use shared::config::Origin;
+use warp::{Filter, filters::BoxedFilter, reply::Response};
+
+use super::{
+    Answer, Api, Resource,
+    auth::cookie,
+    empty,
+    error::ApiError,
+    login::token_answer,
+    otherwise, read,
+    request::{BODY_LIMIT, Inbound, inbound},
+    with,
+};
+use crate::{
+    commands::log_in::{self, Arrived, arrive, log_in_by_code, log_in_by_profile},
+    domain::user::Profile,
+    metrics::Metrics,
+    oauth::{
+        Failure, Provider, Returned,
+        attempt::{self, Seal},
+    },
+    store::StoreError,
+};
+
+/// What a browser carries to the provider and back.
+const STATE_COOKIE: &str = "oauth_state";
+const STATE_PATH: &str = "/api/oauth";
+/// What it carries from the callback to the exchange.
+const BINDING_COOKIE: &str = "oauth_binding";
+const BINDING_PATH: &str = "/api/oauth/exchange";
+
+/// What these routes work with.
+pub struct SignIn {
+    providers: Vec<Arc<Provider>>,
+    origin: Origin,
+    seal: Seal,
+    token_in_query: bool,
+    metrics: Metrics,
+}
+
+impl SignIn {
+    pub fn new(
+        providers: Vec<Arc<Provider>>,
+        origin: Origin,
+        internal_secret: &str,
+        token_in_query: bool,
+        metrics: Metrics,
+    ) -> Self {
+        Self { providers, origin, seal: Seal::new(internal_secret), token_in_query, metrics }
+    }
+
+    /// The end of every login at a provider: its page, which is told this.
+    fn to_page(&self, parameters: &[(&str, &str)]) -> Response {
+        let query = form_urlencoded::Serializer::new(String::new()).extend_pairs(parameters).finish();
+        redirect(&format!("{}/callback?{query}", self.origin.as_str()))
+    }
+
+    fn failed(&self, provider: &'static str, failure: &Failure) -> Response {
+        match failure {
+            Failure::AccessDenied => tracing::info!(provider, "a login ended: {failure}"),
+            _ => tracing::warn!(provider, outcome = failure.code(), "a login failed: {failure}"),
+        }
+        self.metrics.sign_in(provider, failure.code());
+        self.to_page(&[("error", failure.code())])
+    }
+
+    /// Also when the fault is ours a person stands at the page, not at a problem in JSON.
+    fn not_stored(&self, provider: &'static str, error: StoreError) -> Response {
+        let code = match &error {
+            StoreError::Unavailable(_) => "unavailable",
+            StoreError::Fault(_) => "internal",
+        };
+        // Says in the log what it is.
+        let _ = ApiError::from(error).into_response();
+        self.metrics.sign_in(provider, code);
+        self.to_page(&[("error", code)])
+    }
+
+    fn cookie(&self, name: &str, value: &str, path: &str, age: u64) -> HeaderValue {
+        // Lax, not Strict: a browser comes back from the provider by a link of another site.
+        let secure = if self.origin.is_https() { "; Secure" } else { "" };
+        let cookie = format!("{name}={value}; Path={path}; Max-Age={age}; HttpOnly; SameSite=Lax{secure}");
+        HeaderValue::from_str(&cookie).expect("it is base64, dots and our own text")
+    }
+}
+
+/// A path of each provider that has settings. One that has none is an unknown path like any other.
+fn of_each_provider(
+    api: &Arc<Api>,
+    resource: impl Fn(BoxedFilter<(Arc<Provider>,)>) -> Resource,
+    nowhere: Resource,
+) -> Resource {
+    api.sign_in.providers.iter().fold(nowhere, |others, provider| {
+        let name = provider.name();
+        let provider = provider.clone();
+        let path = warp::path("api").and(warp::path("oauth")).and(warp::path(name));
+        let path = path.map(move || provider.clone()).boxed();
+        resource(path).or(others).unify().boxed()
+    })
+}
+
+pub(super) fn start(api: &Arc<Api>) -> Resource {
+    let nowhere = warp::path!("api" / "oauth" / String).map(|_| Err(ApiError::NOT_FOUND)).boxed();
+    let resource = |path: BoxedFilter<(Arc<Provider>,)>| {
+        let path = path.and(warp::path::end()).boxed();
+        let get = path.clone().and(read()).and(inbound()).and(with(api)).then(get_start);
+        get.or(path.and(otherwise("GET, HEAD")).map(|_, answer| answer)).unify().boxed()
+    };
+    of_each_provider(api, resource, nowhere)
+}
+
+async fn get_start(provider: Arc<Provider>, inbound: Inbound, api: Arc<Api>) -> Answer {
+    api.limits.login(&inbound).await?;
+    let sign_in = &api.sign_in;
+    let begun = match provider.begin().await {
+        Ok(begun) => begun,
+        Err(failure) => return Ok(sign_in.failed(provider.name(), &failure)),
+    };
+    sign_in.metrics.sign_in(provider.name(), "begun");
+    let sealed = sign_in.seal.seal(&begun.attempt);
+    let cookie = sign_in.cookie(STATE_COOKIE, &sealed, STATE_PATH, attempt::LIFETIME.as_secs());
+    let mut response = redirect(&begun.url);
+    response.headers_mut().append(header::SET_COOKIE, cookie);
+    Ok(response)
+}
+
+pub(super) fn callback(api: &Arc<Api>) -> Resource {
+    let nowhere =
+        warp::path!("api" / "oauth" / String / "callback").map(|_| Err(ApiError::NOT_FOUND)).boxed();
+    let resource = |path: BoxedFilter<(Arc<Provider>,)>| {
+        let path = path.and(warp::path("callback")).and(warp::path::end()).boxed();
+        let get = path.clone().and(read()).and(inbound()).and(with(api)).then(get_callback);
+        get.or(path.and(otherwise("GET, HEAD")).map(|_, answer| answer)).unify().boxed()
+    };
+    of_each_provider(api, resource, nowhere)
+}
+
+async fn get_callback(provider: Arc<Provider>, inbound: Inbound, api: Arc<Api>) -> Answer {
+    // Nothing is used up by then: the same link is good a little later.
+    api.limits.login(&inbound).await?;
+    let sign_in = &api.sign_in;
+    let attempt = cookie(&inbound.headers, STATE_COOKIE).and_then(|sealed| sign_in.seal.open(sealed));
+    let returned = Returned {
+        state: inbound.query("state"),
+        code: inbound.query("code"),
+        error: inbound.query("error"),
+        iss: inbound.query("iss"),
+    };
+    let mut response = match provider.finish(attempt, returned).await {
+        Ok(profile) => match arrived(&api, provider.name(), profile, inbound.device()).await {
+            Ok(response) => response,
+            Err(error) => sign_in.not_stored(provider.name(), error),
+        },
+        // The attempt goes on: whoever sent a browser here with a wrong state shall not end what it has begun elsewhere.
+        Err(failure @ Failure::BadState(_)) => return Ok(sign_in.failed(provider.name(), &failure)),
+        Err(failure) => sign_in.failed(provider.name(), &failure),
+    };
+    let cleared = sign_in.cookie(STATE_COOKIE, "", STATE_PATH, 0);
+    response.headers_mut().append(header::SET_COOKIE, cleared);
+    Ok(response)
+}
+
+async fn arrived(
+    api: &Api,
+    provider: &'static str,
+    profile: Profile,
+    device: String,
+) -> Result<Response, StoreError> {
+    let (sign_in, database) = (&api.sign_in, &api.context.database);
+    let (Arrived { user, created }, response) = if sign_in.token_in_query {
+        let (arrived, session) = log_in_by_profile(database, profile, &device, api.auth.lifetime()).await?;
+        let token = api.auth.issue(arrived.user, session);
+        let expires_at = shared::event::rfc3339(token.expires_at);
+        let mut response = sign_in.to_page(&[("token", &token.text), ("expires_at", &expires_at)]);
+        response.headers_mut().append(header::SET_COOKIE, api.auth.cookie(&token));
+        (arrived, response)
+    } else {
+        let (arrived, halves) = arrive(database, profile).await?;
+        let age = log_in::CODE_LIFETIME.as_secs();
+        let binding = sign_in.cookie(BINDING_COOKIE, &halves.binding, BINDING_PATH, age);
+        let mut response = sign_in.to_page(&[("code", &halves.code)]);
+        response.headers_mut().append(header::SET_COOKIE, binding);
+        (arrived, response)
+    };
+    tracing::info!(user.id = %user, provider, created, "logged in at a provider");
+    sign_in.metrics.sign_in(provider, "signed_in");
+    Ok(response)
+}
+
+pub(super) fn exchange(api: &Arc<Api>) -> Resource {
+    let path = warp::path!("api" / "oauth" / "exchange").boxed();
+    let post = path.clone().and(warp::post()).and(inbound()).and(with(api)).then(post_exchange);
+    post.or(path.and(otherwise("POST"))).unify().boxed()
+}
+
+#[derive(Deserialize)]
+struct ExchangeBody {
+    code: Option<String>,
+}
+
+async fn post_exchange(mut inbound: Inbound, api: Arc<Api>) -> Answer {
+    inbound.require_json()?;
+    api.limits.login(&inbound).await?;
+    let body: ExchangeBody = inbound.json(BODY_LIMIT).await?;
+    let code = body.code.unwrap_or_default();
+    // Without the cookie this is not the browser that came back from the provider, whoever sent it here.
+    let binding = cookie(&inbound.headers, BINDING_COOKIE).ok_or(ApiError::Unauthorized)?;
+    let device = inbound.device();
+    let (user, session) = log_in_by_code(&api.context.database, &code, binding, &device, api.auth.lifetime())
+        .await?
+        .ok_or(ApiError::Unauthorized)?;
+    tracing::info!(user.id = %user.id, session.id = %session.id, "logged in by a code");
+    let token = api.auth.issue(user.id, session);
+    let mut response = token_answer(&api, Some(&user), &token);
+    let cleared = api.sign_in.cookie(BINDING_COOKIE, "", BINDING_PATH, 0);
+    response.headers_mut().append(header::SET_COOKIE, cleared);
+    Ok(response)
+}
+
+fn redirect(to: &str) -> Response {
+    let mut response = empty(StatusCode::TEMPORARY_REDIRECT);
+    let to = HeaderValue::from_str(to).expect("a URL is ASCII without spaces");
+    response.headers_mut().insert(header::LOCATION, to);
+    response
+}

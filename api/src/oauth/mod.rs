@@ -1,0 +1,308 @@
+//! Logging in at a provider by OAuth 2.0: where a browser is sent, and who it is that comes back. GitHub, and any provider
+//! that speaks OpenID Connect. What comes from a provider is believed only as far as it was checked, and each way in which this
+//! can go wrong has a name.
+//!
+//! Nothing here is remembered about a login under way: the browser carries it ([`attempt`]).
+
+pub mod attempt;
+mod github;
+mod oidc;
+mod settings;
+mod token;
+
+use std::{io, sync::Arc, time::Duration};
+
+use http::{Request, Response, StatusCode, header};
+use oauth2::{
+    AuthType, AuthUrl, ClientId, ClientSecret, CsrfToken, PkceCodeChallenge, RedirectUrl, Scope, TokenUrl,
+};
+use serde::{Deserialize, de::DeserializeOwned};
+use serde_json::{Map, Value};
+use shared::config::Origin;
+use subtle::ConstantTimeEq;
+use thiserror::Error;
+
+pub use settings::{GITHUB_API_URL, GITHUB_URL, ProviderSettings, Registration};
+
+use crate::{
+    domain::user::Profile,
+    outbound::{NoAnswer, Outbound},
+};
+use attempt::Attempt;
+use oidc::Discovery;
+
+/// For one question to a provider.
+pub const TIME_LIMIT: Duration = Duration::from_secs(10);
+
+/// How a login ended that was no success. The text is for the log; it holds nothing that was secret.
+#[derive(Debug, Clone, Error)]
+pub enum Failure {
+    #[error("the person declined, or the provider did")]
+    AccessDenied,
+    /// This is no answer to what we asked in this browser.
+    #[error("{0}")]
+    BadState(&'static str),
+    /// The provider answers, but not with what it should.
+    #[error("{0}")]
+    Provider(String),
+    /// It may work again in a while.
+    #[error("{0}")]
+    Unavailable(String),
+    #[error("the profile cannot be used: {0}")]
+    BadProfile(&'static str),
+}
+
+impl Failure {
+    /// As the page is told, and as it is counted.
+    pub fn code(&self) -> &'static str {
+        match self {
+            Self::AccessDenied => "access_denied",
+            Self::BadState(_) => "bad_state",
+            Self::Provider(_) => "provider_error",
+            Self::Unavailable(_) => "provider_unavailable",
+            Self::BadProfile(_) => "bad_profile",
+        }
+    }
+}
+
+/// What a provider sends the browser back with.
+#[derive(Debug, Default)]
+pub struct Returned {
+    pub state: Option<String>,
+    pub code: Option<String>,
+    pub error: Option<String>,
+    pub iss: Option<String>,
+}
+
+/// A provider that has settings. Others do not exist.
+pub struct Provider {
+    name: &'static str,
+    kind: Kind,
+    registration: Registration,
+    redirect: RedirectUrl,
+    outbound: Outbound,
+}
+
+enum Kind {
+    GitHub { issuer: String, endpoints: Arc<Endpoints> },
+    Oidc(Box<Discovery>),
+}
+
+/// Where a provider is asked for what.
+struct Endpoints {
+    authorize: AuthUrl,
+    token: TokenUrl,
+    profile: String,
+    /// How we show that we are the client that was registered.
+    auth: AuthType,
+    /// It says that its callback always names its issuer.
+    names_itself: bool,
+}
+
+/// Where to send the browser, and what it must bring back.
+pub struct Begun {
+    pub url: String,
+    pub attempt: Attempt,
+}
+
+/// All that have settings. `origin` is where they send browsers back to.
+pub fn providers(
+    settings: Vec<ProviderSettings>,
+    origin: &Origin,
+    time_limit: Duration,
+) -> io::Result<Vec<Arc<Provider>>> {
+    if settings.is_empty() {
+        return Ok(Vec::new());
+    }
+    let outbound = Outbound::new(time_limit)?;
+    let provider = |settings| Arc::new(Provider::new(settings, origin, outbound.clone()));
+    Ok(settings.into_iter().map(provider).collect())
+}
+
+impl Provider {
+    fn new(settings: ProviderSettings, origin: &Origin, outbound: Outbound) -> Self {
+        let (name, kind, registration) = match settings {
+            ProviderSettings::GitHub { url, api_url, registration } => {
+                let endpoints = Arc::new(github::endpoints(&url, &api_url));
+                ("github", Kind::GitHub { issuer: url, endpoints }, registration)
+            }
+            ProviderSettings::Oidc { issuer, registration } => {
+                ("oidc", Kind::Oidc(Box::new(Discovery::new(issuer))), registration)
+            }
+        };
+        let redirect = format!("{}/api/oauth/{name}/callback", origin.as_str());
+        let redirect = RedirectUrl::new(redirect).expect("an origin and a path are a URL");
+        Self { name, kind, registration, redirect, outbound }
+    }
+
+    pub fn name(&self) -> &'static str {
+        self.name
+    }
+
+    /// Sends a browser on its way.
+    pub async fn begin(&self) -> Result<Begun, Failure> {
+        let client = self.client(&*self.endpoints().await?);
+        let (challenge, verifier) = PkceCodeChallenge::new_random_sha256();
+        let secret = || CsrfToken::new_random_len(32);
+        let nonce = secret().into_secret();
+        let mut request = client.authorize_url(secret).set_pkce_challenge(challenge);
+        request = match &self.kind {
+            Kind::GitHub { .. } => request.add_scope(Scope::new("read:user".into())),
+            Kind::Oidc(_) => request
+                .add_scopes(["openid", "profile"].map(|scope| Scope::new(scope.into())))
+                .add_extra_param("nonce", &nonce),
+        };
+        let (url, state) = request.url();
+        let attempt = Attempt::new(self.name, state.into_secret(), verifier.into_secret(), nonce);
+        Ok(Begun { url: url.into(), attempt })
+    }
+
+    /// Whose account is it? `attempt` is what this browser carried, if we have sealed it and it is in time.
+    pub async fn finish(&self, attempt: Option<Attempt>, returned: Returned) -> Result<Profile, Failure> {
+        let attempt = attempt.ok_or(Failure::BadState("this browser carries no attempt that still lasts"))?;
+        if attempt.provider != self.name {
+            return Err(Failure::BadState("this browser's attempt is at another provider"));
+        }
+        let state = returned.state.unwrap_or_default();
+        // In constant time: how long a refusal takes says nothing about how much of a guess was right.
+        if !bool::from(state.as_bytes().ct_eq(attempt.state.as_bytes())) {
+            return Err(Failure::BadState("the state is not the one of this browser's attempt"));
+        }
+        if returned.iss.as_deref().is_some_and(|iss| !self.is_issuer(iss)) {
+            return Err(Failure::BadState("the answer is from another issuer"));
+        }
+        if let Some(error) = returned.error {
+            return Err(match error.as_str() {
+                "access_denied" => Failure::AccessDenied,
+                "temporarily_unavailable" | "server_error" => Failure::Unavailable(told(&error)),
+                _ => Failure::Provider(told(&error)),
+            });
+        }
+        let code = returned.code.ok_or_else(|| Failure::Provider("neither code nor error".into()))?;
+        let endpoints = self.endpoints().await?;
+        // RFC 9207: from one that always says who it is, an answer that does not is not its answer.
+        if endpoints.names_itself && returned.iss.is_none() {
+            return Err(Failure::BadState("the answer does not say which issuer it is from"));
+        }
+        let tokens =
+            token::exchange(&self.client(&endpoints), &self.outbound, code, attempt.verifier).await?;
+        let answer = self.profile(&endpoints.profile, tokens.access()).await?;
+        match &self.kind {
+            Kind::GitHub { issuer, .. } => github::profile(issuer, &answer),
+            Kind::Oidc(discovery) => {
+                let profile = oidc::profile(discovery.issuer(), &answer)?;
+                if let Some(id_token) = tokens.id_token() {
+                    let client_id = &self.registration.client_id;
+                    oidc::check_id_token(id_token, discovery.issuer(), client_id, &attempt.nonce, &profile)?;
+                }
+                Ok(profile)
+            }
+        }
+    }
+
+    fn is_issuer(&self, iss: &str) -> bool {
+        match &self.kind {
+            // GitHub is older than the rule, and has no issuer but where it is; its metadata say it with the path.
+            Kind::GitHub { issuer, .. } => {
+                iss == issuer || iss.strip_suffix("/login/oauth").is_some_and(|base| base == issuer)
+            }
+            Kind::Oidc(discovery) => iss == discovery.issuer(),
+        }
+    }
+
+    async fn endpoints(&self) -> Result<Arc<Endpoints>, Failure> {
+        match &self.kind {
+            Kind::GitHub { endpoints, .. } => Ok(endpoints.clone()),
+            Kind::Oidc(discovery) => discovery.endpoints(&self.outbound).await,
+        }
+    }
+
+    fn client(&self, endpoints: &Endpoints) -> token::Client {
+        oauth2::Client::new(ClientId::new(self.registration.client_id.clone()))
+            .set_client_secret(ClientSecret::new(self.registration.client_secret.clone()))
+            .set_auth_type(endpoints.auth.clone())
+            .set_auth_uri(endpoints.authorize.clone())
+            .set_token_uri(endpoints.token.clone())
+            .set_redirect_uri(self.redirect.clone())
+    }
+
+    async fn profile(&self, url: &str, access_token: &str) -> Result<Vec<u8>, Failure> {
+        let request = Request::get(url)
+            .header(header::ACCEPT, "application/json")
+            .header(header::AUTHORIZATION, format!("Bearer {access_token}"))
+            .body(Vec::new())
+            .map_err(|_| Failure::Provider("its access token cannot be sent".into()))?;
+        let response = ask(&self.outbound, request).await.map_err(|error| match error {
+            Unanswered::No(NoAnswer::TooLarge) => Failure::BadProfile("it is too large"),
+            other => other.into(),
+        })?;
+        if response.status() != StatusCode::OK {
+            return Err(Failure::Provider(format!("the profile is answered with {}", response.status())));
+        }
+        Ok(response.into_body())
+    }
+}
+
+/// Why a provider gave no answer to judge.
+#[derive(Debug, Error)]
+enum Unanswered {
+    #[error(transparent)]
+    No(#[from] NoAnswer),
+    #[error("answered {0}")]
+    Status(StatusCode),
+}
+
+impl From<Unanswered> for Failure {
+    fn from(error: Unanswered) -> Self {
+        match error {
+            Unanswered::No(NoAnswer::TooLarge) => Self::Provider(error.to_string()),
+            _ => Self::Unavailable(error.to_string()),
+        }
+    }
+}
+
+/// An answer that is not merely a bad moment of the provider's.
+async fn ask(outbound: &Outbound, mut request: Request<Vec<u8>>) -> Result<Response<Vec<u8>>, Unanswered> {
+    // GitHub answers nobody without a name.
+    request.headers_mut().insert(header::USER_AGENT, header::HeaderValue::from_static("messenger"));
+    let response = outbound.ask(request).await?;
+    let status = response.status();
+    if status.is_server_error() || status == StatusCode::TOO_MANY_REQUESTS {
+        return Err(Unanswered::Status(status));
+    }
+    Ok(response)
+}
+
+/// An error's code as a provider named it, if it has the form of one: anything could stand there, and it goes to the log.
+fn told(code: &str) -> String {
+    let is_a_code = code.len() <= 64 && code.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'_');
+    format!("the provider says {}", if is_a_code { code } else { "something odd" })
+}
+
+/// A subject, as different providers write it: a text, or a whole number. GitHub's accounts have numbers.
+#[derive(Debug, Deserialize)]
+#[serde(untagged)]
+enum Subject {
+    Number(u64),
+    Text(String),
+}
+
+impl std::fmt::Display for Subject {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Number(number) => write!(f, "{number}"),
+            Self::Text(text) => f.write_str(text),
+        }
+    }
+}
+
+/// A JSON object of this shape. Derived code alone would take an array of the values as well.
+fn object<T: DeserializeOwned>(json: &[u8]) -> Option<T> {
+    let members: Map<String, Value> = serde_json::from_slice(json).ok()?;
+    serde_json::from_value(Value::Object(members)).ok()
+}
+
+/// What should be a text and may be anything.
+fn text(value: &Value) -> Option<&str> {
+    value.as_str().filter(|text| !text.trim().is_empty())
+}

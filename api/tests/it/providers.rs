@@ -1,0 +1,384 @@
+//! Who logs people in, for tests: two real providers (`tests/providers`, run by node), one of which does whatever a test
+//! wants, and a browser that goes from one to the other.
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    fs::File,
+    io::{BufRead, BufReader},
+    path::Path,
+    process::{Command, Stdio},
+    sync::{Arc, Mutex},
+    time::Duration,
+};
+
+use api::oauth::{ProviderSettings, Registration};
+use serde_json::{Value, json};
+use shared::test_support::{
+    http::{Answer, Client},
+    process::Process,
+};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::{TcpListener, TcpStream},
+    task::JoinHandle,
+};
+use url::{Url, form_urlencoded};
+
+use crate::support::ORIGIN;
+
+const CLIENT_ID: &str = "messenger";
+pub(crate) const CLIENT_SECRET: &str = "the-client-secret-of-these-tests";
+
+fn registration() -> Registration {
+    Registration { client_id: CLIENT_ID.into(), client_secret: CLIENT_SECRET.into() }
+}
+
+pub(crate) fn github_at(url: &str) -> ProviderSettings {
+    ProviderSettings::GitHub { url: url.into(), api_url: url.into(), registration: registration() }
+}
+
+pub(crate) fn oidc_at(issuer: &str) -> ProviderSettings {
+    ProviderSettings::Oidc { issuer: issuer.into(), registration: registration() }
+}
+
+/// The real ones.
+pub(crate) struct Providers {
+    pub(crate) oidc: String,
+    pub(crate) github: String,
+    client: Client,
+    _process: Process,
+}
+
+impl Providers {
+    pub(crate) fn start() -> Self {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/providers");
+        install(&folder);
+        let mut node = Command::new("node");
+        node.arg("providers.mjs").arg(ORIGIN).current_dir(&folder).env("NO_COLOR", "1");
+        node.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null());
+        let mut process = Process::start(&mut node).expect("node starts: install Node.js 20 or later");
+        let mut lines = BufReader::new(process.child().stdout.take().unwrap()).lines();
+        let addresses: Value = lines
+            .find_map(|line| serde_json::from_str(&line.unwrap()).ok())
+            .expect("the providers say where they listen");
+        // It goes on talking, and would end if nobody listened.
+        std::thread::spawn(move || lines.for_each(drop));
+        let address = |name: &str| addresses[name].as_str().unwrap().to_owned();
+        Self {
+            oidc: address("oidc"),
+            github: address("github"),
+            client: Client::default(),
+            _process: process,
+        }
+    }
+
+    pub(crate) fn both(&self) -> Vec<ProviderSettings> {
+        vec![github_at(&self.github), oidc_at(&self.oidc)]
+    }
+
+    /// What the account `id` is called, and how it looks, at both.
+    pub(crate) async fn account(&self, id: &str, name: &str, avatar: &str) {
+        let claims = json!({
+            "preferred_username": name,
+            "picture": avatar,
+            "github": { "id": id.parse::<u64>().unwrap(), "login": name, "name": null, "avatar_url": avatar },
+        });
+        self.control(&format!("accounts/{id}"), &claims).await;
+    }
+
+    /// The one shaped as GitHub answers by forms, whatever it is asked for.
+    pub(crate) async fn answer_by_forms(&self) {
+        self.control("form", &json!(true)).await;
+    }
+
+    async fn control(&self, what: &str, value: &Value) {
+        let call = self.client.call("PUT", format!("{}/control/{what}", self.oidc));
+        call.json(value).expect(204).await;
+    }
+}
+
+/// Once for all tests that begin at the same time.
+fn install(folder: &Path) {
+    let lock = File::open(folder.join("package.json")).unwrap();
+    lock.lock().unwrap();
+    if folder.join("node_modules/oidc-provider/package.json").exists() {
+        return;
+    }
+    let npm = Command::new("npm")
+        .args(["install", "--no-package-lock", "--no-audit", "--no-fund", "--loglevel=error"])
+        .current_dir(folder)
+        .status()
+        .expect("npm starts: install Node.js 20 or later with npm");
+    assert!(npm.success(), "npm cannot install the provider of tests/providers/package.json");
+}
+
+/// Keeps cookies and follows redirects, as a person's browser does. What is at ORIGIN it asks `app`, which is a service or
+/// its address.
+#[derive(Default)]
+pub(crate) struct Browser {
+    client: Client,
+    /// By host, then name; with the path for which each is.
+    cookies: HashMap<String, BTreeMap<String, (String, String)>>,
+}
+
+impl Browser {
+    pub(crate) async fn get(&mut self, app: &impl AsRef<str>, url: &Url) -> Answer {
+        self.call(app, "GET", url, None).await
+    }
+
+    async fn call(&mut self, app: &impl AsRef<str>, method: &str, url: &Url, body: Option<&Value>) -> Answer {
+        let ours = url.as_str().strip_prefix(ORIGIN);
+        let address = ours.map_or_else(|| url.to_string(), |path| format!("{}{path}", app.as_ref()));
+        let host = url[..url::Position::BeforePath].to_owned();
+        let jar = self.cookies.entry(host).or_default();
+        let sent: Vec<_> = jar
+            .iter()
+            .filter(|(_, (_, path))| url.path().starts_with(path))
+            .map(|(name, (value, _))| format!("{name}={value}"))
+            .collect();
+        let mut call = self.client.call(method, address);
+        if !sent.is_empty() {
+            call = call.header("cookie", &sent.join("; "));
+        }
+        if let Some(body) = body {
+            call = call.json(body);
+        }
+        let answer = call.send().await.expect("an answer");
+        for cookie in set_cookies(&answer) {
+            if cookie.max_age == Some(0) || cookie.value.is_empty() {
+                jar.remove(&cookie.name);
+            } else {
+                jar.insert(cookie.name, (cookie.value, cookie.path));
+            }
+        }
+        answer
+    }
+
+    /// From `url` to where nobody redirects any more, or to our page, or as far as `until` says.
+    pub(crate) async fn follow(
+        &mut self,
+        app: &impl AsRef<str>,
+        mut url: Url,
+        until: impl Fn(&Url) -> bool,
+    ) -> Url {
+        for _ in 0..10 {
+            if until(&url) || is_page(&url) {
+                return url;
+            }
+            let answer = self.get(app, &url).await;
+            assert!((300..400).contains(&answer.status), "{} {url}: {}", answer.status, answer.text());
+            url = url.join(answer.header("location").unwrap()).unwrap();
+        }
+        panic!("redirected for ever");
+    }
+
+    /// As far as our callback, which is not asked yet.
+    pub(crate) async fn come_back(&mut self, app: &impl AsRef<str>, provider: &str, account: &str) -> Url {
+        let start = ours(&format!("/api/oauth/{provider}"));
+        let mut authorize = self.follow(app, start, |url| !url.as_str().starts_with(ORIGIN)).await;
+        authorize.query_pairs_mut().append_pair("login_hint", account);
+        self.follow(app, authorize, |url| url.as_str().starts_with(ORIGIN)).await
+    }
+
+    /// The whole way to our page.
+    pub(crate) async fn sign_in(&mut self, app: &impl AsRef<str>, provider: &str, account: &str) -> Url {
+        let callback = self.come_back(app, provider, account).await;
+        self.follow(app, callback, is_page).await
+    }
+
+    /// What our page does then.
+    pub(crate) async fn exchange(&mut self, app: &impl AsRef<str>, code: &str) -> Answer {
+        self.call(app, "POST", &ours("/api/oauth/exchange"), Some(&json!({ "code": code }))).await
+    }
+
+    pub(crate) fn cookie(&self, name: &str) -> Option<&str> {
+        self.cookies.get(ORIGIN)?.get(name).map(|(value, _)| value.as_str())
+    }
+
+    pub(crate) fn set_cookie(&mut self, name: &str, value: &str) {
+        let jar = self.cookies.entry(ORIGIN.into()).or_default();
+        jar.insert(name.into(), (value.into(), "/api/oauth".into()));
+    }
+}
+
+pub(crate) fn ours(path: &str) -> Url {
+    Url::parse(&format!("{ORIGIN}{path}")).unwrap()
+}
+
+fn is_page(url: &Url) -> bool {
+    url.as_str().starts_with(&format!("{ORIGIN}/callback?"))
+}
+
+/// A parameter of a URL.
+pub(crate) fn parameter(url: &Url, name: &str) -> Option<String> {
+    url.query_pairs().find(|(key, _)| key == name).map(|(_, value)| value.into_owned())
+}
+
+pub(crate) fn with_parameter(url: &Url, name: &str, value: Option<&str>) -> Url {
+    let kept: Vec<_> = url.query_pairs().filter(|(key, _)| key != name).collect();
+    let mut changed = url.clone();
+    changed.query_pairs_mut().clear().extend_pairs(kept).extend_pairs(value.map(|value| (name, value)));
+    changed
+}
+
+pub(crate) struct SetCookie {
+    pub(crate) name: String,
+    pub(crate) value: String,
+    pub(crate) path: String,
+    pub(crate) max_age: Option<i64>,
+    /// The whole of it.
+    pub(crate) text: String,
+}
+
+pub(crate) fn set_cookies(answer: &Answer) -> Vec<SetCookie> {
+    let parse = |text: &str| {
+        let mut parts = text.split("; ");
+        let (name, value) = parts.next().unwrap().split_once('=').unwrap();
+        let attributes: HashMap<String, &str> =
+            parts.filter_map(|part| part.split_once('=')).map(|(k, v)| (k.to_lowercase(), v)).collect();
+        SetCookie {
+            name: name.into(),
+            value: value.into(),
+            path: attributes.get("path").unwrap_or(&"/").to_string(),
+            max_age: attributes.get("max-age").map(|age| age.parse().unwrap()),
+            text: text.into(),
+        }
+    };
+    answer.headers.get_all("set-cookie").iter().map(|value| parse(value.to_str().unwrap())).collect()
+}
+
+/// What the provider that does whatever a test wants says at a path.
+#[derive(Clone)]
+pub(crate) enum Say {
+    Json(u16, Value),
+    /// Status, content type, body.
+    Raw(u16, &'static str, Vec<u8>),
+    Redirect(String),
+    /// Takes the question and never answers.
+    Nothing,
+    HangUp,
+}
+
+/// A provider of OpenID Connect, and one like GitHub, at one address.
+pub(crate) struct Fake {
+    pub(crate) url: String,
+    says: Arc<Mutex<HashMap<String, Say>>>,
+    asked: Arc<Mutex<Vec<String>>>,
+    task: JoinHandle<()>,
+}
+
+impl Drop for Fake {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+impl Fake {
+    pub(crate) async fn start() -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let url = format!("http://{}", listener.local_addr().unwrap());
+        let says: Arc<Mutex<HashMap<String, Say>>> = Arc::default();
+        let asked: Arc<Mutex<Vec<String>>> = Arc::default();
+        let task = tokio::spawn({
+            let (says, asked) = (says.clone(), asked.clone());
+            async move {
+                while let Ok((socket, _)) = listener.accept().await {
+                    tokio::spawn(answer(socket, says.clone(), asked.clone()));
+                }
+            }
+        });
+        let fake = Self { url, says, asked, task };
+        fake.is_well();
+        fake
+    }
+
+    pub(crate) fn say(&self, path: &str, say: Say) {
+        self.says.lock().unwrap().insert(path.into(), say);
+    }
+
+    /// Everything as it should be; anybody who comes is account 1, `sam`.
+    pub(crate) fn is_well(&self) {
+        let at = |path: &str| format!("{}{path}", self.url);
+        let discovery = json!({
+            "issuer": self.url,
+            "authorization_endpoint": at("/auth"),
+            "token_endpoint": at("/token"),
+            "userinfo_endpoint": at("/me"),
+        });
+        self.say("/.well-known/openid-configuration", Say::Json(200, discovery));
+        let token = Say::Json(200, json!({ "access_token": "a secret", "token_type": "Bearer" }));
+        self.say("/token", token.clone());
+        self.say("/login/oauth/access_token", token);
+        self.say("/me", Say::Json(200, json!({ "sub": "1", "preferred_username": "sam" })));
+        self.say("/user", Say::Json(200, json!({ "id": 1, "login": "sam", "avatar_url": null })));
+    }
+
+    pub(crate) fn forget(&self) {
+        self.asked.lock().unwrap().clear();
+    }
+
+    pub(crate) fn asked(&self, path: &str) -> usize {
+        self.asked.lock().unwrap().iter().filter(|asked| *asked == path).count()
+    }
+
+    /// Somebody begins to log in, and comes back with a code at once, whatever that is worth.
+    pub(crate) async fn sign_in(&self, app: &impl AsRef<str>, provider: &str) -> Url {
+        let mut browser = Browser::default();
+        let callback = begin(app, provider, &mut browser).await;
+        browser.follow(app, callback, is_page).await
+    }
+}
+
+/// Somebody begins to log in; where a provider would send them back.
+pub(crate) async fn begin(app: &impl AsRef<str>, provider: &str, browser: &mut Browser) -> Url {
+    let start = ours(&format!("/api/oauth/{provider}"));
+    let authorize = browser.follow(app, start, |url| !url.as_str().starts_with(ORIGIN)).await;
+    if is_page(&authorize) {
+        return authorize;
+    }
+    let state = parameter(&authorize, "state").unwrap();
+    let query = form_urlencoded::Serializer::new(String::new())
+        .append_pair("code", "a-code-from-elsewhere")
+        .append_pair("state", &state)
+        .finish();
+    ours(&format!("/api/oauth/{provider}/callback?{query}"))
+}
+
+async fn answer(
+    mut socket: TcpStream,
+    says: Arc<Mutex<HashMap<String, Say>>>,
+    asked: Arc<Mutex<Vec<String>>>,
+) {
+    let mut request = Vec::new();
+    // Bodies here are small, and come with their heads or right after: what is still on its way is not waited for.
+    while !request.windows(4).any(|four| four == b"\r\n\r\n") {
+        match socket.read_buf(&mut request).await {
+            Ok(read) if read > 0 => {}
+            _ => return,
+        }
+    }
+    let head = String::from_utf8_lossy(&request).into_owned();
+    let path = head.split(' ').nth(1).unwrap_or_default().to_owned();
+    asked.lock().unwrap().push(path.clone());
+    let say = says.lock().unwrap().get(&path).cloned();
+    let (status, headers, body) = match say {
+        Some(Say::Json(status, value)) => {
+            (status, "content-type: application/json".to_owned(), value.to_string().into_bytes())
+        }
+        Some(Say::Raw(status, form, body)) => (status, format!("content-type: {form}"), body),
+        Some(Say::Redirect(to)) => (302, format!("location: {to}"), Vec::new()),
+        Some(Say::Nothing) => return std::future::pending().await,
+        Some(Say::HangUp) => return,
+        None => (404, "x: y".into(), Vec::new()),
+    };
+    let head = format!(
+        "HTTP/1.1 {status} X\r\n{headers}\r\ncontent-length: {}\r\nconnection: close\r\n\r\n",
+        body.len()
+    );
+    let _ = socket.write_all(head.as_bytes()).await;
+    let _ = socket.write_all(&body).await;
+    // What was not read would turn the answer into a reset.
+    let _ = socket.shutdown().await;
+    let drain = async { while socket.read(&mut [0; 4096]).await.is_ok_and(|read| read > 0) {} };
+    let _ = tokio::time::timeout(Duration::from_secs(1), drain).await;
+}

@@ -1,0 +1,787 @@
+//! Logging in at a provider: the way there and back, fetching the token, and every way in which it can go wrong.
+
+use std::time::Duration;
+
+use api::{
+    config::Config,
+    domain::user::Profile,
+    oauth::attempt::{Attempt, Seal},
+    pruner,
+    store::{Database, identities},
+};
+use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
+use futures_util::future::join_all;
+use serde_json::{Value, json};
+use shared::{
+    claims::Audience,
+    test_support::{http::Answer, process::Signal, soon},
+};
+use sqlx::PgPool;
+
+use crate::{
+    process::serve_with,
+    providers::{
+        Browser, CLIENT_SECRET, Fake, Providers, Say, begin, github_at, oidc_at, ours, parameter,
+        set_cookies, with_parameter,
+    },
+    support::{App, ORIGIN, SECRET, assert_common_headers, assert_problem, config, keys, text},
+};
+
+fn config_with(pool: &PgPool, change: impl FnOnce(&mut Config)) -> Config {
+    let mut config = config((*pool.connect_options()).clone());
+    change(&mut config);
+    config
+}
+
+async fn count(pool: &PgPool, sql: &'static str) -> i64 {
+    sqlx::query_scalar(sql).fetch_one(pool).await.unwrap()
+}
+
+async fn sign_ins(app: &App, provider: &str, outcome: &str) -> u64 {
+    let metrics = app.client.get(format!("{}/metrics", app.ops)).expect(200).await.text();
+    let line = format!("api_sign_ins_total{{provider=\"{provider}\",outcome=\"{outcome}\"}} ");
+    metrics.lines().find_map(|text| text.strip_prefix(&line)).map_or(0, |number| number.parse().unwrap())
+}
+
+/// The answer of `/api/login`, checked for everything that it promises.
+async fn assert_logged_in(app: &App, answer: &Answer, username: &str) -> Value {
+    assert_eq!(answer.status, 200, "{}", answer.text());
+    assert_common_headers(answer);
+    let body = answer.json();
+    assert_eq!(body["authUser"]["username"], username);
+    let names: Vec<_> = body.as_object().unwrap().keys().collect();
+    assert_eq!(names, ["authUser", "expiresAt", "token"]);
+    let token = body["token"].as_str().unwrap();
+    let claims = keys().verifier().verify(token, &[Audience::Api]).unwrap();
+    assert_eq!(claims.sub.to_string(), text(&body["authUser"]["id"]));
+    let cookie = answer.cookie();
+    assert_eq!(cookie, format!("session={token}"));
+    let me = app.get("/api/auth_user").bearer(token).expect(200).await.json();
+    assert_eq!(me, body["authUser"]);
+    app.get("/api/auth_user").header("cookie", &cookie).expect(200).await;
+    body["authUser"].clone()
+}
+
+/// To the page, and no further: its code.
+async fn code_of(browser: &mut Browser, app: &App, provider: &str, account: &str) -> String {
+    let page = browser.sign_in(app, provider, account).await;
+    parameter(&page, "code").unwrap_or_else(|| panic!("{page}"))
+}
+
+#[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
+async fn a_person_logs_in_at_a_real_provider_and_is_known_the_next_time(pool: PgPool) {
+    let providers = Providers::start();
+    let app = App::start_with(config_with(&pool, |config| config.providers = providers.both())).await;
+    for (provider, issuer, account) in
+        [("github", &providers.github, "583231"), ("oidc", &providers.oidc, "77")]
+    {
+        let name = format!("octo-{provider}");
+        providers.account(account, &name, "https://a.example/1").await;
+        let mut browser = Browser::default();
+
+        // There.
+        let answer = browser.get(&app, &ours(&format!("/api/oauth/{provider}"))).await;
+        assert_eq!(answer.status, 307);
+        assert_common_headers(&answer);
+        let cookies = set_cookies(&answer);
+        assert_eq!(cookies.len(), 1);
+        assert!(cookies[0].text.starts_with("oauth_state="), "{}", cookies[0].text);
+        assert!(cookies[0].text.ends_with("; Path=/api/oauth; Max-Age=600; HttpOnly; SameSite=Lax"));
+        let there = url::Url::parse(answer.header("location").unwrap()).unwrap();
+        let asked = |name| parameter(&there, name);
+        assert!(there.as_str().starts_with(&format!("{issuer}/")));
+        assert_eq!(asked("code_challenge_method").as_deref(), Some("S256"));
+        assert_eq!(asked("response_type").as_deref(), Some("code"));
+        assert_eq!(asked("redirect_uri"), Some(format!("{ORIGIN}/api/oauth/{provider}/callback")));
+        let scope = if provider == "github" { "read:user" } else { "openid profile" };
+        assert_eq!(asked("scope").as_deref(), Some(scope));
+        assert_eq!(asked("nonce").is_some(), provider == "oidc");
+        // Nothing that belongs to us alone is said to the provider by way of the browser.
+        assert!(asked("state").unwrap().len() >= 43 && asked("code_verifier").is_none());
+
+        // Back.
+        let callback = browser.come_back(&app, provider, account).await;
+        let answer = browser.get(&app, &callback).await;
+        assert_eq!(answer.status, 307);
+        assert_common_headers(&answer);
+        let page = url::Url::parse(answer.header("location").unwrap()).unwrap();
+        let code = parameter(&page, "code").unwrap();
+        assert_eq!(page.as_str(), format!("{ORIGIN}/callback?code={code}"));
+        let cookies = set_cookies(&answer);
+        let texts: Vec<_> = cookies.iter().map(|cookie| cookie.text.as_str()).collect();
+        assert_eq!(texts.len(), 2, "{texts:?}");
+        assert!(texts[0].starts_with("oauth_binding="));
+        assert!(texts[0].ends_with("; Path=/api/oauth/exchange; Max-Age=60; HttpOnly; SameSite=Lax"));
+        assert_eq!(texts[1], "oauth_state=; Path=/api/oauth; Max-Age=0; HttpOnly; SameSite=Lax");
+        // Who reads the table has neither half.
+        let kept: (Vec<u8>, Vec<u8>) =
+            sqlx::query_as("SELECT code_hash, binding_hash FROM login_codes").fetch_one(&pool).await.unwrap();
+        for half in [&code, &cookies[0].value] {
+            let half = URL_SAFE_NO_PAD.decode(half).unwrap();
+            assert!(half.len() == 32 && half != kept.0 && half != kept.1);
+        }
+
+        // The token.
+        let answer = browser.exchange(&app, &code).await;
+        let me = assert_logged_in(&app, &answer, &name).await;
+        assert_eq!(me["avatarURL"], "https://a.example/1");
+        assert_eq!(browser.cookie("oauth_binding"), None, "it is cleared");
+        assert_eq!(count(&pool, "SELECT count(*) FROM login_codes").await, 0);
+
+        // Later, after both name and picture have changed there.
+        providers.account(account, "renamed", "https://a.example/2").await;
+        let mut phone = Browser::default();
+        let code = code_of(&mut phone, &app, provider, account).await;
+        let answer = phone.exchange(&app, &code).await;
+        let again = assert_logged_in(&app, &answer, &name).await;
+        assert_eq!(again["id"], me["id"]);
+        assert_eq!(again["avatarURL"], "https://a.example/2");
+
+        let found: String =
+            sqlx::query_scalar("SELECT issuer FROM identities WHERE subject = $1 AND user_id::text = $2")
+                .bind(account)
+                .bind(text(&me["id"]))
+                .fetch_one(&pool)
+                .await
+                .unwrap();
+        assert_eq!(&found, issuer);
+        assert_eq!(sign_ins(&app, provider, "begun").await, 3);
+        assert_eq!(sign_ins(&app, provider, "signed_in").await, 2);
+    }
+    // Another one's form of the same answer.
+    providers.answer_by_forms().await;
+    let mut browser = Browser::default();
+    let code = code_of(&mut browser, &app, "github", "583231").await;
+    assert_logged_in(&app, &browser.exchange(&app, &code).await, "octo-github").await;
+    app.stop().await;
+}
+
+#[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
+async fn what_a_real_provider_refuses_ends_at_the_page(pool: PgPool) {
+    let providers = Providers::start();
+    providers.account("1", "sam", "https://a.example/1").await;
+    let app = App::start_with(config_with(&pool, |config| config.providers = providers.both())).await;
+    // Registered with another secret.
+    let impostor = App::start_with(config_with(&pool, |config| {
+        config.providers = providers.both();
+        for provider in &mut config.providers {
+            let (api::oauth::ProviderSettings::GitHub { registration, .. }
+            | api::oauth::ProviderSettings::Oidc { registration, .. }) = provider;
+            registration.client_secret = "another-secret".into();
+        }
+    }))
+    .await;
+    let error = |page: &url::Url| {
+        assert_eq!(parameter(page, "code"), None, "{page}");
+        parameter(page, "error").unwrap()
+    };
+    for provider in ["github", "oidc"] {
+        // The person declines.
+        let page = Browser::default().sign_in(&app, provider, "nobody").await;
+        assert_eq!(error(&page), "access_denied");
+
+        // The provider's code a second time, with everything else as it was.
+        let mut browser = Browser::default();
+        let callback = browser.come_back(&app, provider, "1").await;
+        let state = browser.cookie("oauth_state").unwrap().to_owned();
+        let page = browser.follow(&app, callback.clone(), |_| false).await;
+        assert!(parameter(&page, "code").is_some());
+        browser.set_cookie("oauth_state", &state);
+        let page = browser.follow(&app, callback, |_| false).await;
+        assert_eq!(error(&page), "provider_error");
+
+        // A code for which another verifier was promised: one that was stolen from another browser.
+        let mut browser = Browser::default();
+        let callback = browser.come_back(&app, provider, "1").await;
+        let seal = Seal::new(SECRET);
+        let mut attempt = seal.open(browser.cookie("oauth_state").unwrap()).unwrap();
+        attempt.verifier = "x".repeat(43);
+        browser.set_cookie("oauth_state", &seal.seal(&attempt));
+        let page = browser.follow(&app, callback, |_| false).await;
+        assert_eq!(error(&page), "provider_error");
+
+        // We are not who was registered.
+        let page = Browser::default().sign_in(&impostor, provider, "1").await;
+        assert_eq!(error(&page), "provider_error");
+        assert_eq!(sign_ins(&app, provider, "access_denied").await, 1);
+        assert_eq!(sign_ins(&app, provider, "provider_error").await, 2);
+    }
+    // An id token of another attempt: only the provider that makes one.
+    let mut browser = Browser::default();
+    let callback = browser.come_back(&app, "oidc", "1").await;
+    let seal = Seal::new(SECRET);
+    let mut attempt = seal.open(browser.cookie("oauth_state").unwrap()).unwrap();
+    attempt.nonce = "another".into();
+    browser.set_cookie("oauth_state", &seal.seal(&attempt));
+    assert_eq!(error(&browser.follow(&app, callback, |_| false).await), "provider_error");
+    impostor.stop().await;
+    app.stop().await;
+}
+
+#[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
+async fn an_answer_counts_only_in_the_browser_that_asked(pool: PgPool) {
+    let fake = Fake::start().await;
+    let settings = vec![github_at(&fake.url), oidc_at(&fake.url)];
+    let app = App::start_with(config_with(&pool, |config| config.providers = settings)).await;
+    for (provider, other) in [("github", "oidc"), ("oidc", "github")] {
+        let mut browser = Browser::default();
+        let callback = begin(&app, provider, &mut browser).await;
+        let cookie = browser.cookie("oauth_state").unwrap().to_owned();
+        let mut elsewhere = Browser::default();
+        begin(&app, provider, &mut elsewhere).await;
+        let foreign = elsewhere.cookie("oauth_state").unwrap().to_owned();
+        let seal = Seal::new(SECRET);
+        let attempt = seal.open(&cookie).unwrap();
+        let expired = seal.seal(
+            &serde_json::from_value::<Attempt>(json!({
+                "provider": provider,
+                "state": attempt.state,
+                "verifier": attempt.verifier,
+                "nonce": attempt.nonce,
+                "expires_at": 1_700_000_000,
+            }))
+            .unwrap(),
+        );
+        let state = attempt.state.clone();
+        let mut at_another = attempt.clone();
+        at_another.provider = other.into();
+        let at_another = seal.seal(&at_another);
+        let tampered = format!("{}A{}", &cookie[..9], &cookie[10..]);
+        let by_another_secret = Seal::new("another secret, also long enough").seal(&attempt);
+        let changed = |name, value: Option<&str>| with_parameter(&callback, name, value);
+        for (what, cookie, callback) in [
+            ("no cookie", None, callback.clone()),
+            ("another browser's", Some(&foreign), callback.clone()),
+            ("too late", Some(&expired), callback.clone()),
+            ("another provider's", Some(&at_another), callback.clone()),
+            ("tampered", Some(&tampered), callback.clone()),
+            ("not sealed by us", Some(&by_another_secret), callback.clone()),
+            ("nonsense", Some(&"x.y".to_owned()), callback.clone()),
+            ("no state", Some(&cookie), changed("state", None)),
+            ("wrong state", Some(&cookie), changed("state", Some("x"))),
+            ("a longer state", Some(&cookie), changed("state", Some(&format!("{state}x")))),
+            ("another issuer", Some(&cookie), changed("iss", Some("https://evil.example"))),
+            ("a denial that is not ours", Some(&foreign), changed("error", Some("access_denied"))),
+        ] {
+            let mut browser = Browser::default();
+            if let Some(cookie) = cookie {
+                browser.set_cookie("oauth_state", cookie);
+            }
+            let answer = browser.get(&app, &callback).await;
+            assert_eq!(
+                answer.header("location"),
+                Some(&*format!("{ORIGIN}/callback?error=bad_state")),
+                "{what}"
+            );
+            // What another page made this browser do ends nothing that it has begun.
+            assert!(set_cookies(&answer).is_empty(), "{what}");
+        }
+        assert_eq!(fake.asked("/token") + fake.asked("/login/oauth/access_token"), 0, "nobody was asked");
+        assert_eq!(sign_ins(&app, provider, "bad_state").await, 12);
+        // And after all that it still ends well where it began.
+        let page = browser.follow(&app, changed("iss", Some(&fake.url)), |_| false).await;
+        assert!(parameter(&page, "code").is_some(), "{page}");
+        fake.forget();
+    }
+
+    // A provider that always says who it is, and once does not.
+    let naming = Fake::start().await;
+    naming.say(
+        "/.well-known/openid-configuration",
+        Say::Json(
+            200,
+            json!({
+                "issuer": naming.url,
+                "authorization_endpoint": format!("{}/auth", naming.url),
+                "token_endpoint": format!("{}/token", naming.url),
+                "userinfo_endpoint": format!("{}/me", naming.url),
+                "authorization_response_iss_parameter_supported": true,
+            }),
+        ),
+    );
+    let settings = vec![oidc_at(&naming.url)];
+    let strict = App::start_with(config_with(&pool, |config| config.providers = settings)).await;
+    let page = naming.sign_in(&strict, "oidc").await;
+    assert_eq!(parameter(&page, "error").as_deref(), Some("bad_state"));
+    strict.stop().await;
+    app.stop().await;
+}
+
+#[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
+async fn a_provider_that_fails_ends_at_the_page(pool: PgPool) {
+    let fake = Fake::start().await;
+    let settings = vec![github_at(&fake.url), oidc_at(&fake.url)];
+    let app = App::start_with(config_with(&pool, |config| {
+        config.providers = settings;
+        config.provider_time_limit = Duration::from_millis(300);
+    }))
+    .await;
+    let raw = |status, body: &[u8]| Say::Raw(status, "text/html", body.to_vec());
+    let huge = || {
+        let members = format!(
+            r#"{{"access_token":"a","token_type":"bearer","id":1,"sub":"1","x":"{}"}}"#,
+            "x".repeat(1 << 20)
+        );
+        Say::Raw(200, "application/json", members.into_bytes())
+    };
+    let moved = || Say::Redirect(format!("{}/elsewhere", fake.url));
+    fake.say(
+        "/elsewhere",
+        Say::Json(200, json!({ "access_token": "a", "token_type": "bearer", "id": 1, "sub": "1" })),
+    );
+    let (unavailable, error, profile) = ("provider_unavailable", "provider_error", "bad_profile");
+
+    for (provider, token, me) in [("github", "/login/oauth/access_token", "/user"), ("oidc", "/token", "/me")]
+    {
+        let cases = [
+            (token, Say::Nothing, unavailable),
+            (token, Say::HangUp, unavailable),
+            (token, raw(500, b"oops"), unavailable),
+            (token, raw(503, b""), unavailable),
+            (token, raw(429, b""), unavailable),
+            (token, Say::Json(400, json!({ "error": "temporarily_unavailable" })), unavailable),
+            (token, huge(), error),
+            (token, moved(), error),
+            (token, raw(200, b"<html>"), error),
+            (token, raw(200, b""), error),
+            (token, raw(404, b""), error),
+            (token, Say::Json(200, json!([])), error),
+            (token, Say::Json(200, json!({ "token_type": "bearer" })), error),
+            (token, Say::Json(200, json!({ "access_token": "a\r\nb", "token_type": "bearer" })), error),
+            (token, Say::Json(200, json!({ "error": "bad_verification_code" })), error),
+            (token, Say::Json(200, json!({ "error": 7 })), error),
+            (
+                token,
+                Say::Raw(200, "application/x-www-form-urlencoded", b"error=x&error_description=y".to_vec()),
+                error,
+            ),
+            (me, Say::Nothing, unavailable),
+            (me, Say::HangUp, unavailable),
+            (me, raw(502, b""), unavailable),
+            (me, raw(401, b""), error),
+            (me, moved(), error),
+            (me, huge(), profile),
+            (me, raw(200, b"<html>"), profile),
+            (me, raw(200, b"\xff\xfe"), profile),
+            (me, Say::Json(200, json!({ "login": "sam" })), profile),
+            (me, Say::Json(200, json!({ "id": null, "sub": null })), profile),
+            (me, Say::Json(200, json!({ "id": -1, "sub": -1 })), profile),
+            (me, Say::Json(200, json!({ "id": "", "sub": "" })), profile),
+            (me, Say::Json(200, json!({ "id": "a\u{0}", "sub": "a\u{0}" })), profile),
+            (me, Say::Json(200, json!([1])), profile),
+        ];
+        for (at, say, code) in cases {
+            fake.is_well();
+            fake.say(at, say);
+            let page = fake.sign_in(&app, provider).await;
+            let asked = fake.asked(at);
+            assert_eq!(page.as_str(), format!("{ORIGIN}/callback?error={code}"), "{at}, asked {asked} times");
+        }
+        assert_eq!(sign_ins(&app, provider, "provider_unavailable").await, 9);
+        assert_eq!(fake.asked("/elsewhere"), 0, "redirects are not followed");
+        // Nobody came of all that, and nothing of it lasts.
+        fake.is_well();
+        let page = fake.sign_in(&app, provider).await;
+        assert!(parameter(&page, "code").is_some(), "{page}");
+    }
+    // They are at one address, so this is one account.
+    assert_eq!(count(&pool, "SELECT count(*) FROM users").await, 1);
+
+    // What the provider says instead of an answer.
+    let mut browser = Browser::default();
+    for (said, code) in [
+        ("access_denied", "access_denied"),
+        ("temporarily_unavailable", "provider_unavailable"),
+        ("invalid_scope", "provider_error"),
+        ("\"><script>", "provider_error"),
+    ] {
+        let callback = begin(&app, "github", &mut browser).await;
+        let callback = with_parameter(&with_parameter(&callback, "code", None), "error", Some(said));
+        let page = browser.follow(&app, callback, |_| false).await;
+        assert_eq!(page.as_str(), format!("{ORIGIN}/callback?error={code}"));
+    }
+    let callback = with_parameter(&begin(&app, "github", &mut browser).await, "code", None);
+    let page = browser.follow(&app, callback, |_| false).await;
+    assert_eq!(parameter(&page, "error").as_deref(), Some("provider_error"));
+    app.stop().await;
+}
+
+#[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
+async fn a_provider_that_does_not_tell_its_endpoints_is_asked_again_later(pool: PgPool) {
+    const DISCOVERY: &str = "/.well-known/openid-configuration";
+    let fake = Fake::start().await;
+    let start = async || {
+        App::start_with(config_with(&pool, |config| {
+            config.providers = vec![oidc_at(&fake.url)];
+            config.provider_time_limit = Duration::from_millis(300);
+        }))
+        .await
+    };
+    let document = json!({
+        "issuer": "https://id.example",
+        "authorization_endpoint": "https://id.example/a",
+        "token_endpoint": "https://id.example/t",
+        "userinfo_endpoint": "https://id.example/u",
+    });
+    for (say, code) in [
+        (Say::Nothing, "provider_unavailable"),
+        (Say::Json(500, json!({})), "provider_unavailable"),
+        (Say::Json(404, json!({})), "provider_error"),
+        (Say::Json(200, json!({})), "provider_error"),
+        // Another issuer's.
+        (Say::Json(200, document), "provider_error"),
+    ] {
+        let app = start().await;
+        fake.say(DISCOVERY, say);
+        let before = fake.asked(DISCOVERY);
+        // Also of many who come at once only one asks, and the others are told what it heard.
+        let pages = join_all((0..5).map(|_| fake.sign_in(&app, "oidc"))).await;
+        for page in pages {
+            assert_eq!(page.as_str(), format!("{ORIGIN}/callback?error={code}"));
+        }
+        assert_eq!(fake.asked(DISCOVERY) - before, 1);
+        app.stop().await;
+    }
+    let app = start().await;
+    fake.say(DISCOVERY, Say::HangUp);
+    assert!(parameter(&fake.sign_in(&app, "oidc").await, "error").is_some());
+    fake.is_well();
+    shared::test_support::until("it is asked again", || async {
+        parameter(&fake.sign_in(&app, "oidc").await, "code").is_some()
+    })
+    .await;
+    // What was told is kept.
+    let before = fake.asked(DISCOVERY);
+    fake.say(DISCOVERY, Say::HangUp);
+    assert!(parameter(&fake.sign_in(&app, "oidc").await, "code").is_some());
+    assert_eq!(fake.asked(DISCOVERY), before);
+    app.stop().await;
+}
+
+#[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
+async fn a_provider_that_is_not_there_ends_at_the_page(pool: PgPool) {
+    // An address that was just free.
+    let nowhere = {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        format!("http://{}", listener.local_addr().unwrap())
+    };
+    let settings = vec![github_at(&nowhere), oidc_at(&nowhere)];
+    let app = App::start_with(config_with(&pool, |config| config.providers = settings)).await;
+    for provider in ["github", "oidc"] {
+        let mut browser = Browser::default();
+        let callback = begin(&app, provider, &mut browser).await;
+        let page = browser.follow(&app, callback, |_| false).await;
+        assert_eq!(page.as_str(), format!("{ORIGIN}/callback?error=provider_unavailable"));
+    }
+    app.stop().await;
+}
+
+#[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
+async fn a_code_is_good_once_in_one_browser_for_a_minute(pool: PgPool) {
+    let fake = Fake::start().await;
+    let start = async || {
+        App::start_with(config_with(&pool, |config| config.providers = vec![github_at(&fake.url)])).await
+    };
+    let (app, replica) = (start().await, start().await);
+    let arrive = async || {
+        let mut browser = Browser::default();
+        let callback = begin(&app, "github", &mut browser).await;
+        let page = browser.follow(&app, callback, |_| false).await;
+        (parameter(&page, "code").unwrap(), browser)
+    };
+    let refused = |answer: &Answer| {
+        assert_problem(answer, 401, "Unauthorized");
+        assert!(set_cookies(answer).is_empty());
+    };
+
+    // In another browser: one without the cookie, and one that has its own.
+    let (code, mut browser) = arrive().await;
+    let (other_code, mut other) = arrive().await;
+    refused(&Browser::default().exchange(&app, &code).await);
+    refused(&other.exchange(&app, &code).await);
+    refused(&browser.exchange(&app, &other_code).await);
+    // Nor something else in its place.
+    for wrong in ["", "x", &code.to_uppercase(), &format!("{code}="), &code[1..]] {
+        refused(&browser.exchange(&app, wrong).await);
+    }
+    let binding = browser.cookie("oauth_binding").unwrap().to_owned();
+    refused(&browser.exchange(&app, &binding).await);
+    // None of which has used them up. Any replica takes it.
+    assert_logged_in(&app, &browser.exchange(&replica, &code).await, "sam").await;
+    assert_logged_in(&app, &other.exchange(&app, &other_code).await, "sam").await;
+
+    // Twice, also with the cookie kept.
+    browser.set_cookie("oauth_binding", &binding);
+    refused(&browser.exchange(&app, &code).await);
+    refused(&browser.exchange(&replica, &code).await);
+
+    // Many times at once, at both: one gets it.
+    let (code, browser) = arrive().await;
+    let cookie = format!("oauth_binding={}", browser.cookie("oauth_binding").unwrap());
+    let answers = join_all((0..20).map(|n| {
+        let call = if n % 2 == 0 { &app } else { &replica }.post("/api/oauth/exchange");
+        call.header("cookie", &cookie).json(&json!({ "code": code })).send()
+    }))
+    .await;
+    let given = answers.iter().filter(|answer| answer.as_ref().unwrap().status == 200).count();
+    assert_eq!(given, 1);
+
+    // Too late; and what nobody fetched is deleted.
+    let (code, mut browser) = arrive().await;
+    let left = "SELECT extract(epoch FROM expires_at - now())::bigint FROM login_codes";
+    assert!((50..=60).contains(&count(&pool, left).await));
+    let (young, mut in_time) = arrive().await;
+    sqlx::query("UPDATE login_codes SET expires_at = now() WHERE code_hash = sha256($1)")
+        .bind(code.as_bytes())
+        .execute(&pool)
+        .await
+        .unwrap();
+    refused(&browser.exchange(&app, &code).await);
+    let database = Database::new((*pool.connect_options()).clone(), 1);
+    assert_eq!(pruner::prune_codes(&database).await.unwrap(), 1);
+    assert_eq!(pruner::prune_codes(&database).await.unwrap(), 0);
+    database.close().await;
+    assert_logged_in(&app, &in_time.exchange(&app, &young).await, "sam").await;
+
+    // Somebody who is deleted meanwhile.
+    let (code, mut browser) = arrive().await;
+    sqlx::query("DELETE FROM users").execute(&pool).await.unwrap();
+    refused(&browser.exchange(&app, &code).await);
+    app.stop().await;
+    replica.stop().await;
+}
+
+#[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
+async fn the_exchange_checks_in_the_order_of_all_endpoints(pool: PgPool) {
+    let app = App::start(&pool).await;
+    let post = |form: &str, body: &str| {
+        let headers = [("content-type", form.to_owned())];
+        let body = body.to_owned();
+        let app = &app;
+        async move {
+            let headers = headers.each_ref().map(|(name, value)| (*name, value.as_str()));
+            crate::raw::post(app, "/api/oauth/exchange", &headers, body).await
+        }
+    };
+    let huge = format!(r#"{{"code":"{}"}}"#, "x".repeat(17 * 1024));
+    for (body, status) in [(huge.as_str(), 413), ("{", 400), (r#"{"code":7}"#, 400), ("[]", 400), ("{}", 401)]
+    {
+        let sentence = "Content type of application/json required";
+        assert_problem(&post("application/x-www-form-urlencoded", body).await, 415, sentence);
+        assert_problem(&post("text/plain", body).await, 415, sentence);
+        assert_eq!(post("application/json", body).await.status, status, "{status}");
+    }
+    for body in ["{}", r#"{"code":null}"#, r#"{"code":""}"#, r#"{"code":"a\u0000"}"#] {
+        let answer = post("application/json", body).await;
+        assert_problem(&answer, 401, "Unauthorized");
+        assert_eq!(answer.header("www-authenticate"), Some("Bearer"));
+    }
+    app.stop().await;
+}
+
+#[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
+async fn a_provider_without_settings_does_not_exist(pool: PgPool) {
+    let fake = Fake::start().await;
+    let none = App::start(&pool).await;
+    let one =
+        App::start_with(config_with(&pool, |config| config.providers = vec![github_at(&fake.url)])).await;
+    for method in ["GET", "HEAD", "POST", "DELETE"] {
+        for (app, provider) in [
+            (&none, "github"),
+            (&none, "oidc"),
+            (&one, "oidc"),
+            (&one, "gitlab"),
+            (&one, "GitHub"),
+            (&one, ""),
+        ] {
+            for path in [format!("/api/oauth/{provider}"), format!("/api/oauth/{provider}/callback?code=x")] {
+                let answer = app.call(method, &path).bearer("bad").send().await.unwrap();
+                assert_eq!(answer.status, 404, "{method} {path}");
+                if method != "HEAD" {
+                    assert_problem(&answer, 404, "Not found");
+                }
+            }
+        }
+        for path in ["/api/oauth/github", "/api/oauth/github/callback"] {
+            let answer = one.call(method, path).bearer("bad").send().await.unwrap();
+            assert_common_headers(&answer);
+            if ["GET", "HEAD"].contains(&method) {
+                assert_eq!((answer.status, answer.body.len()), (307, 0), "{method} {path}");
+            } else {
+                assert_problem(&answer, 405, "Method not allowed");
+                assert_eq!(answer.header("allow"), Some("GET, HEAD"));
+            }
+        }
+    }
+    for path in ["/api/oauth", "/api/oauth/github/callback/x", "/api/oauth/github/x"] {
+        assert_eq!(one.get(path).send().await.unwrap().status, 404, "{path}");
+    }
+    none.stop().await;
+    one.stop().await;
+}
+
+#[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
+async fn the_original_clients_page_gets_its_token_by_a_setting(pool: PgPool) {
+    let fake = Fake::start().await;
+    let app = App::start_with(config_with(&pool, |config| {
+        config.providers = vec![github_at(&fake.url)];
+        config.callback_token_in_query = true;
+    }))
+    .await;
+    let mut browser = Browser::default();
+    let callback = begin(&app, "github", &mut browser).await;
+    let answer = browser.get(&app, &callback).await;
+    let page = url::Url::parse(answer.header("location").unwrap()).unwrap();
+    let names: Vec<_> = page.query_pairs().map(|(name, _)| name.into_owned()).collect();
+    assert_eq!(names, ["token", "expires_at"]);
+    let token = parameter(&page, "token").unwrap();
+    let expires_at = chrono::DateTime::parse_from_rfc3339(&parameter(&page, "expires_at").unwrap()).unwrap();
+    let claims = keys().verifier().verify(&token, &[Audience::Api]).unwrap();
+    assert_eq!(claims.exp, expires_at.timestamp());
+    app.get("/api/auth_user").bearer(&token).expect(200).await;
+    assert_eq!(browser.cookie("session"), Some(token.as_str()));
+    assert_eq!(browser.cookie("oauth_binding"), None);
+    assert_eq!(browser.cookie("oauth_state"), None);
+    assert_eq!(count(&pool, "SELECT count(*) FROM login_codes").await, 0);
+    app.stop().await;
+}
+
+#[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
+async fn behind_https_no_cookie_goes_without(pool: PgPool) {
+    let fake = Fake::start().await;
+    let app = App::start_with(config_with(&pool, |config| {
+        config.origin = "https://chat.example".parse().unwrap();
+        config.providers = vec![github_at(&fake.url)];
+    }))
+    .await;
+    let answer = app.get("/api/oauth/github").expect(307).await;
+    let there = url::Url::parse(answer.header("location").unwrap()).unwrap();
+    let back = "https://chat.example/api/oauth/github/callback";
+    assert_eq!(parameter(&there, "redirect_uri").as_deref(), Some(back));
+    let cookies = set_cookies(&answer);
+    assert!(cookies[0].text.ends_with("; HttpOnly; SameSite=Lax; Secure"), "{}", cookies[0].text);
+    let state = parameter(&there, "state").unwrap();
+    let answer = app
+        .get(&format!("/api/oauth/github/callback?code=x&state={state}"))
+        .header("cookie", &format!("oauth_state={}", cookies[0].value))
+        .expect(307)
+        .await;
+    assert!(answer.header("location").unwrap().starts_with("https://chat.example/callback?code="));
+    for cookie in set_cookies(&answer) {
+        assert!(cookie.text.ends_with("; HttpOnly; SameSite=Lax; Secure"), "{}", cookie.text);
+    }
+    app.stop().await;
+}
+
+#[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
+async fn a_taken_name_gets_a_suffix(pool: PgPool) {
+    let fake = Fake::start().await;
+    let app =
+        App::start_with(config_with(&pool, |config| config.providers = vec![github_at(&fake.url)])).await;
+    app.user(&pool, "sam").await;
+    let mut names = Vec::new();
+    for id in 1..=3 {
+        fake.say(
+            "/user",
+            Say::Json(200, json!({ "id": id, "login": " s\u{7}am", "avatar_url": "javascript:1" })),
+        );
+        let mut browser = Browser::default();
+        let callback = begin(&app, "github", &mut browser).await;
+        let page = browser.follow(&app, callback, |_| false).await;
+        let answer = browser.exchange(&app, &parameter(&page, "code").unwrap()).await;
+        let body = answer.json();
+        assert_eq!(body["authUser"]["avatarURL"], Value::Null);
+        names.push(text(&body["authUser"]["username"]));
+    }
+    assert_eq!(names, ["sam-2", "sam-3", "sam-4"]);
+
+    // Many more of them: the numbers end, and then it is something that nobody has.
+    let mut connection = pool.acquire().await.unwrap();
+    for subject in 0..20 {
+        let profile = Profile::new("https://id.example", &format!("s{subject}"), Some("sam"), None).unwrap();
+        let (_, created) = identities::provision(&mut connection, &profile).await.unwrap();
+        assert!(created);
+    }
+    let random: Vec<String> =
+        sqlx::query_scalar("SELECT username FROM users WHERE username ~ '^sam-[0-9a-f]{8}$'")
+            .fetch_all(&pool)
+            .await
+            .unwrap();
+    assert_eq!((random.len(), count(&pool, "SELECT count(*) FROM users").await), (4, 24));
+    drop(connection);
+    app.stop().await;
+}
+
+#[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
+async fn first_logins_at_once_make_one_user(pool: PgPool) {
+    let database = Database::new((*pool.connect_options()).clone(), 16);
+    for round in 0..20 {
+        // All of one account; and at the same time as many others who want the same name.
+        let provision = |subject: String| {
+            let database = &database;
+            async move {
+                let profile = Profile::new("https://id.example", &subject, Some("sam"), None).unwrap();
+                database
+                    .run(async |connection| identities::provision(connection, &profile).await)
+                    .await
+                    .unwrap()
+            }
+        };
+        let same = join_all((0..8).map(|_| provision(format!("same-{round}"))));
+        let others = join_all((0..8).map(|other| provision(format!("other-{round}-{other}"))));
+        let (same, others) = tokio::join!(same, others);
+        assert_eq!(same.iter().filter(|(_, created)| *created).count(), 1);
+        assert!(same.iter().all(|(user, _)| *user == same[0].0));
+        assert!(others.iter().all(|(user, created)| *created && *user != same[0].0));
+        let users = count(&pool, "SELECT count(*) FROM users").await;
+        assert_eq!((users, count(&pool, "SELECT count(*) FROM identities").await), (9 * (round + 1), users));
+    }
+    database.close().await;
+    assert_eq!(count(&pool, "SELECT count(*) FROM feed_heads").await, 180);
+}
+
+#[sqlx::test(migrations = false)]
+async fn nothing_of_a_login_is_in_the_log(pool: PgPool) {
+    let fake = Fake::start().await;
+    let folder = tempfile::tempdir().unwrap();
+    let mut server = serve_with(&pool, folder.path(), "0", |command| {
+        command
+            .env("GITHUB_CLIENT_ID", "messenger")
+            .env("GITHUB_CLIENT_SECRET", CLIENT_SECRET)
+            .envs([("GITHUB_URL", &fake.url), ("GITHUB_API_URL", &fake.url)]);
+    });
+    let mut secrets = vec![CLIENT_SECRET.to_owned(), "a-code-from-elsewhere".into(), "a secret".into()];
+    let mut browser = Browser::default();
+    for (at, say) in [
+        ("/user", None),
+        ("/login/oauth/access_token", Some(Say::Json(400, json!({ "error": "a secret" })))),
+        ("/login/oauth/access_token", Some(Say::Json(200, json!({ "access_token": ["a secret"] })))),
+        ("/user", Some(Say::Raw(200, "text/plain", b"a secret".to_vec()))),
+        ("/user", Some(Say::Json(200, json!({ "id": "a secret" })))),
+        ("/user", Some(Say::HangUp)),
+    ] {
+        fake.is_well();
+        let goes_well = say.is_none();
+        say.into_iter().for_each(|say| fake.say(at, say));
+        let callback = begin(&server.public, "github", &mut browser).await;
+        let sealed = browser.cookie("oauth_state").unwrap().to_owned();
+        let attempt = Seal::new(SECRET).open(&sealed).unwrap();
+        secrets.extend([sealed, attempt.state, attempt.verifier]);
+        let page = browser.follow(&server.public, callback, |_| false).await;
+        if goes_well {
+            let code = parameter(&page, "code").unwrap();
+            secrets.push(browser.cookie("oauth_binding").unwrap().to_owned());
+            let answer = browser.exchange(&server.public, &code).await;
+            secrets.extend([code, text(&answer.json()["token"])]);
+        } else {
+            assert!(parameter(&page, "error").is_some(), "{page}");
+        }
+    }
+    server.process.signal(Signal::SIGTERM);
+    soon("the process ends", server.process.wait()).await;
+    let said = server.said().await;
+    assert!(said.contains("logged in at a provider") && said.contains("a login failed"), "{said}");
+    for secret in &secrets {
+        assert!(!said.contains(secret), "{secret} is in {said}");
+    }
+}
