@@ -1,6 +1,7 @@
 //! What a user can change, one file per change. A command runs its one statement and publishes what was committed. Once
 //! begun it goes on to its end, also when the client hangs up: what is committed is published.
 
+pub mod block_user;
 pub mod end_session;
 pub mod log_in;
 pub mod mark_read;

@@ -4,6 +4,7 @@
 //! A rejection means "not my route" and nothing else. Each path ends in its own 405; what no path takes is the one 404.
 
 pub mod auth;
+mod blocks;
 mod conversations;
 mod cors;
 mod edge;
@@ -62,6 +63,7 @@ pub fn public(api: &Arc<Api>) -> BoxedFilter<(Response,)> {
         at("/api/stream_token", sessions::stream_token(api)),
         at("/api/auth_user", users::auth_user(api)),
         at("/api/usernames", users::usernames(api)),
+        at("/api/blocks/{id}", blocks::block(api)),
         at("/api/conversations", conversations::conversations(api)),
         at("/api/conversations/{id}", conversations::conversation(api)),
         at("/api/conversations/{id}/other_participant", conversations::other_participant(api)),

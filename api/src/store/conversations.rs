@@ -104,7 +104,7 @@ pub async fn find(
     let row = sqlx::query_as!(
         Row,
         r#"SELECT p.conversation_id AS id, p.unread_count, p.last_read_message_id,
-                  other.last_read_message_id AS other_last_read_message_id,
+                  read_of_seen(other.last_read_message_id, p.last_message_id) AS other_last_read_message_id,
                   u.id AS other_id, u.username AS other_username, u.avatar_url AS other_avatar_url,
                   m.id AS "message_id?", m.content AS "message_content?", m.created_at AS "message_created_at?",
                   m.sender_id = p.user_id AS message_mine
@@ -150,7 +150,7 @@ pub async fn page(
     let rows = sqlx::query_as!(
         Row,
         r#"SELECT p.conversation_id AS id, p.unread_count, p.last_read_message_id,
-                  other.last_read_message_id AS other_last_read_message_id,
+                  read_of_seen(other.last_read_message_id, p.last_message_id) AS other_last_read_message_id,
                   u.id AS other_id, u.username AS other_username, u.avatar_url AS other_avatar_url,
                   m.id AS "message_id?", m.content AS "message_content?", m.created_at AS "message_created_at?",
                   m.sender_id = p.user_id AS message_mine

@@ -119,6 +119,8 @@ struct Row {
     mine: Option<bool>,
 }
 
+/// What is hidden from the reader is passed over, one by one: a page costs what lies between its messages too.
+///
 /// `None`: no conversation of the reader. One row without a message says that the conversation is there but the window empty.
 pub async fn page(
     connection: &mut PgConnection,
@@ -137,7 +139,9 @@ pub async fn page(
                FROM participants AS p
                LEFT JOIN LATERAL (
                    SELECT * FROM messages
-                   WHERE conversation_id = p.conversation_id AND id > $3 AND id < $4 ORDER BY id DESC LIMIT $5
+                   WHERE conversation_id = p.conversation_id AND id > $3 AND id < $4
+                     AND hidden_from IS DISTINCT FROM p.user_id
+                   ORDER BY id DESC LIMIT $5
                ) AS m ON true
                WHERE p.conversation_id = $1 AND p.user_id = $2
                ORDER BY m.id DESC"#,
@@ -157,7 +161,9 @@ pub async fn page(
                FROM participants AS p
                LEFT JOIN LATERAL (
                    SELECT * FROM messages
-                   WHERE conversation_id = p.conversation_id AND id > $3 AND id < $4 ORDER BY id ASC LIMIT $5
+                   WHERE conversation_id = p.conversation_id AND id > $3 AND id < $4
+                     AND hidden_from IS DISTINCT FROM p.user_id
+                   ORDER BY id ASC LIMIT $5
                ) AS m ON true
                WHERE p.conversation_id = $1 AND p.user_id = $2
                ORDER BY m.id ASC"#,

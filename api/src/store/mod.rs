@@ -3,6 +3,7 @@
 //! [`Database`] bounds what a question may cost: so many connections, so long to get one, so long to be answered. Whoever
 //! cannot be served in that time is told so.
 
+pub mod blocks;
 pub mod conversations;
 pub mod feed;
 pub mod identities;

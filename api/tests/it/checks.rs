@@ -19,6 +19,7 @@ const PATHS: &[(&str, &str)] = &[
     ("/api/stream_token", "POST"),
     ("/api/auth_user", "GET, HEAD"),
     ("/api/usernames", "GET, HEAD"),
+    ("/api/blocks/{id}", "PUT, DELETE"),
     ("/api/conversations", "GET, HEAD, POST"),
     ("/api/conversations/{id}", "GET, HEAD"),
     ("/api/conversations/{id}/other_participant", "GET, HEAD"),

@@ -1,0 +1,243 @@
+//! Blocks: the blocked one notices nothing, and the blocker hears nothing.
+
+use serde_json::{Value, json};
+use sqlx::PgPool;
+
+use crate::{
+    failures::{Listener, with_redis},
+    support::{App, ORIGIN, User, assert_common_headers, assert_problem, redis_url, text},
+};
+
+async fn block(user: &User, other: &User) {
+    let answer = user.call("PUT", &format!("/api/blocks/{}", other.id)).expect(204).await;
+    assert!(answer.body.is_empty());
+    assert_common_headers(&answer);
+}
+
+async fn unblock(user: &User, other: &User) {
+    user.call("DELETE", &format!("/api/blocks/{}", other.id)).expect(204).await;
+}
+
+/// The contents of a page of messages, marking nothing.
+async fn page(user: &User, conversation: &str, query: &str) -> Vec<String> {
+    let page = user.messages(conversation, &format!("?markRead=false{query}")).expect(200).await.json();
+    page.as_array().unwrap().iter().map(|message| text(&message["content"])).collect()
+}
+
+async fn see(user: &User, conversation: &str) -> Value {
+    user.conversation(conversation).expect(200).await.json()
+}
+
+async fn count(app: &App, user: &User) -> usize {
+    app.feed(user.id).await.len()
+}
+
+#[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
+async fn a_block_is_set_and_ended_any_number_of_times_and_needs_somebody_else(pool: PgPool) {
+    let app = App::start(&pool).await;
+    let (john, jane) = (app.user(&pool, "john").await, app.user(&pool, "jane").await);
+    let gone = app.login("jane").await;
+    gone.call("POST", "/api/logout").expect(204).await;
+    for _ in 0..2 {
+        unblock(&jane, &john).await;
+        block(&jane, &john).await;
+        block(&jane, &john).await;
+    }
+    let blocks: Vec<(i64, i64)> =
+        sqlx::query_as("SELECT blocker_id, blocked_id FROM blocks").fetch_all(&pool).await.unwrap();
+    assert_eq!(blocks, [(jane.id.0, john.id.0)]);
+    for method in ["PUT", "DELETE"] {
+        for nobody in ["999".to_owned(), "no-id".into(), "0".into(), jane.id.to_string()] {
+            let path = format!("/api/blocks/{nobody}");
+            assert_problem(&jane.call(method, &path).send().await.unwrap(), 404, "User not found");
+            // 401, 403, 404.
+            assert_problem(&gone.call(method, &path).send().await.unwrap(), 401, "Unauthorized");
+            let foreign = || app.call(method, &path).header("origin", "https://evil.example");
+            let answer = foreign().header("cookie", &gone.cookie).send().await.unwrap();
+            assert_problem(&answer, 401, "Unauthorized");
+            let answer = foreign().header("cookie", &jane.cookie).send().await.unwrap();
+            assert_problem(&answer, 403, "Origin not allowed");
+        }
+        // By cookie from a page of ours.
+        let path = format!("/api/blocks/{}", john.id);
+        app.call(method, &path).header("cookie", &jane.cookie).header("origin", ORIGIN).expect(204).await;
+        gone.call(method, &path).expect(401).await;
+    }
+    unblock(&jane, &john).await;
+    let blocks: i64 = sqlx::query_scalar("SELECT count(*) FROM blocks").fetch_one(&pool).await.unwrap();
+    assert_eq!(blocks, 0);
+    app.stop().await;
+}
+
+#[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
+async fn the_blocker_hears_nothing_and_the_blocked_one_notices_nothing(pool: PgPool) {
+    let (config, channels) = with_redis(&pool, &redis_url());
+    let app = App::start_with(config).await;
+    let (john, jane, conversation) = app.pair(&pool).await;
+    let before = john.say(&conversation, "before").await;
+    let mut heard = Listener::start(&redis_url(), &channels.user(jane.id)).await;
+    block(&jane, &john).await;
+    let (janes_before, janes_events) = (see(&jane, &conversation).await, count(&app, &jane).await);
+
+    // To him everything is as ever.
+    let key = "once";
+    let send = || john.post_message(&conversation, "hidden").header("idempotency-key", key);
+    let hidden = send().expect(201).await;
+    assert_eq!(hidden.json()["content"], "hidden");
+    let again = send().expect(201).await;
+    assert_eq!(again.header("idempotent-replayed"), Some("true"));
+    assert_eq!(again.json(), hidden.json());
+    let hidden = text(&hidden.json()["id"]);
+    let events = app.feed(john.id).await;
+    let (kind, data) = events.last().unwrap();
+    assert_eq!((kind.as_str(), &data["id"]), ("message.sent", &json!(hidden)));
+    assert_eq!(data["idempotencyKey"], key);
+    assert_eq!(page(&john, &conversation, "").await, ["hidden", "before"]);
+    assert_eq!(see(&john, &conversation).await["lastMessage"]["content"], "hidden");
+    assert_eq!(john.conversations("").expect(200).await.json()[0]["lastMessage"]["content"], "hidden");
+    john.read_messages(&conversation).expect(204).await;
+    let johns = see(&john, &conversation).await;
+    assert_eq!((&johns["lastReadMessageId"], &johns["unreadCount"]), (&json!(hidden), &json!(0)));
+
+    // To her nothing of it happened: that he has read up to it is told as far as she sees.
+    let mut janes_now = janes_before.clone();
+    janes_now["otherLastReadMessageId"] = json!(before);
+    assert_eq!(see(&jane, &conversation).await, janes_now);
+    assert_eq!(jane.conversations("").expect(200).await.json(), json!([janes_now]));
+    for query in [String::new(), "&limit=1".into(), format!("&before={}", i64::MAX)] {
+        assert_eq!(page(&jane, &conversation, &query).await, ["before"]);
+    }
+    assert_eq!(page(&jane, &conversation, "&after=1").await, Vec::<String>::new());
+    assert_eq!(page(&jane, &conversation, &format!("&before={hidden}")).await, ["before"]);
+    let events = app.feed(jane.id).await;
+    let new: Vec<_> = events[janes_events..].iter().map(|(kind, data)| (kind.as_str(), data)).collect();
+    assert_eq!(
+        new,
+        [(
+            "receipt.read",
+            &json!({ "conversationId": conversation, "userId": john.id, "lastReadMessageId": before })
+        )]
+    );
+    assert_eq!(heard.next().await.event, "receipt.read", "nothing else was published before it");
+
+    // That he has read what she cannot see is no news to her.
+    john.say(&conversation, "hidden too").await;
+    john.read_messages(&conversation).expect(204).await;
+    assert_eq!(count(&app, &jane).await, events.len());
+
+    // Her reading ends at what she sees, and tells him so.
+    jane.read_messages(&conversation).expect(204).await;
+    let janes = see(&jane, &conversation).await;
+    assert_eq!((&janes["lastReadMessageId"], &janes["unreadCount"]), (&json!(before), &json!(0)));
+    assert_eq!(see(&john, &conversation).await["otherLastReadMessageId"], before.as_str());
+    // A page marks what is on it.
+    assert_eq!(jane.messages(&conversation, "").expect(200).await.json().as_array().unwrap().len(), 1);
+    assert_eq!(see(&jane, &conversation).await["lastReadMessageId"], before.as_str());
+    app.stop().await;
+}
+
+#[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
+async fn a_block_is_one_way_and_after_it_only_what_is_new_is_seen(pool: PgPool) {
+    let app = App::start(&pool).await;
+    let (john, jane, conversation) = app.pair(&pool).await;
+    block(&jane, &john).await;
+    let hidden = john.say(&conversation, "hidden").await;
+    // She may write to him, and he hears it.
+    let own = jane.say(&conversation, "go away").await;
+    let (kind, data) = app.feed(john.id).await.pop().unwrap();
+    assert_eq!((kind.as_str(), &data["content"]), ("message", &json!("go away")));
+    assert_eq!(see(&john, &conversation).await["unreadCount"], 1);
+    assert_eq!(page(&john, &conversation, "").await, ["go away", "hidden"]);
+    assert_eq!(page(&jane, &conversation, "").await, ["go away"]);
+    john.say(&conversation, "hidden, two").await;
+
+    unblock(&jane, &john).await;
+    assert_eq!(page(&jane, &conversation, "").await, ["go away"], "it stays unseen");
+    let new = john.say(&conversation, "sorry").await;
+    let (kind, data) = app.feed(jane.id).await.pop().unwrap();
+    assert_eq!((kind.as_str(), &data["content"]), ("message", &json!("sorry")));
+    let janes = see(&jane, &conversation).await;
+    assert_eq!((&janes["unreadCount"], &janes["lastMessage"]["id"]), (&json!(1), &json!(new)));
+    assert_eq!(page(&jane, &conversation, "").await, ["sorry", "go away"]);
+    assert_eq!(page(&jane, &conversation, &format!("&after={hidden}")).await, ["go away", "sorry"]);
+    // Pages are full whatever is hidden between.
+    assert_eq!(page(&jane, &conversation, "&limit=2").await, ["sorry", "go away"]);
+    // Reading up to her own message counts anew what follows: one, and not what is hidden.
+    jane.messages(&conversation, &format!("?before={new}&limit=1")).expect(200).await;
+    let janes = see(&jane, &conversation).await;
+    assert_eq!((&janes["lastReadMessageId"], &janes["unreadCount"]), (&json!(own), &json!(1)));
+    jane.read_messages(&conversation).expect(204).await;
+    assert_eq!(see(&jane, &conversation).await["lastReadMessageId"], new.as_str());
+    assert_eq!(see(&john, &conversation).await["otherLastReadMessageId"], new.as_str());
+    app.stop().await;
+}
+
+#[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
+async fn a_conversation_that_a_blocked_one_starts_is_in_no_list_of_the_blocker(pool: PgPool) {
+    let app = App::start(&pool).await;
+    let (john, jane) = (app.user(&pool, "john").await, app.user(&pool, "jane").await);
+    block(&jane, &john).await;
+    let answer = john.start_conversation("jane").expect(201).await;
+    let conversation = text(&answer.json()["id"]);
+    let events = app.feed(john.id).await;
+    assert_eq!(events, [("conversation.created".into(), answer.json())]);
+    john.say(&conversation, "hello").await;
+    assert_eq!(john.conversations("").expect(200).await.json().as_array().unwrap().len(), 1);
+    john.start_conversation("jane").expect(302).await;
+
+    assert_eq!(count(&app, &jane).await, 0);
+    assert_eq!(jane.conversations("").expect(200).await.json(), json!([]));
+    // If she looks for him, there it is, empty.
+    jane.start_conversation("john").expect(302).await;
+    let seen = see(&jane, &conversation).await;
+    assert_eq!(seen["lastMessage"], Value::Null);
+    assert_eq!((&seen["unreadCount"], &seen["otherLastReadMessageId"]), (&json!(0), &Value::Null));
+    assert_eq!(page(&jane, &conversation, "").await, Vec::<String>::new());
+    jane.read_messages(&conversation).expect(204).await;
+    assert_eq!(count(&app, &jane).await, 0, "there was nothing to read");
+
+    // The other way round she starts it, and both are told.
+    let ann = app.user(&pool, "ann").await;
+    block(&jane, &ann).await;
+    jane.start("ann").await;
+    assert_eq!((count(&app, &jane).await, count(&app, &ann).await), (1, 1));
+    app.stop().await;
+}
+
+#[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
+async fn blocks_set_and_ended_while_messages_come_in_leave_counts_and_lists_in_agreement(pool: PgPool) {
+    let app = App::start(&pool).await;
+    let (john, jane, conversation) = app.pair(&pool).await;
+    let writing = async {
+        for number in 0..60 {
+            john.say(&conversation, &format!("message {number}")).await;
+        }
+    };
+    let changing = async {
+        for _ in 0..20 {
+            block(&jane, &john).await;
+            jane.read_messages(&conversation).expect(204).await;
+            unblock(&jane, &john).await;
+        }
+    };
+    tokio::join!(writing, changing);
+    let seen = page(&jane, &conversation, "&limit=100").await;
+    let heard = app.feed(jane.id).await;
+    let heard: Vec<_> =
+        heard.iter().filter(|(kind, _)| kind == "message").map(|(_, data)| text(&data["content"])).collect();
+    assert_eq!(seen.iter().rev().collect::<Vec<_>>(), heard.iter().collect::<Vec<_>>());
+    let unread: i64 = sqlx::query_scalar(
+        "SELECT p.unread_count - count(m.id)
+         FROM participants AS p
+         LEFT JOIN messages AS m ON m.conversation_id = p.conversation_id AND m.sender_id <> p.user_id
+            AND m.id > coalesce(p.last_read_message_id, 0) AND m.hidden_from IS DISTINCT FROM p.user_id
+         WHERE p.user_id = $1 GROUP BY p.unread_count",
+    )
+    .bind(jane.id.0)
+    .fetch_one(&pool)
+    .await
+    .unwrap();
+    assert_eq!(unread, 0, "the count is what a recount gives");
+    assert_eq!(page(&john, &conversation, "&limit=100").await.len(), 60);
+    app.stop().await;
+}
