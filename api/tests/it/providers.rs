@@ -18,9 +18,13 @@ use shared::test_support::{
     process::Process,
 };
 use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt},
+    io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt},
     net::{TcpListener, TcpStream},
     task::JoinHandle,
+};
+use tokio_rustls::{
+    TlsAcceptor,
+    rustls::{ServerConfig, crypto::ring, pki_types::PrivateKeyDer},
 };
 use url::{Url, form_urlencoded};
 
@@ -275,15 +279,47 @@ impl Drop for Fake {
 
 impl Fake {
     pub(crate) async fn start() -> Self {
+        Self::start_at("http", |socket| std::future::ready(Some(socket))).await
+    }
+
+    /// Behind TLS, with a certificate of its own; and that, as PEM.
+    pub(crate) async fn start_with_tls() -> (Self, String) {
+        let made = rcgen::generate_simple_self_signed(["127.0.0.1".to_owned()]).unwrap();
+        let key = PrivateKeyDer::try_from(made.signing_key.serialize_der()).unwrap();
+        let config = ServerConfig::builder_with_provider(Arc::new(ring::default_provider()))
+            .with_safe_default_protocol_versions()
+            .unwrap()
+            .with_no_client_auth()
+            .with_single_cert(vec![made.cert.der().clone()], key)
+            .unwrap();
+        let acceptor = TlsAcceptor::from(Arc::new(config));
+        let accept = move |socket| {
+            let accepted = acceptor.accept(socket);
+            async move { accepted.await.ok() }
+        };
+        let fake = Self::start_at("https", accept).await;
+        (fake, made.cert.pem())
+    }
+
+    async fn start_at<S, F>(scheme: &str, accept: impl Fn(TcpStream) -> F + Clone + Send + 'static) -> Self
+    where
+        S: AsyncRead + AsyncWrite + Unpin + Send,
+        F: Future<Output = Option<S>> + Send,
+    {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let url = format!("http://{}", listener.local_addr().unwrap());
+        let url = format!("{scheme}://{}", listener.local_addr().unwrap());
         let says: Arc<Mutex<HashMap<String, Say>>> = Arc::default();
         let asked: Arc<Mutex<Vec<String>>> = Arc::default();
         let task = tokio::spawn({
             let (says, asked) = (says.clone(), asked.clone());
             async move {
                 while let Ok((socket, _)) = listener.accept().await {
-                    tokio::spawn(answer(socket, says.clone(), asked.clone()));
+                    let (accept, says, asked) = (accept.clone(), says.clone(), asked.clone());
+                    tokio::spawn(async move {
+                        if let Some(socket) = accept(socket).await {
+                            answer(socket, says, asked).await;
+                        }
+                    });
                 }
             }
         });
@@ -345,7 +381,7 @@ pub(crate) async fn begin(app: &impl AsRef<str>, provider: &str, browser: &mut B
 }
 
 async fn answer(
-    mut socket: TcpStream,
+    mut socket: impl AsyncRead + AsyncWrite + Unpin,
     says: Arc<Mutex<HashMap<String, Say>>>,
     asked: Arc<Mutex<Vec<String>>>,
 ) {

@@ -785,3 +785,29 @@ async fn nothing_of_a_login_is_in_the_log(pool: PgPool) {
         assert!(!said.contains(secret), "{secret} is in {said}");
     }
 }
+
+#[sqlx::test(migrations = false)]
+async fn a_provider_is_believed_by_its_certificate(pool: PgPool) {
+    let (fake, certificate) = Fake::start_with_tls().await;
+    let folder = tempfile::tempdir().unwrap();
+    let own = folder.path().join("own.pem");
+    std::fs::write(&own, certificate).unwrap();
+    // One that has the name, and not the key.
+    let (_, another) = Fake::start_with_tls().await;
+    let others = folder.path().join("others.pem");
+    std::fs::write(&others, another).unwrap();
+    for (trusted, outcome) in [(&others, "error"), (&own, "code")] {
+        let mut server = serve_with(&pool, folder.path(), "0", |command| {
+            command.env("SSL_CERT_FILE", trusted).envs([
+                ("OIDC_ISSUER", &*fake.url),
+                ("OIDC_CLIENT_ID", "x"),
+                ("OIDC_CLIENT_SECRET", "x"),
+            ]);
+        });
+        let page = fake.sign_in(&server.public, "oidc").await;
+        assert!(parameter(&page, outcome).is_some(), "{page}");
+        assert_eq!(fake.asked("/token") > 0, outcome == "code");
+        server.process.signal(Signal::SIGTERM);
+        soon("the process ends", server.process.wait()).await;
+    }
+}
