@@ -69,6 +69,12 @@ impl Plan {
         self
     }
 
+    /// Leaves a setting at its default.
+    pub fn without(mut self, name: &str) -> Self {
+        self.env.remove(name);
+        self
+    }
+
     /// Returns when it takes connections, which is before it is ready.
     pub async fn start(self) -> Service {
         let mut command = self.command();

@@ -9,6 +9,7 @@ mod crashes;
 mod delivery;
 mod drain;
 mod endings;
+mod limits;
 mod numbering;
 mod opening;
 mod own_events;

@@ -1,0 +1,80 @@
+//! Limits hold over processes, and stop nobody who does what people do.
+
+use e2e::{Service, User, World};
+use futures_util::future::join_all;
+use serde_json::json;
+use shared::{
+    ids::ConversationId,
+    test_support::{servers::Redis, until},
+};
+
+use crate::support::browser;
+
+/// Sends so many, at these replicas in turn; how many were taken. The others were told to wait.
+async fn send(
+    world: &World,
+    apis: &[&Service],
+    from: &User,
+    conversation: ConversationId,
+    times: usize,
+) -> usize {
+    let mut taken = 0;
+    for turn in 0..times {
+        let url = apis[turn % apis.len()].url(&format!("/api/conversations/{conversation}/messages"));
+        let call = world.client.post(url).bearer(&from.token).json(&json!({ "content": world.text() }));
+        let answer = call.send().await.unwrap();
+        match answer.status {
+            201 => taken += 1,
+            429 => assert!(answer.header("retry-after").is_some()),
+            other => panic!("{other}: {}", answer.text()),
+        }
+    }
+    taken
+}
+
+async fn alone(apis: &[&Service]) -> usize {
+    let counts = join_all(apis.iter().map(|api| api.metric("api_limits_alone_total"))).await;
+    counts.iter().sum::<f64>() as usize
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn two_processes_share_one_budget_and_have_one_each_while_redis_is_away() {
+    const BUDGET: usize = 20;
+    let mut redis = Redis::start();
+    let world = World::with_redis(redis.url()).await;
+    let plan = || world.api().env("LIMIT_SEND_PER_USER", format!("{BUDGET}/86400"));
+    let (one, two) = tokio::join!(plan().ready(), plan().ready());
+    let apis = [&one, &two];
+    for api in apis {
+        until("limits are shared", || async { api.metric("api_limits_shared").await == 1.0 }).await;
+    }
+    let (john, jane) = (world.user(&one, "john").await, world.user(&one, "jane").await);
+    let conversation = world.conversation(&one, &john, &jane).await;
+    let before = alone(&apis).await;
+    let taken = send(&world, &apis, &john, conversation, 3 * BUDGET).await;
+    // A machine that is so busy that Redis is late lets one more through for each decision made alone.
+    let late = alone(&apis).await - before;
+    assert!((BUDGET..=BUDGET + late).contains(&taken), "{taken} taken, {late} decided alone");
+
+    redis.kill();
+    assert_eq!(send(&world, &apis, &jane, conversation, 4 * BUDGET).await, 2 * BUDGET);
+    redis.restart();
+    for api in apis {
+        until("limits are shared again", || async { api.metric("api_limits_shared").await == 1.0 }).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn everybody_may_come_back_at_once_through_one_address() {
+    const USERS: i64 = 600;
+    let world = World::new().await;
+    let api = world.api().ready().await;
+    let as_shipped = world.gateway(api.internal()).without("LIMIT_OPEN_PER_USER");
+    let mut gateway = as_shipped.without("LIMIT_OPEN_PER_ADDRESS").ready().await;
+    let users = world.many(USERS).await;
+    let watching: Vec<_> = users.iter().map(|user| browser(gateway.stream(user))).collect();
+    join_all(watching.iter().map(|browser| browser.ready())).await;
+    gateway.restart().await;
+    until("everybody is back", || async { gateway.metric("gateway_streams").await == USERS as f64 }).await;
+    assert_eq!(gateway.metric("gateway_streams_refused_total").await, 0.0);
+}
