@@ -157,7 +157,7 @@ impl KeySet {
 }
 
 /// The length is checked here because the verifier slices 32 bytes off whatever it is given.
-fn ed25519(jwk: &Jwk) -> Option<DecodingKey> {
+pub(crate) fn ed25519(jwk: &Jwk) -> Option<DecodingKey> {
     let AlgorithmParameters::OctetKeyPair(pair) = &jwk.algorithm else { return None };
     if pair.curve != EllipticCurve::Ed25519 {
         return None;

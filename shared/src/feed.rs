@@ -1,19 +1,26 @@
-//! What a gateway asks `api` on the internal listener: where feeds end, and what follows a place. Many users in one
-//! question; every answer comes from one snapshot of the database, so a head and its rows agree.
+//! What a gateway asks `api` on the internal listener: where feeds end, what follows a place, by which keys tokens are
+//! checked, and who a foreign issuer's subjects are. Many users in one question; every answer comes from one snapshot of the
+//! database, so a head and its rows agree.
 
+use jsonwebtoken::jwk::JwkSet;
 use serde::{Deserialize, Serialize};
 
 use crate::{
     cursor::{Epoch, Seq},
     event::Envelope,
+    foreign::{ForeignClaims, ForeignIssuer},
     ids::{SessionId, UserId},
 };
 
-/// The most `users`, `after` or `sessions` in one question. More is a 400.
+/// The most `users`, `after`, `sessions` or `identities` in one question. More is a 400.
 pub const MAX_PAIRS: usize = 1_000;
 
 pub const HEADS_PATH: &str = "/internal/feed/heads";
 pub const RANGES_PATH: &str = "/internal/feed/ranges";
+/// `GET`, answered by [`KeysAnswer`]; `?kid=` names a key that the asker misses.
+pub const KEYS_PATH: &str = "/internal/keys";
+pub const IDENTITY_PATH: &str = "/internal/identity";
+/// Public: our own keys alone.
 pub const JWKS_PATH: &str = "/.well-known/jwks.json";
 
 /// The header that carries the shared secret of the internal listener: `Authorization: Bearer <secret>`.
@@ -97,4 +104,56 @@ pub struct Range {
     /// The range was cut: ask again after the last event.
     #[serde(default)]
     pub more: bool,
+}
+
+/// By which keys tokens are checked.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct KeysAnswer {
+    pub own: JwkSet,
+    /// Whose tokens are accepted besides our own.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub foreign: Option<ForeignKeysAnswer>,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct ForeignKeysAnswer {
+    pub issuer: ForeignIssuer,
+    /// None: `api` could not get them yet.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub jwks: Option<JwkSet>,
+}
+
+/// `POST /internal/identity`: which users are these? Those who are not there yet are made.
+#[derive(Debug, Default, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct IdentityRequest {
+    pub identities: Vec<Identity>,
+}
+
+/// A subject of the foreign issuer, by a token that the asker has checked.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Identity {
+    pub subject: String,
+    /// What the issuer calls them; a wish, not a name here.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub username: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub picture: Option<String>,
+}
+
+impl From<&ForeignClaims> for Identity {
+    fn from(claims: &ForeignClaims) -> Self {
+        let username = claims.preferred_username.clone().or_else(|| claims.name.clone());
+        Self { subject: claims.sub.clone(), username, picture: claims.picture.clone() }
+    }
+}
+
+#[derive(Debug, Default, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct IdentityAnswer {
+    /// One per identity of the question, in the same order.
+    pub users: Vec<UserId>,
 }

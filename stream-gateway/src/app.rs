@@ -30,6 +30,7 @@ use crate::{
     descriptors,
     engine::{self, Command, Inputs},
     http::{self, Streams},
+    identities::identities,
     keys::Keys,
     limits::Limits,
     metrics::Metrics,
@@ -61,6 +62,7 @@ pub async fn run(config: Config, listeners: Listeners, stop: CancellationToken) 
     metrics.started.set(since_1970.as_secs_f64());
     let api = Api::new(&config.api_internal_url, &config.internal_secret);
     let keys = Arc::new(Keys::new(config.origin.as_str(), api.clone(), metrics.clone()));
+    let (identities, asking) = identities(api.clone());
     let wishes = Wishes::default();
     let (news_in, news) = mpsc::channel(subscriber::QUEUE);
     let (admissions_in, admissions) = mpsc::channel(engine::ADMISSIONS);
@@ -74,6 +76,7 @@ pub async fn run(config: Config, listeners: Listeners, stop: CancellationToken) 
     let following = keys.clone();
     let until = end.clone();
     tasks.spawn(async move { following.follow(until).await });
+    tasks.spawn(asking.run(end.clone()));
     let subscriber = Subscriber {
         redis: config.redis.clone(),
         channels: config.channels.clone(),
@@ -99,6 +102,7 @@ pub async fn run(config: Config, listeners: Listeners, stop: CancellationToken) 
 
     let streams = Arc::new(Streams {
         keys,
+        identities: Arc::new(identities),
         limits,
         metrics,
         origins: Origins::new(config.origin, config.allowed_origins),

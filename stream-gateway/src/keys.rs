@@ -1,31 +1,20 @@
-//! The public keys that tokens are checked with, as `api` publishes them: fetched at the start, renewed now and then, and
-//! asked for once more when a token names a key that is not known here.
+//! By which keys tokens are checked: our own and, if one is trusted, a foreign issuer's, as `api` tells both.
 //!
 //! It promises that a lack of keys is never mistaken for a bad token.
 
-use std::{
-    sync::{Arc, PoisonError, RwLock},
-    time::Duration,
-};
+use std::sync::Arc;
 
-use jsonwebtoken::jwk::JwkSet;
-use rand::RngExt;
+use form_urlencoded::byte_serialize;
 use shared::{
     claims::{Audience, Claims, KeySet, TokenError},
-    feed,
-};
-use tokio::{
-    sync::Mutex,
-    time::{Instant, sleep},
+    feed::{KEYS_PATH, KeysAnswer},
+    foreign::{self, ForeignClaims, ForeignKeys},
+    keyring::{KeyRing, Source},
 };
 use tokio_util::sync::CancellationToken;
+use url::form_urlencoded;
 
 use crate::{backfill::Api, metrics::Metrics};
-
-const RENEW_EVERY: Duration = Duration::from_secs(300);
-/// A stranger's tokens must not become a load on `api`.
-const ASK_AGAIN_AFTER: Duration = Duration::from_secs(5);
-const RETRY: std::ops::RangeInclusive<u64> = 200..=2_000;
 
 #[derive(Debug, PartialEq, Eq)]
 pub enum Refused {
@@ -35,92 +24,100 @@ pub enum Refused {
     NoKeys,
 }
 
+/// A token whose signature, issuer, audience and time are good.
+#[derive(Debug)]
+pub enum Proof {
+    Own(Claims),
+    /// Who this is here is asked next.
+    Foreign(ForeignClaims),
+}
+
 pub struct Keys {
+    ring: KeyRing<FromApi>,
+}
+
+/// What `api` told.
+struct Trusted {
+    own: KeySet,
+    foreign: Option<Foreign>,
+}
+
+struct Foreign {
+    issuer: String,
+    /// None: `api` has none yet.
+    keys: Option<ForeignKeys>,
+}
+
+struct FromApi {
     issuer: String,
     api: Api,
     metrics: Arc<Metrics>,
-    current: RwLock<Option<Arc<KeySet>>>,
-    /// When a token's unknown key was last asked about, and whether an answer came.
-    last_asked: Mutex<Option<(Instant, bool)>>,
+}
+
+impl Source for FromApi {
+    type Keys = Trusted;
+    type Error = anyhow::Error;
+
+    fn name(&self) -> &str {
+        "api"
+    }
+
+    async fn fetch(&self, kid: Option<&str>) -> anyhow::Result<Trusted> {
+        let query = kid.map_or_else(String::new, |kid| {
+            format!("?kid={}", byte_serialize(kid.as_bytes()).collect::<String>())
+        });
+        let answer: KeysAnswer = self.api.get(&format!("{KEYS_PATH}{query}")).await?;
+        let own = KeySet::from_jwks(&self.issuer, &answer.own);
+        anyhow::ensure!(!own.is_empty(), "api publishes no usable key");
+        self.metrics.keys.set(i64::try_from(answer.own.keys.len()).unwrap_or(i64::MAX));
+        let foreign = answer.foreign.map(|foreign| Foreign {
+            keys: foreign.jwks.map(|jwks| ForeignKeys::from_jwks(&foreign.issuer, &jwks)),
+            issuer: foreign.issuer.issuer,
+        });
+        Ok(Trusted { own, foreign })
+    }
 }
 
 impl Keys {
     pub fn new(issuer: &str, api: Api, metrics: Arc<Metrics>) -> Self {
-        Self { issuer: issuer.into(), api, metrics, current: RwLock::new(None), last_asked: Mutex::new(None) }
+        Self { ring: KeyRing::new(FromApi { issuer: issuer.into(), api, metrics }) }
     }
 
     pub fn known(&self) -> bool {
-        self.current().is_some()
-    }
-
-    /// Checks a token for the stream.
-    pub async fn verify(&self, token: &str) -> Result<Claims, Refused> {
-        const ACCEPTED: &[Audience] = &[Audience::Api, Audience::Stream];
-        let keys = self.current().ok_or(Refused::NoKeys)?;
-        match keys.verify(token, ACCEPTED) {
-            Err(TokenError::UnknownKey) => {
-                let newest = self.ask_once(&keys).await;
-                let keys = self.current().ok_or(Refused::NoKeys)?;
-                keys.verify(token, ACCEPTED).map_err(|error| match error {
-                    TokenError::UnknownKey if !newest => Refused::NoKeys,
-                    error => Refused::Token(error),
-                })
-            }
-            result => result.map_err(Refused::Token),
-        }
+        self.ring.current().is_some()
     }
 
     /// Keeps the keys fresh until `stop`.
     pub async fn follow(&self, stop: CancellationToken) {
-        loop {
-            let wait = match self.fetch().await {
-                Ok(()) => RENEW_EVERY.mul_f64(rand::rng().random_range(0.8..1.2)),
-                Err(error) => {
-                    let have = self.known();
-                    tracing::warn!(%error, have, "cannot get the public keys from api; trying again");
-                    if have {
-                        RENEW_EVERY / 10
-                    } else {
-                        Duration::from_millis(rand::rng().random_range(RETRY))
-                    }
-                }
-            };
-            tokio::select! {
-                () = sleep(wait) => {}
-                () = stop.cancelled() => return,
-            }
-        }
+        self.ring.follow(stop).await;
     }
 
-    /// Whether the keys are now the newest there are. Whoever waits here while another asks gets that answer.
-    async fn ask_once(&self, seen: &Arc<KeySet>) -> bool {
-        let mut last = self.last_asked.lock().await;
-        if self.current().is_some_and(|current| !Arc::ptr_eq(&current, seen)) {
-            return true;
-        }
-        if let Some((at, answered)) = *last
-            && at.elapsed() < ASK_AGAIN_AFTER
+    /// Checks a token for the stream.
+    pub async fn verify(&self, token: &str) -> Result<Proof, Refused> {
+        let trusted = self.ring.current().ok_or(Refused::NoKeys)?;
+        let refused = match trusted.verify(token) {
+            Err(refused @ (Refused::Token(TokenError::UnknownKey) | Refused::NoKeys)) => refused,
+            told => return told,
+        };
+        tracing::debug!(?refused, "asking api for newer keys");
+        let newest = self.ring.ask_once(Some(&trusted), foreign::kid_of(token).as_deref()).await;
+        let trusted = self.ring.current().ok_or(Refused::NoKeys)?;
+        trusted.verify(token).map_err(|refused| match refused {
+            Refused::Token(TokenError::UnknownKey) if !newest => Refused::NoKeys,
+            refused => refused,
+        })
+    }
+}
+
+impl Trusted {
+    fn verify(&self, token: &str) -> Result<Proof, Refused> {
+        if let Some(foreign) = &self.foreign
+            && foreign::issuer_of(token).is_some_and(|issuer| issuer == foreign.issuer)
         {
-            return answered;
+            let keys = foreign.keys.as_ref().ok_or(Refused::NoKeys)?;
+            return keys.verify(token).map(Proof::Foreign).map_err(Refused::Token);
         }
-        let result = self.fetch().await;
-        if let Err(error) = &result {
-            tracing::warn!(%error, "cannot ask api for a key that a token names");
-        }
-        *last = Some((Instant::now(), result.is_ok()));
-        result.is_ok()
-    }
-
-    async fn fetch(&self) -> anyhow::Result<()> {
-        let jwks: JwkSet = self.api.get(feed::JWKS_PATH).await?;
-        let keys = KeySet::from_jwks(&self.issuer, &jwks);
-        anyhow::ensure!(!keys.is_empty(), "api publishes no usable key");
-        self.metrics.keys.set(i64::try_from(jwks.keys.len()).unwrap_or(i64::MAX));
-        *self.current.write().unwrap_or_else(PoisonError::into_inner) = Some(Arc::new(keys));
-        Ok(())
-    }
-
-    fn current(&self) -> Option<Arc<KeySet>> {
-        self.current.read().unwrap_or_else(PoisonError::into_inner).clone()
+        let claims = self.own.verify(token, &[Audience::Api, Audience::Stream]);
+        claims.map(Proof::Own).map_err(Refused::Token)
     }
 }

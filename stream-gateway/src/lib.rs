@@ -13,6 +13,7 @@ mod engine;
 mod frame;
 mod http;
 mod hub;
+mod identities;
 mod keys;
 mod limits;
 mod metrics;

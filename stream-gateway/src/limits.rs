@@ -83,11 +83,12 @@ impl Limits {
 
     /// A stream of this user may open. The others of this address and of this process are not made to wait by who opens too
     /// many; and Redis is asked last, for those only whom nothing here refuses.
-    pub async fn admit(self: &Arc<Self>, user: UserId, client: IpAddr) -> Result<Place, Full> {
-        let charges = [
-            (&self.opened_per_user, Subject::User(user)),
-            (&self.opened_per_address, Subject::Address(client)),
-        ];
+    ///
+    /// `None`: whose stream it will be is asked later, once in a while for each; such a one counts for its address alone.
+    pub async fn admit(self: &Arc<Self>, user: Option<UserId>, client: IpAddr) -> Result<Place, Full> {
+        let by_address = (&self.opened_per_address, Subject::Address(client));
+        let by_user = user.map(|user| (&self.opened_per_user, Subject::User(user)));
+        let charges: Vec<_> = by_user.into_iter().chain([by_address]).collect();
         self.limiter.check_here(&charges)?;
         let place = self.take(client)?;
         self.limiter.check_together(&charges).await?;

@@ -2,6 +2,7 @@
 //! that may be killed. Everything here fails by a panic with a sentence, because only tests use it.
 
 pub mod http;
+pub mod issuer;
 pub mod process;
 pub mod proxy;
 pub mod servers;

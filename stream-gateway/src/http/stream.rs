@@ -4,6 +4,7 @@
 //! `EventSource` gives up for ever on anything else: what is refused then is told in band.
 
 use std::{
+    fmt,
     net::IpAddr,
     sync::{
         Arc,
@@ -12,20 +13,26 @@ use std::{
     time::{Duration, Instant, SystemTime},
 };
 
+use bytes::Bytes;
 use chrono::Utc;
 use http::{HeaderMap, HeaderValue, Method, Response as HttpResponse, StatusCode, header};
 use rand::RngExt;
 use shared::{
-    claims::Claims,
     client_address::TrustedProxies,
     cursor::Cursor,
+    foreign::ForeignClaims,
+    ids::{SessionId, UserId},
     origins::{EXPOSED_HEADERS, Origins, is_preflight},
     problem::Problem,
     server,
 };
-use tokio::sync::{
-    Semaphore,
-    mpsc::{self, error::TrySendError},
+use tokio::{
+    io::AsyncWriteExt,
+    sync::{
+        Semaphore,
+        mpsc::{self, error::TrySendError},
+    },
+    time::timeout,
 };
 use warp::reply::Response;
 
@@ -33,14 +40,19 @@ use super::auth::{credential, last_event_id};
 use crate::{
     engine::{Admission, Resume},
     frame::{self, FIRST_RETRY, Goodbye},
-    keys::{Keys, Refused},
+    identities::Identities,
+    keys::{Keys, Proof, Refused},
     limits::{Limits, Place},
     metrics::{Metrics, Reason},
 };
 
+/// For a head into an empty socket.
+const HEAD_WITHIN: Duration = Duration::from_secs(5);
+
 /// All that the stream route works with.
 pub struct Streams {
     pub keys: Arc<Keys>,
+    pub identities: Arc<Identities>,
     pub limits: Arc<Limits>,
     pub metrics: Arc<Metrics>,
     pub origins: Origins,
@@ -81,8 +93,8 @@ impl Streams {
         origin: Option<&HeaderValue>,
     ) -> Result<Response, Refusal> {
         let credential = credential(headers, query).ok_or(Refusal::Unauthorized)?;
-        let claims = match self.keys.verify(&credential.token).await {
-            Ok(claims) => Some(claims),
+        let bearer = match self.keys.verify(&credential.token).await {
+            Ok(proof) => Some(self.bearer(proof)),
             Err(Refused::Token(reason)) => {
                 tracing::debug!(%client, request.id = request_id, %reason, "a stream was refused");
                 return Err(Refusal::Unauthorized);
@@ -96,16 +108,16 @@ impl Streams {
             return Err(Refusal::NotAcceptable);
         }
         let head = answer_head(request_id, origin);
-        let Some(claims) = claims else {
+        let Some(bearer) = bearer else {
             return Ok(self.turn_away(&head, "no_keys", Goodbye::Busy));
         };
         if self.parting.load(Ordering::Relaxed) {
             return Ok(self.turn_away(&head, "drain", Goodbye::Drain));
         }
-        match self.limits.admit(claims.sub, client).await {
-            Ok(place) => Ok(self.hand_off(&claims, headers, query, head, place)),
+        match self.limits.admit(bearer.who.user(), client).await {
+            Ok(place) => Ok(self.hand_off(bearer, headers, query, head, place)),
             Err(full) => {
-                tracing::debug!(user.id = %claims.sub, %client, limit = full.as_str(), "a stream was told to come back later");
+                tracing::debug!(user = %bearer.who, %client, limit = full.as_str(), "a stream was told to come back later");
                 Ok(self.turn_away(&head, full.as_str(), Goodbye::Busy))
             }
         }
@@ -113,7 +125,7 @@ impl Streams {
 
     fn hand_off(
         &self,
-        claims: &Claims,
+        bearer: Bearer,
         headers: &HeaderMap,
         query: &str,
         head: String,
@@ -126,16 +138,14 @@ impl Streams {
                 cursor.map_or(Resume::Nonsense, Resume::After)
             }
         };
-        let (lasts, ends_why) = lifetime(claims, SystemTime::now(), self.max_age);
+        let (lasts, ends_why) = lifetime(bearer.ends_at, SystemTime::now(), self.max_age);
         let ends = Instant::now() + lasts;
-        let (user, session) = (claims.sub, claims.sid);
+        let session = bearer.session;
         let head = head + &frame::retry(rand::rng().random_range(FIRST_RETRY));
         let admissions = self.admissions.clone();
         let metrics = self.metrics.clone();
-        server::hand_off(move |socket| {
-            let Ok(socket) = socket.into_std() else { return };
-            let admission =
-                Admission { socket, user, session, resume, head: head.into(), ends, ends_why, place };
+        let admit = move |socket: std::net::TcpStream, user: UserId, head: Bytes| {
+            let admission = Admission { socket, user, session, resume, head, ends, ends_why, place };
             if let Err(refused) = admissions.try_send(admission) {
                 let (admission, limit, why) = match refused {
                     TrySendError::Full(admission) => (admission, "backlog", Goodbye::Busy),
@@ -144,7 +154,46 @@ impl Streams {
                 metrics.streams_refused.get_or_create(&Reason { reason: limit }).inc();
                 say_at_once(&admission.socket, &admission.head, why);
             }
+        };
+        let subject = match bearer.who {
+            Who::User(user) => {
+                return server::hand_off(move |socket| {
+                    if let Ok(socket) = socket.into_std() {
+                        admit(socket, user, head.into());
+                    }
+                });
+            }
+            Who::Subject(claims) => claims,
+        };
+        // The head goes out at once, whatever is down; whose stream it is is asked meanwhile.
+        let (identities, metrics) = (self.identities.clone(), self.metrics.clone());
+        server::hand_off(move |mut socket| {
+            tokio::spawn(async move {
+                let told = timeout(HEAD_WITHIN, socket.write_all(head.as_bytes())).await;
+                let user = identities.user_of(&subject).await;
+                let (Ok(Ok(())), Ok(socket)) = (told, socket.into_std()) else { return };
+                match user {
+                    Some(user) => admit(socket, user, Bytes::new()),
+                    None => {
+                        metrics.streams_refused.get_or_create(&Reason { reason: "no_identity" }).inc();
+                        say_at_once(&socket, b"", Goodbye::Busy);
+                    }
+                }
+            });
         })
+    }
+
+    fn bearer(&self, proof: Proof) -> Bearer {
+        match proof {
+            Proof::Own(claims) => {
+                Bearer { ends_at: claims.stream_ends_at(), who: Who::User(claims.sub), session: claims.sid }
+            }
+            Proof::Foreign(claims) => {
+                let ends_at = claims.exp;
+                let who = self.identities.known(&claims).map_or(Who::Subject(claims), Who::User);
+                Bearer { who, session: None, ends_at }
+            }
+        }
     }
 
     /// 200, and the end: one write, no stream.
@@ -174,7 +223,7 @@ impl Streams {
                     }
                     std::io::Result::Ok(())
                 };
-                let _ = tokio::time::timeout(Duration::from_secs(2), farewell).await;
+                let _ = timeout(Duration::from_secs(2), farewell).await;
                 drop(place);
             });
         })
@@ -210,6 +259,38 @@ impl Streams {
         *response.status_mut() = StatusCode::NO_CONTENT;
         *response.headers_mut() = self.origins.answer_preflight("GET", asked);
         response
+    }
+}
+
+/// Who brings the token, and until when it lets them listen.
+struct Bearer {
+    who: Who,
+    session: Option<SessionId>,
+    /// Seconds since 1970.
+    ends_at: i64,
+}
+
+enum Who {
+    User(UserId),
+    /// Of the foreign issuer; which user that is is not known here yet.
+    Subject(ForeignClaims),
+}
+
+impl Who {
+    fn user(&self) -> Option<UserId> {
+        match self {
+            Self::User(user) => Some(*user),
+            Self::Subject(_) => None,
+        }
+    }
+}
+
+impl fmt::Display for Who {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::User(user) => user.fmt(f),
+            Self::Subject(_) => f.write_str("a foreign issuer's"),
+        }
     }
 }
 
@@ -273,12 +354,12 @@ fn answer_head(request_id: &str, origin: Option<&HeaderValue>) -> String {
 }
 
 /// How long a stream may last: until the last minute before its token expires, or a random age, whichever comes first.
-fn lifetime(claims: &Claims, now: SystemTime, max_age: Duration) -> (Duration, Goodbye) {
+fn lifetime(ends_at: i64, now: SystemTime, max_age: Duration) -> (Duration, Goodbye) {
     /// Never after the token's end: a quarter second for the wheel, half of one for a goodbye that finds a full socket.
     const MARGIN: f64 = 1.0;
     const LAST: f64 = 60.0;
     let now = now.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs_f64();
-    let left = (claims.stream_ends_at() as f64 - now - MARGIN).max(0.0);
+    let left = (ends_at as f64 - now - MARGIN).max(0.0);
     let mut rng = rand::rng();
     let expires_in = left - rng.random_range(0.0..=LAST.min(left / 2.0));
     let rotates_in = max_age.as_secs_f64() * rng.random_range(0.5..=1.0);
@@ -299,10 +380,7 @@ fn say_at_once(mut socket: &std::net::TcpStream, head: &[u8], why: Goodbye) {
 
 #[cfg(test)]
 mod tests {
-    use shared::{
-        claims::Audience,
-        ids::{SessionId, UserId},
-    };
+    use shared::claims::{Audience, Claims};
 
     use super::*;
 
@@ -323,12 +401,12 @@ mod tests {
         let now = SystemTime::UNIX_EPOCH + Duration::from_secs(1_000);
         let age = Duration::from_secs(1_000_000);
         for _ in 0..1_000 {
-            let (lasts, why) = lifetime(&claims(2_000), now, age);
+            let (lasts, why) = lifetime(2_000, now, age);
             assert_eq!(why, Goodbye::Expired);
             assert!((939.0..1_000.0).contains(&lasts.as_secs_f64()), "{lasts:?}");
-            let (short, _) = lifetime(&claims(1_010), now, age);
+            let (short, _) = lifetime(1_010, now, age);
             assert!((4.0..10.0).contains(&short.as_secs_f64()), "{short:?}");
-            assert_eq!(lifetime(&claims(999), now, age).0, Duration::ZERO);
+            assert_eq!(lifetime(999, now, age).0, Duration::ZERO);
         }
     }
 
@@ -336,13 +414,16 @@ mod tests {
     fn a_stream_token_bounds_the_stream_by_its_session() {
         let claims = Claims { session_exp: Some(5_000), ..claims(1_060) };
         let now = SystemTime::UNIX_EPOCH + Duration::from_secs(1_000);
-        assert!(lifetime(&claims, now, Duration::from_secs(1_000_000)).0 > Duration::from_secs(3_900));
+        assert!(
+            lifetime(claims.stream_ends_at(), now, Duration::from_secs(1_000_000)).0
+                > Duration::from_secs(3_900)
+        );
     }
 
     #[test]
     fn a_stream_ends_at_a_random_age() {
         let age = Duration::from_secs(100);
-        let ages: Vec<_> = (0..100).map(|_| lifetime(&claims(i64::MAX), SystemTime::now(), age)).collect();
+        let ages: Vec<_> = (0..100).map(|_| lifetime(i64::MAX, SystemTime::now(), age)).collect();
         assert!(
             ages.iter().all(|(lasts, why)| (50..=100).contains(&lasts.as_secs()) && *why == Goodbye::Rotate)
         );

@@ -18,8 +18,9 @@ use shared::{
     cursor::{Cursor, Epoch, Seq},
     event::{self, Envelope},
     feed::{
-        self, HEADS_PATH, Head, HeadsAnswer, HeadsRequest, JWKS_PATH, RANGES_PATH, Range, RangeAfter,
-        RangesAnswer, RangesRequest, UserHead,
+        self, ForeignKeysAnswer, HEADS_PATH, Head, HeadsAnswer, HeadsRequest, IDENTITY_PATH, IdentityAnswer,
+        IdentityRequest, KEYS_PATH, KeysAnswer, RANGES_PATH, Range, RangeAfter, RangesAnswer, RangesRequest,
+        UserHead,
     },
     ids::{SessionId, UserId},
     server::{self, Limits},
@@ -45,9 +46,14 @@ pub(crate) enum Mood {
 /// What was asked in one request, in its order.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Asked {
-    Heads { users: Vec<(UserId, Option<Head>)>, sessions: Vec<SessionId> },
+    Heads {
+        users: Vec<(UserId, Option<Head>)>,
+        sessions: Vec<SessionId>,
+    },
     Ranges(Vec<RangeAfter>),
     Keys,
+    /// These subjects of the foreign issuer.
+    Identities(Vec<String>),
 }
 
 impl Asked {
@@ -57,6 +63,7 @@ impl Asked {
             Self::Heads { users, .. } => users.len(),
             Self::Ranges(pairs) => pairs.len(),
             Self::Keys => 0,
+            Self::Identities(subjects) => subjects.len(),
         }
     }
 }
@@ -91,6 +98,17 @@ impl Record {
         users.flatten().filter(|(asked, _)| *asked == user).count()
     }
 
+    /// The subjects that were asked about, request by request.
+    pub(crate) fn identities(&self) -> Vec<&[String]> {
+        let asked = self.0.iter();
+        asked
+            .filter_map(|asked| match asked {
+                Asked::Identities(subjects) => Some(subjects.as_slice()),
+                _ => None,
+            })
+            .collect()
+    }
+
     pub(crate) fn keys(&self) -> usize {
         self.0.iter().filter(|asked| **asked == Asked::Keys).count()
     }
@@ -119,6 +137,9 @@ struct State {
     feeds: HashMap<UserId, Feed>,
     ended: HashSet<SessionId>,
     jwks: JwkSet,
+    foreign: Option<ForeignKeysAnswer>,
+    /// Who the subjects of the foreign issuer are.
+    subjects: HashMap<String, UserId>,
     /// Events in one answer for one user, at most.
     page: usize,
     tricks: HashMap<&'static str, VecDeque<Trick>>,
@@ -141,9 +162,16 @@ impl Api {
     pub(crate) fn start(jwks: JwkSet) -> Self {
         let listener = server::bind("127.0.0.1:0".parse().unwrap()).unwrap();
         let address = listener.local_addr().unwrap();
-        let state =
-            State { feeds: HashMap::new(), ended: HashSet::new(), jwks, page: 1_000, tricks: HashMap::new() };
-        let endpoints = [HEADS_PATH, RANGES_PATH, JWKS_PATH];
+        let state = State {
+            feeds: HashMap::new(),
+            ended: HashSet::new(),
+            jwks,
+            foreign: None,
+            subjects: HashMap::new(),
+            page: 1_000,
+            tricks: HashMap::new(),
+        };
+        let endpoints = [HEADS_PATH, RANGES_PATH, KEYS_PATH, IDENTITY_PATH];
         let shared = Shared {
             state: Arc::new(Mutex::new(state)),
             moods: endpoints.map(|path| (path, watch::Sender::new(Mood::Well))).into(),
@@ -247,6 +275,16 @@ impl Api {
         self.state().jwks = jwks;
     }
 
+    /// Tokens of this issuer are accepted too.
+    pub(crate) fn trust(&self, foreign: ForeignKeysAnswer) {
+        self.state().foreign = Some(foreign);
+    }
+
+    /// This subject of the issuer is this user.
+    pub(crate) fn identify(&self, subject: &str, user: UserId) {
+        self.state().subjects.insert(subject.into(), user);
+    }
+
     pub(crate) fn page(&self, events: usize) {
         self.state().page = events;
     }
@@ -320,7 +358,7 @@ impl Shared {
         };
         let authorized =
             headers.get(header::AUTHORIZATION).is_some_and(|a| *a == feed::authorization(SECRET));
-        if !authorized && *path != JWKS_PATH {
+        if !authorized {
             return respond(StatusCode::UNAUTHORIZED, Bytes::new());
         }
         // As of now, whenever it is sent.
@@ -357,7 +395,16 @@ impl Shared {
                 }
                 (Asked::Ranges(request.ranges), to_json(&answer))
             }
-            _ => (Asked::Keys, to_json(&state.jwks)),
+            IDENTITY_PATH => {
+                let request: IdentityRequest = serde_json::from_slice(body).unwrap();
+                let subjects: Vec<_> = request.identities.into_iter().map(|it| it.subject).collect();
+                let users = subjects.iter().map(|subject| state.subjects[subject]).collect();
+                (Asked::Identities(subjects), to_json(&IdentityAnswer { users }))
+            }
+            _ => (
+                Asked::Keys,
+                to_json(&KeysAnswer { own: state.jwks.clone(), foreign: state.foreign.clone() }),
+            ),
         };
         match trick {
             Some(Trick::Instead(body)) => (asked, body),

@@ -3,7 +3,7 @@
 use futures_util::future::join_all;
 use shared::{
     claims::SigningKeys,
-    feed::JWKS_PATH,
+    feed::KEYS_PATH,
     test_support::{sse::Opening, until},
 };
 
@@ -37,7 +37,7 @@ async fn without_keys_streams_are_told_to_come_back_and_no_token_is_called_bad()
         assert!((60_000..=120_000).contains(&retry), "{retry}");
     }
     assert_eq!(world.opening().open().await.unwrap().status, 401, "no credential is none with any key");
-    world.api.mood(JWKS_PATH, Mood::Well);
+    world.api.mood(KEYS_PATH, Mood::Well);
     until("the gateway is ready", || async { world.readiness().await.status == 200 }).await;
     let mut stream = world.stream(&user).stream().await;
     ready(&mut stream, &world.api.cursor(user.id, 3), false).await;
@@ -77,7 +77,7 @@ async fn keys_are_rotated_without_a_rejected_request() {
 async fn a_key_that_cannot_be_asked_about_is_not_a_bad_token() {
     let world = World::new().await;
     let user = world.user(3);
-    world.api.mood(JWKS_PATH, Mood::Failing);
+    world.api.mood(KEYS_PATH, Mood::Failing);
     for _ in 0..3 {
         let mut stream = world.signed_by(&rotated_keys(), &user).stream().await;
         goodbye(&mut stream, "busy").await;
@@ -91,12 +91,17 @@ async fn a_key_that_cannot_be_asked_about_is_not_a_bad_token() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_empty_or_senseless_set_of_keys_does_not_take_the_place_of_good_ones() {
-    let senseless =
-        ["", "{}", "nonsense", r#"{"keys":[]}"#, r#"{"keys":[{"kty":"oct","k":"AAAA","kid":"x"}]}"#];
+    let senseless = [
+        "",
+        "{}",
+        "nonsense",
+        r#"{"own":{"keys":[]}}"#,
+        r#"{"own":{"keys":[{"kty":"oct","k":"AAAA","kid":"x"}]}}"#,
+    ];
     join_all(senseless.map(async |text| {
         let world = World::new().await;
         let user = world.user(3);
-        world.api.next_answer(JWKS_PATH, text);
+        world.api.next_answer(KEYS_PATH, text);
         let mut stream = world.signed_by(&rotated_keys(), &user).stream().await;
         goodbye(&mut stream, "busy").await;
         assert_eq!(world.api.asked().keys(), 1);

@@ -129,7 +129,7 @@ impl World {
         let signing = keys();
         let api = Api::start(signing.jwks().clone());
         if setup.no_keys {
-            api.mood(shared::feed::JWKS_PATH, Mood::Failing);
+            api.mood(shared::feed::KEYS_PATH, Mood::Failing);
         }
         let url = redis_url();
         let address = url.socket_addrs(|| Some(6379)).unwrap()[0];

@@ -1,0 +1,108 @@
+//! Which users the subjects of a foreign issuer are here: asked of `api`, many in one request, and remembered for a while.
+//!
+//! Fifty thousand of them who reconnect at once are a hundred requests. Who cannot be told in time is told to come back.
+
+use std::time::Duration;
+
+use moka::sync::Cache;
+use shared::{
+    feed::{IDENTITY_PATH, Identity, IdentityAnswer, IdentityRequest, MAX_PAIRS},
+    foreign::ForeignClaims,
+    ids::UserId,
+};
+use tokio::{
+    sync::{mpsc, oneshot},
+    time::timeout,
+};
+use tokio_util::sync::CancellationToken;
+
+use crate::backfill::Api;
+
+/// Subjects that are remembered, at some 200 bytes each.
+const REMEMBERED: u64 = 100_000;
+/// A user who was deleted and comes back is another one.
+const REMEMBERED_FOR: Duration = Duration::from_secs(300);
+/// Subjects that wait for `api`; more are told to come back.
+const QUEUE: usize = 16_384;
+/// How long a stream waits to learn whose it is.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+pub struct Identities {
+    known: Cache<String, UserId>,
+    questions: mpsc::Sender<Question>,
+}
+
+struct Question {
+    identity: Identity,
+    answer: oneshot::Sender<UserId>,
+}
+
+/// The task that asks.
+pub struct Worker {
+    api: Api,
+    known: Cache<String, UserId>,
+    questions: mpsc::Receiver<Question>,
+}
+
+pub fn identities(api: Api) -> (Identities, Worker) {
+    let known = Cache::builder().max_capacity(REMEMBERED).time_to_live(REMEMBERED_FOR).build();
+    let (sender, questions) = mpsc::channel(QUEUE);
+    (Identities { known: known.clone(), questions: sender }, Worker { api, known, questions })
+}
+
+impl Identities {
+    /// Without asking.
+    pub fn known(&self, claims: &ForeignClaims) -> Option<UserId> {
+        self.known.get(&claims.sub)
+    }
+
+    /// `None`: it cannot be told now.
+    pub async fn user_of(&self, claims: &ForeignClaims) -> Option<UserId> {
+        let (answer, told) = oneshot::channel();
+        self.questions.try_send(Question { identity: claims.into(), answer }).ok()?;
+        timeout(PATIENCE, told).await.ok()?.ok()
+    }
+}
+
+impl Worker {
+    pub async fn run(mut self, stop: CancellationToken) {
+        let mut batch = Vec::new();
+        loop {
+            tokio::select! {
+                count = self.questions.recv_many(&mut batch, MAX_PAIRS) => if count == 0 { return },
+                () = stop.cancelled() => return,
+            }
+            // Nobody waits any more for some of these.
+            batch.retain(|question| !question.answer.is_closed());
+            if batch.is_empty() {
+                continue;
+            }
+            let identities: Vec<_> = batch.iter().map(|question| question.identity.clone()).collect();
+            let answer =
+                self.api.post::<IdentityAnswer>(IDENTITY_PATH, &IdentityRequest { identities }).await;
+            match answer.and_then(|answer| {
+                anyhow::ensure!(
+                    answer.users.len() == batch.len(),
+                    "api answered other identities than asked for"
+                );
+                Ok(answer.users)
+            }) {
+                Ok(users) => {
+                    for (Question { identity, answer }, user) in batch.drain(..).zip(users) {
+                        self.known.insert(identity.subject, user);
+                        let _ = answer.send(user); // Or its stream has gone.
+                    }
+                }
+                Err(error) => {
+                    let streams = batch.len();
+                    tracing::warn!(
+                        error = format!("{error:#}"),
+                        streams,
+                        "cannot ask who a foreign issuer's subjects are; their streams are told to come back"
+                    );
+                    batch.clear();
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,151 @@
+//! Users who come with a token of a foreign issuer: checked here, known to `api`.
+
+use futures_util::future::join_all;
+use shared::{
+    feed::{ForeignKeysAnswer, IDENTITY_PATH, KEYS_PATH},
+    test_support::{
+        issuer::{AUDIENCE, ISSUER, IssuerKey, issuer, published},
+        sse::Opening,
+        until,
+    },
+};
+
+use crate::{
+    api::Mood,
+    support::{Setup, User, World, goodbye, now, ready},
+};
+
+const SUBJECT: &str = "auth0|jane";
+
+/// A gateway that trusts the issuer, and a user who is known there.
+async fn world() -> (World, User) {
+    let world = Setup::default().no_keys().start().await;
+    world.api.trust(published(&IssuerKey::number(0)));
+    world.api.mood(KEYS_PATH, Mood::Well);
+    until("the gateway is ready", || async { world.readiness().await.status == 200 }).await;
+    world.api.forget_questions();
+    let user = world.user(3);
+    world.api.identify(SUBJECT, user.id);
+    (world, user)
+}
+
+fn token() -> String {
+    IssuerKey::number(0).token(SUBJECT, now() + 3_600)
+}
+
+impl World {
+    fn with_token(&self, token: &str) -> Opening {
+        self.opening().bearer(token)
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_foreign_token_opens_its_users_stream_and_who_it_is_is_asked_once() {
+    let (world, user) = world().await;
+    let mut first = world.with_token(&token()).stream().await;
+    ready(&mut first, &world.api.cursor(user.id, 3), false).await;
+    assert_eq!(world.api.asked().identities(), [[SUBJECT.to_owned()].as_slice()]);
+    let mut second = world.with_token(&token()).stream().await;
+    ready(&mut second, &world.api.cursor(user.id, 3), false).await;
+    assert_eq!(world.api.asked().identities().len(), 1, "it is remembered");
+    // Live events come as to anybody.
+    let event = world.api.append(user.id);
+    world.publish_event(&user, &event).await;
+    for stream in [&mut first, &mut second] {
+        assert_eq!(stream.event().await.unwrap().id, Some(event.cursor().to_string()));
+    }
+    drop((first, second));
+    world.leaves_nothing().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn many_who_come_at_once_share_a_few_questions() {
+    let (world, _) = world().await;
+    let subjects: Vec<_> = (0..100).map(|number| format!("s{number}")).collect();
+    for subject in &subjects {
+        world.api.identify(subject, world.user(1).id);
+    }
+    world.api.mood(IDENTITY_PATH, Mood::Holding);
+    let openings = subjects.iter().map(|subject| {
+        let token = IssuerKey::number(0).token(subject, now() + 3_600);
+        let opening = world.with_token(&token);
+        async move { opening.stream().await }
+    });
+    let streams = join_all(openings).await;
+    world.api.mood(IDENTITY_PATH, Mood::Well);
+    join_all(streams.into_iter().map(|mut stream| async move { stream.named("ready").await })).await;
+    let asked = world.api.asked();
+    let requests = asked.identities();
+    assert_eq!(requests.iter().map(|subjects| subjects.len()).sum::<usize>(), 100);
+    assert!(requests.len() < 20, "{}", requests.len());
+    world.leaves_nothing().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn while_api_cannot_tell_who_it_is_the_head_comes_and_then_busy() {
+    let (world, user) = world().await;
+    world.api.mood(IDENTITY_PATH, Mood::Failing);
+    let mut stream = world.with_token(&token()).stream().await;
+    let told = goodbye(&mut stream, "busy").await;
+    assert_eq!(told["reconnect"], true);
+    assert!((60_000..=120_000).contains(&stream.retry.unwrap().as_millis()));
+    assert_eq!(world.metric("gateway_streams_refused_total{reason=\"no_identity\"}").await, 1);
+    world.api.mood(IDENTITY_PATH, Mood::Well);
+    let mut stream = world.with_token(&token()).stream().await;
+    ready(&mut stream, &world.api.cursor(user.id, 3), false).await;
+    drop(stream);
+    world.leaves_nothing().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_not_exactly_the_issuers_is_refused() {
+    let (world, _) = world().await;
+    let key = IssuerKey::number(0);
+    let claims = |iss: &str, aud: &str, exp: i64| serde_json::json!({ "iss": iss, "aud": aud, "sub": SUBJECT, "exp": exp });
+    for bad in [
+        key.sign(&claims("https://other.example", AUDIENCE, now() + 60)),
+        key.sign(&claims(ISSUER, "another", now() + 60)),
+        key.sign(&claims(ISSUER, AUDIENCE, now() - 1)),
+        IssuerKey::number(1).sign(&claims(ISSUER, AUDIENCE, now() + 60)),
+        // Ours by its claims, theirs by its key.
+        key.sign(&claims(crate::support::ORIGIN, "api", now() + 60)),
+    ] {
+        assert_eq!(world.with_token(&bad).open().await.unwrap().status, 401, "{bad}");
+    }
+    assert_eq!(world.api.asked().identities().len(), 0);
+    world.ends().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_issuers_keys_are_rotated_and_may_be_late() {
+    let (world, user) = world().await;
+    let rotated = IssuerKey::number(1);
+    world.api.trust(published(&rotated));
+    let token = rotated.token(SUBJECT, now() + 3_600);
+    let mut stream = world.with_token(&token).stream().await;
+    ready(&mut stream, &world.api.cursor(user.id, 3), false).await;
+    assert_eq!(world.api.asked().keys(), 1);
+    drop(stream);
+    world.ends().await;
+
+    let world = Setup::default().no_keys().start().await;
+    world.api.trust(ForeignKeysAnswer { issuer: issuer(), jwks: None });
+    world.api.mood(KEYS_PATH, Mood::Well);
+    until("the gateway is ready", || async { world.readiness().await.status == 200 }).await;
+    let mut stream = world.with_token(&token).stream().await;
+    goodbye(&mut stream, "busy").await;
+    drop(stream);
+    world.ends().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_stream_ends_before_its_foreign_token_does() {
+    let (world, user) = world().await;
+    let exp = now() + 4;
+    let mut stream = world.with_token(&IssuerKey::number(0).token(SUBJECT, exp)).stream().await;
+    ready(&mut stream, &world.api.cursor(user.id, 3), false).await;
+    goodbye(&mut stream, "expired").await;
+    assert!(now() <= exp);
+    drop(stream);
+    world.leaves_nothing().await;
+}
