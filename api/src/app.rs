@@ -17,6 +17,7 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     commands::Context,
     config::{Addresses, Config},
+    foreign::Foreign,
     http::{self, Api, Cors, Edge, auth::Auth, oauth::SignIn},
     last_used::{self, LastUsed},
     metrics::Metrics,
@@ -114,6 +115,10 @@ pub async fn run(config: Config, listeners: Listeners, stop: CancellationToken) 
     let used = LastUsed::default();
     let providers = oauth::providers(config.providers, &config.origin, config.provider_time_limit)
         .context("cannot read whom this machine trusts (SSL_CERT_FILE, ca-certificates)")?;
+    let foreign = config.foreign.map(Foreign::new).transpose();
+    let foreign = foreign
+        .context("cannot read whom this machine trusts (SSL_CERT_FILE, ca-certificates)")?
+        .map(Arc::new);
     let sign_in = SignIn::new(
         providers,
         config.origin.clone(),
@@ -122,10 +127,12 @@ pub async fn run(config: Config, listeners: Listeners, stop: CancellationToken) 
         metrics.clone(),
     );
     let origins = Arc::new(Origins::new(config.origin, config.allowed_origins));
+    let auth = Auth::new(config.keys, origins.clone(), config.lifetimes, used.clone());
     let api = Arc::new(Api {
         context: Context::new(database.clone(), publisher),
-        auth: Auth::new(config.keys, origins.clone(), config.lifetimes, used.clone()),
+        auth: auth.with_foreign(foreign.clone(), database.clone()),
         limits: http::limits::Limits::new(limiter, &config.limits),
+        foreign: foreign.clone(),
         dev_login: config.dev_login,
         sign_in,
         internal_secret: config.internal_secret,
@@ -141,6 +148,7 @@ pub async fn run(config: Config, listeners: Listeners, stop: CancellationToken) 
     let pruning = pruner::run(database.clone(), config.keep, metrics.clone(), stop.clone());
     let pruning = tokio::spawn(pruning);
     let noting = tokio::spawn(last_used::run(used, database.clone(), stop.clone()));
+    let following = foreign.map(|foreign| tokio::spawn(foreign.follow(stop.clone())));
     let publishing = tokio::spawn(worker.run(stop_publishing.clone()));
     let counting = tokio::spawn(counting.run(stop_serving.clone()));
 
@@ -172,6 +180,9 @@ pub async fn run(config: Config, listeners: Listeners, stop: CancellationToken) 
     }
     pruning.await.context("the pruner failed")?;
     noting.await.context("noting the use of sessions failed")?;
+    if let Some(following) = following {
+        following.await.context("following the issuer's keys failed")?;
+    }
     watching.await.context("the readiness watch failed")?;
     stop_ops.cancel();
     operators.await.context("the operators' listener failed")?;

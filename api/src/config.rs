@@ -8,6 +8,7 @@ use shared::{
     claims::SigningKeys,
     client_address::TrustedProxies,
     config::{Origin, Problems},
+    foreign::ForeignIssuer,
     limiter::{self, Limit},
     telemetry::LogFormat,
 };
@@ -15,6 +16,7 @@ use sqlx::postgres::PgConnectOptions;
 use tracing_subscriber::EnvFilter;
 
 use crate::{
+    foreign::ForeignSettings,
     http::auth::Lifetimes,
     oauth::{self, ProviderSettings},
     store::feed::Keep,
@@ -109,6 +111,19 @@ pub struct Settings {
     /// stays in the browser's history and in the logs of whatever is in front; without this it is a code for one use
     #[arg(long, env, global = true, default_value = "false", value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
     pub callback_token_in_query: String,
+    /// Accept tokens of this issuer too (its `iss`, exactly), and make its users at first use: for a product with a login
+    /// of its own
+    #[arg(long, env, global = true, default_value = "", value_name = "URL")]
+    pub foreign_issuer: String,
+    /// Whom its tokens must be for: their `aud`
+    #[arg(long, env, global = true, default_value = "", value_name = "TEXT")]
+    pub foreign_audience: String,
+    /// Where its public keys are (JWKS)
+    #[arg(long, env, global = true, default_value = "", value_name = "URL")]
+    pub foreign_jwks_url: String,
+    /// How it signs: RS256, PS256, ES256, EdDSA or a longer one of these. Nothing else is accepted
+    #[arg(long, env, global = true, default_value = "RS256", value_name = "NAME")]
+    pub foreign_algorithm: String,
     /// How long a session lives from its last refresh, and the longest life of a token
     #[arg(long, env, global = true, default_value = "1209600", value_name = "SECONDS")]
     pub token_lifetime_seconds: String,
@@ -193,6 +208,7 @@ pub struct Config {
     /// For one question to a provider.
     pub provider_time_limit: Duration,
     pub callback_token_in_query: bool,
+    pub foreign: Option<ForeignSettings>,
     pub lifetimes: Lifetimes,
     pub keep: Keep,
     pub limits: RateLimits,
@@ -260,6 +276,7 @@ impl Settings {
         let providers = self.providers(&mut problems);
         let callback_token_in_query =
             problems.parse::<bool>("CALLBACK_TOKEN_IN_QUERY", &self.callback_token_in_query);
+        let foreign = self.foreign(&mut problems);
         let token_lifetime =
             problems.seconds("TOKEN_LIFETIME_SECONDS", &self.token_lifetime_seconds, 60, LONGEST_TOKEN);
         let stream_token_lifetime =
@@ -285,6 +302,7 @@ impl Settings {
                 providers,
                 provider_time_limit: oauth::TIME_LIMIT,
                 callback_token_in_query: callback_token_in_query?,
+                foreign: foreign?,
                 lifetimes: Lifetimes { session: token_lifetime?, stream_token: stream_token_lifetime? },
                 keep: Keep { age: Duration::from_secs(keep_days? * DAY), events: keep_events? },
                 limits: limits?,
@@ -361,6 +379,30 @@ impl Settings {
             &self.oidc_client_secret,
         );
         github.into_iter().chain(oidc).collect()
+    }
+
+    /// `Some(None)`: no other issuer is trusted.
+    fn foreign(&self, problems: &mut Problems) -> Option<Option<ForeignSettings>> {
+        let given = [
+            ("FOREIGN_ISSUER", &self.foreign_issuer),
+            ("FOREIGN_AUDIENCE", &self.foreign_audience),
+            ("FOREIGN_JWKS_URL", &self.foreign_jwks_url),
+        ];
+        let algorithm = problems.parse("FOREIGN_ALGORITHM", &self.foreign_algorithm);
+        if given.iter().all(|(_, value)| value.is_empty()) {
+            return algorithm.map(|_| None);
+        }
+        let [issuer, audience, jwks_url] =
+            given.map(|(name, value)| problems.require(name, Some(value)).map(str::to_owned));
+        if issuer.as_ref() == Some(&self.origin) {
+            problems.add("FOREIGN_ISSUER is ORIGIN: our own tokens need no setting");
+        }
+        // Whoever can change what is answered there can be anybody here.
+        if let Some(Err(error)) = jwks_url.as_deref().map(oauth::protected_url) {
+            problems.add(format!("FOREIGN_JWKS_URL cannot be used: {error}"));
+        }
+        let issuer = ForeignIssuer { issuer: issuer?, audience: audience?, algorithm: algorithm? };
+        Some(Some(ForeignSettings { issuer, jwks_url: jwks_url? }))
     }
 
     fn keys(&self, problems: &mut Problems) -> Option<SigningKeys> {

@@ -163,7 +163,7 @@ impl ForeignKeys {
             })?
             .claims;
         let begun = claims.nbf.is_none_or(|nbf| nbf <= Utc::now().timestamp() + NOT_BEFORE_LEEWAY);
-        let named = (1..=MAX_SUBJECT).contains(&claims.sub.len()) && !claims.sub.contains('\0');
+        let named = (1..=MAX_SUBJECT).contains(&claims.sub.len()) && !claims.sub.contains(char::is_control);
         if begun && named { Ok(claims) } else { Err(TokenError::Invalid) }
     }
 }

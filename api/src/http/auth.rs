@@ -5,9 +5,11 @@ use std::{sync::Arc, time::Duration};
 
 use chrono::{DateTime, Utc};
 use http::{HeaderMap, HeaderValue, header};
+use jsonwebtoken::jwk::JwkSet;
 use shared::{
     claims::{Audience, Claims, KeySet, SigningKeys},
     cursor::Cursor,
+    feed::Identity,
     ids::UserId,
     origins::Origins,
 };
@@ -16,6 +18,7 @@ use super::{error::ApiError, request::Inbound};
 use crate::{
     commands::Actor,
     domain::user::User,
+    foreign::Foreign,
     last_used::LastUsed,
     store::{
         Database,
@@ -31,6 +34,8 @@ pub struct Auth {
     origins: Arc<Origins>,
     lifetimes: Lifetimes,
     used: LastUsed,
+    /// Whose tokens are accepted besides our own, and where their users are.
+    foreign: Option<(Arc<Foreign>, Database)>,
 }
 
 /// How long what we hand out is good.
@@ -47,6 +52,8 @@ pub struct Lifetimes {
 pub(super) struct Credential {
     pub(super) actor: Actor,
     by_cookie: bool,
+    /// Of the token, in seconds since 1970.
+    pub(super) expires_at: i64,
 }
 
 /// A caller whose session lives.
@@ -67,7 +74,12 @@ pub(super) struct Token {
 impl Auth {
     pub fn new(keys: SigningKeys, origins: Arc<Origins>, lifetimes: Lifetimes, used: LastUsed) -> Self {
         let verifier = keys.verifier();
-        Self { keys, verifier, origins, lifetimes, used }
+        Self { keys, verifier, origins, lifetimes, used, foreign: None }
+    }
+
+    /// Accepts another issuer's tokens too.
+    pub fn with_foreign(self, foreign: Option<Arc<Foreign>>, database: Database) -> Self {
+        Self { foreign: foreign.map(|foreign| (foreign, database)), ..self }
     }
 
     /// Where the use of sessions is noted.
@@ -80,25 +92,26 @@ impl Auth {
         self.lifetimes.session
     }
 
-    pub(super) fn jwks(&self) -> &impl serde::Serialize {
+    pub(super) fn jwks(&self) -> &JwkSet {
         self.keys.jwks()
     }
 
     /// A token for exactly as long as its session.
     pub(super) fn issue(&self, user: UserId, session: Session) -> Token {
-        self.sign(user, session, Audience::Api, self.lifetimes.session, None)
+        let actor = Actor { user, session: Some(session.id) };
+        self.sign(actor, session.expires_at, Audience::Api, self.lifetimes.session, None)
     }
 
-    /// A token that opens streams for a while; what it opens may last as long as the session.
-    pub(super) fn issue_for_stream(&self, user: UserId, session: Session) -> Token {
-        let session_exp = Some(session.expires_at.timestamp());
-        self.sign(user, session, Audience::Stream, self.lifetimes.stream_token, session_exp)
+    /// A token that opens streams for a while; what it opens may last until `ends_at`, the end of the session.
+    pub(super) fn issue_for_stream(&self, actor: Actor, ends_at: DateTime<Utc>) -> Token {
+        let session_exp = Some(ends_at.timestamp());
+        self.sign(actor, ends_at, Audience::Stream, self.lifetimes.stream_token, session_exp)
     }
 
     fn sign(
         &self,
-        user: UserId,
-        session: Session,
+        actor: Actor,
+        ends_at: DateTime<Utc>,
         aud: Audience,
         lifetime: Duration,
         session_exp: Option<i64>,
@@ -106,10 +119,10 @@ impl Auth {
         let now = Utc::now();
         // Whole seconds, rounded down: never past the session, whose end is by the database's clock, nor longer than a
         // token may live by ours.
-        let exp = session.expires_at.min(now + lifetime).timestamp();
+        let exp = ends_at.min(now + lifetime).timestamp();
         let claims = Claims {
-            sub: user,
-            sid: Some(session.id),
+            sub: actor.user,
+            sid: actor.session,
             iat: now.timestamp(),
             exp,
             aud,
@@ -137,11 +150,18 @@ impl Auth {
     }
 
     /// What can be said of the caller without asking the database. A bad credential is not made up for by another one.
-    pub(super) fn credential(&self, headers: &HeaderMap) -> Result<Credential, ApiError> {
+    pub(super) async fn credential(&self, headers: &HeaderMap) -> Result<Credential, ApiError> {
         let (token, by_cookie) = match bearer(headers)? {
             Some(token) => (token, false),
             None => (cookie(headers, COOKIE).ok_or(ApiError::Unauthorized)?, true),
         };
+        if let Some((foreign, database)) = self.foreign.as_ref().filter(|(foreign, _)| foreign.issued(token))
+        {
+            let claims = foreign.verify(token).await?;
+            let user = foreign.user_of(database, &Identity::from(&claims)).await?;
+            let actor = Actor { user, session: None };
+            return Ok(Credential { actor, by_cookie, expires_at: claims.exp });
+        }
         let claims = self.verifier.verify(token, &[Audience::Api]).map_err(|error| {
             tracing::debug!(reason = %error, "token refused");
             ApiError::Unauthorized
@@ -149,12 +169,16 @@ impl Auth {
         if let Some(session) = claims.sid {
             self.used.note(session);
         }
-        Ok(Credential { actor: Actor { user: claims.sub, session: claims.sid }, by_cookie })
+        Ok(Credential {
+            actor: Actor { user: claims.sub, session: claims.sid },
+            by_cookie,
+            expires_at: claims.exp,
+        })
     }
 
     /// 401, then 403: the whole question, in one query.
     pub(super) async fn caller(&self, database: &Database, inbound: &Inbound) -> Result<Caller, ApiError> {
-        let credential = self.credential(&inbound.headers)?;
+        let credential = self.credential(&inbound.headers).await?;
         let actor = credential.actor;
         let found = database
             .run(async |connection| sessions::caller(connection, actor.session, actor.user).await)

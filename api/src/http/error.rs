@@ -4,7 +4,7 @@ use http::{HeaderValue, StatusCode, header};
 use shared::{limiter::Over, problem::Problem};
 use warp::reply::Response;
 
-use crate::{commands::CommandError, store::StoreError};
+use crate::{commands::CommandError, foreign::ForeignError, store::StoreError};
 
 #[derive(Debug)]
 pub(super) enum ApiError {
@@ -23,6 +23,8 @@ pub(super) enum ApiError {
     BadBody(String),
     /// Field and sentence.
     Unacceptable(&'static str, String),
+    /// It cannot be told whether a foreign token is good.
+    NoForeignKeys,
     Store(StoreError),
 }
 
@@ -67,7 +69,7 @@ impl ApiError {
             Self::Unacceptable(_, sentence) => {
                 (StatusCode::UNPROCESSABLE_ENTITY, "unacceptable", sentence.clone())
             }
-            Self::Store(StoreError::Unavailable(_)) => {
+            Self::NoForeignKeys | Self::Store(StoreError::Unavailable(_)) => {
                 (StatusCode::SERVICE_UNAVAILABLE, "unavailable", "Service unavailable, try again soon".into())
             }
             Self::Store(StoreError::Fault(_)) => {
@@ -87,6 +89,7 @@ impl ApiError {
             Self::Unacceptable(field, sentence) => {
                 problem.errors.insert(field.into(), sentence);
             }
+            Self::NoForeignKeys => extra = Some((header::RETRY_AFTER, HeaderValue::from_static("5"))), // Its source logs why.
             Self::Store(StoreError::Unavailable(reason)) => {
                 tracing::warn!(reason, "the database is not available");
                 extra = Some((header::RETRY_AFTER, HeaderValue::from_static("1")));
@@ -112,6 +115,20 @@ impl From<Over> for ApiError {
 impl From<StoreError> for ApiError {
     fn from(error: StoreError) -> Self {
         Self::Store(error)
+    }
+}
+
+impl From<ForeignError> for ApiError {
+    fn from(error: ForeignError) -> Self {
+        match error {
+            ForeignError::Token(error) => {
+                tracing::debug!(reason = %error, "a foreign token was refused");
+                Self::Unauthorized
+            }
+            ForeignError::Subject => Self::Unauthorized,
+            ForeignError::NoKeys => Self::NoForeignKeys,
+            ForeignError::Store(error) => Self::Store(error),
+        }
     }
 }
 

@@ -1,16 +1,20 @@
-//! What gateways ask: where feeds end, and what follows a place. On a listener of its own, behind a shared secret.
+//! What gateways ask: where feeds end, what follows a place, by which keys tokens are checked, who a foreign issuer's subjects
+//! are. On a listener of its own, behind a shared secret.
 
 use std::sync::Arc;
 
 use http::{StatusCode, header};
-use shared::feed::{HeadsAnswer, HeadsRequest, MAX_PAIRS, RangesAnswer, RangesRequest, authorization};
+use shared::feed::{
+    HeadsAnswer, HeadsRequest, IdentityAnswer, IdentityRequest, KeysAnswer, MAX_PAIRS, RangesAnswer,
+    RangesRequest, authorization,
+};
 use subtle::ConstantTimeEq;
 use warp::Filter;
 
 use super::{
     Answer, Api, Resource,
     error::ApiError,
-    json, otherwise,
+    json, otherwise, read,
     request::{Inbound, inbound},
     with,
 };
@@ -18,6 +22,8 @@ use crate::store::{feed, sessions};
 
 /// The largest question: every pair and every session, with room for longer names of things.
 const BODY_LIMIT: usize = 512 * 1024;
+/// Names and pictures are as long as their issuer likes, within a token that fits into a request's head.
+const IDENTITIES_LIMIT: usize = 16 * 1024 * 1024;
 
 pub(super) fn heads(api: &Arc<Api>) -> Resource {
     let path = warp::path!("internal" / "feed" / "heads").boxed();
@@ -56,6 +62,36 @@ async fn post_ranges(mut inbound: Inbound, api: Arc<Api>) -> Answer {
     let ranges =
         api.context.database.run(async |connection| feed::ranges(connection, &asked.ranges).await).await?;
     Ok(json(StatusCode::OK, &RangesAnswer { ranges }))
+}
+
+pub(super) fn keys(api: &Arc<Api>) -> Resource {
+    let path = warp::path!("internal" / "keys").boxed();
+    let get = path.clone().and(read()).and(inbound()).and(with(api)).then(get_keys);
+    get.or(path.and(otherwise("GET, HEAD"))).unify().boxed()
+}
+
+async fn get_keys(inbound: Inbound, api: Arc<Api>) -> Answer {
+    require_secret(&inbound, &api)?;
+    let foreign = match &api.foreign {
+        Some(foreign) => Some(foreign.published(inbound.query("kid").as_deref()).await),
+        None => None,
+    };
+    Ok(json(StatusCode::OK, &KeysAnswer { own: api.auth.jwks().clone(), foreign }))
+}
+
+pub(super) fn identity(api: &Arc<Api>) -> Resource {
+    let path = warp::path!("internal" / "identity").boxed();
+    let post = path.clone().and(warp::post()).and(inbound()).and(with(api)).then(post_identity);
+    post.or(path.and(otherwise("POST"))).unify().boxed()
+}
+
+async fn post_identity(mut inbound: Inbound, api: Arc<Api>) -> Answer {
+    require_secret(&inbound, &api)?;
+    let asked: IdentityRequest = inbound.json(IDENTITIES_LIMIT).await?;
+    require_few(asked.identities.len())?;
+    let foreign = api.foreign.as_ref().ok_or(ApiError::NOT_FOUND)?;
+    let users = foreign.users_of(&api.context.database, &asked.identities).await?;
+    Ok(json(StatusCode::OK, &IdentityAnswer { users }))
 }
 
 fn require_secret(inbound: &Inbound, api: &Api) -> Result<(), ApiError> {

@@ -28,7 +28,7 @@ use warp::{Filter, filters::BoxedFilter, reply::Response};
 pub use cors::Cors;
 pub use edge::Edge;
 
-use crate::commands::Context;
+use crate::{commands::Context, foreign::Foreign};
 use auth::Auth;
 use error::ApiError;
 use limits::Limits;
@@ -42,6 +42,7 @@ pub struct Api {
     pub dev_login: bool,
     pub sign_in: SignIn,
     pub internal_secret: String,
+    pub foreign: Option<Arc<Foreign>>,
 }
 
 /// How every handler ends.
@@ -78,6 +79,8 @@ pub fn internal(api: &Arc<Api>) -> BoxedFilter<(Response,)> {
     one_of([
         at(feed::HEADS_PATH, internal::heads(api)),
         at(feed::RANGES_PATH, internal::ranges(api)),
+        at(feed::KEYS_PATH, internal::keys(api)),
+        at(feed::IDENTITY_PATH, internal::identity(api)),
         at(feed::JWKS_PATH, login::jwks(api)),
     ])
 }

@@ -60,7 +60,7 @@ pub(super) fn session(api: &Arc<Api>) -> Resource {
 }
 
 async fn delete_one(id: InPath, inbound: Inbound, api: Arc<Api>) -> Answer {
-    let credential = api.auth.credential(&inbound.headers)?;
+    let credential = api.auth.credential(&inbound.headers).await?;
     let input = api.auth.check_origin(credential, &inbound).and_then(|()| id.or(ApiError::NOT_FOUND));
     let id = api.auth.or_unauthorized(&api.context.database, credential, input).await?;
     end_sessions(&api.context, credential.actor, Which::One(id)).await?;
@@ -102,18 +102,25 @@ pub(super) fn stream_token(api: &Arc<Api>) -> Resource {
 }
 
 async fn post_stream_token(inbound: Inbound, api: Arc<Api>) -> Answer {
-    let Credential { actor, .. } = allowed(&inbound, &api).await?;
-    let id = actor.session.ok_or(ApiError::Unauthorized)?;
-    let session =
-        api.context.database.run(async |connection| store::find(connection, id, actor.user).await).await?;
-    let token = api.auth.issue_for_stream(actor.user, session.ok_or(ApiError::Unauthorized)?);
+    let Credential { actor, expires_at, .. } = allowed(&inbound, &api).await?;
+    let ends_at = match actor.session {
+        Some(id) => {
+            let database = &api.context.database;
+            let session =
+                database.run(async |connection| store::find(connection, id, actor.user).await).await?;
+            session.map(|session| session.expires_at)
+        }
+        // What a foreign token allows ends with it.
+        None => DateTime::from_timestamp(expires_at, 0),
+    };
+    let token = api.auth.issue_for_stream(actor, ends_at.ok_or(ApiError::Unauthorized)?);
     let answer = StreamTokenAnswer { token: token.text, expires_at: token.expires_at };
     Ok(json(StatusCode::OK, &answer))
 }
 
 /// 401, then 403, for a request that has nothing else to be looked at.
 async fn allowed(inbound: &Inbound, api: &Api) -> Result<Credential, ApiError> {
-    let credential = api.auth.credential(&inbound.headers)?;
+    let credential = api.auth.credential(&inbound.headers).await?;
     let origin = api.auth.check_origin(credential, inbound);
     api.auth.or_unauthorized(&api.context.database, credential, origin).await?;
     Ok(credential)

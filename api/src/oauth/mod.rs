@@ -22,7 +22,7 @@ use shared::config::Origin;
 use subtle::ConstantTimeEq;
 use thiserror::Error;
 
-pub use settings::{GITHUB_API_URL, GITHUB_URL, ProviderSettings, Registration};
+pub use settings::{GITHUB_API_URL, GITHUB_URL, ProviderSettings, Registration, protected_url};
 
 use crate::{
     domain::user::Profile,

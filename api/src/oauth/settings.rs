@@ -23,7 +23,7 @@ pub const GITHUB_URL: &str = "https://github.com";
 pub const GITHUB_API_URL: &str = "https://api.github.com";
 
 #[derive(Debug, Error)]
-pub(super) enum NotAProviderUrl {
+pub enum NotAProviderUrl {
     #[error("a provider's address has the form https://host/path, without a query")]
     Form,
     #[error("http:// is for loopback hosts only: what is said there is a secret")]
@@ -37,7 +37,7 @@ fn provider_url(text: &str) -> Result<Url, NotAProviderUrl> {
 }
 
 /// May codes and tokens be sent there?
-pub(super) fn protected_url(text: &str) -> Result<Url, NotAProviderUrl> {
+pub fn protected_url(text: &str) -> Result<Url, NotAProviderUrl> {
     let url = Url::parse(text).map_err(|_| NotAProviderUrl::Form)?;
     let plain = url.fragment().is_none() && url.username().is_empty() && url.password().is_none();
     let host = url.host().filter(|_| plain).ok_or(NotAProviderUrl::Form)?;

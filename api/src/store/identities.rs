@@ -76,3 +76,28 @@ pub async fn delete_expired_codes(connection: &mut PgConnection, limit: i64) -> 
     .await?;
     Ok(deleted.rows_affected())
 }
+
+/// A subject who is a user here.
+pub struct Known {
+    pub subject: String,
+    pub user: UserId,
+    pub avatar_url: Option<String>,
+}
+
+/// Those of an issuer's subjects who are users here.
+pub async fn known(
+    connection: &mut PgConnection,
+    issuer: &str,
+    subjects: &[String],
+) -> sqlx::Result<Vec<Known>> {
+    sqlx::query_as!(
+        Known,
+        r#"SELECT i.subject, u.id AS "user", u.avatar_url
+           FROM identities AS i JOIN users AS u ON u.id = i.user_id
+           WHERE i.issuer = $1 AND i.subject = ANY ($2)"#,
+        issuer,
+        subjects,
+    )
+    .fetch_all(connection)
+    .await
+}

@@ -8,6 +8,7 @@ mod checks;
 mod contract;
 mod failures;
 mod feeds;
+mod foreign;
 mod input;
 mod limits;
 mod origins;

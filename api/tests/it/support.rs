@@ -75,6 +75,7 @@ pub(crate) fn config(database: PgConnectOptions) -> Config {
         providers: Vec::new(),
         provider_time_limit: Duration::from_secs(10),
         callback_token_in_query: false,
+        foreign: None,
         lifetimes: Lifetimes { session: Duration::from_secs(3_600), stream_token: Duration::from_secs(60) },
         keep: Keep { age: Duration::from_secs(3_600), events: 1_000_000 },
         limits: RateLimits::OFF,

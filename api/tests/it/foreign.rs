@@ -1,0 +1,283 @@
+//! A product with a login of its own: tokens of its issuer, whose keys are fetched from a server that can fail.
+
+use std::{
+    net::SocketAddr,
+    sync::{Arc, Mutex},
+    time::Duration,
+};
+
+use api::{config::Config, foreign::ForeignSettings};
+use chrono::Utc;
+use futures_util::future::join_all;
+use http::StatusCode;
+use serde_json::{Value, json};
+use shared::{
+    claims::Audience,
+    feed::{IDENTITY_PATH, Identity, IdentityAnswer, IdentityRequest, KEYS_PATH, KeysAnswer, authorization},
+    server::{self, Limits},
+    test_support::{
+        http::{Answer, Call},
+        issuer::{AUDIENCE, ISSUER, IssuerKey, issuer},
+        until,
+    },
+};
+use sqlx::PgPool;
+use tokio_util::sync::{CancellationToken, DropGuard};
+use warp::Filter;
+
+use crate::support::{App, ORIGIN, SECRET, assert_problem, config, keys, text};
+
+/// Where the issuer publishes its keys.
+struct Issuer {
+    address: SocketAddr,
+    /// None: it answers 503.
+    keys: Arc<Mutex<Option<Value>>>,
+    asked: Arc<Mutex<usize>>,
+    _stop: DropGuard,
+}
+
+impl Issuer {
+    fn start(keys: Option<&IssuerKey>) -> Self {
+        let listener = server::bind("127.0.0.1:0".parse().unwrap()).unwrap();
+        let address = listener.local_addr().unwrap();
+        let published = Arc::new(Mutex::new(keys.map(|key| json!(key.jwks()))));
+        let asked = Arc::new(Mutex::new(0));
+        let routes = warp::path("jwks").map({
+            let (published, asked) = (published.clone(), asked.clone());
+            move || {
+                *asked.lock().unwrap() += 1;
+                let keys = published.lock().unwrap().clone();
+                let status = if keys.is_some() { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
+                warp::reply::with_status(warp::reply::json(&keys), status)
+            }
+        });
+        let stop = CancellationToken::new();
+        let limits = Limits { stop: Duration::ZERO, ..Limits::default() };
+        tokio::spawn(server::serve(listener, warp::service(routes), limits, stop.clone()));
+        Self { address, keys: published, asked, _stop: stop.drop_guard() }
+    }
+
+    fn publish(&self, key: &IssuerKey) {
+        *self.keys.lock().unwrap() = Some(json!(key.jwks()));
+    }
+
+    fn asked(&self) -> usize {
+        *self.asked.lock().unwrap()
+    }
+
+    fn config(&self, pool: &PgPool) -> Config {
+        let settings =
+            ForeignSettings { issuer: issuer(), jwks_url: format!("http://{}/jwks", self.address) };
+        Config { foreign: Some(settings), ..config((*pool.connect_options()).clone()) }
+    }
+}
+
+fn soon() -> i64 {
+    Utc::now().timestamp() + 600
+}
+
+impl App {
+    fn with_token(&self, method: &str, path: &str, token: &str) -> Call {
+        self.call(method, path).bearer(token)
+    }
+
+    async fn whoami(&self, token: &str) -> Answer {
+        self.with_token("GET", "/api/auth_user", token).send().await.unwrap()
+    }
+}
+
+#[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
+async fn a_foreign_token_makes_its_user_at_first_use_and_serves_for_everything(pool: PgPool) {
+    let key = IssuerKey::number(0);
+    let issuer = Issuer::start(Some(&key));
+    let (app, replica) =
+        tokio::join!(App::start_with(issuer.config(&pool)), App::start_with(issuer.config(&pool)));
+    let john = app.user(&pool, "john").await;
+    let token = key.token("jane", soon());
+    // Twenty first uses at once, over two replicas.
+    let answers = join_all((0..20).map(|number| {
+        let app = if number % 2 == 0 { &app } else { &replica };
+        app.whoami(&token)
+    }))
+    .await;
+    let me = answers[0].json();
+    assert_eq!(me["username"], "jane");
+    assert!(answers.iter().all(|answer| answer.status == 200 && answer.json() == me));
+    let users: i64 = sqlx::query_scalar("SELECT count(*) FROM users").fetch_one(&pool).await.unwrap();
+    assert_eq!(users, 2);
+
+    // A conversation in both directions.
+    let conversation = john.start("jane").await;
+    john.say(&conversation, "hello").await;
+    let messages = format!("/api/conversations/{conversation}/messages");
+    let page = app.with_token("GET", &messages, &token).expect(200).await.json();
+    assert_eq!(page[0]["content"], "hello");
+    assert_eq!(page[0]["mine"], false);
+    let sent = app.with_token("POST", &messages, &token).json(&json!({ "content": "hi" })).expect(201).await;
+    assert_eq!(sent.json()["mine"], true);
+    app.with_token("POST", &format!("/api/conversations/{conversation}/read_messages"), &token)
+        .expect(204)
+        .await;
+    let names: Vec<_> = app.feed(text(&me["id"]).parse().unwrap()).await;
+    let names: Vec<_> = names.iter().map(|(name, _)| name.as_str()).collect();
+    let expected =
+        ["conversation.created", "message", "conversation.read", "message.sent", "conversation.read"];
+    assert_eq!(names, expected);
+
+    // A token for the stream lets it listen as long as the token it came from.
+    let exp = soon();
+    let stream =
+        app.with_token("POST", "/api/stream_token", &key.token("jane", exp)).expect(200).await.json();
+    let claims = keys().verifier().verify(stream["token"].as_str().unwrap(), &[Audience::Stream]).unwrap();
+    assert_eq!((json!(claims.sub), claims.sid, claims.session_exp), (me["id"].clone(), None, Some(exp)));
+
+    // It has no session here, so there is nothing to refresh.
+    let refreshed = app.with_token("POST", "/api/refresh_token", &token).send().await.unwrap();
+    assert_problem(&refreshed, 401, "Unauthorized");
+
+    // Whoever is called like somebody else is somebody else.
+    let other = key.sign(&json!({
+        "iss": ISSUER, "aud": AUDIENCE, "sub": "another", "exp": soon(), "preferred_username": "john",
+    }));
+    let other = app.whoami(&other).await.json();
+    assert_eq!(other["username"], "john-2");
+    assert_ne!(other["id"], json!(john.id));
+    app.stop().await;
+    replica.stop().await;
+}
+
+#[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
+async fn a_picture_is_taken_over_and_what_a_token_leaves_out_is_left_alone(pool: PgPool) {
+    let key = IssuerKey::number(0);
+    let issuer = Issuer::start(Some(&key));
+    let app = App::start_with(issuer.config(&pool)).await;
+    let claims = json!({ "iss": ISSUER, "aud": AUDIENCE, "sub": "s", "exp": soon(), "name": "Jane D." });
+    let with = |picture: &str| {
+        let mut claims = claims.clone();
+        claims["picture"] = picture.into();
+        key.sign(&claims)
+    };
+    let me = app.whoami(&with("https://pictures.example/1")).await.json();
+    assert_eq!(
+        (&me["username"], &me["avatarURL"]),
+        (&json!("Jane D."), &json!("https://pictures.example/1"))
+    );
+    app.stop().await;
+    // Another replica, which remembers nobody.
+    let app = App::start_with(issuer.config(&pool)).await;
+    let picture = async |token: &str| app.whoami(token).await.json()["avatarURL"].clone();
+    assert_eq!(picture(&key.sign(&claims)).await, "https://pictures.example/1");
+    app.stop().await;
+    let app = App::start_with(issuer.config(&pool)).await;
+    let me = app.whoami(&with("https://pictures.example/2")).await.json();
+    assert_eq!(me["avatarURL"], "https://pictures.example/2");
+    app.stop().await;
+}
+
+#[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
+async fn what_is_not_exactly_the_issuers_is_refused(pool: PgPool) {
+    let key = IssuerKey::number(0);
+    let issuer = Issuer::start(Some(&key));
+    let app = App::start_with(issuer.config(&pool)).await;
+    let john = app.user(&pool, "john").await;
+    let claims = |iss: &str, aud: &str, exp: i64| json!({ "iss": iss, "aud": aud, "sub": "s", "exp": exp });
+    for bad in [
+        key.sign(&claims("https://other.example", AUDIENCE, soon())),
+        key.sign(&claims(ISSUER, "another", soon())),
+        key.sign(&claims(ISSUER, AUDIENCE, Utc::now().timestamp() - 1)),
+        IssuerKey::number(1).sign(&claims(ISSUER, AUDIENCE, soon())),
+        // Ours by its claims, theirs by its key.
+        key.sign(&claims(ORIGIN, "api", soon())),
+        // Theirs by its claims, ours by its key.
+        john.forge(|claims| claims.iss = ISSUER.into()),
+        // One of ours that no session stands behind.
+        john.forge(|claims| claims.sid = None),
+        john.forge(|claims| (claims.sid, claims.aud) = (None, Audience::Stream)),
+    ] {
+        assert_problem(&app.whoami(&bad).await, 401, "Unauthorized");
+    }
+    let users: i64 = sqlx::query_scalar("SELECT count(*) FROM users").fetch_one(&pool).await.unwrap();
+    assert_eq!(users, 1, "nobody was made");
+    app.stop().await;
+
+    // Without the setting there is no such issuer.
+    let app = App::start(&pool).await;
+    assert_problem(&app.whoami(&key.token("s", soon())).await, 401, "Unauthorized");
+    let question = IdentityRequest::default();
+    assert_problem(&app.ask(IDENTITY_PATH, &question).send().await.unwrap(), 404, "Not found");
+    app.stop().await;
+}
+
+#[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
+async fn an_issuer_that_cannot_be_asked_makes_no_token_bad(pool: PgPool) {
+    let key = IssuerKey::number(0);
+    let issuer = Issuer::start(None);
+    let app = App::start_with(issuer.config(&pool)).await;
+    let john = app.user(&pool, "john").await;
+    let token = key.token("jane", soon());
+    let answer = app.whoami(&token).await;
+    assert_problem(&answer, 503, "Service unavailable, try again soon");
+    assert_eq!(answer.header("retry-after"), Some("5"));
+    john.auth_user().expect(200).await;
+    issuer.publish(&key);
+    until("the issuer's keys are had", || async { app.whoami(&token).await.status == 200 }).await;
+
+    // A new key is asked for once, a stranger's is no load on the issuer.
+    let asked = issuer.asked();
+    let rotated = IssuerKey::number(1);
+    issuer.publish(&rotated);
+    let token = rotated.token("jane", soon());
+    // Not for a few seconds after a question that failed, and then it is 503 still.
+    until("the new key is asked for", || async {
+        let status = app.whoami(&token).await.status;
+        assert!([200, 503].contains(&status), "{status}");
+        status == 200
+    })
+    .await;
+    assert_eq!(issuer.asked(), asked + 1);
+    for _ in 0..20 {
+        assert_eq!(app.whoami(&key.token("jane", soon())).await.status, 401);
+    }
+    assert_eq!(issuer.asked(), asked + 1);
+    app.stop().await;
+}
+
+#[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
+async fn gateways_are_told_the_issuers_keys_and_who_its_subjects_are(pool: PgPool) {
+    let key = IssuerKey::number(0);
+    let issuer = Issuer::start(Some(&key));
+    let app = App::start_with(issuer.config(&pool)).await;
+    let keys = |query: &str| app.client.get(format!("{}{KEYS_PATH}{query}", app.internal));
+    assert_problem(&keys("").send().await.unwrap(), 401, "Unauthorized");
+    let authorized = async |query: &str| {
+        let answer = keys(query).header("authorization", &authorization(SECRET)).expect(200).await;
+        serde_json::from_value::<KeysAnswer>(answer.json()).unwrap()
+    };
+    let told = authorized("").await;
+    assert!(!told.own.keys.is_empty());
+    let foreign = told.foreign.unwrap();
+    assert_eq!((foreign.issuer.issuer.as_str(), foreign.issuer.audience.as_str()), (ISSUER, AUDIENCE));
+    assert_eq!(foreign.jwks.unwrap(), key.jwks());
+    // A gateway that misses a key makes api ask.
+    let rotated = IssuerKey::number(1);
+    issuer.publish(&rotated);
+    let kid = rotated.jwks().keys[0].common.key_id.clone().unwrap();
+    assert_eq!(authorized(&format!("?kid={kid}")).await.foreign.unwrap().jwks.unwrap(), rotated.jwks());
+
+    let identity = |subject: &str| Identity { subject: subject.into(), username: None, picture: None };
+    let identities = (0..50).map(|number| identity(&format!("s{}", number % 30))).collect();
+    let question = IdentityRequest { identities };
+    let ask = async || {
+        let answer = app.ask(IDENTITY_PATH, &question).expect(200).await.json();
+        serde_json::from_value::<IdentityAnswer>(answer).unwrap().users
+    };
+    let users = ask().await;
+    assert_eq!(users.len(), 50);
+    assert_eq!(users[..20], users[30..]);
+    assert_eq!(ask().await, users);
+    let made: i64 = sqlx::query_scalar("SELECT count(*) FROM users").fetch_one(&pool).await.unwrap();
+    assert_eq!(made, 30);
+    let many = IdentityRequest { identities: vec![identity("x"); 1_001] };
+    assert_eq!(app.ask(IDENTITY_PATH, &many).send().await.unwrap().status, 400);
+    app.stop().await;
+}
