@@ -223,6 +223,15 @@ impl Service {
         *self = plan.start().await;
     }
 
+    /// Ends it in order and starts it again at the same addresses with another setting, as a deploy would.
+    pub async fn redeploy(&mut self, name: &str, value: impl ToString) {
+        self.plan.env.insert(name.into(), value.to_string());
+        self.terminate();
+        self.wait().await;
+        self.restart().await;
+        self.until_ready().await;
+    }
+
     /// Resident memory in bytes.
     pub fn memory(&self) -> u64 {
         let status =

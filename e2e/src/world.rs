@@ -19,7 +19,7 @@ use shared::{
     ids::{ConversationId, UserId},
     test_support::{
         http::{Answer, Client},
-        soon,
+        issuer, soon,
     },
 };
 use sqlx::{
@@ -140,8 +140,21 @@ impl World {
 
     /// An api in the middle of a rotation: a new key signs, the world's usual one is still good.
     pub fn api_with_another_key(&self) -> Plan {
-        let files = format!("{},{}", self.key_file("another.pem"), self.key_file("signing.pem"));
-        self.api().env("SIGNING_KEY_FILES", files)
+        self.api().env("SIGNING_KEY_FILES", self.key_files(&["another.pem", "signing.pem"]))
+    }
+
+    /// For SIGNING_KEY_FILES: of the world's keys, `signing.pem` and `another.pem`, the first signs.
+    pub fn key_files(&self, names: &[&str]) -> String {
+        names.iter().map(|name| self.key_file(name)).collect::<Vec<_>>().join(",")
+    }
+
+    /// An api that trusts the foreign issuer of the tests, whose keys are served there.
+    pub fn api_with_issuer(&self, jwks_url: &str) -> Plan {
+        self.api()
+            .env("FOREIGN_ISSUER", issuer::ISSUER)
+            .env("FOREIGN_AUDIENCE", issuer::AUDIENCE)
+            .env("FOREIGN_ALGORITHM", "ES256")
+            .env("FOREIGN_JWKS_URL", jwks_url)
     }
 
     fn key_file(&self, name: &str) -> String {

@@ -1,75 +1,26 @@
 //! A product with a login of its own: tokens of its issuer, whose keys are fetched from a server that can fail.
 
-use std::{
-    net::SocketAddr,
-    sync::{Arc, Mutex},
-    time::Duration,
-};
-
 use api::{config::Config, foreign::ForeignSettings};
 use chrono::Utc;
 use futures_util::future::join_all;
-use http::StatusCode;
-use serde_json::{Value, json};
+use serde_json::json;
 use shared::{
     claims::Audience,
     feed::{IDENTITY_PATH, Identity, IdentityAnswer, IdentityRequest, KEYS_PATH, KeysAnswer, authorization},
-    server::{self, Limits},
     test_support::{
         http::{Answer, Call},
-        issuer::{AUDIENCE, ISSUER, IssuerKey, issuer},
+        issuer::{self, AUDIENCE, ISSUER, Issuer, IssuerKey},
         until,
     },
 };
 use sqlx::PgPool;
-use tokio_util::sync::{CancellationToken, DropGuard};
-use warp::Filter;
 
 use crate::support::{App, ORIGIN, SECRET, assert_problem, config, keys, text};
 
-/// Where the issuer publishes its keys.
-struct Issuer {
-    address: SocketAddr,
-    /// None: it answers 503.
-    keys: Arc<Mutex<Option<Value>>>,
-    asked: Arc<Mutex<usize>>,
-    _stop: DropGuard,
-}
-
-impl Issuer {
-    fn start(keys: Option<&IssuerKey>) -> Self {
-        let listener = server::bind("127.0.0.1:0".parse().unwrap()).unwrap();
-        let address = listener.local_addr().unwrap();
-        let published = Arc::new(Mutex::new(keys.map(|key| json!(key.jwks()))));
-        let asked = Arc::new(Mutex::new(0));
-        let routes = warp::path("jwks").map({
-            let (published, asked) = (published.clone(), asked.clone());
-            move || {
-                *asked.lock().unwrap() += 1;
-                let keys = published.lock().unwrap().clone();
-                let status = if keys.is_some() { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
-                warp::reply::with_status(warp::reply::json(&keys), status)
-            }
-        });
-        let stop = CancellationToken::new();
-        let limits = Limits { stop: Duration::ZERO, ..Limits::default() };
-        tokio::spawn(server::serve(listener, warp::service(routes), limits, stop.clone()));
-        Self { address, keys: published, asked, _stop: stop.drop_guard() }
-    }
-
-    fn publish(&self, key: &IssuerKey) {
-        *self.keys.lock().unwrap() = Some(json!(key.jwks()));
-    }
-
-    fn asked(&self) -> usize {
-        *self.asked.lock().unwrap()
-    }
-
-    fn config(&self, pool: &PgPool) -> Config {
-        let settings =
-            ForeignSettings { issuer: issuer(), jwks_url: format!("http://{}/jwks", self.address) };
-        Config { foreign: Some(settings), ..config((*pool.connect_options()).clone()) }
-    }
+/// An api that trusts the issuer of the tests.
+fn trusting(issuer: &Issuer, pool: &PgPool) -> Config {
+    let settings = ForeignSettings { issuer: issuer::issuer(), jwks_url: issuer.url() };
+    Config { foreign: Some(settings), ..config((*pool.connect_options()).clone()) }
 }
 
 fn soon() -> i64 {
@@ -91,7 +42,7 @@ async fn a_foreign_token_makes_its_user_at_first_use_and_serves_for_everything(p
     let key = IssuerKey::number(0);
     let issuer = Issuer::start(Some(&key));
     let (app, replica) =
-        tokio::join!(App::start_with(issuer.config(&pool)), App::start_with(issuer.config(&pool)));
+        tokio::join!(App::start_with(trusting(&issuer, &pool)), App::start_with(trusting(&issuer, &pool)));
     let john = app.user(&pool, "john").await;
     let token = key.token("jane", soon());
     // Twenty first uses at once, over two replicas.
@@ -150,7 +101,7 @@ async fn a_foreign_token_makes_its_user_at_first_use_and_serves_for_everything(p
 async fn a_picture_is_taken_over_and_what_a_token_leaves_out_is_left_alone(pool: PgPool) {
     let key = IssuerKey::number(0);
     let issuer = Issuer::start(Some(&key));
-    let app = App::start_with(issuer.config(&pool)).await;
+    let app = App::start_with(trusting(&issuer, &pool)).await;
     let claims = json!({ "iss": ISSUER, "aud": AUDIENCE, "sub": "s", "exp": soon(), "name": "Jane D." });
     let with = |picture: &str| {
         let mut claims = claims.clone();
@@ -164,11 +115,11 @@ async fn a_picture_is_taken_over_and_what_a_token_leaves_out_is_left_alone(pool:
     );
     app.stop().await;
     // Another replica, which remembers nobody.
-    let app = App::start_with(issuer.config(&pool)).await;
+    let app = App::start_with(trusting(&issuer, &pool)).await;
     let picture = async |token: &str| app.whoami(token).await.json()["avatarURL"].clone();
     assert_eq!(picture(&key.sign(&claims)).await, "https://pictures.example/1");
     app.stop().await;
-    let app = App::start_with(issuer.config(&pool)).await;
+    let app = App::start_with(trusting(&issuer, &pool)).await;
     let me = app.whoami(&with("https://pictures.example/2")).await.json();
     assert_eq!(me["avatarURL"], "https://pictures.example/2");
     app.stop().await;
@@ -178,7 +129,7 @@ async fn a_picture_is_taken_over_and_what_a_token_leaves_out_is_left_alone(pool:
 async fn what_is_not_exactly_the_issuers_is_refused(pool: PgPool) {
     let key = IssuerKey::number(0);
     let issuer = Issuer::start(Some(&key));
-    let app = App::start_with(issuer.config(&pool)).await;
+    let app = App::start_with(trusting(&issuer, &pool)).await;
     let john = app.user(&pool, "john").await;
     let claims = |iss: &str, aud: &str, exp: i64| json!({ "iss": iss, "aud": aud, "sub": "s", "exp": exp });
     for bad in [
@@ -212,7 +163,7 @@ async fn what_is_not_exactly_the_issuers_is_refused(pool: PgPool) {
 async fn an_issuer_that_cannot_be_asked_makes_no_token_bad(pool: PgPool) {
     let key = IssuerKey::number(0);
     let issuer = Issuer::start(None);
-    let app = App::start_with(issuer.config(&pool)).await;
+    let app = App::start_with(trusting(&issuer, &pool)).await;
     let john = app.user(&pool, "john").await;
     let token = key.token("jane", soon());
     let answer = app.whoami(&token).await;
@@ -246,7 +197,7 @@ async fn an_issuer_that_cannot_be_asked_makes_no_token_bad(pool: PgPool) {
 async fn gateways_are_told_the_issuers_keys_and_who_its_subjects_are(pool: PgPool) {
     let key = IssuerKey::number(0);
     let issuer = Issuer::start(Some(&key));
-    let app = App::start_with(issuer.config(&pool)).await;
+    let app = App::start_with(trusting(&issuer, &pool)).await;
     let keys = |query: &str| app.client.get(format!("{}{KEYS_PATH}{query}", app.internal));
     assert_problem(&keys("").send().await.unwrap(), 401, "Unauthorized");
     let authorized = async |query: &str| {

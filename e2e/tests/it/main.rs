@@ -10,6 +10,8 @@ mod delivery;
 mod drain;
 mod endings;
 mod limits;
+mod foreign;
+mod keys;
 mod numbering;
 mod opening;
 mod own_events;

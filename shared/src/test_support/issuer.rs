@@ -1,14 +1,28 @@
-//! A foreign issuer of tokens, for tests: signs with ES256 and can rotate its key.
+//! A foreign issuer of tokens, for tests: signs with ES256, can rotate its key, and publishes its keys at an address, or
+//! fails to.
 
+use std::{
+    net::SocketAddr,
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
+
+use http::StatusCode;
 use jsonwebtoken::{
     Algorithm, EncodingKey, Header,
     jwk::{Jwk, JwkSet, PublicKeyUse, ThumbprintHash},
 };
-use serde_json::Value;
+use serde_json::{Value, json};
+use tokio_util::sync::{CancellationToken, DropGuard};
+use warp::Filter;
 
 use crate::{
     feed::ForeignKeysAnswer,
     foreign::{ForeignAlgorithm, ForeignIssuer},
+    server::{self, Limits},
 };
 
 pub const ISSUER: &str = "https://login.example";
@@ -44,7 +58,7 @@ impl IssuerKey {
 
     /// For this subject, until `exp`.
     pub fn token(&self, subject: &str, exp: i64) -> String {
-        self.sign(&serde_json::json!({ "iss": ISSUER, "aud": AUDIENCE, "sub": subject, "exp": exp, "preferred_username": subject }))
+        self.sign(&json!({ "iss": ISSUER, "aud": AUDIENCE, "sub": subject, "exp": exp, "preferred_username": subject }))
     }
 
     pub fn jwks(&self) -> JwkSet {
@@ -60,4 +74,49 @@ pub fn issuer() -> ForeignIssuer {
 /// As `api` tells it to gateways.
 pub fn published(key: &IssuerKey) -> ForeignKeysAnswer {
     ForeignKeysAnswer { issuer: issuer(), jwks: Some(key.jwks()) }
+}
+
+/// Where the issuer publishes its keys, until dropped.
+pub struct Issuer {
+    address: SocketAddr,
+    /// None: it answers 503.
+    keys: Arc<Mutex<Option<JwkSet>>>,
+    asked: Arc<AtomicUsize>,
+    _stop: DropGuard,
+}
+
+impl Issuer {
+    pub fn start(keys: Option<&IssuerKey>) -> Self {
+        let anywhere = SocketAddr::from(([127, 0, 0, 1], 0));
+        let listener = server::bind(anywhere).expect("a free port of loopback");
+        let address = listener.local_addr().expect("it is bound");
+        let published = Arc::new(Mutex::new(keys.map(IssuerKey::jwks)));
+        let asked = Arc::new(AtomicUsize::new(0));
+        let routes = warp::path("jwks").map({
+            let (published, asked) = (published.clone(), asked.clone());
+            move || {
+                asked.fetch_add(1, Ordering::Relaxed);
+                let keys = published.lock().expect("no holder panics").clone();
+                let status = if keys.is_some() { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
+                warp::reply::with_status(warp::reply::json(&keys), status)
+            }
+        });
+        let stop = CancellationToken::new();
+        let limits = Limits { stop: Duration::ZERO, ..Limits::default() };
+        tokio::spawn(server::serve(listener, warp::service(routes), limits, stop.clone()));
+        Self { address, keys: published, asked, _stop: stop.drop_guard() }
+    }
+
+    pub fn url(&self) -> String {
+        format!("http://{}/jwks", self.address)
+    }
+
+    pub fn publish(&self, key: &IssuerKey) {
+        *self.keys.lock().expect("no holder panics") = Some(key.jwks());
+    }
+
+    /// How often the keys were asked for.
+    pub fn asked(&self) -> usize {
+        self.asked.load(Ordering::Relaxed)
+    }
 }

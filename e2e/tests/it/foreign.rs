@@ -1,0 +1,63 @@
+//! A product with a login of its own: its users come with tokens of its issuer, to both services.
+
+use chrono::Utc;
+use e2e::World;
+use serde_json::json;
+use shared::test_support::{
+    issuer::{Issuer, IssuerKey},
+    sse::Opening,
+    until,
+};
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn whoever_comes_with_a_foreign_token_talks_and_listens_like_anybody() {
+    let world = World::new().await;
+    let key = IssuerKey::number(0);
+    let issuer = Issuer::start(Some(&key));
+    let mut api = world.api_with_issuer(&issuer.url()).ready().await;
+    let gateway = world.gateway(api.internal()).ready().await;
+    let token = |subject: &str| {
+        let token = key.token(subject, Utc::now().timestamp() + 3_600);
+        world.remember(&token);
+        token
+    };
+    let john = world.user(&api, "john").await;
+    // The gateway may be the first to hear of somebody: it makes them known.
+    let jane = token("jane");
+    let open = |token: &str| Opening::new(gateway.url("/api/messages")).bearer(token);
+    let mut stream = open(&jane).stream().await;
+    let place = stream.named("ready").await;
+
+    let start = world.client.post(api.url("/api/conversations")).bearer(&john.token);
+    let conversation = start.json(&json!({ "username": "jane" })).expect(201).await.json();
+    let created = stream.named("conversation.created").await;
+    assert_eq!(created.json()["otherParticipant"]["username"], "john");
+    let messages = api.url(&format!("/api/conversations/{}/messages", conversation["id"].as_str().unwrap()));
+    let post =
+        |text: String| world.client.post(messages.clone()).bearer(&jane).json(&json!({ "content": text }));
+    post(world.text()).expect(201).await;
+    let sent = stream.named("message.sent").await;
+    assert_eq!(sent.json()["mine"], true);
+
+    // Another gateway, the same cursor; and a token for the query.
+    let other = world.gateway(api.internal()).ready().await;
+    let ask = world.client.post(api.url("/api/stream_token")).bearer(&jane);
+    let stream_token = ask.expect(200).await.json()["token"].as_str().unwrap().to_owned();
+    world.remember(&stream_token);
+    let cursor = place.id.unwrap();
+    let url = format!("/api/messages?token={stream_token}&lastEventId={cursor}");
+    let mut resumed = Opening::new(other.url(&url)).stream().await;
+    for name in ["ready", "conversation.created", "message.sent"] {
+        resumed.named(name).await;
+    }
+
+    // The issuer and api are gone: who is known is served on, by the keys that are known; who is not, is told to come back.
+    drop(issuer);
+    api.kill();
+    let mut again = open(&jane).stream().await;
+    let mut stranger = open(&token("mary")).stream().await;
+    assert_eq!(stranger.named("goodbye").await.json()["reason"], "busy");
+    api.restart().await;
+    until("api is ready again", || api.is_ready()).await;
+    again.named("ready").await;
+}

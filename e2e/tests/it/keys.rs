@@ -1,0 +1,125 @@
+//! Signing keys are rotated under load, and nobody notices.
+
+use std::{
+    sync::{
+        Mutex,
+        atomic::{AtomicBool, AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
+
+use e2e::{Service, World};
+use serde_json::json;
+use shared::test_support::{http::Client, sse::Opening};
+
+/// What the clients of a rotation share.
+struct Load {
+    apis: [String; 2],
+    stream: String,
+    client: Client,
+    /// All tokens that were ever given out.
+    tokens: Mutex<Vec<String>>,
+    stop: AtomicBool,
+    requests: AtomicUsize,
+    streams: AtomicUsize,
+}
+
+impl Load {
+    /// Until stopped: logs in, and uses the newest token, the oldest and one between, at every replica that answers.
+    async fn requests(&self) {
+        while !self.stop.load(Ordering::Relaxed) {
+            for api in &self.apis {
+                let login = self.client.post(format!("{api}/api/login")).json(&json!({ "username": "jane" }));
+                // A replica that is being deployed takes no connections: an ingress asks the other one.
+                let Ok(answer) = login.send().await else { continue };
+                assert_eq!(answer.status, 200, "{}", answer.text());
+                let token = answer.json()["token"].as_str().unwrap().to_owned();
+                self.tokens.lock().unwrap().push(token);
+                for token in self.some() {
+                    for api in &self.apis {
+                        let call = self.client.get(format!("{api}/api/auth_user")).bearer(&token);
+                        let Ok(answer) = call.send().await else { continue };
+                        assert_eq!(answer.status, 200, "{}", answer.text());
+                        self.requests.fetch_add(1, Ordering::Relaxed);
+                    }
+                }
+            }
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    }
+
+    /// The same for streams.
+    async fn streams(&self) {
+        while !self.stop.load(Ordering::Relaxed) {
+            for token in self.some() {
+                let mut stream = Opening::new(self.stream.clone()).bearer(&token).stream().await;
+                stream.named("ready").await;
+                self.streams.fetch_add(1, Ordering::Relaxed);
+            }
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    }
+
+    fn some(&self) -> Vec<String> {
+        let tokens = self.tokens.lock().unwrap();
+        let indices = [0, tokens.len() / 2, tokens.len().saturating_sub(1)];
+        indices.iter().filter_map(|index| tokens.get(*index).cloned()).collect()
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn keys_are_rotated_under_load_and_no_request_is_rejected() {
+    let world = World::new().await;
+    world.person("jane").await;
+    let deploy = async || world.api().env("SHUTDOWN_WAIT_SECONDS", 0).ready().await;
+    let mut apis: [Service; 2] = [deploy().await, deploy().await];
+    let gateway = world.gateway(apis[0].internal()).ready().await;
+    let load = Load {
+        apis: [apis[0].url(""), apis[1].url("")],
+        stream: gateway.url("/api/messages"),
+        client: Client::default(),
+        tokens: Mutex::default(),
+        stop: AtomicBool::new(false),
+        requests: AtomicUsize::new(0),
+        streams: AtomicUsize::new(0),
+    };
+    let rotate = async {
+        let progress = async || {
+            let before = (load.requests.load(Ordering::Relaxed), load.streams.load(Ordering::Relaxed));
+            shared::test_support::until("both kinds of clients went on", || async {
+                load.requests.load(Ordering::Relaxed) > before.0 + 50
+                    && load.streams.load(Ordering::Relaxed) > before.1 + 20
+            })
+            .await;
+        };
+        progress().await;
+        // First everybody publishes both keys, then one replica after the other signs with the new one.
+        for names in [["signing.pem", "another.pem"], ["another.pem", "signing.pem"]] {
+            for api in apis.iter_mut().rev() {
+                api.redeploy("SIGNING_KEY_FILES", world.key_files(&names)).await;
+                progress().await;
+            }
+        }
+        load.stop.store(true, Ordering::Relaxed);
+    };
+    tokio::join!(load.requests(), load.streams(), rotate);
+    let tokens = load.tokens.into_inner().unwrap();
+    tokens.iter().for_each(|token| world.remember(token));
+
+    // Once nobody holds a token of the old key any more, it goes; whoever still does must log in.
+    for api in &mut apis {
+        api.redeploy("SIGNING_KEY_FILES", world.key_files(&["another.pem"])).await;
+    }
+    let status = async |token: &str| {
+        world.client.get(apis[0].url("/api/auth_user")).bearer(token).send().await.unwrap().status
+    };
+    assert_eq!(status(tokens.first().unwrap()).await, 401);
+    assert_eq!(status(tokens.last().unwrap()).await, 200);
+    let (requests, streams) = (load.requests.into_inner(), load.streams.into_inner());
+    assert_eq!(gateway.metric("gateway_requests_rejected_total").await, 0.0);
+    assert_eq!(gateway.metric("gateway_streams_refused_total").await, 0.0);
+    #[expect(clippy::print_stdout, reason = "a figure, for who reads the test's output")]
+    {
+        println!("{requests} requests and {streams} streams during the rotation, none refused");
+    }
+}
