@@ -7,6 +7,7 @@ pub mod claims;
 pub mod client_address;
 pub mod config;
 pub mod cursor;
+pub mod ended;
 pub mod event;
 pub mod feed;
 pub mod foreign;

@@ -12,6 +12,7 @@ use std::{
 use anyhow::Context as _;
 use prometheus_client::registry::Registry;
 use shared::{
+    ended::EndedSessions,
     limiter::Limiter,
     ops::{self, Readiness},
     origins::Origins,
@@ -64,12 +65,14 @@ pub async fn run(config: Config, listeners: Listeners, stop: CancellationToken) 
     let keys = Arc::new(Keys::new(config.origin.as_str(), api.clone(), metrics.clone()));
     let (identities, asking) = identities(api.clone());
     let wishes = Wishes::default();
+    let ended_sessions = EndedSessions::default();
     let (news_in, news) = mpsc::channel(subscriber::QUEUE);
     let (admissions_in, admissions) = mpsc::channel(engine::ADMISSIONS);
     let (commands_in, commands) = mpsc::channel(4);
 
     let inputs = Inputs { admissions, news, commands };
-    let mut engine = engine::start(config.delivery, api, wishes.clone(), metrics.clone(), inputs)?;
+    let mut engine =
+        engine::start(config.delivery, api, wishes.clone(), ended_sessions.clone(), metrics.clone(), inputs)?;
 
     let end = CancellationToken::new();
     let tasks = TaskTracker::new();
@@ -104,6 +107,7 @@ pub async fn run(config: Config, listeners: Listeners, stop: CancellationToken) 
         keys,
         identities: Arc::new(identities),
         limits,
+        ended: ended_sessions,
         metrics,
         origins: Origins::new(config.origin, config.allowed_origins),
         trusted_proxies: config.trusted_proxies,

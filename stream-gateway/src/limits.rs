@@ -14,7 +14,6 @@ use std::{
 use governor::{DefaultDirectRateLimiter, Quota, RateLimiter};
 use shared::{
     client_address::household,
-    ids::UserId,
     limiter::{Limiter, Over, Rule, Subject},
 };
 
@@ -62,7 +61,7 @@ impl Full {
 
 impl From<Over> for Full {
     fn from(over: Over) -> Self {
-        if over.by == "user" { Self::UserRate } else { Self::AddressRate }
+        if over.by == "address" { Self::AddressRate } else { Self::UserRate }
     }
 }
 
@@ -83,12 +82,8 @@ impl Limits {
 
     /// A stream of this user may open. The others of this address and of this process are not made to wait by who opens too
     /// many; and Redis is asked last, for those only whom nothing here refuses.
-    ///
-    /// `None`: whose stream it will be is asked later, once in a while for each; such a one counts for its address alone.
-    pub async fn admit(self: &Arc<Self>, user: Option<UserId>, client: IpAddr) -> Result<Place, Full> {
-        let by_address = (&self.opened_per_address, Subject::Address(client));
-        let by_user = user.map(|user| (&self.opened_per_user, Subject::User(user)));
-        let charges: Vec<_> = by_user.into_iter().chain([by_address]).collect();
+    pub async fn admit(self: &Arc<Self>, user: Subject<'_>, client: IpAddr) -> Result<Place, Full> {
+        let charges = [(&self.opened_per_user, user), (&self.opened_per_address, Subject::Address(client))];
         self.limiter.check_here(&charges)?;
         let place = self.take(client)?;
         self.limiter.check_together(&charges).await?;

@@ -9,6 +9,7 @@ use jsonwebtoken::jwk::JwkSet;
 use shared::{
     claims::{Audience, Claims, KeySet, SigningKeys},
     cursor::Cursor,
+    ended::EndedSessions,
     feed::Identity,
     ids::UserId,
     origins::Origins,
@@ -16,7 +17,7 @@ use shared::{
 
 use super::{error::ApiError, request::Inbound};
 use crate::{
-    commands::Actor,
+    commands::{Actor, CommandError},
     domain::user::User,
     foreign::Foreign,
     last_used::LastUsed,
@@ -34,6 +35,7 @@ pub struct Auth {
     origins: Arc<Origins>,
     lifetimes: Lifetimes,
     used: LastUsed,
+    ended: EndedSessions,
     /// Whose tokens are accepted besides our own, and where their users are.
     foreign: Option<(Arc<Foreign>, Database)>,
 }
@@ -74,7 +76,7 @@ pub(super) struct Token {
 impl Auth {
     pub fn new(keys: SigningKeys, origins: Arc<Origins>, lifetimes: Lifetimes, used: LastUsed) -> Self {
         let verifier = keys.verifier();
-        Self { keys, verifier, origins, lifetimes, used, foreign: None }
+        Self { keys, verifier, origins, lifetimes, used, ended: EndedSessions::default(), foreign: None }
     }
 
     /// Accepts another issuer's tokens too.
@@ -167,6 +169,9 @@ impl Auth {
             ApiError::Unauthorized
         })?;
         if let Some(session) = claims.sid {
+            if self.ended.contains(claims.sub, session) {
+                return Err(ApiError::Unauthorized);
+            }
             self.used.note(session);
         }
         Ok(Credential {
@@ -183,7 +188,7 @@ impl Auth {
         let found = database
             .run(async |connection| sessions::caller(connection, actor.session, actor.user).await)
             .await?;
-        let (user, cursor) = found.ok_or(ApiError::Unauthorized)?;
+        let (user, cursor) = found.ok_or_else(|| self.has_ended(actor))?;
         self.check_origin(credential, inbound)?;
         Ok(Caller { actor, user, cursor })
     }
@@ -202,10 +207,30 @@ impl Auth {
                 .run(async |connection| sessions::is_live(connection, actor.session, actor.user).await)
                 .await?;
             if !live {
-                return Err(ApiError::Unauthorized);
+                return Err(self.has_ended(actor));
             }
         }
         input
+    }
+
+    /// What a command says, whose own statement may have found that the session has ended.
+    pub(super) fn told<T, R: std::error::Error>(
+        &self,
+        credential: Credential,
+        outcome: Result<T, CommandError<R>>,
+    ) -> Result<T, CommandError<R>> {
+        if matches!(outcome, Err(CommandError::NoSession)) {
+            let _ = self.has_ended(credential.actor);
+        }
+        outcome
+    }
+
+    /// 401, and from now on at once: or else whoever still has the token could use up the limits of its user.
+    fn has_ended(&self, actor: Actor) -> ApiError {
+        if let Some(session) = actor.session {
+            self.ended.note(actor.user, session);
+        }
+        ApiError::Unauthorized
     }
 
     /// 403: a cookie proves who sends, not who meant it.

@@ -103,15 +103,19 @@ pub(super) fn stream_token(api: &Arc<Api>) -> Resource {
 
 async fn post_stream_token(inbound: Inbound, api: Arc<Api>) -> Answer {
     let Credential { actor, expires_at, .. } = allowed(&inbound, &api).await?;
+    let database = &api.context.database;
     let ends_at = match actor.session {
         Some(id) => {
-            let database = &api.context.database;
             let session =
                 database.run(async |connection| store::find(connection, id, actor.user).await).await?;
             session.map(|session| session.expires_at)
         }
         // What a foreign token allows ends with it.
-        None => DateTime::from_timestamp(expires_at, 0),
+        None => {
+            let exists =
+                database.run(async |connection| store::is_live(connection, None, actor.user).await).await?;
+            DateTime::from_timestamp(expires_at, 0).filter(|_| exists)
+        }
     };
     let token = api.auth.issue_for_stream(actor, ends_at.ok_or(ApiError::Unauthorized)?);
     let answer = StreamTokenAnswer { token: token.text, expires_at: token.expires_at };

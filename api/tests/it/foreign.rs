@@ -98,6 +98,42 @@ async fn a_foreign_token_makes_its_user_at_first_use_and_serves_for_everything(p
 }
 
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
+async fn a_foreign_token_has_no_session_to_list_or_to_end_and_is_told_no_error(pool: PgPool) {
+    let key = IssuerKey::number(0);
+    let issuer = Issuer::start(Some(&key));
+    let app = App::start_with(trusting(&issuer, &pool)).await;
+    let token = key.token("jane", soon());
+    app.whoami(&token).await;
+    // The same user has logged in here as well.
+    let phone = app.login("jane").await;
+    let listed = app.with_token("GET", "/api/sessions", &token).expect(200).await.json();
+    assert_eq!(listed.as_array().unwrap().len(), 1);
+    assert_eq!(listed[0]["current"], false);
+    // There is nothing of its own to end.
+    let answer = app.with_token("POST", "/api/logout", &token).expect(204).await;
+    assert!(answer.header("set-cookie").is_some_and(|cookie| cookie.contains("Max-Age=0")));
+    phone.auth_user().expect(200).await;
+    assert_eq!(app.whoami(&token).await.status, 200);
+    // All others are others.
+    app.with_token("DELETE", "/api/sessions", &token).expect(204).await;
+    assert_problem(&phone.auth_user().send().await.unwrap(), 401, "Unauthorized");
+    app.with_token("DELETE", "/api/sessions", &token).expect(204).await;
+    let one = format!("/api/sessions/{}", text(&listed[0]["id"]));
+    assert_problem(&app.with_token("DELETE", &one, &token).send().await.unwrap(), 404, "Not found");
+    assert_eq!(app.with_token("GET", "/api/sessions", &token).expect(200).await.json(), json!([]));
+    assert_eq!(app.whoami(&token).await.status, 200);
+
+    // Whoever was deleted is nobody for a while, although the token is good, and then somebody new.
+    sqlx::query("DELETE FROM users").execute(&pool).await.unwrap();
+    for (method, path) in [("GET", "/api/auth_user"), ("POST", "/api/stream_token"), ("POST", "/api/logout")]
+    {
+        let answer = app.with_token(method, path, &token).send().await.unwrap();
+        assert_problem(&answer, 401, "Unauthorized");
+    }
+    app.stop().await;
+}
+
+#[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
 async fn a_picture_is_taken_over_and_what_a_token_leaves_out_is_left_alone(pool: PgPool) {
     let key = IssuerKey::number(0);
     let issuer = Issuer::start(Some(&key));

@@ -111,6 +111,21 @@ async fn who_waits_as_long_as_told_is_let_in(pool: PgPool) {
 }
 
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
+async fn whoever_still_has_an_ended_sessions_token_uses_up_no_limit_of_its_user(pool: PgPool) {
+    let limits = RateLimits { send_per_user: Limit::new(10, HOUR), ..OFF };
+    let app = start(limited(&pool, limits)).await;
+    let (stolen, _, conversation) = app.pair(&pool).await;
+    let phone = app.login("john").await;
+    phone.call("DELETE", "/api/sessions").expect(204).await;
+    for _ in 0..20 {
+        assert_problem(&stolen.post_message(&conversation, "hi").send().await.unwrap(), 401, "Unauthorized");
+    }
+    // Once, and no more, it is the send itself that finds out.
+    assert_eq!(send(&phone, &conversation, 12).await, 9);
+    app.stop().await;
+}
+
+#[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
 async fn a_repeated_key_counts_like_a_send(pool: PgPool) {
     let app = start(limited(&pool, RateLimits { send_per_user: Limit::new(2, HOUR), ..OFF })).await;
     let (john, _, conversation) = app.pair(&pool).await;

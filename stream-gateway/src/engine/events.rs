@@ -203,6 +203,7 @@ impl Engine {
     }
 
     pub(super) fn end_session(&mut self, user: UserId, session: SessionId) {
+        self.ended.note(user, session);
         let Some(user) = self.hub.find(user) else { return };
         for key in self.connections_of(user) {
             if self.connection(key).is_some_and(|connection| connection.session == Some(session)) {

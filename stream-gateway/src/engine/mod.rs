@@ -31,7 +31,10 @@ use bytes::Bytes;
 use mio::{Events, Poll};
 use prometheus_client::metrics::{counter::Counter, histogram::Histogram};
 use rand::RngExt;
-use shared::ids::{SessionId, UserId};
+use shared::{
+    ended::EndedSessions,
+    ids::{SessionId, UserId},
+};
 use slab::Slab;
 use tokio::{
     io::{Interest as Readiness, unix::AsyncFd},
@@ -103,6 +106,7 @@ pub fn start(
     settings: Delivery,
     api: Api,
     wishes: Wishes,
+    ended_sessions: EndedSessions,
     metrics: Arc<Metrics>,
     inputs: Inputs,
 ) -> anyhow::Result<oneshot::Receiver<anyhow::Result<()>>> {
@@ -113,7 +117,7 @@ pub fn start(
         runtime.block_on(async {
             let sockets = watch(Poll::new()?)?;
             let backfill = Backfill::new(api, workers, metrics.clone());
-            Engine::new(settings, sockets, backfill, wishes, metrics).run(inputs).await
+            Engine::new(settings, sockets, backfill, wishes, ended_sessions, metrics).run(inputs).await
         })
     };
     let thread = thread::Builder::new().name("delivery".into());
@@ -156,6 +160,7 @@ struct Engine {
     sockets: AsyncFd<Poll>,
     backfill: Backfill<Asker>,
     wishes: Wishes,
+    ended: EndedSessions,
     hub: Hub,
     connections: Slab<Connection>,
     wheel: Wheel,
@@ -188,6 +193,7 @@ impl Engine {
         sockets: AsyncFd<Poll>,
         backfill: Backfill<Asker>,
         wishes: Wishes,
+        ended: EndedSessions,
         metrics: Arc<Metrics>,
     ) -> Self {
         let deliveries = ["redis", "repair", "replay"].map(|path| Deliveries {
@@ -201,6 +207,7 @@ impl Engine {
             sockets,
             backfill,
             wishes,
+            ended,
             hub: Hub::default(),
             connections: Slab::new(),
             wheel: Wheel::new(0),

@@ -20,8 +20,10 @@ use rand::RngExt;
 use shared::{
     client_address::TrustedProxies,
     cursor::Cursor,
+    ended::EndedSessions,
     foreign::ForeignClaims,
     ids::{SessionId, UserId},
+    limiter::Subject,
     origins::{EXPOSED_HEADERS, Origins, is_preflight},
     problem::Problem,
     server,
@@ -54,6 +56,7 @@ pub struct Streams {
     pub keys: Arc<Keys>,
     pub identities: Arc<Identities>,
     pub limits: Arc<Limits>,
+    pub ended: EndedSessions,
     pub metrics: Arc<Metrics>,
     pub origins: Origins,
     pub trusted_proxies: TrustedProxies,
@@ -114,7 +117,13 @@ impl Streams {
         if self.parting.load(Ordering::Relaxed) {
             return Ok(self.turn_away(&head, "drain", Goodbye::Drain));
         }
-        match self.limits.admit(bearer.who.user(), client).await {
+        if let (Who::User(user), Some(session)) = (&bearer.who, bearer.session)
+            && self.ended.contains(*user, session)
+        {
+            tracing::debug!(user.id = %user, session.id = %session, %client, "a session that has ended opens streams");
+            return Ok(self.turn_away(&head, "revoked", Goodbye::Revoked));
+        }
+        match self.limits.admit(bearer.who.counted(), client).await {
             Ok(place) => Ok(self.hand_off(bearer, headers, query, head, place)),
             Err(full) => {
                 tracing::debug!(user = %bearer.who, %client, limit = full.as_str(), "a stream was told to come back later");
@@ -277,10 +286,11 @@ enum Who {
 }
 
 impl Who {
-    fn user(&self) -> Option<UserId> {
+    /// As whom their streams are limited: by their subject, until it is known which user that is.
+    fn counted(&self) -> Subject<'_> {
         match self {
-            Self::User(user) => Some(*user),
-            Self::Subject(_) => None,
+            Self::User(user) => Subject::User(*user),
+            Self::Subject(claims) => Subject::Name(&claims.sub),
         }
     }
 }

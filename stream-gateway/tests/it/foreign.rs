@@ -1,9 +1,13 @@
 //! Users who come with a token of a foreign issuer: checked here, known to `api`.
 
+use std::time::Duration;
+
 use futures_util::future::join_all;
 use shared::{
     feed::{ForeignKeysAnswer, IDENTITY_PATH, KEYS_PATH},
+    limiter::Limit,
     test_support::{
+        PATIENCE,
         issuer::{AUDIENCE, ISSUER, IssuerKey, issuer, published},
         sse::Opening,
         until,
@@ -19,7 +23,11 @@ const SUBJECT: &str = "auth0|jane";
 
 /// A gateway that trusts the issuer, and a user who is known there.
 async fn world() -> (World, User) {
-    let world = Setup::default().no_keys().start().await;
+    world_with(Setup::default()).await
+}
+
+async fn world_with(setup: Setup) -> (World, User) {
+    let world = setup.no_keys().start().await;
     world.api.trust(published(&IssuerKey::number(0)));
     world.api.mood(KEYS_PATH, Mood::Well);
     until("the gateway is ready", || async { world.readiness().await.status == 200 }).await;
@@ -94,6 +102,29 @@ async fn while_api_cannot_tell_who_it_is_the_head_comes_and_then_busy() {
     let mut stream = world.with_token(&token()).stream().await;
     ready(&mut stream, &world.api.cursor(user.id, 3), false).await;
     drop(stream);
+    world.leaves_nothing().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_subject_who_opens_too_often_waits_although_nobody_knows_yet_who_it_is() {
+    let per_user = Limit::new(3, Duration::from_secs(3_600));
+    let (world, user) = world_with(Setup::config(move |config| {
+        config.opening =
+            stream_gateway::config::Opening { per_user, per_address: Limit::Off, patience: PATIENCE };
+    }))
+    .await;
+    world.api.mood(IDENTITY_PATH, Mood::Holding);
+    let mut waiting = Vec::new();
+    for _ in 0..3 {
+        waiting.push(world.with_token(&token()).stream().await);
+    }
+    goodbye(&mut world.with_token(&token()).stream().await, "busy").await;
+    assert_eq!(world.metric("gateway_streams_refused_total{reason=\"user_rate\"}").await, 1);
+    world.api.mood(IDENTITY_PATH, Mood::Well);
+    for stream in &mut waiting {
+        ready(stream, &world.api.cursor(user.id, 3), false).await;
+    }
+    drop(waiting);
     world.leaves_nothing().await;
 }
 

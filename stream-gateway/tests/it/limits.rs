@@ -204,6 +204,35 @@ async fn a_user_who_opens_too_often_is_told_to_come_back_later_by_all_gateways()
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn whoever_still_has_an_ended_sessions_token_takes_nothing_from_its_user() {
+    let world = Setup::config(|config| {
+        config.delivery.streams_per_user = 2;
+        config.opening = Opening { per_user: once(5), per_address: Limit::Off, patience: PATIENCE };
+    })
+    .start()
+    .await;
+    let stolen = world.user(3);
+    let phone = world.another_session(stolen.id);
+    world.api.end_session(stolen.session);
+    // Once a gateway must ask.
+    goodbye(&mut world.stream(&stolen).stream().await, "revoked").await;
+    let mut streams = [world.joined(&phone).await, world.joined(&phone).await];
+    for _ in 0..10 {
+        let (events, _) = world.stream_after(&stolen, 1).stream().await.rest().await;
+        let [goodbye] = &events[..] else { panic!("{events:?}") };
+        assert_eq!(goodbye.json()["reason"], "revoked");
+    }
+    // No stream was replaced, and there is room to open more.
+    world.say(&phone, 1).await;
+    for stream in &mut streams {
+        receives(stream, 4..=4).await;
+    }
+    let third = world.joined(&phone).await;
+    drop((streams, third));
+    world.ends().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_address_that_opens_too_often_is_told_to_come_back_later() {
     let world = opens(Limit::Off, once(2), &channels()).start().await;
     let users = [world.user(3), world.user(3), world.user(3)];
