@@ -14,6 +14,7 @@ pub mod limits;
 mod login;
 mod messages;
 pub mod oauth;
+mod openapi;
 mod request;
 mod sessions;
 mod users;
@@ -70,6 +71,7 @@ pub fn public(api: &Arc<Api>) -> BoxedFilter<(Response,)> {
         at("/api/conversations/{id}/other_participant", conversations::other_participant(api)),
         at("/api/conversations/{id}/messages", messages::messages(api)),
         at("/api/conversations/{id}/read_messages", messages::read_messages(api)),
+        at(openapi::PATH, openapi::openapi()),
         at(feed::JWKS_PATH, login::jwks(api)),
     ])
 }

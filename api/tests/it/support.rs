@@ -1,7 +1,10 @@
 //! A running service for one test, and its clients: one method per endpoint.
 
 use std::{
-    sync::atomic::{AtomicU64, Ordering},
+    sync::{
+        Arc, LazyLock,
+        atomic::{AtomicU64, Ordering},
+    },
     time::Duration,
 };
 
@@ -16,11 +19,13 @@ use shared::{
     channels::Channels,
     claims::{Audience, Claims, SigningKeys},
     client_address::TrustedProxies,
+    event::kind,
     feed::{
         HEADS_PATH, HeadsAnswer, HeadsRequest, RANGES_PATH, RangeAfter, RangesAnswer, RangesRequest,
         authorization,
     },
     ids::{SessionId, UserId},
+    test_support::documented::Document,
     test_support::http::{Answer, Call, Client},
     test_support::until,
 };
@@ -84,6 +89,17 @@ pub(crate) fn config(database: PgConnectOptions) -> Config {
     }
 }
 
+static DOCUMENT: LazyLock<Document> = LazyLock::new(|| Document::new(include_str!("../../openapi.json")));
+
+/// A client that holds every answer of the public listener against the document.
+fn documented(public: String) -> Client {
+    Client::default().witnessed(Arc::new(move |method, address, answer| {
+        if address.to_string().starts_with(&public) {
+            DOCUMENT.check(method, address.path(), answer);
+        }
+    }))
+}
+
 pub(crate) fn anywhere() -> Addresses {
     let address = "127.0.0.1:0".parse().unwrap();
     Addresses { public: address, internal: address, ops: address }
@@ -105,9 +121,10 @@ impl App {
         let listeners = Listeners::bind(anywhere()).unwrap();
         let Addresses { public, internal, ops } = listeners.addresses().unwrap();
         let [public, internal, ops] = [public, internal, ops].map(|address| format!("http://{address}"));
+        let client = documented(public.clone());
         let stop = CancellationToken::new();
         let task = tokio::spawn(app::run(config, listeners, stop.clone()));
-        let app = Self { public, internal, ops, client: Client::default(), stop, task };
+        let app = Self { public, internal, ops, client, stop, task };
         until("the service is ready", || async {
             assert!(!app.task.is_finished(), "the service ended instead of starting");
             app.client
@@ -185,7 +202,10 @@ impl App {
             let range = answer.ranges.remove(0);
             for event in range.events {
                 assert_eq!(event.seq, events.len() as u64 + 1, "feeds have no holes");
-                events.push((event.event, serde_json::from_str(event.data.get()).unwrap()));
+                let data = serde_json::from_str(event.data.get()).unwrap();
+                let name = Some(event.event.as_str()).filter(|name| *name != kind::MESSAGE);
+                DOCUMENT.check_event(name, &data);
+                events.push((event.event, data));
             }
             if !range.more {
                 assert_eq!(range.head.unwrap().seq, events.len() as u64, "the head is the last event");

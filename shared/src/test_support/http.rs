@@ -1,9 +1,9 @@
 //! A plain HTTP client that hides nothing: the status, the headers and the body as they came.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use bytes::Bytes;
-use http::{HeaderMap, Request, header};
+use http::{HeaderMap, Request, Uri, header};
 use http_body_util::{BodyExt, Full, Limited};
 use hyper_util::{
     client::legacy::{self, connect::HttpConnector},
@@ -19,7 +19,11 @@ const TIME_LIMIT: Duration = Duration::from_secs(30);
 #[derive(Clone)]
 pub struct Client {
     inner: legacy::Client<HttpConnector, Full<Bytes>>,
+    witness: Option<Witness>,
 }
+
+/// Sees each answer: method, address, answer.
+pub type Witness = Arc<dyn Fn(&str, &Uri, &Answer) + Send + Sync>;
 
 pub struct Answer {
     pub status: u16,
@@ -35,11 +39,16 @@ impl Default for Client {
     fn default() -> Self {
         let mut connector = HttpConnector::new();
         connector.set_nodelay(true);
-        Self { inner: legacy::Client::builder(TokioExecutor::new()).build(connector) }
+        Self { inner: legacy::Client::builder(TokioExecutor::new()).build(connector), witness: None }
     }
 }
 
 impl Client {
+    /// Shows every answer to somebody.
+    pub fn witnessed(self, witness: Witness) -> Self {
+        Self { witness: Some(witness), ..self }
+    }
+
     pub fn get(&self, url: impl AsRef<str>) -> Call {
         self.call("GET", url)
     }
@@ -77,6 +86,7 @@ impl Call {
 
     pub async fn send(self) -> Result<Answer, NoAnswer> {
         let request = self.request.body(Full::new(self.body)).expect("the test's own request is well-formed");
+        let (method, address) = (request.method().to_string(), request.uri().clone());
         let answer = async {
             let response =
                 self.client.inner.request(request).await.map_err(|e| NoAnswer(format!("{e:?}")))?;
@@ -84,9 +94,13 @@ impl Call {
             let body = Limited::new(body, BODY_LIMIT).collect().await.map_err(|e| NoAnswer(e.to_string()))?;
             Ok(Answer { status: head.status.as_u16(), headers: head.headers, body: body.to_bytes() })
         };
-        tokio::time::timeout(TIME_LIMIT, answer)
+        let answer = tokio::time::timeout(TIME_LIMIT, answer)
             .await
-            .unwrap_or_else(|_| Err(NoAnswer("no answer in time".into())))
+            .unwrap_or_else(|_| Err(NoAnswer("no answer in time".into())))?;
+        if let Some(witness) = &self.client.witness {
+            witness(&method, &address, &answer);
+        }
+        Ok(answer)
     }
 
     /// Sends where an answer is certain, and wants this status.

@@ -1,6 +1,7 @@
 //! What tests of several crates share: a browser's view of the stream, a plain HTTP client, a faulty network, and servers
 //! that may be killed. Everything here fails by a panic with a sentence, because only tests use it.
 
+pub mod documented;
 pub mod http;
 pub mod issuer;
 pub mod process;
