@@ -403,6 +403,12 @@ impl Drop for World {
                     "the internal secret in the log of {}",
                     log.name
                 );
+                // However it was come by: the beginning of every JWT, and of a cookie.
+                assert!(
+                    !["eyJ", "session="].iter().any(|begin| line.contains(begin)),
+                    "a token or a cookie in the log of {}: {line}",
+                    log.name
+                );
                 assert!(
                     !tokens.iter().any(|token| line.contains(token)),
                     "a token in the log of {}: {line}",

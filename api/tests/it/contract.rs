@@ -621,3 +621,29 @@ async fn the_request_id_is_in_the_answer_and_in_the_event(pool: PgPool) {
     assert_eq!(events[1].traceparent, None);
     app.stop().await;
 }
+
+#[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
+async fn the_document_is_served_to_anybody_and_names_what_there_is(pool: PgPool) {
+    let app = App::start(&pool).await;
+    let document = app.call("GET", "/api/openapi.json").expect(200).await;
+    assert_common_headers(&document);
+    let document = document.json();
+    for (path, methods) in document["paths"].as_object().unwrap() {
+        if path == "/api/messages" {
+            continue; // The gateway's.
+        }
+        let path = path.replace("{provider}", "github").replace("{conversationId}", "1");
+        let path = path.replace("{sessionId}", "1").replace("{userId}", "1");
+        for method in methods.as_object().unwrap().keys() {
+            // The client holds the status against the document.
+            let answer = app.call(&method.to_uppercase(), &path).send().await.unwrap();
+            assert_ne!(answer.status, 405, "{method} {path}");
+        }
+        // No provider is configured, so there is none.
+        if !path.contains("github") {
+            let answer = app.call("PATCH", &path).send().await.unwrap();
+            assert_problem(&answer, 405, "Method not allowed");
+        }
+    }
+    app.stop().await;
+}

@@ -10,6 +10,7 @@ mod delivery;
 mod drain;
 mod endings;
 mod foreign;
+mod fuzz;
 mod keys;
 mod limits;
 mod numbering;

@@ -1,0 +1,116 @@
+//! A property-based fuzzer, driven by the document that the service itself serves: no 500, no status, header or body that is
+//! not documented, whatever is asked. And the same document for the events of a real stream.
+
+use std::{
+    path::PathBuf,
+    process::{Command, Stdio},
+};
+
+use e2e::World;
+use shared::test_support::documented::Document;
+
+use crate::support::Two;
+
+/// From the Python package index; installed beside the build when it is not there.
+const FUZZER: &str = "schemathesis==4.32.5";
+
+/// What an answer must not be. Left out are checks of the fuzzer's opinions on what must be refused: the contract has its own.
+const CHECKS: &str = "not_a_server_error,status_code_conformance,content_type_conformance,response_headers_conformance,\
+                      response_schema_conformance,allow_header_conformance,unsupported_method,ignored_auth";
+
+fn fuzzer() -> PathBuf {
+    let own = std::env::current_exe().unwrap();
+    let folder = own.ancestors().nth(3).unwrap().join(FUZZER.replace("==", "-"));
+    if !folder.join("installed").exists() {
+        let mut pip = Command::new("python3");
+        pip.args(["-m", "pip", "install", "--quiet", "--upgrade", "--target"]).arg(&folder).arg(FUZZER);
+        let installed = pip.status().expect("python3 starts: install Python 3.10 or later with pip");
+        assert!(installed.success(), "pip cannot install {FUZZER}");
+        std::fs::write(folder.join("installed"), "").unwrap();
+    }
+    folder
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_fuzzer_that_reads_our_document_finds_nothing_that_is_not_in_it() {
+    let world = World::new().await;
+    let (api, gateway) = world.pair().await;
+    let two = Two::meet(&world, &api).await;
+    for _ in 0..3 {
+        world.say(&api, &two.jane, two.conversation).await;
+    }
+    let folder = fuzzer();
+    let scratch = tempfile::tempdir().unwrap();
+    let run = async |base: String, only: &[&str]| {
+        let mut command = Command::new("python3");
+        command
+            .env("PYTHONPATH", &folder)
+            .env("PYTHONDONTWRITEBYTECODE", "1")
+            .current_dir(scratch.path())
+            .args(["-m", "schemathesis.cli", "run", &api.url("/api/openapi.json"), "--url", &base])
+            .args(["--header", &format!("Authorization: Bearer {}", two.john.token)])
+            .args(["--checks", CHECKS, "--phases", "examples,coverage,fuzzing", "--max-examples", "30"])
+            .args([
+                "--continue-on-failure",
+                "--no-color",
+                "--warnings",
+                "off",
+                "--request-timeout",
+                "10",
+                "--max-redirects",
+                "0",
+            ])
+            .args(only)
+            .stdin(Stdio::null());
+        let output = tokio::task::spawn_blocking(move || command.output().unwrap()).await.unwrap();
+        let said = String::from_utf8_lossy(&output.stdout).into_owned();
+        assert!(output.status.success(), "{said}{}", String::from_utf8_lossy(&output.stderr));
+        println!(
+            "{}",
+            said.lines().rev().take(12).collect::<Vec<_>>().into_iter().rev().collect::<Vec<_>>().join("\n")
+        );
+    };
+    // What ends the fuzzer's own session is tried last, and the stream at whom it is served by.
+    let ending = "^/api/(logout|sessions|messages$)";
+    run(api.url("/"), &["--exclude-path-regex", ending]).await;
+    run(api.url("/"), &["--include-path-regex", "^/api/(logout|sessions)"]).await;
+    run(gateway.url("/"), &["--include-path", "/api/messages", "--mode", "negative"]).await;
+    for service in [&api, &gateway] {
+        assert!(service.is_ready().await);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn events_on_the_wire_are_as_documented() {
+    let world = World::new().await;
+    let (api, gateway) = world.pair().await;
+    let document = world.client.get(api.url("/api/openapi.json")).expect(200).await;
+    let document = Document::new(&document.text());
+    let two = Two::meet(&world, &api).await;
+    let mut streams = vec![
+        gateway.stream(&two.john).last_event_id("nonsense").stream().await,
+        gateway.stream(&two.jane).stream().await,
+    ];
+    for stream in &mut streams {
+        stream.named("ready").await;
+    }
+    world.say(&api, &two.john, two.conversation).await;
+    let read = format!("/api/conversations/{}/read_messages", two.conversation);
+    world.client.post(api.url(&read)).bearer(&two.jane.token).expect(204).await;
+    let logout = world.client.post(api.url("/api/logout")).bearer(&two.jane.token);
+    logout.expect(204).await;
+    let mut seen = Vec::new();
+    for stream in &mut streams {
+        loop {
+            let event = stream.event().await.unwrap();
+            document.check_event(event.name.as_deref(), &event.json());
+            seen.push(event.name.clone().unwrap_or_default());
+            if ["goodbye", "receipt.read"].contains(&event.name.as_deref().unwrap_or_default()) {
+                break;
+            }
+        }
+    }
+    for name in ["", "message.sent", "conversation.read", "receipt.read", "goodbye"] {
+        assert!(seen.iter().any(|seen| seen == name), "{name:?} was not seen in {seen:?}");
+    }
+}
