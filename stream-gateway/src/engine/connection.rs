@@ -11,6 +11,7 @@ use bytes::Bytes;
 use shared::{cursor::Cursor, feed::Head, ids::SessionId};
 
 use crate::{
+    backfill::RangeAnswer,
     frame::{Event, Goodbye},
     limits::Place,
     sequencer::{Lost, Millis},
@@ -21,6 +22,13 @@ use crate::{
 pub struct Key {
     pub index: u32,
     pub generation: u32,
+}
+
+/// An answer to a connection's own question: its number, and what it asked about.
+pub struct Held {
+    pub number: u32,
+    pub after: u64,
+    pub answer: RangeAnswer,
 }
 
 /// What a client says about its place.
@@ -60,6 +68,11 @@ pub struct Connection {
     pub inquired: bool,
     /// A question about this connection's cursor is on its way.
     pub asked: Option<u32>,
+    /// Its session was found to live, or there is none.
+    pub vouched: bool,
+    /// What follows its cursor, if that came before it was known whether the session lives: it is told to nobody
+    /// else. Bounded as the answer is, and by the time that `api` takes.
+    pub held: Option<Box<Held>>,
     /// `ready` is still to be written; whether it resumes.
     pub owes_ready: Option<bool>,
     /// The place is lost; a resync is still to be written.

@@ -62,6 +62,8 @@ impl Engine {
             page: VecDeque::new(),
             inquired: false,
             asked: None,
+            vouched: session.is_none(),
+            held: None,
             owes_ready: None,
             lost: None,
             parting: None,

@@ -2,11 +2,14 @@
 
 use std::collections::HashSet;
 
-use shared::{feed::Head, ids::UserId};
+use shared::{
+    feed::Head,
+    ids::{SessionId, UserId},
+};
 
 use super::{
     Asker, Engine, Way, bytes_of,
-    connection::{Key, Resume, Stage},
+    connection::{Held, Key, Resume, Stage},
     jittered,
 };
 use crate::{
@@ -72,6 +75,10 @@ impl Engine {
         if connection.asked != Some(number) {
             return; // Its place was lost since.
         }
+        if !connection.vouched {
+            connection.held = Some(Box::new(Held { number, after, answer }));
+            return;
+        }
         connection.asked = None;
         let cursor = Head { epoch: connection.head.epoch, seq: after };
         match judge(cursor, answer.head, answer.events.first().map(|event| event.head.seq)) {
@@ -112,8 +119,10 @@ impl Engine {
             if question.why == WhyHead::Reconcile {
                 self.reconciling = self.reconciling.saturating_sub(1);
             }
-            if let Some(session) = question.session.filter(|session| ended.contains(session)) {
-                self.end_session(question.user, session);
+            match question.session {
+                Some(session) if ended.contains(&session) => self.end_session(question.user, session),
+                Some(session) => self.vouch(question.user, session),
+                None => {}
             }
             let Some(user) = self.hub.find(question.user) else { continue };
             let Some(entry) = self.hub.get_mut(user) else { continue };
@@ -139,6 +148,20 @@ impl Engine {
         if self.reconciling == 0 && self.reconcile_again {
             self.reconcile_again = false;
             self.reconcile_soon();
+        }
+    }
+
+    /// The session lives: its connections may have what is there for them.
+    fn vouch(&mut self, user: UserId, session: SessionId) {
+        let Some(user) = self.hub.find(user) else { return };
+        for key in self.connections_of(user) {
+            let Some(connection) = self.connection(key) else { continue };
+            if connection.session == Some(session) && !connection.vouched {
+                connection.vouched = true;
+                if let Some(held) = connection.held.take() {
+                    self.on_page(key, held.number, held.after, held.answer);
+                }
+            }
         }
     }
 

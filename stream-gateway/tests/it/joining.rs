@@ -2,7 +2,10 @@
 
 use std::time::{Duration, Instant};
 
-use shared::test_support::sse::Block;
+use shared::{
+    feed::HEADS_PATH,
+    test_support::{sse::Block, until},
+};
 
 use crate::{
     api::Mood,
@@ -323,5 +326,27 @@ async fn half_an_end_is_an_end() {
     socket.read_to_end(&mut all).await.unwrap();
     assert!(all.starts_with(b"HTTP/1.1 200 OK\r\n"));
     world.until_ended("client", 1).await;
+    world.leaves_nothing().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_was_missed_is_told_to_a_session_that_lives_and_to_no_other() {
+    let world = World::new().await;
+    let user = world.user(5);
+    let phone = world.another_session(user.id);
+    world.api.end_session(user.session);
+    // The feed answers before it is known which session has ended.
+    world.api.mood(HEADS_PATH, Mood::Holding);
+    let mut late = world.stream_after(&user, 2).stream().await;
+    let mut resumed = world.stream_after(&phone, 2).stream().await;
+    until("what was missed is there", || async { world.api.asked().ranges(user.id).len() == 2 }).await;
+    silence(&mut late).await;
+    world.api.mood(HEADS_PATH, Mood::Well);
+    ready(&mut resumed, &world.api.cursor(user.id, 2), true).await;
+    receives(&mut resumed, 3..=5).await;
+    let (events, _) = late.rest().await;
+    let [goodbye] = &events[..] else { panic!("{events:?}") };
+    assert_eq!(goodbye.json()["reason"], "revoked");
+    drop((late, resumed));
     world.leaves_nothing().await;
 }
