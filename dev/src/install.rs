@@ -1,5 +1,5 @@
-//! Installing a database server when the machine has none: first under `.dev/tools`, which changes nothing else;
-//! as root, then with apt.
+//! Installing what the machine lacks: a database server first under `.dev/tools`, which changes nothing else; as root,
+//! then with apt.
 
 use std::path::{Path, PathBuf};
 
@@ -64,14 +64,32 @@ pub(crate) async fn install_redis(tools: &Path) -> Result<()> {
 /// Falls back to apt, as root and where there is one.
 async fn attempt(first: Result<()>, debian_package: &str) -> Result<()> {
     let Err(error) = first else { return Ok(()) };
-    let path = std::env::var_os("PATH").unwrap_or_default();
-    let Some(apt) = find::program(&path, &["apt-get"]).filter(|_| geteuid().is_root()) else {
-        return Err(error);
-    };
+    let Some(apt) = usable_apt() else { return Err(error) };
     terminal::warn(format_args!("that failed: {error:#}"));
-    terminal::step("Installing", format_args!("{debian_package} with apt"));
-    run_quietly(command(&apt, ["update", "-qq"])).await?;
-    let mut install = command(&apt, ["install", "-y", "-qq", "--no-install-recommends", debian_package]);
-    install.env("DEBIAN_FRONTEND", "noninteractive");
+    run_apt(&apt, &[debian_package]).await
+}
+
+/// For what has no private copy.
+pub(crate) async fn install_with_apt(what: &str, debian_packages: &[&str]) -> Result<()> {
+    let advice = || {
+        format!(
+            "no {what} is here and none could be installed: install it (Debian: apt install {})",
+            debian_packages.join(" ")
+        )
+    };
+    let apt = usable_apt().context("that takes root and apt").with_context(advice)?;
+    run_apt(&apt, debian_packages).await.with_context(advice)
+}
+
+fn usable_apt() -> Option<PathBuf> {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    find::program(&path, &["apt-get"]).filter(|_| geteuid().is_root())
+}
+
+async fn run_apt(apt: &Path, packages: &[&str]) -> Result<()> {
+    terminal::step("Installing", format_args!("{} with apt", packages.join(" ")));
+    run_quietly(command(apt, ["update", "-qq"])).await?;
+    let mut install = command(apt, ["install", "-y", "-qq", "--no-install-recommends"]);
+    install.args(packages).env("DEBIAN_FRONTEND", "noninteractive");
     run_quietly(install).await
 }

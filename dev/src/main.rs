@@ -19,6 +19,7 @@ mod state;
 mod stop;
 mod suite;
 mod terminal;
+mod tools;
 mod up;
 
 use std::process::ExitCode;

@@ -2,7 +2,7 @@
 
 use std::fs::{self, File};
 use std::net::{Ipv4Addr, TcpListener};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use nix::sys::signal::Signal;
@@ -10,7 +10,7 @@ use tokio::process::Command;
 
 use crate::places::Places;
 use crate::process::{self, Child, Output};
-use crate::{postgres, redis, secrets, terminal};
+use crate::{postgres, redis, secrets, terminal, tools};
 
 /// Servers that the caller brings.
 #[derive(clap::Args)]
@@ -152,19 +152,26 @@ pub(crate) async fn print_env(places: &Places, given: &Given) -> Result<()> {
     let lock = File::create(dir.join("lock"))?;
     lock.lock().context("cannot lock .dev/test")?;
     let servers = Servers::start(places, given, &dir, Durability::Forgetful, Life::Detached).await?;
+    let programs: Vec<_> = program_env(places)
+        .await?
+        .iter()
+        .map(|(name, path)| format!("{name}='{}'", path.display()))
+        .collect();
     terminal::answer(format_args!(
         "export DATABASE_URL='{}' REDIS_URL='{}' {}",
         servers.database_url,
         servers.redis_url,
-        program_env(places).await?.map(|(name, value)| format!("{name}='{}'", value.display())).join(" ")
+        programs.join(" ")
     ));
     Ok(())
 }
 
-/// Where tests find the programs of the servers that they start and kill themselves.
-pub(crate) async fn program_env(places: &Places) -> Result<[(&'static str, std::path::PathBuf); 2]> {
-    Ok([
+/// Where tests find the programs that they start and kill themselves.
+pub(crate) async fn program_env(places: &Places) -> Result<Vec<(&'static str, PathBuf)>> {
+    let mut programs = vec![
         ("DEV_POSTGRES_BIN_DIR", postgres::programs(places).await?.bin_dir),
         ("DEV_REDIS_SERVER", redis::program(places).await?),
-    ])
+    ];
+    programs.extend(tools::env().await);
+    Ok(programs)
 }

@@ -46,6 +46,8 @@ static WORLDS: AtomicU32 = AtomicU32::new(0);
 pub struct World {
     pub sql: PgPool,
     pub client: Client,
+    origin: String,
+    trusted_proxies: &'static str,
     database: Database,
     redis_url: String,
     prefix: String,
@@ -90,7 +92,22 @@ impl World {
         Self::on(admin_url, settings::server("REDIS_URL")).await
     }
 
+    /// Browsers find its services at this origin, through a proxy on this machine.
+    pub async fn at(origin: &str) -> Self {
+        let (database_url, redis_url) = (settings::server("DATABASE_URL"), settings::server("REDIS_URL"));
+        Self::build(origin, "127.0.0.1", database_url, redis_url).await
+    }
+
     async fn on(admin_url: String, redis_url: String) -> Self {
+        Self::build(ORIGIN, "", admin_url, redis_url).await
+    }
+
+    async fn build(
+        origin: &str,
+        trusted_proxies: &'static str,
+        admin_url: String,
+        redis_url: String,
+    ) -> Self {
         let number = WORLDS.fetch_add(1, Ordering::Relaxed);
         let name = format!("e2e_{}_{number}_{:08x}", std::process::id(), rand::random::<u32>());
         let database = Database { admin_url, name };
@@ -105,11 +122,13 @@ impl World {
         let world = Self {
             sql: sql.connect_lazy_with(options),
             client: Client::default(),
+            origin: origin.into(),
+            trusted_proxies,
             prefix: format!("{}:", database.name),
             database,
             redis_url,
             keys,
-            signing: SigningKeys::from_pems(ORIGIN, &pem, &[]).expect("a key that was just made"),
+            signing: SigningKeys::from_pems(origin, &pem, &[]).expect("a key that was just made"),
             internal_secret: format!("{:032x}", rand::random::<u128>()),
             logs: Mutex::default(),
             tokens: Mutex::default(),
@@ -185,7 +204,8 @@ impl World {
         Plan { binary: settings::binary(binary), env: BTreeMap::new(), log }
             .env("LISTEN", "127.0.0.1:0")
             .env("OPS_LISTEN", "127.0.0.1:0")
-            .env("ORIGIN", ORIGIN)
+            .env("ORIGIN", &self.origin)
+            .env("TRUSTED_PROXIES", self.trusted_proxies)
             .env("REDIS_URL", &self.redis_url)
             .env("CHANNEL_PREFIX", &self.prefix)
             .env("INTERNAL_SECRET", &self.internal_secret)
@@ -223,7 +243,7 @@ impl World {
                 iat: now,
                 exp: now + 3_600,
                 aud: Audience::Api,
-                iss: ORIGIN.into(),
+                iss: self.origin.clone(),
                 session_exp: None,
             });
             User { id: user.into(), name, cookie: format!("session={token}"), token }

@@ -18,7 +18,6 @@ mod openapi;
 mod request;
 mod sessions;
 mod users;
-mod web;
 
 use std::sync::Arc;
 
@@ -56,7 +55,6 @@ type Resource = BoxedFilter<(Answer,)>;
 pub fn public(api: &Arc<Api>) -> BoxedFilter<(Response,)> {
     one_of([
         at("/api/login", login::login(api)),
-        at("/api/login_options", login::login_options(api)),
         at("/api/oauth/exchange", oauth::exchange(api)),
         at("/api/oauth/{provider}", oauth::start(api)),
         at("/api/oauth/{provider}/callback", oauth::callback(api)),
@@ -75,7 +73,6 @@ pub fn public(api: &Arc<Api>) -> BoxedFilter<(Response,)> {
         at("/api/conversations/{id}/read_messages", messages::read_messages(api)),
         at(openapi::PATH, openapi::openapi()),
         at(feed::JWKS_PATH, login::jwks(api)),
-        at("web", web::web()),
     ])
 }
 

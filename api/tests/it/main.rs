@@ -20,4 +20,3 @@ mod raw;
 mod sessions;
 mod sign_in;
 mod support;
-mod web;

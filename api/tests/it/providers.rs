@@ -3,10 +3,9 @@
 
 use std::{
     collections::{BTreeMap, HashMap},
-    fs::File,
     io::{BufRead, BufReader},
     path::Path,
-    process::{Command, Stdio},
+    process::Stdio,
     sync::{Arc, Mutex},
     time::Duration,
 };
@@ -15,6 +14,7 @@ use api::oauth::{ProviderSettings, Registration};
 use serde_json::{Value, json};
 use shared::test_support::{
     http::{Answer, Client},
+    node,
     process::Process,
 };
 use tokio::{
@@ -56,10 +56,8 @@ pub(crate) struct Providers {
 impl Providers {
     pub(crate) fn start() -> Self {
         let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/providers");
-        install(&folder);
-        let mut node = Command::new("node");
-        node.arg("providers.mjs").arg(ORIGIN).current_dir(&folder).env("NO_COLOR", "1");
-        node.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null());
+        let mut node = node::script(&folder, "providers.mjs");
+        node.arg(ORIGIN).stderr(Stdio::null());
         let mut process = Process::start(&mut node).expect("node starts: install Node.js 20 or later");
         let mut lines = BufReader::new(process.child().stdout.take().unwrap()).lines();
         let addresses: Value = lines
@@ -99,21 +97,6 @@ impl Providers {
         let call = self.client.call("PUT", format!("{}/control/{what}", self.oidc));
         call.json(value).expect(204).await;
     }
-}
-
-/// Once for all tests that begin at the same time.
-fn install(folder: &Path) {
-    let lock = File::open(folder.join("package.json")).unwrap();
-    lock.lock().unwrap();
-    if folder.join("node_modules/oidc-provider/package.json").exists() {
-        return;
-    }
-    let npm = Command::new("npm")
-        .args(["install", "--no-package-lock", "--no-audit", "--no-fund", "--loglevel=error"])
-        .current_dir(folder)
-        .status()
-        .expect("npm starts: install Node.js 20 or later with npm");
-    assert!(npm.success(), "npm cannot install the provider of tests/providers/package.json");
 }
 
 /// Keeps cookies and follows redirects, as a person's browser does. What is at ORIGIN it asks `app`, which is a service or

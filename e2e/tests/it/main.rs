@@ -21,3 +21,4 @@ mod resume;
 mod revocation;
 mod slow_readers;
 mod support;
+mod web;

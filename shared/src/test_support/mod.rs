@@ -4,6 +4,7 @@
 pub mod documented;
 pub mod http;
 pub mod issuer;
+pub mod node;
 pub mod process;
 pub mod proxy;
 pub mod servers;

@@ -1,0 +1,571 @@
+//! A real Chromium as a test uses it: contexts (a person's browser each, with cookies of its own), their pages, and what
+//! happened there. Driven by `browser/driver.mjs`, which calls Playwright by name, so that whatever is not a method here
+//! can still be called.
+//!
+//! What a page wrote as an error, threw, asked in a dialog or was refused by its policy fails the test at its end, unless
+//! the test said that it expects it. A failed test leaves screenshots of its pages in `target/screenshots/failed`.
+
+use std::{
+    collections::HashMap,
+    fmt,
+    fs::{self, File},
+    io::{BufRead, BufReader, Write},
+    path::{Path, PathBuf},
+    process::{ChildStdin, Stdio},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU64, Ordering},
+        mpsc::sync_channel,
+    },
+    thread::JoinHandle,
+    time::{Duration, Instant},
+};
+
+use serde_json::{Value, json};
+use shared::test_support::{PATIENCE, node, process::Process};
+use tempfile::TempDir;
+use tokio::sync::oneshot;
+
+use crate::{User, settings};
+
+/// Browsers that run at the same time, over all tests of all processes: a browser is a dozen processes itself.
+const AT_ONCE: usize = 2;
+
+/// What a person does waits this long for the thing that it is done to, in milliseconds.
+const ACTION_PATIENCE: u64 = 20_000;
+
+const POLL: Duration = Duration::from_millis(30);
+
+/// Something that a page told.
+#[derive(Debug, Clone)]
+pub struct Happening {
+    page: u64,
+    /// As the driver names it: `console.error`, `exception`, `dialog`, `response`, …
+    pub kind: String,
+    pub text: String,
+    /// Where; of a response and a failed request: which.
+    pub url: String,
+}
+
+impl Happening {
+    fn is_problem(&self) -> bool {
+        matches!(self.kind.as_str(), "console.error" | "exception" | "dialog")
+    }
+}
+
+impl fmt::Display for Happening {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: {} ({})", self.kind, self.text, self.url)
+    }
+}
+
+/// What waits for an answer of the driver.
+type Waiting = Box<dyn FnOnce(Result<Value, String>) + Send>;
+
+struct Driver {
+    /// None once it was told to end.
+    stdin: Mutex<Option<ChildStdin>>,
+    next: AtomicU64,
+    waiting: Mutex<HashMap<u64, Waiting>>,
+    happenings: Mutex<Vec<Happening>>,
+    /// What it wrote itself, when it fails.
+    complaints: Mutex<Vec<String>>,
+}
+
+fn held<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Driver {
+    fn ask(&self, on: u64, chain: &Value, waiting: Waiting) {
+        let id = self.next.fetch_add(1, Ordering::Relaxed);
+        held(&self.waiting).insert(id, waiting);
+        let line = format!("{}\n", json!({ "id": id, "on": on, "chain": chain }));
+        let written = held(&self.stdin).as_mut().map(|stdin| stdin.write_all(line.as_bytes()));
+        if !matches!(written, Some(Ok(()))) {
+            held(&self.waiting).remove(&id);
+        }
+    }
+
+    async fn call(&self, on: u64, chain: Value) -> Result<Value, String> {
+        let (answer, answered) = oneshot::channel();
+        self.ask(on, &chain, Box::new(|result| drop(answer.send(result))));
+        match tokio::time::timeout(PATIENCE, answered).await {
+            Ok(Ok(result)) => result,
+            Ok(Err(_)) => Err(format!("the driver ended: {:#?}", held(&self.complaints))),
+            Err(_) => Err(format!("no answer within {PATIENCE:?}")),
+        }
+    }
+
+    /// For places where nothing can be awaited.
+    fn call_blocking(&self, on: u64, chain: Value) -> Result<Value, String> {
+        let (answer, answered) = sync_channel(1);
+        self.ask(on, &chain, Box::new(move |result| drop(answer.send(result))));
+        answered.recv_timeout(PATIENCE).unwrap_or_else(|error| Err(error.to_string()))
+    }
+
+    fn read(&self, line: &str) {
+        let Ok(line) = serde_json::from_str::<Value>(line) else { return };
+        let text = |name: &str| line[name].as_str().unwrap_or_default().to_owned();
+        if let Some(page) = line["page"].as_u64() {
+            let happening = Happening { page, kind: text("kind"), text: text("text"), url: text("url") };
+            held(&self.happenings).push(happening);
+        } else if let Some(waiting) = line["id"].as_u64().and_then(|id| held(&self.waiting).remove(&id)) {
+            waiting(if line["error"].is_string() { Err(text("error")) } else { Ok(line["ok"].clone()) });
+        }
+    }
+}
+
+pub struct Browser {
+    driver: Arc<Driver>,
+    process: Process,
+    reader: Option<JoinHandle<()>>,
+    /// Chromium's own files.
+    _folder: TempDir,
+    _slot: File,
+}
+
+impl Browser {
+    /// Waits for its turn first: make the browser before anything else, and let it be dropped last.
+    pub async fn launch() -> Self {
+        let program = settings::program("DEV_CHROMIUM", "Chromium", "chromium");
+        let slot = slot().await;
+        let folder = tempfile::Builder::new().prefix("test-browser-").tempdir().expect("a temporary folder");
+        let scripts = Path::new(env!("CARGO_MANIFEST_DIR")).join("browser");
+        let mut command = node::script(&scripts, "driver.mjs");
+        command.arg(program).env("TMPDIR", folder.path()).stderr(Stdio::piped());
+        let mut process = Process::start(&mut command).expect("node starts: install Node.js 20 or later");
+        let stdin = process.child().stdin.take().expect("stdin is piped");
+        let stdout = process.child().stdout.take().expect("stdout is piped");
+        let stderr = process.child().stderr.take().expect("stderr is piped");
+        let driver = Arc::new(Driver {
+            stdin: Mutex::new(Some(stdin)),
+            next: AtomicU64::new(0),
+            waiting: Mutex::default(),
+            happenings: Mutex::default(),
+            complaints: Mutex::default(),
+        });
+        let reader = std::thread::spawn({
+            let driver = driver.clone();
+            move || {
+                BufReader::new(stdout).lines().map_while(Result::ok).for_each(|line| driver.read(&line));
+                // Whoever still waits learns that nothing comes.
+                held(&driver.waiting).clear();
+            }
+        });
+        std::thread::spawn({
+            let driver = driver.clone();
+            move || {
+                let lines = BufReader::new(stderr).lines().map_while(Result::ok);
+                lines.for_each(|line| held(&driver.complaints).push(line));
+            }
+        });
+        let browser = Self { driver, process, reader: Some(reader), _folder: folder, _slot: slot };
+        if let Err(error) = browser.driver.call(0, json!([["version"]])).await {
+            panic!("the browser does not start: {error}");
+        }
+        browser
+    }
+
+    /// A browser of its own for somebody, at this origin.
+    pub async fn context(&self, who: &str, origin: &str) -> Context {
+        self.context_with(who, origin, json!({})).await
+    }
+
+    /// With options of Playwright's `newContext`: a window's size, a theme, a language.
+    pub async fn context_with(&self, who: &str, origin: &str, mut options: Value) -> Context {
+        options["baseURL"] = origin.into();
+        // The tests' certificates are made for them.
+        options["ignoreHTTPSErrors"] = true.into();
+        let made = self.driver.call(0, json!([["newContext", options]])).await;
+        let number = number(made.unwrap_or_else(|error| panic!("{who}: {error}")));
+        let context = Context(Arc::new(Inner {
+            driver: self.driver.clone(),
+            number,
+            who: who.to_owned(),
+            origin: origin.to_owned(),
+            pages: Mutex::default(),
+            expected: Mutex::default(),
+        }));
+        context.call(json!([["setDefaultTimeout", ACTION_PATIENCE]])).await;
+        context
+    }
+}
+
+impl Drop for Browser {
+    fn drop(&mut self) {
+        drop(held(&self.driver.stdin).take());
+        // In good order, or the hard way.
+        let deadline = Instant::now() + Duration::from_secs(5);
+        while self.process.ended().is_none() && Instant::now() < deadline {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        self.process.kill();
+        if let Some(reader) = self.reader.take() {
+            let _ = reader.join();
+        }
+    }
+}
+
+/// One of the few places for browsers.
+async fn slot() -> File {
+    let folder = settings::build_folder();
+    let files = (0..AT_ONCE).map(|number| {
+        let path = folder.join(format!("browser-{number}.lock"));
+        File::options().create(true).append(true).open(path).expect("a file beside the tests' programs")
+    });
+    let mut files: Vec<_> = files.collect();
+    // No limit: those before us have limits of their own.
+    loop {
+        if let Some(free) = files.iter().position(|file| file.try_lock().is_ok()) {
+            return files.swap_remove(free);
+        }
+        tokio::time::sleep(POLL).await;
+    }
+}
+
+fn number(made: Value) -> u64 {
+    made["$"].as_u64().unwrap_or_else(|| panic!("an object was expected, not {made}"))
+}
+
+/// A person's browser: pages that share cookies and storage. Closed, and its problems told, when the last of it is dropped.
+pub struct Context(Arc<Inner>);
+
+struct Inner {
+    driver: Arc<Driver>,
+    number: u64,
+    who: String,
+    origin: String,
+    pages: Mutex<Vec<u64>>,
+    expected: Mutex<Vec<String>>,
+}
+
+impl Context {
+    /// Anything that Playwright's `BrowserContext` can do.
+    pub async fn call(&self, chain: Value) -> Value {
+        let called = self.0.driver.call(self.0.number, chain.clone()).await;
+        called.unwrap_or_else(|error| panic!("{}: {chain}: {error}", self.0.who))
+    }
+
+    /// A new tab, empty.
+    pub async fn page(&self) -> Page {
+        let number = number(self.call(json!([["newPage"]])).await);
+        held(&self.0.pages).push(number);
+        Page { context: self.0.clone(), number }
+    }
+
+    /// A new tab at this path of the origin.
+    pub async fn open(&self, path: &str) -> Page {
+        let page = self.page().await;
+        page.goto(path).await;
+        page
+    }
+
+    /// Gives it the session's cookie.
+    pub async fn sign_in(&self, user: &User) {
+        let (name, value) = user.cookie.split_once('=').expect("a cookie is name=value");
+        let cookie = json!({
+            "name": name, "value": value, "url": self.0.origin, "httpOnly": true, "sameSite": "Lax",
+            "secure": self.0.origin.starts_with("https:"),
+        });
+        self.call(json!([["addCookies", [cookie]]])).await;
+    }
+
+    pub async fn set_offline(&self, offline: bool) {
+        self.call(json!([["setOffline", offline]])).await;
+    }
+
+    /// What contains this is no problem, in what a page told or where.
+    pub fn expect(&self, part: &str) {
+        held(&self.0.expected).push(part.to_owned());
+    }
+
+    /// What would fail the test at its end.
+    pub fn problems(&self) -> Vec<Happening> {
+        self.0.problems()
+    }
+}
+
+impl Inner {
+    fn happenings(&self) -> Vec<Happening> {
+        let pages = held(&self.pages);
+        let all = held(&self.driver.happenings);
+        all.iter().filter(|happening| pages.contains(&happening.page)).cloned().collect()
+    }
+
+    fn problems(&self) -> Vec<Happening> {
+        let expected = held(&self.expected);
+        let mut problems = self.happenings();
+        problems.retain(|problem| {
+            let line = problem.to_string();
+            problem.is_problem() && !expected.iter().any(|part| line.contains(part))
+        });
+        problems
+    }
+
+    /// For whoever finds out why.
+    #[expect(clippy::print_stdout, reason = "the test runner shows it under the failed test's name")]
+    fn describe(&self) {
+        let happenings = self.happenings();
+        println!("--- {}: the last of {} happenings", self.who, happenings.len());
+        happenings.iter().skip(happenings.len().saturating_sub(60)).for_each(|line| println!("{line}"));
+        let folder = screenshots().join("failed");
+        let test = std::thread::current().name().unwrap_or("test").replace("::", "-");
+        for (tab, page) in held(&self.pages).iter().enumerate() {
+            let path = folder.join(format!("{test}-{}-{tab}.png", self.who));
+            let options = json!({ "path": path, "timeout": 3_000 });
+            if self.driver.call_blocking(*page, json!([["screenshot", options]])).is_ok() {
+                println!("tab {tab}: {}", path.display());
+            }
+        }
+    }
+}
+
+impl Drop for Inner {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.describe();
+        }
+        // Afterwards its pages have told all that they ever will. Services may end now without anybody complaining.
+        let _ = self.driver.call_blocking(self.number, json!([["close"]]));
+        let problems = self.problems();
+        if !std::thread::panicking() && !problems.is_empty() {
+            let lines: Vec<_> = problems.iter().map(Happening::to_string).collect();
+            panic!("{} had problems that nobody expected:\n{}", self.who, lines.join("\n"));
+        }
+    }
+}
+
+/// Where pictures of pages go, for people to look at.
+pub fn screenshots() -> PathBuf {
+    settings::build_folder().parent().expect("target/<profile> lies in target").join("screenshots")
+}
+
+/// A tab.
+pub struct Page {
+    context: Arc<Inner>,
+    number: u64,
+}
+
+impl Page {
+    /// Anything that Playwright's `Page` can do, step by step: `[["locator", "li"], ["first"], ["click"]]`.
+    pub async fn call(&self, chain: Value) -> Value {
+        let called = self.try_call(chain.clone()).await;
+        called.unwrap_or_else(|error| panic!("{}: {chain}: {error}", self.context.who))
+    }
+
+    pub async fn try_call(&self, chain: Value) -> Result<Value, String> {
+        self.context.driver.call(self.number, chain).await
+    }
+
+    /// Returns when the document and its scripts were loaded.
+    pub async fn goto(&self, path: &str) {
+        self.call(json!([["goto", path]])).await;
+    }
+
+    pub async fn reload(&self) {
+        self.call(json!([["reload"]])).await;
+    }
+
+    /// The browser's own button. A page that was kept comes back without being loaded, so this waits for nothing.
+    pub async fn back(&self) {
+        self.call(json!([["evaluate", "setTimeout(() => history.back())"]])).await;
+    }
+
+    /// What an expression is; promises are awaited.
+    pub async fn evaluate(&self, expression: &str) -> Value {
+        self.call(json!([["evaluate", expression]])).await
+    }
+
+    /// What a function answers to a value.
+    pub async fn evaluate_with(&self, function: &str, value: &Value) -> Value {
+        self.evaluate(&format!("({function})({value})")).await
+    }
+
+    /// Until the expression is true, whatever else happens to the page.
+    pub async fn wait_for(&self, what: &str, expression: &str) {
+        let deadline = Instant::now() + PATIENCE;
+        let mut last = Err(String::new());
+        while Instant::now() < deadline {
+            last = self.try_call(json!([["evaluate", format!("Boolean({expression})")]])).await;
+            if last == Ok(Value::Bool(true)) {
+                return;
+            }
+            tokio::time::sleep(POLL).await;
+        }
+        panic!("{}: waited {PATIENCE:?} in vain: {what} ({expression}: {last:?})", self.context.who);
+    }
+
+    pub fn css(&self, selector: &str) -> Locator<'_> {
+        self.locator(json!(["locator", selector]))
+    }
+
+    /// As a screen reader finds it: by role and name.
+    pub fn role(&self, role: &str, name: &str) -> Locator<'_> {
+        self.locator(json!(["getByRole", role, { "name": name, "exact": true }]))
+    }
+
+    /// As a person finds it.
+    pub fn text(&self, text: &str) -> Locator<'_> {
+        self.locator(json!(["getByText", text, { "exact": true }]))
+    }
+
+    fn locator(&self, step: Value) -> Locator<'_> {
+        Locator { page: self, chain: vec![step] }
+    }
+
+    /// A key or several, wherever the focus is: `Enter`, `Shift+Tab`.
+    pub async fn press(&self, key: &str) {
+        self.call(json!([["keyboard"], ["press", key]])).await;
+    }
+
+    /// Key by key, wherever the focus is.
+    pub async fn type_text(&self, text: &str) {
+        self.call(json!([["keyboard"], ["type", text]])).await;
+    }
+
+    /// Into `target/screenshots`, named without an ending.
+    pub async fn screenshot(&self, name: &str) {
+        let path = screenshots().join(format!("{name}.png"));
+        self.call(json!([["screenshot", { "path": path }]])).await;
+    }
+
+    /// A command of the DevTools protocol.
+    pub async fn cdp(&self, method: &str, parameters: Value) -> Value {
+        let page = json!({ "$": self.number });
+        let chain = json!([["context"], ["newCDPSession", page], ["send", method, parameters]]);
+        self.call(chain).await
+    }
+
+    /// As a laptop that sleeps, or a tab that was set aside: nothing runs any more.
+    pub async fn freeze(&self) {
+        self.cdp("Page.setWebLifecycleState", json!({ "state": "frozen" })).await;
+    }
+
+    pub async fn thaw(&self) {
+        self.cdp("Page.setWebLifecycleState", json!({ "state": "active" })).await;
+    }
+
+    /// What the accessibility engine finds that is serious or worse: the rule, and where it is broken.
+    pub async fn axe(&self) -> Vec<String> {
+        let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("browser/node_modules/axe-core/axe.min.js");
+        let source = fs::read_to_string(source).expect("axe-core is installed with the driver");
+        self.evaluate(&format!("{source}; null")).await;
+        let run = "axe.run().then(({ violations }) => violations
+            .filter(({ impact }) => impact === 'serious' || impact === 'critical')
+            .map(({ id, help, nodes }) => `${id}: ${help}: ${nodes.map((node) => `${node.target} ${node.failureSummary}`).join(' | ')}`))";
+        let found = self.evaluate(run).await;
+        found.as_array().into_iter().flatten().filter_map(|line| Some(line.as_str()?.to_owned())).collect()
+    }
+
+    /// Everything that this page told, so far.
+    pub fn happenings(&self) -> Vec<Happening> {
+        let all = held(&self.context.driver.happenings);
+        all.iter().filter(|happening| happening.page == self.number).cloned().collect()
+    }
+
+    /// The status of each answer to a URL with this part, in order.
+    pub fn statuses(&self, part: &str) -> Vec<u16> {
+        let happenings = self.happenings();
+        let of_these = happenings.iter().filter(|told| told.kind == "response" && told.url.contains(part));
+        of_these.filter_map(|told| told.text.parse().ok()).collect()
+    }
+
+    pub async fn close(self) {
+        self.call(json!([["close"]])).await;
+    }
+}
+
+/// Elements of a page, looked for anew at each use. What a person does waits until it can be done.
+#[derive(Clone)]
+pub struct Locator<'a> {
+    page: &'a Page,
+    chain: Vec<Value>,
+}
+
+impl Locator<'_> {
+    pub fn css(self, selector: &str) -> Self {
+        self.step(json!(["locator", selector]))
+    }
+
+    pub fn role(self, role: &str, name: &str) -> Self {
+        self.step(json!(["getByRole", role, { "name": name, "exact": true }]))
+    }
+
+    pub fn first(self) -> Self {
+        self.step(json!(["first"]))
+    }
+
+    pub fn last(self) -> Self {
+        self.step(json!(["last"]))
+    }
+
+    /// Only those with this text in them.
+    pub fn with_text(self, text: &str) -> Self {
+        self.step(json!(["filter", { "hasText": text }]))
+    }
+
+    fn step(mut self, step: Value) -> Self {
+        self.chain.push(step);
+        self
+    }
+
+    /// Anything that Playwright's `Locator` can do.
+    pub async fn call(&self, step: Value) -> Value {
+        let mut chain = self.chain.clone();
+        chain.push(step);
+        self.page.call(Value::Array(chain)).await
+    }
+
+    pub async fn click(&self) {
+        self.call(json!(["click"])).await;
+    }
+
+    pub async fn fill(&self, text: &str) {
+        self.call(json!(["fill", text])).await;
+    }
+
+    pub async fn press(&self, key: &str) {
+        self.call(json!(["press", key])).await;
+    }
+
+    /// Until there is one, and it can be seen.
+    pub async fn appears(&self) {
+        self.call(json!(["waitFor", { "state": "visible" }])).await;
+    }
+
+    /// Until there is none, or it cannot be seen.
+    pub async fn disappears(&self) {
+        self.call(json!(["waitFor", { "state": "hidden" }])).await;
+    }
+
+    /// Exactly what is in the document, of the one.
+    pub async fn text(&self) -> String {
+        string(&self.call(json!(["textContent"])).await)
+    }
+
+    /// The same, of all of them.
+    pub async fn texts(&self) -> Vec<String> {
+        self.call(json!(["allTextContents"])).await.as_array().into_iter().flatten().map(string).collect()
+    }
+
+    pub async fn value(&self) -> String {
+        string(&self.call(json!(["inputValue"])).await)
+    }
+
+    pub async fn attribute(&self, name: &str) -> Option<String> {
+        self.call(json!(["getAttribute", name])).await.as_str().map(str::to_owned)
+    }
+
+    pub async fn count(&self) -> u64 {
+        self.call(json!(["count"])).await.as_u64().expect("a number")
+    }
+
+    pub async fn is_visible(&self) -> bool {
+        self.call(json!(["isVisible"])).await == Value::Bool(true)
+    }
+}
+
+fn string(value: &Value) -> String {
+    value.as_str().unwrap_or_default().to_owned()
+}

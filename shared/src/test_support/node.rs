@@ -1,0 +1,46 @@
+//! Programs of Node.js that tests talk to: a folder with a script and a `package.json` whose dependencies are pinned, and
+//! installed by the first test that needs them.
+
+use std::{
+    fs::{self, File},
+    path::Path,
+    process::{Command, Stdio},
+};
+
+use serde_json::Value;
+
+/// `node <script>` in this folder, its packages there, with pipes to talk by.
+pub fn script(folder: &Path, script: &str) -> Command {
+    install(folder);
+    let mut node = Command::new("node");
+    node.arg(script).current_dir(folder).env("NO_COLOR", "1");
+    node.stdin(Stdio::piped()).stdout(Stdio::piped());
+    node
+}
+
+/// Once for all tests that begin at the same time, and again when a pinned version changes.
+fn install(folder: &Path) {
+    let lock = File::open(folder.join("package.json")).expect("a folder for node has a package.json");
+    lock.lock().expect("a file can be locked");
+    if is_installed(folder) {
+        return;
+    }
+    let npm = Command::new("npm")
+        .args(["install", "--no-package-lock", "--no-audit", "--no-fund", "--loglevel=error"])
+        .current_dir(folder)
+        .status()
+        .expect("npm starts: install Node.js 20 or later with npm");
+    assert!(npm.success(), "npm cannot install what {}/package.json asks for", folder.display());
+    assert!(is_installed(folder), "npm installed other versions than {}/package.json pins", folder.display());
+}
+
+fn is_installed(folder: &Path) -> bool {
+    let read = |file: &str| -> Option<Value> {
+        serde_json::from_slice(&fs::read(folder.join(file)).ok()?).expect("npm writes JSON")
+    };
+    let package = read("package.json").expect("it was opened a moment ago");
+    let pinned = package["dependencies"].as_object().expect("it pins what is needed");
+    pinned.iter().all(|(name, version)| {
+        read(&format!("node_modules/{name}/package.json")).is_some_and(|found| found["version"] == *version)
+    })
+}
