@@ -20,8 +20,24 @@ use crate::sequencer::Lost;
 /// The largest envelope that is taken from Redis, in bytes. A message of 480 code points makes some 4 KiB at most.
 pub const MAX_ENVELOPE: usize = 16 * 1024;
 
-/// A comment: keeps proxies and dead-peer detection going, invisible to scripts.
-pub const HEARTBEAT: &[u8] = b":\n\n";
+/// What keeps proxies and dead-peer detection going while there is nothing to say.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Heartbeat {
+    /// A comment, invisible to scripts.
+    #[default]
+    Comment,
+    /// An event, for clients that asked: by it a script can tell a quiet stream from a dead one. It moves no cursor.
+    Event,
+}
+
+impl Heartbeat {
+    pub fn block(self) -> &'static [u8] {
+        match self {
+            Self::Comment => b":\n\n",
+            Self::Event => b"event: heartbeat\ndata: {}\n\n",
+        }
+    }
+}
 
 /// One event of one feed, encoded.
 #[derive(Debug, Clone)]
@@ -210,6 +226,8 @@ mod tests {
             "retry: 2500\nevent: goodbye\ndata: {\"reason\":\"drain\",\"reconnect\":true}\n\n"
         );
         assert_eq!(retry(2_000), "retry: 2000\n\n");
+        assert_eq!(text(Heartbeat::Comment.block()), ":\n\n");
+        assert_eq!(text(Heartbeat::Event.block()), "event: heartbeat\ndata: {}\n\n");
     }
 
     #[test]
@@ -238,7 +256,7 @@ mod tests {
             let envelope = envelope(&name, &json);
             let frame = Event::encode(&envelope).unwrap().frame;
             bytes.extend_from_slice(&frame);
-            bytes.extend_from_slice(HEARTBEAT);
+            bytes.extend_from_slice(Heartbeat::Comment.block());
             bytes.extend_from_slice(&frame);
             let events = parsed(&bytes);
             prop_assert_eq!(events.len(), 2);

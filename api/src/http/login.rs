@@ -1,4 +1,4 @@
-//! Logging in for development, going on, and the public keys by which tokens are checked.
+//! Which ways to log in there are, logging in for development, going on, and the public keys by which tokens are checked.
 
 use std::sync::Arc;
 
@@ -27,6 +27,25 @@ pub(super) fn login(api: &Arc<Api>) -> Resource {
     }
     let post = path.clone().and(warp::post()).and(inbound()).and(with(api)).then(post_login);
     post.or(path.and(otherwise("POST"))).unify().boxed()
+}
+
+pub(super) fn login_options(api: &Arc<Api>) -> Resource {
+    let path = warp::path!("api" / "login_options").boxed();
+    let get = path.clone().and(read()).and(with(api)).map(|api: Arc<Api>| {
+        let options = LoginOptions { providers: api.sign_in.names().collect(), dev_login: api.dev_login };
+        Ok(json(StatusCode::OK, &options))
+    });
+    get.or(path.and(otherwise("GET, HEAD"))).unify().boxed()
+}
+
+/// What a page for logging in can offer.
+#[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
+struct LoginOptions {
+    /// Each by `/api/oauth/{provider}`.
+    providers: Vec<&'static str>,
+    /// By `POST /api/login`.
+    dev_login: bool,
 }
 
 #[derive(Deserialize)]

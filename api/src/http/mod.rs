@@ -18,6 +18,7 @@ mod openapi;
 mod request;
 mod sessions;
 mod users;
+mod web;
 
 use std::sync::Arc;
 
@@ -55,6 +56,7 @@ type Resource = BoxedFilter<(Answer,)>;
 pub fn public(api: &Arc<Api>) -> BoxedFilter<(Response,)> {
     one_of([
         at("/api/login", login::login(api)),
+        at("/api/login_options", login::login_options(api)),
         at("/api/oauth/exchange", oauth::exchange(api)),
         at("/api/oauth/{provider}", oauth::start(api)),
         at("/api/oauth/{provider}/callback", oauth::callback(api)),
@@ -73,6 +75,7 @@ pub fn public(api: &Arc<Api>) -> BoxedFilter<(Response,)> {
         at("/api/conversations/{id}/read_messages", messages::read_messages(api)),
         at(openapi::PATH, openapi::openapi()),
         at(feed::JWKS_PATH, login::jwks(api)),
+        at("web", web::web()),
     ])
 }
 

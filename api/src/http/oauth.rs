@@ -62,6 +62,11 @@ impl SignIn {
         Self { providers, origin, seal: Seal::new(internal_secret), token_in_query, metrics }
     }
 
+    /// Of the providers that are configured.
+    pub(super) fn names(&self) -> impl Iterator<Item = &'static str> {
+        self.providers.iter().map(|provider| provider.name())
+    }
+
     /// The end of every login at a provider: its page, which is told this.
     fn to_page(&self, parameters: &[(&str, &str)]) -> Response {
         let query = form_urlencoded::Serializer::new(String::new()).extend_pairs(parameters).finish();

@@ -20,3 +20,4 @@ mod raw;
 mod sessions;
 mod sign_in;
 mod support;
+mod web;

@@ -72,6 +72,8 @@ async fn code_of(browser: &mut Browser, app: &App, provider: &str, account: &str
 async fn a_person_logs_in_at_a_real_provider_and_is_known_the_next_time(pool: PgPool) {
     let providers = Providers::start();
     let app = App::start_with(config_with(&pool, |config| config.providers = providers.both())).await;
+    let options = app.call("GET", "/api/login_options").expect(200).await.json();
+    assert_eq!(options["providers"], serde_json::json!(["github", "oidc"]));
     for (provider, issuer, account) in
         [("github", &providers.github, "583231"), ("oidc", &providers.oidc, "77")]
     {

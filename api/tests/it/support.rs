@@ -91,10 +91,11 @@ pub(crate) fn config(database: PgConnectOptions) -> Config {
 
 static DOCUMENT: LazyLock<Document> = LazyLock::new(|| Document::new(include_str!("../../openapi.json")));
 
-/// A client that holds every answer of the public listener against the document.
+/// A client that holds every answer of the public listener against the document, but for the web client's files.
 fn documented(public: String) -> Client {
     Client::default().witnessed(Arc::new(move |method, address, answer| {
-        if address.to_string().starts_with(&public) {
+        let is_ours = ["/api/", "/.well-known/"].iter().any(|prefix| address.path().starts_with(prefix));
+        if address.to_string().starts_with(&public) && is_ours {
             DOCUMENT.check(method, address.path(), answer);
         }
     }))

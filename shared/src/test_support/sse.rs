@@ -68,6 +68,12 @@ impl Opening {
         self.query("lastEventId", id)
     }
 
+    /// Heartbeats as events, which a browser's script can see.
+    pub fn heartbeat_events(mut self) -> Self {
+        self.query.push(("heartbeat", "event".into()));
+        self
+    }
+
     pub fn header(mut self, name: &'static str, value: impl AsRef<[u8]>) -> Self {
         let value = HeaderValue::from_bytes(value.as_ref()).expect("the test's own header is well-formed");
         self.headers.insert(name, value);

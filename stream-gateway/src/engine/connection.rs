@@ -12,7 +12,7 @@ use shared::{cursor::Cursor, feed::Head, ids::SessionId};
 
 use crate::{
     backfill::RangeAnswer,
-    frame::{Event, Goodbye},
+    frame::{Event, Goodbye, Heartbeat},
     limits::Place,
     sequencer::{Lost, Millis},
 };
@@ -81,6 +81,7 @@ pub struct Connection {
     /// The goodbye was written; the client's end of the connection is awaited.
     pub said_goodbye: bool,
     pub beat_at: Millis,
+    pub heartbeat: Heartbeat,
     pub ends_at: Millis,
     pub ends_why: Goodbye,
     /// Since when the socket takes nothing, while `rest` is not empty.

@@ -23,7 +23,7 @@ use crate::{
 
 impl Engine {
     pub(super) fn admit(&mut self, admission: Admission) {
-        let Admission { socket, user, session, resume, head, ends, ends_why, place } = admission;
+        let Admission { socket, user, session, resume, heartbeat, head, ends, ends_why, place } = admission;
         let options = socket2::SockRef::from(&socket);
         let prepared = socket.set_nonblocking(true).and_then(|()| {
             options.set_send_buffer_size(SEND_BUFFER)?;
@@ -74,6 +74,7 @@ impl Engine {
             blocked_since: self.now,
             due: 0,
             noise: 0,
+            heartbeat,
             _place: place,
         });
         self.metrics.streams.inc();

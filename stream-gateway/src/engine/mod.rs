@@ -49,7 +49,7 @@ use crate::{
     backfill::{Answers, Api, Backfill},
     config::Delivery,
     drain::Drain,
-    frame::{Event, Goodbye, HEARTBEAT},
+    frame::{Event, Goodbye, Heartbeat},
     hub::Hub,
     limits::Place,
     metrics::{Metrics, Path},
@@ -79,6 +79,7 @@ pub struct Admission {
     pub user: UserId,
     pub session: Option<SessionId>,
     pub resume: Resume,
+    pub heartbeat: Heartbeat,
     /// The head of the HTTP answer and the first `retry`.
     pub head: Bytes,
     /// When the stream ends at the latest, and why.
@@ -348,7 +349,7 @@ impl Engine {
         if now >= connection.beat_at {
             connection.beat_at = now + beat;
             if connection.rest.is_empty() {
-                let written = connection.write(Bytes::from_static(HEARTBEAT), now);
+                let written = connection.write(Bytes::from_static(connection.heartbeat.block()), now);
                 self.note_write(key, written);
             }
         }

@@ -3,6 +3,8 @@
 use http::{HeaderMap, header};
 use url::form_urlencoded;
 
+use crate::frame::Heartbeat;
+
 /// The session cookie's name, as `api` sets it.
 const COOKIE: &str = "session";
 
@@ -52,6 +54,15 @@ pub fn last_event_id(headers: &HeaderMap, query: &str) -> Option<Vec<u8>> {
         .filter(|value| !value.is_empty())
 }
 
+/// How the client wants its heartbeats. What is unknown is a comment, as without the parameter.
+pub fn heartbeat(query: &str) -> Heartbeat {
+    let asked = form_urlencoded::parse(query.as_bytes()).find(|(name, _)| name == "heartbeat");
+    match asked {
+        Some((_, value)) if value == "event" => Heartbeat::Event,
+        _ => Heartbeat::Comment,
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -92,5 +103,13 @@ mod tests {
         assert_eq!(place(&[("last-event-id", "")], "lastEventId=b-2"), Some("b-2".into()));
         assert_eq!(place(&[], "lastEventId="), None);
         assert_eq!(place(&[], "lastEventId=%0A"), Some("\n".into()));
+    }
+
+    #[test]
+    fn heartbeats_are_events_for_who_asks_for_events() {
+        assert_eq!(heartbeat("token=a&heartbeat=event"), Heartbeat::Event);
+        for query in ["", "heartbeat=", "heartbeat=comment", "heartbeat=Event", "xheartbeat=event"] {
+            assert_eq!(heartbeat(query), Heartbeat::Comment, "{query}");
+        }
     }
 }

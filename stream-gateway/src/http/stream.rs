@@ -38,7 +38,7 @@ use tokio::{
 };
 use warp::reply::Response;
 
-use super::auth::{credential, last_event_id};
+use super::auth::{credential, heartbeat, last_event_id};
 use crate::{
     engine::{Admission, Resume},
     frame::{self, FIRST_RETRY, Goodbye},
@@ -150,11 +150,13 @@ impl Streams {
         let (lasts, ends_why) = lifetime(bearer.ends_at, SystemTime::now(), self.max_age);
         let ends = Instant::now() + lasts;
         let session = bearer.session;
+        let heartbeat = heartbeat(query);
         let head = head + &frame::retry(rand::rng().random_range(FIRST_RETRY));
         let admissions = self.admissions.clone();
         let metrics = self.metrics.clone();
         let admit = move |socket: std::net::TcpStream, user: UserId, head: Bytes| {
-            let admission = Admission { socket, user, session, resume, head, ends, ends_why, place };
+            let admission =
+                Admission { socket, user, session, resume, heartbeat, head, ends, ends_why, place };
             if let Err(refused) = admissions.try_send(admission) {
                 let (admission, limit, why) = match refused {
                     TrySendError::Full(admission) => (admission, "backlog", Goodbye::Busy),

@@ -29,6 +29,19 @@ async fn heartbeats_come_about_as_often_as_set() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_asks_for_it_gets_heartbeats_that_a_script_can_see_and_that_move_no_cursor() {
+    let world = Setup::config(|config| config.delivery.heartbeat = Duration::from_secs(1)).start().await;
+    let user = world.user(3);
+    let mut stream = world.stream(&user).heartbeat_events().stream().await;
+    ready(&mut stream, &world.api.cursor(user.id, 3), false).await;
+    let Ok(Block::Event(beat)) = soon("a heartbeat", stream.block()).await else { panic!("not an event") };
+    assert_eq!((beat.name.as_deref(), beat.id.as_deref()), (Some("heartbeat"), None));
+    assert_eq!(beat.data, "{}");
+    drop(stream);
+    world.ends().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_stream_ends_before_its_token_does() {
     let world = World::new().await;
     let user = world.user(3);

@@ -1,0 +1,184 @@
+//! The web client, embedded in the binary: GET of anything that is not under `/api`. A path that is no file gets the
+//! application's one page, which reads the path itself.
+//!
+//! A debug build reads the files from the source tree at each request: an edit needs a reload and nothing else.
+
+use std::{
+    collections::HashMap,
+    io::Write,
+    sync::{Mutex, PoisonError},
+};
+
+use bytes::Bytes;
+use flate2::{Compression, write::GzEncoder};
+use http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
+use rust_embed::{EmbeddedFile, RustEmbed};
+use warp::{Filter, path::FullPath, reply::Response};
+
+use super::{Resource, empty, otherwise, read};
+
+const PAGE: &str = "index.html";
+
+/// Nothing but our own files runs or is fetched, and no text can become markup or script (Trusted Types). Pictures of people
+/// come from wherever they log in.
+const POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' https: data:; \
+                      connect-src 'self'; manifest-src 'self'; base-uri 'none'; form-action 'self'; \
+                      frame-ancestors 'none'; require-trusted-types-for 'script'; trusted-types 'none'";
+
+/// Asked again each time, by `ETag`: after a deploy nobody runs the old client against the new service.
+const CACHE: &str = "no-cache";
+
+/// The bytes of a digest that name one version of a file.
+const TAG_BYTES: usize = 16;
+
+#[derive(RustEmbed)]
+#[folder = "../web/"]
+struct Files;
+
+pub(super) fn web() -> Resource {
+    let path = warp::path::full().and_then(async |path: FullPath| match path.as_str() {
+        "/api" => Err(warp::reject()),
+        path if path.starts_with("/api/") => Err(warp::reject()),
+        path => Ok(path.trim_start_matches('/').to_owned()),
+    });
+    let get = path.and(read()).and(warp::header::headers_cloned());
+    let get = get.map(|path: String, headers: HeaderMap| Ok(serve(&path, &headers)));
+    let other = path.map(|_| ()).untuple_one().and(otherwise("GET, HEAD"));
+    get.or(other).unify().boxed()
+}
+
+fn serve(path: &str, asked: &HeaderMap) -> Response {
+    let (name, file) = match Files::get(path) {
+        Some(file) => (path, file),
+        // The embedded set is checked by a test to hold it; a debug build's folder may be in the middle of an edit.
+        None => match Files::get(PAGE) {
+            Some(page) => (PAGE, page),
+            None => return empty(StatusCode::NOT_FOUND),
+        },
+    };
+    let tag = tag(&file);
+    let mut response =
+        if is_known(asked, &tag) { empty(StatusCode::NOT_MODIFIED) } else { body(file, asked) };
+    let headers = response.headers_mut();
+    if let Ok(tag) = HeaderValue::from_str(&tag) {
+        headers.insert(header::ETAG, tag);
+    }
+    let fixed: [(HeaderName, &'static str); 6] = [
+        (header::CONTENT_TYPE, media_type(name)),
+        (header::CONTENT_SECURITY_POLICY, POLICY),
+        (header::CACHE_CONTROL, CACHE),
+        (header::VARY, "Accept-Encoding"),
+        (HeaderName::from_static("cross-origin-opener-policy"), "same-origin"),
+        (HeaderName::from_static("cross-origin-resource-policy"), "same-origin"),
+    ];
+    headers.extend(fixed.map(|(name, value)| (name, HeaderValue::from_static(value))));
+    response
+}
+
+fn media_type(name: &str) -> &'static str {
+    match name.rsplit('.').next() {
+        Some("css") => "text/css; charset=utf-8",
+        Some("html") => "text/html; charset=utf-8",
+        Some("js") => "text/javascript; charset=utf-8",
+        Some("png") => "image/png",
+        Some("svg") => "image/svg+xml",
+        Some("webmanifest") => "application/manifest+json",
+        _ => "application/octet-stream",
+    }
+}
+
+/// Weak, because it names the file and not the form in which it is sent (RFC 9110, 8.8.1).
+fn tag(file: &EmbeddedFile) -> String {
+    let digest = file.metadata.sha256_hash();
+    let hex: String = digest[..TAG_BYTES].iter().map(|byte| format!("{byte:02x}")).collect();
+    format!("W/\"{hex}\"")
+}
+
+fn is_known(asked: &HeaderMap, tag: &str) -> bool {
+    let known = asked.get_all(header::IF_NONE_MATCH).iter().filter_map(|value| value.to_str().ok());
+    known.flat_map(|value| value.split(',')).any(|known| matches!(known.trim(), "*") || known.trim() == tag)
+}
+
+fn body(file: EmbeddedFile, asked: &HeaderMap) -> Response {
+    let digest = file.metadata.sha256_hash();
+    let plain = match file.data {
+        std::borrow::Cow::Borrowed(bytes) => Bytes::from_static(bytes),
+        std::borrow::Cow::Owned(bytes) => bytes.into(),
+    };
+    let short =
+        takes_gzip(asked).then(|| compressed(digest, &plain)).filter(|short| short.len() < plain.len());
+    let is_short = short.is_some();
+    let mut response = Response::new(short.unwrap_or(plain).into());
+    if is_short {
+        response.headers_mut().insert(header::CONTENT_ENCODING, HeaderValue::from_static("gzip"));
+    }
+    response
+}
+
+fn takes_gzip(asked: &HeaderMap) -> bool {
+    let takes = asked.get_all(header::ACCEPT_ENCODING).iter().filter_map(|value| value.to_str().ok());
+    takes.flat_map(|value| value.split(',')).any(|coding| {
+        let mut parts = coding.split(';').map(str::trim);
+        let is_gzip = parts.next().is_some_and(|name| name.eq_ignore_ascii_case("gzip"));
+        let refused = parts.any(|part| {
+            part.strip_prefix("q=").and_then(|q| q.parse::<f32>().ok()).is_some_and(|q| q <= 0.0)
+        });
+        is_gzip && !refused
+    })
+}
+
+/// Each version of a file is compressed once.
+fn compressed(digest: [u8; 32], plain: &[u8]) -> Bytes {
+    /// More than there are files: a debug build, in which they change, forgets now and then.
+    const MOST: usize = 64;
+    static KEPT: Mutex<Option<HashMap<[u8; 32], Bytes>>> = Mutex::new(None);
+    let mut kept = KEPT.lock().unwrap_or_else(PoisonError::into_inner);
+    let kept = kept.get_or_insert_default();
+    if kept.len() >= MOST {
+        kept.clear();
+    }
+    let compress = || {
+        let mut encoder = GzEncoder::new(Vec::new(), Compression::best());
+        encoder.write_all(plain).and_then(|()| encoder.finish()).expect("memory takes every write").into()
+    };
+    kept.entry(digest).or_insert_with(compress).clone()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn headers(name: HeaderName, value: &str) -> HeaderMap {
+        HeaderMap::from_iter([(name, HeaderValue::from_str(value).unwrap())])
+    }
+
+    #[test]
+    fn gzip_is_sent_to_who_takes_it() {
+        for takes in ["gzip", "br, GZIP", "deflate, gzip;q=0.5", "gzip; q=1"] {
+            assert!(takes_gzip(&headers(header::ACCEPT_ENCODING, takes)), "{takes}");
+        }
+        for refuses in ["", "br", "gzip;q=0", "br, gzip; q=0.0", "xgzip"] {
+            assert!(!takes_gzip(&headers(header::ACCEPT_ENCODING, refuses)), "{refuses}");
+        }
+        assert!(!takes_gzip(&HeaderMap::new()));
+    }
+
+    #[test]
+    fn a_known_version_is_recognised_among_others() {
+        let tag = "W/\"0a\"";
+        for known in ["W/\"0a\"", "\"x\", W/\"0a\"", "*"] {
+            assert!(is_known(&headers(header::IF_NONE_MATCH, known), tag), "{known}");
+        }
+        assert!(!is_known(&headers(header::IF_NONE_MATCH, "W/\"0b\""), tag));
+    }
+
+    #[test]
+    fn nothing_outside_the_folder_is_a_file() {
+        for path in
+            ["../Cargo.toml", "pages/../../README.md", "/etc/passwd", "..%2fCargo.toml", "index.html/", ""]
+        {
+            assert!(Files::get(path).is_none(), "{path}");
+        }
+        assert!(Files::get(PAGE).is_some());
+    }
+}

@@ -1,0 +1,14 @@
+// The original client of this protocol left a service worker of this name in browsers, which goes on serving its old
+// files. This one takes its place at the browser's next look, removes what that one kept, and then itself.
+
+self.addEventListener("install", () => self.skipWaiting());
+
+self.addEventListener("activate", (event) => {
+  const leave = async () => {
+    const kept = await caches.keys();
+    await Promise.all(kept.filter((name) => name.startsWith("static-v")).map((name) => caches.delete(name)));
+    await self.registration.unregister();
+    for (const page of await self.clients.matchAll({ type: "window" })) page.navigate(page.url);
+  };
+  event.waitUntil(leave());
+});
