@@ -1,0 +1,196 @@
+// What this user wants to send. Promises that a text is on disk before anything is tried, so that a reload or a crash loses nothing; that it is
+// sent once, because all tries carry one idempotency key; and that what one tab writes in a conversation arrives in that order.
+//
+// All tabs see all entries. The tab that made one sends it; when that tab does nothing about it for long, another one takes
+// over. Two that send at once do no harm: the server knows the key.
+
+import { ApiError, backOff, passes, pause, post, sentence, weather } from "./api.js";
+import { Changes } from "./dom.js";
+import { who } from "./storage.js";
+
+/**
+ * `waiting` is to be sent, `sent` was answered but not yet told by the stream, `failed` waits for the user.
+ *
+ * @typedef {{ key: string, conversationId: string, content: string, createdAt: number, state: "waiting" | "sent" | "failed",
+ *   error: string, owner: string, touched: number, messageId: string | null, sent: string | null }} Entry
+ */
+
+/** About a minute with the waits between them. */
+const TRIES = 8;
+/** Without a sign of its owner for so long, an entry is taken over. Longer than a try and the wait after it. */
+const ABANDONED_MS = 45_000;
+const PREFIX = "outbox:";
+
+export class Outbox {
+  changes = new Changes();
+  /** @type {Map<string, Entry>} */
+  #entries = new Map();
+  /** @type {Set<string>} Conversations that are being worked on. */
+  #busy = new Set();
+  #user;
+  #drawer;
+  #signal;
+  #tab = tabId();
+
+  /** @param {string} user @param {import("./storage.js").Drawer} drawer @param {AbortSignal} signal Ends it. */
+  constructor(user, drawer, signal) {
+    this.#user = user;
+    this.#drawer = drawer;
+    this.#signal = signal;
+    for (const name of drawer.names(PREFIX)) {
+      const entry = parse(drawer.get(name));
+      // What was sent comes with the messages.
+      if (!entry || entry.state === "sent") drawer.set(name, null);
+      else this.#entries.set(entry.key, entry);
+    }
+    drawer.listen((name, value) => {
+      if (!name.startsWith(PREFIX)) return;
+      const entry = parse(value);
+      if (entry) this.#entries.set(entry.key, entry);
+      else this.#entries.delete(name.slice(PREFIX.length));
+      this.changes.tell();
+    }, signal);
+    const timer = setInterval(() => this.#go(), ABANDONED_MS / 3);
+    signal.addEventListener("abort", () => clearInterval(timer));
+    addEventListener("pageshow", () => this.#go(), { signal });
+    this.#go();
+  }
+
+  /** What is not yet told by the stream, in the order of writing. @param {string} conversationId */
+  of(conversationId) {
+    return [...this.#entries.values()]
+      .filter((entry) => entry.conversationId === conversationId)
+      .sort((a, b) => a.createdAt - b.createdAt);
+  }
+
+  /** Whether anything here is known to nobody else. */
+  get hasUnsent() {
+    return [...this.#entries.values()].some((entry) => entry.state !== "sent");
+  }
+
+  /** @param {string} conversationId @param {string} content */
+  add(conversationId, content) {
+    const last = this.of(conversationId).at(-1)?.createdAt ?? 0;
+    this.#keep({
+      key: randomId(), conversationId, content, state: "waiting", error: "", messageId: null, sent: null,
+      // Two within a millisecond keep their order.
+      createdAt: Math.max(Date.now(), last + 1), owner: this.#tab, touched: Date.now(),
+    });
+    this.#go();
+  }
+
+  /** @param {string} key */
+  retry(key) {
+    const entry = this.#entries.get(key);
+    if (!entry) return;
+    this.#keep({ ...entry, state: "waiting", error: "", owner: this.#tab, touched: Date.now() });
+    this.#go();
+  }
+
+  /** The stream has told it, a page holds it, or the user does not want it any more. @param {string} key */
+  drop(key) {
+    if (!this.#entries.delete(key)) return;
+    this.#drawer.set(PREFIX + key, null);
+    this.changes.tell();
+  }
+
+  /** @param {Entry} entry */
+  #keep(entry) {
+    this.#entries.set(entry.key, entry);
+    this.#drawer.set(PREFIX + entry.key, JSON.stringify(entry));
+    this.changes.tell();
+  }
+
+  /** Starts what is to be done. */
+  #go() {
+    if (this.#signal.aborted) return;
+    for (const entry of this.#entries.values()) {
+      if (entry.state !== "waiting") continue;
+      if (entry.owner !== this.#tab && Date.now() - entry.touched > ABANDONED_MS) {
+        this.#keep({ ...entry, owner: this.#tab, touched: Date.now() });
+      }
+      void this.#work(entry.conversationId);
+    }
+  }
+
+  /** Sends one after the other. @param {string} conversationId */
+  async #work(conversationId) {
+    if (this.#busy.has(conversationId)) return;
+    this.#busy.add(conversationId);
+    try {
+      for (;;) {
+        const next = this.of(conversationId).find((entry) => entry.state === "waiting" && entry.owner === this.#tab);
+        if (!next || !(await this.#send(next.key))) break;
+      }
+    } finally {
+      this.#busy.delete(conversationId);
+    }
+  }
+
+  /** @param {string} key @returns {Promise<boolean>} Whether to go on with the next. */
+  async #send(key) {
+    for (let tries = 1; ; tries += 1) {
+      const entry = this.#entries.get(key);
+      // Told by the stream, discarded or taken over meanwhile.
+      if (!entry || entry.state !== "waiting" || entry.owner !== this.#tab) return true;
+      // The cookie may be somebody else's by now.
+      if (this.#signal.aborted || (who.get() ?? this.#user) !== this.#user) return false;
+      this.#keep({ ...entry, touched: Date.now() });
+      /** @type {ApiError} */
+      let error;
+      try {
+        const path = `/api/conversations/${encodeURIComponent(entry.conversationId)}/messages`;
+        const headers = { "Idempotency-Key": key };
+        const { body, headers: answer } = await post(path, { content: entry.content }, { headers, signal: this.#signal });
+        const now = this.#entries.get(key);
+        if (!now) return true;
+        // A repeat: the stream may have told it long ago, and then it is among the messages.
+        if (answer.get("Idempotent-Replayed")) this.drop(key);
+        else this.#keep({ ...now, state: "sent", messageId: body.id, sent: body.createdAt, error: "" });
+        return true;
+      } catch (thrown) {
+        if (this.#signal.aborted) return false;
+        error = thrown instanceof ApiError ? thrown : new ApiError(0);
+      }
+      // Nobody is logged in: it stays for when this user is back.
+      if (error.status === 401) return false;
+      const now = this.#entries.get(key);
+      if (!now || now.state !== "waiting") return true;
+      if (!passes(error) || tries >= TRIES) {
+        this.#keep({ ...now, state: "failed", error: sentence(error) });
+        return true;
+      }
+      this.#keep({ ...now, touched: Date.now(), error: sentence(error) });
+      const offline = navigator.onLine === false;
+      const good = await pause(Math.max(backOff(tries - 1), error.retryAfterMs), this.#signal).catch(() => false);
+      // Without a network no try counts.
+      if (good || offline) tries = 0;
+    }
+  }
+}
+
+/** @param {string | null} text @returns {Entry | null} */
+function parse(text) {
+  try {
+    const entry = JSON.parse(text ?? "null");
+    return typeof entry?.key === "string" && typeof entry.content === "string" ? entry : null;
+  } catch {
+    return null;
+  }
+}
+
+/** A tab is the same one after a reload. */
+function tabId() {
+  try {
+    const id = sessionStorage.getItem("messenger:tab") ?? randomId();
+    sessionStorage.setItem("messenger:tab", id);
+    return id;
+  } catch {
+    return randomId();
+  }
+}
+
+/** `crypto.randomUUID` exists in secure contexts only. */
+function randomId() {
+  return [...crypto.getRandomValues(new Uint8Array(16))].map((byte) => byte.toString(16).padStart(2, "0")).join("");
+}

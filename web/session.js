@@ -1,0 +1,91 @@
+// One user in one tab, from the moment they are known to the moment they are not any more: stream, model, outbox and drafts, wired. Ending it ends all
+// that it began.
+
+import { get, post, weather } from "./api.js";
+import { Model } from "./model.js";
+import { Outbox } from "./outbox.js";
+import { Drawer, who } from "./storage.js";
+import { MessengerStream } from "./stream.js";
+
+const EVENTS = ["message", "message.sent", "conversation.created", "conversation.read", "receipt.read"];
+const DAY_MS = 86_400_000;
+
+export class Session {
+  #end = new AbortController();
+  /** The id of the conversation on screen. @type {string | null} */
+  open = null;
+  /** @type {import("./stream.js").MessengerStream["state"]} */
+  state = "connecting";
+  reason = "";
+  /** Told of each new state of the stream. */
+  onState = () => {};
+
+  /**
+   * @param {import("./api.js").User} me
+   * @param {string | null} cursor Taken before anything else is read.
+   * @param {() => void} doubt Told when it seems that nobody is logged in any more.
+   */
+  constructor(me, cursor, doubt) {
+    this.me = me;
+    this.drawer = new Drawer(me.id);
+    this.outbox = new Outbox(me.id, this.drawer, this.signal);
+    this.model = new Model(me, this.outbox, this.signal);
+    this.stream = new MessengerStream({ cursor, scope: me.id });
+    for (const name of EVENTS) {
+      this.stream.addEventListener(name, (event) => this.model.apply(name, /** @type {any} */ (event).data));
+    }
+    this.stream.addEventListener("resync", () => this.#reload());
+    this.stream.addEventListener("state", (event) => {
+      if (this.signal.aborted) return;
+      const { state, reason } = /** @type {any} */ (event);
+      this.state = state;
+      this.reason = reason ?? "";
+      // What waits to be tried again need not wait longer.
+      if (state === "live") weather.dispatchEvent(new Event("again"));
+      if (state === "signed-out") doubt();
+      this.onState();
+    });
+    this.stream.start();
+    this.#reload();
+    this.#refresh();
+    document.addEventListener("visibilitychange", () => this.#refresh(), { signal: this.signal });
+  }
+
+  get signal() {
+    return this.#end.signal;
+  }
+
+  #reload() {
+    this.model.reload(this.open).catch(() => {});
+  }
+
+  /** Once a day of use, so that who comes every week stays logged in. */
+  async #refresh() {
+    const last = Number(this.drawer.get("refreshed"));
+    if (document.visibilityState === "hidden" || Date.now() - last < DAY_MS) return;
+    // Said before, so that the other tabs do not ask too.
+    this.drawer.set("refreshed", String(Date.now()));
+    await post("/api/refresh_token").catch(() => this.drawer.set("refreshed", last ? String(last) : null));
+  }
+
+  end() {
+    this.#end.abort();
+    this.stream.close();
+  }
+
+  /** Ends the session on the server too, and leaves nothing of this user here. */
+  async logOut() {
+    await post("/api/logout").catch((error) => {
+      if (error.status !== 401) throw error;
+    });
+    this.end();
+    this.drawer.clear();
+    who.set("");
+  }
+}
+
+/** Who is logged in? Throws 401 when nobody is. @param {AbortSignal} signal */
+export async function whoAmI(signal) {
+  const { body, headers } = await get("/api/auth_user", signal);
+  return { me: /** @type {import("./api.js").User} */ (body), cursor: headers.get("Stream-Cursor") };
+}

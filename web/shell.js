@@ -1,0 +1,226 @@
+// The frame of every page of somebody who is logged in: their name and ways out, the state of the connection, the list of their conversations, and
+// room for the page itself.
+
+import { post, sentence, weather } from "./api.js";
+import { showBadge } from "./badge.js";
+import { usernameField } from "./combobox.js";
+import { h, icon, reconcile, setAttribute, setText } from "./dom.js";
+import { when } from "./text.js";
+
+/** @typedef {import("./api.js").User} User */
+
+
+/** A picture of somebody, or the beginning of their name. @param {User} user */
+export function avatar(user) {
+  const face = h("span", { class: "avatar", "aria-hidden": "true" });
+  let hash = 0;
+  for (const character of user.username) hash = (hash * 31 + (character.codePointAt(0) ?? 0)) % 360;
+  face.style.setProperty("--hue", String(hash));
+  const initial = [...user.username][0]?.toUpperCase() ?? "?";
+  if (user.avatarURL?.startsWith("https://")) {
+    const picture = h("img", { src: user.avatarURL, alt: "", loading: "lazy", referrerpolicy: "no-referrer" });
+    picture.addEventListener("error", () => face.replaceChildren(initial));
+    face.append(picture);
+  } else {
+    face.append(initial);
+  }
+  return face;
+}
+
+/** Said aloud by screen readers, and seen by nobody. */
+const announcer = h("div", { class: "unseen", "aria-live": "polite" });
+
+/** @param {string} text */
+export function announce(text) {
+  announcer.replaceChildren(h("p", {}, text));
+}
+
+/**
+ * @param {import("./session.js").Session} session
+ * @param {{ go: (path: string) => void, leave: () => void }} ways `leave` after the session was ended by the user.
+ */
+export function makeShell(session, { go, leave }) {
+  const { me, model, signal } = session;
+  const page = { name: "", title: "" };
+
+  const connection = h("div", { id: "connection", role: "status", "data-state": session.state });
+  let wasAway = false;
+  let quiet = 0;
+  const showState = () => {
+    const { state, reason } = session;
+    setAttribute(connection, "data-state", state);
+    clearTimeout(quiet);
+    if (state === "live") {
+      setText(connection, wasAway ? "Back online" : "");
+      if (wasAway) quiet = setTimeout(() => setText(connection, ""), 3000);
+      wasAway = false;
+      connection.classList.toggle("good", true);
+    } else {
+      connection.classList.toggle("good", false);
+      if (state === "offline") wasAway = true;
+      setText(connection, words(state, reason, wasAway));
+    }
+  };
+  session.onState = showState;
+  addEventListener("online", showState, { signal });
+  addEventListener("offline", showState, { signal });
+  showState();
+
+  const problem = h("p", { class: "problem", role: "alert" });
+  const logOut = h("button", { type: "button", class: "plain", click: async () => {
+    problem.textContent = "";
+    if (session.outbox.hasUnsent && !confirm("Some messages are not sent yet. Log out and lose them?")) return;
+    logOut.disabled = true;
+    try {
+      await session.logOut();
+      leave();
+    } catch (error) {
+      logOut.disabled = false;
+      problem.textContent = `You are still logged in. ${sentence(error)}`;
+    }
+  } }, "Log out");
+
+  const header = h("header", { class: "bar" },
+    avatar(me),
+    h("a", { class: "me", href: "/", dir: "auto", "aria-label": `Messenger, ${me.username}` }, me.username),
+    h("a", { class: "plain", href: "/sessions" }, "Sessions"),
+    logOut);
+
+  const { field, list: options } = usernameField({ id: "start", label: "New conversation with", placeholder: "New conversation with…", signal });
+  const refusal = h("p", { id: "start-problem", class: "problem", role: "alert" });
+  field.setAttribute("aria-describedby", refusal.id);
+  field.addEventListener("input", () => { refusal.textContent = ""; });
+  const button = h("button", { class: "primary" }, "Start");
+  const form = h("form", { class: "start", submit: async (/** @type {SubmitEvent} */ event) => {
+    event.preventDefault();
+    if (button.getAttribute("aria-disabled")) return;
+    refusal.textContent = "";
+    setAttribute(button, "aria-disabled", "true");
+    try {
+      const { body } = await post("/api/conversations", { username: field.value }, { signal });
+      field.value = "";
+      model.add(body);
+      go(`/conversations/${body.id}`);
+    } catch (error) {
+      if (!signal.aborted) {
+        refusal.textContent = sentence(error);
+        field.focus();
+      }
+    } finally {
+      setAttribute(button, "aria-disabled", null);
+    }
+  } }, h("div", { class: "combobox" }, field, options), button);
+
+  const list = h("ul", { class: "conversations" });
+  const more = h("button", { type: "button", class: "plain more", click: () => model.loadMore().catch(() => {}) }, "Load more");
+  const trouble = h("button", { type: "button", class: "trouble", click: () => weather.dispatchEvent(new Event("again")) },
+    "The list could not be loaded. Trying again… ", h("b", {}, "Try now"));
+  const empty = h("p", { class: "empty" }, "No conversations yet. Start one with a username above.");
+  const nav = h("nav", { "aria-label": "Conversations", class: "scroll" }, list, more, trouble, empty);
+  const main = h("main", { id: "main", tabindex: -1 });
+  const aside = h("div", { class: "aside" }, header, problem, form, refusal, nav);
+  const element = h("div", { class: "app" },
+    h("a", { class: "skip", href: "#main", click: (/** @type {Event} */ event) => {
+      event.preventDefault();
+      const composer = main.querySelector("textarea");
+      (composer ?? main).focus();
+    } }, "Skip to the conversation"),
+    connection, aside, main, announcer);
+
+  const loadMore = new IntersectionObserver(([entry]) => {
+    if (entry?.isIntersecting) model.loadMore().catch(() => {});
+  }, { root: nav, rootMargin: "400px" });
+  signal.addEventListener("abort", () => loadMore.disconnect());
+
+  const render = () => {
+    const items = model.order.flatMap((id) => {
+      const conversation = model.conversations.get(id);
+      return conversation ? [{ key: id, conversation }] : [];
+    });
+    reconcile(list, items, ({ key, conversation }) => {
+      const { username } = conversation.otherParticipant;
+      return h("li", { "data-conversation-id": key }, h("a", { href: `/conversations/${encodeURIComponent(key)}` },
+        avatar(conversation.otherParticipant),
+        h("span", { class: "name", dir: "auto" }, username),
+        h("time", {}),
+        h("span", { class: "preview", dir: "auto" })));
+    }, (row, { key, conversation }) => {
+      const link = /** @type {HTMLElement} */ (row.firstElementChild);
+      const [, , time, preview] = /** @type {any} */ (link.children);
+      const last = conversation.lastMessage;
+      setText(time, last ? when(last.createdAt) : "");
+      setAttribute(time, "datetime", last?.createdAt);
+      // One line of it is seen, and no more than that is laid out.
+      setText(preview, last ? `${last.mine ? "You: " : ""}${last.content.slice(0, 200)}` : "");
+      const unread = model.unreadOf(conversation);
+      let badge = link.querySelector(".unread");
+      if (unread > 0) {
+        badge ??= link.appendChild(h("span", { class: "unread" }, h("span", {}), h("span", { class: "unseen" }, " unread")));
+        setText(/** @type {Element} */ (badge.firstElementChild), unread > 99 ? "99+" : String(unread));
+      } else {
+        badge?.remove();
+      }
+      setAttribute(link, "aria-current", key === session.open ? "page" : null);
+    });
+    more.hidden = !model.hasMore;
+    trouble.hidden = !model.waiting;
+    empty.hidden = !model.listed || items.length > 0;
+    setAttribute(nav, "aria-busy", model.listed ? null : "true");
+    showBadge(model.unread, page.title);
+    // Told again, because it tells only changes: the end of the list may be in sight still.
+    loadMore.unobserve(more);
+    if (model.hasMore && !model.waiting) loadMore.observe(more);
+  };
+  model.changes.listen(render, signal);
+  const eachMinute = setInterval(render, 60_000);
+  signal.addEventListener("abort", () => clearInterval(eachMinute));
+
+  model.onMessage = (message, conversation) => {
+    if (document.visibilityState === "hidden") return;
+    const from = conversation?.otherParticipant.username;
+    if (message.conversationId === session.open) announce(`${from ?? ""}: ${message.content}`);
+    else announce(`New message${from ? ` from ${from}` : ""}`);
+  };
+
+  let scrolled = 0;
+  return {
+    element,
+    /**
+     * Shows a page.
+     *
+     * @param {string} name
+     * @param {string} title
+     * @param {HTMLElement} content
+     */
+    show(name, title, content) {
+      // What is not displayed loses its place.
+      if (page.name === "home") scrolled = nav.scrollTop;
+      page.name = name;
+      page.title = title;
+      element.dataset.page = name;
+      main.replaceChildren(content);
+      if (name === "home") nav.scrollTop = scrolled;
+      render();
+    },
+    /** @param {string} title */
+    setTitle(title) {
+      page.title = title;
+      showBadge(model.unread, title);
+    },
+  };
+}
+
+/** @param {string} state @param {string} reason @param {boolean} wasAway */
+function words(state, reason, wasAway) {
+  if (navigator.onLine === false) return "You are offline. Messages are sent when you are back.";
+  if (state === "signed-out") return "Logged out";
+  if (reason === "busy") return "The server is busy. Trying again…";
+  if (reason === "replaced") return "Too many windows are open. Trying again…";
+  return wasAway ? "Reconnecting…" : "Connecting…";
+}
+
+/** A link that leads back to the list, where there is no room for both. */
+export function backLink() {
+  return h("a", { class: "back", href: "/", "aria-label": "Conversations" }, icon("M15 5l-7 7 7 7"));
+}
+

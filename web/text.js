@@ -1,0 +1,117 @@
+// What people write, and how it is shown: measured as the server measures it, links found in it, times in words. All pure.
+
+/** Unicode code points that a message may have. */
+export const LONGEST = 480;
+
+/** What the server will make of a text before it measures it. @param {string} text */
+export function normalise(text) {
+  return text
+    // Half a character cannot be sent.
+    .replace(/\p{Surrogate}/gu, "\ufffd")
+    .split("\n")
+    .map((line) => line.replace(/[\t\f\r ]+/g, " ").replace(/^\p{White_Space}+|\p{White_Space}+$/gu, ""))
+    .filter((line) => line !== "")
+    .join("\n");
+}
+
+/** @param {string} text */
+export const codePoints = (text) => [...text].length;
+
+// An address ends at white space, at what cannot be in one, and at marks that turn the direction of writing: those could make it
+// look like another.
+const ADDRESS = /\bhttps?:\/\/[^\s<>"\p{Cc}\u200e\u200f\u202a-\u202e\u2066-\u2069]+/giu;
+const PUNCTUATION = /[.,;:!?'*_~\u2026\u3001\u3002\uff01\uff0c\uff1f]$/u;
+const BRACKETS = new Map([[")", "("], ["]", "["], ["}", "{"], ["\uff09", "\uff08"], ["\u300d", "\u300c"]]);
+
+/**
+ * A text in parts: each is plain or an address to link to. Together they are the text, unchanged: nothing is decoded.
+ *
+ * @param {string} text
+ * @returns {{ text: string, link: boolean }[]}
+ */
+export function parts(text) {
+  const found = [];
+  let end = 0;
+  for (const match of text.matchAll(ADDRESS)) {
+    const address = withoutTail(match[0]);
+    if (!isSafe(address)) continue;
+    if (match.index > end) found.push({ text: text.slice(end, match.index), link: false });
+    found.push({ text: address, link: true });
+    end = match.index + address.length;
+  }
+  if (end < text.length) found.push({ text: text.slice(end), link: false });
+  return found;
+}
+
+/** "(see https://example.org/a_(b))." ends with what belongs to the sentence. @param {string} address */
+function withoutTail(address) {
+  for (;;) {
+    const last = address.at(-1) ?? "";
+    const opening = BRACKETS.get(last);
+    const isTail = opening ? count(address, last) > count(address, opening) : PUNCTUATION.test(last);
+    if (!isTail) return address;
+    address = address.slice(0, -1);
+  }
+}
+
+/** @param {string} text @param {string} character */
+const count = (text, character) => text.split(character).length - 1;
+
+/** With a user in it, an address can pretend to lead elsewhere: `https://bank.example@evil.example`. @param {string} address */
+function isSafe(address) {
+  try {
+    const url = new URL(address);
+    return /^https?:$/.test(url.protocol) && url.hostname !== "" && !url.username && !url.password;
+  } catch {
+    return false;
+  }
+}
+
+// The words around them are English.
+const locale = globalThis.navigator?.languages?.find((language) => language.startsWith("en")) ?? "en-GB";
+const CLOCK = new Intl.DateTimeFormat(locale, { hour: "numeric", minute: "2-digit" });
+const WEEKDAY = new Intl.DateTimeFormat(locale, { weekday: "short" });
+const DATE = new Intl.DateTimeFormat(locale, { day: "numeric", month: "short" });
+const DATE_OF_YEAR = new Intl.DateTimeFormat(locale, { day: "numeric", month: "short", year: "numeric" });
+const LONG_DATE = new Intl.DateTimeFormat(locale, { weekday: "long", day: "numeric", month: "long" });
+const LONG_DATE_OF_YEAR = new Intl.DateTimeFormat(locale, { weekday: "long", day: "numeric", month: "long", year: "numeric" });
+const MOMENT = new Intl.DateTimeFormat(locale, { dateStyle: "long", timeStyle: "short" });
+
+/** @param {string | number} time */
+export const clock = (time) => CLOCK.format(new Date(time));
+
+/** @param {string | number} time */
+export const moment = (time) => MOMENT.format(new Date(time));
+
+/** Days from that day to today, by the calendar here. @param {Date} date */
+function daysAgo(date) {
+  const midnight = (/** @type {Date} */ d) => Date.UTC(d.getFullYear(), d.getMonth(), d.getDate());
+  return Math.round((midnight(new Date()) - midnight(date)) / 86_400_000);
+}
+
+/** @param {string | number} time */
+export function day(time) {
+  const date = new Date(time);
+  const ago = daysAgo(date);
+  if (ago === 0) return "Today";
+  if (ago === 1) return "Yesterday";
+  return (date.getFullYear() === new Date().getFullYear() ? LONG_DATE : LONG_DATE_OF_YEAR).format(date);
+}
+
+/** Short, for a list. @param {string | number} time */
+export function when(time) {
+  const date = new Date(time);
+  const ago = daysAgo(date);
+  if (ago <= 0) return CLOCK.format(date);
+  if (ago === 1) return "Yesterday";
+  if (ago < 7) return WEEKDAY.format(date);
+  return (date.getFullYear() === new Date().getFullYear() ? DATE : DATE_OF_YEAR).format(date);
+}
+
+/** "5 minutes ago". @param {string | number} time */
+export function since(time) {
+  const minutes = Math.round((Date.now() - new Date(time).getTime()) / 60_000);
+  if (minutes < 2) return "now";
+  if (minutes < 60) return `${minutes} minutes ago`;
+  return daysAgo(new Date(time)) === 0 ? `today at ${clock(time)}` : moment(time);
+}
