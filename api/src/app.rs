@@ -21,16 +21,21 @@ use crate::{
     http::{self, Api, Cors, Edge, auth::Auth, oauth::SignIn},
     last_used::{self, LastUsed},
     metrics::Metrics,
-    oauth, pruner,
+    oauth,
+    pruner::{self, Pruned},
     publisher::publisher,
     readiness::{self, Judgement},
-    store::{Database, feed, schema},
+    store::{
+        Database,
+        feed::{self, Keep},
+        schema,
+    },
 };
 
 /// For Postgres to be there when the service starts, and for its answer to the first question.
 const START_TIMEOUT: Duration = Duration::from_secs(30);
 /// For what is still queued for Redis when the service stops.
-const FLUSH_TIMEOUT: Duration = Duration::from_secs(2);
+pub const FLUSH_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// Bound sockets. Port 0 is allowed: ask them for their addresses.
 pub struct Listeners {
@@ -77,6 +82,19 @@ pub async fn new_epoch(postgres: PgConnectOptions) -> anyhow::Result<()> {
     let feeds = feed::redraw_epochs(&mut connection).await.context("cannot draw new epochs")?;
     tracing::info!(feeds, "every feed has a new epoch");
     connection.close().await.context("cannot close the connection")
+}
+
+/// Deletes all that need not be kept, in the same small steps as a server, without its pauses.
+pub async fn prune(postgres: PgConnectOptions, keep: Keep) -> anyhow::Result<()> {
+    let mut connection = connect(&postgres).await?;
+    schema::require_current(&mut connection).await?;
+    connection.close().await.context("cannot close the connection")?;
+    let database = Database::new(postgres, 1);
+    let pruned = pruner::prune_all(&database, keep).await.context("cannot prune")?;
+    let Pruned { events, sessions, codes } = pruned;
+    tracing::info!(events, sessions, codes, "deleted what need not be kept");
+    database.close().await;
+    Ok(())
 }
 
 /// Serves until `stop`, then ends in order: unready, still serving while the word spreads; then no new connections, requests

@@ -16,6 +16,7 @@ use sqlx::postgres::PgConnectOptions;
 use tracing_subscriber::EnvFilter;
 
 use crate::{
+    app::FLUSH_TIMEOUT,
     foreign::ForeignSettings,
     http::auth::Lifetimes,
     oauth::{self, ProviderSettings},
@@ -42,6 +43,10 @@ pub enum Command {
     Migrate,
     /// After a database was restored to an earlier point: make clients' places from the lost future recognisable
     NewEpoch,
+    /// Delete at once what a server deletes little by little: old events, sessions that ended, codes nobody fetched
+    Prune,
+    /// Say every problem with the settings, or that there is none, then end
+    CheckConfig,
 }
 
 /// As given: texts, so that all of them can be checked before anything is said.
@@ -169,6 +174,9 @@ pub struct Settings {
     /// After that: how long requests in progress may take to end
     #[arg(long, env, global = true, default_value = "10", value_name = "SECONDS")]
     pub shutdown_grace_seconds: String,
+    /// From SIGTERM until the platform kills the process (terminationGracePeriodSeconds); 0: not known. An orderly end must fit
+    #[arg(long, env, global = true, default_value = "0", value_name = "SECONDS")]
+    pub termination_grace_seconds: String,
     /// What is logged, in the form of tracing directives: `info`, `info,api=debug`
     #[arg(long, env, global = true, default_value = "info", value_name = "DIRECTIVES")]
     pub log: String,
@@ -245,6 +253,9 @@ impl RateLimits {
     };
 }
 
+/// After the last request: what is left of an orderly end takes a moment.
+const MARGIN: Duration = Duration::from_secs(3);
+
 const DAY: u64 = 24 * 60 * 60;
 /// The contract's longest life of a token.
 const LONGEST_TOKEN: u64 = 14 * DAY;
@@ -281,11 +292,14 @@ impl Settings {
             problems.seconds("TOKEN_LIFETIME_SECONDS", &self.token_lifetime_seconds, 60, LONGEST_TOKEN);
         let stream_token_lifetime =
             problems.seconds("STREAM_TOKEN_LIFETIME_SECONDS", &self.stream_token_lifetime_seconds, 10, 3_600);
-        let keep_days = problems.number("FEED_KEEP_DAYS", &self.feed_keep_days, 1, 3_650);
-        let keep_events = problems.number("FEED_KEEP_EVENTS", &self.feed_keep_events, 1, 1_000_000_000);
+        let keep = self.keep(&mut problems);
         let limits = self.limits(&mut problems);
         let wait = problems.seconds("SHUTDOWN_WAIT_SECONDS", &self.shutdown_wait_seconds, 0, 600);
         let grace = problems.seconds("SHUTDOWN_GRACE_SECONDS", &self.shutdown_grace_seconds, 1, 600);
+        let until_killed =
+            problems.seconds("TERMINATION_GRACE_SECONDS", &self.termination_grace_seconds, 0, 7_200);
+        let parts = [("SHUTDOWN_WAIT_SECONDS", wait), ("SHUTDOWN_GRACE_SECONDS", grace)];
+        problems.ends_in_time(until_killed, &parts, FLUSH_TIMEOUT + MARGIN);
         let channels = Channels::new(self.channel_prefix.clone());
         problems.finish(|| {
             let config = Config {
@@ -304,7 +318,7 @@ impl Settings {
                 callback_token_in_query: callback_token_in_query?,
                 foreign: foreign?,
                 lifetimes: Lifetimes { session: token_lifetime?, stream_token: stream_token_lifetime? },
-                keep: Keep { age: Duration::from_secs(keep_days? * DAY), events: keep_events? },
+                keep: keep?,
                 limits: limits?,
                 shutdown_wait: wait?,
                 shutdown_grace: grace?,
@@ -319,6 +333,21 @@ impl Settings {
         let logging = self.logging(&mut problems);
         let database = self.database(&mut problems);
         problems.finish(|| Some((database?, logging?)))
+    }
+
+    /// For deleting what need not be kept.
+    pub fn for_pruning(&self) -> Result<(PgConnectOptions, Keep, Logging), Problems> {
+        let mut problems = Problems::default();
+        let logging = self.logging(&mut problems);
+        let database = self.database(&mut problems);
+        let keep = self.keep(&mut problems);
+        problems.finish(|| Some((database?, keep?, logging?)))
+    }
+
+    fn keep(&self, problems: &mut Problems) -> Option<Keep> {
+        let days = problems.number("FEED_KEEP_DAYS", &self.feed_keep_days, 1, 3_650);
+        let events = problems.number("FEED_KEEP_EVENTS", &self.feed_keep_events, 1, 1_000_000_000);
+        Some(Keep { age: Duration::from_secs(days? * DAY), events: events? })
     }
 
     fn logging(&self, problems: &mut Problems) -> Option<Logging> {

@@ -17,6 +17,8 @@ async fn main() -> ExitCode {
         Command::Serve => serve(&cli).await,
         Command::Migrate => with_database(&cli, app::migrate).await,
         Command::NewEpoch => with_database(&cli, app::new_epoch).await,
+        Command::Prune => prune(&cli).await,
+        Command::CheckConfig => check_config(&cli),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
@@ -42,4 +44,16 @@ async fn with_database(
     let (postgres, logging) = cli.settings.for_database()?;
     telemetry::start(logging.filter, logging.format);
     work(postgres).await
+}
+
+async fn prune(cli: &Cli) -> anyhow::Result<()> {
+    let (postgres, keep, logging) = cli.settings.for_pruning()?;
+    telemetry::start(logging.filter, logging.format);
+    app::prune(postgres, keep).await
+}
+
+fn check_config(cli: &Cli) -> anyhow::Result<()> {
+    cli.settings.for_serving()?;
+    eprintln!("api: the settings are good");
+    Ok(())
 }

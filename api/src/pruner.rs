@@ -72,6 +72,38 @@ pub async fn prune_sessions_after(
         .await
 }
 
+/// What was deleted.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Pruned {
+    pub events: u64,
+    pub sessions: u64,
+    pub codes: u64,
+}
+
+/// One whole walk over everything, without pauses.
+pub async fn prune_all(database: &Database, keep: Keep) -> Result<Pruned, StoreError> {
+    let mut pruned = Pruned::default();
+    let mut after = Some(UserId(0));
+    while let Some(user) = after {
+        let step = prune_after(database, keep, user).await?;
+        pruned.events += step.deleted;
+        after = step.next;
+    }
+    let mut after = Some(SessionId(0));
+    while let Some(session) = after {
+        let (deleted, next) = prune_sessions_after(database, session).await?;
+        pruned.sessions += deleted;
+        after = next;
+    }
+    loop {
+        let deleted = prune_codes(database).await?;
+        pruned.codes += deleted;
+        if deleted == 0 {
+            return Ok(pruned);
+        }
+    }
+}
+
 /// Feeds, sessions and codes, side by side.
 pub async fn run(database: Database, keep: Keep, metrics: Metrics, stop: CancellationToken) {
     let feeds = async {

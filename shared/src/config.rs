@@ -65,6 +65,26 @@ impl Problems {
         Some(value.to_owned())
     }
 
+    /// An orderly end must fit into the time before the platform kills the process. `grace` of zero: not known.
+    pub fn ends_in_time(
+        &mut self,
+        grace: Option<Duration>,
+        parts: &[(&str, Option<Duration>)],
+        rest: Duration,
+    ) {
+        let Some(needed) = parts.iter().try_fold(rest, |sum, (_, part)| Some(sum + (*part)?)) else { return };
+        let names: Vec<_> = parts.iter().map(|(name, _)| *name).collect();
+        if let Some(grace) = grace.filter(|grace| !grace.is_zero() && *grace < needed) {
+            self.add(format!(
+                "TERMINATION_GRACE_SECONDS is {}, and an orderly end takes up to {}: {} and {} for the rest",
+                grace.as_secs(),
+                needed.as_secs(),
+                names.join(", "),
+                rest.as_secs(),
+            ));
+        }
+    }
+
     /// `scheme://host[:port]`, as browsers write it in the `Origin` header.
     pub fn origin(&mut self, name: &str, value: &str) -> Option<Origin> {
         self.parse(name, value)
@@ -146,6 +166,24 @@ mod tests {
             assert!(error.contains(name), "{error}");
         }
         assert!(!error.contains("hunter2"), "{error}");
+    }
+
+    #[test]
+    fn an_end_that_would_be_cut_short_is_a_problem() {
+        let told = |grace, wait: Option<u64>| {
+            let mut problems = Problems::default();
+            let parts = [("WAIT", wait.map(Duration::from_secs)), ("WINDOW", Some(Duration::from_secs(20)))];
+            problems.ends_in_time(Some(Duration::from_secs(grace)), &parts, Duration::from_secs(15));
+            problems.finish(|| Some(())).err().map(|problems| problems.to_string())
+        };
+        assert_eq!(told(40, Some(5)), None);
+        assert_eq!(told(0, Some(5)), None, "not known");
+        assert_eq!(told(1, None), None, "told elsewhere");
+        let problem = told(39, Some(5)).unwrap();
+        assert!(
+            problem.contains("39") && problem.contains("40") && problem.contains("WAIT, WINDOW"),
+            "{problem}"
+        );
     }
 
     #[test]

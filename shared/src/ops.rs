@@ -1,11 +1,17 @@
 //! The operators' listener, on a port of its own that is never routed from outside: `/livez` (the process runs), `/readyz`
-//! (send it traffic), `/metrics` (Prometheus text).
+//! (send it traffic), `/metrics` (Prometheus text), `/log` (what is logged: GET tells, PUT changes it until the next start).
 
 use std::sync::Arc;
 
+use bytes::Bytes;
 use http::{Response, StatusCode, header};
 use prometheus_client::{encoding::text, registry::Registry};
 use warp::{Filter, Rejection, Reply};
+
+use crate::telemetry;
+
+/// In bytes.
+const MOST_DIRECTIVES: u64 = 1_024;
 
 /// May this process get traffic? `note` says why not, or what is degraded.
 #[derive(Debug, Clone)]
@@ -31,7 +37,30 @@ pub fn routes(
         response.headers_mut().insert(header::CONTENT_TYPE, header::HeaderValue::from_static(form));
         response
     });
-    warp::get().and(livez.or(readyz).unify().or(metrics).unify())
+    let told = warp::path!("log").map(|| match telemetry::filter() {
+        Some(filter) => plain(StatusCode::OK, format!("{filter}\n")),
+        None => plain(StatusCode::NOT_FOUND, "this process has no log\n".into()),
+    });
+    let read = warp::get().and(livez.or(readyz).unify().or(metrics).unify().or(told).unify());
+    let change = warp::path!("log")
+        .and(warp::put())
+        .and(warp::body::content_length_limit(MOST_DIRECTIVES))
+        .and(warp::body::bytes())
+        .map(|body: Bytes| change_log(&body));
+    read.or(change).unify()
+}
+
+fn change_log(body: &[u8]) -> Response<String> {
+    let before = telemetry::filter().unwrap_or_default();
+    let directives = String::from_utf8_lossy(body);
+    match telemetry::change_filter(directives.trim()) {
+        Ok(()) => {
+            let now = telemetry::filter().unwrap_or_default();
+            tracing::warn!(before, now, "what is logged was changed by an operator");
+            plain(StatusCode::OK, format!("{now}\n"))
+        }
+        Err(unchanged) => plain(StatusCode::BAD_REQUEST, format!("{unchanged}\n")),
+    }
 }
 
 fn plain(status: StatusCode, body: String) -> Response<String> {

@@ -38,6 +38,9 @@ use crate::{
     subscriber::{self, Subscriber, Wishes},
 };
 
+/// For goodbyes that are still on their way when the drain's window is over.
+pub const LAST_GOODBYES: Duration = Duration::from_secs(10);
+
 pub struct Listeners {
     pub public: TcpListener,
     pub ops: TcpListener,
@@ -134,7 +137,7 @@ pub async fn run(config: Config, listeners: Listeners, stop: CancellationToken) 
     let (done_in, done) = oneshot::channel();
     let window = config.drain.window;
     if commands_in.send(Command::Drain { window, done: done_in }).await.is_ok() {
-        let _ = timeout(window + Duration::from_secs(10), done).await;
+        let _ = timeout(window + LAST_GOODBYES, done).await;
     }
     end.cancel();
     tasks.close();

@@ -2,7 +2,7 @@
 
 use std::{net::SocketAddr, time::Duration};
 
-use clap::Parser;
+use clap::{Args, Parser, Subcommand};
 use shared::{
     channels::Channels,
     client_address::TrustedProxies,
@@ -12,89 +12,117 @@ use shared::{
 };
 use tracing_subscriber::EnvFilter;
 
+use crate::{app::LAST_GOODBYES, descriptors, engine};
+
+/// Between the end of draining and of the process: what is written, closed and joined then takes a moment.
+const MARGIN: Duration = Duration::from_secs(5);
+
 /// Holds the Server-Sent Events streams of browsers: GET /api/messages.
 #[derive(Debug, Parser)]
 #[command(name = "stream-gateway", version)]
 #[command(next_line_help = true)]
+pub struct Cli {
+    #[command(subcommand)]
+    pub command: Option<Command>,
+    #[command(flatten)]
+    pub settings: Settings,
+}
+
+#[derive(Debug, Clone, Copy, Subcommand)]
+pub enum Command {
+    /// Hold streams (this is also what happens without a command)
+    Serve,
+    /// Say every problem with the settings, or that there is none, then end
+    CheckConfig,
+}
+
+/// As given: texts, so that all of them can be checked before anything is said.
+#[derive(Debug, Clone, Args)]
 pub struct Settings {
     /// Where browsers (through the ingress) connect
-    #[arg(long, hide_env_values = true, env, default_value = "127.0.0.1:8090")]
+    #[arg(long, env, global = true, hide_env_values = true, default_value = "127.0.0.1:8090")]
     listen: String,
     /// The operators' listener: /livez, /readyz, /metrics. Never routed from outside
-    #[arg(long, hide_env_values = true, env, default_value = "127.0.0.1:8092")]
+    #[arg(long, env, global = true, hide_env_values = true, default_value = "127.0.0.1:8092")]
     ops_listen: String,
     /// Where browsers find the product: scheme://host[:port]. Also the issuer of tokens; the same as api's
-    #[arg(long, hide_env_values = true, env)]
+    #[arg(long, env, global = true, hide_env_values = true)]
     origin: Option<String>,
     /// Other origins whose pages may open streams with the session cookie, separated by commas. The same as api's
-    #[arg(long, hide_env_values = true, env, default_value = "")]
+    #[arg(long, env, global = true, hide_env_values = true, default_value = "")]
     allowed_origins: String,
     /// Networks of our own proxies, separated by commas: what they say in X-Forwarded-For is believed. None: the peer is the client
-    #[arg(long, hide_env_values = true, env, default_value = "")]
+    #[arg(long, env, global = true, hide_env_values = true, default_value = "")]
     trusted_proxies: String,
     /// api's internal listener: http://host:port
-    #[arg(long, hide_env_values = true, env)]
+    #[arg(long, env, global = true, hide_env_values = true)]
     api_internal_url: Option<String>,
     /// The secret that api's internal listener asks for; at least 32 characters. The same as api's
-    #[arg(long, hide_env_values = true, env)]
+    #[arg(long, env, global = true, hide_env_values = true)]
     internal_secret: Option<String>,
     /// redis://[user:password@]host:port
-    #[arg(long, hide_env_values = true, env)]
+    #[arg(long, env, global = true, hide_env_values = true)]
     redis_url: Option<String>,
     /// Before every Redis channel name. The same as api's
-    #[arg(long, hide_env_values = true, env, default_value = "")]
+    #[arg(long, env, global = true, hide_env_values = true, default_value = "")]
     channel_prefix: String,
     /// Log filter: info, debug, info,stream_gateway=debug
-    #[arg(long, hide_env_values = true, env, default_value = "info")]
+    #[arg(long, env, global = true, hide_env_values = true, default_value = "info")]
     log: String,
     /// human or json
-    #[arg(long, hide_env_values = true, env, default_value = "human")]
+    #[arg(long, env, global = true, hide_env_values = true, default_value = "human")]
     log_format: String,
     /// Seconds between the heartbeats of a stream, ± 20 %. Below every proxy's idle limit on the way
-    #[arg(long, hide_env_values = true, env, default_value = "15")]
+    #[arg(long, env, global = true, hide_env_values = true, default_value = "15")]
     heartbeat_seconds: String,
+    /// The shortest idle limit, in seconds, among the proxies on the way to browsers: heartbeats must come within it
+    #[arg(long, env, global = true, hide_env_values = true, default_value = "60")]
+    proxy_idle_seconds: String,
     /// Seconds between reconciles (whose feed is beyond what this process has?) while Redis is well
-    #[arg(long, hide_env_values = true, env, default_value = "15")]
+    #[arg(long, env, global = true, hide_env_values = true, default_value = "15")]
     reconcile_seconds: String,
     /// Milliseconds between reconciles while Redis is away or in doubt: how late events are then
-    #[arg(long, hide_env_values = true, env, default_value = "1000")]
+    #[arg(long, env, global = true, hide_env_values = true, default_value = "1000")]
     suspect_reconcile_millis: String,
     /// Seconds without progress after which a reader that takes nothing is cut
-    #[arg(long, hide_env_values = true, env, default_value = "60")]
+    #[arg(long, env, global = true, hide_env_values = true, default_value = "60")]
     write_deadline_seconds: String,
     /// Seconds after which a stream is asked to reconnect, at random between half of it and all of it
-    #[arg(long, hide_env_values = true, env, default_value = "14400")]
+    #[arg(long, env, global = true, hide_env_values = true, default_value = "14400")]
     max_stream_age_seconds: String,
     /// Streams of this process; more are told to come back later. Needs as many open files and 3,612 more
-    #[arg(long, hide_env_values = true, env, default_value = "15000")]
+    #[arg(long, env, global = true, hide_env_values = true, default_value = "15000")]
     max_streams: String,
     /// Streams of one user on this process; the oldest is replaced by one more
-    #[arg(long, hide_env_values = true, env, default_value = "32")]
+    #[arg(long, env, global = true, hide_env_values = true, default_value = "32")]
     max_streams_per_user: String,
     /// Streams of one client address on this process (IPv6: of one /64); 0: no limit
-    #[arg(long, hide_env_values = true, env, default_value = "0")]
+    #[arg(long, env, global = true, hide_env_values = true, default_value = "0")]
     max_streams_per_address: String,
     /// New streams a second on this process; more are told to come back later
-    #[arg(long, hide_env_values = true, env, default_value = "5000")]
+    #[arg(long, env, global = true, hide_env_values = true, default_value = "5000")]
     accept_rate: String,
     /// Whether there are rate limits at all
-    #[arg(long, hide_env_values = true, env, default_value = "true")]
+    #[arg(long, env, global = true, hide_env_values = true, default_value = "true")]
     rate_limits: String,
     /// Streams that one user opens: so many at once/refilled within so many seconds, or off. All gateways count together
-    #[arg(long, hide_env_values = true, env, default_value = "240/60")]
+    #[arg(long, env, global = true, hide_env_values = true, default_value = "240/60")]
     limit_open_per_user: String,
     /// The same from one client address. Name the ingress in TRUSTED_PROXIES first
-    #[arg(long, hide_env_values = true, env, default_value = "off")]
+    #[arg(long, env, global = true, hide_env_values = true, default_value = "off")]
     limit_open_per_address: String,
     /// Bytes of events kept for readers that are behind, over all users. Beyond it they read from api again
-    #[arg(long, hide_env_values = true, env, default_value = "67108864")]
+    #[arg(long, env, global = true, hide_env_values = true, default_value = "67108864")]
     backlog_bytes: String,
     /// Seconds after SIGTERM before the first stream is parted from, so that load balancers have noticed
-    #[arg(long, hide_env_values = true, env, default_value = "5")]
+    #[arg(long, env, global = true, hide_env_values = true, default_value = "5")]
     drain_wait_seconds: String,
     /// Seconds over which streams are then parted from at a steady rate
-    #[arg(long, hide_env_values = true, env, default_value = "20")]
+    #[arg(long, env, global = true, hide_env_values = true, default_value = "20")]
     drain_window_seconds: String,
+    /// Seconds from SIGTERM until the platform kills the process (terminationGracePeriodSeconds); 0: not known. Draining must fit
+    #[arg(long, env, global = true, hide_env_values = true, default_value = "0")]
+    termination_grace_seconds: String,
 }
 
 /// The settings, checked.
@@ -155,7 +183,8 @@ pub struct Drain {
 }
 
 impl Settings {
-    pub fn check(self) -> Result<Config, Problems> {
+    /// `open_files`: as many as the machine allows this process.
+    pub fn check(self, open_files: u64) -> Result<Config, Problems> {
         let mut p = Problems::default();
         let listen = p.parse("LISTEN", &self.listen);
         let ops_listen = p.parse("OPS_LISTEN", &self.ops_listen);
@@ -171,6 +200,16 @@ impl Settings {
         }
         let log_format = p.parse("LOG_FORMAT", &self.log_format);
         let heartbeat = p.seconds("HEARTBEAT_SECONDS", &self.heartbeat_seconds, 1, 55);
+        let proxy_idle = p.seconds("PROXY_IDLE_SECONDS", &self.proxy_idle_seconds, 2, 86_400);
+        if let (Some(heartbeat), Some(idle)) = (heartbeat, proxy_idle)
+            && engine::longest_silence(heartbeat) >= idle
+        {
+            p.add(format!(
+                "HEARTBEAT_SECONDS is {}, and with its jitter a proxy that waits {} s (PROXY_IDLE_SECONDS) would cut quiet streams",
+                heartbeat.as_secs(),
+                idle.as_secs()
+            ));
+        }
         let reconcile = p.seconds("RECONCILE_SECONDS", &self.reconcile_seconds, 1, 300);
         let suspect_reconcile =
             p.millis("SUSPECT_RECONCILE_MILLIS", &self.suspect_reconcile_millis, 100, 60_000);
@@ -186,6 +225,17 @@ impl Settings {
         let backlog = p.number("BACKLOG_BYTES", &self.backlog_bytes, 1 << 20, 1 << 36);
         let wait = p.seconds("DRAIN_WAIT_SECONDS", &self.drain_wait_seconds, 0, 300);
         let window = p.seconds("DRAIN_WINDOW_SECONDS", &self.drain_window_seconds, 0, 3_600);
+        let grace = p.seconds("TERMINATION_GRACE_SECONDS", &self.termination_grace_seconds, 0, 7_200);
+        let parts = [("DRAIN_WAIT_SECONDS", wait), ("DRAIN_WINDOW_SECONDS", window)];
+        p.ends_in_time(grace, &parts, LAST_GOODBYES + MARGIN);
+        if let Some(streams) = streams {
+            let needed = descriptors::needed(streams);
+            if needed > open_files {
+                p.add(format!(
+                    "MAX_STREAMS is {streams}, which needs {needed} open files, and {open_files} are allowed (ulimit -Hn): lower the one or raise the other"
+                ));
+            }
+        }
         p.finish(|| {
             Some(Config {
                 listen: listen?,
@@ -253,8 +303,19 @@ mod tests {
     use super::*;
 
     fn check(args: &[&str]) -> Result<Config, Problems> {
-        Settings::try_parse_from([&["stream-gateway"], args].concat()).unwrap().check()
+        check_with(args, u64::MAX)
     }
+
+    fn check_with(args: &[&str], open_files: u64) -> Result<Config, Problems> {
+        Cli::try_parse_from([&["stream-gateway"], args].concat()).unwrap().settings.check(open_files)
+    }
+
+    const ENOUGH: [&str; 4] = [
+        "--origin=https://chat.example",
+        "--api-internal-url=http://api:8081/",
+        "--internal-secret=0123456789abcdef0123456789abcdef",
+        "--redis-url=redis://redis:6379",
+    ];
 
     #[test]
     fn what_is_missing_is_told_at_once() {
@@ -278,14 +339,27 @@ mod tests {
 
     #[test]
     fn the_rest_has_defaults() {
-        let config = check(&[
-            "--origin=https://chat.example",
-            "--api-internal-url=http://api:8081/",
-            "--internal-secret=0123456789abcdef0123456789abcdef",
-            "--redis-url=redis://redis:6379",
-        ])
-        .unwrap();
+        let config = check(&ENOUGH).unwrap();
         assert_eq!(config.api_internal_url, "http://api:8081");
         assert_eq!(config.delivery.heartbeat, Duration::from_secs(15));
+    }
+
+    #[test]
+    fn what_cannot_work_together_is_refused() {
+        let refused = |args: &[&str], open_files| {
+            check_with(&[&ENOUGH, args].concat(), open_files).err().map(|problems| problems.to_string())
+        };
+        assert_eq!(refused(&["--termination-grace-seconds=40"], u64::MAX), None);
+        let cut = refused(&["--termination-grace-seconds=39"], u64::MAX).unwrap();
+        assert!(
+            cut.contains("TERMINATION_GRACE_SECONDS is 39") && cut.contains("DRAIN_WINDOW_SECONDS"),
+            "{cut}"
+        );
+        assert_eq!(refused(&["--heartbeat-seconds=24", "--proxy-idle-seconds=30"], u64::MAX), None);
+        let silent = refused(&["--heartbeat-seconds=25", "--proxy-idle-seconds=30"], u64::MAX).unwrap();
+        assert!(silent.contains("HEARTBEAT_SECONDS is 25"), "{silent}");
+        assert_eq!(refused(&["--max-streams=1000"], 4_612), None);
+        let few = refused(&["--max-streams=1000"], 4_611).unwrap();
+        assert!(few.contains("4612 open files"), "{few}");
     }
 }

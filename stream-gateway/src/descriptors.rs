@@ -1,5 +1,5 @@
-//! Every connection is an open file to the kernel. Here is what this process may hold besides its streams, and it makes sure
-//! that there may be enough: a process without descriptors cannot even answer its liveness probe.
+//! Every connection is an open file to the kernel. Here is what this process may hold besides its streams, so that
+//! there may be enough: a process without descriptors cannot even answer its liveness probe.
 
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
@@ -12,16 +12,18 @@ pub const TURNED_AWAY: usize = 1_000;
 /// Redis, `api`, logs, the runtime's own.
 const REST: usize = 500;
 
-/// Raises the soft limit as far as is allowed, which must be far enough.
-pub fn raise(streams: usize) -> anyhow::Result<()> {
-    let needed = (streams + HTTP + OPS + TURNED_AWAY + REST) as u64;
+/// Open files that this many streams need.
+pub fn needed(streams: u64) -> u64 {
+    streams.saturating_add((HTTP + OPS + TURNED_AWAY + REST) as u64)
+}
+
+/// Open files that this process may have, at most.
+pub fn allowed() -> u64 {
+    getrlimit(Resource::Nofile).maximum.unwrap_or(u64::MAX)
+}
+
+/// Raises the soft limit as far as is allowed. That it is far enough is a matter of the settings.
+pub fn raise() -> std::io::Result<()> {
     let Rlimit { maximum, .. } = getrlimit(Resource::Nofile);
-    anyhow::ensure!(
-        maximum.is_none_or(|maximum| maximum >= needed),
-        "MAX_STREAMS is {streams}, which needs {needed} open files, and {} are allowed (ulimit -Hn): \
-         lower the one or raise the other",
-        maximum.unwrap_or_default(),
-    );
-    setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum })?;
-    Ok(())
+    Ok(setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum })?)
 }

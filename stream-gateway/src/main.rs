@@ -5,14 +5,19 @@ use clap::Parser as _;
 use shared::{lifecycle, telemetry};
 use stream_gateway::{
     app::{self, Listeners},
-    config::Settings,
+    config::{Cli, Command},
     descriptors,
 };
 
 fn main() -> anyhow::Result<()> {
-    let config = Settings::parse().check()?;
+    let cli = Cli::parse();
+    let config = cli.settings.check(descriptors::allowed())?;
+    if let Some(Command::CheckConfig) = cli.command {
+        eprintln!("stream-gateway: the settings are good");
+        return Ok(());
+    }
     telemetry::start(config.log.parse().context("LOG was checked")?, config.log_format);
-    descriptors::raise(config.admission.streams)?;
+    descriptors::raise().context("cannot raise the number of open files")?;
     tokio::runtime::Builder::new_multi_thread().enable_all().build()?.block_on(async {
         let stop = lifecycle::stop_on_signal()?;
         let listeners = Listeners::bind(&config)?;

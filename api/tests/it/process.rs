@@ -135,7 +135,9 @@ fn help_names_every_variable_and_no_secret() {
     ] {
         assert!(said.contains(&format!("[env: {name}")), "{name} is missing in {said}");
     }
-    assert!(said.contains("migrate") && said.contains("new-epoch"));
+    for command in ["serve", "migrate", "new-epoch", "prune", "check-config"] {
+        assert!(said.contains(command), "{command} is missing in {said}");
+    }
     assert!(!said.contains("hunter2"), "{said}");
 }
 
@@ -284,4 +286,80 @@ async fn a_client_that_never_finishes_does_not_hold_up_the_end(pool: PgPool) {
     let status = soon("the process ends", server.process.wait()).await;
     assert_eq!(status.code(), Some(0));
     assert!(began.elapsed() < Duration::from_secs(14), "{:?}", began.elapsed());
+}
+
+#[test]
+fn settings_can_be_checked_without_serving() {
+    let folder = tempfile::tempdir().unwrap();
+    let key = folder.path().join("key.pem");
+    std::fs::write(&key, PEM).unwrap();
+    let good = [
+        // Nobody is there, and nobody is asked.
+        ("DATABASE_URL", "postgres://nobody@127.0.0.1:1/nothing"),
+        ("REDIS_URL", "redis://127.0.0.1:1"),
+        ("INTERNAL_SECRET", SECRET),
+        ("SIGNING_KEY_FILES", key.to_str().unwrap()),
+        ("TERMINATION_GRACE_SECONDS", "20"),
+    ];
+    assert_eq!(run(&["check-config"], &good), (true, "api: the settings are good\n".into()));
+    let (success, said) = run(&["check-config"], &[&good[..], &[("SHUTDOWN_WAIT_SECONDS", "6")]].concat());
+    assert!(!success);
+    assert!(said.contains("TERMINATION_GRACE_SECONDS is 20") && said.contains("takes up to 21"), "{said}");
+}
+
+#[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
+async fn what_need_not_be_kept_can_be_deleted_at_once(pool: PgPool) {
+    sqlx::query("INSERT INTO users (username) VALUES ('john'), ('jane')").execute(&pool).await.unwrap();
+    sqlx::query(
+        "INSERT INTO feed (user_id, seq, kind, payload, created_at)
+         SELECT 1, seq, 'message', '{}', now() - interval '40 days' FROM generate_series(1, 2500) AS seq",
+    )
+    .execute(&pool)
+    .await
+    .unwrap();
+    sqlx::query("UPDATE feed_heads SET head_seq = 2500 WHERE user_id = 1").execute(&pool).await.unwrap();
+    sqlx::query("INSERT INTO sessions (user_id, expires_at) VALUES (1, now() - interval '8 days'), (2, now() + interval '1 day')")
+        .execute(&pool)
+        .await
+        .unwrap();
+    let url = database_url(&pool);
+    let (success, said) = run(&["prune"], &[("DATABASE_URL", &url), ("LOG_FORMAT", "json")]);
+    assert!(success, "{said}");
+    let last: Value = serde_json::from_str(said.lines().last().unwrap()).unwrap();
+    assert_eq!((&last["events"], &last["sessions"]), (&2500.into(), &1.into()), "{said}");
+    let left = sqlx::query_scalar::<_, i64>("SELECT count(*) FROM feed").fetch_one(&pool).await.unwrap();
+    assert_eq!(left, 0);
+    let sessions =
+        sqlx::query_scalar::<_, i64>("SELECT user_id FROM sessions").fetch_all(&pool).await.unwrap();
+    assert_eq!(sessions, [2]);
+}
+
+#[sqlx::test(migrations = false)]
+async fn an_operator_changes_what_is_logged_while_it_runs(pool: PgPool) {
+    let folder = tempfile::tempdir().unwrap();
+    let mut server = serve(&pool, folder.path(), "0");
+    let client = Client::default();
+    let log = format!("{}/log", server.ops);
+    assert_eq!(client.get(&log).expect(200).await.text(), "debug\n");
+    let change = async |directives: &str| {
+        let body = client.call("PUT", &log).body(directives.to_owned());
+        body.send().await.unwrap()
+    };
+    let ask = async |path: &str| client.get(format!("{}{path}", server.public)).send().await.unwrap();
+    ask("/seen-before").await;
+    assert_eq!(change("warn").await.text(), "warn\n");
+    ask("/not-seen").await;
+    for bad in ["api=loudly", &"x".repeat(2_000)] {
+        assert!((400..500).contains(&change(bad).await.status), "{bad}");
+    }
+    assert_eq!(client.get(&log).expect(200).await.text(), "warn\n", "as it was");
+    assert_eq!(change("info,api=debug\n").await.status, 200);
+    ask("/seen-again").await;
+    server.process.signal(Signal::SIGTERM);
+    soon("the process ends", server.process.wait()).await;
+    let said = server.said().await;
+    for (text, is_there) in [("/seen-before", true), ("/not-seen", false), ("/seen-again", true)] {
+        assert_eq!(said.contains(text), is_there, "{text} in {said}");
+    }
+    assert!(said.contains("what is logged was changed by an operator"));
 }

@@ -84,6 +84,12 @@ impl Call {
         self.header("content-type", "application/json")
     }
 
+    /// As it is, of no stated type.
+    pub fn body(mut self, body: impl Into<Bytes>) -> Self {
+        self.body = body.into();
+        self
+    }
+
     pub async fn send(self) -> Result<Answer, NoAnswer> {
         let request = self.request.body(Full::new(self.body)).expect("the test's own request is well-formed");
         let (method, address) = (request.method().to_string(), request.uri().clone());

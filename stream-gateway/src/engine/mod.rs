@@ -406,7 +406,14 @@ fn bytes_of(page: &VecDeque<Event>) -> usize {
     page.iter().map(|event| event.frame.len()).sum()
 }
 
-/// ± 20 %, so that what began together does not stay together.
+/// Of what recurs, so that what began together does not stay together.
+const JITTER: f64 = 0.2;
+
 fn jittered(every: Duration) -> Millis {
-    every.mul_f64(rand::rng().random_range(0.8..1.2)).as_millis() as Millis
+    every.mul_f64(rand::rng().random_range(1.0 - JITTER..1.0 + JITTER)).as_millis() as Millis
+}
+
+/// Between two heartbeats of a quiet stream, with the jitter and the wheel's own coarseness.
+pub fn longest_silence(heartbeat: Duration) -> Duration {
+    heartbeat.mul_f64(1.0 + JITTER) + Duration::from_secs(1)
 }

@@ -23,7 +23,7 @@ async fn open_all(openings: impl IntoIterator<Item = Opening>) -> Vec<Stream> {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn many_who_join_at_once_share_requests_of_bounded_size() {
     const USERS: usize = 600;
-    stream_gateway::descriptors::raise(4 * USERS).unwrap();
+    stream_gateway::descriptors::raise().unwrap();
     let world = World::new().await;
     let users: Vec<_> = (0..USERS).map(|_| world.user(3)).collect();
     world.api.mood_of_feeds(Mood::Holding);

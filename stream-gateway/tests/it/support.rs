@@ -26,7 +26,7 @@ use shared::{
 };
 use stream_gateway::{
     app::{self, Listeners},
-    config::{Config, Settings},
+    config::{Cli, Config},
 };
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
@@ -142,7 +142,7 @@ impl World {
         by_proxy.set_port(Some(network.address().port())).unwrap();
         let redis = redis::Client::open(url).unwrap().get_multiplexed_async_connection().await.unwrap();
 
-        let settings = Settings::try_parse_from([
+        let settings = Cli::try_parse_from([
             "stream-gateway",
             "--listen=127.0.0.1:0",
             "--ops-listen=127.0.0.1:0",
@@ -158,7 +158,7 @@ impl World {
             "--suspect-reconcile-millis=60000",
             "--rate-limits=false",
         ]);
-        let mut config = settings.unwrap().check().unwrap();
+        let mut config = settings.unwrap().settings.check(u64::MAX).unwrap();
         (setup.change)(&mut config);
         let listeners = Listeners::bind(&config).unwrap();
         let public = listeners.public.local_addr().unwrap();
