@@ -19,7 +19,7 @@ export class ApiError extends Error {
    * @param {number} [retryAfterMs]
    */
   constructor(status, problem = {}, retryAfterMs = 0) {
-    super(problem.message ?? (status ? `The server answered ${status}.` : "The server cannot be reached."));
+    super(problem.message ?? (status ? `Something is wrong with the server (${status}).` : "The server cannot be reached."));
     this.status = status;
     this.code = problem.code ?? "";
     this.errors = problem.errors ?? {};

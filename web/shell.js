@@ -116,9 +116,10 @@ export function makeShell(session, { go, leave }) {
   const trouble = h("button", { type: "button", class: "trouble", click: () => weather.dispatchEvent(new Event("again")) },
     "The list could not be loaded. Trying again… ", h("b", {}, "Try now"));
   const empty = h("p", { class: "empty" }, "No conversations yet. Start one with a username above.");
-  const nav = h("nav", { "aria-label": "Conversations", class: "scroll" }, list, more, trouble, empty);
+  const scroller = h("div", { class: "scroll" }, list, more, trouble, empty);
+  const nav = h("nav", { "aria-label": "Conversations" }, form, refusal, scroller);
   const main = h("main", { id: "main", tabindex: -1 });
-  const aside = h("div", { class: "aside" }, header, problem, form, refusal, nav);
+  const aside = h("div", { class: "aside" }, header, problem, nav);
   const element = h("div", { class: "app" },
     h("a", { class: "skip", href: "#main", click: (/** @type {Event} */ event) => {
       event.preventDefault();
@@ -129,7 +130,7 @@ export function makeShell(session, { go, leave }) {
 
   const loadMore = new IntersectionObserver(([entry]) => {
     if (entry?.isIntersecting) model.loadMore().catch(() => {});
-  }, { root: nav, rootMargin: "400px" });
+  }, { root: scroller, rootMargin: "400px" });
   signal.addEventListener("abort", () => loadMore.disconnect());
 
   const render = () => {
@@ -165,9 +166,9 @@ export function makeShell(session, { go, leave }) {
     more.hidden = !model.hasMore;
     trouble.hidden = !model.waiting;
     empty.hidden = !model.listed || items.length > 0;
-    setAttribute(nav, "aria-busy", model.listed ? null : "true");
+    setAttribute(scroller, "aria-busy", model.listed ? null : "true");
     showBadge(model.unread, page.title);
-    // Told again, because it tells only changes: the end of the list may be in sight still.
+    // It tells only changes, and the end of the list may be in sight still.
     loadMore.unobserve(more);
     if (model.hasMore && !model.waiting) loadMore.observe(more);
   };
@@ -194,12 +195,12 @@ export function makeShell(session, { go, leave }) {
      */
     show(name, title, content) {
       // What is not displayed loses its place.
-      if (page.name === "home") scrolled = nav.scrollTop;
+      if (page.name === "home") scrolled = scroller.scrollTop;
       page.name = name;
       page.title = title;
       element.dataset.page = name;
       main.replaceChildren(content);
-      if (name === "home") nav.scrollTop = scrolled;
+      if (name === "home") scroller.scrollTop = scrolled;
       render();
     },
     /** @param {string} title */

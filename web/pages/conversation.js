@@ -182,8 +182,8 @@ export function conversationPage({ session, signal, setTitle, fail }, id) {
     const shown = [];
     if (thread.older || thread.waiting) {
       shown.push({ kind: "top", key: "top", text: thread.waiting ? "Older messages could not be loaded. Trying again…" : "Loading…" });
-    } else if (all.length === 0) {
-      shown.push({ kind: "top", key: "empty", text: "No messages yet. Say hello!" });
+    } else if (!thread.hasOlder) {
+      shown.push({ kind: "top", key: "begin", text: all.length ? `The beginning of your conversation with ${named}` : "No messages yet. Say hello!" });
     }
     /** @type {MessageItem | undefined} */
     let previous;

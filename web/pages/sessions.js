@@ -21,7 +21,7 @@ export function sessionsPage({ signal }) {
     h("div", { class: "bar" }, backLink(), heading),
     h("div", { class: "body scroll" },
       h("p", { class: "quiet" }, "These devices are logged in as you. Ending a session logs that device out at once."),
-      problem, status, list, others));
+      others, problem, status, list));
 
   /** @param {Device[]} devices */
   const show = (devices) => {
@@ -33,10 +33,9 @@ export function sessionsPage({ signal }) {
         icon(/iPhone|iPad|Android/.test(device.device) ? PHONE : LAPTOP),
         h("div", {},
           h("p", {}, h("b", {}, device.device), device.current && h("span", { class: "current" }, "This device")),
-          h("p", { class: "quiet" }),
-          h("p", { class: "quiet" }, `Logged in ${moment(device.createdAt)}`)),
+          h("p", { class: "quiet" }, h("span", {}), ` · Logged in ${moment(device.createdAt)}`)),
         !device.current && end);
-    }, (row, { device }) => setText(/** @type {Element} */ (row.querySelector("p.quiet")), `Last used ${since(device.lastUsedAt)}`));
+    }, (row, { device }) => setText(/** @type {Element} */ (row.querySelector(".quiet span")), `Last used ${since(device.lastUsedAt)}`));
     status.hidden = true;
     others.hidden = devices.length < 2;
   };
