@@ -24,15 +24,15 @@ import { onWho, who } from "./storage.js";
 let inside = null;
 /** Ends what shows the present page. */
 let shown = new AbortController();
-/** Ends the question who is logged in; the latest one counts. */
-let asking = new AbortController();
+/** Ends the question who is logged in; the latest one counts. @type {AbortController | null} */
+let asking = null;
 const forever = new AbortController().signal;
 
 /** Asks who is logged in and shows them their page. @param {string} [said] What to say when it is nobody. */
 async function begin(said = "") {
-  asking.abort();
-  asking = new AbortController();
-  const { signal } = asking;
+  asking?.abort();
+  const mine = (asking = new AbortController());
+  const { signal } = mine;
   const slow = setTimeout(() => showWaiting("Connecting…"), 800);
   try {
     const { me, cursor } = await keepTrying(() => whoAmI(signal), signal, (error) => {
@@ -53,6 +53,7 @@ async function begin(said = "") {
     else showWaiting("Something is wrong with the server. Please try again later.");
   } finally {
     clearTimeout(slow);
+    if (asking === mine) asking = null;
   }
 }
 
@@ -67,7 +68,7 @@ function leave() {
 
 /** @param {string} said */
 function showAccess(said) {
-  asking.abort();
+  asking?.abort();
   leave();
   shown = new AbortController();
   const page = accessPage({ said, signal: shown.signal, done: () => begin() });
@@ -139,7 +140,8 @@ document.addEventListener("click", (event) => {
   go(link.pathname);
 });
 
-weather.addEventListener("unauthorized", () => inside && begin(ENDED));
+// The question itself may be answered so.
+weather.addEventListener("unauthorized", () => inside && !asking && begin(ENDED));
 
 // One cookie for all tabs: when another one logs out, or somebody else logs in there, this one follows. A tab that slept through it looks when it
 // is back.

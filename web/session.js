@@ -79,8 +79,9 @@ export class Session {
       if (error.status !== 401) throw error;
     });
     this.end();
-    this.drawer.clear();
+    // First, so that no other tab keeps anything any more.
     who.set("");
+    this.drawer.clear();
   }
 }
 

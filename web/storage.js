@@ -27,10 +27,12 @@ export function onWho(listener, signal) {
 
 /** The things that one user keeps in this browser. */
 export class Drawer {
+  #user;
   #prefix;
 
   /** @param {string} user */
   constructor(user) {
+    this.#user = user;
     this.#prefix = `${ROOT}${user}:`;
   }
 
@@ -39,9 +41,11 @@ export class Drawer {
     return attempt(() => localStorage.getItem(this.#prefix + name), null);
   }
 
-  /** @param {string} name @param {string | null} value `null` or "" removes it. */
+  /** For a user who has logged out nothing is kept. @param {string} name @param {string | null} value `null` or "" removes it. */
   set(name, value) {
-    attempt(() => (value ? localStorage.setItem(this.#prefix + name, value) : localStorage.removeItem(this.#prefix + name)), undefined);
+    const key = this.#prefix + name;
+    if (!value) attempt(() => localStorage.removeItem(key), undefined);
+    else if ((who.get() ?? this.#user) === this.#user) attempt(() => localStorage.setItem(key, value), undefined);
   }
 
   /** All whose names begin so. @param {string} start @returns {string[]} */
@@ -57,12 +61,12 @@ export class Drawer {
   /**
    * Told when another tab changes something here.
    *
-   * @param {(name: string, value: string | null, old: string | null) => void} listener
+   * @param {(name: string, value: string | null) => void} listener
    * @param {AbortSignal} signal
    */
   listen(listener, signal) {
     addEventListener("storage", (event) => {
-      if (event.key?.startsWith(this.#prefix)) listener(event.key.slice(this.#prefix.length), event.newValue, event.oldValue);
+      if (event.key?.startsWith(this.#prefix)) listener(event.key.slice(this.#prefix.length), event.newValue);
     }, { signal });
   }
 }

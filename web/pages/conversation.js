@@ -336,12 +336,8 @@ export function conversationPage({ session, signal, setTitle, fail }, id) {
     drawer.set(draft, field.value);
     measure();
   });
-  // The same conversation in another tab.
-  drawer.listen((name, value, old) => {
-    if (name !== draft || field.value !== (old ?? "")) return;
-    field.value = value ?? "";
-    measure();
-  }, signal);
+  // Another tab has sent its draft; this one is still to be kept.
+  drawer.listen((name, value) => name === draft && !value && drawer.set(draft, field.value), signal);
   field.addEventListener("keydown", (event) => {
     if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
     event.preventDefault();
