@@ -20,4 +20,5 @@ mod raw;
 mod sessions;
 mod sign_in;
 mod support;
+mod tls;
 mod web;

@@ -20,13 +20,13 @@ use crate::{
     support::{PEM, SECRET, redis_url},
 };
 
-fn command() -> Command {
+pub(crate) fn command() -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_api"));
     command.env_clear();
     command
 }
 
-fn run(arguments: &[&str], variables: &[(&str, &str)]) -> (bool, String) {
+pub(crate) fn run(arguments: &[&str], variables: &[(&str, &str)]) -> (bool, String) {
     let Output { status, stdout, stderr } =
         command().args(arguments).envs(variables.iter().copied()).output().unwrap();
     let text = String::from_utf8(stdout).unwrap() + &String::from_utf8(stderr).unwrap();
@@ -152,7 +152,7 @@ fn database_url(pool: &PgPool) -> String {
 pub(crate) struct Server {
     pub(crate) process: Process,
     pub(crate) public: String,
-    ops: String,
+    pub(crate) ops: String,
     log: std::thread::JoinHandle<String>,
 }
 
@@ -174,9 +174,17 @@ pub(crate) fn serve_with(
     wait: &str,
     settings: impl FnOnce(&mut Command),
 ) -> Server {
-    let url = database_url(pool);
+    serve_from(&database_url(pool), keys, wait, settings)
+}
+
+pub(crate) fn serve_from(
+    url: &str,
+    keys: &std::path::Path,
+    wait: &str,
+    settings: impl FnOnce(&mut Command),
+) -> Server {
     for _ in 0..2 {
-        let (success, said) = run(&["migrate"], &[("DATABASE_URL", &url)]);
+        let (success, said) = run(&["migrate"], &[("DATABASE_URL", url)]);
         assert!(success, "{said}");
     }
     let key = keys.join("key.pem");
@@ -193,7 +201,7 @@ pub(crate) fn serve_with(
             "127.0.0.1:0",
         ])
         .args(["--dev-login", "--shutdown-wait-seconds", wait, "--log-format", "json", "--log", "debug"])
-        .envs([("DATABASE_URL", url.as_str()), ("REDIS_URL", &redis_url()), ("INTERNAL_SECRET", SECRET)])
+        .envs([("DATABASE_URL", url), ("REDIS_URL", &redis_url()), ("INTERNAL_SECRET", SECRET)])
         .env("CHANNEL_PREFIX", crate::support::channel_prefix())
         .env("SIGNING_KEY_FILES", &key)
         .stdout(Stdio::piped());

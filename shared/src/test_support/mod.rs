@@ -1,5 +1,5 @@
-//! What tests of several crates share: a browser's view of the stream, a plain HTTP client, a faulty network, and servers
-//! that may be killed. Everything here fails by a panic with a sentence, because only tests use it.
+//! What tests of several crates share: a browser's view of the stream, a plain HTTP client, a faulty network, servers
+//! that may be killed, and TLS in front of them. Everything here fails by a panic with a sentence, because only tests use it.
 
 pub mod documented;
 pub mod http;
@@ -11,6 +11,7 @@ pub mod servers;
 pub mod sse;
 #[cfg(test)]
 mod tests;
+pub mod tls;
 
 use std::{future::Future, time::Duration};
 

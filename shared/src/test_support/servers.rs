@@ -5,7 +5,10 @@ use std::{
     fs,
     io::{self, Read, Write},
     net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream},
-    os::unix::{fs::chown, process::CommandExt},
+    os::unix::{
+        fs::{PermissionsExt, chown},
+        process::CommandExt,
+    },
     path::{Path, PathBuf},
     process::{Command, Stdio},
     time::{Duration, Instant},
@@ -16,6 +19,7 @@ use tempfile::TempDir;
 use super::{
     PATIENCE,
     process::{Process, Signal},
+    tls::Authority,
 };
 
 /// Debian's `nobody`: Postgres refuses to run as root.
@@ -131,12 +135,34 @@ fn ask_redis(port: u16, words: &[&str]) -> io::Result<String> {
 pub struct Postgres {
     port: u16,
     folder: TempDir,
+    /// What it is told besides the usual.
+    settings: Vec<String>,
     process: Process,
 }
 
 impl Postgres {
     pub fn start() -> Self {
+        Self::start_in(folder("postgres"), Vec::new())
+    }
+
+    /// Answers in the clear and by TLS, whatever is asked for, with the authority's certificate.
+    pub fn start_with_tls(authority: &Authority) -> Self {
         let folder = folder("postgres");
+        let mut settings = vec!["ssl=on".to_owned()];
+        for (setting, source) in
+            [("ssl_cert_file", authority.server_certificate()), ("ssl_key_file", authority.server_key())]
+        {
+            let own = folder.path().join(setting);
+            fs::copy(source, &own).expect("the authority's files can be read");
+            // Postgres wants its key to be its own and nobody else's.
+            fs::set_permissions(&own, fs::Permissions::from_mode(0o600)).expect("the copy is ours");
+            give_away(&own);
+            settings.push(format!("{setting}={}", own.display()));
+        }
+        Self::start_in(folder, settings)
+    }
+
+    fn start_in(folder: TempDir, settings: Vec<String>) -> Self {
         give_away(folder.path());
         let output = as_nobody(&mut Command::new(postgres_program("initdb")))
             .args(["--username=postgres", "--auth=trust", "--encoding=UTF8", "--locale=C", "--no-sync", "-D"])
@@ -147,8 +173,8 @@ impl Postgres {
         assert!(output.status.success(), "initdb: {}", String::from_utf8_lossy(&output.stderr));
         for _ in 0..5 {
             let port = free_port();
-            if let Some(process) = start_postgres(port, folder.path()) {
-                return Self { port, folder, process };
+            if let Some(process) = start_postgres(port, folder.path(), &settings) {
+                return Self { port, folder, settings, process };
             }
         }
         panic!("the Postgres server does not start: {}", log_of(folder.path()));
@@ -173,7 +199,7 @@ impl Postgres {
         let deadline = Instant::now() + PATIENCE;
         // The last children of a killed server hold its memory and port for a moment.
         while Instant::now() < deadline {
-            if let Some(process) = start_postgres(self.port, self.folder.path()) {
+            if let Some(process) = start_postgres(self.port, self.folder.path(), &self.settings) {
                 self.process = process;
                 return;
             }
@@ -183,7 +209,7 @@ impl Postgres {
     }
 }
 
-fn start_postgres(port: u16, folder: &Path) -> Option<Process> {
+fn start_postgres(port: u16, folder: &Path, settings: &[String]) -> Option<Process> {
     let log = fs::OpenOptions::new().create(true).append(true).open(folder.join("log")).expect("a log file");
     let mut command = Command::new(postgres_program("postgres"));
     as_nobody(&mut command)
@@ -191,6 +217,7 @@ fn start_postgres(port: u16, folder: &Path) -> Option<Process> {
         .arg(folder.join("data"))
         .args(["-h", "127.0.0.1", "-p", &port.to_string(), "-c", "unix_socket_directories="])
         .args(["-c", "max_connections=100", "-c", "shared_buffers=32MB"])
+        .args(settings.iter().flat_map(|setting| ["-c", setting]))
         .current_dir(folder)
         .stdin(Stdio::null())
         .stdout(Stdio::null())
@@ -224,9 +251,9 @@ fn as_nobody(command: &mut Command) -> &mut Command {
     command
 }
 
-fn give_away(folder: &Path) {
+fn give_away(path: &Path) {
     if nix::unistd::geteuid().is_root() {
-        chown(folder, Some(NOBODY), Some(NOBODY)).expect("root may give a folder away");
+        chown(path, Some(NOBODY), Some(NOBODY)).expect("root may give anything away");
     }
 }
 

@@ -16,3 +16,4 @@ mod origins;
 mod questions;
 mod readers;
 mod support;
+mod tls;

@@ -1,0 +1,98 @@
+//! Postgres and Redis by TLS, as `DATABASE_URL` and `REDIS_URL` ask for it: the real binary, a real certificate, and what happens
+//! to those whose certificate is not the right one.
+
+use std::{
+    io::{BufRead, BufReader},
+    process::{Command, Stdio},
+};
+
+use shared::test_support::{
+    http::Client,
+    process::{Process, Signal},
+    servers::{Postgres, Redis},
+    soon,
+    tls::{Authority, Door},
+    until,
+};
+use sqlx::{Connection, PgConnection};
+
+use crate::process::{command, run, serve_from};
+
+fn by_tls(postgres: &Postgres, host: &str, root: &Authority) -> String {
+    let root = root.root();
+    format!(
+        "postgres://postgres@{host}:{}/postgres?sslmode=verify-full&sslrootcert={}",
+        postgres.address().port(),
+        root.display()
+    )
+}
+
+/// The first that `migrate` says. It tries again for half a minute, for which nobody waits.
+fn first_said(url: &str) -> String {
+    let mut command = command();
+    command.arg("migrate").env("DATABASE_URL", url).stdout(Stdio::piped());
+    let mut process = Process::start(&mut command).unwrap();
+    let mut said = String::new();
+    BufReader::new(process.child().stdout.take().unwrap()).read_line(&mut said).unwrap();
+    said
+}
+
+#[test]
+fn postgres_must_have_a_certificate_of_the_named_authority_for_the_name_that_we_use() {
+    let authority = Authority::new();
+    let postgres = Postgres::start_with_tls(&authority);
+    let said = first_said(&by_tls(&postgres, "localhost", &Authority::new()));
+    assert!(said.contains("UnknownIssuer"), "{said}");
+    let said = first_said(&by_tls(&postgres, "127.0.0.1", &authority));
+    assert!(said.contains("not valid for name"), "{said}");
+    let (success, said) = run(&["migrate"], &[("DATABASE_URL", &by_tls(&postgres, "localhost", &authority))]);
+    assert!(success, "{said}");
+}
+
+#[test]
+fn a_postgres_that_speaks_no_tls_gets_no_password() {
+    let postgres = Postgres::start();
+    let (success, said) =
+        run(&["migrate"], &[("DATABASE_URL", &by_tls(&postgres, "localhost", &Authority::new()))]);
+    assert!(!success && said.contains("server does not support TLS"), "{said}");
+}
+
+#[tokio::test]
+async fn it_serves_with_postgres_and_redis_behind_tls() {
+    let authority = Authority::new();
+    let (postgres, redis) = (Postgres::start_with_tls(&authority), Redis::start());
+    let door = Door::start(redis.address(), &authority).await;
+    let database_url = by_tls(&postgres, "localhost", &authority);
+    let folder = tempfile::tempdir().unwrap();
+    let trusting = |root: &Authority| {
+        let redis_url = format!("rediss://localhost:{}", door.port());
+        let root = root.root();
+        move |command: &mut Command| {
+            command.env("REDIS_URL", redis_url).env("SSL_CERT_FILE", root);
+        }
+    };
+    let says = async |server: &str, note: &str| {
+        until(note, || async {
+            let answer = Client::default().get(format!("{server}/readyz")).send().await;
+            answer.is_ok_and(|answer| answer.body.starts_with(note.as_bytes()))
+        })
+        .await;
+    };
+
+    let mut server = serve_from(&database_url, folder.path(), "0", trusting(&authority));
+    says(&server.ops, "ready\n").await;
+    let mut plain = PgConnection::connect(&postgres.url()).await.unwrap();
+    let clear: Vec<bool> = sqlx::query_scalar(
+        "SELECT ssl FROM pg_stat_ssl JOIN pg_stat_activity USING (pid)
+         WHERE backend_type = 'client backend' AND pid <> pg_backend_pid()",
+    )
+    .fetch_all(&mut plain)
+    .await
+    .unwrap();
+    assert!(!clear.is_empty() && clear.iter().all(|ssl| *ssl), "a connection is in the clear: {clear:?}");
+    server.process.signal(Signal::SIGTERM);
+    soon("the process ends", server.process.wait()).await;
+
+    let server = serve_from(&database_url, folder.path(), "0", trusting(&Authority::new()));
+    says(&server.ops, "ready, degraded: Redis does not answer").await;
+}

@@ -1,0 +1,68 @@
+//! Redis by TLS, as `REDIS_URL` asks for it: the real binary, a real certificate, and no trust in any other.
+
+use std::{
+    io::{BufRead, BufReader},
+    path::PathBuf,
+    process::{Command, Stdio},
+};
+
+use shared::test_support::{
+    http::Client,
+    process::Process,
+    servers::Redis,
+    tls::{Authority, Door},
+    until,
+};
+
+use crate::{
+    api::{Api, SECRET},
+    support::{ORIGIN, keys},
+};
+
+/// A gateway that trusts this authority. It says where operators find it.
+fn gateway(api: &Api, redis_port: u16, root: PathBuf) -> (Process, String) {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_stream-gateway"));
+    command
+        .env_clear()
+        .args(["--listen=127.0.0.1:0", "--ops-listen=127.0.0.1:0", "--max-streams=100", "--log-format=json"])
+        .args([format!("--origin={ORIGIN}"), format!("--api-internal-url=http://{}", api.address)])
+        .env("REDIS_URL", format!("rediss://localhost:{redis_port}"))
+        .env("INTERNAL_SECRET", SECRET)
+        .env("SSL_CERT_FILE", root)
+        .stdout(Stdio::piped());
+    let mut process = Process::start(&mut command).unwrap();
+    let mut lines = BufReader::new(process.child().stdout.take().unwrap()).lines();
+    let ops = loop {
+        let line: serde_json::Value = serde_json::from_str(&lines.next().unwrap().unwrap()).unwrap();
+        if line["message"] == "listening" && line["name"] == "ops" {
+            break line["address"].as_str().unwrap().to_owned();
+        }
+    };
+    // Somebody must read on, or the process would wait for room in the pipe.
+    std::thread::spawn(move || lines.for_each(drop));
+    (process, ops)
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn redis_is_listened_to_behind_tls_and_not_behind_anybody_elses_certificate() {
+    let authority = Authority::new();
+    let (redis, api) = (Redis::start(), Api::start(keys().jwks().clone()));
+    let door = Door::start(redis.address(), &authority).await;
+    let (_trusting, trusts) = gateway(&api, door.port(), authority.root());
+    let (_suspicious, trusts_not) = gateway(&api, door.port(), Authority::new().root());
+    let metrics = async |ops: &str| {
+        let answer = Client::default().get(format!("http://{ops}/metrics")).send().await;
+        answer.map(|answer| answer.text()).unwrap_or_default()
+    };
+    // Also a beat, which comes by a connection made anew, has come back by then.
+    until("Redis is trusted to bring events", || async {
+        let metrics = metrics(&trusts).await;
+        metrics.contains("gateway_redis_up 1\n") && metrics.contains("gateway_redis_suspect 0\n")
+    })
+    .await;
+    let metrics = metrics(&trusts_not).await;
+    assert!(
+        metrics.contains("gateway_redis_up 0\n") && metrics.contains("gateway_redis_connects_total 0\n"),
+        "{metrics}"
+    );
+}
