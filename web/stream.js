@@ -518,7 +518,10 @@ class Connection {
     this.#end(reason);
     if (this.#isClosed) return;
     this.#drop();
-    const delay = Math.min(LONGEST_RETRY, 1_000 * 2 ** this.#failures++) * (0.5 + Math.random() / 2);
+    // A credential that is about to end can be renewed now, and not a second later.
+    const isUrgent = this.#credential === "ended" && this.#failures === 0;
+    const longest = Math.min(LONGEST_RETRY, 1_000 * 2 ** this.#failures++);
+    const delay = isUrgent ? 0 : longest * (0.5 + Math.random() / 2);
     this.#timer = setTimeout(() => this.connect(), delay);
     this.#expectWithin(delay + SILENCE);
   }

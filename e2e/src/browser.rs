@@ -439,11 +439,24 @@ impl Page {
 
     /// As a laptop that sleeps, or a tab that was set aside: nothing runs any more.
     pub async fn freeze(&self) {
+        self.look_away(true).await;
         self.cdp("Page.setWebLifecycleState", json!({ "state": "frozen" })).await;
     }
 
     pub async fn thaw(&self) {
         self.cdp("Page.setWebLifecycleState", json!({ "state": "active" })).await;
+        self.look_away(false).await;
+    }
+
+    /// Playwright has every tab believe that it is looked at. Only its own session of the DevTools protocol can take that
+    /// back; and a tab that is looked at is never frozen.
+    async fn look_away(&self, away: bool) {
+        let page = json!({ "$": self.number });
+        let session = [json!(["delegate"]), json!(["_mainFrameSession"]), json!(["_client"])];
+        let command = json!(["send", "Emulation.setFocusEmulationEnabled", { "enabled": !away }]);
+        let chain =
+            [json!(["_connection"]), json!(["toImpl", page])].into_iter().chain(session).chain([command]);
+        self.call(chain.collect()).await;
     }
 
     /// What the accessibility engine finds that is serious or worse: the rule, and where it is broken.

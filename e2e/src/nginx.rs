@@ -72,6 +72,10 @@ pub struct Nginx {
 }
 
 impl Nginx {
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
     /// Cuts every connection, and nobody listens.
     pub fn kill(&mut self) {
         self.process.kill();

@@ -1,0 +1,620 @@
+//! `web/stream.js`, the client that front ends copy: each event once to each tab, in order, whatever happens to tabs, servers,
+//! networks and credentials. What a tab was told is compared with its user's feed in the database.
+
+use std::time::Duration;
+
+use chrono::Utc;
+use e2e::{
+    Browser, Front, Service, User,
+    browser::{Context, Page},
+    ledger::Feed,
+};
+use futures_util::future::join_all;
+use rand::{RngExt, SeedableRng, rngs::StdRng};
+use serde_json::{Value, json};
+use shared::{
+    claims::Claims,
+    ids::UserId,
+    test_support::{proxy::Proxy, sse::Event, until},
+};
+
+use super::site::{Site, site};
+use crate::support::{Traffic, Two};
+
+/// A page with nothing on it.
+const BLANK: &str = "/blank";
+
+/// Keeps a ledger of what a stream tells.
+const FOLLOW: &str = "(options) => import('/stream.js').then(({ MessengerStream }) => {
+    window.ledger = [];
+    window.states = [];
+    window.stream = new MessengerStream(options);
+    for (const name of ['message', 'message.sent', 'conversation.created', 'conversation.read', 'receipt.read', 'resync']) {
+        stream.addEventListener(name, ({ type, id, data }) => ledger.push({ type, id, data: JSON.stringify(data) }));
+    }
+    stream.addEventListener('state', ({ state, reason }) => states.push(`${state} ${reason}`.trim()));
+    stream.start();
+})";
+
+/// Ten seconds pass in one.
+const HASTE: &str = "{
+    const [now, timeout, interval] = [Date.now, setTimeout, setInterval];
+    const began = now();
+    Date.now = () => began + (now() - began) * 10;
+    window.setTimeout = (call, ms) => timeout(call, ms / 10);
+    window.setInterval = (call, ms) => interval(call, ms / 10);
+}";
+
+/// Other tabs are not heard while `deaf`.
+const DEAFNESS: &str = "{
+    const Channel = BroadcastChannel;
+    window.deaf = false;
+    window.BroadcastChannel = class extends Channel {
+        set onmessage(hear) { super.onmessage = (event) => deaf || hear(event); }
+    };
+}";
+
+const LOCKS: &str =
+    "navigator.locks.query().then(({ held, pending }) => [...held, ...pending].map(({ name }) => name))";
+
+/// John writes, and Jane has a browser.
+struct Scene {
+    context: Context,
+    two: Two,
+    site: Site,
+    browser: Browser,
+}
+
+impl Scene {
+    async fn begin(settings: &[(&str, &str)], scripts: &[&str]) -> Self {
+        let browser = Browser::launch().await;
+        let site = site(Front::plain(), settings).await;
+        let two = Two::meet(&site.world, site.api()).await;
+        let context = blank(&browser, &site.origin).await;
+        context.sign_in(&two.jane).await;
+        for script in scripts {
+            context.call(json!([["addInitScript", script]])).await;
+        }
+        Self { context, two, site, browser }
+    }
+
+    async fn say(&self, times: usize) {
+        self.two.say(&self.site.world, self.site.api(), times).await;
+    }
+
+    async fn feed(&self, user: &User) -> Feed {
+        Feed::read(&self.site.world.sql, user.id).await
+    }
+
+    /// A tab of Jane's, from the head of now.
+    async fn tab(&self) -> Tab {
+        let feed = self.feed(&self.two.jane).await;
+        self.tab_after(&feed, feed.head).await
+    }
+
+    async fn live_tab(&self) -> Tab {
+        let tab = self.tab().await;
+        tab.until("live").await;
+        tab
+    }
+
+    /// A page that was read when this was the newest.
+    async fn tab_after(&self, feed: &Feed, after: u64) -> Tab {
+        let options = json!({ "cursor": feed.cursor(after) }).to_string();
+        Tab::open(&self.context, self.two.jane.id, after, &options).await
+    }
+
+    /// They were told all that is in the feed after their cursors, once, in order, byte for byte; and so they are of what
+    /// comes then.
+    async fn assert_exact<'a>(&self, tabs: impl IntoIterator<Item = &'a Tab>) {
+        let tabs = Vec::from_iter(tabs);
+        for _ in 0..2 {
+            for (number, tab) in tabs.iter().enumerate() {
+                let feed = Feed::read(&self.site.world.sql, tab.user).await;
+                let heard = format!("stream.cursor === '{}'", feed.head_cursor());
+                tab.page.wait_for("everything is heard", &heard).await;
+                feed.assert_is(&format!("tab {number}"), &tab.ledger().await, tab.after);
+            }
+            self.say(2).await;
+        }
+    }
+
+    async fn open_streams(&self) -> f64 {
+        join_all(self.site.gateways.iter().map(|gateway| gateway.metric("gateway_streams")))
+            .await
+            .iter()
+            .sum()
+    }
+
+    async fn until_open_streams(&self, wanted: f64) {
+        until("so many streams are open", || async { self.open_streams().await == wanted }).await;
+    }
+}
+
+async fn blank(browser: &Browser, origin: &str) -> Context {
+    let context = browser.context("jane", origin).await;
+    let answer = json!({ "contentType": "text/html", "body": "<!doctype html><title>Blank</title><link rel=icon href=data:,>" });
+    let fulfill = format!("(route) => route.fulfill({answer})");
+    context.call(json!([["route", format!("**{BLANK}*"), { "js": fulfill }]])).await;
+    context
+}
+
+/// A tab that follows a stream.
+struct Tab {
+    page: Page,
+    user: UserId,
+    /// Its cursor, among the feed's numbers.
+    after: u64,
+}
+
+impl Tab {
+    /// With options as in JavaScript.
+    async fn open(context: &Context, user: UserId, after: u64, options: &str) -> Self {
+        let page = context.open(BLANK).await;
+        page.evaluate(&format!("({FOLLOW})({options})")).await;
+        Self { page, user, after }
+    }
+
+    /// As a listener or a person would, while everything else goes on.
+    async fn run(&self, statements: &str) {
+        self.page.evaluate(&format!("void setTimeout(() => {{ {statements} }})")).await;
+    }
+
+    async fn until(&self, state: &str) {
+        self.page.wait_for(state, &format!("stream.state === '{state}'")).await;
+    }
+
+    async fn until_was(&self, state: &str) {
+        self.page.wait_for(state, &format!("states.includes('{state}')")).await;
+    }
+
+    async fn ledger(&self) -> Vec<Event> {
+        let text = |value: &Value| value.as_str().expect("a string").to_owned();
+        let event = |entry: &Value| Event {
+            id: Some(text(&entry["id"])),
+            name: Some(text(&entry["type"])).filter(|name| name != "message"),
+            data: text(&entry["data"]),
+        };
+        self.page.evaluate("ledger").await.as_array().expect("a list").iter().map(event).collect()
+    }
+
+    /// How often it asked for a stream and got an answer.
+    fn streams(&self) -> usize {
+        self.page.statuses("/api/messages").len()
+    }
+
+    async fn until_it_leads(&self) {
+        until("it has the stream", || async { self.streams() > 0 }).await;
+        self.until("live").await;
+    }
+
+    async fn go_elsewhere(&self) {
+        self.page.evaluate("window.kept = true").await;
+        self.page.goto(&format!("{BLANK}?elsewhere")).await;
+    }
+
+    /// Back to the page that was left: not loaded again, but as it was.
+    async fn come_back(&self) {
+        self.page.back().await;
+        self.page.wait_for("the page was kept", "window.kept").await;
+    }
+}
+
+fn streams(tabs: &[Tab]) -> usize {
+    tabs.iter().map(Tab::streams).sum()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn seven_tabs_over_http_1_share_one_stream_and_each_is_told_everything_once() {
+    let scene = Scene::begin(&[], &[]).await;
+    let tabs = join_all((0..7).map(|_| scene.tab())).await;
+    for tab in &tabs {
+        tab.until("live").await;
+    }
+    scene.say(50).await;
+    scene.assert_exact(&tabs).await;
+    assert_eq!(streams(&tabs), 1);
+    for tab in &tabs {
+        // Each can still ask for anything else.
+        let asked = "fetch('/api/conversations').then(({ status }) => status)";
+        assert_eq!(tab.page.evaluate(asked).await, 200);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn when_the_leading_tab_closes_in_the_middle_of_traffic_the_next_one_leads_and_nobody_misses_anything()
+{
+    let scene = Scene::begin(&[], &[]).await;
+    let mut tabs = join_all((0..6).map(|_| scene.tab())).await;
+    let line = (scene.two.john.clone(), scene.two.conversation);
+    let traffic = Traffic::start(&scene.site.world, &[scene.site.api()], &[line], Duration::from_millis(5));
+    while tabs.len() > 1 {
+        until("somebody leads", || async { streams(&tabs) > 0 }).await;
+        traffic.more(30).await;
+        let leading = tabs.iter().position(|tab| tab.streams() > 0).expect("somebody leads");
+        tabs.remove(leading).page.close().await;
+    }
+    until("the last one leads", || async { streams(&tabs) > 0 }).await;
+    traffic.more(30).await;
+    traffic.stop().await;
+    scene.assert_exact(&tabs).await;
+    assert_eq!(streams(&tabs), 1);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_leading_tab_that_is_frozen_hands_over_and_is_told_what_it_missed_when_it_wakes() {
+    let scene = Scene::begin(&[], &[]).await;
+    let frozen = scene.live_tab().await;
+    let next = scene.live_tab().await;
+    frozen.page.freeze().await;
+    next.until_it_leads().await;
+    scene.say(5).await;
+    scene.assert_exact([&next]).await;
+    frozen.page.thaw().await;
+    scene.assert_exact([&frozen, &next]).await;
+    assert_eq!((frozen.streams(), next.streams()), (1, 1), "it is told by the other tab");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_leading_tab_that_hangs_loses_the_lead_and_says_nothing_wrong_when_it_wakes() {
+    let scene = Scene::begin(&[], &[HASTE]).await;
+    let hung = scene.live_tab().await;
+    let others = [scene.live_tab().await, scene.live_tab().await];
+    scene.say(3).await;
+    scene.assert_exact([&hung]).await;
+    hung.run("const end = performance.now() + 15_000; while (performance.now() < end);").await;
+    until("another tab has a stream", || async { streams(&others) > 0 }).await;
+    scene.assert_exact(&others).await;
+    // In order, and so before it answers this, it reads all that came while it hung.
+    scene.assert_exact(others.iter().chain([&hung])).await;
+    scene.until_open_streams(1.0).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_page_that_comes_back_from_the_back_forward_cache_goes_on_where_it_was() {
+    let scene = Scene::begin(&[], &[]).await;
+    let left = scene.live_tab().await;
+    left.go_elsewhere().await;
+    scene.until_open_streams(0.0).await;
+    scene.say(3).await;
+    left.come_back().await;
+    scene.assert_exact([&left]).await;
+
+    let other = scene.live_tab().await;
+    left.go_elsewhere().await;
+    other.until_it_leads().await;
+    scene.assert_exact([&other]).await;
+    left.come_back().await;
+    scene.assert_exact([&left, &other]).await;
+    scene.until_open_streams(1.0).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_tab_that_missed_what_the_leader_told_gets_it_from_the_leader_or_reads_it_itself() {
+    let scene = Scene::begin(&[], &[DEAFNESS]).await;
+    let leader = scene.live_tab().await;
+    let deaf = scene.live_tab().await;
+
+    deaf.page.evaluate("deaf = true").await;
+    scene.say(20).await;
+    scene.assert_exact([&leader]).await;
+    deaf.page.evaluate("deaf = false").await;
+    scene.assert_exact([&leader, &deaf]).await;
+    assert_eq!((leader.streams(), deaf.streams()), (1, 0), "the leader kept what was missed");
+
+    deaf.page.evaluate("deaf = true").await;
+    scene.say(300).await;
+    scene.assert_exact([&leader]).await;
+    deaf.page.evaluate("deaf = false").await;
+    scene.assert_exact([&leader, &deaf]).await;
+    assert_eq!((leader.streams(), deaf.streams()), (1, 1), "that was more than the leader keeps");
+    scene.until_open_streams(1.0).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_page_that_was_read_before_or_after_what_the_leader_has_misses_nothing() {
+    let mut scene = Scene::begin(&[], &[]).await;
+    let old = scene.feed(&scene.two.jane).await;
+    scene.say(10).await;
+    let leader = scene.live_tab().await;
+    let before = scene.tab_after(&old, old.head).await;
+    scene.assert_exact([&leader, &before]).await;
+    assert_eq!(
+        (leader.streams(), before.streams()),
+        (1, 1),
+        "what was before the leader's time it reads itself"
+    );
+    scene.until_open_streams(1.0).await;
+
+    // The leader's next stream is slow to come.
+    scene.site.gateways.iter_mut().for_each(Service::freeze);
+    leader.run("dispatchEvent(new Event('online'))").await;
+    leader.until("connecting").await;
+    scene.say(10).await;
+    let after = scene.tab().await;
+    scene.site.gateways.iter_mut().for_each(Service::thaw);
+    scene.assert_exact([&leader, &before, &after]).await;
+    assert_eq!(after.streams(), 0);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn tabs_without_a_cursor_begin_at_the_same_place() {
+    let mut scene = Scene::begin(&[], &[]).await;
+    scene.site.gateways.iter_mut().for_each(Service::freeze);
+    let jane = scene.two.jane.id;
+    let mut tabs = join_all((0..3).map(|_| Tab::open(&scene.context, jane, 0, "{}"))).await;
+    scene.say(3).await;
+    scene.site.gateways.iter_mut().for_each(Service::thaw);
+    let feed = scene.feed(&scene.two.jane).await;
+    for tab in &mut tabs {
+        tab.page.wait_for("it has a place", &format!("stream.cursor === '{}'", feed.head_cursor())).await;
+        tab.after = feed.head;
+    }
+    scene.say(3).await;
+    let feed = scene.feed(&scene.two.jane).await;
+    tabs.push(Tab::open(&scene.context, jane, feed.head, "{}").await);
+    tabs[3].until("live").await;
+    scene.assert_exact(&tabs).await;
+    assert_eq!(streams(&tabs), 1);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_lost_place_is_told_once_to_each_tab_that_had_it_and_the_stream_goes_on() {
+    let scene = Scene::begin(&[], &[]).await;
+    scene.say(3).await;
+    let jane = scene.two.jane.id;
+    let lost = "{ cursor: 'a-place-that-never-was' }";
+    let mut tabs = join_all((0..3).map(|_| Tab::open(&scene.context, jane, 0, lost))).await;
+    let feed = scene.feed(&scene.two.jane).await;
+    for tab in &mut tabs {
+        tab.page.wait_for("it is told", "ledger.length").await;
+        let told = tab.page.evaluate("ledger.splice(0).map(({ type, id }) => [type, id])").await;
+        assert_eq!(told, json!([["resync", feed.head_cursor()]]));
+        tab.after = feed.head;
+    }
+    tabs.push(scene.live_tab().await);
+    scene.assert_exact(&tabs).await;
+    assert_eq!(streams(&tabs), 1);
+
+    // One that comes later, with a place that the leader never heard of.
+    let mut late = Tab::open(&scene.context, jane, 0, "{ cursor: 'another-one' }").await;
+    late.page.wait_for("it is told", "ledger.length").await;
+    assert_eq!(late.page.evaluate("ledger.shift().type").await, "resync");
+    late.after = scene.feed(&scene.two.jane).await.head;
+    tabs.push(late);
+    scene.assert_exact(&tabs).await;
+    scene.until_open_streams(1.0).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn logging_out_in_one_tab_signs_all_out_and_after_a_login_they_can_go_on() {
+    let scene = Scene::begin(&[], &[]).await;
+    scene.context.expect("401");
+    let tabs = [scene.live_tab().await, scene.live_tab().await, scene.live_tab().await];
+    scene.assert_exact(&tabs).await;
+    tabs[1].page.evaluate("fetch('/api/logout', { method: 'POST' }).then(() => null)").await;
+    for tab in &tabs {
+        tab.until("signed-out").await;
+    }
+    assert_eq!(tabs[0].page.evaluate("states.at(-1)").await, "signed-out revoked");
+    scene.until_open_streams(0.0).await;
+    assert_eq!(tabs[0].page.evaluate(LOCKS).await, json!([]));
+
+    // Nobody has logged in yet.
+    tabs[2].run("stream.start()").await;
+    tabs[2].until_was("signed-out refused").await;
+
+    let jane = scene.site.world.login(scene.site.api(), "jane").await;
+    scene.context.sign_in(&jane).await;
+    for tab in &tabs {
+        tab.run("stream.start()").await;
+    }
+    scene.assert_exact(&tabs).await;
+    scene.until_open_streams(1.0).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_credential_that_runs_out_is_renewed_and_nobody_notices() {
+    let scene = Scene::begin(&[], &[]).await;
+    let claims = scene.site.world.claims(&scene.two.jane);
+    let token = scene.site.world.sign(&Claims { exp: Utc::now().timestamp() + 8, ..claims });
+    scene.context.sign_in(&User { cookie: format!("session={token}"), ..scene.two.jane.clone() }).await;
+    let tabs = [scene.live_tab().await, scene.live_tab().await];
+    for tab in &tabs {
+        tab.until_was("connecting expired").await;
+        tab.until("live").await;
+    }
+    scene.assert_exact(&tabs).await;
+    assert_eq!(tabs[0].page.statuses("/api/refresh_token"), [200]);
+    assert_eq!(streams(&tabs), 2);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn answers_that_are_no_stream_as_in_a_deploy_are_not_the_end() {
+    let mut scene = Scene::begin(&[], &[]).await;
+    scene.context.expect("502");
+    let tabs = [scene.live_tab().await, scene.live_tab().await];
+    scene.site.gateways.iter_mut().for_each(Service::kill);
+    for tab in &tabs {
+        tab.until("offline").await;
+        assert_eq!(tab.page.evaluate("stream.reason").await, "refused");
+    }
+    scene.say(5).await;
+    for gateway in &mut scene.site.gateways {
+        gateway.restart().await;
+    }
+    scene.assert_exact(&tabs).await;
+    assert!(tabs[0].page.statuses("/api/refresh_token").is_empty(), "no credential was doubted");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_network_that_swallows_everything_is_noticed_by_the_missing_heartbeat() {
+    let scene = Scene::begin(&[("HEARTBEAT_SECONDS", "1")], &[]).await;
+    let network = Proxy::start(scene.site.nginx.address()).await;
+    let origin = format!("http://localhost:{}", network.address().port());
+    let context = blank(&scene.browser, &origin).await;
+    context.sign_in(&scene.two.jane).await;
+    let feed = scene.feed(&scene.two.jane).await;
+    let options = json!({ "cursor": feed.cursor(feed.head) }).to_string();
+    let jane = scene.two.jane.id;
+    let tabs = join_all((0..2).map(|_| Tab::open(&context, jane, feed.head, &options))).await;
+    tabs[0].until("live").await;
+    scene.assert_exact(&tabs).await;
+    network.silence();
+    scene.say(3).await;
+    for tab in &tabs {
+        tab.until_was("connecting silent").await;
+    }
+    network.cut();
+    network.resume();
+    scene.assert_exact(&tabs).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn two_users_in_one_browser_have_a_stream_each_by_tokens_for_streams_alone() {
+    let scene = Scene::begin(&[], &[]).await;
+    scene.context.call(json!([["clearCookies"]])).await;
+    scene.context.expect("401");
+    let mut tabs = Vec::new();
+    for user in [&scene.two.john, &scene.two.jane, &scene.two.john, &scene.two.jane] {
+        let feed = scene.feed(user).await;
+        let options = format!(
+            "{{ cursor: '{}', scope: '{}', token: () => {{
+                window.asked = (window.asked ?? 0) + 1;
+                // What is wrong at first is asked for again.
+                if (asked === 1) return Promise.reject(new Error('not now'));
+                if (asked === 2) return Promise.resolve('no token');
+                return fetch('/api/stream_token', {{ method: 'POST', headers: {{ Authorization: 'Bearer {}' }} }})
+                    .then((answer) => answer.json()).then(({{ token }}) => token);
+            }} }}",
+            feed.head_cursor(),
+            user.name,
+            user.token,
+        );
+        tabs.push(Tab::open(&scene.context, user.id, feed.head, &options).await);
+    }
+    for tab in &tabs {
+        tab.until("live").await;
+    }
+    scene.say(10).await;
+    scene.assert_exact(&tabs).await;
+    assert!(tabs[0].ledger().await.iter().all(|event| event.name.as_deref() == Some("message.sent")));
+    scene.until_open_streams(2.0).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn closing_and_starting_at_any_moment_leaves_nothing_behind() {
+    let scene = Scene::begin(&[], &[]).await;
+    let restless = scene.tab().await;
+    let restless_for_a_while = "(async () => {
+        for (let turn = 0; turn < 60; turn++) {
+            stream.start();
+            stream.start();
+            if (turn % 3) await new Promise((resolve) => setTimeout(resolve, turn));
+            stream.close();
+        }
+        // In the middle of being told.
+        stream.addEventListener('state', () => { stream.close(); stream.start(); }, { once: true });
+        stream.start();
+    })().then(() => null)";
+    restless.page.evaluate(restless_for_a_while).await;
+    let other = scene.live_tab().await;
+    scene.assert_exact([&restless, &other]).await;
+    scene.until_open_streams(1.0).await;
+    restless.run("stream.close()").await;
+    other.until_it_leads().await;
+    scene.assert_exact([&other]).await;
+    other.run("stream.close()").await;
+    scene.until_open_streams(0.0).await;
+    assert_eq!(other.page.evaluate(LOCKS).await, json!([]));
+    restless.run("stream.start()").await;
+    scene.assert_exact([&restless]).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn without_locks_each_tab_has_a_stream_of_its_own() {
+    let no_locks = "delete Navigator.prototype.locks";
+    let scene = Scene::begin(&[], &[no_locks]).await;
+    let tabs = [scene.live_tab().await, scene.live_tab().await];
+    scene.assert_exact(&tabs).await;
+    scene.until_open_streams(2.0).await;
+    tabs[0].page.freeze().await;
+    scene.until_open_streams(1.0).await;
+    scene.assert_exact([&tabs[1]]).await;
+    tabs[0].page.thaw().await;
+    scene.assert_exact(&tabs).await;
+}
+
+/// What can happen to a tab.
+#[derive(Clone, Copy, PartialEq)]
+enum Plight {
+    None,
+    Frozen,
+    Elsewhere,
+    Deaf,
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn whatever_happens_to_tabs_and_gateways_each_tab_is_told_everything_once_and_in_order() {
+    let seed: u64 = rand::random();
+    println!("seed {seed}");
+    let mut random = StdRng::seed_from_u64(seed);
+    let mut scene = Scene::begin(&[], &[DEAFNESS]).await;
+    scene.context.expect("502");
+    let line = (scene.two.john.clone(), scene.two.conversation);
+    let traffic = Traffic::start(&scene.site.world, &[scene.site.api()], &[line], Duration::from_millis(10));
+    let mut tabs: Vec<(Tab, Plight)> = Vec::new();
+    for _ in 0..60 {
+        traffic.more(5).await;
+        let which = random.random_range(0..7);
+        if which >= tabs.len() {
+            tabs.push((scene.tab().await, Plight::None));
+            continue;
+        }
+        let (tab, plight) = &mut tabs[which];
+        match (*plight, random.random_range(0..12)) {
+            (Plight::Frozen, _) => {
+                tab.page.thaw().await;
+                *plight = Plight::None;
+            }
+            (Plight::Elsewhere, _) => {
+                tab.come_back().await;
+                *plight = Plight::None;
+            }
+            (Plight::Deaf, _) => {
+                tab.page.evaluate("deaf = false").await;
+                *plight = Plight::None;
+            }
+            (Plight::None, 0..=2) => {
+                tab.page.freeze().await;
+                *plight = Plight::Frozen;
+            }
+            (Plight::None, 3..=5) => {
+                tab.go_elsewhere().await;
+                *plight = Plight::Elsewhere;
+            }
+            (Plight::None, 6 | 7) => {
+                tab.page.evaluate("deaf = true").await;
+                *plight = Plight::Deaf;
+            }
+            (Plight::None, 8) => tabs.remove(which).0.page.close().await,
+            (Plight::None, 9) => tab.run("dispatchEvent(new Event('online'))").await,
+            (Plight::None, 10) => tab.run("stream.close(); stream.start()").await,
+            (Plight::None, _) => {
+                let gateway = random.random_range(0..scene.site.gateways.len());
+                scene.site.gateways[gateway].restart().await;
+            }
+        }
+    }
+    for (tab, plight) in &tabs {
+        match plight {
+            Plight::None => {}
+            Plight::Frozen => tab.page.thaw().await,
+            Plight::Elsewhere => tab.come_back().await,
+            Plight::Deaf => drop(tab.page.evaluate("deaf = false").await),
+        }
+    }
+    traffic.stop().await;
+    scene.assert_exact(tabs.iter().map(|(tab, _)| tab)).await;
+    scene.until_open_streams(1.0).await;
+}
