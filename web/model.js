@@ -14,6 +14,7 @@ import { Thread, lastIndex } from "./thread.js";
  * @typedef {import("./api.js").Conversation} Conversation
  * @typedef {import("./api.js").Message} Message
  * @typedef {import("./api.js").User} User
+ * @typedef {{ held: [string, any][], read: Promise<Conversation | null> }} Coming
  */
 
 /** What the server gives at most. */
@@ -21,6 +22,9 @@ const PAGE = 25;
 const MOST_PAGES = 8;
 /** Opened conversations whose messages are kept for coming back. */
 const THREADS = 10;
+
+/** @param {string} name */
+const isMessage = (name) => name === "message" || name === "message.sent";
 
 export class Model {
   changes = new Changes();
@@ -45,7 +49,7 @@ export class Model {
   #held = null;
   /** @type {Map<string, Conversation>} By conversation: as a page told it, until the stream has told its last message. */
   #pages = new Map();
-  /** @type {Map<string, { held: [string, any][], read: Promise<Conversation | null> }>} Conversations on their way. */
+  /** @type {Map<string, Coming>} Conversations on their way, each with the events that came meanwhile. */
   #coming = new Map();
   #load = 0;
   #more = false;
@@ -76,13 +80,15 @@ export class Model {
     this.changes.tell();
   }
 
-  /** Reads the list; and again, after the stream has lost its place, also the conversation `open` with it. @param {string | null} open */
-  async reload(open = null) {
-    for (const id of [...this.#threads.keys()]) if (id !== open) this.#threads.delete(id);
+  /** Reads the list; and again, after the stream has lost its place, also the conversation on screen. @param {() => string | null} open */
+  async reload(open) {
+    for (const id of [...this.#threads.keys()]) if (id !== open()) this.#threads.delete(id);
     for (const thread of this.#threads.values()) void this.#loadThread(thread);
     const load = (this.#load += 1);
     const wanted = Math.min(this.order.length, PAGE * MOST_PAGES);
-    this.#held ??= [];
+    // What was told before now is in the pages, because they are asked for only now.
+    this.#held = [];
+    this.#coming.clear();
     /** @type {Conversation[]} */
     let list = [];
     let hasMore = true;
@@ -93,20 +99,23 @@ export class Model {
       list = list.concat(page);
     }
     for (const conversation of list) this.#put(conversation);
+    const paged = new Set(list.map((conversation) => conversation.id));
     // Two pages overlap when the list has moved between them.
-    this.order = [...new Set(list.map((conversation) => conversation.id))];
+    this.order = [...paged];
     this.hasMore = hasMore;
     this.listed = true;
     this.waiting = false;
     const held = this.#held ?? [];
     this.#held = null;
-    for (const [name, data] of held) this.#applyToList(name, data);
-    if (load > 1) {
-      // What is known by another way than these pages may have missed events too.
-      for (const id of this.conversations.keys()) {
-        if (!this.order.includes(id) && id !== open) this.conversations.delete(id);
-      }
-      if (open && !this.order.includes(open)) this.#readOnce(open, []).catch(() => {});
+    for (const [name, data] of held) {
+      if (isMessage(name)) this.#toTop(data.conversationId);
+      if (paged.has(data.conversationId)) this.#change(name, data);
+    }
+    // What is known in another way than by these pages may have missed events.
+    for (const id of this.conversations.keys()) {
+      if (paged.has(id) || load === 1) continue;
+      if (id === open() || this.order.includes(id)) this.#readOnce(id).catch(() => {});
+      else this.conversations.delete(id);
     }
     this.changes.tell();
   }
@@ -159,36 +168,41 @@ export class Model {
    * @returns {Promise<Conversation | null>}
    */
   async conversation(id) {
-    return this.conversations.get(id) ?? this.#readOnce(id, []);
+    return this.conversations.get(id) ?? this.#readOnce(id);
   }
 
-  /** @param {string} id @param {[string, any][]} held Events that wait for it. */
-  #readOnce(id, held) {
-    const coming = this.#coming.get(id);
-    if (coming) {
-      coming.held.push(...held);
-      return coming.read;
+  /** @param {string} id @param {[string, any][]} held Events that it may lack. */
+  #readOnce(id, held = []) {
+    let coming = this.#coming.get(id);
+    if (!coming) {
+      coming = { held, read: Promise.resolve(null) };
+      this.#coming.set(id, coming);
+      coming.read = this.#readConversation(id, coming);
     }
-    const read = this.#readConversation(id, held).finally(() => this.#coming.delete(id));
-    this.#coming.set(id, { held, read });
-    return read;
+    return coming.read;
   }
 
-  /** @param {string} id @param {[string, any][]} held @returns {Promise<Conversation | null>} */
-  async #readConversation(id, held) {
+  /** @param {string} id @param {Coming} coming @returns {Promise<Conversation | null>} */
+  async #readConversation(id, coming) {
+    const { held } = coming;
+    const isLate = () => this.#coming.get(id) !== coming;
     const path = `/api/conversations/${encodeURIComponent(id)}`;
     try {
       const { body } = await keepTrying(() => get(path, this.#signal), this.#signal, () => {});
+      // Read before the stream lost its place.
+      if (isLate()) return this.conversation(id);
       this.#put(body);
     } catch (error) {
-      if (error instanceof ApiError && error.status === 404) return null;
-      throw error;
+      if (isLate()) return this.conversation(id);
+      this.#coming.delete(id);
+      if (!(error instanceof ApiError && error.status === 404)) throw error;
+      this.order = this.order.filter((other) => other !== id);
+      return null;
     }
     this.#coming.delete(id);
     const last = this.conversations.get(id)?.lastMessage?.id;
     const known = last ? lastIndex(held, ([, data]) => data.id === last) : -1;
-    if (known >= 0) this.#toTop(id);
-    for (const [name, data] of held.slice(known + 1)) this.#applyToList(name, data);
+    for (const [name, data] of held.slice(known + 1)) this.#change(name, data);
     this.changes.tell();
     return this.conversations.get(id) ?? null;
   }
@@ -228,14 +242,16 @@ export class Model {
 
   /** Takes an event of the stream. @param {string} name @param {any} data */
   apply(name, data) {
-    if (name === "message" || name === "message.sent") {
+    if (isMessage(name)) {
       const { conversationId, ...message } = data;
       this.#threads.get(conversationId)?.append(message);
       if (data.idempotencyKey) this.#outbox.drop(data.idempotencyKey);
       if (name === "message") this.onMessage(data, this.conversations.get(conversationId));
     }
-    if (this.#held) this.#held.push([name, data]);
-    else this.#applyToList(name, data);
+    this.#coming.get(data.conversationId)?.held.push([name, data]);
+    this.#held?.push([name, data]);
+    // A list that is being read again is still shown.
+    this.#applyToList(name, data);
     this.changes.tell();
   }
 
@@ -246,15 +262,23 @@ export class Model {
       return;
     }
     const id = data.conversationId;
-    const conversation = this.conversations.get(id);
-    if (!conversation || this.#coming.has(id)) {
-      // Something that is said of a conversation nobody here knows matters only when it brings it to the top.
-      if (name === "message" || name === "message.sent" || this.#coming.has(id)) {
-        this.#readOnce(id, [[name, data]]).catch(() => {});
-      }
-      return;
-    }
-    if (name === "message" || name === "message.sent") {
+    // At once, even when nothing else is known of it yet: others may come before that is.
+    if (isMessage(name)) this.#toTop(id);
+    if (this.conversations.has(id)) this.#change(name, data);
+    // What else is said of a conversation that nobody here knows will be in what is read when it is opened.
+    else if (isMessage(name)) this.#readOnce(id, [[name, data]]).catch(() => {});
+  }
+
+  /** @param {string} id */
+  #toTop(id) {
+    this.order = [id, ...this.order.filter((other) => other !== id)];
+  }
+
+  /** @param {string} name @param {any} data Of a conversation that is known. */
+  #change(name, data) {
+    const id = data.conversationId;
+    const conversation = /** @type {Conversation} */ (this.conversations.get(id));
+    if (isMessage(name)) {
       const { conversationId, idempotencyKey, ...message } = data;
       const page = this.#pages.get(id);
       if (page && page.lastMessage?.id === message.id) {
@@ -264,17 +288,11 @@ export class Model {
         conversation.unreadCount += 1;
       }
       conversation.lastMessage = message;
-      this.#toTop(id);
     } else if (name === "conversation.read") {
       conversation.lastReadMessageId = data.lastReadMessageId;
       conversation.unreadCount = data.unreadCount;
     } else if (name === "receipt.read") {
       conversation.otherLastReadMessageId = data.lastReadMessageId;
     }
-  }
-
-  /** @param {string} id */
-  #toTop(id) {
-    this.order = [id, ...this.order.filter((other) => other !== id)];
   }
 }

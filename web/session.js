@@ -56,7 +56,7 @@ export class Session {
   }
 
   #reload() {
-    this.model.reload(this.open).catch(() => {});
+    this.model.reload(() => this.open).catch(() => {});
   }
 
   /** Once a day of use, so that who comes every week stays logged in. */
