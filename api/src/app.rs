@@ -123,6 +123,7 @@ pub async fn run(config: Config, listeners: Listeners, stop: CancellationToken) 
     let _ = connection.close().await;
 
     let database = Database::new(config.database.clone(), config.database_pool_size);
+    metrics.pool_most.set(i64::try_from(config.database_pool_size).unwrap_or(i64::MAX));
     let (limiter, counting) = Limiter::new(
         config.redis.clone(),
         config.channels.clone(),

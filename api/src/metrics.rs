@@ -12,7 +12,7 @@ use prometheus_client::{
     },
     registry::{Registry, Unit},
 };
-use shared::limiter;
+use shared::{limiter, process_metrics};
 
 #[derive(Clone)]
 pub struct Metrics {
@@ -21,8 +21,10 @@ pub struct Metrics {
     pub published: Counter,
     pub publish_dropped: Family<Dropped, Counter>,
     pub redis_connected: Gauge,
+    pub publish_queue: Gauge,
     pub pool_in_use: Gauge,
     pub pool_idle: Gauge,
+    pub pool_most: Gauge,
     pub feed_pruned: Counter,
     pub sessions_pruned: Counter,
     pub limits: limiter::Metrics,
@@ -55,18 +57,22 @@ struct SignIn {
 impl Metrics {
     pub fn new() -> (Self, Arc<Registry>) {
         let latency: fn() -> Histogram = || Histogram::new(exponential_buckets(0.0005, 2.0, 15));
-        let mut registry = Registry::with_prefix("api");
+        let mut root = Registry::default();
+        process_metrics::register(&mut root, "api", env!("CARGO_PKG_VERSION"));
+        let registry = root.sub_registry_with_prefix("api");
         let metrics = Self {
             requests: Family::default(),
             latency: Family::new_with_constructor(latency),
             published: Counter::default(),
             publish_dropped: Family::default(),
             redis_connected: Gauge::default(),
+            publish_queue: Gauge::default(),
             pool_in_use: Gauge::default(),
             pool_idle: Gauge::default(),
+            pool_most: Gauge::default(),
             feed_pruned: Counter::default(),
             sessions_pruned: Counter::default(),
-            limits: limiter::Metrics::register(&mut registry),
+            limits: limiter::Metrics::register(registry),
             sign_ins: Family::default(),
         };
         registry.register("http_requests", "Answered requests", metrics.requests.clone());
@@ -81,6 +87,11 @@ impl Metrics {
             "publish_dropped_events",
             "Events that were not published; gateways find them by reconciling",
             metrics.publish_dropped.clone(),
+        );
+        registry.register(
+            "publish_queued_events",
+            "Events that wait for Redis",
+            metrics.publish_queue.clone(),
         );
         registry.register(
             "redis_connected",
@@ -98,6 +109,11 @@ impl Metrics {
             metrics.pool_idle.clone(),
         );
         registry.register(
+            "pool_most_connections",
+            "Connections to Postgres that are allowed (DATABASE_POOL_SIZE)",
+            metrics.pool_most.clone(),
+        );
+        registry.register(
             "feed_pruned_events",
             "Events deleted at the old end of feeds",
             metrics.feed_pruned.clone(),
@@ -112,7 +128,7 @@ impl Metrics {
             "Logins at a provider: begun, signed_in, or why not",
             metrics.sign_ins.clone(),
         );
-        (metrics, Arc::new(registry))
+        (metrics, Arc::new(root))
     }
 
     pub fn sign_in(&self, provider: &'static str, outcome: &'static str) {

@@ -155,6 +155,7 @@ impl Worker {
             if batch.is_empty() && self.next_batch(batch, stop).await == 0 {
                 return Ended::Stopped;
             }
+            self.metrics.publish_queue.set((batch.len() + self.queue.len()) as i64);
             let mut pipeline = redis::Pipeline::with_capacity(batch.len());
             for Notice { channel, payload } in batch.iter() {
                 pipeline.publish(channel, payload).ignore();
@@ -163,6 +164,7 @@ impl Worker {
                 Ok(Ok(())) => {
                     self.metrics.published.inc_by(batch.len() as u64);
                     batch.clear();
+                    self.metrics.publish_queue.set(self.queue.len() as i64);
                     worked = true;
                 }
                 Ok(Err(error)) => {
@@ -212,6 +214,7 @@ impl Worker {
     }
 
     fn dropped(&self, events: usize) {
+        self.metrics.publish_queue.set(self.queue.len() as i64);
         self.metrics.publish_dropped.get_or_create(&Dropped { reason: "disconnected" }).inc_by(events as u64);
     }
 }

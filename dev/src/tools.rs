@@ -1,4 +1,4 @@
-//! The programs that only tests need: a real browser, and nginx in front of the services. Found on the machine, else
+//! The programs that only tests need: a real browser, nginx in front of the services, Prometheus. Found on the machine, else
 //! installed with apt. Who cannot have them can still run everything else: the tests that need them say so.
 
 use std::path::PathBuf;
@@ -13,7 +13,7 @@ struct Tool {
     debian_packages: &'static [&'static str],
 }
 
-const TOOLS: [Tool; 2] = [
+const TOOLS: [Tool; 4] = [
     Tool {
         what: "Chromium",
         variable: "DEV_CHROMIUM",
@@ -22,6 +22,18 @@ const TOOLS: [Tool; 2] = [
         debian_packages: &["chromium", "fonts-noto-color-emoji"],
     },
     Tool { what: "nginx", variable: "DEV_NGINX", names: &["nginx"], debian_packages: &["nginx"] },
+    Tool {
+        what: "Prometheus",
+        variable: "DEV_PROMETHEUS",
+        names: &["prometheus"],
+        debian_packages: &["prometheus"],
+    },
+    Tool {
+        what: "promtool",
+        variable: "DEV_PROMTOOL",
+        names: &["promtool"],
+        debian_packages: &["prometheus"],
+    },
 ];
 
 /// Where tests find them: those that are there now.

@@ -11,4 +11,5 @@ pub mod world;
 pub use browser::Browser;
 pub use nginx::Front;
 pub use service::Service;
+pub use settings::program;
 pub use world::{User, World};

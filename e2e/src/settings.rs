@@ -13,7 +13,7 @@ pub(crate) fn server(name: &str) -> String {
 }
 
 /// A program that the suite starts itself. `cargo dev test` finds or installs it.
-pub(crate) fn program(name: &str, what: &str, debian_package: &str) -> PathBuf {
+pub fn program(name: &str, what: &str, debian_package: &str) -> PathBuf {
     let value = setting(name);
     assert!(
         !value.is_empty(),

@@ -18,6 +18,7 @@ pub mod limiter;
 pub mod ops;
 pub mod origins;
 pub mod problem;
+pub mod process_metrics;
 pub mod server;
 pub mod telemetry;
 #[cfg(feature = "test-support")]

@@ -1,7 +1,5 @@
 //! Every metric of the gateway, named and explained here, counted where things happen.
 
-use std::sync::atomic::AtomicU64;
-
 use prometheus_client::{
     encoding::EncodeLabelSet,
     metrics::{
@@ -12,7 +10,7 @@ use prometheus_client::{
     },
     registry::{Registry, Unit},
 };
-use shared::limiter;
+use shared::{limiter, process_metrics};
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub struct Reason {
@@ -31,6 +29,7 @@ pub struct Question {
 
 pub struct Metrics {
     pub streams: Gauge,
+    pub most_streams: Gauge,
     pub streams_opened: Counter,
     pub streams_refused: Family<Reason, Counter>,
     pub streams_ended: Family<Reason, Counter>,
@@ -40,10 +39,12 @@ pub struct Metrics {
     pub readers_behind: Gauge,
     pub readers_fell_behind: Counter,
     pub backlog_bytes: Gauge,
+    pub most_backlog_bytes: Gauge,
     pub resyncs: Family<Reason, Counter>,
     pub users: Gauge,
     pub questions: Family<Question, Counter>,
     pub questions_failed: Family<Question, Counter>,
+    pub gaps: Counter,
     pub reconcile_found: Counter,
     pub redis_up: Gauge,
     pub redis_suspect: Gauge,
@@ -54,15 +55,16 @@ pub struct Metrics {
     pub subscriptions: Gauge,
     pub keys: Gauge,
     pub limits: limiter::Metrics,
-    pub started: Gauge<f64, AtomicU64>,
 }
 
 impl Metrics {
     pub fn register(registry: &mut Registry) -> Self {
+        process_metrics::register(registry, "stream-gateway", env!("CARGO_PKG_VERSION"));
         let registry = registry.sub_registry_with_prefix("gateway");
         let lag = || Histogram::new(exponential_buckets(0.0005, 2.0, 18));
         let metrics = Self {
             streams: Gauge::default(),
+            most_streams: Gauge::default(),
             streams_opened: Counter::default(),
             streams_refused: Family::default(),
             streams_ended: Family::default(),
@@ -72,10 +74,12 @@ impl Metrics {
             readers_behind: Gauge::default(),
             readers_fell_behind: Counter::default(),
             backlog_bytes: Gauge::default(),
+            most_backlog_bytes: Gauge::default(),
             resyncs: Family::default(),
             users: Gauge::default(),
             questions: Family::default(),
             questions_failed: Family::default(),
+            gaps: Counter::default(),
             reconcile_found: Counter::default(),
             redis_up: Gauge::default(),
             redis_suspect: Gauge::default(),
@@ -86,11 +90,11 @@ impl Metrics {
             subscriptions: Gauge::default(),
             keys: Gauge::default(),
             limits: limiter::Metrics::register(registry),
-            started: Gauge::default(),
         };
         metrics.redis_suspect.set(1); // Until the engine hears otherwise.
         let m = &metrics;
         registry.register("streams", "Streams that are open", m.streams.clone());
+        registry.register("most_streams", "Streams that are allowed (MAX_STREAMS)", m.most_streams.clone());
         registry.register("streams_opened", "Streams that were opened", m.streams_opened.clone());
         registry.register(
             "streams_refused",
@@ -130,6 +134,12 @@ impl Metrics {
             Unit::Bytes,
             m.backlog_bytes.clone(),
         );
+        registry.register_with_unit(
+            "most_backlog",
+            "Of these, as many as are allowed (BACKLOG_BYTES)",
+            Unit::Bytes,
+            m.most_backlog_bytes.clone(),
+        );
         registry.register("resyncs", "Streams told to reload, by reason", m.resyncs.clone());
         registry.register("users", "Users with a stream, or just without one", m.users.clone());
         registry.register("questions", "Users asked about at api, by question", m.questions.clone());
@@ -137,6 +147,11 @@ impl Metrics {
             "questions_failed",
             "Questions that api did not answer, by question",
             m.questions_failed.clone(),
+        );
+        registry.register(
+            "gaps",
+            "Holes and other doubts in a feed's order that had to be asked about",
+            m.gaps.clone(),
         );
         registry.register(
             "reconcile_found",
@@ -167,12 +182,6 @@ impl Metrics {
         );
         registry.register("subscriptions", "Channels confirmed by Redis", m.subscriptions.clone());
         registry.register("keys", "Public keys that tokens are checked with", m.keys.clone());
-        registry.register_with_unit(
-            "started",
-            "When the process started, since 1970",
-            Unit::Seconds,
-            m.started.clone(),
-        );
         metrics
     }
 

@@ -13,6 +13,7 @@ mod foreign;
 mod fuzz;
 mod keys;
 mod limits;
+mod monitoring;
 mod numbering;
 mod opening;
 mod own_events;

@@ -100,6 +100,7 @@ impl Engine {
             match step {
                 Step::Deliver(_, event) => self.deliver(user, event, way),
                 Step::Ask { after: Some(after) } => {
+                    self.metrics.gaps.inc();
                     let asked_at = self.hub.get(user).and_then(|entry| entry.sequencer.place());
                     self.backfill.ask_range(RangeQuestion { user: id, after, asker: Asker::User, asked_at });
                 }

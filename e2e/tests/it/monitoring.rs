@@ -1,0 +1,130 @@
+//! What operators look at, by the programs that they use: promtool on the exposition and the rules, and a real Prometheus that
+//! scrapes both services, evaluates every alert, and answers every question of the dashboard.
+
+use std::{
+    fs,
+    io::Write,
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
+};
+
+use e2e::{Service, World, program};
+use serde_json::Value;
+use shared::test_support::{process::Process, soon, until};
+
+use crate::support::Two;
+
+fn monitoring(file: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../monitoring").join(file)
+}
+
+fn promtool(arguments: &[&str], input: &str) {
+    let mut command = Command::new(program("DEV_PROMTOOL", "promtool", "prometheus"));
+    command.current_dir(monitoring("")).args(arguments);
+    let mut child =
+        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    child.stdin.take().unwrap().write_all(input.as_bytes()).unwrap();
+    let output = child.wait_with_output().unwrap();
+    let said = String::from_utf8_lossy(&output.stdout) + String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "promtool {arguments:?}: {said}");
+}
+
+#[test]
+fn the_alert_rules_are_rules_and_fire_when_they_should() {
+    promtool(&["check", "rules", "alerts.yml"], "");
+    promtool(&["test", "rules", "alerts.test.yml"], "");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_real_prometheus_understands_all_that_the_services_tell() {
+    let world = World::new().await;
+    let (api, gateway) = world.pair().await;
+    let two = Two::meet(&world, &api).await;
+    let mut stream = gateway.stream(&two.jane).stream().await;
+    stream.named("ready").await;
+    world.say(&api, &two.john, two.conversation).await;
+    soon("the message arrives", stream.event()).await.unwrap();
+    for service in [&api, &gateway] {
+        let metrics = world.client.get(format!("http://{}/metrics", service.ops()));
+        promtool(&["check", "metrics"], &metrics.expect(200).await.text());
+    }
+
+    let prometheus = Prometheus::start(&api, &gateway);
+    until("one delivery is known there", async || {
+        let delivered = prometheus.ask(&world, r#"gateway_events_delivered_total{path="redis"}"#).await;
+        delivered.is_some_and(|values| values == ["1"])
+    })
+    .await;
+    let up = prometheus.ask(&world, "sum(up)").await;
+    assert_eq!(up.as_deref(), Some(["2".to_owned()].as_slice()));
+    let lag = "sum(gateway_delivery_lag_seconds_count)";
+    assert_eq!(prometheus.ask(&world, lag).await.as_deref(), Some(["1".to_owned()].as_slice()));
+
+    until("each rule was evaluated", async || {
+        let answer = world.client.get(prometheus.url("/api/v1/rules")).expect(200).await.json();
+        let groups = answer["data"]["groups"].as_array().unwrap();
+        let rules: Vec<_> = groups.iter().flat_map(|group| group["rules"].as_array().unwrap()).collect();
+        assert!(rules.iter().all(|rule| rule["health"] != "err"), "{rules:?}");
+        assert!(rules.iter().all(|rule| rule["state"] != "firing"), "{rules:?}");
+        rules.len() > 20 && rules.iter().all(|rule| rule["health"] == "ok")
+    })
+    .await;
+
+    let dashboard: Value =
+        serde_json::from_str(&fs::read_to_string(monitoring("dashboard.json")).unwrap()).unwrap();
+    let panels = dashboard["panels"].as_array().unwrap();
+    let targets = panels.iter().flat_map(|panel| panel["targets"].as_array().into_iter().flatten());
+    let mut asked = 0;
+    for target in targets {
+        let question = target["expr"].as_str().unwrap().replace("$__rate_interval", "1m");
+        assert!(prometheus.ask(&world, &question).await.is_some(), "{question}");
+        asked += 1;
+    }
+    assert!(asked > 30, "{asked}");
+    drop(stream);
+}
+
+struct Prometheus {
+    address: String,
+    _process: Process,
+    _folder: tempfile::TempDir,
+}
+
+impl Prometheus {
+    fn start(api: &Service, gateway: &Service) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let job = |name: &str, service: &Service| {
+            format!("  - job_name: {name}\n    static_configs: [{{targets: ['{}']}}]\n", service.ops())
+        };
+        let config = format!(
+            "global: {{scrape_interval: 1s, evaluation_interval: 1s}}\nrule_files: ['{}']\nscrape_configs:\n{}{}",
+            monitoring("alerts.yml").display(),
+            job("api", api),
+            job("stream-gateway", gateway)
+        );
+        fs::write(folder.path().join("prometheus.yml"), config).unwrap();
+        let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+        let address = format!("127.0.0.1:{port}");
+        let mut command = Command::new(program("DEV_PROMETHEUS", "Prometheus", "prometheus"));
+        command
+            .current_dir(folder.path())
+            .args(["--config.file=prometheus.yml", "--storage.tsdb.path=data", "--log.level=error"])
+            .arg(format!("--web.listen-address={address}"))
+            .stdin(Stdio::null());
+        let process = Process::start(&mut command).unwrap();
+        Self { address, _process: process, _folder: folder }
+    }
+
+    fn url(&self, path: &str) -> String {
+        format!("http://{}{path}", self.address)
+    }
+
+    /// The values now, as text. `None`: it is not up yet, or does not understand.
+    async fn ask(&self, world: &World, question: &str) -> Option<Vec<String>> {
+        let query: String = question.bytes().map(|byte| format!("%{byte:02x}")).collect();
+        let call = world.client.get(self.url(&format!("/api/v1/query?query={query}")));
+        let answer = call.send().await.ok().filter(|answer| answer.status == 200)?.json();
+        let values = answer["data"]["result"].as_array()?;
+        Some(values.iter().map(|value| value["value"][1].as_str().unwrap_or_default().to_owned()).collect())
+    }
+}
