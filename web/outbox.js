@@ -25,6 +25,8 @@ export class Outbox {
   changes = new Changes();
   /** @type {Map<string, Entry>} */
   #entries = new Map();
+  /** @type {Set<string>} Keys that are done with. What other tabs write comes in any order, and must not bring them back. */
+  #done = new Set();
   /** @type {Set<string>} Conversations that are being worked on. */
   #busy = new Set();
   #user;
@@ -43,11 +45,14 @@ export class Outbox {
       if (!entry || entry.state === "sent") drawer.set(name, null);
       else this.#entries.set(entry.key, entry);
     }
-    drawer.listen((name, value) => {
+    drawer.listen((name) => {
       if (!name.startsWith(PREFIX)) return;
-      const entry = parse(value);
-      if (entry) this.#entries.set(entry.key, entry);
-      else this.#entries.delete(name.slice(PREFIX.length));
+      const key = name.slice(PREFIX.length);
+      // As it is now, which may be later than what this is about.
+      const entry = parse(drawer.get(name));
+      if (entry && this.#done.has(key)) drawer.set(name, null);
+      else if (entry) this.#entries.set(key, entry);
+      else this.#entries.delete(key);
       this.changes.tell();
     }, signal);
     const timer = setInterval(() => this.#go(), ABANDONED_MS / 3);
@@ -89,13 +94,14 @@ export class Outbox {
 
   /** The stream has told it, a page holds it, or the user does not want it any more. @param {string} key */
   drop(key) {
-    if (!this.#entries.delete(key)) return;
+    this.#done.add(key);
     this.#drawer.set(PREFIX + key, null);
-    this.changes.tell();
+    if (this.#entries.delete(key)) this.changes.tell();
   }
 
   /** @param {Entry} entry */
   #keep(entry) {
+    if (this.#done.has(entry.key)) return;
     this.#entries.set(entry.key, entry);
     this.#drawer.set(PREFIX + entry.key, JSON.stringify(entry));
     this.changes.tell();
