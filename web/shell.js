@@ -125,7 +125,7 @@ export function makeShell(session, { go, leave }) {
       event.preventDefault();
       const composer = main.querySelector("textarea");
       (composer ?? main).focus();
-    } }, "Skip to the conversation"),
+    } }, "Skip to the page"),
     connection, aside, main, announcer);
 
   const loadMore = new IntersectionObserver(([entry]) => {
@@ -213,7 +213,7 @@ export function makeShell(session, { go, leave }) {
 
 /** @param {string} state @param {string} reason @param {boolean} wasAway */
 function words(state, reason, wasAway) {
-  if (navigator.onLine === false) return "You are offline. Messages are sent when you are back.";
+  if (navigator.onLine === false) return "You are offline. Messages will wait.";
   if (state === "signed-out") return "Logged out";
   if (reason === "busy") return "The server is busy. Trying again…";
   if (reason === "replaced") return "Too many windows are open. Trying again…";

@@ -82,6 +82,14 @@ export function conversationPage({ session, signal, setTitle, fail }, id) {
     else if (was?.row.isConnected) list.scrollTop = was.row.offsetTop - was.offset;
     size = { inner: list.scrollHeight, outer: list.clientHeight };
     at = place();
+    showDay();
+  }
+
+  /** Days stick to the top while one is in them. Of those that stick, the last one is seen. */
+  function showDay() {
+    /** @type {NodeListOf<HTMLElement>} */
+    const days = list.querySelectorAll(".day");
+    days.forEach((row, index) => row.classList.toggle("past", (days[index + 1]?.offsetTop ?? Infinity) - row.offsetTop < NEAR));
   }
 
   /** The place before the size changed. */
@@ -91,6 +99,7 @@ export function conversationPage({ session, signal, setTitle, fail }, id) {
     stick = atEnd();
     at = place();
     attend();
+    showDay();
     showJump();
     readOlder();
   }, { passive: true });
