@@ -55,7 +55,7 @@ pub(crate) async fn run(places: &Places, given: &Given, options: &Options) -> Re
     if let Ok(Some(address)) = &outcome {
         terminal::step("Ready", format_args!("in {:.1} s at {address}", began.elapsed().as_secs_f64()));
         terminal::answer(format_args!(
-            "\n{address}\n\nSee a message arrive: paste this into another terminal.\n\n{}\nCtrl-C stops everything. Postgres and Redis log to .dev/up/*.log.\n",
+            "\n{address}\n\nTalk: open it, log in as john, and as jane in a private window. Or paste this into another terminal and see a message arrive.\n\n{}\nCtrl-C stops everything. Postgres and Redis log to .dev/up/*.log.\n",
             demo(address)
         ));
         running.watch(&mut stop).await;
