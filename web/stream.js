@@ -126,7 +126,7 @@ export class MessengerStream extends EventTarget {
   /** @param {Options} [options] */
   constructor(options = {}) {
     super();
-    const url = new URL(options.url ?? "/api/messages", location.href);
+    const url = new URL(options.url ?? "/api/messages", document.baseURI);
     this.#options = { ...options, url };
     this.#shared = options.shared !== false && "locks" in navigator && "BroadcastChannel" in globalThis;
     // Pages of before and after a deploy may listen to different events; then they do not share.
@@ -303,7 +303,10 @@ export class MessengerStream extends EventTarget {
       for (const entry of answer.events ?? []) this.#take(entry);
     }
     if (!this.#run || cursor === null) return;
-    if (this.cursor === null && this.#state === "live") this.#history.restart(cursor);
+    if (this.cursor === null) {
+      if (this.#state !== "live") return;
+      this.#history.restart(cursor);
+    }
     if (this.#history.after(cursor)) this.#agree();
     else if (mine && !answer.events && answer.after === this.cursor) this.#differ();
     else this.#ask();
@@ -555,7 +558,7 @@ class Connection {
       const headers = { Accept: "text/event-stream" };
       const credentials = withCredentials ? "include" : "same-origin";
       const answer = await fetch(url, { headers, credentials, cache: "no-store", signal });
-      answer.body?.cancel();
+      await answer.body?.cancel();
       if (!answer.ok && answer.status !== 401) throw new Error(`${answer.status}`);
       this.#credential = answer.ok ? "good" : "ended";
     }

@@ -359,6 +359,33 @@ async fn tabs_without_a_cursor_begin_at_the_same_place() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn tabs_that_wait_for_their_leader_wait_quietly() {
+    let count = "{
+        const Channel = BroadcastChannel;
+        window.said = 0;
+        window.BroadcastChannel = class extends Channel {
+            postMessage(note) { said++; super.postMessage(note); }
+        };
+    }";
+    let mut scene = Scene::begin(&[], &[count]).await;
+    let leader = scene.live_tab().await;
+    scene.site.gateways.iter_mut().for_each(Service::freeze);
+    leader.run("dispatchEvent(new Event('online'))").await;
+    leader.until("connecting").await;
+    let before = scene.tab().await;
+    let without_cursor = Tab::open(&scene.context, scene.two.jane.id, 0, "{}").await;
+    scene.say(3).await;
+    let after = scene.tab().await;
+    let passes = "new Promise((resolve) => setTimeout(resolve, 1_000)).then(() => said)";
+    let said = [&leader, &before, &without_cursor, &after].map(|tab| tab.page.evaluate(passes));
+    for said in join_all(said).await {
+        assert!(said.as_u64().is_some_and(|said| said < 20), "{said}");
+    }
+    scene.site.gateways.iter_mut().for_each(Service::thaw);
+    scene.assert_exact([&leader, &before, &after]).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_lost_place_is_told_once_to_each_tab_that_had_it_and_the_stream_goes_on() {
     let scene = Scene::begin(&[], &[]).await;
     scene.say(3).await;
