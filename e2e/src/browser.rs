@@ -437,26 +437,50 @@ impl Page {
         self.call(chain).await
     }
 
-    /// As a laptop that sleeps, or a tab that was set aside: nothing runs any more.
+    /// As a tab behind another one. The page is told.
+    pub async fn hide(&self) {
+        self.believe_to_be_looked_at(false).await;
+        self.window("minimized").await;
+    }
+
+    pub async fn show(&self) {
+        self.window("normal").await;
+        self.believe_to_be_looked_at(true).await;
+    }
+
+    /// As a tab that the browser has put to sleep, for which it must be hidden: the page is told, and then nothing of it
+    /// runs any more.
     pub async fn freeze(&self) {
-        self.look_away(true).await;
+        self.hide().await;
         self.cdp("Page.setWebLifecycleState", json!({ "state": "frozen" })).await;
+        self.wait_for("it is hidden", "document.visibilityState === 'hidden'").await;
     }
 
     pub async fn thaw(&self) {
         self.cdp("Page.setWebLifecycleState", json!({ "state": "active" })).await;
-        self.look_away(false).await;
+        self.show().await;
+        self.wait_for("it is seen", "document.visibilityState === 'visible'").await;
     }
 
-    /// Playwright has every tab believe that it is looked at. Only its own session of the DevTools protocol can take that
-    /// back; and a tab that is looked at is never frozen.
-    async fn look_away(&self, away: bool) {
+    /// Playwright lets every page believe so, and has no public way to say otherwise.
+    async fn believe_to_be_looked_at(&self, yes: bool) {
         let page = json!({ "$": self.number });
-        let session = [json!(["delegate"]), json!(["_mainFrameSession"]), json!(["_client"])];
-        let command = json!(["send", "Emulation.setFocusEmulationEnabled", { "enabled": !away }]);
-        let chain =
-            [json!(["_connection"]), json!(["toImpl", page])].into_iter().chain(session).chain([command]);
-        self.call(chain.collect()).await;
+        let send = json!(["send", "Emulation.setFocusEmulationEnabled", { "enabled": yes }]);
+        let chain = json!([
+            ["_connection"],
+            ["toImpl", page],
+            ["delegate"],
+            ["_mainFrameSession"],
+            ["_client"],
+            send
+        ]);
+        self.call(chain).await;
+    }
+
+    async fn window(&self, state: &str) {
+        let window = self.cdp("Browser.getWindowForTarget", json!({})).await["windowId"].clone();
+        let bounds = json!({ "windowId": window, "bounds": { "windowState": state } });
+        self.cdp("Browser.setWindowBounds", bounds).await;
     }
 
     /// What the accessibility engine finds that is serious or worse: the rule, and where it is broken.

@@ -18,6 +18,7 @@ pub struct Front {
     /// Holds the port.
     listener: TcpListener,
     tls: bool,
+    origin: String,
 }
 
 impl Front {
@@ -31,7 +32,15 @@ impl Front {
     }
 
     fn new(tls: bool) -> Self {
-        Self { listener: TcpListener::bind("127.0.0.1:0").expect("a free port"), tls }
+        let listener = TcpListener::bind("127.0.0.1:0").expect("a free port");
+        let port = listener.local_addr().expect("a bound socket has an address").port();
+        let scheme = if tls { "https" } else { "http" };
+        Self { listener, tls, origin: format!("{scheme}://localhost:{port}") }
+    }
+
+    /// Browsers come by another address: there is something on the way.
+    pub fn known_as(self, origin: &str) -> Self {
+        Self { origin: origin.to_owned(), ..self }
     }
 
     pub fn address(&self) -> SocketAddr {
@@ -39,8 +48,7 @@ impl Front {
     }
 
     pub fn origin(&self) -> String {
-        let scheme = if self.tls { "https" } else { "http" };
-        format!("{scheme}://localhost:{}", self.address().port())
+        self.origin.clone()
     }
 
     /// Streams go to the gateways, everything else to the apis.

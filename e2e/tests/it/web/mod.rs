@@ -1,6 +1,16 @@
 //! What people see: the web client in a real Chromium, through a real nginx, over the real services.
 
+mod away;
+mod deploys;
+mod endings;
 mod front;
+mod keyboard;
+mod looks;
+mod messenger;
 mod original;
+mod poison;
+mod sending;
 mod site;
 mod stream;
+mod tabs;
+mod talk;

@@ -1,0 +1,103 @@
+//! Whoever is not logged in any more sees the page to log in, on every tab, and nothing of what was there.
+
+use e2e::{Browser, Front, User};
+use futures_util::future::join_all;
+use serde_json::json;
+use shared::{claims::Claims, test_support::until};
+
+use super::{
+    messenger::{Messenger, assert_all_show},
+    site::site,
+};
+use crate::support::Two;
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_login_goes_on_while_it_is_used() {
+    let browser = Browser::launch().await;
+    let site = site(Front::plain(), &[]).await;
+    let (world, two) = (&site.world, Two::meet(&site.world, site.api()).await);
+    let context = browser.context("jane", &site.origin).await;
+    context.sign_in(&two.jane).await;
+    let jane = Messenger::at(&context, two.conversation).await;
+    // From here on with a token that ends in a moment, of a session that does not.
+    let now: i64 =
+        sqlx::query_scalar("SELECT extract(epoch FROM now())::bigint").fetch_one(&world.sql).await.unwrap();
+    let token = world.sign(&Claims { exp: now + 8, ..world.claims(&two.jane) });
+    context.sign_in(&User { cookie: format!("session={token}"), token, ..two.jane.clone() }).await;
+    jane.reload().await;
+    until("the stream has ended with its token", || async {
+        let ended = site
+            .gateways
+            .iter()
+            .map(|gateway| gateway.metric_where("gateway_streams_ended_total", "expired"));
+        join_all(ended).await.iter().sum::<f64>() >= 1.0
+    })
+    .await;
+    assert_all_show(world, two.conversation, &[(&two.jane, &jane)]).await;
+    assert_eq!(jane.role("button", "Log in").count().await, 0);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_page_that_slept_longer_than_its_session_lasts_asks_who_one_is() {
+    let browser = Browser::launch().await;
+    let site = site(Front::plain(), &[]).await;
+    let two = Two::meet(&site.world, site.api()).await;
+    let context = browser.context("jane", &site.origin).await;
+    context.expect("status of 401");
+    context.sign_in(&two.jane).await;
+    let jane = Messenger::at(&context, two.conversation).await;
+    jane.freeze().await;
+    let ended =
+        sqlx::query("UPDATE sessions SET expires_at = now() - interval '1 second' WHERE user_id = $1");
+    ended.bind(two.jane.id.0).execute(&site.world.sql).await.unwrap();
+    // Weeks later: the browser has thrown its cookie away.
+    context.call(json!([["clearCookies"]])).await;
+    jane.thaw().await;
+    jane.asks_who_you_are().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_session_that_is_ended_from_another_device_is_over_on_all_its_tabs() {
+    let browser = Browser::launch().await;
+    let site = site(Front::plain(), &[]).await;
+    let two = Two::meet(&site.world, site.api()).await;
+    let (laptop, phone) =
+        (browser.context("laptop", &site.origin).await, browser.context("phone", &site.origin).await);
+    phone.expect("status of 401");
+    laptop.sign_in(&two.jane).await;
+    let phones = site.world.login(site.api(), "jane").await;
+    phone.sign_in(&phones).await;
+    let tabs = [
+        Messenger::at(&phone, two.conversation).await,
+        Messenger::open(&phone, "/").await,
+        Messenger::open(&phone, "/sessions").await,
+    ];
+
+    let sessions = Messenger::open(&laptop, "/sessions").await;
+    let session = site.world.claims(&phones).sid.unwrap();
+    let row = sessions.css(&format!("li[data-session-id='{}']", session.0));
+    row.clone().css("button").click().await;
+    join_all(tabs.iter().map(Messenger::asks_who_you_are)).await;
+    row.disappears().await;
+    sessions.live().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_logs_out_in_one_tab_is_logged_out_in_all_and_only_there() {
+    let browser = Browser::launch().await;
+    let site = site(Front::plain(), &[]).await;
+    let two = Two::meet(&site.world, site.api()).await;
+    let (laptop, phone) =
+        (browser.context("laptop", &site.origin).await, browser.context("phone", &site.origin).await);
+    laptop.expect("status of 401");
+    laptop.sign_in(&two.jane).await;
+    phone.sign_in(&site.world.login(site.api(), "jane").await).await;
+    let elsewhere = Messenger::at(&phone, two.conversation).await;
+    let tabs = [Messenger::at(&laptop, two.conversation).await, Messenger::open(&laptop, "/").await];
+    tabs[1].role("button", "Log out").click().await;
+    join_all(tabs.iter().map(Messenger::asks_who_you_are)).await;
+    // The browser's own button does not bring it back.
+    tabs[0].reload().await;
+    tabs[0].asks_who_you_are().await;
+    assert_all_show(&site.world, two.conversation, &[(&two.jane, &elsewhere)]).await;
+}

@@ -1,0 +1,262 @@
+//! The messenger as people use it, by what they and their screen readers find on its pages; and the comparison of what is on
+//! screen with what the database has.
+
+use std::{
+    ops::Deref,
+    sync::atomic::{AtomicBool, AtomicU64, Ordering},
+    time::{Duration, Instant},
+};
+
+use e2e::{
+    User, World,
+    browser::{Context, Locator, Page},
+};
+use futures_util::future::join_all;
+use serde_json::{Value, json};
+use shared::{
+    ids::ConversationId,
+    test_support::{PATIENCE, soon, until},
+};
+use sqlx::PgPool;
+
+/// One page of the messenger.
+pub(crate) struct Messenger(Page);
+
+impl Deref for Messenger {
+    type Target = Page;
+
+    fn deref(&self) -> &Page {
+        &self.0
+    }
+}
+
+/// What is on screen of one message.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Row {
+    /// None until the server has answered.
+    pub(crate) id: Option<String>,
+    pub(crate) mine: bool,
+    pub(crate) text: String,
+    pub(crate) pending: bool,
+    pub(crate) failed: bool,
+}
+
+const ROWS: &str = "Array.from(document.querySelectorAll('ol[role=log] li.message'), (li) => ({
+    id: li.dataset.id ?? null,
+    mine: li.dataset.mine === 'true',
+    text: li.querySelector('.content').textContent,
+    pending: li.hasAttribute('data-pending'),
+    failed: li.hasAttribute('data-failed'),
+}))";
+
+/// Notes which texts were on screen twice at any moment. Tests write each text once.
+const WATCH: &str = "(() => {
+    window.twice = [];
+    new MutationObserver(() => {
+        const texts = Array.from(document.querySelectorAll('ol[role=log] li.message .content'), (text) => text.textContent);
+        twice.push(...texts.filter((text, at) => texts.indexOf(text) !== at && !twice.includes(text)));
+    }).observe(document.body, { subtree: true, childList: true, characterData: true });
+})()";
+
+impl Messenger {
+    /// On a page that was opened, whatever it shows.
+    pub(crate) async fn new(page: Page) -> Self {
+        page.evaluate(WATCH).await;
+        Self(page)
+    }
+
+    /// A new tab at this path, with its stream live.
+    pub(crate) async fn open(context: &Context, path: &str) -> Self {
+        let messenger = Self::new(context.open(path).await).await;
+        messenger.live().await;
+        messenger
+    }
+
+    /// A new tab at this conversation, with its messages there.
+    pub(crate) async fn at(context: &Context, conversation: ConversationId) -> Self {
+        let messenger = Self::open(context, &path_of(conversation)).await;
+        let there = "document.querySelector('ol[role=log]:not([aria-busy])')";
+        messenger.wait_for("the messages are there", there).await;
+        messenger
+    }
+
+    pub(crate) async fn close(self) {
+        self.0.close().await;
+    }
+
+    /// Until the page says so.
+    pub(crate) async fn live(&self) {
+        self.is("live").await;
+    }
+
+    pub(crate) async fn is(&self, state: &str) {
+        let expression = format!("document.querySelector('#connection')?.dataset.state === '{state}'");
+        self.wait_for(&format!("the page says {state}"), &expression).await;
+    }
+
+    /// What it speaks with the server, by a request that no cache answers.
+    pub(crate) async fn protocol(&self) -> Value {
+        let requests = "performance.getEntriesByType('resource')";
+        self.evaluate(&format!("{requests}.findLast(({{ name }}) => name.includes('/api/')).nextHopProtocol"))
+            .await
+    }
+
+    /// Writes and sends.
+    pub(crate) async fn say(&self, text: &str) {
+        let field = self.field();
+        field.fill(text).await;
+        field.press("Enter").await;
+    }
+
+    /// Says something each time until told to stop, and counts.
+    pub(crate) async fn go_on_saying(&self, world: &World, talk: &Talk) {
+        while !talk.over.load(Ordering::Relaxed) {
+            self.say(&world.text()).await;
+            talk.said.fetch_add(1, Ordering::Relaxed);
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    }
+
+    pub(crate) fn field(&self) -> Locator<'_> {
+        self.role("textbox", "Message")
+    }
+
+    pub(crate) fn messages(&self) -> Locator<'_> {
+        self.css("ol[role=log] li.message")
+    }
+
+    /// The line of the list of conversations.
+    pub(crate) fn line(&self, conversation: ConversationId) -> Locator<'_> {
+        self.css(&format!("nav[aria-label=Conversations] li[data-conversation-id='{conversation}']"))
+    }
+
+    pub(crate) async fn rows(&self) -> Vec<Row> {
+        let rows = self.evaluate(ROWS).await;
+        let row = |row: &Value| Row {
+            id: row["id"].as_str().map(str::to_owned),
+            mine: row["mine"] == true,
+            text: row["text"].as_str().unwrap().to_owned(),
+            pending: row["pending"] == true,
+            failed: row["failed"] == true,
+        };
+        rows.as_array().unwrap().iter().map(row).collect()
+    }
+
+    /// Until the newest message is this one.
+    pub(crate) async fn shows_last(&self, text: &str) {
+        let last = "document.querySelector('ol[role=log] li.message:last-child .content')?.textContent";
+        self.wait_for(&format!("{text} is on screen"), &format!("{last} === {}", Value::from(text))).await;
+    }
+
+    /// The access page, and nothing of anybody's.
+    pub(crate) async fn asks_who_you_are(&self) {
+        self.role("button", "Log in").appears().await;
+        assert_eq!(self.messages().count().await, 0);
+        assert_eq!(self.css("nav").count().await, 0);
+    }
+}
+
+/// Two who type while something happens.
+#[derive(Default)]
+pub(crate) struct Talk {
+    over: AtomicBool,
+    said: AtomicU64,
+}
+
+impl Talk {
+    /// Lets them say so much more.
+    pub(crate) async fn more(&self, messages: u64) {
+        let wanted = self.said.load(Ordering::Relaxed) + messages;
+        let said = async || {
+            while self.said.load(Ordering::Relaxed) < wanted {
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+        };
+        soon("they go on talking", said()).await;
+    }
+
+    pub(crate) fn end(&self) {
+        self.over.store(true, Ordering::Relaxed);
+    }
+}
+
+pub(crate) fn path_of(conversation: ConversationId) -> String {
+    format!("/conversations/{conversation}")
+}
+
+async fn rows_in_sql(sql: &PgPool, user: &User, conversation: ConversationId) -> Vec<Row> {
+    let query = "SELECT id, sender_id, content FROM messages WHERE conversation_id = $1 ORDER BY id";
+    let rows: Vec<(i64, i64, String)> =
+        sqlx::query_as(query).bind(conversation.0).fetch_all(sql).await.unwrap();
+    let row = |(id, sender, text): (i64, i64, String)| Row {
+        id: Some(id.to_string()),
+        mine: sender == user.id.0,
+        text,
+        pending: false,
+        failed: false,
+    };
+    rows.into_iter().map(row).collect()
+}
+
+/// Each page comes to show all messages of the conversation, once, in order, and nothing that waits.
+async fn assert_show(sql: &PgPool, conversation: ConversationId, watching: &[(&User, &Messenger)]) {
+    for (user, page) in watching {
+        page.live().await;
+        let wanted = rows_in_sql(sql, user, conversation).await;
+        let deadline = Instant::now() + PATIENCE;
+        let mut shown = page.rows().await;
+        // Nothing tells that a page has all that it will ever have, so a wrong one is waited for in vain.
+        while shown != wanted && Instant::now() < deadline {
+            tokio::time::sleep(Duration::from_millis(30)).await;
+            shown = page.rows().await;
+        }
+        if shown != wanted {
+            let at = wanted.iter().zip(&shown).take_while(|(wanted, shown)| wanted == shown).count();
+            panic!(
+                "{}: {} messages on screen, {} in the database; they part at {at}\n wanted {:#?}\n shown {:#?}",
+                user.name,
+                shown.len(),
+                wanted.len(),
+                &wanted[at..wanted.len().min(at + 3)],
+                &shown[at..shown.len().min(at + 3)],
+            );
+        }
+        assert_eq!(
+            page.evaluate("window.twice ?? []").await,
+            json!([]),
+            "{}: on screen twice, for a moment",
+            user.name
+        );
+    }
+}
+
+/// The same; then each says one thing more, and still: so nothing that came before can come again later unnoticed.
+pub(crate) async fn assert_all_show(
+    world: &World,
+    conversation: ConversationId,
+    watching: &[(&User, &Messenger)],
+) {
+    assert_show(&world.sql, conversation, watching).await;
+    join_all(watching.iter().map(|(_, page)| async { page.say(&world.text()).await })).await;
+    assert_sql_has(&world.sql, conversation, watching).await;
+    assert_show(&world.sql, conversation, watching).await;
+}
+
+/// Until all that was said arrived there: nothing waits on any page.
+async fn assert_sql_has(sql: &PgPool, conversation: ConversationId, watching: &[(&User, &Messenger)]) {
+    for (user, page) in watching {
+        until(&format!("all that {} said is sent", user.name), || async {
+            let mine: Vec<_> = page.rows().await.into_iter().filter(|row| row.mine).collect();
+            let sent: i64 = sqlx::query_scalar(
+                "SELECT count(*) FROM messages WHERE conversation_id = $1 AND sender_id = $2",
+            )
+            .bind(conversation.0)
+            .bind(user.id.0)
+            .fetch_one(sql)
+            .await
+            .unwrap();
+            mine.iter().all(|row| !row.pending) && i64::try_from(mine.len()).unwrap() == sent
+        })
+        .await;
+    }
+}

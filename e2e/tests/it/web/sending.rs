@@ -1,0 +1,107 @@
+//! What one has written is not lost, and not sent twice.
+
+use e2e::{Browser, Front, browser::Page};
+use serde_json::json;
+
+use super::{
+    messenger::{Messenger, assert_all_show},
+    site::{Site, site},
+};
+use crate::support::Two;
+
+const SEND: &str = "**/api/conversations/*/messages";
+
+/// What becomes of requests to send, until `let_through`.
+async fn intercept(page: &Page, what: &str) {
+    let only_sends =
+        format!("(route) => route.request().method() === 'POST' ? ({what})(route) : route.continue()");
+    page.call(json!([["route", SEND, { "js": only_sends }]])).await;
+}
+
+async fn let_through(page: &Page) {
+    page.call(json!([["unroute", SEND]])).await;
+}
+
+async fn sent(site: &Site, text: &str) -> i64 {
+    let count = sqlx::query_scalar("SELECT count(*) FROM messages WHERE content = $1").bind(text);
+    count.fetch_one(&site.world.sql).await.unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_could_not_be_sent_is_kept_and_sent_once_when_one_tries_again() {
+    let browser = Browser::launch().await;
+    let site = site(Front::plain(), &[]).await;
+    let (world, two) = (&site.world, Two::meet(&site.world, site.api()).await);
+    let context = browser.context("john", &site.origin).await;
+    context.sign_in(&two.john).await;
+    context.expect("Failed to load resource");
+    let john = Messenger::at(&context, two.conversation).await;
+    let problem = "Somebody on the way refuses";
+    let body = json!({ "status": 403, "code": "refused", "message": problem }).to_string();
+    let refusal = json!({ "status": 403, "contentType": "application/problem+json", "body": body });
+    intercept(&john, &format!("(route) => route.fulfill({refusal})")).await;
+    let (again, never) = (world.text(), world.text());
+    for text in [&again, &never] {
+        john.say(text).await;
+        let failed = john.css("li.message[data-failed]").with_text(text);
+        failed.clone().with_text(problem).appears().await;
+    }
+
+    // Not even a new page forgets them, or thinks that they were sent.
+    john.reload().await;
+    john.css("li.message[data-failed]").with_text(&again).appears().await;
+    john.css("li.message[data-failed]").with_text(&never).role("button", "Discard").click().await;
+    let_through(&john).await;
+    john.css("li.message[data-failed]").with_text(&again).role("button", "Try again").click().await;
+    john.messages().with_text(&again).role("img", "Sent").appears().await;
+    assert_eq!((sent(&site, &again).await, sent(&site, &never).await), (1, 0));
+    let john = Messenger::at(&context, two.conversation).await;
+    assert_all_show(world, two.conversation, &[(&two.john, &john)]).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_answer_that_is_lost_makes_no_second_message() {
+    let browser = Browser::launch().await;
+    let site = site(Front::plain(), &[]).await;
+    let (world, two) = (&site.world, Two::meet(&site.world, site.api()).await);
+    let context = browser.context("john", &site.origin).await;
+    context.sign_in(&two.john).await;
+    context.expect("Failed to load resource");
+    let john = Messenger::at(&context, two.conversation).await;
+    intercept(&john, "(route) => route.fetch().then(() => route.abort())").await;
+    let text = world.text();
+    john.say(&text).await;
+    // The stream tells what the answer could not.
+    john.messages().with_text(&text).role("img", "Sent").appears().await;
+    let_through(&john).await;
+    assert_all_show(world, two.conversation, &[(&two.john, &john)]).await;
+    assert_eq!(sent(&site, &text).await, 1);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_draft_survives_a_reload_and_goes_with_its_conversation() {
+    let browser = Browser::launch().await;
+    let site = site(Front::plain(), &[]).await;
+    let (world, two) = (&site.world, Two::meet(&site.world, site.api()).await);
+    let kate = world.user(site.api(), "kate").await;
+    let other = world.conversation(site.api(), &two.john, &kate).await;
+    world.say(site.api(), &kate, other).await;
+    let context = browser.context("john", &site.origin).await;
+    context.sign_in(&two.john).await;
+    let john = Messenger::at(&context, two.conversation).await;
+    let draft = world.text();
+    john.field().fill(&draft).await;
+    john.reload().await;
+    assert_eq!(john.field().value().await, draft);
+    john.line(other).css("a").click().await;
+    john.role("heading", "kate").appears().await;
+    assert_eq!(john.field().value().await, "");
+    john.back().await;
+    john.role("heading", "jane").appears().await;
+    assert_eq!(john.field().value().await, draft);
+    john.field().press("Enter").await;
+    john.shows_last(&draft).await;
+    john.reload().await;
+    john.shows_last(&draft).await;
+    assert_eq!(john.field().value().await, "");
+}
