@@ -45,14 +45,15 @@ export class Model {
   #signal;
   /** @type {Map<string, Thread>} The one opened last is the last. */
   #threads = new Map();
-  /** @type {[string, any][] | null} */
+  /** @type {[string, any][] | null} What the stream told while the list was on its way. */
   #held = null;
   /** @type {Map<string, Conversation>} By conversation: as a page told it, until the stream has told its last message. */
   #pages = new Map();
   /** @type {Map<string, Coming>} Conversations on their way, each with the events that came meanwhile. */
   #coming = new Map();
   #load = 0;
-  #more = false;
+  /** @type {[string, any][] | null} What the stream told while a further page of the list was on its way. */
+  #more = null;
 
   /** @param {User} me @param {import("./outbox.js").Outbox} outbox @param {AbortSignal} signal Ends it. */
   constructor(me, outbox, signal) {
@@ -122,21 +123,24 @@ export class Model {
 
   async loadMore() {
     if (this.#more || !this.hasMore || this.#held) return;
-    this.#more = true;
+    /** @type {[string, any][]} */
+    const held = (this.#more = []);
     const load = this.#load;
     try {
       const page = await this.#readList(this.order.at(-1));
       if (load !== this.#load) return;
-      for (const conversation of page) {
-        if (this.order.includes(conversation.id)) continue;
-        this.#put(conversation);
-        this.order.push(conversation.id);
+      // What has a place already has come by the stream.
+      const found = page.filter((conversation) => !this.order.includes(conversation.id));
+      for (const conversation of found) this.#put(conversation);
+      this.order.push(...found.map((conversation) => conversation.id));
+      for (const [name, data] of held) {
+        if (found.some((conversation) => conversation.id === data.conversationId)) this.#change(name, data);
       }
       this.hasMore = page.length === PAGE;
       this.waiting = false;
       this.changes.tell();
     } finally {
-      this.#more = false;
+      this.#more = null;
     }
   }
 
@@ -250,6 +254,7 @@ export class Model {
     }
     this.#coming.get(data.conversationId)?.held.push([name, data]);
     this.#held?.push([name, data]);
+    this.#more?.push([name, data]);
     // A list that is being read again is still shown.
     this.#applyToList(name, data);
     this.changes.tell();

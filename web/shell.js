@@ -67,9 +67,14 @@ export function makeShell(session, { go, leave }) {
   showState();
 
   const problem = h("p", { class: "problem", role: "alert" });
+  let warned = false;
   const logOut = h("button", { type: "button", class: "plain", click: async () => {
+    if (session.outbox.hasUnsent && !warned) {
+      problem.textContent = "Some messages are not sent yet and would be lost. Press “Log out” again if you want that.";
+      warned = true;
+      return;
+    }
     problem.textContent = "";
-    if (session.outbox.hasUnsent && !confirm("Some messages are not sent yet. Log out and lose them?")) return;
     logOut.disabled = true;
     try {
       await session.logOut();

@@ -7,6 +7,7 @@ mod front;
 mod keyboard;
 mod looks;
 mod messenger;
+mod model;
 mod original;
 mod poison;
 mod sending;

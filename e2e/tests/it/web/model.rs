@@ -1,0 +1,18 @@
+//! What the messenger makes of pages and events that overtake each other.
+
+use e2e::{Browser, Front};
+
+use super::site::site;
+
+const PLAYED: &str = include_str!("../../../browser/model.js");
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn however_pages_and_events_overtake_each_other_the_messenger_ends_with_what_the_server_says() {
+    let browser = Browser::launch().await;
+    let site = site(Front::plain(), &[]).await;
+    let context = browser.context("nobody", &site.origin).await;
+    context.expect("/api/auth_user"); // Nobody is logged in.
+    let page = context.open("/").await;
+    let wrong = page.evaluate(&format!("({PLAYED})(1, 150)")).await;
+    assert_eq!(wrong, serde_json::json!([]));
+}
