@@ -93,7 +93,7 @@ export const get = (path, signal) => request(path, { signal });
 /** @param {string} path @param {unknown} [body] @param {Omit<Options, "method" | "body">} [options] */
 export const post = (path, body, options) => request(path, { ...options, method: "POST", body });
 
-/** The wait before try number `attempt` + 2: doubling, at most 15 s, and not in step with everybody else. @param {number} attempt */
+/** The wait after a try, counted from 0: doubling, at most 15 s, and not in step with everybody else. @param {number} attempt */
 export const backOff = (attempt) => Math.min(15_000, 500 * 2 ** attempt) * (0.75 + Math.random() / 2);
 
 /**

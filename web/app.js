@@ -1,5 +1,5 @@
-// Where the application begins: finds out who is logged in, shows the page that the address names, and takes care that all tabs agree on
-// who that is.
+// Where the application begins: finds out who is logged in, shows the page that the address names, and takes care that all
+// tabs agree on who that is.
 
 import { ApiError, keepTrying, weather } from "./api.js";
 import { showBadge } from "./badge.js";
@@ -143,8 +143,8 @@ document.addEventListener("click", (event) => {
 // The question itself may be answered so.
 weather.addEventListener("unauthorized", () => inside && !asking && begin(ENDED));
 
-// One cookie for all tabs: when another one logs out, or somebody else logs in there, this one follows. A tab that slept through it looks when it
-// is back.
+// One cookie for all tabs: when another one logs out, or somebody else logs in there, this one follows. A tab that slept
+// through it looks when it is back.
 function follow() {
   const now = who.get();
   if (inside && now !== null && now !== inside.session.me.id) {

@@ -1,7 +1,8 @@
 // How much is unread, shown where one sees it without looking at the page: in the title, in the icon, on the installed app.
 
 const SIZE = 64;
-const BUBBLE = "M32 6C16.6 6 4 16.2 4 29c0 7.2 4 13.6 10.4 17.8L12 58l12.4-6.8c2.4.6 5 .8 7.6.8 15.4 0 28-10.2 28-23S47.4 6 32 6Z";
+const BUBBLE =
+  "M32 6C16.6 6 4 16.2 4 29c0 7.2 4 13.6 10.4 17.8L12 58l12.4-6.8c2.4.6 5 .8 7.6.8 15.4 0 28-10.2 28-23S47.4 6 32 6Z";
 
 let drawn = 0;
 

@@ -1,5 +1,5 @@
-// A text field that suggests usernames: the pattern "editable combobox with list autocomplete" of WAI-ARIA. The focus stays in the field;
-// choosing fills it and does nothing else.
+// A text field that suggests usernames: the pattern "editable combobox with list autocomplete" of WAI-ARIA. The focus stays in
+// the field; choosing fills it and does nothing else.
 
 import { get } from "./api.js";
 import { h, reconcile, setAttribute } from "./dom.js";
@@ -14,7 +14,8 @@ const DEBOUNCE_MS = 150;
 export function usernameField({ id, label, placeholder, signal }) {
   const listId = `${id}-list`;
   const field = h("input", {
-    id, placeholder, type: "text", role: "combobox", "aria-label": label, "aria-autocomplete": "list", "aria-expanded": "false", "aria-controls": listId,
+    id, placeholder, type: "text",
+    role: "combobox", "aria-label": label, "aria-autocomplete": "list", "aria-expanded": "false", "aria-controls": listId,
     autocomplete: "off", autocapitalize: "none", spellcheck: "false", enterkeyhint: "go", maxlength: 100, dir: "auto",
   });
   const list = h("ul", { id: listId, role: "listbox", "aria-label": "People", class: "options", hidden: true });

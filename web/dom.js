@@ -62,8 +62,8 @@ export function icon(d) {
 const keyed = new WeakMap();
 
 /**
- * Makes the children of `parent` those that `items` name by their keys, in that order. An element stays the same as long as its key
- * is there, so focus, selection and place survive.
+ * Makes the children of `parent` those that `items` name by their keys, in that order. An element stays the same as long
+ * as its key is there, so focus, selection and place survive.
  *
  * @template {{ key: string }} T
  * @param {Element} parent

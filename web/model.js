@@ -1,10 +1,11 @@
-// What one user knows: conversations in their order, their unread counts, and the messages of those that were opened. REST pages and
-// stream events are joined here; nothing here knows the screen. Ids are compared for equality only, and order is the order in which the server tells.
+// What one user knows: conversations in their order, their unread counts, and the messages of those that were opened. REST
+// pages and stream events are joined here; nothing here knows the screen. Ids are compared for equality only, and order is the
+// order in which the server tells.
 //
-// The stream starts at a place that was taken before any page is read, so a page can only be ahead of the stream, never behind it. Events that
-// come while the list is on its way are held and applied to it afterwards. Some of them may be in it already. The page shows which: it
-// says the last message of a conversation, and when the stream tells that very message, all before it was in the page, whose
-// count stands again.
+// The stream starts at a place that was taken before any page is read, so a page can only be ahead of the stream, never behind
+// it. Events that come while the list is on its way are held and applied to it afterwards. Some of them may be in it already.
+// The page shows which: it says the last message of a conversation, and when the stream tells that very message, all before it
+// was in the page, whose count stands again.
 
 import { ApiError, get, keepTrying } from "./api.js";
 import { Changes } from "./dom.js";
@@ -81,7 +82,11 @@ export class Model {
     this.changes.tell();
   }
 
-  /** Reads the list; and again, after the stream has lost its place, also the conversation on screen. @param {() => string | null} open */
+  /**
+   * Reads the list; and again, after the stream has lost its place, also the conversation on screen.
+   *
+   * @param {() => string | null} open
+   */
   async reload(open) {
     for (const id of [...this.#threads.keys()]) if (id !== open()) this.#threads.delete(id);
     for (const thread of this.#threads.values()) void this.#loadThread(thread);

@@ -1,5 +1,6 @@
-// What this user wants to send. Promises that a text is on disk before anything is tried, so that a reload or a crash loses nothing; that it is
-// sent once, because all tries carry one idempotency key; and that what one tab writes in a conversation arrives in that order.
+// What this user wants to send. Promises that a text is on disk before anything is tried, so that a reload or a crash loses
+// nothing; that it is sent once, because all tries carry one idempotency key; and that what one tab writes in a conversation
+// arrives in that order.
 //
 // All tabs see all entries. The tab that made one sends it; when that tab does nothing about it for long, another one takes
 // over. Two that send at once do no harm: the server knows the key.

@@ -1,5 +1,5 @@
-// One user in one tab, from the moment they are known to the moment they are not any more: stream, model, outbox and drafts, wired. Ending it ends all
-// that it began.
+// One user in one tab, from the moment they are known to the moment they are not any more: stream, model, outbox and drafts,
+// wired. Ending it ends all that it began.
 
 import { get, post, weather } from "./api.js";
 import { Model } from "./model.js";

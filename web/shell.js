@@ -1,5 +1,5 @@
-// The frame of every page of somebody who is logged in: their name and ways out, the state of the connection, the list of their conversations, and
-// room for the page itself.
+// The frame of every page of somebody who is logged in: their name and ways out, the state of the connection, the list of
+// their conversations, and room for the page itself.
 
 import { post, sentence, weather } from "./api.js";
 import { showBadge } from "./badge.js";
@@ -91,7 +91,8 @@ export function makeShell(session, { go, leave }) {
     h("a", { class: "plain", href: "/sessions" }, "Sessions"),
     logOut);
 
-  const { field, list: options } = usernameField({ id: "start", label: "New conversation with", placeholder: "New conversation with…", signal });
+  const label = "New conversation with";
+  const { field, list: options } = usernameField({ id: "start", label, placeholder: `${label}…`, signal });
   const refusal = h("p", { id: "start-problem", class: "problem", role: "alert" });
   field.setAttribute("aria-describedby", refusal.id);
   field.addEventListener("input", () => { refusal.textContent = ""; });

@@ -1,5 +1,5 @@
-// The messages of one conversation as far as they are known: pages read by REST, joined with what the stream tells. Promises that they
-// stand in the server's order, each once, without a hole. Ids are compared for equality only.
+// The messages of one conversation as far as they are known: pages read by REST, joined with what the stream tells. Promises
+// that they stand in the server's order, each once, without a hole. Ids are compared for equality only.
 
 /** @typedef {import("./api.js").Message} Message */
 
@@ -138,8 +138,8 @@ export class Thread {
   }
 
   /**
-   * How many messages, from the oldest known one on, the other has read, given the newest id that they are said to have read. It never
-   * gets less: an id that is not here says nothing.
+   * How many messages, from the oldest known one on, the other has read, given the newest id that they are said to have
+   * read. It never gets less: an id that is not here says nothing.
    *
    * @param {string | null} id
    */

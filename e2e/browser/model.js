@@ -1,6 +1,7 @@
-// Holds the messenger's model against a server that is played here: it has one user's conversations and their feed, and its pages and its stream
-// arrive late, at any pace, in any order to each other, with failures and lost places in between. When all is quiet, the model must say what
-// the server says. A function of a seed and a number of rounds; answers what was wrong, each with the seed that shows it.
+// Holds the messenger's model against a server that is played here: it has one user's conversations and their feed, and its
+// pages and its stream arrive late, at any pace, in any order to each other, with failures and lost places in between. When
+// all is quiet, the model must say what the server says. A function of a seed and a number of rounds; answers what was wrong,
+// each with the seed that shows it.
 
 async (seed, rounds) => {
   const { Model } = await import("/model.js");
@@ -40,13 +41,15 @@ async (seed, rounds) => {
       const message = { id: `m${(this.#changes * 7919) % 100_003}`, content: "text", createdAt: "2026-01-01T00:00:00Z", mine };
       conversation.messages.push(message);
       conversation.changed = this.#changes;
-      this.feed.push([mine ? "message.sent" : "message", { ...message, conversationId: id, ...(mine ? { idempotencyKey: null } : {}) }]);
+      const told = { ...message, conversationId: id };
+      this.feed.push(mine ? ["message.sent", { ...told, idempotencyKey: null }] : ["message", told]);
     }
     read(id) {
       const conversation = this.conversations.get(id);
       if (conversation.read === conversation.messages.length) return;
       conversation.read = conversation.messages.length;
-      this.feed.push(["conversation.read", { conversationId: id, lastReadMessageId: conversation.messages.at(-1).id, unreadCount: 0 }]);
+      const lastReadMessageId = conversation.messages.at(-1).id;
+      this.feed.push(["conversation.read", { conversationId: id, lastReadMessageId, unreadCount: 0 }]);
     }
     readByOther(id) {
       const conversation = this.conversations.get(id);
@@ -92,9 +95,10 @@ async (seed, rounds) => {
       const id = some(chance() < 0.6 ? 4 : Infinity);
       const what = chance();
       if (what < 0.02) server.start();
-      // More than a page holds.
-      else if (what < 0.03) for (let count = MESSAGES + below(20); count > 0; count -= 1) server.write(open ?? id, chance() < 0.5);
-      else if (what < 0.5) server.write(id, false);
+      else if (what < 0.03) {
+        // More than a page holds.
+        for (let count = MESSAGES + below(20); count > 0; count -= 1) server.write(open ?? id, chance() < 0.5);
+      } else if (what < 0.5) server.write(id, false);
       else if (what < 0.75) server.write(id, true);
       else if (what < 0.9) server.read(id);
       else server.readByOther(id);
@@ -151,20 +155,29 @@ async (seed, rounds) => {
     end.abort();
 
     const wrong = [];
-    const same = (what, here, there) => JSON.stringify(here) === JSON.stringify(there) || wrong.push(`seed ${seed}: ${what}: ${JSON.stringify(here)}, not ${JSON.stringify(there)}`);
+    const same = (what, ...values) => {
+      const [here, there] = values.map((value) => JSON.stringify(value));
+      if (here !== there) wrong.push(`seed ${seed}: ${what}: ${here}, not ${there}`);
+    };
     const order = server.order();
     same("the list", model.order, order.slice(0, Math.max(model.order.length, Math.min(PAGE, order.length))));
-    for (const id of new Set([...model.order, ...(open ? [open] : [])])) same("a conversation", strip(model.conversations.get(id)), strip(server.view(id)));
+    for (const id of new Set(open ? [...model.order, open] : model.order)) {
+      same("a conversation", strip(model.conversations.get(id)), strip(server.view(id)));
+    }
     if (thread) {
       const { messages, readByOther } = server.conversations.get(open);
       const known = thread.messages.length;
       same("messages", thread.messages.map(({ id }) => id), messages.slice(-known || messages.length).map(({ id }) => id));
-      same("read by the other", thread.readCount(model.conversations.get(open)?.otherLastReadMessageId ?? null), Math.max(0, readByOther - (messages.length - known)));
+      const read = thread.readCount(model.conversations.get(open)?.otherLastReadMessageId ?? null);
+      same("read by the other", read, Math.max(0, readByOther - (messages.length - known)));
     }
     return wrong;
   }
   /** What both sides say, in one order. */
-  const strip = (conversation) => conversation && [conversation.id, conversation.lastMessage?.id, conversation.unreadCount, conversation.lastReadMessageId, conversation.otherLastReadMessageId];
+  const strip = (conversation) => conversation && [
+    conversation.id, conversation.lastMessage?.id, conversation.unreadCount,
+    conversation.lastReadMessageId, conversation.otherLastReadMessageId,
+  ];
 
   const { fetch } = globalThis;
   try {

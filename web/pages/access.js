@@ -22,8 +22,10 @@ export function accessPage({ said, signal, done }) {
 
   /** @param {{ providers: string[], devLogin: boolean }} options */
   const show = ({ providers, devLogin }) => {
-    const links = providers.map((name) =>
-      h("a", { class: "primary way", href: `/api/oauth/${encodeURIComponent(name)}` }, PROVIDERS[name] ?? `Continue with ${name}`));
+    const links = providers.map((name) => {
+      const href = `/api/oauth/${encodeURIComponent(name)}`;
+      return h("a", { class: "primary", href }, PROVIDERS[name] ?? `Continue with ${name}`);
+    });
     ways.replaceChildren(...links);
     if (devLogin) ways.append(loginForm(links.length > 0, done, signal));
     if (!ways.hasChildNodes()) ways.append(h("p", { class: "said" }, "This server offers no way to log in yet."));
@@ -42,7 +44,8 @@ export function accessPage({ said, signal, done }) {
 /** For development. @param {boolean} divided @param {() => void} done @param {AbortSignal} signal */
 function loginForm(divided, done, signal) {
   const field = h("input", {
-    id: "username", name: "username", type: "text", autocomplete: "username", autocapitalize: "none", spellcheck: "false", enterkeyhint: "go", required: true,
+    id: "username", name: "username", type: "text", required: true,
+    autocomplete: "username", autocapitalize: "none", spellcheck: "false", enterkeyhint: "go",
     "aria-describedby": "login-problem",
   });
   const problem = h("p", { id: "login-problem", class: "problem", role: "alert" });

@@ -28,8 +28,8 @@ export async function exchange(query) {
     } catch (thrown) {
       // An answer that was lost may have used the code up; then the next try is refused, and the cookie tells who is logged in.
       if (passes(thrown) && tries < 2) await pause(1000);
-      else if (thrown instanceof ApiError && thrown.status === 401) return tries > 0 ? "" : "That login link was used already or is too old. Please try again.";
-      else return sentence(thrown);
+      else if (!(thrown instanceof ApiError && thrown.status === 401)) return sentence(thrown);
+      else return tries > 0 ? "" : "That login link was used already or is too old. Please try again.";
     }
   }
 }

@@ -1,5 +1,5 @@
-// One conversation: its messages, and the field to write one. Promises that what one looks at stays where it is, whatever comes above or below it, and
-// that the newest stays in view for whoever is at the end.
+// One conversation: its messages, and the field to write one. Promises that what one looks at stays where it is, whatever
+// comes above or below it, and that the newest stays in view for whoever is at the end.
 
 import { post, weather } from "../api.js";
 import { h, icon, reconcile, setAttribute, setText } from "../dom.js";
@@ -24,7 +24,9 @@ const TOGETHER_MS = 5 * 60_000;
 /** From here on one is told how much room is left. */
 const NEARLY_FULL = LONGEST - 60;
 
-const MARKS = { "": ["", ""], sending: ["Sending", "◷"], sent: ["Sent", "✓"], read: ["Read", "✓✓"], failed: ["Not sent", "!"] };
+const MARKS = {
+  "": ["", ""], sending: ["Sending", "◷"], sent: ["Sent", "✓"], read: ["Read", "✓✓"], failed: ["Not sent", "!"],
+};
 
 /** @param {import("../app.js").Context} context @param {string} id @returns {import("../app.js").Page} */
 export function conversationPage({ session, signal, setTitle, fail }, id) {
@@ -35,12 +37,15 @@ export function conversationPage({ session, signal, setTitle, fail }, id) {
   const face = h("span", { class: "avatar", "aria-hidden": "true" });
   const heading = h("h1", { tabindex: -1, dir: "auto" });
   const bar = h("div", { class: "bar" }, backLink(), face, heading);
-  // A log tells screen readers all that is added; history and one's own words need no telling, so the shell announces what is new.
+  // A log tells screen readers all that is added; history and one's own words need no telling, so the shell announces what is
+  // new.
   const list = h("ol", { class: "messages scroll", role: "log", "aria-label": "Messages", "aria-live": "off", tabindex: 0 });
   const fresh = h("span", { class: "count" });
-  const jump = h("button", { type: "button", class: "jump", hidden: true }, icon("M12 5v14m-6-6 6 6 6-6"), "Jump to newest", fresh);
+  const jump = h("button", { type: "button", class: "jump", hidden: true },
+    icon("M12 5v14m-6-6 6 6 6-6"), "Jump to newest", fresh);
   const field = h("textarea", {
-    id: "message", "aria-label": "Message", "aria-describedby": "room", rows: 1, dir: "auto", enterkeyhint: "send", autocapitalize: "sentences", autocomplete: "off",
+    id: "message", "aria-label": "Message", "aria-describedby": "room", rows: 1, dir: "auto",
+    enterkeyhint: "send", autocapitalize: "sentences", autocomplete: "off",
   });
   const room = h("span", { id: "room" });
   const send = h("button", { class: "send", "aria-label": "Send" }, icon("M4 12 20 4l-5 16-4-7-7-1Zm7 1 9-9"));
@@ -176,23 +181,27 @@ export function conversationPage({ session, signal, setTitle, fail }, id) {
     const read = thread.readCount(conversation?.otherLastReadMessageId ?? null);
     /** @type {Omit<MessageItem, "first" | "last">[]} */
     const all = thread.messages.map((message, index) => ({
-      kind: "message", key: message.idempotencyKey ?? message.id, id: message.id, mine: message.mine, content: message.content, time: message.createdAt,
+      kind: "message", key: message.idempotencyKey ?? message.id, id: message.id,
+      mine: message.mine, content: message.content, time: message.createdAt,
       state: !message.mine ? "" : index < read ? "read" : "sent", error: "",
     }));
     for (const entry of outbox.of(id)) {
       // Told by a page before the stream could tell it.
       if (entry.messageId && thread.has(entry.messageId)) continue;
       all.push({
-        kind: "message", key: entry.key, id: entry.messageId, mine: true, content: entry.content, time: entry.sent ?? entry.createdAt,
+        kind: "message", key: entry.key, id: entry.messageId,
+        mine: true, content: entry.content, time: entry.sent ?? entry.createdAt,
         state: entry.state === "waiting" ? "sending" : entry.state, error: entry.error,
       });
     }
     /** @type {Item[]} */
     const shown = [];
     if (thread.older || thread.waiting) {
-      shown.push({ kind: "top", key: "top", text: thread.waiting ? "Older messages could not be loaded. Trying again…" : "Loading…" });
+      const text = thread.waiting ? "Older messages could not be loaded. Trying again…" : "Loading…";
+      shown.push({ kind: "top", key: "top", text });
     } else if (!thread.hasOlder) {
-      shown.push({ kind: "top", key: "begin", text: all.length ? `The beginning of your conversation with ${named}` : "No messages yet. Say hello!" });
+      const text = all.length > 0 ? `The beginning of your conversation with ${named}` : "No messages yet. Say hello!";
+      shown.push({ kind: "top", key: "begin", text });
     }
     /** @type {MessageItem | undefined} */
     let previous;
@@ -238,10 +247,10 @@ export function conversationPage({ session, signal, setTitle, fail }, id) {
     }
     if (seen === undefined) {
       // From the end backwards, as many as are unread.
-      const others = thread.messages.filter((message) => !message.mine);
-      const first = others[others.length - conversation.unreadCount];
-      divider = conversation.unreadCount > 0 ? (first ?? others[0])?.id ?? null : null;
-      seen = thread.messages[thread.messages.findIndex((message) => message.id === divider) - 1]?.id ?? (divider ? null : thread.messages.at(-1)?.id ?? null);
+      let first = thread.messages.length;
+      for (let unread = conversation.unreadCount; first > 0 && unread > 0;) if (!thread.messages[(first -= 1)]?.mine) unread -= 1;
+      divider = thread.messages[first]?.id ?? null;
+      seen = thread.messages[first - 1]?.id ?? null;
     }
     // Somebody may have scrolled since, and not have been heard yet.
     if (list.scrollHeight === size.inner && list.clientHeight === size.outer) stick = atEnd();
@@ -268,7 +277,10 @@ export function conversationPage({ session, signal, setTitle, fail }, id) {
   /** @param {Item} item */
   function make(item) {
     if (item.kind === "day") return h("li", { class: "day", role: "heading", "aria-level": 2 }, h("span", {}));
-    if (item.kind === "new") return h("li", { class: "new", role: "separator", "aria-label": item.text }, h("span", { "aria-hidden": "true" }, item.text));
+    if (item.kind === "new") {
+      const text = h("span", { "aria-hidden": "true" }, item.text);
+      return h("li", { class: "new", role: "separator", "aria-label": item.text }, text);
+    }
     if (item.kind !== "message") {
       return h("li", { class: "top", role: "none" }, h("span", {}),
         h("button", { type: "button", class: "plain", click: () => weather.dispatchEvent(new Event("again")) }, "Try now"));
@@ -389,6 +401,6 @@ export function conversationPage({ session, signal, setTitle, fail }, id) {
 
 /** A text as nodes. Only what is surely an address on the web becomes a link. @param {string} text */
 function nodes(text) {
-  return parts(text).map(({ text: part, link }) =>
-    link ? h("a", { href: part, target: "_blank", rel: "noopener noreferrer", referrerpolicy: "no-referrer", dir: "ltr" }, part) : part);
+  const how = { target: "_blank", rel: "noopener noreferrer", referrerpolicy: "no-referrer", dir: "ltr" };
+  return parts(text).map(({ text: part, link }) => (link ? h("a", { href: part, ...how }, part) : part));
 }

@@ -27,15 +27,19 @@ export function sessionsPage({ signal }) {
   const show = (devices) => {
     const ordered = [...devices.filter((device) => device.current), ...devices.filter((device) => !device.current)];
     reconcile(list, ordered.map((device) => ({ key: device.id, device })), ({ device }) => {
-      const end = h("button", { type: "button", class: "plain", "aria-label": `End ${device.device}, logged in ${moment(device.createdAt)}`,
-        click: () => act(`/api/sessions/${encodeURIComponent(device.id)}`, `${device.device} is logged out`) }, "End");
+      const end = h("button", {
+        type: "button", class: "plain", "aria-label": `End ${device.device}, logged in ${moment(device.createdAt)}`,
+        click: () => act(`/api/sessions/${encodeURIComponent(device.id)}`, `${device.device} is logged out`),
+      }, "End");
       return h("li", { "data-session-id": device.id, "data-current": device.current ? "true" : null },
         icon(/iPhone|iPad|Android/.test(device.device) ? PHONE : LAPTOP),
         h("div", {},
           h("p", {}, h("b", {}, device.device), device.current && h("span", { class: "current" }, "This device")),
           h("p", { class: "quiet" }, h("span", {}), ` · Logged in ${moment(device.createdAt)}`)),
         !device.current && end);
-    }, (row, { device }) => setText(/** @type {Element} */ (row.querySelector(".quiet span")), `Last used ${since(device.lastUsedAt)}`));
+    }, (row, { device }) => {
+      setText(/** @type {Element} */ (row.querySelector(".quiet span")), `Last used ${since(device.lastUsedAt)}`);
+    });
     status.hidden = true;
     others.hidden = devices.length < 2;
   };
