@@ -43,7 +43,7 @@ async function begin(said = "") {
     leave();
     who.set(me.id);
     const session = new Session(me, cursor, () => begin(ENDED));
-    const shell = makeShell(session, { go, leave: () => showAccess("You are logged out.") });
+    const shell = makeShell(session, { go, leave: () => showAccess("You are logged out.", true) });
     inside = { session, shell };
     document.body.replaceChildren(shell.element);
     route();
@@ -66,8 +66,9 @@ function leave() {
   inside = null;
 }
 
-/** @param {string} said */
-function showAccess(said) {
+/** @param {string} said @param {boolean} [forgets] Whether the next one begins at the beginning. */
+function showAccess(said, forgets = false) {
+  if (forgets) history.replaceState(null, "", "/");
   asking?.abort();
   leave();
   shown = new AbortController();
@@ -149,8 +150,7 @@ function follow() {
   const now = who.get();
   if (inside && now !== null && now !== inside.session.me.id) {
     if (now === "") {
-      history.replaceState(null, "", "/");
-      showAccess("You have logged out in another tab.");
+      showAccess("You have logged out in another tab.", true);
     } else {
       leave();
       history.replaceState(null, "", "/");

@@ -344,7 +344,7 @@ export function conversationPage({ session, signal, setTitle, fail }, id) {
   function measure() {
     if (!grows) {
       field.style.height = "auto";
-      field.style.height = `${field.scrollHeight}px`;
+      field.style.height = `${field.scrollHeight + field.offsetHeight - field.clientHeight}px`;
     }
     const left = LONGEST - codePoints(normalise(field.value));
     setText(room, left > LONGEST - NEARLY_FULL ? "" : left < 0 ? `${-left} too many` : `${left} left`);
