@@ -13,7 +13,7 @@ import { who } from "./storage.js";
  * `waiting` is to be sent, `sent` was answered but not yet told by the stream, `failed` waits for the user.
  *
  * @typedef {{ key: string, conversationId: string, content: string, createdAt: number, state: "waiting" | "sent" | "failed",
- *   error: string, owner: string, touched: number, messageId: string | null, sent: string | null }} Entry
+ *   error: string, owner: string, touched: number, tried: boolean, messageId: string | null, sent: string | null }} Entry
  */
 
 /** About a minute with the waits between them. */
@@ -21,6 +21,8 @@ const TRIES = 8;
 /** Without a sign of its owner for so long, an entry is taken over. Longer than a try and the wait after it. */
 const ABANDONED_MS = 45_000;
 const PREFIX = "outbox:";
+/** So long it is not shown what the server may have had before this page was loaded: it may stand among the messages. */
+const UNSURE_MS = 3_000;
 
 export class Outbox {
   changes = new Changes();
@@ -28,6 +30,8 @@ export class Outbox {
   #entries = new Map();
   /** @type {Set<string>} Keys that are done with. What other tabs write comes in any order, and must not bring them back. */
   #done = new Set();
+  /** @type {Set<string>} Keys of which nobody knows here whether the server has had them. */
+  #unsure = new Set();
   /** @type {Set<string>} Conversations that are being worked on. */
   #busy = new Set();
   #user;
@@ -44,8 +48,15 @@ export class Outbox {
       const entry = parse(drawer.get(name));
       // What was sent comes with the messages.
       if (!entry || entry.state === "sent") drawer.set(name, null);
-      else this.#entries.set(entry.key, entry);
+      else {
+        this.#entries.set(entry.key, entry);
+        if (entry.tried && entry.state === "waiting") this.#unsure.add(entry.key);
+      }
     }
+    setTimeout(() => {
+      this.#unsure.clear();
+      this.changes.tell();
+    }, UNSURE_MS);
     drawer.listen((name) => {
       if (!name.startsWith(PREFIX)) return;
       const key = name.slice(PREFIX.length);
@@ -69,6 +80,11 @@ export class Outbox {
       .sort((a, b) => a.createdAt - b.createdAt);
   }
 
+  /** Of these, what is to be shown below the messages. @param {string} conversationId */
+  shown(conversationId) {
+    return this.of(conversationId).filter((entry) => !this.#unsure.has(entry.key));
+  }
+
   /** Whether anything here is known to nobody else. */
   get hasUnsent() {
     return [...this.#entries.values()].some((entry) => entry.state !== "sent");
@@ -78,7 +94,7 @@ export class Outbox {
   add(conversationId, content) {
     const last = this.of(conversationId).at(-1)?.createdAt ?? 0;
     this.#keep({
-      key: randomId(), conversationId, content, state: "waiting", error: "", messageId: null, sent: null,
+      key: randomId(), conversationId, content, state: "waiting", error: "", tried: false, messageId: null, sent: null,
       // Two within a millisecond keep their order.
       createdAt: Math.max(Date.now(), last + 1), owner: this.#tab, touched: Date.now(),
     });
@@ -142,7 +158,7 @@ export class Outbox {
       if (!entry || entry.state !== "waiting" || entry.owner !== this.#tab) return true;
       // The cookie may be somebody else's by now.
       if (this.#signal.aborted || (who.get() ?? this.#user) !== this.#user) return false;
-      this.#keep({ ...entry, touched: Date.now() });
+      this.#keep({ ...entry, tried: true, touched: Date.now() });
       /** @type {ApiError} */
       let error;
       try {
@@ -152,6 +168,7 @@ export class Outbox {
         const now = this.#entries.get(key);
         if (!now) return true;
         // A repeat: the stream may have told it long ago, and then it is among the messages.
+        this.#unsure.delete(key);
         if (answer.get("Idempotent-Replayed")) this.drop(key);
         else this.#keep({ ...now, state: "sent", messageId: body.id, sent: body.createdAt, error: "" });
         return true;
@@ -159,6 +176,7 @@ export class Outbox {
         if (this.#signal.aborted) return false;
         error = thrown instanceof ApiError ? thrown : new ApiError(0);
       }
+      this.#unsure.delete(key);
       // Nobody is logged in: it stays for when this user is back.
       if (error.status === 401) return false;
       const now = this.#entries.get(key);

@@ -185,7 +185,7 @@ export function conversationPage({ session, signal, setTitle, fail }, id) {
       mine: message.mine, content: message.content, time: message.createdAt,
       state: !message.mine ? "" : index < read ? "read" : "sent", error: "",
     }));
-    for (const entry of outbox.of(id)) {
+    for (const entry of outbox.shown(id)) {
       // Told by a page before the stream could tell it.
       if (entry.messageId && thread.has(entry.messageId)) continue;
       all.push({
