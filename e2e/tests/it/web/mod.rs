@@ -9,6 +9,7 @@ mod looks;
 mod messenger;
 mod model;
 mod original;
+mod outbox;
 mod poison;
 mod sending;
 mod site;
