@@ -3,9 +3,7 @@
 
 use std::{
     collections::{BTreeMap, HashMap},
-    io::{BufRead, BufReader},
     path::Path,
-    process::Stdio,
     sync::{Arc, Mutex},
     time::Duration,
 };
@@ -14,8 +12,7 @@ use api::oauth::{ProviderSettings, Registration};
 use serde_json::{Value, json};
 use shared::test_support::{
     http::{Answer, Client},
-    node,
-    process::Process,
+    node::Server,
 };
 use tokio::{
     io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt},
@@ -50,28 +47,15 @@ pub(crate) struct Providers {
     pub(crate) oidc: String,
     pub(crate) github: String,
     client: Client,
-    _process: Process,
+    _server: Server,
 }
 
 impl Providers {
     pub(crate) fn start() -> Self {
         let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/providers");
-        let mut node = node::script(&folder, "providers.mjs");
-        node.arg(ORIGIN).stderr(Stdio::null());
-        let mut process = Process::start(&mut node).expect("node starts: install Node.js 20 or later");
-        let mut lines = BufReader::new(process.child().stdout.take().unwrap()).lines();
-        let addresses: Value = lines
-            .find_map(|line| serde_json::from_str(&line.unwrap()).ok())
-            .expect("the providers say where they listen");
-        // It goes on talking, and would end if nobody listened.
-        std::thread::spawn(move || lines.for_each(drop));
-        let address = |name: &str| addresses[name].as_str().unwrap().to_owned();
-        Self {
-            oidc: address("oidc"),
-            github: address("github"),
-            client: Client::default(),
-            _process: process,
-        }
+        let server = Server::start(&folder, "providers.mjs", ORIGIN);
+        let address = |name: &str| server.said[name].as_str().unwrap().to_owned();
+        Self { oidc: address("oidc"), github: address("github"), client: Client::default(), _server: server }
     }
 
     pub(crate) fn both(&self) -> Vec<ProviderSettings> {

@@ -2,7 +2,8 @@
 // meant, and one shaped as GitHub: other paths, a number for an account, errors with status 200, forms instead of JSON. Both
 // check everything that a provider checks: client, secret, redirect, PKCE, that a code is used once.
 //
-// Whoever comes is logged in as the account that `login_hint` names, without being asked; `nobody` declines.
+// Whoever comes is logged in as the account that `login_hint` names, else as the first there is, without being asked; `nobody`
+// declines.
 // A test changes accounts by PUT /control/accounts/{id}, and makes the second one answer by forms by PUT /control/form.
 
 import { createServer } from "node:http";
@@ -53,7 +54,7 @@ async function interaction(provider, req, res) {
   if (params.login_hint === "nobody") {
     return provider.interactionFinished(req, res, { error: "access_denied" });
   }
-  const accountId = params.login_hint;
+  const accountId = params.login_hint ?? accounts.keys().next().value;
   const grant = new provider.Grant({ accountId, clientId: params.client_id });
   grant.addOIDCScope(params.scope);
   return provider.interactionFinished(req, res, { login: { accountId }, consent: { grantId: await grant.save() } });

@@ -3,11 +3,35 @@
 
 use std::{
     fs::{self, File},
+    io::{BufRead, BufReader},
     path::Path,
     process::{Command, Stdio},
 };
 
 use serde_json::Value;
+
+use super::process::Process;
+
+/// A script that serves: when it is ready it says so in a line of JSON.
+pub struct Server {
+    pub said: Value,
+    _process: Process,
+}
+
+impl Server {
+    pub fn start(folder: &Path, name: &str, argument: &str) -> Self {
+        let mut node = script(folder, name);
+        node.arg(argument).stderr(Stdio::null());
+        let mut process = Process::start(&mut node).expect("node starts: install Node.js 20 or later");
+        let mut lines = BufReader::new(process.child().stdout.take().expect("stdout is piped")).lines();
+        let said = lines
+            .find_map(|line| serde_json::from_str(&line.expect("it writes text")).ok())
+            .expect("the script says when it is ready");
+        // It goes on talking, and would end if nobody listened.
+        std::thread::spawn(move || lines.for_each(drop));
+        Self { said, _process: process }
+    }
+}
 
 /// `node <script>` in this folder, its packages there, with pipes to talk by.
 pub fn script(folder: &Path, script: &str) -> Command {
