@@ -288,14 +288,13 @@ export class MessengerStream extends EventTarget {
       this.#setState(note.state, note.reason);
       this.#compare(note.cursor, note.answer);
     } else {
-      // Without a cursor the stream begins with what comes.
       if (this.cursor === null) this.#history.restart(note.entry.prev);
       this.#take(note.entry);
       this.#compare(note.entry.id);
     }
   }
 
-  /** Have we all that the leader has? @param {string | null} cursor @param {Answer} [answer] */
+  /** Have we all that the leader has? Without a cursor we begin where it is. @param {string | null} cursor @param {Answer} [answer] */
   #compare(cursor, answer) {
     const mine = answer?.to === this.#tab;
     if (mine) {
@@ -303,10 +302,7 @@ export class MessengerStream extends EventTarget {
       for (const entry of answer.events ?? []) this.#take(entry);
     }
     if (!this.#run || cursor === null) return;
-    if (this.cursor === null) {
-      if (this.#state !== "live") return;
-      this.#history.restart(cursor);
-    }
+    if (this.cursor === null) this.#history.restart(cursor);
     if (this.#history.after(cursor)) this.#agree();
     else if (mine && !answer.events && answer.after === this.cursor) this.#differ();
     else this.#ask();
@@ -519,7 +515,6 @@ class Connection {
   /** Makes a new connection soon; after each failure, later. @param {string} reason */
   #retry(reason) {
     this.#end(reason);
-    if (this.#isClosed) return;
     this.#drop();
     // A credential that is about to end can be renewed now, and not a second later.
     const isUrgent = this.#credential === "ended" && this.#failures === 0;

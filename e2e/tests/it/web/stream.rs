@@ -1,7 +1,7 @@
 //! `web/stream.js`, the client that front ends copy: each event once to each tab, in order, whatever happens to tabs, servers,
 //! networks and credentials. What a tab was told is compared with its user's feed in the database.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use chrono::Utc;
 use e2e::{
@@ -43,6 +43,12 @@ const HASTE: &str = "{
     Date.now = () => began + (now() - began) * 10;
     window.setTimeout = (call, ms) => timeout(call, ms / 10);
     window.setInterval = (call, ms) => interval(call, ms / 10);
+}";
+
+/// As in a tab that nobody looks at.
+const LATE_TIMERS: &str = "{
+    const timeout = setTimeout;
+    window.setTimeout = (call, ms) => timeout(call, ms * 20);
 }";
 
 /// Other tabs are not heard while `deaf`.
@@ -257,16 +263,30 @@ async fn a_leading_tab_that_is_frozen_hands_over_and_is_told_what_it_missed_when
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_leading_tab_that_hangs_loses_the_lead_and_says_nothing_wrong_when_it_wakes() {
-    let scene = Scene::begin(&[], &[HASTE]).await;
+    // Ten times as fast, this makes ten seconds that a stream may be silent.
+    let scene = Scene::begin(&[("HEARTBEAT_SECONDS", "40")], &[HASTE]).await;
     let hung = scene.live_tab().await;
     let others = [scene.live_tab().await, scene.live_tab().await];
     scene.say(3).await;
     scene.assert_exact([&hung]).await;
-    hung.run("const end = performance.now() + 15_000; while (performance.now() < end);").await;
+    // Before it hears that it does not lead any more, it says something to all.
+    hung.run(
+        "const end = performance.now() + 12_000;
+        while (performance.now() < end);
+        dispatchEvent(new Event('offline'));",
+    )
+    .await;
     until("another tab has a stream", || async { streams(&others) > 0 }).await;
     scene.assert_exact(&others).await;
     // In order, and so before it answers this, it reads all that came while it hung.
     scene.assert_exact(others.iter().chain([&hung])).await;
+    for tab in &others {
+        assert_eq!(
+            tab.page.evaluate("states.includes('offline network')").await,
+            false,
+            "a former leader's state"
+        );
+    }
     scene.until_open_streams(1.0).await;
 }
 
@@ -308,7 +328,12 @@ async fn a_tab_that_missed_what_the_leader_told_gets_it_from_the_leader_or_reads
     deaf.page.evaluate("deaf = false").await;
     scene.assert_exact([&leader, &deaf]).await;
     assert_eq!((leader.streams(), deaf.streams()), (1, 1), "that was more than the leader keeps");
+    let met = Instant::now();
     scene.until_open_streams(1.0).await;
+    assert!(
+        met.elapsed() < Duration::from_secs(15),
+        "it stops reading when it has met the leader, not when its time is up"
+    );
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -441,8 +466,8 @@ async fn logging_out_in_one_tab_signs_all_out_and_after_a_login_they_can_go_on()
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_credential_that_runs_out_is_renewed_and_nobody_notices() {
-    let scene = Scene::begin(&[], &[]).await;
+async fn a_credential_that_runs_out_is_renewed_before_it_does_and_nobody_notices() {
+    let scene = Scene::begin(&[], &[LATE_TIMERS]).await;
     let claims = scene.site.world.claims(&scene.two.jane);
     let token = scene.site.world.sign(&Claims { exp: Utc::now().timestamp() + 8, ..claims });
     scene.context.sign_in(&User { cookie: format!("session={token}"), ..scene.two.jane.clone() }).await;
@@ -461,6 +486,12 @@ async fn answers_that_are_no_stream_as_in_a_deploy_are_not_the_end() {
     let mut scene = Scene::begin(&[], &[]).await;
     scene.context.expect("502");
     let tabs = [scene.live_tab().await, scene.live_tab().await];
+    let alone = Tab::open(&scene.context, scene.two.jane.id, 0, "{ shared: false }").await;
+    alone.until("live").await;
+    alone
+        .page
+        .evaluate("stream.addEventListener('state', ({ state }) => state === 'offline' && stream.close())")
+        .await;
     scene.site.gateways.iter_mut().for_each(Service::kill);
     for tab in &tabs {
         tab.until("offline").await;
@@ -472,6 +503,12 @@ async fn answers_that_are_no_stream_as_in_a_deploy_are_not_the_end() {
     }
     scene.assert_exact(&tabs).await;
     assert!(tabs[0].page.statuses("/api/refresh_token").is_empty(), "no credential was doubted");
+    scene.until_open_streams(1.0).await;
+    assert_eq!(
+        alone.page.statuses("/api/messages"),
+        [200, 502],
+        "what was closed as its stream failed stays closed"
+    );
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
