@@ -54,6 +54,8 @@ export function conversationPage({ session, signal, setTitle, fail }, id) {
 
   /** @type {HTMLElement[]} The messages on screen, in order. */
   let rows = [];
+  /** @type {WeakMap<HTMLElement, string>} What they show. */
+  const drawn = new WeakMap();
   /** Whether the end is in view and is to stay so. */
   let stick = true;
   let size = { inner: 0, outer: 0 };
@@ -300,6 +302,10 @@ export function conversationPage({ session, signal, setTitle, fail }, id) {
       return;
     }
     if (item.kind !== "message") return setText(/** @type {Element} */ (row.firstElementChild), item.text);
+    // Most are as they were, and there may be thousands.
+    const now = JSON.stringify(item);
+    if (drawn.get(row) === now) return;
+    drawn.set(row, now);
     setAttribute(row, "data-id", item.id);
     setAttribute(row, "data-pending", item.state === "sending");
     setAttribute(row, "data-failed", item.state === "failed");
