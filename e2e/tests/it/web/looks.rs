@@ -118,6 +118,10 @@ async fn every_page_is_accessible_in_both_themes_on_both_sizes() {
     talk.close().await;
 
     site.world.login(site.api(), "jane").await;
+    let named =
+        "UPDATE sessions SET device = CASE WHEN id = $1 THEN 'Chrome on Linux' ELSE 'Safari on iPhone' END";
+    let session = site.world.claims(&jane).sid.unwrap();
+    sqlx::query(named).bind(session.0).execute(&site.world.sql).await.unwrap();
     let sessions = Messenger::open(&context, "/sessions").await;
     sessions.css("li[data-session-id]").first().appears().await;
     look(&sessions, "sessions").await;
