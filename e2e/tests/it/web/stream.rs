@@ -517,6 +517,8 @@ async fn a_network_that_swallows_everything_is_noticed_by_the_missing_heartbeat(
     let network = Proxy::start(scene.site.nginx.address()).await;
     let origin = format!("http://localhost:{}", network.address().port());
     let context = blank(&scene.browser, &origin).await;
+    // What is on its way when the network is cut.
+    context.expect("Failed to load resource");
     context.sign_in(&scene.two.jane).await;
     let feed = scene.feed(&scene.two.jane).await;
     let options = json!({ "cursor": feed.cursor(feed.head) }).to_string();
