@@ -239,6 +239,7 @@ export class MessengerStream extends EventTarget {
       state: (state, reason) => this.#setState(state, reason),
       beat: () => this.#tell(),
     }));
+    // The state stays as it was, unless this fails: that another tab leads is nothing to worry people with.
     this.#tell();
     connection.connect();
   }
@@ -294,7 +295,11 @@ export class MessengerStream extends EventTarget {
     }
   }
 
-  /** Have we all that the leader has? Without a cursor we begin where it is. @param {string | null} cursor @param {Answer} [answer] */
+  /**
+   * Have we all that the leader has? Without a cursor we begin where it is.
+   * @param {string | null} cursor
+   * @param {Answer} [answer]
+   */
   #compare(cursor, answer) {
     const mine = answer?.to === this.#tab;
     if (mine) {

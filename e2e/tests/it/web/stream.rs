@@ -18,7 +18,7 @@ use shared::{
     test_support::{proxy::Proxy, sse::Event, until},
 };
 
-use super::site::{Site, site};
+use super::site::{Site, site_of};
 use crate::support::{Traffic, Two};
 
 /// A page with nothing on it.
@@ -73,8 +73,12 @@ struct Scene {
 
 impl Scene {
     async fn begin(settings: &[(&str, &str)], scripts: &[&str]) -> Self {
+        Self::begin_with(2, settings, scripts).await
+    }
+
+    async fn begin_with(gateways: usize, settings: &[(&str, &str)], scripts: &[&str]) -> Self {
         let browser = Browser::launch().await;
-        let site = site(Front::plain(), settings).await;
+        let site = site_of(Front::plain(), [1, gateways], settings).await;
         let two = Two::meet(&site.world, site.api()).await;
         let context = blank(&browser, &site.origin).await;
         context.sign_in(&two.jane).await;
@@ -566,6 +570,31 @@ async fn two_users_in_one_browser_have_a_stream_each_by_tokens_for_streams_alone
     scene.assert_exact(&tabs).await;
     assert!(tabs[0].ledger().await.iter().all(|event| event.name.as_deref() == Some("message.sent")));
     scene.until_open_streams(2.0).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_browser_that_the_server_sent_away_comes_back_when_the_server_said() {
+    let scene = Scene::begin_with(1, &[("MAX_STREAMS_PER_USER", "1")], &[]).await;
+    let first = scene.live_tab().await;
+    let jane = scene.two.jane.id;
+    let elsewhere = blank(&scene.browser, &scene.site.origin).await;
+    elsewhere.sign_in(&scene.two.jane).await;
+    let feed = scene.feed(&scene.two.jane).await;
+    let options = json!({ "cursor": feed.head_cursor() }).to_string();
+    let second = Tab::open(&elsewhere, jane, feed.head, &options).await;
+    second.until("live").await;
+    first.until_was("offline replaced").await;
+    // Neither a person who looks nor the tick brings it back early, or the two would take the one place from each other for ever.
+    let looked = "new Promise((resolve) => setTimeout(resolve, 1_500))
+        .then(() => document.dispatchEvent(new Event('visibilitychange')))";
+    first.page.evaluate(looked).await;
+    scene.assert_exact([&second]).await;
+    assert_eq!((first.streams(), second.streams()), (1, 1));
+    // A network that has changed does.
+    first.run("dispatchEvent(new Event('online'))").await;
+    first.until("live").await;
+    second.until_was("offline replaced").await;
+    scene.assert_exact([&first]).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
