@@ -501,6 +501,7 @@ async fn answers_that_are_no_stream_as_in_a_deploy_are_not_the_end() {
         tab.until("offline").await;
         assert_eq!(tab.page.evaluate("stream.reason").await, "refused");
     }
+    alone.until_was("offline refused").await;
     scene.say(5).await;
     for gateway in &mut scene.site.gateways {
         gateway.restart().await;
