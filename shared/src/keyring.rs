@@ -4,15 +4,11 @@
 //! It promises that strangers' tokens are no load on the source, and that whoever needs newer keys learns whether these are
 //! the newest there are.
 
-use std::{
-    fmt::Display,
-    sync::{Arc, PoisonError, RwLock},
-    time::Duration,
-};
+use std::{fmt::Display, sync::Arc, time::Duration};
 
 use tokio::{
-    sync::Mutex,
-    time::{Instant, sleep},
+    sync::{Mutex, watch},
+    time::{Instant, sleep, timeout},
 };
 use tokio_util::sync::CancellationToken;
 
@@ -38,14 +34,14 @@ const ASK_AGAIN_AFTER: Duration = Duration::from_secs(5);
 
 pub struct KeyRing<S: Source> {
     source: S,
-    current: RwLock<Option<Arc<S::Keys>>>,
+    current: watch::Sender<Option<Arc<S::Keys>>>,
     /// When an unknown key was last asked about, and whether an answer came.
     last_asked: Mutex<Option<(Instant, bool)>>,
 }
 
 impl<S: Source> KeyRing<S> {
     pub fn new(source: S) -> Self {
-        Self { source, current: RwLock::default(), last_asked: Mutex::default() }
+        Self { source, current: watch::Sender::default(), last_asked: Mutex::default() }
     }
 
     pub fn source(&self) -> &S {
@@ -54,7 +50,14 @@ impl<S: Source> KeyRing<S> {
 
     /// `None`: none were had yet.
     pub fn current(&self) -> Option<Arc<S::Keys>> {
-        self.current.read().unwrap_or_else(PoisonError::into_inner).clone()
+        self.current.borrow().clone()
+    }
+
+    /// The same, and if there are none yet, waits for the first ones for this long.
+    pub async fn first_within(&self, patience: Duration) -> Option<Arc<S::Keys>> {
+        let mut changes = self.current.subscribe();
+        let first = timeout(patience, changes.wait_for(Option::is_some)).await;
+        first.ok()?.ok()?.clone()
     }
 
     /// Keeps the keys fresh until `stop`.
@@ -102,7 +105,7 @@ impl<S: Source> KeyRing<S> {
 
     async fn fetch(&self, kid: Option<&str>) -> Result<(), S::Error> {
         let keys = self.source.fetch(kid).await?;
-        *self.current.write().unwrap_or_else(PoisonError::into_inner) = Some(Arc::new(keys));
+        self.current.send_replace(Some(Arc::new(keys)));
         Ok(())
     }
 }

@@ -2,7 +2,10 @@
 //!
 //! It promises that a lack of keys is never mistaken for a bad token.
 
-use std::sync::Arc;
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use form_urlencoded::byte_serialize;
 use shared::{
@@ -32,8 +35,14 @@ pub enum Proof {
     Foreign(ForeignClaims),
 }
 
+/// Who comes in the moment in which a process starts waits for its first keys, instead of being sent away for minutes. Later, a
+/// lack of keys is an outage, and nobody waits.
+const STARTING: Duration = Duration::from_secs(10);
+const FIRST_KEYS_WITHIN: Duration = Duration::from_secs(2);
+
 pub struct Keys {
     ring: KeyRing<FromApi>,
+    began: Instant,
 }
 
 /// What `api` told.
@@ -80,7 +89,7 @@ impl Source for FromApi {
 
 impl Keys {
     pub fn new(issuer: &str, api: Api, metrics: Arc<Metrics>) -> Self {
-        Self { ring: KeyRing::new(FromApi { issuer: issuer.into(), api, metrics }) }
+        Self { ring: KeyRing::new(FromApi { issuer: issuer.into(), api, metrics }), began: Instant::now() }
     }
 
     pub fn known(&self) -> bool {
@@ -94,7 +103,11 @@ impl Keys {
 
     /// Checks a token for the stream.
     pub async fn verify(&self, token: &str) -> Result<Proof, Refused> {
-        let trusted = self.ring.current().ok_or(Refused::NoKeys)?;
+        let trusted = match self.ring.current() {
+            None if self.began.elapsed() < STARTING => self.ring.first_within(FIRST_KEYS_WITHIN).await,
+            current => current,
+        };
+        let trusted = trusted.ok_or(Refused::NoKeys)?;
         let refused = match trusted.verify(token) {
             Err(refused @ (Refused::Token(TokenError::UnknownKey) | Refused::NoKeys)) => refused,
             told => return told,

@@ -47,6 +47,22 @@ async fn without_keys_streams_are_told_to_come_back_and_no_token_is_called_bad()
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_comes_while_a_gateway_starts_waits_for_its_first_keys() {
+    let world = Setup::default().no_keys().start().await;
+    let user = world.user(3);
+    let coming = world.stream(&user);
+    let (stream, ()) = tokio::join!(coming.stream(), async {
+        tokio::time::sleep(std::time::Duration::from_millis(100)).await;
+        world.api.mood(KEYS_PATH, Mood::Well);
+    });
+    let mut stream = stream;
+    ready(&mut stream, &world.api.cursor(user.id, 3), false).await;
+    assert_eq!(world.metric("gateway_streams_refused_total{reason=\"no_keys\"}").await, 0);
+    drop(stream);
+    world.ends().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_key_that_nobody_publishes_is_asked_about_once_and_then_refused() {
     let world = World::new().await;
     let user = world.user(3);
