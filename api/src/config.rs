@@ -9,6 +9,7 @@ use shared::{
     client_address::TrustedProxies,
     config::{Origin, Problems},
     foreign::ForeignIssuer,
+    healthcheck::Probe,
     limiter::{self, Limit},
     telemetry::LogFormat,
 };
@@ -47,6 +48,8 @@ pub enum Command {
     Prune,
     /// Say every problem with the settings, or that there is none, then end
     CheckConfig,
+    /// Ask the service that runs here, at OPS_LISTEN: does it answer (livez), may it get traffic (readyz)? Then end
+    Healthcheck { probe: Probe },
 }
 
 /// As given: texts, so that all of them can be checked before anything is said.

@@ -7,7 +7,10 @@ use api::{
     config::{Cli, Command},
 };
 use clap::Parser;
-use shared::{lifecycle, telemetry};
+use shared::{
+    healthcheck::{self, Probe},
+    lifecycle, telemetry,
+};
 use sqlx::postgres::PgConnectOptions;
 
 #[tokio::main]
@@ -19,6 +22,7 @@ async fn main() -> ExitCode {
         Command::NewEpoch => with_database(&cli, app::new_epoch).await,
         Command::Prune => prune(&cli).await,
         Command::CheckConfig => check_config(&cli),
+        Command::Healthcheck { probe } => check_health(&cli, probe),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
@@ -55,5 +59,11 @@ async fn prune(cli: &Cli) -> anyhow::Result<()> {
 fn check_config(cli: &Cli) -> anyhow::Result<()> {
     cli.settings.for_serving()?;
     eprintln!("api: the settings are good");
+    Ok(())
+}
+
+fn check_health(cli: &Cli, probe: Probe) -> anyhow::Result<()> {
+    let note = healthcheck::ask(&cli.settings.ops_listen, probe)?;
+    eprintln!("api: {note}");
     Ok(())
 }

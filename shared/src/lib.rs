@@ -11,6 +11,7 @@ pub mod ended;
 pub mod event;
 pub mod feed;
 pub mod foreign;
+pub mod healthcheck;
 pub mod ids;
 pub mod keyring;
 pub mod lifecycle;

@@ -7,6 +7,7 @@ use shared::{
     channels::Channels,
     client_address::TrustedProxies,
     config::{Origin, Problems},
+    healthcheck::Probe,
     limiter::{self, Limit},
     telemetry::LogFormat,
 };
@@ -34,6 +35,8 @@ pub enum Command {
     Serve,
     /// Say every problem with the settings, or that there is none, then end
     CheckConfig,
+    /// Ask the service that runs here, at OPS_LISTEN: does it answer (livez), may it get traffic (readyz)? Then end
+    Healthcheck { probe: Probe },
 }
 
 /// As given: texts, so that all of them can be checked before anything is said.
@@ -44,7 +47,7 @@ pub struct Settings {
     listen: String,
     /// The operators' listener: /livez, /readyz, /metrics. Never routed from outside
     #[arg(long, env, global = true, hide_env_values = true, default_value = "127.0.0.1:8092")]
-    ops_listen: String,
+    pub ops_listen: String,
     /// Where browsers find the product: scheme://host[:port]. Also the issuer of tokens; the same as api's
     #[arg(long, env, global = true, hide_env_values = true)]
     origin: Option<String>,

@@ -2,7 +2,7 @@
 
 use anyhow::Context as _;
 use clap::Parser as _;
-use shared::{lifecycle, telemetry};
+use shared::{healthcheck, lifecycle, telemetry};
 use stream_gateway::{
     app::{self, Listeners},
     config::{Cli, Command},
@@ -11,6 +11,11 @@ use stream_gateway::{
 
 fn main() -> anyhow::Result<()> {
     let cli = Cli::parse();
+    if let Some(Command::Healthcheck { probe }) = cli.command {
+        let note = healthcheck::ask(&cli.settings.ops_listen, probe)?;
+        eprintln!("stream-gateway: {note}");
+        return Ok(());
+    }
     let config = cli.settings.check(descriptors::allowed())?;
     if let Some(Command::CheckConfig) = cli.command {
         eprintln!("stream-gateway: the settings are good");

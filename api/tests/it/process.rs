@@ -135,7 +135,7 @@ fn help_names_every_variable_and_no_secret() {
     ] {
         assert!(said.contains(&format!("[env: {name}")), "{name} is missing in {said}");
     }
-    for command in ["serve", "migrate", "new-epoch", "prune", "check-config"] {
+    for command in ["serve", "migrate", "new-epoch", "prune", "check-config", "healthcheck"] {
         assert!(said.contains(command), "{command} is missing in {said}");
     }
     assert!(!said.contains("hunter2"), "{said}");
@@ -274,6 +274,22 @@ async fn sigterm_ends_it_in_order(pool: PgPool) {
     assert_eq!(answer.status, 201);
     let status = soon("the process ends", server.process.wait()).await;
     assert_eq!(status.code(), Some(0));
+}
+
+#[sqlx::test(migrations = false)]
+async fn a_container_without_other_programs_can_ask_how_its_service_is(pool: PgPool) {
+    let folder = tempfile::tempdir().unwrap();
+    let mut server = serve(&pool, folder.path(), "2");
+    let address = server.ops.trim_start_matches("http://").to_owned();
+    // By the one setting that it needs.
+    let asked = |probe| run(&["healthcheck", probe], &[("OPS_LISTEN", &address)]);
+    until("it is ready", || async { asked("readyz") == (true, "api: ready\n".into()) }).await;
+    server.process.signal(Signal::SIGTERM);
+    until("it says that it goes", || async { asked("readyz") == (false, "api: stopping\n".into()) }).await;
+    assert_eq!(asked("livez"), (true, "api: alive\n".into()));
+    soon("the process ends", server.process.wait()).await;
+    let (healthy, said) = asked("livez");
+    assert!(!healthy && said.contains(&format!("{address} does not answer")), "{said}");
 }
 
 #[sqlx::test(migrations = false)]

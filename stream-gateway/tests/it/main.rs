@@ -13,6 +13,7 @@ mod keys;
 mod lifetimes;
 mod limits;
 mod origins;
+mod process;
 mod questions;
 mod readers;
 mod support;

@@ -90,7 +90,7 @@ pub(crate) struct World {
     pub(crate) network: Proxy,
     pub(crate) client: Client,
     pub(crate) public: SocketAddr,
-    ops: SocketAddr,
+    pub(crate) ops: SocketAddr,
     redis: MultiplexedConnection,
     channels: Channels,
     prefix: String,

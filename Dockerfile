@@ -1,0 +1,87 @@
+# The images of both services, a target each: `docker build --target api .`, `docker build --target stream-gateway .`.
+# What they promise to k8s/ and docker-compose.yml: the entry point is the binary, it runs as user 65532, needs no shell, writes
+# nowhere, and finds public certificates in /etc/ssl/certs.
+#
+# Nothing here needs more than BuildKit as Docker 20.10 has it.
+
+# Where either comes from: by digest where a build must be the same next year, from a mirror where there is no way out.
+ARG RUST=rust:1.95-bookworm
+# libc, libgcc, certificates, time zones, and no shell. The same Debian as above, for the same libc.
+ARG RUNTIME=gcr.io/distroless/cc-debian12:nonroot
+
+
+# --- all that others wrote: built again only when a manifest or the lock file changes ----------------------------------
+FROM ${RUST} AS dependencies
+WORKDIR /src
+# No line tables, which are two thirds of a binary; the names of functions stay, for backtraces.
+ENV CARGO_PROFILE_RELEASE_DEBUG=none \
+    CARGO_INCREMENTAL=0 \
+    SQLX_OFFLINE=true
+COPY Cargo.toml Cargo.lock ./
+COPY api/Cargo.toml api/
+COPY benches/Cargo.toml benches/
+COPY dev/Cargo.toml dev/
+COPY e2e/Cargo.toml e2e/
+COPY manifests/Cargo.toml manifests/
+COPY shared/Cargo.toml shared/
+COPY stream-gateway/Cargo.toml stream-gateway/
+# Every member of the workspace must be there for the lock file to hold, so each is an empty library here. What is built of
+# ours is thrown away again: it is newer than the real sources, and would be taken for them.
+RUN --mount=type=cache,target=/usr/local/cargo/registry,sharing=locked \
+    for member in */; do mkdir "${member}src" && touch "${member}src/lib.rs" || exit; done \
+    && cargo build --release --locked --package api --package stream-gateway \
+    && cargo clean --release --locked --package shared --package api --package stream-gateway
+
+
+# --- ours --------------------------------------------------------------------------------------------------------------
+# Both in one build: each alone would have the dependencies with other features.
+FROM dependencies AS build
+COPY shared/src shared/src
+COPY api api
+COPY stream-gateway/src stream-gateway/src
+COPY web web
+# The binaries embed the times of the web client's files, and a layer holds those of the binaries: from the same sources the
+# same bytes, whenever somebody checked them out.
+RUN --mount=type=cache,target=/usr/local/cargo/registry,sharing=locked \
+    find api shared stream-gateway web -type f -exec touch --date=@0 {} + \
+    && cargo build --release --locked --package api --package stream-gateway \
+    && install -D --target-directory=/out target/release/api target/release/stream-gateway \
+    && touch --date=@0 /out/api /out/stream-gateway
+
+
+# --- the images --------------------------------------------------------------------------------------------------------
+FROM ${RUNTIME} AS stream-gateway
+COPY --from=build /out/stream-gateway /usr/local/bin/stream-gateway
+USER 65532:65532
+# Streams; operators.
+EXPOSE 8090 8092
+# Only that the process answers: what restarts unhealthy containers must not do it because a dependency is away.
+HEALTHCHECK --interval=10s --timeout=3s --start-period=30s --retries=3 \
+    CMD ["/usr/local/bin/stream-gateway", "healthcheck", "livez"]
+ENTRYPOINT ["/usr/local/bin/stream-gateway"]
+# Last, so that a new revision is no new layer.
+ARG VERSION=dev
+ARG REVISION=unknown
+ARG SOURCE=
+LABEL org.opencontainers.image.title="messenger/stream-gateway" \
+      org.opencontainers.image.description="Holds the event streams of the messenger's browsers." \
+      org.opencontainers.image.version="${VERSION}" \
+      org.opencontainers.image.revision="${REVISION}" \
+      org.opencontainers.image.source="${SOURCE}"
+
+FROM ${RUNTIME} AS api
+COPY --from=build /out/api /usr/local/bin/api
+USER 65532:65532
+# REST; gateways; operators.
+EXPOSE 8080 8081 8082
+HEALTHCHECK --interval=10s --timeout=3s --start-period=30s --retries=3 \
+    CMD ["/usr/local/bin/api", "healthcheck", "livez"]
+ENTRYPOINT ["/usr/local/bin/api"]
+ARG VERSION=dev
+ARG REVISION=unknown
+ARG SOURCE=
+LABEL org.opencontainers.image.title="messenger/api" \
+      org.opencontainers.image.description="REST, the web client, and the messenger's only writer." \
+      org.opencontainers.image.version="${VERSION}" \
+      org.opencontainers.image.revision="${REVISION}" \
+      org.opencontainers.image.source="${SOURCE}"

@@ -1,0 +1,134 @@
+//! `healthcheck`: a service asks itself, for platforms that can only run a command in its container, where there is no other
+//! program to ask with. It needs `OPS_LISTEN` and no other setting, and it ends soon whatever the service does.
+
+use std::{
+    io::{self, Read as _, Write as _},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream},
+    time::Duration,
+};
+
+use clap::ValueEnum;
+use thiserror::Error;
+
+/// For connecting, and for each wait for the answer: below the 3 s that the image's HEALTHCHECK gives the whole.
+const PATIENCE: Duration = Duration::from_secs(1);
+/// In bytes; an answer is a line.
+const LONGEST_ANSWER: u64 = 4_096;
+
+/// What is asked, called as the operators' listener calls it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Probe {
+    /// Does the process answer?
+    Livez,
+    /// May it get traffic?
+    Readyz,
+}
+
+impl Probe {
+    fn path(self) -> &'static str {
+        match self {
+            Self::Livez => "/livez",
+            Self::Readyz => "/readyz",
+        }
+    }
+}
+
+#[derive(Debug, Error)]
+pub enum Unhealthy {
+    #[error("OPS_LISTEN cannot be read: it has the form 127.0.0.1:8082")]
+    NotAnAddress,
+    #[error("{0} does not answer: {1}")]
+    Silent(SocketAddr, io::Error),
+    /// The service's own words.
+    #[error("{0}")]
+    Refused(String),
+}
+
+/// Asks the service that listens to operators at `ops_listen`. What it answers when all is well.
+pub fn ask(ops_listen: &str, probe: Probe) -> Result<String, Unhealthy> {
+    let address = reachable(ops_listen.parse().map_err(|_| Unhealthy::NotAnAddress)?);
+    let answer = get(address, probe.path()).map_err(|error| Unhealthy::Silent(address, error))?;
+    let (head, note) = answer.split_once("\r\n\r\n").unwrap_or((&answer, ""));
+    let note = note.trim().to_owned();
+    match head.split(' ').nth(1) {
+        Some("200") => Ok(note),
+        _ if note.is_empty() => Err(Unhealthy::Refused(head.lines().next().unwrap_or_default().to_owned())),
+        _ => Err(Unhealthy::Refused(note)),
+    }
+}
+
+/// Who listens at every address listens at the loopback too.
+fn reachable(listening: SocketAddr) -> SocketAddr {
+    let ip = match listening.ip() {
+        IpAddr::V4(ip) if ip.is_unspecified() => Ipv4Addr::LOCALHOST.into(),
+        IpAddr::V6(ip) if ip.is_unspecified() => Ipv6Addr::LOCALHOST.into(),
+        ip => ip,
+    };
+    SocketAddr::new(ip, listening.port())
+}
+
+fn get(address: SocketAddr, path: &str) -> io::Result<String> {
+    let mut connection = TcpStream::connect_timeout(&address, PATIENCE)?;
+    connection.set_read_timeout(Some(PATIENCE))?;
+    connection.set_write_timeout(Some(PATIENCE))?;
+    write!(connection, "GET {path} HTTP/1.1\r\nhost: {address}\r\nconnection: close\r\n\r\n")?;
+    let mut answer = String::new();
+    connection.take(LONGEST_ANSWER).read_to_string(&mut answer)?;
+    Ok(answer)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{net::TcpListener, thread};
+
+    use super::*;
+
+    /// A service that reads a request, answers so and hangs up. Without an answer it stays silent, as one that is stopped.
+    fn service(answer: Option<&'static str>) -> SocketAddr {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap();
+        thread::spawn(move || {
+            // A service that is stopped takes connections too: the kernel does it.
+            let Some(answer) = answer else { return thread::park() };
+            let (mut connection, _) = listener.accept().unwrap();
+            let mut request = [0; 1_024];
+            let read = connection.read(&mut request).unwrap();
+            assert!(request[..read].starts_with(b"GET /readyz HTTP/1.1\r\n"));
+            connection.write_all(answer.as_bytes()).unwrap();
+        });
+        address
+    }
+
+    fn asked(answer: Option<&'static str>) -> Result<String, String> {
+        ask(&service(answer).to_string(), Probe::Readyz).map_err(|unhealthy| unhealthy.to_string())
+    }
+
+    #[test]
+    fn only_a_200_is_healthy_and_the_service_says_why_not() {
+        assert_eq!(asked(Some("HTTP/1.1 200 OK\r\ncontent-length: 6\r\n\r\nready\n")), Ok("ready".into()));
+        let unready = asked(Some("HTTP/1.1 503 Service Unavailable\r\ncontent-length: 9\r\n\r\nstopping\n"));
+        assert_eq!(unready, Err("stopping".into()));
+        assert_eq!(asked(Some("HTTP/1.1 404 Not Found\r\n\r\n")), Err("HTTP/1.1 404 Not Found".into()));
+        assert_eq!(asked(Some("")), Err(String::new()));
+    }
+
+    #[test]
+    fn a_service_that_is_silent_or_away_is_unhealthy_soon() {
+        let silent = asked(None).unwrap_err();
+        assert!(silent.contains("does not answer"), "{silent}");
+        let gone = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+        assert!(matches!(ask(&gone.to_string(), Probe::Livez), Err(Unhealthy::Silent(..))));
+        assert!(matches!(ask("everywhere", Probe::Livez), Err(Unhealthy::NotAnAddress)));
+    }
+
+    #[test]
+    fn who_listens_everywhere_is_asked_at_the_loopback() {
+        for (listening, asked) in [
+            ("0.0.0.0:8082", "127.0.0.1:8082"),
+            ("[::]:8082", "[::1]:8082"),
+            ("10.1.2.3:8082", "10.1.2.3:8082"),
+        ] {
+            assert_eq!(reachable(listening.parse().unwrap()), asked.parse().unwrap());
+        }
+    }
+}
