@@ -55,8 +55,10 @@ async fn a_real_prometheus_understands_all_that_the_services_tell() {
         delivered.is_some_and(|values| values == ["1"])
     })
     .await;
-    let up = prometheus.ask(&world, "sum(up)").await;
-    assert_eq!(up.as_deref(), Some(["2".to_owned()].as_slice()));
+    until("both are scraped", async || {
+        prometheus.ask(&world, "sum(up)").await.is_some_and(|values| values == ["2"])
+    })
+    .await;
     let lag = "sum(gateway_delivery_lag_seconds_count)";
     assert_eq!(prometheus.ask(&world, lag).await.as_deref(), Some(["1".to_owned()].as_slice()));
 
