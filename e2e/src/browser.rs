@@ -15,7 +15,7 @@ use std::{
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicU64, Ordering},
-        mpsc::sync_channel,
+        mpsc::{Receiver, sync_channel},
     },
     thread::JoinHandle,
     time::{Duration, Instant},
@@ -34,7 +34,11 @@ const AT_ONCE: usize = 2;
 /// What a person does waits this long for the thing that it is done to, in milliseconds.
 const ACTION_PATIENCE: u64 = 20_000;
 
-const POLL: Duration = Duration::from_millis(30);
+/// Between two looks at a page, which does not tell by itself what it shows.
+pub const POLL: Duration = Duration::from_millis(30);
+
+/// For a browser to end in good order.
+const END_WITHIN: Duration = Duration::from_secs(5);
 
 /// Something that a page told.
 #[derive(Debug, Clone)]
@@ -120,6 +124,8 @@ pub struct Browser {
     driver: Arc<Driver>,
     process: Process,
     reader: Option<JoinHandle<()>>,
+    /// Told by nobody: closed when the driver's output ends.
+    silent: Receiver<()>,
     /// Chromium's own files.
     _folder: TempDir,
     _slot: File,
@@ -145,9 +151,11 @@ impl Browser {
             happenings: Mutex::default(),
             complaints: Mutex::default(),
         });
+        let (speaking, silent) = sync_channel(0);
         let reader = std::thread::spawn({
             let driver = driver.clone();
             move || {
+                let _speaking = speaking;
                 BufReader::new(stdout).lines().map_while(Result::ok).for_each(|line| driver.read(&line));
                 // Whoever still waits learns that nothing comes.
                 held(&driver.waiting).clear();
@@ -160,7 +168,7 @@ impl Browser {
                 lines.for_each(|line| held(&driver.complaints).push(line));
             }
         });
-        let browser = Self { driver, process, reader: Some(reader), _folder: folder, _slot: slot };
+        let browser = Self { driver, process, reader: Some(reader), silent, _folder: folder, _slot: slot };
         if let Err(error) = browser.driver.call(0, json!([["version"]])).await {
             panic!("the browser does not start: {error}");
         }
@@ -195,11 +203,8 @@ impl Browser {
 impl Drop for Browser {
     fn drop(&mut self) {
         drop(held(&self.driver.stdin).take());
-        // In good order, or the hard way.
-        let deadline = Instant::now() + Duration::from_secs(5);
-        while self.process.ended().is_none() && Instant::now() < deadline {
-            std::thread::sleep(Duration::from_millis(5));
-        }
+        // In good order, or the hard way. Its last word is the end of its output.
+        let _ = self.silent.recv_timeout(END_WITHIN);
         self.process.kill();
         if let Some(reader) = self.reader.take() {
             let _ = reader.join();

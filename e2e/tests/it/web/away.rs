@@ -31,8 +31,7 @@ async fn what_is_written_without_a_network_is_sent_and_what_was_missed_is_shown_
     let origin = format!("http://localhost:{}", cable.address().port());
     let site = site(front.known_as(&origin), &[]).await;
     let (world, two) = (&site.world, people(&site).await);
-    let context = browser.context("jane", &origin).await;
-    context.sign_in(&two.jane).await;
+    let context = site.signed_in(&browser, &two.jane).await;
     context.expect("Failed to load resource");
     let jane = Messenger::at(&context, two.conversation).await;
     for noticed in [true, false] {
@@ -58,8 +57,7 @@ async fn a_page_that_slept_shows_what_it_missed() {
     let browser = Browser::launch().await;
     let site = site(Front::plain(), &[]).await;
     let (world, two) = (&site.world, people(&site).await);
-    let context = browser.context("jane", &site.origin).await;
-    context.sign_in(&two.jane).await;
+    let context = site.signed_in(&browser, &two.jane).await;
     let jane = Messenger::at(&context, two.conversation).await;
     for _ in 0..2 {
         jane.freeze().await;
@@ -74,8 +72,7 @@ async fn a_page_that_one_leaves_is_kept_by_the_browser_and_shows_what_it_missed_
     let browser = Browser::launch().await;
     let site = site(Front::plain(), &[]).await;
     let (world, two) = (&site.world, people(&site).await);
-    let context = browser.context("jane", &site.origin).await;
-    context.sign_in(&two.jane).await;
+    let context = site.signed_in(&browser, &two.jane).await;
     let jane = Messenger::at(&context, two.conversation).await;
     let draft = "whispered while leaving";
     jane.field().fill(draft).await;

@@ -16,8 +16,7 @@ async fn a_login_goes_on_while_it_is_used() {
     let browser = Browser::launch().await;
     let site = site(Front::plain(), &[]).await;
     let (world, two) = (&site.world, Two::meet(&site.world, site.api()).await);
-    let context = browser.context("jane", &site.origin).await;
-    context.sign_in(&two.jane).await;
+    let context = site.signed_in(&browser, &two.jane).await;
     let jane = Messenger::at(&context, two.conversation).await;
     // From here on with a token that ends in a moment, of a session that does not.
     let now: i64 =
@@ -42,9 +41,8 @@ async fn a_page_that_slept_longer_than_its_session_lasts_asks_who_one_is() {
     let browser = Browser::launch().await;
     let site = site(Front::plain(), &[]).await;
     let two = Two::meet(&site.world, site.api()).await;
-    let context = browser.context("jane", &site.origin).await;
+    let context = site.signed_in(&browser, &two.jane).await;
     context.expect("status of 401");
-    context.sign_in(&two.jane).await;
     let jane = Messenger::at(&context, two.conversation).await;
     jane.freeze().await;
     let ended =

@@ -19,8 +19,7 @@ async fn a_bare_event_source_hears_at_once(front: Front, protocol: &str) {
     let browser = Browser::launch().await;
     let site = site(front, &[]).await;
     let two = Two::meet(&site.world, site.api()).await;
-    let context = browser.context("jane", &site.origin).await;
-    context.sign_in(&two.jane).await;
+    let context = site.signed_in(&browser, &two.jane).await;
     context.expect("/favicon.ico"); // The document below is no page of ours.
     let page = context.open("/api/openapi.json").await;
     let spoken = page.evaluate(LISTEN).await;

@@ -41,8 +41,7 @@ async fn who_reads_back_through_a_long_conversation_stays_in_place_and_gets_back
     let site = site(Front::plain(), &[]).await;
     let (world, two) = (&site.world, Two::meet(&site.world, site.api()).await);
     two.say(world, site.api(), 130).await;
-    let context = browser.context("jane", &site.origin).await;
-    context.sign_in(&two.jane).await;
+    let context = site.signed_in(&browser, &two.jane).await;
     let jane = Messenger::at(&context, two.conversation).await;
     jane.wait_for("it opens at the end", &format!("{LIST}.scrollTop > 0")).await;
     assert!(jane.is_at_the_end().await);

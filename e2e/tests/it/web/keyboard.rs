@@ -39,7 +39,7 @@ async fn with_the_keyboard_alone_one_logs_in_starts_a_conversation_writes_and_go
         .context_with("john", &site.origin, json!({ "viewport": { "width": 390, "height": 844 } }))
         .await;
     context.expect("status of 401");
-    let john = Messenger::new(context.open("/").await).await;
+    let john = Messenger::visit(&context, "/").await;
     john.role("textbox", "Username").appears().await;
     john.tab_to("#username").await;
     john.type_text("john").await;

@@ -3,13 +3,13 @@
 
 use std::{
     ops::Deref,
-    sync::atomic::{AtomicBool, AtomicU64, Ordering},
+    sync::atomic::{AtomicBool, Ordering},
     time::{Duration, Instant},
 };
 
 use e2e::{
     User, World,
-    browser::{Context, Locator, Page},
+    browser::{Context, Locator, POLL, Page},
 };
 use futures_util::future::join_all;
 use serde_json::{Value, json};
@@ -18,6 +18,7 @@ use shared::{
     test_support::{PATIENCE, soon, until},
 };
 use sqlx::PgPool;
+use tokio::sync::watch;
 
 /// One page of the messenger.
 pub(crate) struct Messenger(Page);
@@ -49,25 +50,36 @@ const ROWS: &str = "Array.from(document.querySelectorAll('ol[role=log] li.messag
     failed: li.hasAttribute('data-failed'),
 }))";
 
-/// Notes which texts were on screen twice at any moment. Tests write each text once.
-const WATCH: &str = "(() => {
+/// Notes, from the beginning of each document, which texts were on screen twice at any moment. Tests write each text once.
+const WATCH: &str = "
     window.twice = [];
     new MutationObserver(() => {
         const texts = Array.from(document.querySelectorAll('ol[role=log] li.message .content'), (text) => text.textContent);
         twice.push(...texts.filter((text, at) => texts.indexOf(text) !== at && !twice.includes(text)));
-    }).observe(document.body, { subtree: true, childList: true, characterData: true });
-})()";
+    }).observe(document, { subtree: true, childList: true, characterData: true });
+";
+
+/// Between two messages of somebody who types fast.
+const PACE: Duration = Duration::from_millis(50);
 
 impl Messenger {
-    /// On a page that was opened, whatever it shows.
-    pub(crate) async fn new(page: Page) -> Self {
-        page.evaluate(WATCH).await;
+    /// A new tab, empty.
+    pub(crate) async fn blank(context: &Context) -> Self {
+        let page = context.page().await;
+        page.call(json!([["addInitScript", { "content": WATCH }]])).await;
         Self(page)
+    }
+
+    /// A new tab at this path, whatever it shows.
+    pub(crate) async fn visit(context: &Context, path: &str) -> Self {
+        let messenger = Self::blank(context).await;
+        messenger.goto(path).await;
+        messenger
     }
 
     /// A new tab at this path, with its stream live.
     pub(crate) async fn open(context: &Context, path: &str) -> Self {
-        let messenger = Self::new(context.open(path).await).await;
+        let messenger = Self::visit(context, path).await;
         messenger.live().await;
         messenger
     }
@@ -112,8 +124,8 @@ impl Messenger {
     pub(crate) async fn go_on_saying(&self, world: &World, talk: &Talk) {
         while !talk.over.load(Ordering::Relaxed) {
             self.say(&world.text()).await;
-            talk.said.fetch_add(1, Ordering::Relaxed);
-            tokio::time::sleep(Duration::from_millis(50)).await;
+            talk.said.send_modify(|said| *said += 1);
+            tokio::time::sleep(PACE).await;
         }
     }
 
@@ -160,19 +172,15 @@ impl Messenger {
 #[derive(Default)]
 pub(crate) struct Talk {
     over: AtomicBool,
-    said: AtomicU64,
+    said: watch::Sender<u64>,
 }
 
 impl Talk {
     /// Lets them say so much more.
     pub(crate) async fn more(&self, messages: u64) {
-        let wanted = self.said.load(Ordering::Relaxed) + messages;
-        let said = async || {
-            while self.said.load(Ordering::Relaxed) < wanted {
-                tokio::time::sleep(Duration::from_millis(10)).await;
-            }
-        };
-        soon("they go on talking", said()).await;
+        let mut said = self.said.subscribe();
+        let wanted = *said.borrow() + messages;
+        soon("they go on talking", said.wait_for(|said| *said >= wanted)).await.unwrap();
     }
 
     pub(crate) fn end(&self) {
@@ -207,7 +215,7 @@ async fn assert_show(sql: &PgPool, conversation: ConversationId, watching: &[(&U
         let mut shown = page.rows().await;
         // Nothing tells that a page has all that it will ever have, so a wrong one is waited for in vain.
         while shown != wanted && Instant::now() < deadline {
-            tokio::time::sleep(Duration::from_millis(30)).await;
+            tokio::time::sleep(POLL).await;
             shown = page.rows().await;
         }
         if shown != wanted {
@@ -221,12 +229,7 @@ async fn assert_show(sql: &PgPool, conversation: ConversationId, watching: &[(&U
                 &shown[at..shown.len().min(at + 3)],
             );
         }
-        assert_eq!(
-            page.evaluate("window.twice ?? []").await,
-            json!([]),
-            "{}: on screen twice, for a moment",
-            user.name
-        );
+        assert_eq!(page.evaluate("twice").await, json!([]), "{}: on screen twice, for a moment", user.name);
     }
 }
 

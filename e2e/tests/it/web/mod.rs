@@ -10,7 +10,6 @@ mod looks;
 mod messenger;
 mod model;
 mod original;
-mod outbox;
 mod poison;
 mod sending;
 mod sign_in;

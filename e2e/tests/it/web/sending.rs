@@ -2,9 +2,10 @@
 
 use e2e::{Browser, Front, browser::Page};
 use serde_json::json;
+use shared::test_support::until;
 
 use super::{
-    messenger::{Messenger, assert_all_show},
+    messenger::{Messenger, assert_all_show, path_of},
     site::{Site, site},
 };
 use crate::support::Two;
@@ -13,10 +14,21 @@ const SEND: &str = "**/api/conversations/*/messages";
 
 /// What becomes of requests to send, until `let_through`.
 async fn intercept(page: &Page, what: &str) {
-    let only_sends =
-        format!("(route) => route.request().method() === 'POST' ? ({what})(route) : route.continue()");
+    let only_sends = format!(
+        "((handle) => (route) => route.request().method() === 'POST' ? handle(route) : route.continue())({what})"
+    );
     page.call(json!([["route", SEND, { "js": only_sends }]])).await;
 }
+
+/// The first send reaches the server, and its answer never comes back.
+const LOSE_THE_FIRST_ANSWER: &str = "(() => {
+    let first = true;
+    return (route) => {
+        if (!first) return route.continue();
+        first = false;
+        return route.fetch();
+    };
+})()";
 
 async fn let_through(page: &Page) {
     page.call(json!([["unroute", SEND]])).await;
@@ -32,8 +44,7 @@ async fn what_could_not_be_sent_is_kept_and_sent_once_when_one_tries_again() {
     let browser = Browser::launch().await;
     let site = site(Front::plain(), &[]).await;
     let (world, two) = (&site.world, Two::meet(&site.world, site.api()).await);
-    let context = browser.context("john", &site.origin).await;
-    context.sign_in(&two.john).await;
+    let context = site.signed_in(&browser, &two.john).await;
     context.expect("Failed to load resource");
     let john = Messenger::at(&context, two.conversation).await;
     let problem = "Somebody on the way refuses";
@@ -64,8 +75,7 @@ async fn an_answer_that_is_lost_makes_no_second_message() {
     let browser = Browser::launch().await;
     let site = site(Front::plain(), &[]).await;
     let (world, two) = (&site.world, Two::meet(&site.world, site.api()).await);
-    let context = browser.context("john", &site.origin).await;
-    context.sign_in(&two.john).await;
+    let context = site.signed_in(&browser, &two.john).await;
     context.expect("Failed to load resource");
     let john = Messenger::at(&context, two.conversation).await;
     intercept(&john, "(route) => route.fetch().then(() => route.abort())").await;
@@ -79,6 +89,33 @@ async fn an_answer_that_is_lost_makes_no_second_message() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_message_whose_answer_was_lost_is_not_shown_twice_after_a_reload() {
+    let browser = Browser::launch().await;
+    let site = site(Front::plain(), &[]).await;
+    let (world, two) = (&site.world, Two::meet(&site.world, site.api()).await);
+    let context = site.signed_in(&browser, &two.john).await;
+    context.expect("Failed to load resource");
+    let john = Messenger::blank(&context).await;
+    // The stream cannot tell what the answer would have told.
+    let stream = "**/api/messages?*";
+    john.call(json!([["route", stream, { "js": "(route) => route.abort()" }]])).await;
+    intercept(&john, LOSE_THE_FIRST_ANSWER).await;
+    john.goto(&path_of(two.conversation)).await;
+    let text = world.text();
+    john.say(&text).await;
+    until("the server has it", async || sent(&site, &text).await == 1).await;
+    let kept = "Object.keys(localStorage).filter((key) => key.includes(':outbox:')).length";
+    assert_eq!(john.evaluate(kept).await, 1);
+
+    john.call(json!([["unroute", stream]])).await;
+    john.reload().await;
+    john.live().await;
+    john.shows_last(&text).await;
+    john.wait_for("the repeat is answered", &format!("{kept} === 0")).await;
+    assert_eq!(john.evaluate("twice").await, json!([]));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_draft_survives_a_reload_and_goes_with_its_conversation() {
     let browser = Browser::launch().await;
     let site = site(Front::plain(), &[]).await;
@@ -86,8 +123,7 @@ async fn a_draft_survives_a_reload_and_goes_with_its_conversation() {
     let kate = world.user(site.api(), "kate").await;
     let other = world.conversation(site.api(), &two.john, &kate).await;
     world.say(site.api(), &kate, other).await;
-    let context = browser.context("john", &site.origin).await;
-    context.sign_in(&two.john).await;
+    let context = site.signed_in(&browser, &two.john).await;
     let john = Messenger::at(&context, two.conversation).await;
     let draft = world.text();
     john.field().fill(&draft).await;

@@ -33,7 +33,7 @@ async fn a_person_logs_in_at_a_provider_and_comes_back_to_the_messenger() {
     for (link, name) in [("Continue with GitHub", "kim"), ("Continue with single sign-on", "sam")] {
         let context = browser.context(name, &site.origin).await;
         context.expect("status of 401"); // How the page finds out that nobody is logged in yet.
-        let page = Messenger::new(context.open("/").await).await;
+        let page = Messenger::visit(&context, "/").await;
         page.role("link", link).click().await;
         page.live().await;
         page.css("header").with_text(name).appears().await;

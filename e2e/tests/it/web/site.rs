@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use e2e::{Front, Service, World, nginx::Nginx, service::Plan};
+use e2e::{Browser, Front, Service, User, World, browser::Context, nginx::Nginx, service::Plan};
 use futures_util::future::join_all;
 
 /// In the order in which it is torn down.
@@ -35,5 +35,12 @@ pub(crate) async fn site_of(front: Front, [apis, gateways]: [usize; 2], settings
 impl Site {
     pub(crate) fn api(&self) -> &Service {
         &self.apis[0]
+    }
+
+    /// A browser of this user's, with their session's cookie.
+    pub(crate) async fn signed_in(&self, browser: &Browser, user: &User) -> Context {
+        let context = browser.context(&user.name, &self.origin).await;
+        context.sign_in(user).await;
+        context
     }
 }

@@ -19,8 +19,7 @@ async fn seven_tabs_of_one_browser_over_http_1_are_all_live_and_so_are_those_tha
     let browser = Browser::launch().await;
     let site = site(Front::plain(), &[]).await;
     let (world, two) = (&site.world, Two::meet(&site.world, site.api()).await);
-    let context = browser.context("jane", &site.origin).await;
-    context.sign_in(&two.jane).await;
+    let context = site.signed_in(&browser, &two.jane).await;
     let mut tabs = Vec::new();
     for _ in 0..7 {
         tabs.push(Messenger::at(&context, two.conversation).await);

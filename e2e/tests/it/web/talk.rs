@@ -13,7 +13,7 @@ use super::{
 async fn log_in(context: &Context, name: &str) -> Messenger {
     // How the page finds out that nobody is logged in.
     context.expect("status of 401");
-    let page = Messenger::new(context.open("/").await).await;
+    let page = Messenger::visit(context, "/").await;
     page.asks_who_you_are().await;
     page.role("textbox", "Username").fill(name).await;
     page.role("button", "Log in").click().await;
