@@ -1,153 +1,32 @@
-//! Redis: listens to the channels of the users who have a stream here.
-//!
-//! One supervised connection of its own, rebuilt for ever with capped, jittered back-off. Which channels are wanted is
-//! shared state, changed by the hub at any time; which are confirmed is known only here, and only after Redis has said so.
-//! Every queue is bounded: a message that finds the queue full is dropped and reported as a doubt, which a reconcile heals.
-//! A beat through Redis and back, published over a connection made anew, finds a server that is silently dead, demoted, or no
-//! longer where the address points.
+//! One connection to Redis. What is confirmed on it is known only here, and only after Redis has said so.
 
 use std::{
     collections::HashSet,
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
+        Arc,
         atomic::{AtomicU64, Ordering},
     },
     time::Duration,
 };
 
 use anyhow::Context as _;
-use rand::RngExt;
 use redis::{AsyncConnectionConfig, PushInfo, PushKind, Value, aio::MultiplexedConnection};
 use shared::{
-    channels::Channels,
     event::{Notice, Revoked},
-    ids::{SessionId, UserId},
+    ids::UserId,
 };
 use tokio::{
-    sync::{Notify, mpsc},
-    time::{Instant, sleep, timeout},
-};
-use tokio_util::sync::CancellationToken;
-
-use crate::{
-    frame::{Event, MAX_ENVELOPE},
-    metrics::Metrics,
+    sync::Notify,
+    time::{Instant, timeout},
 };
 
-/// Messages from Redis that the engine has not taken yet.
-pub const QUEUE: usize = 16_384;
-/// Channels in one command: it keeps one command's work in Redis, and its answer, small.
-const BATCH: usize = 512;
+use super::{News, Subscriber, wishes::Batch};
+use crate::frame::{Event, MAX_ENVELOPE};
+
 /// An overload lasts; its log line does not say so hundreds of times.
 const OVERFLOWS_TOLD_EVERY: Duration = Duration::from_secs(1);
 const BEAT_EVERY: Duration = Duration::from_secs(2);
 const ANSWER_WITHIN: Duration = Duration::from_secs(2);
-const BACKOFF: std::ops::Range<f64> = 0.05..2.0;
-
-/// What the engine hears from Redis, and about it.
-#[derive(Debug)]
-pub enum News {
-    Event(UserId, Event),
-    /// A session of this user has ended.
-    Revoked(UserId, SessionId),
-    /// Something was said about this user that cannot be read.
-    Doubted(UserId),
-    /// From here on, what is published for these users arrives.
-    Confirmed(Vec<UserId>),
-    /// The connection is gone: nothing is confirmed any more.
-    Lost,
-    /// Whether Redis is trusted to bring what is published.
-    Trusted(bool),
-    /// Something may have been missed.
-    Missed,
-}
-
-/// The channels that should be subscribed to. Held by the hub.
-#[derive(Clone, Default)]
-pub struct Wishes {
-    state: Arc<Mutex<WishState>>,
-    changed: Arc<Notify>,
-}
-
-#[derive(Default)]
-struct WishState {
-    wanted: HashSet<UserId>,
-    /// Whose wish may differ from what Redis was told. Empty while there is no connection: a new one starts from `wanted`.
-    changed: HashSet<UserId>,
-    connected: bool,
-}
-
-impl Wishes {
-    pub fn want(&self, user: UserId) {
-        self.change(user, |state| state.wanted.insert(user));
-    }
-
-    pub fn unwant(&self, user: UserId) {
-        self.change(user, |state| state.wanted.remove(&user));
-    }
-
-    fn change(&self, user: UserId, change: impl FnOnce(&mut WishState) -> bool) {
-        let mut state = self.lock();
-        if change(&mut state) && state.connected {
-            state.changed.insert(user);
-            self.changed.notify_one();
-        }
-    }
-
-    fn count(&self) -> usize {
-        self.lock().wanted.len()
-    }
-
-    /// A connection without any subscription begins or ends.
-    fn start_over(&self, connected: bool) {
-        let mut state = self.lock();
-        state.connected = connected;
-        state.changed = if connected { state.wanted.clone() } else { HashSet::new() };
-        if connected {
-            self.changed.notify_one();
-        }
-    }
-
-    /// Some of the users whose wish has changed, by what is to be done about it.
-    fn take(&self, actual: &HashSet<UserId>) -> Batch {
-        let mut state = self.lock();
-        let mut batch = Batch::default();
-        let some: Vec<_> = state.changed.iter().copied().take(BATCH).collect();
-        for user in some {
-            state.changed.remove(&user);
-            match (state.wanted.contains(&user), actual.contains(&user)) {
-                (true, false) => batch.join.push(user),
-                (false, true) => batch.leave.push(user),
-                (true, true) => batch.back.push(user),
-                (false, false) => {}
-            }
-        }
-        if !state.changed.is_empty() {
-            self.changed.notify_one();
-        }
-        batch
-    }
-
-    fn lock(&self) -> MutexGuard<'_, WishState> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-#[derive(Debug, Default, PartialEq, Eq)]
-struct Batch {
-    join: Vec<UserId>,
-    leave: Vec<UserId>,
-    /// Left and came back before Redis was told: the subscription was there all the time, and the hub does not know it.
-    back: Vec<UserId>,
-}
-
-pub struct Subscriber {
-    pub redis: redis::Client,
-    pub channels: Channels,
-    pub wishes: Wishes,
-    pub news: mpsc::Sender<News>,
-    pub metrics: Arc<Metrics>,
-}
 
 /// What the connection's driver notes for the supervisor. The driver must not wait, so it only leaves marks.
 #[derive(Default)]
@@ -161,48 +40,8 @@ struct Marks {
 }
 
 impl Subscriber {
-    /// Listens until `stop`.
-    pub async fn run(self, stop: CancellationToken) {
-        tokio::select! {
-            () = self.supervise() => {}
-            () = stop.cancelled() => {}
-        }
-    }
-
-    async fn supervise(&self) {
-        let mut failures = 0;
-        loop {
-            let began = Instant::now();
-            let error = match self.listen().await {
-                Ok(never) => match never {},
-                Err(error) => error,
-            };
-            self.wishes.start_over(false);
-            self.metrics.redis_up.set(0);
-            self.metrics.subscriptions.set(0);
-            self.trust(false).await;
-            if self.news.send(News::Lost).await.is_err() {
-                return;
-            }
-            failures = if began.elapsed() > Duration::from_secs(10) { 0 } else { failures + 1 };
-            let longest = (BACKOFF.start * f64::from(1 << failures.min(10))).min(BACKOFF.end);
-            let wait = Duration::from_secs_f64(rand::rng().random_range(longest / 2.0..longest));
-            tracing::warn!(
-                error = format!("{error:#}"),
-                failures,
-                ?wait,
-                "Redis is away; events arrive by reconcile, a little later"
-            );
-            sleep(wait).await;
-        }
-    }
-
-    async fn trust(&self, trusted: bool) {
-        let _ = self.news.send(News::Trusted(trusted)).await;
-    }
-
     /// One connection, until something is wrong with it.
-    async fn listen(&self) -> anyhow::Result<std::convert::Infallible> {
+    pub(super) async fn listen(&self) -> anyhow::Result<std::convert::Infallible> {
         let marks = Arc::new(Marks::default());
         let beat_channel = self.channels.beat(&uuid::Uuid::new_v4().to_string());
         let config = AsyncConnectionConfig::new()
@@ -367,70 +206,9 @@ fn read(user: UserId, payload: &[u8]) -> Option<News> {
 
 #[cfg(test)]
 mod tests {
+    use shared::ids::SessionId;
+
     use super::*;
-
-    fn users(ids: impl IntoIterator<Item = i64>) -> HashSet<UserId> {
-        ids.into_iter().map(UserId).collect()
-    }
-
-    fn sorted(mut batch: Batch) -> [Vec<i64>; 3] {
-        batch.join.sort();
-        let ids = |users: Vec<UserId>| users.into_iter().map(|user| user.0).collect();
-        [ids(batch.join), ids(batch.leave), ids(batch.back)]
-    }
-
-    #[test]
-    fn wishes_are_told_once_connected_and_only_where_they_differ() {
-        let wishes = Wishes::default();
-        wishes.want(UserId(1));
-        wishes.want(UserId(2));
-        assert_eq!(wishes.take(&users([])), Batch::default());
-        wishes.start_over(true);
-        assert_eq!(sorted(wishes.take(&users([]))), [vec![1, 2], vec![], vec![]]);
-        wishes.unwant(UserId(1));
-        wishes.want(UserId(3));
-        wishes.unwant(UserId(3));
-        assert_eq!(sorted(wishes.take(&users([1, 2]))), [vec![], vec![1], vec![]]);
-    }
-
-    #[test]
-    fn one_who_left_and_came_back_at_once_is_confirmed_again() {
-        let wishes = Wishes::default();
-        wishes.want(UserId(2));
-        wishes.start_over(true);
-        assert_eq!(sorted(wishes.take(&users([]))), [vec![2], vec![], vec![]]);
-        wishes.unwant(UserId(2));
-        wishes.want(UserId(2));
-        assert_eq!(sorted(wishes.take(&users([2]))), [vec![], vec![], vec![2]]);
-    }
-
-    #[test]
-    fn many_wishes_go_out_in_batches() {
-        let wishes = Wishes::default();
-        (1..=1_300).for_each(|id| wishes.want(UserId(id)));
-        wishes.start_over(true);
-        let mut actual = users([]);
-        let mut batches = Vec::new();
-        loop {
-            let batch = wishes.take(&actual);
-            if batch.join.is_empty() {
-                break;
-            }
-            batches.push(batch.join.len());
-            actual.extend(batch.join);
-        }
-        assert_eq!(batches, [BATCH, BATCH, 1_300 - 2 * BATCH]);
-    }
-
-    #[test]
-    fn nothing_is_remembered_of_users_who_came_and_went_while_redis_was_away() {
-        let wishes = Wishes::default();
-        for id in 1..1_000 {
-            wishes.want(UserId(id));
-            wishes.unwant(UserId(id));
-        }
-        assert!(wishes.lock().changed.is_empty() && wishes.lock().wanted.is_empty());
-    }
 
     #[test]
     fn a_payload_of_another_form_is_none_of_ours() {
