@@ -5,6 +5,7 @@ use std::{sync::Arc, time::Duration};
 use anyhow::Context as _;
 use shared::{
     client_address::TrustedProxies,
+    explain,
     limiter::Limiter,
     ops,
     origins::Origins,
@@ -13,10 +14,12 @@ use shared::{
 use sqlx::{Connection, PgConnection, postgres::PgConnectOptions};
 use tokio::{net::TcpListener, time::timeout};
 use tokio_util::sync::CancellationToken;
+use warp::Filter;
 
 use crate::{
     commands::Context,
     config::{Addresses, Config},
+    explain::explain,
     foreign::Foreign,
     http::{self, Api, Cors, Edge, auth::Auth, oauth::SignIn},
     last_used::{self, LastUsed},
@@ -107,10 +110,19 @@ pub async fn run(config: Config, listeners: Listeners, stop: CancellationToken) 
     // The operators' listener is the first and the last: also who waits for Postgres is alive.
     let stop_ops = CancellationToken::new();
     let _stop_ops_on_failure = stop_ops.clone().drop_guard();
+    let database = Database::new(config.database.clone(), config.database_pool_size);
     let operators = ops::routes(registry, {
         let judgement = judgement.clone();
         move || judgement.get()
     });
+    let explaining = explain::route({
+        let (database, metrics) = (database.clone(), metrics.clone());
+        move |question| {
+            let (database, metrics) = (database.clone(), metrics.clone());
+            async move { explain(&database, &metrics, question).await }
+        }
+    });
+    let operators = operators.or(explaining);
     let addresses = listeners.addresses()?;
     let operators =
         tokio::spawn(server::serve(listeners.ops, warp::service(operators), limits, stop_ops.clone()));
@@ -122,7 +134,6 @@ pub async fn run(config: Config, listeners: Listeners, stop: CancellationToken) 
     schema::require_current(&mut connection).await?;
     let _ = connection.close().await;
 
-    let database = Database::new(config.database.clone(), config.database_pool_size);
     metrics.pool_most.set(i64::try_from(config.database_pool_size).unwrap_or(i64::MAX));
     let (limiter, counting) = Limiter::new(
         config.redis.clone(),

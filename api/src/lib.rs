@@ -6,6 +6,7 @@ pub mod app;
 pub mod commands;
 pub mod config;
 pub mod domain;
+pub mod explain;
 pub mod foreign;
 pub mod http;
 pub mod last_used;

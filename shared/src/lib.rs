@@ -9,6 +9,7 @@ pub mod config;
 pub mod cursor;
 pub mod ended;
 pub mod event;
+pub mod explain;
 pub mod feed;
 pub mod foreign;
 pub mod healthcheck;

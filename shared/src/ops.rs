@@ -1,11 +1,13 @@
 //! The operators' listener, on a port of its own that is never routed from outside: `/livez` (the process runs), `/readyz`
-//! (send it traffic), `/metrics` (Prometheus text), `/log` (what is logged: GET tells, PUT changes it until the next start).
+//! (send it traffic), `/metrics` (Prometheus text), `/log` (what is logged: GET tells, PUT changes it until the next start). The
+//! services add `/admin/explain` ([`crate::explain`]).
 
 use std::{collections::HashSet, sync::Arc};
 
 use bytes::Bytes;
 use http::{Response, StatusCode, header};
 use prometheus_client::{encoding::text, registry::Registry};
+use serde::Serialize;
 use warp::{Filter, Rejection, Reply};
 
 use crate::telemetry;
@@ -90,10 +92,20 @@ fn classic(openmetrics: &str) -> String {
     text
 }
 
-fn plain(status: StatusCode, body: String) -> Response<String> {
+pub(crate) fn plain(status: StatusCode, body: String) -> Response<String> {
+    answer(status, "text/plain; charset=utf-8", body)
+}
+
+/// For people: over several lines.
+pub(crate) fn json(value: &impl Serialize) -> Response<String> {
+    let body = serde_json::to_string_pretty(value).expect("strings, numbers and lists of them");
+    answer(StatusCode::OK, "application/json", body + "\n")
+}
+
+fn answer(status: StatusCode, form: &'static str, body: String) -> Response<String> {
     Response::builder()
         .status(status)
-        .header(header::CONTENT_TYPE, "text/plain; charset=utf-8")
+        .header(header::CONTENT_TYPE, form)
         .header(header::CACHE_CONTROL, "no-store")
         .body(body)
         .expect("static parts")

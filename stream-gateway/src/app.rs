@@ -13,6 +13,7 @@ use anyhow::Context as _;
 use prometheus_client::registry::Registry;
 use shared::{
     ended::EndedSessions,
+    explain,
     limiter::Limiter,
     ops::{self, Readiness},
     origins::Origins,
@@ -24,12 +25,14 @@ use tokio::{
     time::{sleep, timeout},
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use warp::Filter;
 
 use crate::{
     backfill::Api,
     config::Config,
     descriptors,
     engine::{self, Command, Inputs},
+    explain::explain,
     http::{self, Streams},
     identities::identities,
     keys::Keys,
@@ -97,7 +100,14 @@ pub async fn run(config: Config, listeners: Listeners, stop: CancellationToken) 
         let (keys, stopping, metrics) = (keys.clone(), stopping.clone(), metrics.clone());
         move || readiness(&keys, &stopping, &metrics)
     };
-    let ops_routes = warp::service(ops::routes(Arc::new(registry), readiness));
+    let explaining = explain::route({
+        let engine = commands_in.clone();
+        move |question| {
+            let engine = engine.clone();
+            async move { explain(&engine, question).await }
+        }
+    });
+    let ops_routes = warp::service(ops::routes(Arc::new(registry), readiness).or(explaining));
     let limits = ServerLimits { connections: descriptors::OPS, ..ServerLimits::default() };
     tasks.spawn(server::serve(listeners.ops, ops_routes, limits, end.clone()));
 

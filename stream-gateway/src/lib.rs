@@ -10,6 +10,7 @@ pub mod descriptors;
 mod backfill;
 mod drain;
 mod engine;
+mod explain;
 mod frame;
 mod http;
 mod hub;

@@ -124,6 +124,11 @@ impl<E> Sequencer<E> {
         self.place
     }
 
+    /// Whether something is open: held beyond a hole, said to exist, or asked about.
+    pub fn in_doubt(&self) -> bool {
+        self.doubt.is_some()
+    }
+
     /// When [`Self::tick`] wants to be called.
     pub fn due(&self) -> Option<Millis> {
         let doubt = self.doubt.as_ref()?;

@@ -2,10 +2,13 @@
 
 use std::time::Duration;
 
+use chrono::{DateTime, Utc};
+use serde::Serialize;
 use shared::{
-    cursor::Epoch,
+    cursor::{Epoch, Seq},
+    explain::Event,
     feed::{Head, KnownHead, Range, RangeAfter, UserHead},
-    ids::UserId,
+    ids::{MessageId, UserId},
 };
 use sqlx::PgConnection;
 
@@ -91,6 +94,76 @@ pub async fn ranges(connection: &mut PgConnection, asked: &[RangeAfter]) -> sqlx
         };
     }
     Ok(ranges)
+}
+
+/// A feed, and one event of it without what it says.
+pub struct LookedUp {
+    pub username: String,
+    pub head: Head,
+    /// The oldest event that is kept.
+    pub first: Option<Seq>,
+    pub event: Option<Written>,
+}
+
+/// One event, without what it says.
+#[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Written {
+    pub seq: Seq,
+    pub name: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub message_id: Option<MessageId>,
+    pub created_at: DateTime<Utc>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub request_id: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub traceparent: Option<String>,
+}
+
+/// For operators: by an event about a message, all that is kept of one feed is looked through.
+pub async fn look_up(
+    connection: &mut PgConnection,
+    user: UserId,
+    event: Event,
+) -> sqlx::Result<Option<LookedUp>> {
+    let (seq, message) = match event {
+        Event::Seq(seq) => (Some(place(seq)), None),
+        Event::Message(message) => (None, Some(message.0)),
+    };
+    let found = sqlx::query!(
+        r#"SELECT u.username, h.epoch, h.head_seq,
+                  (SELECT min(oldest.seq) FROM feed AS oldest WHERE oldest.user_id = u.id) AS first_seq,
+                  f.seq AS "seq?", f.kind AS "kind?", f.message_id, f.created_at AS "created_at?", f.request_id, f.traceparent
+           FROM users AS u
+           JOIN feed_heads AS h ON h.user_id = u.id
+           LEFT JOIN LATERAL (
+               SELECT * FROM feed WHERE feed.user_id = u.id AND (feed.seq = $2 OR feed.message_id = $3) ORDER BY feed.seq LIMIT 1
+           ) AS f ON true
+           WHERE u.id = $1"#,
+        user.0,
+        seq,
+        message,
+    )
+    .fetch_optional(connection)
+    .await?;
+    let Some(row) = found else { return Ok(None) };
+    let event = match (row.seq, row.kind, row.created_at) {
+        (Some(seq), Some(name), Some(created_at)) => Some(Written {
+            seq: number(seq)?,
+            name,
+            message_id: row.message_id.map(MessageId),
+            created_at,
+            request_id: row.request_id,
+            traceparent: row.traceparent,
+        }),
+        _ => None,
+    };
+    Ok(Some(LookedUp {
+        username: row.username,
+        head: Head { epoch: Epoch::from_sql(row.epoch), seq: number(row.head_seq)? },
+        first: row.first_seq.map(number).transpose()?,
+        event,
+    }))
 }
 
 /// A number from outside may be larger than any that the database holds; then nothing follows it, as nothing follows the largest.

@@ -8,7 +8,11 @@ use std::{
 };
 
 use bytes::Bytes;
-use shared::{cursor::Cursor, feed::Head, ids::SessionId};
+use shared::{
+    cursor::{Cursor, Seq},
+    feed::Head,
+    ids::SessionId,
+};
 
 use crate::{
     backfill::RangeAnswer,
@@ -60,6 +64,8 @@ pub struct Connection {
     pub stage: Stage,
     /// The last event that was written: in `Placed`, and from the start when the client brought a cursor.
     pub head: Head,
+    /// The place after which it began, or began anew.
+    pub after: Seq,
     /// What the socket did not take. Nothing else is written before it.
     pub rest: Bytes,
     /// What follows the cursor, read from the feed because the ring does not hold it.

@@ -58,6 +58,10 @@ impl Engine {
                 Resume::After(Cursor { epoch, seq }) => Head { epoch, seq },
                 Resume::Head | Resume::Nonsense => Head { epoch: Epoch(0), seq: 0 },
             },
+            after: match resume {
+                Resume::After(cursor) => cursor.seq,
+                Resume::Head | Resume::Nonsense => 0,
+            },
             rest: Bytes::new(),
             page: VecDeque::new(),
             inquired: false,
@@ -145,6 +149,7 @@ impl Engine {
         let Stage::Joining(resume) = connection.stage else { return };
         connection.stage = Stage::Placed;
         connection.head = place;
+        connection.after = place.seq;
         connection.owes_ready = Some(false);
         connection.lost = (resume == Resume::Nonsense).then_some(Lost::Unknown);
         self.pull(key);
@@ -194,6 +199,7 @@ impl Engine {
             self.metrics.ended(reason);
             if let Some(entry) = self.hub.get_mut(connection.user) {
                 entry.connections.retain(|other| *other != key);
+                self.endings.note(entry.user, &connection, reason);
                 tracing::debug!(user.id = %entry.user, connection = key.generation, reason, "stream ended");
                 if entry.connections.is_empty() {
                     entry.left_at = Some(self.now);

@@ -13,6 +13,7 @@
 
 mod connection;
 mod events;
+mod explain;
 mod lifecycle;
 mod questions;
 mod sockets;
@@ -32,6 +33,7 @@ use mio::{Events, Poll};
 use prometheus_client::metrics::{counter::Counter, histogram::Histogram};
 use rand::RngExt;
 use shared::{
+    cursor::Seq,
     ended::EndedSessions,
     ids::{SessionId, UserId},
 };
@@ -44,11 +46,12 @@ use tokio::{
 };
 
 pub use self::connection::{Key, Resume};
-use self::{connection::Connection, wheel::Wheel};
+use self::{connection::Connection, explain::Endings, wheel::Wheel};
 use crate::{
     backfill::{Answers, Api, Backfill},
     config::Delivery,
     drain::Drain,
+    explain::Explanation,
     frame::{Event, Goodbye, Heartbeat},
     hub::Hub,
     limits::Place,
@@ -92,6 +95,8 @@ pub struct Admission {
 pub enum Command {
     /// Part from everybody, at a steady rate over this time; then answer.
     Drain { window: Duration, done: oneshot::Sender<()> },
+    /// What is known of this event?
+    Explain { user: UserId, seq: Seq, answer: oneshot::Sender<Explanation> },
 }
 
 /// The engine's inputs.
@@ -171,6 +176,7 @@ struct Engine {
     lingering: VecDeque<(Millis, UserId)>,
     /// Connections that ended while others were being served.
     dead: Vec<(Key, &'static str)>,
+    endings: Endings,
     trusted: bool,
     reconcile_at: Millis,
     /// Questions of the present reconcile round that are not answered yet.
@@ -215,6 +221,7 @@ impl Engine {
             ticks: BTreeSet::new(),
             lingering: VecDeque::new(),
             dead: Vec::new(),
+            endings: Endings::default(),
             trusted: false,
             reconcile_at: 0,
             reconciling: 0,
@@ -274,6 +281,7 @@ impl Engine {
                     self.look_at_clock();
                     match command {
                         Command::Drain { window, done } => self.begin_drain(window, done),
+                        Command::Explain { user, seq, answer } => _ = answer.send(self.explain(user, seq)),
                     }
                 }
             }

@@ -98,6 +98,7 @@ impl Engine {
             } else if let (Some(why), Some(head)) = (connection.lost, place) {
                 connection.lost = None;
                 connection.head = head;
+                connection.after = head.seq;
                 connection.asked = None;
                 self.backlog -= bytes_of(&connection.page);
                 connection.page = VecDeque::new();

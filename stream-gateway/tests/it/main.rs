@@ -7,6 +7,7 @@
 mod api;
 mod drain;
 mod events;
+mod explain;
 mod foreign;
 mod joining;
 mod keys;

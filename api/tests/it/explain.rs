@@ -1,0 +1,65 @@
+//! `GET /admin/explain`: what the feed says about one event, asked by an operator.
+
+use std::time::Duration;
+
+use api::{
+    pruner::prune_after,
+    store::{Database, feed::Keep},
+};
+use serde_json::{Value, json};
+use shared::ids::UserId;
+use sqlx::PgPool;
+
+use crate::support::App;
+
+impl App {
+    async fn explain(&self, question: &str) -> (u16, String) {
+        let answer = self.client.get(format!("{}/admin/explain?{question}", self.ops)).send().await.unwrap();
+        (answer.status, answer.text())
+    }
+}
+
+#[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
+async fn an_operator_is_told_what_became_of_an_event(pool: PgPool) {
+    let app = App::start(&pool).await;
+    let (john, jane, conversation) = app.pair(&pool).await;
+    let john_said =
+        john.post_message(&conversation, "a secret").header("x-request-id", "asked-about").expect(201).await;
+    let message = john_said.json()["id"].as_str().unwrap().to_owned();
+    john.say(&conversation, "another one").await;
+    let head = app.feed(jane.id).await.len();
+
+    // By the message, and by the number that it names.
+    let (status, by_message) = app.explain(&format!("user={}&message={message}", jane.id)).await;
+    assert_eq!(status, 200, "{by_message}");
+    let told: Value = serde_json::from_str(&by_message).unwrap();
+    assert_eq!(told["username"], "jane");
+    assert_eq!(told["event"]["messageId"], json!(message));
+    assert_eq!(told["event"]["requestId"], "asked-about");
+    assert_eq!(told["feed"]["head"], json!(head));
+    assert_eq!(told["feed"]["first"], 1);
+    assert!(!by_message.contains("secret"), "{by_message}");
+    let seq = told["event"]["seq"].as_u64().unwrap();
+    let (status, by_seq) = app.explain(&format!("user={}&seq={seq}", jane.id)).await;
+    assert_eq!((status, by_seq), (200, by_message));
+    assert!(told["says"][0].as_str().unwrap().contains("was written at"), "{told}");
+
+    let (_, beyond) = app.explain(&format!("user={}&seq={}", jane.id, head + 1)).await;
+    assert!(beyond.contains(&format!("was never written: the feed ends at {head}")), "{beyond}");
+    let (_, none) = app.explain(&format!("user={}&message=999999", jane.id)).await;
+    assert!(none.contains("No event of this feed is about message 999999"), "{none}");
+
+    let database = Database::new((*pool.connect_options()).clone(), 1);
+    let keep = Keep { age: Duration::from_secs(3_600), events: 1 };
+    prune_after(&database, keep, UserId(0)).await.unwrap();
+    let (_, pruned) = app.explain(&format!("user={}&seq=1", jane.id)).await;
+    assert!(pruned.contains(&format!("is not kept any more: the feed begins at {head}")), "{pruned}");
+    database.close().await;
+
+    assert_eq!(app.explain("user=999999&seq=1").await, (404, "There is no user 999999\n".into()));
+    assert_eq!(app.explain("user=jane&seq=1").await, (400, "user must be a user's id\n".into()));
+    // The public listener knows nothing of it: any path that it does not know is a page of the web client.
+    let outside = app.client.get(format!("{}/admin/explain?user={}&seq=1", app.public, jane.id)).send().await;
+    assert!(outside.unwrap().header("content-type").is_some_and(|form| form.starts_with("text/html")));
+    app.stop().await;
+}

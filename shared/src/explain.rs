@@ -1,0 +1,110 @@
+//! `GET /admin/explain?user=&seq=` on the operators' listener of both services: why did this user get this event, or not?
+//! `api` tells what the feed says; a gateway what it has done with it. Ids and times, never a text or a token.
+
+use std::{future::Future, str::FromStr};
+
+use http::StatusCode;
+use serde::Serialize;
+use warp::{Filter, Rejection, Reply};
+
+use crate::{
+    cursor::Seq,
+    ids::{MessageId, UserId},
+    ops::{json, plain},
+};
+
+/// About one event of one user's feed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Question {
+    pub user: UserId,
+    pub event: Event,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Event {
+    Seq(Seq),
+    /// The first one about this message; only `api` can find it.
+    Message(MessageId),
+}
+
+/// Why there is no explanation, in a sentence.
+#[derive(Debug)]
+pub struct Refusal(pub StatusCode, pub String);
+
+/// Answers 200 with the explanation as JSON; 400 to what is no question.
+pub fn route<F, E>(
+    explain: impl Fn(Question) -> F + Clone + Send + Sync + 'static,
+) -> impl Filter<Extract = (impl Reply,), Error = Rejection> + Clone + Send + Sync + 'static
+where
+    F: Future<Output = Result<E, Refusal>> + Send,
+    E: Serialize,
+{
+    let query = warp::query::raw().or(warp::any().map(String::new)).unify();
+    warp::path!("admin" / "explain").and(warp::get()).and(query).then(move |query: String| {
+        let explain = explain.clone();
+        async move {
+            let explained = match parse(&query) {
+                Ok(question) => explain(question).await,
+                Err(problem) => Err(Refusal(StatusCode::BAD_REQUEST, problem.into())),
+            };
+            match explained {
+                Ok(explanation) => json(&explanation),
+                Err(Refusal(status, sentence)) => plain(status, format!("{sentence}\n")),
+            }
+        }
+    })
+}
+
+fn parse(query: &str) -> Result<Question, &'static str> {
+    let (mut user, mut events) = (None, Vec::new());
+    for (name, value) in form_urlencoded::parse(query.as_bytes()) {
+        match &*name {
+            "user" if user.is_none() => user = Some(number(&value).ok_or("user must be a user's id")?),
+            // Postgres holds no larger one.
+            "seq" => events.push(Event::Seq(
+                number(&value)
+                    .filter(|seq| (1..=i64::MAX.cast_unsigned()).contains(seq))
+                    .ok_or("seq must be an event's number, from 1")?,
+            )),
+            "message" => events.push(Event::Message(number(&value).ok_or("message must be a message's id")?)),
+            _ => return Err("ask as ?user=<id>&seq=<number>; api also knows ?user=<id>&message=<id>"),
+        }
+    }
+    match (user, events.as_slice()) {
+        (Some(user), &[event]) => Ok(Question { user, event }),
+        _ => Err("ask about one user and one event: ?user=<id>&seq=<number>"),
+    }
+}
+
+fn number<T: FromStr>(text: &str) -> Option<T> {
+    text.parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_question_names_one_user_and_one_event() {
+        let about = |event| Ok(Question { user: UserId(7), event });
+        assert_eq!(parse("user=7&seq=12"), about(Event::Seq(12)));
+        assert_eq!(parse("message=5&user=7"), about(Event::Message(MessageId(5))));
+        for bad in [
+            "",
+            "user=7",
+            "seq=1",
+            "user=7&seq=0",
+            "user=7&seq=-1",
+            "user=x&seq=1",
+            "user=07&seq=1",
+            "user=7&seq=1&seq=2",
+            "user=7&user=8&seq=1",
+            "user=7&seq=1&message=1",
+            "user=7&seq=9223372036854775808",
+            "user=7&seq=1&verbose",
+            "%",
+        ] {
+            assert!(parse(bad).is_err(), "{bad}");
+        }
+    }
+}

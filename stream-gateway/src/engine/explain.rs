@@ -1,0 +1,158 @@
+//! What is known here about one event of one user. Looks, and changes nothing.
+
+use std::collections::VecDeque;
+
+use chrono::{DateTime, Utc};
+use shared::{
+    cursor::{Epoch, Seq},
+    ids::{SessionId, UserId},
+};
+
+use super::{
+    Engine,
+    connection::{Connection, Resume, Stage},
+};
+use crate::explain::{EndedStream, Explanation, OpenStream};
+
+/// Streams that have ended, of all users together: some 300 KB.
+const REMEMBERED: usize = 4_096;
+/// Of one user, in one explanation.
+const TOLD: usize = 100;
+
+/// The streams that ended last, the newest at the end.
+#[derive(Default)]
+pub struct Endings(VecDeque<Ending>);
+
+struct Ending {
+    user: UserId,
+    connection: u32,
+    session: Option<SessionId>,
+    epoch: Epoch,
+    after: Seq,
+    upto: Seq,
+    reason: &'static str,
+    at: DateTime<Utc>,
+}
+
+impl Endings {
+    pub fn note(&mut self, user: UserId, connection: &Connection, reason: &'static str) {
+        if self.0.len() == REMEMBERED {
+            self.0.pop_front();
+        }
+        self.0.push_back(Ending {
+            user,
+            connection: connection.generation,
+            session: connection.session,
+            epoch: connection.head.epoch,
+            after: connection.after,
+            upto: connection.head.seq,
+            reason,
+            at: Utc::now(),
+        });
+    }
+}
+
+impl Engine {
+    pub(super) fn explain(&self, user: UserId, seq: Seq) -> Explanation {
+        let entry = self.hub.find(user).and_then(|at| self.hub.get(at));
+        let place = entry.and_then(|entry| entry.sequencer.place());
+        let subscribed = self.trusted && entry.is_some_and(|entry| entry.confirmed);
+        let open = entry.into_iter().flat_map(|entry| &entry.connections);
+        let open = open.filter_map(|key| self.connections.get(key.index as usize));
+        let streams: Vec<_> = open
+            .map(|connection| OpenStream {
+                connection: connection.generation,
+                session: connection.session,
+                after: connection.after,
+                upto: connection.head.seq,
+                says: if place.is_some_and(|place| place.epoch != connection.head.epoch)
+                    && connection.is_placed()
+                {
+                    "It is about to be told resync: its place is from another history"
+                } else {
+                    state(connection, seq)
+                },
+            })
+            .collect();
+        let ended = self.endings.0.iter().rev().filter(|ending| ending.user == user).take(TOLD);
+        let ended: Vec<_> = ended
+            .map(|ending| EndedStream {
+                connection: ending.connection,
+                session: ending.session,
+                after: ending.after,
+                upto: ending.upto,
+                reason: ending.reason,
+                ended_at: ending.at,
+                says: if place.is_some_and(|place| place.epoch != ending.epoch) {
+                    "Its numbers are from another history"
+                } else if seq <= ending.after {
+                    "The event was before its time"
+                } else if seq <= ending.upto {
+                    "The event was written to it"
+                } else {
+                    "It ended before the event was written to it"
+                },
+            })
+            .collect();
+
+        let mut says = Vec::new();
+        match (entry, place) {
+            (None, _) => says.push(format!("User {user} has no stream here")),
+            (Some(_), None) => says.push("Where this user's feed ends is not known yet: api was asked".into()),
+            (Some(_), Some(place)) if seq <= place.seq => {
+                says.push(format!("Event {seq} has passed here: what follows {} is awaited", place.seq));
+            }
+            (Some(_), Some(place)) => says.push(format!(
+                "Event {seq} has not come by here: events are known up to {}. If api says that it was written, it is asked for \
+                 within {:?}",
+                place.seq,
+                if self.trusted { self.settings.reconcile } else { self.settings.suspect_reconcile },
+            )),
+        }
+        if entry.is_some_and(|entry| entry.sequencer.in_doubt()) {
+            says.push("There is a hole or another doubt in this feed: Postgres is asked what follows".into());
+        }
+        if self.backfill.failing() {
+            says.push("api does not answer this gateway's questions now; what Redis brings goes on".into());
+        }
+        if !self.trusted {
+            says.push("Redis is away or in doubt: events come by asking api".into());
+        } else if entry.is_some() && !subscribed {
+            says.push("Redis has not confirmed this user's channel yet".into());
+        }
+        Explanation { user, seq, says, place, subscribed, streams, ended }
+    }
+}
+
+fn state(connection: &Connection, seq: Seq) -> &'static str {
+    match connection.stage {
+        Stage::Joining(Resume::After(_)) if !connection.vouched => {
+            "It has just come: whether its session lives, and what follows its cursor, was asked"
+        }
+        Stage::Joining(Resume::After(_)) => {
+            "It has just come: what follows its cursor was asked, or waits for Redis's confirmation"
+        }
+        Stage::Joining(_) => {
+            "It has just come: where the feed ends was asked, or waits for Redis's confirmation"
+        }
+        Stage::Placed if connection.lost.is_some() => "It is about to be told resync",
+        Stage::Placed if seq <= connection.after => {
+            "The event was before its time: its client had it, or reads it by REST"
+        }
+        Stage::Placed if seq > connection.head.seq => {
+            if !connection.rest.is_empty() {
+                "Not written yet: its socket takes no more (a slow or stalled client)"
+            } else if connection.parting.is_some() {
+                "Not written: the stream is being ended, and its client will ask again by its cursor"
+            } else if connection.asked.is_some() || !connection.page.is_empty() {
+                "Not written yet: it is catching up from the feed"
+            } else {
+                "Not written yet: it waits for the event"
+            }
+        }
+        Stage::Placed if seq == connection.head.seq && !connection.rest.is_empty() => {
+            "Written in part: its socket takes no more (a slow or stalled client)"
+        }
+        Stage::Placed => "The event was written to it",
+    }
+}
