@@ -40,11 +40,9 @@ COPY shared/src shared/src
 COPY api api
 COPY stream-gateway/src stream-gateway/src
 COPY web web
-# The binaries embed the times of the web client's files, and a layer holds those of the binaries: from the same sources the
-# same bytes, whenever somebody checked them out.
+# A layer holds the times of the binaries: from the same sources the same bytes, whenever they were built.
 RUN --mount=type=cache,target=/usr/local/cargo/registry,sharing=locked \
-    find api shared stream-gateway web -type f -exec touch --date=@0 {} + \
-    && cargo build --release --locked --package api --package stream-gateway \
+    cargo build --release --locked --package api --package stream-gateway \
     && install -D --target-directory=/out target/release/api target/release/stream-gateway \
     && touch --date=@0 /out/api /out/stream-gateway
 
