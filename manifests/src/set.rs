@@ -119,6 +119,14 @@ impl Set {
         let target = if found["targetPort"].is_null() { &found["port"] } else { &found["targetPort"] };
         self.behind(service).filter_map(|pod| pod.port(target).map(|number| (pod, number))).collect()
     }
+
+    /// The ports of pods that a path of an Ingress leads to. None: no such service, no such port of it, or no pod.
+    pub fn backends<'a>(&'a self, path: &Value) -> Vec<(Pod<'a>, u64)> {
+        let backend = at(path, "backend/service");
+        let by = if at(backend, "port/name").is_null() { "port/number" } else { "port/name" };
+        let service = self.find("Service", text(&backend["name"]));
+        service.map(|service| self.targets(service, at(backend, by))).unwrap_or_default()
+    }
 }
 
 #[derive(Clone, Copy)]

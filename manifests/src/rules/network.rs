@@ -115,16 +115,7 @@ fn needed(installation: &Installation) -> BTreeSet<Flow> {
     }
     for ingress in installation.set.of("Ingress") {
         for path in list(ingress.at("spec/rules")).iter().flat_map(|rule| list(at(rule, "http/paths"))) {
-            let backend = at(path, "backend/service");
-            let port = if at(backend, "port/name").is_null() {
-                at(backend, "port/number")
-            } else {
-                at(backend, "port/name")
-            };
-            let service = installation.set.find("Service", text(&backend["name"]));
-            for (target, port) in
-                service.into_iter().flat_map(|service| installation.set.targets(service, port))
-            {
+            for (target, port) in installation.set.backends(path) {
                 add(&target, Way::Into, INGRESS, &port.to_string());
             }
         }

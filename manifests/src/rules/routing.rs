@@ -38,15 +38,7 @@ pub fn the_ingress_routes_the_stream_and_nothing_more(installation: &Installatio
             }
             for path in list(at(rule, "http/paths")) {
                 let (route, kind) = (text(&path["path"]), text(&path["pathType"]));
-                let backend = at(path, "backend/service");
-                let port = if at(backend, "port/name").is_null() {
-                    at(backend, "port/number")
-                } else {
-                    at(backend, "port/name")
-                };
-                let service = installation.set.find("Service", text(&backend["name"]));
-                let targets =
-                    service.map(|service| installation.set.targets(service, port)).unwrap_or_default();
+                let targets = installation.set.backends(path);
                 let Some((pod, number)) = targets.first() else {
                     findings.push(format!(
                         "{id}: {route} leads to a service or port that does not exist, or to no pod"
