@@ -4,6 +4,7 @@ use std::{fs, net::SocketAddr, path::PathBuf, str::FromStr, time::Duration};
 
 use clap::{Args, Parser, Subcommand};
 use shared::{
+    bus::Bus,
     channels::Channels,
     claims::SigningKeys,
     client_address::TrustedProxies,
@@ -79,9 +80,17 @@ pub struct Settings {
     /// Connections to Postgres, at most
     #[arg(long, env, global = true, default_value = "16", value_name = "NUMBER")]
     pub database_pool_size: String,
-    /// Redis, as `redis://host:port`
-    #[arg(long, env, global = true, hide_env_values = true, value_name = "URL")]
+    /// Redis, as `redis://user:password@host:port`, or `rediss://` for TLS. Of a cluster some nodes, comma-separated; with
+    /// sentinels the name that they have for it in place of the host
+    #[arg(long, env, global = true, hide_env_values = true, value_name = "URLS")]
     pub redis_url: Option<String>,
+    /// single: one server, wherever its name points. sentinel: the one that sentinels name. cluster: Redis Cluster, by sharded
+    /// channels. The same for gateways
+    #[arg(long, env, global = true, default_value = "single", value_name = "NAME")]
+    pub redis_topology: String,
+    /// Where sentinels are, as URLs, comma-separated, each with a user and password of its own if it wants any
+    #[arg(long, env, global = true, hide_env_values = true, default_value = "", value_name = "URLS")]
+    pub redis_sentinels: String,
     /// In front of every Redis channel; the same for gateways
     #[arg(long, env, global = true, default_value = "", value_name = "TEXT")]
     pub channel_prefix: String,
@@ -210,7 +219,7 @@ pub struct Config {
     pub trusted_proxies: TrustedProxies,
     pub database: PgConnectOptions,
     pub database_pool_size: usize,
-    pub redis: redis::Client,
+    pub redis: Bus,
     pub channels: Channels,
     pub keys: SigningKeys,
     pub internal_secret: String,
@@ -277,10 +286,8 @@ impl Settings {
         let database_pool_size = problems
             .number("DATABASE_POOL_SIZE", &self.database_pool_size, 1, 1_000)
             .and_then(|size| usize::try_from(size).ok());
-        let redis =
-            problems.require("REDIS_URL", self.redis_url.as_deref()).map(str::to_owned).and_then(|url| {
-                redis::Client::open(url).map_err(|_| problems.add("REDIS_URL cannot be read")).ok()
-            });
+        let url = self.redis_url.as_deref();
+        let redis = Bus::from_settings(&mut problems, &self.redis_topology, url, &self.redis_sentinels);
         let keys = self.keys(&mut problems);
         let internal_secret = problems.secret("INTERNAL_SECRET", self.internal_secret.as_deref());
         let dev_login = problems.parse::<bool>("DEV_LOGIN", &self.dev_login);

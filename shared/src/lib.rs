@@ -2,6 +2,7 @@
 //! internal protocol, tokens, Redis names, whose pages may ask; and the plumbing both run on: settings, logs, the accept loop, the operators'
 //! listener, the end of a process.
 
+pub mod bus;
 pub mod channels;
 pub mod claims;
 pub mod client_address;

@@ -38,7 +38,7 @@ use self::{
     replicas::{Question, Replicas},
     table::Table,
 };
-use crate::{channels::Channels, client_address::household, ids::UserId};
+use crate::{bus::Bus, channels::Channels, client_address::household, ids::UserId};
 
 /// So many at once, refilled evenly over the period.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -190,13 +190,8 @@ pub struct Limiter {
 
 impl Limiter {
     /// With the task that keeps up the connection to Redis, one of its own.
-    pub fn new(
-        redis: redis::Client,
-        channels: Channels,
-        patience: Duration,
-        metrics: Metrics,
-    ) -> (Self, Worker) {
-        let (replicas, worker) = replicas::new(redis, channels.clone(), patience, metrics.clone());
+    pub fn new(bus: Bus, channels: Channels, patience: Duration, metrics: Metrics) -> (Self, Worker) {
+        let (replicas, worker) = replicas::new(bus, channels.clone(), patience, metrics.clone());
         let limiter = Self {
             table: Table::default(),
             hasher: RandomState::new(),

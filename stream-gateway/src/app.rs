@@ -70,7 +70,7 @@ pub async fn run(config: Config, listeners: Listeners, stop: CancellationToken) 
     let api = Api::new(&config.api_internal_url, &config.internal_secret);
     let keys = Arc::new(Keys::new(config.origin.as_str(), api.clone(), metrics.clone()));
     let (identities, asking) = identities(api.clone());
-    let wishes = Wishes::default();
+    let wishes = Wishes::new(config.channels.clone());
     let ended_sessions = EndedSessions::default();
     let (news_in, news) = mpsc::channel(subscriber::QUEUE);
     let (admissions_in, admissions) = mpsc::channel(engine::ADMISSIONS);
@@ -87,7 +87,7 @@ pub async fn run(config: Config, listeners: Listeners, stop: CancellationToken) 
     tasks.spawn(async move { following.follow(until).await });
     tasks.spawn(asking.run(end.clone()));
     let subscriber = Subscriber {
-        redis: config.redis.clone(),
+        bus: config.redis.clone(),
         channels: config.channels.clone(),
         wishes,
         news: news_in,

@@ -4,6 +4,7 @@ use std::{net::SocketAddr, time::Duration};
 
 use clap::{Args, Parser, Subcommand};
 use shared::{
+    bus::Bus,
     channels::Channels,
     client_address::TrustedProxies,
     config::{Origin, Problems},
@@ -63,9 +64,17 @@ pub struct Settings {
     /// The secret that api's internal listener asks for; at least 32 characters. The same as api's
     #[arg(long, env, global = true, hide_env_values = true)]
     internal_secret: Option<String>,
-    /// redis://[user:password@]host:port
+    /// redis://[user:password@]host:port, or rediss:// for TLS. Of a cluster some nodes, comma-separated; with sentinels the name
+    /// that they have for it in place of the host
     #[arg(long, env, global = true, hide_env_values = true)]
     redis_url: Option<String>,
+    /// single: one server, wherever its name points. sentinel: the one that sentinels name. cluster: Redis Cluster, by sharded
+    /// channels. The same as api's
+    #[arg(long, env, global = true, default_value = "single")]
+    redis_topology: String,
+    /// Where sentinels are, as URLs, comma-separated, each with a user and password of its own if it wants any
+    #[arg(long, env, global = true, hide_env_values = true, default_value = "")]
+    redis_sentinels: String,
     /// Before every Redis channel name. The same as api's
     #[arg(long, env, global = true, hide_env_values = true, default_value = "")]
     channel_prefix: String,
@@ -139,7 +148,7 @@ pub struct Config {
     /// Without a slash at the end.
     pub api_internal_url: String,
     pub internal_secret: String,
-    pub redis: redis::Client,
+    pub redis: Bus,
     pub channels: Channels,
     pub log: String,
     pub log_format: LogFormat,
@@ -197,7 +206,8 @@ impl Settings {
         let trusted_proxies = p.parse("TRUSTED_PROXIES", &self.trusted_proxies);
         let api_internal_url = internal_url(&mut p, self.api_internal_url.as_deref());
         let internal_secret = p.secret("INTERNAL_SECRET", self.internal_secret.as_deref());
-        let redis = redis_client(&mut p, self.redis_url.as_deref());
+        let url = self.redis_url.as_deref();
+        let redis = Bus::from_settings(&mut p, &self.redis_topology, url, &self.redis_sentinels);
         if let Err(error) = self.log.parse::<EnvFilter>() {
             p.add(format!("LOG cannot be read: {error}"));
         }
@@ -287,18 +297,6 @@ fn internal_url(p: &mut Problems, value: Option<&str>) -> Option<String> {
         return None;
     }
     Some(text.to_owned())
-}
-
-/// RESP3, so that messages and command replies share a connection.
-fn redis_client(p: &mut Problems, value: Option<&str>) -> Option<redis::Client> {
-    use redis::IntoConnectionInfo;
-    let url = p.require("REDIS_URL", value)?;
-    let client = url.into_connection_info().and_then(|info| {
-        let settings = info.redis_settings().clone().set_protocol(redis::ProtocolVersion::RESP3);
-        redis::Client::open(info.set_redis_settings(settings))
-    });
-    // The error may hold the URL, and that a password.
-    client.map_err(|_| p.add("REDIS_URL must have the form redis://[user:password@]host:port")).ok()
 }
 
 #[cfg(test)]

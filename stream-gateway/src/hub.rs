@@ -12,6 +12,7 @@ use crate::{
     engine::Key,
     frame::Event,
     sequencer::{Millis, Sequencer},
+    subscriber::Link,
 };
 
 /// Of one user's frames, as many and as long are kept for readers that are behind.
@@ -24,8 +25,8 @@ pub struct Entry {
     pub ring: Ring,
     /// Oldest first.
     pub connections: Vec<Key>,
-    /// Redis has confirmed the subscription.
-    pub confirmed: bool,
+    /// The connection on which Redis has confirmed the subscription.
+    pub confirmed: Option<Link>,
     /// When the last connection left. The entry stays for a moment, because people reload pages.
     pub left_at: Option<Millis>,
     /// When the sequencer is next looked at; 0: never.
@@ -66,7 +67,7 @@ impl Hub {
             sequencer: Sequencer::default(),
             ring: Ring::default(),
             connections: Vec::new(),
-            confirmed: false,
+            confirmed: None,
             left_at: None,
             tick_at: 0,
         }) as u32;

@@ -133,6 +133,7 @@ mod tests {
     use std::{net::Ipv4Addr, time::Duration};
 
     use shared::{
+        bus::Bus,
         channels::Channels,
         limiter::{Limit, Metrics},
     };
@@ -143,7 +144,7 @@ mod tests {
         let admission = Admission { streams, streams_per_address, rate, max_age: Duration::from_secs(60) };
         let opening = Opening { per_user: Limit::Off, per_address: Limit::Off, patience: Duration::ZERO };
         // Nobody asks it.
-        let redis = redis::Client::open("redis://localhost").unwrap();
+        let redis = Bus::single("redis://localhost").unwrap();
         let (limiter, _) = Limiter::new(redis, Channels::default(), opening.patience, Metrics::default());
         Limits::new(&admission, &opening, limiter)
     }

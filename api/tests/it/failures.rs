@@ -6,6 +6,7 @@ use api::config::Config;
 use futures_util::StreamExt;
 use serde::de::DeserializeOwned;
 use shared::{
+    bus::Bus,
     channels::Channels,
     event::Envelope,
     test_support::{proxy::Proxy, servers::Redis, soon, until},
@@ -48,7 +49,7 @@ async fn readiness(app: &App) -> (u16, String) {
 
 pub(crate) fn with_redis(pool: &PgPool, url: &str) -> (Config, Channels) {
     let channels = Channels::new(channel_prefix());
-    let redis = redis::Client::open(url).unwrap();
+    let redis = Bus::single(url).unwrap();
     (Config { redis, channels: channels.clone(), ..config((*pool.connect_options()).clone()) }, channels)
 }
 

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use api::config::{Config, RateLimits};
 use serde_json::json;
 use shared::{
+    bus::Bus,
     channels::Channels,
     limiter::Limit,
     test_support::{PATIENCE, http::Answer, servers::Redis, until},
@@ -141,7 +142,7 @@ async fn without_redis_each_replica_limits_alone_and_no_send_fails(pool: PgPool)
     let mut redis = Redis::start();
     let limits = RateLimits { send_per_user: Limit::new(20, HOUR), ..RateLimits::OFF };
     let config = limited(&pool, limits);
-    let app = start(Config { redis: redis::Client::open(redis.url()).unwrap(), ..config }).await;
+    let app = start(Config { redis: Bus::single(redis.url()).unwrap(), ..config }).await;
     let (john, jane, conversation) = app.pair(&pool).await;
     assert_eq!(send(&john, &conversation, 5).await, 5);
     redis.kill();
@@ -167,7 +168,7 @@ async fn a_frozen_redis_is_not_felt_by_who_sends(pool: PgPool) {
     let mut redis = Redis::start();
     let limits = RateLimits { send_per_user: Limit::new(10_000, HOUR), ..RateLimits::OFF };
     let config = limited(&pool, limits);
-    let app = start(Config { redis: redis::Client::open(redis.url()).unwrap(), ..config }).await;
+    let app = start(Config { redis: Bus::single(redis.url()).unwrap(), ..config }).await;
     let (john, _, conversation) = app.pair(&pool).await;
     redis.freeze();
     let mut longest = Vec::new();

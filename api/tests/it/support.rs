@@ -16,6 +16,7 @@ use api::{
 };
 use serde_json::{Value, json};
 use shared::{
+    bus::Bus,
     channels::Channels,
     claims::{Audience, Claims, SigningKeys},
     client_address::TrustedProxies,
@@ -72,7 +73,7 @@ pub(crate) fn config(database: PgConnectOptions) -> Config {
         trusted_proxies: TrustedProxies::default(),
         database,
         database_pool_size: 8,
-        redis: redis::Client::open(redis_url()).unwrap(),
+        redis: Bus::single(redis_url()).unwrap(),
         channels: Channels::new(channel_prefix()),
         keys: keys(),
         internal_secret: SECRET.into(),

@@ -1,10 +1,12 @@
-//! What all replicas have counted, in Redis: one small script per key, by Redis' own clock, on a connection of its own.
+//! What all replicas have counted, in Redis: one small script per key, by Redis' own clock, on a connection of its own; on a
+//! cluster, one to each node.
 //!
 //! It is asked only while it is well. The first answer that fails or does not come in time ends that, for everybody and at
 //! once; then a task looks for Redis, less and less often, until it answers again. So an outage delays those who were asking
 //! when it began, once, and nobody else.
 
 use std::{
+    collections::BTreeMap,
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -13,7 +15,10 @@ use std::{
 };
 
 use futures_util::future::try_join_all;
-use redis::{AsyncConnectionConfig, ErrorKind, RedisResult, ServerErrorKind, aio::MultiplexedConnection};
+use redis::{
+    AsyncConnectionConfig, Cmd, ErrorKind, RedisError, RedisResult, ServerErrorKind,
+    aio::MultiplexedConnection,
+};
 use tokio::{
     sync::{Semaphore, watch},
     time::{Instant, sleep, timeout},
@@ -21,7 +26,10 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use super::{Metrics, Why};
-use crate::channels::Channels;
+use crate::{
+    bus::{Bus, Map, Node, sent_to},
+    channels::Channels,
+};
 
 /// GCRA: the key holds until when its subject owes, in microseconds. Answers for how long to wait; 0: it was counted.
 ///
@@ -71,7 +79,8 @@ pub(super) struct Replicas {
 
 #[derive(Clone)]
 struct Link {
-    connection: MultiplexedConnection,
+    nodes: Arc<BTreeMap<Node, MultiplexedConnection>>,
+    map: Arc<Map>,
     /// The script's name at Redis.
     script: Arc<str>,
     /// Tells it from those before and after.
@@ -80,13 +89,13 @@ struct Link {
 
 /// The task that looks for Redis.
 pub struct Worker {
-    redis: redis::Client,
+    bus: Bus,
     channels: Channels,
     replicas: Arc<Replicas>,
 }
 
 pub(super) fn new(
-    redis: redis::Client,
+    bus: Bus,
     channels: Channels,
     patience: Duration,
     metrics: Metrics,
@@ -98,7 +107,7 @@ pub(super) fn new(
         patience,
         metrics,
     });
-    (replicas.clone(), Worker { redis, channels, replicas })
+    (replicas.clone(), Worker { bus, channels, replicas })
 }
 
 impl Replicas {
@@ -146,20 +155,33 @@ impl Replicas {
 
 impl Link {
     async fn ask(&self, question: &Question) -> RedisResult<u64> {
-        let mut connection = self.connection.clone();
-        let mut run = async |command: &str, script: &str| {
-            let mut command = redis::cmd(command);
-            command.arg(script).arg(1).arg(&question.key);
-            command.arg(question.interval.as_micros() as u64).arg(question.burst);
-            command.query_async::<u64>(&mut connection).await
-        };
-        match run("EVALSHA", &self.script).await {
+        let absent = || RedisError::from((ErrorKind::Io, "nobody owns the key"));
+        let node = self.map.owner(&question.key).ok_or_else(absent)?;
+        let mut connection = self.nodes.get(node).ok_or_else(absent)?.clone();
+        match question.run("EVALSHA", &self.script).query_async(&mut connection).await {
             // Redis has forgotten it: this tells it again.
             Err(error) if error.kind() == ErrorKind::Server(ServerErrorKind::NoScript) => {
-                run("EVAL", SCRIPT).await
+                question.run("EVAL", SCRIPT).query_async(&mut connection).await
+            }
+            // The slot is on its way to another node, and there the key is or will be.
+            Err(error) if error.kind() == ErrorKind::Server(ServerErrorKind::Ask) => {
+                let other = sent_to(&error, node).and_then(|node| self.nodes.get(&node));
+                let mut other = other.ok_or(error)?.clone();
+                let mut asking = redis::pipe();
+                asking.cmd("ASKING").ignore().add_command(question.run("EVAL", SCRIPT));
+                asking.query_async::<(u64,)>(&mut other).await.map(|(wait,)| wait)
             }
             answer => answer,
         }
+    }
+}
+
+impl Question {
+    fn run(&self, command: &str, script: &str) -> Cmd {
+        let mut command = redis::cmd(command);
+        command.arg(script).arg(1).arg(&self.key);
+        command.arg(self.interval.as_micros() as u64).arg(self.burst);
+        command
     }
 }
 
@@ -205,19 +227,33 @@ impl Worker {
     }
 
     async fn connect(&self, number: u64) -> RedisResult<Link> {
+        let map = self.bus.look(&Map::default()).await?;
+        let connect = async |node: &Node| Ok::<_, RedisError>((node.clone(), self.connect_to(node).await?));
+        let nodes = try_join_all(map.nodes().iter().map(connect)).await?;
+        let script = nodes.first().map(|(_, (_, script))| script.as_str().into()).unwrap_or_default();
+        let nodes = nodes.into_iter().map(|(node, (connection, _))| (node, connection)).collect();
+        let link = Link { nodes: Arc::new(nodes), map: Arc::new(map), script, number };
+        // Only one that counts is well: not a replica, nor one without memory left.
+        for node in link.map.nodes() {
+            let keys =
+                (0..).map(|turn| self.channels.limit("none", "trial", format_args!("{number}-{turn}")));
+            let Some(key) = link.map.name_of(node, keys) else { continue };
+            link.ask(&Question { key, interval: Duration::from_millis(1), burst: 1 }).await?;
+        }
+        Ok(link)
+    }
+
+    /// With the script's name.
+    async fn connect_to(&self, node: &Node) -> RedisResult<(MultiplexedConnection, String)> {
         let config = AsyncConnectionConfig::new()
             .set_connection_timeout(Some(CONNECT_WITHIN))
             .set_response_timeout(Some(CONNECT_WITHIN))
             .set_pipeline_buffer_size(QUESTIONS)
             .set_concurrency_limit(QUESTIONS);
-        let mut connection = self.redis.get_multiplexed_async_connection_with_config(&config).await?;
+        let mut connection = self.bus.connect(node, &config).await?;
         let mut load = redis::cmd("SCRIPT");
         load.arg("LOAD").arg(SCRIPT);
-        let script: String = load.query_async(&mut connection).await?;
-        let link = Link { connection, script: script.into(), number };
-        // Only one that counts is well: not a replica, nor one without memory left.
-        let key = self.channels.limit("none", "trial", number);
-        link.ask(&Question { key, interval: Duration::from_millis(1), burst: 1 }).await?;
-        Ok(link)
+        let script = load.query_async(&mut connection).await?;
+        Ok((connection, script))
     }
 }

@@ -18,8 +18,21 @@ impl Engine {
         match news {
             News::Event(user, event) => self.on_event(user, event),
             News::Revoked(user, session) => self.end_session(user, session),
-            News::Confirmed(users) => users.into_iter().for_each(|user| self.on_confirmed(user)),
-            News::Lost => self.hub.iter_mut().for_each(|entry| entry.confirmed = false),
+            News::Confirmed(link, users) => {
+                users.into_iter().for_each(|user| self.on_confirmed(user, link));
+            }
+            News::SentAway(link, users) => {
+                for user in users {
+                    if let Some(entry) = self.hub.find(user).and_then(|at| self.hub.get_mut(at)) {
+                        entry.confirmed = entry.confirmed.filter(|by| *by != link);
+                    }
+                }
+            }
+            News::Lost(link) => {
+                self.hub
+                    .iter_mut()
+                    .for_each(|entry| entry.confirmed = entry.confirmed.filter(|by| *by != link));
+            }
             News::Trusted(trusted) if trusted == self.trusted => {}
             News::Trusted(trusted) => {
                 self.trusted = trusted;

@@ -121,7 +121,7 @@ impl Engine {
         let Some(connection) = self.connections.get_mut(key.index as usize) else { return };
         let Some(entry) = self.hub.get(connection.user) else { return };
         let place = entry.sequencer.place();
-        let may_ask = entry.confirmed || !trusted;
+        let may_ask = entry.confirmed.is_some() || !trusted;
         if !connection.inquired && (may_ask || place.is_some()) {
             connection.inquired = true;
             self.backfill.ask_head(HeadQuestion {

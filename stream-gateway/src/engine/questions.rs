@@ -16,6 +16,7 @@ use crate::{
     backfill::{HeadQuestion, HeadsAnswered, RangeAnswer, RangeQuestion, WhyHead},
     frame::Goodbye,
     sequencer::{Answer, Verdict, judge},
+    subscriber::Link,
 };
 
 impl Engine {
@@ -181,10 +182,10 @@ impl Engine {
     }
 
     /// From here on Redis brings what is published for this user; what was committed before is asked for.
-    pub(super) fn on_confirmed(&mut self, user: UserId) {
+    pub(super) fn on_confirmed(&mut self, user: UserId, link: Link) {
         let Some(at) = self.hub.find(user) else { return };
         let Some(entry) = self.hub.get_mut(at) else { return };
-        entry.confirmed = true;
+        entry.confirmed = Some(link);
         if let Some(place) = entry.sequencer.place() {
             let question = HeadQuestion { user, asked_at: Some(place), why: WhyHead::Join, session: None };
             self.backfill.ask_head(question);

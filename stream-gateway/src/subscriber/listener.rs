@@ -1,71 +1,185 @@
-//! One connection to Redis. What is confirmed on it is known only here, and only after Redis has said so.
+//! One connection to Redis, or to one node of a cluster, supervised. What is confirmed on it is known only here, and only after
+//! Redis has said so.
+//!
+//! A cluster says by itself that a channel's slot has gone elsewhere, by a confirmation of an unsubscription that nobody asked for,
+//! in between the answers to what was asked. Where it could be taken for one of those, the connection is given up.
 
 use std::{
     collections::HashSet,
+    convert::Infallible,
     sync::{
-        Arc,
-        atomic::{AtomicU64, Ordering},
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering},
     },
     time::Duration,
 };
 
 use anyhow::Context as _;
-use redis::{AsyncConnectionConfig, PushInfo, PushKind, Value, aio::MultiplexedConnection};
+use rand::RngExt;
+use redis::{AsyncConnectionConfig, PushInfo, PushKind, RedisResult, Value, aio::MultiplexedConnection};
 use shared::{
+    bus::{self, Bus, Maps, Node},
+    channels::Channels,
     event::{Notice, Revoked},
     ids::UserId,
 };
 use tokio::{
-    sync::Notify,
-    time::{Instant, timeout},
+    sync::{Notify, mpsc},
+    time::{Instant, sleep, timeout},
 };
+use tokio_util::sync::CancellationToken;
 
-use super::{News, Subscriber, wishes::Batch};
-use crate::frame::{Event, MAX_ENVELOPE};
+use super::{
+    Board, Health, Link, News, Subscriber,
+    wishes::{Batch, Wishes},
+};
+use crate::{
+    frame::{Event, MAX_ENVELOPE},
+    metrics::Metrics,
+};
 
 /// An overload lasts; its log line does not say so hundreds of times.
 const OVERFLOWS_TOLD_EVERY: Duration = Duration::from_secs(1);
 const BEAT_EVERY: Duration = Duration::from_secs(2);
 const ANSWER_WITHIN: Duration = Duration::from_secs(2);
+const BACKOFF: std::ops::Range<f64> = 0.05..2.0;
+
+pub(super) struct Listener {
+    bus: Bus,
+    node: Node,
+    maps: Maps,
+    channels: Channels,
+    wishes: Wishes,
+    news: mpsc::Sender<News>,
+    board: Arc<Board>,
+    metrics: Arc<Metrics>,
+    /// Channels that this connection has in the metric.
+    counted: AtomicI64,
+}
 
 /// What the connection's driver notes for the supervisor. The driver must not wait, so it only leaves marks.
 #[derive(Default)]
 struct Marks {
     noticed: Notify,
-    gone: AtomicU64,
+    gone: AtomicBool,
     overflows: AtomicU64,
     /// The newest beat that came back.
     beat: AtomicU64,
     beat_noticed: Notify,
+    asking: Mutex<Asking>,
 }
 
-impl Subscriber {
-    /// One connection, until something is wrong with it.
-    pub(super) async fn listen(&self) -> anyhow::Result<std::convert::Infallible> {
-        let marks = Arc::new(Marks::default());
-        let beat_channel = self.channels.beat(&uuid::Uuid::new_v4().to_string());
-        let config = AsyncConnectionConfig::new()
-            .set_connection_timeout(Some(ANSWER_WITHIN))
-            .set_response_timeout(Some(ANSWER_WITHIN))
-            .set_push_sender(self.listener(&beat_channel, marks.clone()));
-        let connect = self.redis.get_multiplexed_async_connection_with_config(&config);
-        let mut connection = connect.await.context("cannot connect")?;
-        connection.subscribe(&beat_channel).await.context("cannot subscribe")?;
-        self.metrics.redis_connects.inc();
-        self.metrics.redis_up.set(1);
-        self.wishes.start_over(true);
-        tracing::info!(channels = self.wishes.count(), "listening to Redis");
+/// Whether answers are on their way, and who was sent elsewhere.
+#[derive(Default)]
+struct Asking {
+    /// While a command is not answered: the channels that it leaves.
+    leaving: Option<HashSet<Vec<u8>>>,
+    sent_away: Vec<UserId>,
+}
 
-        let mut actual = HashSet::new();
-        let mut beats = 0;
+impl Marks {
+    fn is_gone(&self) {
+        self.gone.store(true, Ordering::Release);
+        self.noticed.notify_one();
+    }
+
+    fn asks(&self, leaving: Option<HashSet<Vec<u8>>>) {
+        self.asking.lock().unwrap_or_else(PoisonError::into_inner).leaving = leaving;
+    }
+
+    /// Redis says that a channel is left: by our wish, or because its slot is.
+    fn left(&self, channel: &[u8], channels: &Channels) {
+        let mut asking = self.asking.lock().unwrap_or_else(PoisonError::into_inner);
+        match (&asking.leaving, channels.user_of(channel)) {
+            (Some(leaving), _) if leaving.contains(channel) => {}
+            (None, Some(user)) => {
+                asking.sent_away.push(user);
+                self.noticed.notify_one();
+            }
+            // The answers are one behind from here on; or it is the beat's.
+            _ => self.is_gone(),
+        }
+    }
+
+    fn sent_away(&self) -> Vec<UserId> {
+        std::mem::take(&mut self.asking.lock().unwrap_or_else(PoisonError::into_inner).sent_away)
+    }
+}
+
+/// A connection in use.
+struct Ear {
+    connection: MultiplexedConnection,
+    link: Link,
+    marks: Arc<Marks>,
+    beat_channel: String,
+    beats: u64,
+    /// Confirmed.
+    actual: HashSet<UserId>,
+    /// Wanted here, and not to be had: asked for again with the next beat.
+    refused: HashSet<UserId>,
+}
+
+impl Listener {
+    pub(super) fn new(of: &Subscriber, node: Node, maps: Maps, board: Arc<Board>) -> Self {
+        Self {
+            bus: of.bus.clone(),
+            node,
+            maps,
+            channels: of.channels.clone(),
+            wishes: of.wishes.clone(),
+            news: of.news.clone(),
+            board,
+            metrics: of.metrics.clone(),
+            counted: AtomicI64::new(0),
+        }
+    }
+
+    /// Listens until `stop`.
+    pub(super) async fn run(self, stop: CancellationToken) {
+        let mut failures = 0;
+        while !stop.is_cancelled() {
+            static LINKS: AtomicU64 = AtomicU64::new(1);
+            let link = Link(LINKS.fetch_add(1, Ordering::Relaxed));
+            let began = Instant::now();
+            let ended = stop.run_until_cancelled(self.listen(link)).await;
+            self.wishes.end(&self.node, link);
+            self.board.note(&self.node, Health::default());
+            self.count(0);
+            if self.news.send(News::Lost(link)).await.is_err() {
+                return;
+            }
+            let Some(Err(error)) = ended else { return };
+            self.maps.doubt();
+            failures = if began.elapsed() > Duration::from_secs(10) { 0 } else { failures + 1 };
+            let longest = (BACKOFF.start * f64::from(1 << failures.min(10))).min(BACKOFF.end);
+            let wait = Duration::from_secs_f64(rand::rng().random_range(longest / 2.0..longest));
+            let why = format!("{error:#}");
+            if error.downcast_ref().is_some_and(bus::is_refusal) {
+                tracing::error!(error = why, node = %self.node, failures, ?wait,
+                    "Redis refuses us: see the user, the password and the rights; events arrive by reconcile, a little later");
+            } else {
+                tracing::warn!(error = why, node = %self.node, failures, ?wait,
+                    "Redis is away; events arrive by reconcile, a little later");
+            }
+            stop.run_until_cancelled(sleep(wait)).await;
+        }
+    }
+
+    /// One connection, until something is wrong with it.
+    async fn listen(&self, link: Link) -> anyhow::Result<Infallible> {
+        let mut ear = self.connect(link).await?;
+        let wishes_changed = self.wishes.start(&self.node, link);
+        self.board.note(&self.node, Health { connected: true, trusted: false });
+        tracing::info!(node = %self.node, channels = self.wishes.count(), "listening to Redis");
+        let marks = ear.marks.clone();
         let mut next_beat = Instant::now();
-        let mut trusted = false;
         let (mut told, mut untold) = (None::<Instant>, 0);
         loop {
             tokio::select! {
-                () = self.wishes.changed.notified() => self.follow_wishes(&mut connection, &mut actual).await?,
+                () = wishes_changed.notified() => self.follow_wishes(&mut ear).await?,
                 () = marks.noticed.notified() => {
-                    anyhow::ensure!(marks.gone.load(Ordering::Acquire) == 0, "the connection broke");
+                    anyhow::ensure!(!marks.gone.load(Ordering::Acquire), "the connection broke");
+                    self.note_sent_away(&mut ear).await?;
                     let missed = marks.overflows.swap(0, Ordering::AcqRel);
                     if missed > 0 {
                         self.news.send(News::Missed).await?;
@@ -77,29 +191,51 @@ impl Subscriber {
                     }
                 }
                 () = tokio::time::sleep_until(next_beat) => {
-                    let heard = self.beat(&mut connection, &beat_channel, &marks, &mut beats).await?;
-                    if heard != trusted {
-                        trusted = heard;
-                        self.trust(trusted).await;
-                    }
+                    let heard = self.beat(&mut ear).await?;
+                    let still_refused = self.wishes.again(&self.node, ear.refused.drain());
+                    self.board.note(&self.node, Health { connected: true, trusted: heard && still_refused == 0 });
                     next_beat = Instant::now() + BEAT_EVERY;
                 }
             }
         }
     }
 
+    async fn connect(&self, link: Link) -> anyhow::Result<Ear> {
+        let marks = Arc::new(Marks::default());
+        let instance = uuid::Uuid::new_v4();
+        let names = (0..).map(|turn| self.channels.beat(&format!("{instance}-{turn}")));
+        let map = self.maps.clone().now();
+        let beat_channel = map.name_of(&self.node, names).context("it owns no slot")?;
+        let config = AsyncConnectionConfig::new()
+            .set_connection_timeout(Some(ANSWER_WITHIN))
+            .set_response_timeout(Some(ANSWER_WITHIN))
+            .set_push_sender(self.hears(&beat_channel, marks.clone()));
+        let mut connection = self.bus.connect(&self.node, &config).await.context("cannot connect")?;
+        let mut subscribe = redis::cmd(if self.bus.is_sharded() { "SSUBSCRIBE" } else { "SUBSCRIBE" });
+        subscribe.arg(&beat_channel);
+        subscribe.query_async::<()>(&mut connection).await.context("cannot subscribe")?;
+        self.metrics.redis_connects.inc();
+        let (actual, refused) = Default::default();
+        Ok(Ear { connection, link, marks, beat_channel, beats: 0, actual, refused })
+    }
+
     /// Runs where the connection is read; must not wait.
-    fn listener(&self, beat_channel: &str, marks: Arc<Marks>) -> impl Fn(PushInfo) -> Result<(), ()> + use<> {
+    fn hears(&self, beat_channel: &str, marks: Arc<Marks>) -> impl Fn(PushInfo) -> Result<(), ()> + use<> {
         let channels = self.channels.clone();
         let beat_channel = beat_channel.as_bytes().to_vec();
         let news = self.news.clone();
         let metrics = self.metrics.clone();
         move |push| {
             match push.kind {
-                PushKind::Message => {}
+                PushKind::Message | PushKind::SMessage => {}
                 PushKind::Disconnection => {
-                    marks.gone.store(1, Ordering::Release);
-                    marks.noticed.notify_one();
+                    marks.is_gone();
+                    return Ok(());
+                }
+                PushKind::SUnsubscribe => {
+                    if let Some(Value::BulkString(channel)) = push.data.first() {
+                        marks.left(channel, &channels);
+                    }
                     return Ok(());
                 }
                 // Confirmations are awaited as replies.
@@ -134,59 +270,138 @@ impl Subscriber {
         }
     }
 
-    async fn follow_wishes(
-        &self,
-        connection: &mut MultiplexedConnection,
-        actual: &mut HashSet<UserId>,
-    ) -> anyhow::Result<()> {
-        let Batch { join, leave, back } = self.wishes.take(actual);
-        let names = |users: &[UserId]| users.iter().map(|user| self.channels.user(*user)).collect::<Vec<_>>();
+    async fn follow_wishes(&self, ear: &mut Ear) -> anyhow::Result<()> {
+        let Batch { join, leave, back } = self.wishes.take(&self.node, &ear.actual);
         // One command after the other: a confirmation then always belongs to the newest command on its channel.
         if !leave.is_empty() {
-            connection.unsubscribe(names(&leave)).await.context("cannot unsubscribe")?;
-            leave.iter().for_each(|user| _ = actual.remove(user));
+            self.unsubscribe(ear, &leave).await?;
+            leave.iter().for_each(|user| _ = ear.actual.remove(user));
         }
         if !join.is_empty() {
-            connection.subscribe(names(&join)).await.context("cannot subscribe")?;
-            actual.extend(&join);
-            self.news.send(News::Confirmed(join)).await?;
+            let joined = self.subscribe(ear, join).await?;
+            ear.actual.extend(&joined);
+            self.news.send(News::Confirmed(ear.link, joined)).await?;
         }
         if !back.is_empty() {
-            self.news.send(News::Confirmed(back)).await?;
+            self.news.send(News::Confirmed(ear.link, back)).await?;
         }
-        self.metrics.subscriptions.set(i64::try_from(actual.len()).unwrap_or(i64::MAX));
-        self.metrics.subscriptions_wanted.set(i64::try_from(self.wishes.count()).unwrap_or(i64::MAX));
+        self.count(ear.actual.len());
         Ok(())
+    }
+
+    /// Those that Redis confirms: all, or on a cluster those whose slot is here.
+    async fn subscribe(&self, ear: &mut Ear, users: Vec<UserId>) -> anyhow::Result<Vec<UserId>> {
+        if !self.bus.is_sharded() {
+            ear.connection.subscribe(self.names(&users)).await.context("cannot subscribe")?;
+            return Ok(users);
+        }
+        ear.refused.extend(&users);
+        let mut joined = Vec::with_capacity(users.len());
+        let mut failed = None;
+        for answer in self.ask_for_each(ear, "SSUBSCRIBE", &users, HashSet::new()).await? {
+            match answer {
+                Ok(Value::Push { kind: PushKind::SSubscribe, data }) => {
+                    if let Some(Value::BulkString(channel)) = data.first()
+                        && let Some(user) = self.channels.user_of(channel)
+                        && ear.refused.remove(&user)
+                    {
+                        joined.push(user);
+                    }
+                }
+                Ok(_) => {}
+                Err(error) => failed = Some(error),
+            }
+        }
+        match failed {
+            Some(error) if bus::is_refusal(&error) => Err(error).context("cannot subscribe"),
+            Some(error) => {
+                tracing::info!(%error, node = %self.node, refused = ear.refused.len(), "channels are not to be had here");
+                self.maps.doubt();
+                Ok(joined)
+            }
+            None => Ok(joined),
+        }
+    }
+
+    async fn unsubscribe(&self, ear: &mut Ear, users: &[UserId]) -> anyhow::Result<()> {
+        let names = self.names(users);
+        if !self.bus.is_sharded() {
+            return ear.connection.unsubscribe(names).await.context("cannot unsubscribe");
+        }
+        let leaving = names.into_iter().map(String::into_bytes).collect();
+        let answers = self.ask_for_each(ear, "SUNSUBSCRIBE", users, leaving).await?;
+        // What is not confirmed here was so before we asked, and answers are out of step.
+        answers.into_iter().collect::<RedisResult<Vec<_>>>().context("cannot unsubscribe")?;
+        Ok(())
+    }
+
+    /// One command for each channel, as each has a slot of its own, in one go.
+    async fn ask_for_each(
+        &self,
+        ear: &mut Ear,
+        command: &str,
+        users: &[UserId],
+        leaving: HashSet<Vec<u8>>,
+    ) -> anyhow::Result<Vec<RedisResult<Value>>> {
+        let mut pipeline = redis::Pipeline::with_capacity(users.len());
+        for name in self.names(users) {
+            pipeline.cmd(command).arg(name);
+        }
+        ear.marks.asks(Some(leaving));
+        let answers = pipeline.ignore_errors().query_async(&mut ear.connection).await;
+        ear.marks.asks(None);
+        answers.context("Redis does not answer about channels")
+    }
+
+    /// The node brings nothing for them any more. Who owns them now will be told to, as soon as the map says who that is.
+    async fn note_sent_away(&self, ear: &mut Ear) -> anyhow::Result<()> {
+        let users = ear.marks.sent_away();
+        if users.is_empty() {
+            return Ok(());
+        }
+        tracing::info!(node = %self.node, users = users.len(), "a slot has left the node");
+        self.maps.doubt();
+        users.iter().for_each(|user| _ = ear.actual.remove(user));
+        ear.refused.extend(&users);
+        self.count(ear.actual.len());
+        self.news.send(News::SentAway(ear.link, users)).await?;
+        Ok(())
+    }
+
+    fn names(&self, users: &[UserId]) -> Vec<String> {
+        users.iter().map(|user| self.channels.user(*user)).collect()
+    }
+
+    fn count(&self, actual: usize) {
+        let actual = i64::try_from(actual).unwrap_or(i64::MAX);
+        self.metrics.subscriptions.inc_by(actual - self.counted.swap(actual, Ordering::Relaxed));
+        self.metrics.subscriptions_wanted.set(i64::try_from(self.wishes.count()).unwrap_or(i64::MAX));
     }
 
     /// Whether a message published now, to wherever the address points now, comes back to us. Fails when this connection is
     /// to blame.
-    async fn beat(
-        &self,
-        connection: &mut MultiplexedConnection,
-        channel: &str,
-        marks: &Marks,
-        beats: &mut u64,
-    ) -> anyhow::Result<bool> {
-        let ping = redis::cmd("PING");
-        ping.query_async::<()>(connection).await.context("Redis does not answer a ping")?;
-        *beats += 1;
-        let beat = *beats;
+    async fn beat(&self, ear: &mut Ear) -> anyhow::Result<bool> {
+        ear.marks.asks(Some(HashSet::new()));
+        let ping = redis::cmd("PING").query_async::<()>(&mut ear.connection).await;
+        ear.marks.asks(None);
+        ping.context("Redis does not answer a ping")?;
+        ear.beats += 1;
         let config = AsyncConnectionConfig::new()
             .set_connection_timeout(Some(ANSWER_WITHIN))
             .set_response_timeout(Some(ANSWER_WITHIN));
         let publish = async {
-            let mut fresh = self.redis.get_multiplexed_async_connection_with_config(&config).await?;
-            let mut command = redis::cmd("PUBLISH");
-            command.arg(channel).arg(beat).query_async::<()>(&mut fresh).await
+            let mut fresh = self.bus.connect(&self.node, &config).await?;
+            let mut command = self.bus.publish();
+            command.arg(&ear.beat_channel).arg(ear.beats).query_async::<()>(&mut fresh).await
         };
         if let Err(error) = publish.await {
-            tracing::warn!(%error, "no beat can be published to Redis");
+            tracing::warn!(%error, node = %self.node, "no beat can be published to Redis");
+            self.maps.doubt();
             return Ok(false);
         }
         let heard = async {
-            while marks.beat.load(Ordering::Acquire) < beat {
-                marks.beat_noticed.notified().await;
+            while ear.marks.beat.load(Ordering::Acquire) < ear.beats {
+                ear.marks.beat_noticed.notified().await;
             }
         };
         timeout(ANSWER_WITHIN, heard).await.context("a beat through Redis did not come back")?;

@@ -1,33 +1,40 @@
 //! Redis: listens to the channels of the users who have a stream here.
 //!
-//! One supervised connection of its own, rebuilt for ever with capped, jittered back-off. Which channels are wanted is
-//! shared state, changed by the hub at any time; which are confirmed is known only here, and only after Redis has said so.
-//! Every queue is bounded: a message that finds the queue full is dropped and reported as a doubt, which a reconcile heals.
-//! A beat through Redis and back, published over a connection made anew, finds a server that is silently dead, demoted, or no
-//! longer where the address points.
+//! One supervised connection of its own, or one to each node of a cluster, rebuilt for ever with capped, jittered back-off. Which
+//! channels are wanted is shared state, changed by the hub at any time; which are confirmed is known only to the connection, and
+//! only after Redis has said so. Every queue is bounded: a message that finds the queue full is dropped and reported as a doubt,
+//! which a reconcile heals. A beat through Redis and back, published over a connection made anew, finds a server that is silently
+//! dead, demoted, or no longer where the address points. Redis is trusted while every node is.
 
 mod listener;
 mod wishes;
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex, PoisonError},
+};
 
-use rand::RngExt;
 use shared::{
+    bus::{Bus, Node},
     channels::Channels,
     ids::{SessionId, UserId},
 };
 use tokio::{
-    sync::mpsc,
-    time::{Instant, sleep},
+    sync::{Notify, mpsc},
+    task::JoinSet,
 };
-use tokio_util::sync::CancellationToken;
+use tokio_util::sync::{CancellationToken, DropGuard};
 
+use self::listener::Listener;
 pub use self::wishes::Wishes;
 use crate::{frame::Event, metrics::Metrics};
 
 /// Messages from Redis that the engine has not taken yet.
 pub const QUEUE: usize = 16_384;
-const BACKOFF: std::ops::Range<f64> = 0.05..2.0;
+
+/// A connection to Redis, told from all before and after.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Link(pub u64);
 
 /// What the engine hears from Redis, and about it.
 #[derive(Debug)]
@@ -37,10 +44,12 @@ pub enum News {
     Revoked(UserId, SessionId),
     /// Something was said about this user that cannot be read.
     Doubted(UserId),
-    /// From here on, what is published for these users arrives.
-    Confirmed(Vec<UserId>),
-    /// The connection is gone: nothing is confirmed any more.
-    Lost,
+    /// From here on, what is published for these users arrives by this connection.
+    Confirmed(Link, Vec<UserId>),
+    /// This connection brings nothing for these users any more: a cluster sent them elsewhere.
+    SentAway(Link, Vec<UserId>),
+    /// The connection is gone, and with it what it had confirmed.
+    Lost(Link),
     /// Whether Redis is trusted to bring what is published.
     Trusted(bool),
     /// Something may have been missed.
@@ -48,11 +57,42 @@ pub enum News {
 }
 
 pub struct Subscriber {
-    pub redis: redis::Client,
+    pub bus: Bus,
     pub channels: Channels,
     pub wishes: Wishes,
     pub news: mpsc::Sender<News>,
     pub metrics: Arc<Metrics>,
+}
+
+/// What is known of a node's connection.
+#[derive(Clone, Copy, Default, PartialEq, Eq)]
+struct Health {
+    connected: bool,
+    trusted: bool,
+}
+
+/// Where listeners note how they are.
+#[derive(Default)]
+struct Board {
+    nodes: Mutex<HashMap<Node, Health>>,
+    changed: Notify,
+}
+
+impl Board {
+    fn note(&self, node: &Node, health: Health) {
+        let before = self.nodes.lock().unwrap_or_else(PoisonError::into_inner).insert(node.clone(), health);
+        if before != Some(health) {
+            self.changed.notify_one();
+        }
+    }
+
+    /// Of all of these together.
+    fn of(&self, nodes: &[Node]) -> Health {
+        let mut known = self.nodes.lock().unwrap_or_else(PoisonError::into_inner);
+        known.retain(|node, _| nodes.contains(node));
+        let all = |is: fn(&Health) -> bool| nodes.iter().all(|node| known.get(node).is_some_and(is));
+        Health { connected: all(|health| health.connected), trusted: all(|health| health.trusted) }
+    }
 }
 
 impl Subscriber {
@@ -64,35 +104,44 @@ impl Subscriber {
         }
     }
 
+    /// One listener for each node that owns something.
     async fn supervise(&self) {
-        let mut failures = 0;
+        let (mut maps, following) = self.bus.follow();
+        tokio::pin!(following);
+        let board = Arc::new(Board::default());
+        let mut listeners: HashMap<Node, DropGuard> = HashMap::new();
+        let mut running = JoinSet::new();
+        let mut trusted = false;
+        let mut map = maps.now();
         loop {
-            let began = Instant::now();
-            let error = match self.listen().await {
-                Ok(never) => match never {},
-                Err(error) => error,
-            };
-            self.wishes.start_over(false);
-            self.metrics.redis_up.set(0);
-            self.metrics.subscriptions.set(0);
-            self.trust(false).await;
-            if self.news.send(News::Lost).await.is_err() {
-                return;
+            listeners.retain(|node, _| map.nodes().contains(node));
+            for node in map.nodes() {
+                listeners.entry(node.clone()).or_insert_with(|| {
+                    let stop = CancellationToken::new();
+                    let listener = Listener::new(self, node.clone(), maps.clone(), board.clone());
+                    running.spawn(listener.run(stop.clone()));
+                    stop.drop_guard()
+                });
             }
-            failures = if began.elapsed() > Duration::from_secs(10) { 0 } else { failures + 1 };
-            let longest = (BACKOFF.start * f64::from(1 << failures.min(10))).min(BACKOFF.end);
-            let wait = Duration::from_secs_f64(rand::rng().random_range(longest / 2.0..longest));
-            tracing::warn!(
-                error = format!("{error:#}"),
-                failures,
-                ?wait,
-                "Redis is away; events arrive by reconcile, a little later"
-            );
-            sleep(wait).await;
+            self.wishes.share_by(map.clone());
+            // Until the map changes, that is how it is.
+            loop {
+                let health = board.of(map.nodes());
+                self.metrics.redis_up.set(i64::from(health.connected && !map.nodes().is_empty()));
+                if trusted != (health.trusted && map.is_whole()) {
+                    trusted = !trusted;
+                    if self.news.send(News::Trusted(trusted)).await.is_err() {
+                        return;
+                    }
+                }
+                tokio::select! {
+                    never = &mut following => match never {},
+                    () = maps.changed() => break,
+                    () = board.changed.notified() => {}
+                    Some(_) = running.join_next() => {}
+                }
+            }
+            map = maps.now();
         }
-    }
-
-    async fn trust(&self, trusted: bool) {
-        let _ = self.news.send(News::Trusted(trusted)).await;
     }
 }

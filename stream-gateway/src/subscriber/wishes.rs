@@ -1,45 +1,73 @@
-//! Which channels are wanted: shared state, changed by the hub at any time.
+//! Which channels are wanted: shared state, changed by the hub at any time; and which connection is to listen to which of them.
 
 use std::{
-    collections::HashSet,
+    collections::{HashMap, HashSet},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
-use shared::ids::UserId;
+use shared::{
+    bus::{Map, Node},
+    channels::Channels,
+    ids::UserId,
+};
 use tokio::sync::Notify;
+
+use super::Link;
 
 /// Channels in one command: it keeps one command's work in Redis, and its answer, small.
 const BATCH: usize = 512;
 
 /// The channels that should be subscribed to. Held by the hub.
-#[derive(Clone, Default)]
+#[derive(Clone)]
 pub struct Wishes {
-    state: Arc<Mutex<WishState>>,
-    pub(super) changed: Arc<Notify>,
+    state: Arc<Mutex<State>>,
+    channels: Channels,
 }
 
-#[derive(Default)]
-struct WishState {
+struct State {
     wanted: HashSet<UserId>,
-    /// Whose wish may differ from what Redis was told. Empty while there is no connection: a new one starts from `wanted`.
+    map: Arc<Map>,
+    /// Connections that listen.
+    links: HashMap<Node, Ear>,
+}
+
+struct Ear {
+    link: Link,
+    /// Whose wish may differ from what this node was told. While there is no connection nothing is noted: a new one starts from
+    /// `wanted`.
     changed: HashSet<UserId>,
-    connected: bool,
+    notify: Arc<Notify>,
+}
+
+impl Ear {
+    fn note(&mut self, user: UserId) {
+        self.changed.insert(user);
+        self.notify.notify_one();
+    }
 }
 
 impl Wishes {
+    /// Before the cluster is known, nobody listens to anything.
+    pub fn new(channels: Channels) -> Self {
+        let state = State { wanted: HashSet::new(), map: Arc::default(), links: HashMap::new() };
+        Self { state: Arc::new(Mutex::new(state)), channels }
+    }
+
     pub fn want(&self, user: UserId) {
-        self.change(user, |state| state.wanted.insert(user));
+        self.change(user, |wanted| wanted.insert(user));
     }
 
     pub fn unwant(&self, user: UserId) {
-        self.change(user, |state| state.wanted.remove(&user));
+        self.change(user, |wanted| wanted.remove(&user));
     }
 
-    fn change(&self, user: UserId, change: impl FnOnce(&mut WishState) -> bool) {
+    fn change(&self, user: UserId, change: impl FnOnce(&mut HashSet<UserId>) -> bool) {
         let mut state = self.lock();
-        if change(&mut state) && state.connected {
-            state.changed.insert(user);
-            self.changed.notify_one();
+        let State { wanted, map, links } = &mut *state;
+        if change(wanted)
+            && let Some(ear) = map.owner(&self.channels.user(user)).and_then(|node| links.get_mut(node))
+        {
+            ear.note(user);
         }
     }
 
@@ -47,37 +75,78 @@ impl Wishes {
         self.lock().wanted.len()
     }
 
-    /// A connection without any subscription begins or ends.
-    pub(super) fn start_over(&self, connected: bool) {
+    /// From now on this map says who is to listen to whom.
+    pub(super) fn share_by(&self, new: Arc<Map>) {
         let mut state = self.lock();
-        state.connected = connected;
-        state.changed = if connected { state.wanted.clone() } else { HashSet::new() };
-        if connected {
-            self.changed.notify_one();
+        let State { wanted, map, links } = &mut *state;
+        for user in wanted.iter() {
+            let channel = self.channels.user(*user);
+            let (from, to) = (map.owner(&channel), new.owner(&channel));
+            if from != to {
+                for node in [from, to].into_iter().flatten() {
+                    if let Some(ear) = links.get_mut(node) {
+                        ear.note(*user);
+                    }
+                }
+            }
+        }
+        *map = new;
+    }
+
+    /// A connection to this node, without any subscription yet. Notified when there is something to [`Self::take`].
+    pub(super) fn start(&self, node: &Node, link: Link) -> Arc<Notify> {
+        let mut state = self.lock();
+        let State { wanted, map, links } = &mut *state;
+        let mine = |user: &&UserId| map.owner(&self.channels.user(**user)) == Some(node);
+        let changed = wanted.iter().filter(mine).copied().collect();
+        let notify = Arc::new(Notify::new());
+        notify.notify_one();
+        links.insert(node.clone(), Ear { link, changed, notify: notify.clone() });
+        notify
+    }
+
+    /// This connection listens no more.
+    pub(super) fn end(&self, node: &Node, link: Link) {
+        let mut state = self.lock();
+        if state.links.get(node).is_some_and(|ear| ear.link == link) {
+            state.links.remove(node);
         }
     }
 
-    /// Some of the users whose wish has changed, by what is to be done about it.
-    pub(super) fn take(&self, actual: &HashSet<UserId>) -> Batch {
+    /// The node is to be told again of those who are still wanted there; how many that are.
+    pub(super) fn again(&self, node: &Node, users: impl Iterator<Item = UserId>) -> usize {
         let mut state = self.lock();
+        let State { wanted, map, links } = &mut *state;
+        let Some(ear) = links.get_mut(node) else { return 0 };
+        let here =
+            |user: &UserId| wanted.contains(user) && map.owner(&self.channels.user(*user)) == Some(node);
+        users.filter(here).map(|user| ear.note(user)).count()
+    }
+
+    /// Some of the users whose wish has changed, by what is to be done about it at this node.
+    pub(super) fn take(&self, node: &Node, actual: &HashSet<UserId>) -> Batch {
+        let mut state = self.lock();
+        let State { wanted, map, links } = &mut *state;
         let mut batch = Batch::default();
-        let some: Vec<_> = state.changed.iter().copied().take(BATCH).collect();
+        let Some(ear) = links.get_mut(node) else { return batch };
+        let some: Vec<_> = ear.changed.iter().copied().take(BATCH).collect();
         for user in some {
-            state.changed.remove(&user);
-            match (state.wanted.contains(&user), actual.contains(&user)) {
+            ear.changed.remove(&user);
+            let wanted = wanted.contains(&user) && map.owner(&self.channels.user(user)) == Some(node);
+            match (wanted, actual.contains(&user)) {
                 (true, false) => batch.join.push(user),
                 (false, true) => batch.leave.push(user),
                 (true, true) => batch.back.push(user),
                 (false, false) => {}
             }
         }
-        if !state.changed.is_empty() {
-            self.changed.notify_one();
+        if !ear.changed.is_empty() {
+            ear.notify.notify_one();
         }
         batch
     }
 
-    fn lock(&self) -> MutexGuard<'_, WishState> {
+    fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -104,40 +173,47 @@ mod tests {
         [ids(batch.join), ids(batch.leave), ids(batch.back)]
     }
 
+    /// Of a single server.
+    fn wishes() -> Wishes {
+        let wishes = Wishes::new(Channels::default());
+        wishes.share_by(Arc::new(Map::of_one()));
+        wishes
+    }
+
     #[test]
     fn wishes_are_told_once_connected_and_only_where_they_differ() {
-        let wishes = Wishes::default();
+        let wishes = wishes();
         wishes.want(UserId(1));
         wishes.want(UserId(2));
-        assert_eq!(wishes.take(&users([])), Batch::default());
-        wishes.start_over(true);
-        assert_eq!(sorted(wishes.take(&users([]))), [vec![1, 2], vec![], vec![]]);
+        assert_eq!(wishes.take(&Node::Only, &users([])), Batch::default());
+        wishes.start(&Node::Only, Link(1));
+        assert_eq!(sorted(wishes.take(&Node::Only, &users([]))), [vec![1, 2], vec![], vec![]]);
         wishes.unwant(UserId(1));
         wishes.want(UserId(3));
         wishes.unwant(UserId(3));
-        assert_eq!(sorted(wishes.take(&users([1, 2]))), [vec![], vec![1], vec![]]);
+        assert_eq!(sorted(wishes.take(&Node::Only, &users([1, 2]))), [vec![], vec![1], vec![]]);
     }
 
     #[test]
     fn one_who_left_and_came_back_at_once_is_confirmed_again() {
-        let wishes = Wishes::default();
+        let wishes = wishes();
         wishes.want(UserId(2));
-        wishes.start_over(true);
-        assert_eq!(sorted(wishes.take(&users([]))), [vec![2], vec![], vec![]]);
+        wishes.start(&Node::Only, Link(1));
+        assert_eq!(sorted(wishes.take(&Node::Only, &users([]))), [vec![2], vec![], vec![]]);
         wishes.unwant(UserId(2));
         wishes.want(UserId(2));
-        assert_eq!(sorted(wishes.take(&users([2]))), [vec![], vec![], vec![2]]);
+        assert_eq!(sorted(wishes.take(&Node::Only, &users([2]))), [vec![], vec![], vec![2]]);
     }
 
     #[test]
     fn many_wishes_go_out_in_batches() {
-        let wishes = Wishes::default();
+        let wishes = wishes();
         (1..=1_300).for_each(|id| wishes.want(UserId(id)));
-        wishes.start_over(true);
+        wishes.start(&Node::Only, Link(1));
         let mut actual = users([]);
         let mut batches = Vec::new();
         loop {
-            let batch = wishes.take(&actual);
+            let batch = wishes.take(&Node::Only, &actual);
             if batch.join.is_empty() {
                 break;
             }
@@ -149,11 +225,52 @@ mod tests {
 
     #[test]
     fn nothing_is_remembered_of_users_who_came_and_went_while_redis_was_away() {
-        let wishes = Wishes::default();
+        let wishes = wishes();
+        wishes.start(&Node::Only, Link(1));
+        wishes.end(&Node::Only, Link(1));
         for id in 1..1_000 {
             wishes.want(UserId(id));
             wishes.unwant(UserId(id));
         }
-        assert!(wishes.lock().changed.is_empty() && wishes.lock().wanted.is_empty());
+        assert!(wishes.lock().links.is_empty() && wishes.lock().wanted.is_empty());
+    }
+
+    #[test]
+    fn the_end_of_a_connection_does_not_end_the_one_after_it() {
+        let wishes = wishes();
+        wishes.start(&Node::Only, Link(1));
+        wishes.start(&Node::Only, Link(2));
+        wishes.end(&Node::Only, Link(1));
+        wishes.want(UserId(1));
+        assert_eq!(sorted(wishes.take(&Node::Only, &users([]))), [vec![1], vec![], vec![]]);
+    }
+
+    #[test]
+    fn each_node_is_told_of_its_own_and_a_moved_slot_is_left_here_and_joined_there() {
+        let [one, two] = [1, 2].map(|port| Node::At("host".into(), port));
+        let map = |second_from| {
+            Arc::new(Map::of_ranges(vec![
+                (0, second_from - 1, one.clone()),
+                (second_from, 16_383, two.clone()),
+            ]))
+        };
+        let wishes = Wishes::new(Channels::default());
+        wishes.share_by(map(8_000));
+        (1..=100).for_each(|id| wishes.want(UserId(id)));
+        wishes.start(&one, Link(1));
+        wishes.start(&two, Link(2));
+        let here: HashSet<_> = wishes.take(&one, &users([])).join.into_iter().collect();
+        let there: HashSet<_> = wishes.take(&two, &users([])).join.into_iter().collect();
+        assert!(here.is_disjoint(&there) && here.len() + there.len() == 100);
+        assert!(here.len() > 20 && there.len() > 20, "{} and {}", here.len(), there.len());
+
+        wishes.share_by(map(4_000));
+        let left: HashSet<_> = wishes.take(&one, &here).leave.into_iter().collect();
+        let joined: HashSet<_> = wishes.take(&two, &there).join.into_iter().collect();
+        assert!(!left.is_empty() && left == joined && left.is_subset(&here));
+
+        // A node that sends us away for a slot that it has by the map is asked again.
+        assert_eq!(wishes.again(&two, here.iter().copied()), joined.len());
+        assert_eq!(wishes.take(&two, &there).join.len(), joined.len());
     }
 }

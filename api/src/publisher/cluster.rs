@@ -1,0 +1,118 @@
+//! A cluster: each event goes to the node that owns its channel's slot, by a lane of its own with a queue of its own, so that a
+//! node that hangs holds up nobody else's.
+
+use std::{collections::HashMap, sync::Arc};
+
+use shared::bus::{Bus, Map, Maps, Node};
+use tokio::{sync::mpsc, task::JoinSet};
+use tokio_util::sync::CancellationToken;
+
+use super::{
+    BATCH, Connected, Notice, QUEUE, Worker, dropped,
+    lane::{Lane, Moved},
+    offer,
+};
+use crate::metrics::Metrics;
+
+/// How often an event is sent on before it is dropped: nodes that disagree about a slot would pass it round.
+const MOST_MOVES: u8 = 3;
+
+struct Router {
+    bus: Bus,
+    maps: Maps,
+    map: Arc<Map>,
+    lanes: HashMap<Node, mpsc::Sender<Notice>>,
+    running: JoinSet<()>,
+    moved: Moved,
+    connected: Connected,
+    metrics: Metrics,
+    /// For lanes: there is no more to come.
+    stop: CancellationToken,
+}
+
+/// Runs until `stop`, then sends what is still queued.
+pub(super) async fn run(worker: Worker, connected: Connected, stop: CancellationToken) {
+    let Worker { mut queue, bus, metrics } = worker;
+    let (mut maps, following) = bus.follow();
+    tokio::pin!(following);
+    let (moved, mut sent_on) = mpsc::channel(QUEUE);
+    let stop_lanes = CancellationToken::new();
+    let mut router = Router {
+        map: maps.now(),
+        bus,
+        maps: maps.clone(),
+        lanes: HashMap::new(),
+        running: JoinSet::new(),
+        moved,
+        connected,
+        metrics,
+        stop: stop_lanes.clone(),
+    };
+    let mut batch = Vec::with_capacity(BATCH);
+    loop {
+        tokio::select! {
+            never = &mut following => match never {},
+            () = maps.changed() => router.follow(maps.now()),
+            Some((notice, node)) = sent_on.recv() => router.send_on(notice, node),
+            // While no slot has an owner yet, events wait.
+            taken = queue.recv_many(&mut batch, BATCH), if !router.lanes.is_empty() || queue.is_closed() => {
+                if taken == 0 {
+                    break;
+                }
+                for notice in batch.drain(..) {
+                    router.route(notice);
+                }
+            }
+            () = stop.cancelled(), if !queue.is_closed() => queue.close(),
+            Some(_) = router.running.join_next() => {}
+        }
+    }
+    router.lanes.clear();
+    stop_lanes.cancel();
+    while router.running.join_next().await.is_some() {}
+}
+
+impl Router {
+    /// Lanes to those who own slots, and to nobody else.
+    fn follow(&mut self, map: Arc<Map>) {
+        self.lanes.retain(|node, _| map.nodes().contains(node));
+        for node in map.nodes() {
+            self.lane(node);
+        }
+        self.map = map;
+    }
+
+    fn lane(&mut self, node: &Node) -> &mpsc::Sender<Notice> {
+        self.lanes.entry(node.clone()).or_insert_with(|| {
+            let (sender, queue) = mpsc::channel(QUEUE);
+            let lane = Lane::new(
+                queue,
+                self.bus.clone(),
+                node.clone(),
+                Some(self.moved.clone()),
+                self.connected.clone(),
+                self.metrics.clone(),
+            );
+            self.running.spawn(lane.run(self.stop.clone()));
+            sender
+        })
+    }
+
+    fn route(&mut self, notice: Notice) {
+        self.metrics.publish_queue.dec();
+        match self.map.owner(&notice.channel).and_then(|node| self.lanes.get(node)) {
+            Some(lane) => offer(lane, notice, &self.metrics),
+            None => dropped("disconnected", 1, &self.metrics),
+        }
+    }
+
+    /// The node that was asked says whose it is; the whole map follows.
+    fn send_on(&mut self, notice: Notice, node: Node) {
+        self.maps.doubt();
+        if notice.moves > MOST_MOVES {
+            return dropped("disconnected", 1, &self.metrics);
+        }
+        let metrics = self.metrics.clone();
+        offer(self.lane(&node), notice, &metrics);
+    }
+}

@@ -1,0 +1,298 @@
+//! One connection that publishes, rebuilt for as long as there is something to publish.
+//!
+//! It is made anew every few seconds while all is well, too: the server at the other end may have been demoted, or be no longer
+//! where the settings point, and take everything without a word for listeners that have long gone elsewhere.
+
+use std::time::Duration;
+
+use redis::{AsyncConnectionConfig, RedisError, RedisResult, Value, aio::MultiplexedConnection};
+use shared::bus::{self, Bus, Node};
+use tokio::{
+    sync::mpsc,
+    time::{Instant, sleep, sleep_until, timeout},
+};
+use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
+
+use super::{BATCH, Connected, Notice, TIMEOUT, dropped};
+use crate::metrics::Metrics;
+
+/// Between attempts to connect: doubled each time, up to the cap, and drawn at random so that replicas do not march in step.
+const BACKOFF: Duration = Duration::from_millis(100);
+const BACKOFF_CAP: Duration = Duration::from_secs(5);
+/// The age at which a connection is replaced, at most.
+const RENEW_AFTER: Duration = Duration::from_secs(5);
+
+/// Where a node of a cluster sends what is for another one: there, by way of who knows all nodes.
+pub(super) type Moved = mpsc::Sender<(Notice, Node)>;
+
+pub(super) struct Lane {
+    queue: mpsc::Receiver<Notice>,
+    bus: Bus,
+    node: Node,
+    moved: Option<Moved>,
+    connected: Connected,
+    metrics: Metrics,
+}
+
+/// Why sending ended.
+enum Ended {
+    /// Nothing more will come, and all was sent.
+    Stopped,
+    /// Redis failed; `worked` says whether it had taken anything on this connection.
+    Failed { worked: bool },
+}
+
+/// A connection in the making, to replace one that is well.
+type Renewal = AbortOnDropHandle<RedisResult<MultiplexedConnection>>;
+
+impl Lane {
+    pub(super) fn new(
+        queue: mpsc::Receiver<Notice>,
+        bus: Bus,
+        node: Node,
+        moved: Option<Moved>,
+        connected: Connected,
+        metrics: Metrics,
+    ) -> Self {
+        connected.change(|(all, _)| *all += 1);
+        Self { queue, bus, node, moved, connected, metrics }
+    }
+
+    /// Runs until `stop`, or nobody is left who offers; then sends what is still queued, if Redis takes it.
+    pub(super) async fn run(mut self, stop: CancellationToken) {
+        let mut batch = Vec::with_capacity(BATCH);
+        let mut backoff = BACKOFF;
+        let mut second_chance = true;
+        loop {
+            let failed = match connect(&self.bus, &self.node).await {
+                Ok(connection) => {
+                    tracing::info!(node = %self.node, "publishing to Redis");
+                    self.connected.change(|(_, up)| *up += 1);
+                    let ended = self.send(connection, &mut batch, &stop).await;
+                    self.connected.change(|(_, up)| *up -= 1);
+                    match ended {
+                        Ended::Stopped => return,
+                        Ended::Failed { worked } => {
+                            if worked || second_chance {
+                                // It was restarted, most likely, and this batch is how we learn it: once, it is sent
+                                // again on a new connection.
+                                backoff = BACKOFF;
+                                second_chance = worked;
+                                continue;
+                            }
+                            "Redis refuses"
+                        }
+                    }
+                }
+                Err(error) if bus::is_refusal(&error) => {
+                    tracing::error!(%error, node = %self.node, retry_in = ?backoff, "Redis refuses us: see the user, the password and the rights");
+                    "refused"
+                }
+                Err(error) => {
+                    tracing::warn!(%error, node = %self.node, retry_in = ?backoff, "cannot connect to Redis");
+                    "cannot connect"
+                }
+            };
+            tracing::debug!(reason = failed, "dropping events until Redis is back");
+            self.dropped(&mut batch);
+            if self.drop_for(rand::random_range(backoff / 2..=backoff), &mut batch, &stop).await.is_err() {
+                return;
+            }
+            backoff = (backoff * 2).min(BACKOFF_CAP);
+            second_chance = true;
+        }
+    }
+
+    /// Sends until stopped or until Redis fails; then what was not taken is left in `batch`.
+    async fn send(
+        &mut self,
+        mut connection: MultiplexedConnection,
+        batch: &mut Vec<Notice>,
+        stop: &CancellationToken,
+    ) -> Ended {
+        let mut worked = false;
+        let mut renewal = self.renewal();
+        loop {
+            if batch.is_empty() && self.next_batch(batch, stop, &mut connection, &mut renewal).await == 0 {
+                return Ended::Stopped;
+            }
+            let mut pipeline = redis::Pipeline::with_capacity(batch.len());
+            for Notice { channel, payload, .. } in batch.iter() {
+                let mut publish = self.bus.publish();
+                publish.arg(channel).arg(payload);
+                pipeline.add_command(publish);
+            }
+            pipeline.ignore_errors();
+            let answers = pipeline.query_async::<Vec<RedisResult<Value>>>(&mut connection);
+            let error = match timeout(TIMEOUT, answers).await {
+                Ok(Ok(answers)) => {
+                    let (taken, error) = self.settle(batch, answers);
+                    worked |= taken;
+                    error
+                }
+                Ok(Err(error)) => Some(error),
+                Err(_) => {
+                    tracing::warn!(node = %self.node, "Redis did not answer in time");
+                    return Ended::Failed { worked };
+                }
+            };
+            match error {
+                None => {}
+                Some(error) if bus::is_refusal(&error) => {
+                    tracing::error!(%error, node = %self.node, "Redis refuses events: see the user, the password and the rights");
+                    return Ended::Failed { worked: false };
+                }
+                Some(error) => {
+                    tracing::warn!(%error, node = %self.node, "Redis did not take events");
+                    return Ended::Failed { worked };
+                }
+            }
+        }
+    }
+
+    /// What was taken is done, what is for another node goes there; the rest stays. Whether any was taken, and why not all.
+    fn settle(
+        &self,
+        batch: &mut Vec<Notice>,
+        answers: Vec<RedisResult<Value>>,
+    ) -> (bool, Option<RedisError>) {
+        let sent = batch.len();
+        let mut failed = None;
+        let mut taken = 0;
+        for (mut notice, answer) in std::mem::take(batch).into_iter().zip(answers) {
+            let Err(error) = answer else {
+                taken += 1;
+                continue;
+            };
+            match (&self.moved, bus::sent_to(&error, &self.node)) {
+                (Some(moved), Some(node)) => {
+                    notice.moves += 1;
+                    if moved.try_send((notice, node)).is_err() {
+                        dropped("queue_full", 1, &self.metrics);
+                    }
+                }
+                _ => {
+                    batch.push(notice);
+                    failed = Some(error);
+                }
+            }
+        }
+        self.metrics.publish_queue.dec_by((sent - batch.len()) as i64);
+        self.metrics.published.inc_by(taken);
+        (taken > 0, failed)
+    }
+
+    fn renewal(&self) -> Renewal {
+        let (bus, node) = (self.bus.clone(), self.node.clone());
+        AbortOnDropHandle::new(tokio::spawn(async move {
+            sleep(RENEW_AFTER.mul_f64(rand::random_range(0.5..1.0))).await;
+            connect(&bus, &node).await
+        }))
+    }
+
+    /// Waits for the next events; 0 once stopped and empty.
+    async fn next_batch(
+        &mut self,
+        batch: &mut Vec<Notice>,
+        stop: &CancellationToken,
+        connection: &mut MultiplexedConnection,
+        renewal: &mut Renewal,
+    ) -> usize {
+        while !self.queue.is_closed() {
+            tokio::select! {
+                renewed = &mut *renewal => {
+                    // One that cannot be made says nothing about the one that is there.
+                    if let Ok(Ok(new)) = renewed {
+                        *connection = new;
+                    }
+                    *renewal = self.renewal();
+                }
+                taken = self.queue.recv_many(batch, BATCH) => return taken,
+                () = stop.cancelled() => self.queue.close(),
+            }
+        }
+        self.queue.recv_many(batch, BATCH).await
+    }
+
+    /// Drops what comes, for a while. An error says that it is time to end.
+    async fn drop_for(
+        &mut self,
+        pause: Duration,
+        batch: &mut Vec<Notice>,
+        stop: &CancellationToken,
+    ) -> Result<(), ()> {
+        let until = Instant::now() + pause;
+        loop {
+            tokio::select! {
+                () = sleep_until(until) => return Ok(()),
+                () = stop.cancelled() => return Err(()),
+                taken = self.queue.recv_many(batch, BATCH) => {
+                    if taken == 0 {
+                        return Err(());
+                    }
+                    self.dropped(batch);
+                }
+            }
+        }
+    }
+
+    fn dropped(&self, batch: &mut Vec<Notice>) {
+        self.metrics.publish_queue.dec_by(batch.len() as i64);
+        dropped("disconnected", batch.len(), &self.metrics);
+        batch.clear();
+    }
+}
+
+impl Drop for Lane {
+    fn drop(&mut self) {
+        self.connected.change(|(all, _)| *all -= 1);
+    }
+}
+
+async fn connect(bus: &Bus, node: &Node) -> RedisResult<MultiplexedConnection> {
+    let config = AsyncConnectionConfig::new()
+        .set_connection_timeout(Some(TIMEOUT))
+        .set_response_timeout(Some(TIMEOUT));
+    bus.connect(node, &config).await
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::sync::mpsc;
+
+    use super::*;
+    use crate::publisher::{QUEUE, offer};
+
+    fn answer(text: &str) -> RedisResult<Value> {
+        redis::parse_redis_value(text.as_bytes()).and_then(Value::extract_error)
+    }
+
+    #[test]
+    fn each_event_of_a_batch_is_done_sent_on_or_kept_by_its_own_answer() {
+        let (metrics, _) = Metrics::new();
+        let (moved, mut elsewhere) = mpsc::channel(QUEUE);
+        let lane = Lane::new(
+            mpsc::channel(1).1,
+            Bus::single("redis://localhost").unwrap(),
+            Node::At("one".into(), 1),
+            Some(moved),
+            Connected::new(&metrics),
+            metrics.clone(),
+        );
+        let (offered, _queue) = mpsc::channel(8);
+        let notice = |channel: &str| Notice { channel: channel.into(), payload: vec![], moves: 0 };
+        for channel in ["a", "b", "c", "d"] {
+            offer(&offered, notice(channel), &metrics);
+        }
+        let mut batch = ["a", "b", "c", "d"].map(notice).into();
+        let answers = [":1\r\n", "-MOVED 5 two:2\r\n", "-CLUSTERDOWN no\r\n", "-MOVED 6 :3\r\n"].map(answer);
+        let (taken, error) = lane.settle(&mut batch, answers.into());
+        assert!(taken && error.unwrap().code() == Some("CLUSTERDOWN"));
+        assert_eq!(batch.iter().map(|notice| &*notice.channel).collect::<Vec<_>>(), ["c"]);
+        let sent: Vec<_> = std::iter::from_fn(|| elsewhere.try_recv().ok())
+            .map(|(notice, node)| (notice.channel, notice.moves, node.to_string()))
+            .collect();
+        assert_eq!(sent, [("b".into(), 1, "two:2".into()), ("d".into(), 1, "one:3".into())]);
+        assert_eq!((metrics.published.get(), metrics.publish_queue.get()), (1, 1));
+    }
+}

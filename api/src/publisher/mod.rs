@@ -1,0 +1,130 @@
+//! Committed events to Redis: pipelined, bounded, best effort. A doorbell that also carries the letter: what is dropped
+//! here is found by the gateways' next reconcile, so nothing waits for it, and nothing is kept for later.
+
+mod cluster;
+mod lane;
+
+use std::{
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+
+use shared::{
+    bus::{Bus, Node},
+    channels::Channels,
+    event::Revoked,
+    ids::{SessionId, UserId},
+};
+use tokio::sync::mpsc::{self, error::TrySendError};
+use tokio_util::sync::CancellationToken;
+
+use self::lane::Lane;
+use crate::{
+    metrics::{Dropped, Metrics},
+    store::Appended,
+};
+
+/// Events that wait for Redis, or for one node of a cluster; more are dropped.
+const QUEUE: usize = 16_384;
+/// Events in one pipeline.
+const BATCH: usize = 512;
+/// For connecting, and for a pipeline to be answered.
+const TIMEOUT: Duration = Duration::from_secs(1);
+
+/// Where commands leave their events.
+#[derive(Clone)]
+pub struct Publisher {
+    queue: mpsc::Sender<Notice>,
+    channels: Arc<Channels>,
+    metrics: Metrics,
+}
+
+/// One message for one channel, ready to send.
+struct Notice {
+    channel: String,
+    payload: Vec<u8>,
+    /// How often a node of a cluster has said that it is for another one.
+    moves: u8,
+}
+
+/// The task that sends them.
+pub struct Worker {
+    queue: mpsc::Receiver<Notice>,
+    bus: Bus,
+    metrics: Metrics,
+}
+
+pub fn publisher(bus: Bus, channels: Channels, metrics: Metrics) -> (Publisher, Worker) {
+    let (sender, queue) = mpsc::channel(QUEUE);
+    let publisher = Publisher { queue: sender, channels: Arc::new(channels), metrics: metrics.clone() };
+    (publisher, Worker { queue, bus, metrics })
+}
+
+impl Publisher {
+    /// Returns at once, whatever Redis does.
+    pub fn publish(&self, events: Vec<Appended>) {
+        for Appended { receiver, envelope } in events {
+            let payload =
+                serde_json::to_vec(&envelope).expect("an envelope is strings, numbers and valid JSON");
+            self.offer(receiver, payload);
+        }
+    }
+
+    /// Tells gateways that these sessions of one user have ended. As best effort as events are, and asked for as well.
+    pub fn publish_revoked(&self, user: UserId, sessions: &[SessionId]) {
+        for &revoked in sessions {
+            let payload = serde_json::to_vec(&Revoked { revoked }).expect("an id is a string");
+            self.offer(user, payload);
+        }
+    }
+
+    fn offer(&self, receiver: UserId, payload: Vec<u8>) {
+        let notice = Notice { channel: self.channels.user(receiver), payload, moves: 0 };
+        offer(&self.queue, notice, &self.metrics);
+    }
+}
+
+/// Into a queue, or dropped and counted.
+fn offer(queue: &mpsc::Sender<Notice>, notice: Notice, metrics: &Metrics) {
+    match queue.try_send(notice) {
+        Ok(()) => _ = metrics.publish_queue.inc(),
+        Err(TrySendError::Full(_)) => dropped("queue_full", 1, metrics),
+        Err(TrySendError::Closed(_)) => dropped("stopping", 1, metrics),
+    }
+}
+
+fn dropped(reason: &'static str, events: usize, metrics: &Metrics) {
+    metrics.publish_dropped.get_or_create(&Dropped { reason }).inc_by(events as u64);
+}
+
+impl Worker {
+    /// Runs until `stop`, then sends what is still queued, if Redis takes it.
+    pub async fn run(self, stop: CancellationToken) {
+        let connected = Connected::new(&self.metrics);
+        if self.bus.is_sharded() {
+            return cluster::run(self, connected, stop).await;
+        }
+        let lane = Lane::new(self.queue, self.bus, Node::Only, None, connected, self.metrics);
+        lane.run(stop).await;
+    }
+}
+
+/// Of all lanes, how many there are and how many have a connection; the metric says whether all have.
+#[derive(Clone)]
+struct Connected {
+    lanes: Arc<Mutex<(usize, usize)>>,
+    metrics: Metrics,
+}
+
+impl Connected {
+    fn new(metrics: &Metrics) -> Self {
+        Self { lanes: Arc::default(), metrics: metrics.clone() }
+    }
+
+    fn change(&self, change: impl FnOnce(&mut (usize, usize))) {
+        let mut lanes = self.lanes.lock().unwrap_or_else(PoisonError::into_inner);
+        change(&mut lanes);
+        let (all, up) = *lanes;
+        self.metrics.redis_connected.set(i64::from(all > 0 && up == all));
+    }
+}
