@@ -19,16 +19,17 @@ const NAMES: [&str; 2] = ["redis-server", "valkey-server"];
 const START_DEADLINE: Duration = Duration::from_secs(20);
 const STOP_PATIENCE: Duration = Duration::from_secs(5);
 
-/// Finds Redis on the machine, else what was installed under `.dev`, else installs it.
-pub(crate) async fn program(places: &Places) -> Result<PathBuf> {
+/// Finds Redis on the machine, else what was installed under `.dev`, else installs it. `valkey`: that and nothing else.
+pub(crate) async fn program(places: &Places, valkey: bool) -> Result<PathBuf> {
     let path = std::env::var_os("PATH").unwrap_or_default();
     let installed = install::redis_server(&places.tools());
-    let look = || find::program(&path, &NAMES).or_else(|| installed.is_file().then(|| installed.clone()));
+    let names = if valkey { &NAMES[1..] } else { &NAMES };
+    let look = || find::program(&path, names).or_else(|| installed.is_file().then(|| installed.clone()));
     if let Some(program) = look() {
         return Ok(program);
     }
     install::install_redis(&places.tools()).await?;
-    look().context("Redis was installed but is not where it was expected: set REDIS_URL instead")
+    look().with_context(|| format!("none of {names:?} could be found or installed: set REDIS_URL instead"))
 }
 
 pub(crate) struct Redis {

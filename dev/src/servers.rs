@@ -21,6 +21,9 @@ pub(crate) struct Given {
     /// A Redis to use instead of a private one
     #[arg(long, env, global = true, hide_env_values = true)]
     pub(crate) redis_url: Option<String>,
+    /// Valkey wherever a Redis is started, installed if it must be
+    #[arg(long, global = true)]
+    pub(crate) valkey: bool,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -82,7 +85,7 @@ impl Servers {
         let (redis, redis_url) = match &given.redis_url {
             Some(url) => (None, url.clone()),
             None => {
-                let redis = redis::start(&redis::program(places).await?, dir, life).await?;
+                let redis = redis::start(&redis::program(places, given.valkey).await?, dir, life).await?;
                 let url = redis.url();
                 (Some(redis), url)
             }
@@ -152,7 +155,7 @@ pub(crate) async fn print_env(places: &Places, given: &Given) -> Result<()> {
     let lock = File::create(dir.join("lock"))?;
     lock.lock().context("cannot lock .dev/test")?;
     let servers = Servers::start(places, given, &dir, Durability::Forgetful, Life::Detached).await?;
-    let programs: Vec<_> = program_env(places)
+    let programs: Vec<_> = program_env(places, given)
         .await?
         .iter()
         .map(|(name, path)| format!("{name}='{}'", path.display()))
@@ -167,10 +170,10 @@ pub(crate) async fn print_env(places: &Places, given: &Given) -> Result<()> {
 }
 
 /// Where tests find the programs that they start and kill themselves.
-pub(crate) async fn program_env(places: &Places) -> Result<Vec<(&'static str, PathBuf)>> {
+pub(crate) async fn program_env(places: &Places, given: &Given) -> Result<Vec<(&'static str, PathBuf)>> {
     let mut programs = vec![
         ("DEV_POSTGRES_BIN_DIR", postgres::programs(places).await?.bin_dir),
-        ("DEV_REDIS_SERVER", redis::program(places).await?),
+        ("DEV_REDIS_SERVER", redis::program(places, given.valkey).await?),
     ];
     programs.extend(tools::env().await);
     Ok(programs)

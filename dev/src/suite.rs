@@ -51,7 +51,7 @@ async fn build_and_test(
         .env("DATABASE_URL", &servers.database_url)
         .env("REDIS_URL", &servers.redis_url)
         .env("SQLX_OFFLINE", "true")
-        .envs(program_env(places).await?);
+        .envs(program_env(places, given).await?);
     terminal::step("Testing", "everything");
     Ok(exit_code(process::run_to_end(test, Signal::SIGTERM).await?))
 }

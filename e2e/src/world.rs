@@ -2,7 +2,6 @@
 //! everything that its services said: no panic, no token, no message text.
 
 use std::{
-    collections::BTreeMap,
     sync::{
         Arc, Mutex,
         atomic::{AtomicU32, Ordering},
@@ -49,7 +48,8 @@ pub struct World {
     origin: String,
     trusted_proxies: &'static str,
     database: Database,
-    redis_url: String,
+    /// REDIS_URL, and what else leads there.
+    redis: Vec<(&'static str, String)>,
     prefix: String,
     keys: TempDir,
     signing: SigningKeys,
@@ -78,35 +78,34 @@ pub struct User {
 impl World {
     /// On the suite's own Postgres and Redis.
     pub async fn new() -> Self {
-        let redis_url = settings::server("REDIS_URL");
-        Self::on(settings::server("DATABASE_URL"), redis_url).await
+        Self::with_redis(settings::server("REDIS_URL")).await
     }
 
     /// On a Redis that the test may break.
     pub async fn with_redis(redis_url: String) -> Self {
-        Self::on(settings::server("DATABASE_URL"), redis_url).await
+        Self::with_redis_settings([("REDIS_URL", redis_url)]).await
+    }
+
+    /// The same, of several servers, which these settings lead to.
+    pub async fn with_redis_settings(redis: impl Into<Vec<(&'static str, String)>>) -> Self {
+        Self::build(ORIGIN, "", settings::server("DATABASE_URL"), redis.into()).await
     }
 
     /// On a Postgres that the test may break.
     pub async fn with_postgres(admin_url: String) -> Self {
-        Self::on(admin_url, settings::server("REDIS_URL")).await
+        Self::build(ORIGIN, "", admin_url, usual_redis()).await
     }
 
     /// Browsers find its services at this origin, through a proxy on this machine.
     pub async fn at(origin: &str) -> Self {
-        let (database_url, redis_url) = (settings::server("DATABASE_URL"), settings::server("REDIS_URL"));
-        Self::build(origin, "127.0.0.1", database_url, redis_url).await
-    }
-
-    async fn on(admin_url: String, redis_url: String) -> Self {
-        Self::build(ORIGIN, "", admin_url, redis_url).await
+        Self::build(origin, "127.0.0.1", settings::server("DATABASE_URL"), usual_redis()).await
     }
 
     async fn build(
         origin: &str,
         trusted_proxies: &'static str,
         admin_url: String,
-        redis_url: String,
+        redis: Vec<(&'static str, String)>,
     ) -> Self {
         let number = WORLDS.fetch_add(1, Ordering::Relaxed);
         let name = format!("e2e_{}_{number}_{:08x}", std::process::id(), rand::random::<u32>());
@@ -126,7 +125,7 @@ impl World {
             trusted_proxies,
             prefix: format!("{}:", database.name),
             database,
-            redis_url,
+            redis,
             keys,
             signing: SigningKeys::from_pems(origin, &pem, &[]).expect("a key that was just made"),
             internal_secret: format!("{:032x}", rand::random::<u128>()),
@@ -201,12 +200,12 @@ impl World {
         let log = Arc::new(Log::of(format!("{name}-{}", logs.len())));
         logs.push(log.clone());
         drop(logs);
-        Plan { binary: settings::binary(binary), env: BTreeMap::new(), log }
+        let env = self.redis.iter().map(|(name, value)| ((*name).to_owned(), value.clone())).collect();
+        Plan { binary: settings::binary(binary), env, log }
             .env("LISTEN", "127.0.0.1:0")
             .env("OPS_LISTEN", "127.0.0.1:0")
             .env("ORIGIN", &self.origin)
             .env("TRUSTED_PROXIES", self.trusted_proxies)
-            .env("REDIS_URL", &self.redis_url)
             .env("CHANNEL_PREFIX", &self.prefix)
             .env("INTERNAL_SECRET", &self.internal_secret)
             .env("LOG_FORMAT", "json")
@@ -287,6 +286,16 @@ impl World {
         Channels::new(&*self.prefix).user(user)
     }
 
+    /// How the channels begin on which gateways hear their own beats.
+    pub fn beats(&self) -> String {
+        Channels::new(&*self.prefix).beat("")
+    }
+
+    /// In front of every name that the world has in Redis.
+    pub fn prefix(&self) -> &str {
+        &self.prefix
+    }
+
     pub fn database_url(&self) -> String {
         self.database.url()
     }
@@ -345,6 +354,10 @@ impl World {
         };
         soon("the message is accepted", accepted).await
     }
+}
+
+fn usual_redis() -> Vec<(&'static str, String)> {
+    vec![("REDIS_URL", settings::server("REDIS_URL"))]
 }
 
 fn text(value: &Value) -> String {

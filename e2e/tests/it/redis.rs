@@ -5,61 +5,15 @@ use std::{
     time::{Duration, Instant},
 };
 
-use e2e::{Service, User, World, ledger::assert_exact};
-use shared::test_support::{proxy::Proxy, servers::Redis, sse::Browser, until};
+use e2e::{World, ledger::assert_exact};
+use shared::test_support::{proxy::Proxy, servers::Redis, until};
 
-use crate::support::{Crowd, Traffic, Two, assert_all_exact, browser};
-
-const PAUSE: Duration = Duration::from_millis(15);
-
-/// Two replicas, two gateways, four people who talk all the time and watch.
-struct Busy {
-    world: Arc<World>,
-    apis: [Service; 2],
-    gateways: [Service; 2],
-    crowd: Crowd,
-    watching: Vec<(User, Browser)>,
-}
-
-impl Busy {
-    async fn new(redis_url: String) -> Self {
-        let world = Arc::new(World::with_redis(redis_url).await);
-        let (one, two) = tokio::join!(world.api().ready(), world.api().ready());
-        let (a, b) =
-            tokio::join!(world.gateway(one.internal()).ready(), world.gateway(two.internal()).ready());
-        let crowd = Crowd::gather(&world, &one, 4).await;
-        let watching = crowd.watch(&[&a, &b]).await;
-        Self { world, apis: [one, two], gateways: [a, b], crowd, watching }
-    }
-
-    fn traffic(&self) -> Traffic {
-        Traffic::start(&self.world, &[&self.apis[0], &self.apis[1]], &self.crowd.lines, PAUSE)
-    }
-
-    /// All is exact, and no stream was ended by the trouble.
-    async fn assert_exact(&self) {
-        assert_all_exact(&self.world, &self.apis[0], &self.crowd.lines, &self.watching).await;
-        for (user, browser) in &self.watching {
-            assert_eq!(browser.record().opened, 1, "{}'s stream stayed open", user.name);
-        }
-    }
-
-    async fn until_redis_is_trusted(&self) {
-        for gateway in &self.gateways {
-            until("the gateway trusts Redis", || async {
-                gateway.metric("gateway_redis_suspect").await == 0.0
-                    && gateway.metric("gateway_subscriptions").await
-                        == gateway.metric("gateway_subscriptions_wanted").await
-            })
-            .await;
-        }
-    }
-}
+use crate::support::{Busy, Crowd, PAUSE, Traffic, Two, assert_all_exact, browser};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn redis_killed_wiped_and_restarted_under_traffic_loses_nothing() {
     let mut redis = Redis::start();
-    let busy = Busy::new(redis.url()).await;
+    let busy = Busy::new(World::with_redis(redis.url()).await).await;
     let traffic = busy.traffic();
     for _ in 0..2 {
         traffic.more(80).await;
@@ -76,7 +30,7 @@ async fn redis_killed_wiped_and_restarted_under_traffic_loses_nothing() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_redis_that_is_silently_dead_for_a_while_loses_nothing() {
     let mut redis = Redis::start();
-    let busy = Busy::new(redis.url()).await;
+    let busy = Busy::new(World::with_redis(redis.url()).await).await;
     let traffic = busy.traffic();
     traffic.more(80).await;
     redis.freeze();
@@ -126,7 +80,7 @@ async fn with_a_redis_that_never_started_all_arrives_a_tick_later_and_at_once_wh
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn subscribers_killed_again_and_again_lose_nothing() {
     let redis = Redis::start();
-    let busy = Busy::new(redis.url()).await;
+    let busy = Busy::new(World::with_redis(redis.url()).await).await;
     let traffic = busy.traffic();
     for _ in 0..15 {
         traffic.more(15).await;
@@ -212,4 +166,20 @@ async fn nonsense_and_repeats_on_a_channel_change_nothing() {
     assert_exact(&world.sql, two.jane.id, "jane", &jane).await;
     assert_eq!(jane.record().opened, 1);
     assert!(!jane.record().events.iter().any(|event| event.data.contains("forged")));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn when_the_address_leads_to_another_redis_all_follow_although_the_old_one_is_well() {
+    let (old, new) = (Redis::start(), Redis::start());
+    let service = Proxy::start(old.address()).await;
+    let busy = Busy::new(World::with_redis(format!("redis://{}/", service.address())).await).await;
+    let traffic = busy.traffic();
+    traffic.more(40).await;
+    // Connections of now stay where they are, and work.
+    service.aim(new.address());
+    busy.until_listening_to(&[&new]).await;
+    traffic.more(40).await;
+    traffic.stop().await;
+    busy.assert_exact().await;
+    busy.until_events_come_by_redis().await;
 }

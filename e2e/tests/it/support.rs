@@ -13,8 +13,10 @@ use futures_util::future::join_all;
 use shared::{
     ids::ConversationId,
     test_support::{
+        servers::Redis,
         soon,
         sse::{Browser, Opening, Resume},
+        until,
     },
 };
 
@@ -24,6 +26,9 @@ pub(crate) const RETRY: Duration = Duration::from_millis(50);
 pub(crate) fn browser(opening: Opening) -> Browser {
     Browser::open(vec![opening], Resume::Header, RETRY)
 }
+
+/// Between two messages of one careful client, where much is to happen under traffic.
+pub(crate) const PAUSE: Duration = Duration::from_millis(15);
 
 /// John writes, Jane watches.
 pub(crate) struct Two {
@@ -140,6 +145,94 @@ impl Traffic {
             ids.extend(sender.await.expect("a sender does not fail"));
         }
         ids
+    }
+}
+
+/// Two replicas, two gateways, some people who talk all the time and watch.
+pub(crate) struct Busy {
+    pub(crate) world: Arc<World>,
+    pub(crate) apis: [Service; 2],
+    pub(crate) gateways: [Service; 2],
+    pub(crate) crowd: Crowd,
+    watching: Vec<(User, Browser)>,
+}
+
+impl Busy {
+    pub(crate) async fn new(world: World) -> Self {
+        let (one, two) = tokio::join!(world.api().ready(), world.api().ready());
+        let (a, b) =
+            tokio::join!(world.gateway(one.internal()).ready(), world.gateway(two.internal()).ready());
+        Self::of(world, [one, two], [a, b], 4).await
+    }
+
+    pub(crate) async fn of(world: World, apis: [Service; 2], gateways: [Service; 2], people: usize) -> Self {
+        let crowd = Crowd::gather(&world, &apis[0], people).await;
+        let watching = crowd.watch(&[&gateways[0], &gateways[1]]).await;
+        Self { world: Arc::new(world), apis, gateways, crowd, watching }
+    }
+
+    pub(crate) fn traffic(&self) -> Traffic {
+        Traffic::start(&self.world, &[&self.apis[0], &self.apis[1]], &self.crowd.lines, PAUSE)
+    }
+
+    /// All is exact, and no stream was ended by the trouble.
+    pub(crate) async fn assert_exact(&self) {
+        assert_all_exact(&self.world, &self.apis[0], &self.crowd.lines, &self.watching).await;
+        for (user, browser) in &self.watching {
+            assert_eq!(browser.record().opened, 1, "{}'s stream stayed open", user.name);
+        }
+    }
+
+    pub(crate) async fn until_redis_is_trusted(&self) {
+        for gateway in &self.gateways {
+            until("the gateway trusts Redis", || async {
+                gateway.metric("gateway_redis_suspect").await == 0.0
+                    && gateway.metric("gateway_subscriptions").await
+                        == gateway.metric("gateway_subscriptions_wanted").await
+            })
+            .await;
+        }
+    }
+
+    pub(crate) async fn until_redis_is_doubted(&self) {
+        for gateway in &self.gateways {
+            until("the gateway notices", || async { gateway.metric("gateway_redis_suspect").await == 1.0 })
+                .await;
+        }
+    }
+
+    /// Somebody at each gateway is subscribed to at one of these servers.
+    pub(crate) async fn until_listening_to(&self, servers: &[&Redis]) {
+        let beats = format!("{}*", self.world.beats());
+        until("the gateways listen there", || async {
+            let listening = |kind: &str| {
+                let count = |server: &&Redis| {
+                    let channels = server.command(&["PUBSUB", kind, &beats]).ok()?;
+                    channels.strip_prefix('*')?.parse::<usize>().ok()
+                };
+                servers.iter().filter_map(count).sum::<usize>()
+            };
+            listening("CHANNELS") >= self.gateways.len() || listening("SHARDCHANNELS") >= self.gateways.len()
+        })
+        .await;
+    }
+
+    /// All is as it was before the trouble: each event arrives at once, because Redis brings it, and needs nobody to ask.
+    pub(crate) async fn until_events_come_by_redis(&self) {
+        let events = async |label: &str| {
+            let mut sum = 0.0;
+            for gateway in &self.gateways {
+                sum += gateway.metric_where("gateway_events_delivered_total", label).await;
+            }
+            sum
+        };
+        until("Redis brings every event", async || {
+            let (all, by_redis) = (events("").await, events(r#"path="redis""#).await);
+            assert_all_exact(&self.world, &self.apis[0], &self.crowd.lines, &self.watching).await;
+            let (all, by_redis) = (events("").await - all, events(r#"path="redis""#).await - by_redis);
+            all == by_redis && all > 0.0
+        })
+        .await;
     }
 }
 

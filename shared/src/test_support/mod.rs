@@ -1,6 +1,7 @@
 //! What tests of several crates share: a browser's view of the stream, a plain HTTP client, a faulty network, servers
 //! that may be killed, and TLS in front of them. Everything here fails by a panic with a sentence, because only tests use it.
 
+pub mod cluster;
 pub mod documented;
 pub mod http;
 pub mod issuer;

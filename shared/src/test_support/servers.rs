@@ -3,7 +3,7 @@
 
 use std::{
     fs,
-    io::{self, Read, Write},
+    io::{self, BufRead, BufReader, Read, Write},
     net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream},
     os::unix::{
         fs::{PermissionsExt, chown},
@@ -31,20 +31,30 @@ pub fn free_port() -> u16 {
     listener.local_addr().expect("a bound socket has an address").port()
 }
 
-/// Keeps nothing on disk: a restart is a wipe.
+/// Keeps nothing on disk: a restart is a wipe, of all but a cluster's or a sentinel's own notes.
 pub struct Redis {
     port: u16,
     folder: TempDir,
+    /// What it is told besides the usual.
+    arguments: Vec<String>,
+    /// User and password of who gives commands here.
+    login: Option<(String, String)>,
     process: Process,
 }
 
 impl Redis {
     pub fn start() -> Self {
+        Self::start_with(|_| Vec::new())
+    }
+
+    /// With arguments of its own, made for its folder.
+    pub(super) fn start_with(arguments: impl Fn(&Path) -> Vec<String>) -> Self {
         // The port may be taken between looking and starting, so a few tries.
         for _ in 0..5 {
             let (port, folder) = (free_port(), folder("redis"));
-            if let Some(process) = start_redis(port, folder.path()) {
-                return Self { port, folder, process };
+            let arguments = arguments(folder.path());
+            if let Some(process) = start_redis(port, folder.path(), &arguments) {
+                return Self { port, folder, arguments, login: None, process };
             }
         }
         panic!("the Redis server does not start");
@@ -65,7 +75,8 @@ impl Redis {
     /// Empty, on the same port.
     pub fn restart(&mut self) {
         self.process.kill();
-        self.process = start_redis(self.port, self.folder.path()).expect("the Redis server starts again");
+        self.process = start_redis(self.port, self.folder.path(), &self.arguments)
+            .expect("the Redis server starts again");
     }
 
     /// Silent from now on, with all its connections open.
@@ -77,25 +88,47 @@ impl Redis {
         self.process.signal(Signal::SIGCONT);
     }
 
-    /// One command; the answer's first line.
+    /// From now on commands are given as this user.
+    pub fn log_in(&mut self, user: &str, password: &str) {
+        self.login = Some((user.to_owned(), password.to_owned()));
+    }
+
+    /// One command; the answer's first line, or what a string holds.
     pub fn command(&self, words: &[&str]) -> io::Result<String> {
-        ask_redis(self.port, words)
+        let login = self.login.as_ref().map(|(user, password)| ["AUTH", user, password]);
+        let commands = login.iter().map(|login| &login[..]).chain([words]);
+        ask_redis(self.port, commands)
+    }
+
+    /// One command that is accepted.
+    pub fn tell(&self, words: &[&str]) {
+        let answer = self.command(words).expect("the server answers");
+        assert_eq!(answer, "+OK", "{words:?}");
     }
 }
 
-fn start_redis(port: u16, folder: &Path) -> Option<Process> {
+fn start_redis(port: u16, folder: &Path, arguments: &[String]) -> Option<Process> {
     let program = redis_program();
     let mut command = Command::new(&program);
+    // A sentinel has a file to write its notes to, which comes first.
+    let (file, options): (Vec<_>, Vec<_>) =
+        arguments.iter().partition(|argument| argument.ends_with(".conf"));
     command
+        .args(file)
         .args(["--port", &port.to_string(), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"])
         .args(["--dir", &folder.display().to_string()])
+        .args(options)
         .stdin(Stdio::null())
         .stdout(Stdio::null())
         .stderr(Stdio::null());
     let mut process = Process::start(&mut command)
         .unwrap_or_else(|error| panic!("no Redis server: {} cannot be started ({error})", program.display()));
-    wait_for(&mut process, || ask_redis(port, &["PING"]).is_ok_and(|answer| answer == "+PONG"))
-        .then_some(process)
+    let up = || {
+        let ping: &[&str] = &["PING"];
+        // Who wants a password is up, too.
+        ask_redis(port, [ping]).is_ok_and(|answer| answer == "+PONG" || answer.starts_with("-NOAUTH"))
+    };
+    wait_for(&mut process, up).then_some(process)
 }
 
 /// `false`: the process ended instead.
@@ -113,21 +146,30 @@ fn wait_for(process: &mut Process, mut up: impl FnMut() -> bool) -> bool {
     false
 }
 
-fn ask_redis(port: u16, words: &[&str]) -> io::Result<String> {
+/// The last command's answer: its first line, or what a string holds.
+fn ask_redis<'a>(port: u16, commands: impl IntoIterator<Item = &'a [&'a str]>) -> io::Result<String> {
     let mut socket = TcpStream::connect((Ipv4Addr::LOCALHOST, port))?;
     socket.set_read_timeout(Some(Duration::from_secs(5)))?;
-    let mut request = format!("*{}\r\n", words.len());
-    for word in words {
-        request.push_str(&format!("${}\r\n{word}\r\n", word.len()));
+    let mut answers = BufReader::new(socket.try_clone()?);
+    let mut answer = String::new();
+    for words in commands {
+        let mut request = format!("*{}\r\n", words.len());
+        for word in words {
+            request.push_str(&format!("${}\r\n{word}\r\n", word.len()));
+        }
+        socket.write_all(request.as_bytes())?;
+        answer.clear();
+        if answers.read_line(&mut answer)? == 0 {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        if let Some(length) = answer.strip_prefix('$').and_then(|length| length.trim_end().parse().ok()) {
+            let mut text = vec![0; length];
+            answers.read_exact(&mut text)?;
+            answers.read_line(&mut String::new())?;
+            answer = String::from_utf8_lossy(&text).into_owned();
+        }
     }
-    socket.write_all(request.as_bytes())?;
-    let mut answer = Vec::new();
-    let mut byte = [0];
-    while !answer.ends_with(b"\r\n") {
-        socket.read_exact(&mut byte)?;
-        answer.push(byte[0]);
-    }
-    Ok(String::from_utf8_lossy(&answer).trim_end().to_owned())
+    Ok(answer.trim_end().to_owned())
 }
 
 /// One superuser `postgres`, trusted on loopback. Unlike a developer's, this one is not told to skip its syncs: a kill

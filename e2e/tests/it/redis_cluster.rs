@@ -1,0 +1,115 @@
+//! Redis Cluster with sharded channels: each event goes by the node that owns its channel. Nodes die, hang, and give slots away
+//! while people talk; it costs time, never a message, and afterwards Redis brings every event again.
+
+use e2e::World;
+use shared::test_support::{cluster::Cluster, until};
+
+use crate::support::Busy;
+
+async fn busy_on(cluster: &Cluster) -> Busy {
+    let settings = [("REDIS_TOPOLOGY", "cluster".to_owned()), ("REDIS_URL", cluster.urls())];
+    let busy = Busy::new(World::with_redis_settings(settings).await).await;
+    busy.until_redis_is_trusted().await;
+    busy
+}
+
+/// The nodes at which somebody listens for this channel.
+fn heard_at(cluster: &Cluster, channel: &str) -> Vec<usize> {
+    let listens = |node: &usize| {
+        let channels = cluster.nodes[*node].command(&["PUBSUB", "SHARDCHANNELS", channel]);
+        channels.is_ok_and(|count| count == "*1")
+    };
+    (0..cluster.nodes.len()).filter(listens).collect()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn every_channel_is_heard_at_the_node_that_owns_it_and_at_no_other() {
+    let cluster = Cluster::start();
+    let busy = busy_on(&cluster).await;
+    for user in &busy.crowd.users {
+        let channel = busy.world.channel(user.id);
+        assert_eq!(heard_at(&cluster, &channel), [cluster.owner(&channel)]);
+    }
+    busy.until_events_come_by_redis().await;
+    busy.assert_exact().await;
+    for service in busy
+        .apis
+        .iter()
+        .map(|api| (api, "api"))
+        .chain(busy.gateways.iter().map(|gateway| (gateway, "gateway")))
+    {
+        let (service, name) = service;
+        until("limits are counted together", || async {
+            service.metric(&format!("{name}_limits_shared")).await == 1.0
+        })
+        .await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn slots_that_move_under_traffic_lose_nothing_and_are_heard_where_they_go() {
+    let cluster = Cluster::start();
+    let busy = busy_on(&cluster).await;
+    let traffic = busy.traffic();
+    let connects = busy.gateways[0].metric("gateway_redis_connects_total").await;
+    for _ in 0..2 {
+        for user in &busy.crowd.users {
+            traffic.more(15).await;
+            let channel = busy.world.channel(user.id);
+            let to = (cluster.owner(&channel) + 1) % cluster.nodes.len();
+            cluster.move_slot_of(&channel, to);
+            until("it is heard at its new node alone", || async { heard_at(&cluster, &channel) == [to] })
+                .await;
+        }
+    }
+    traffic.more(15).await;
+    traffic.stop().await;
+    busy.until_redis_is_trusted().await;
+    busy.assert_exact().await;
+    busy.until_events_come_by_redis().await;
+    let connects = busy.gateways[0].metric("gateway_redis_connects_total").await - connects;
+    println!("8 slots moved: gateway 0 made {connects} connections anew");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_node_killed_under_traffic_is_followed_to_its_replica_and_loses_nothing() {
+    let mut cluster = Cluster::start();
+    let busy = busy_on(&cluster).await;
+    let channel = busy.world.channel(busy.crowd.users[0].id);
+    let doomed = cluster.owner(&channel);
+    cluster.add_replica(doomed);
+    let traffic = busy.traffic();
+    traffic.more(40).await;
+    cluster.nodes[doomed].kill();
+    busy.until_redis_is_doubted().await;
+    traffic.more(40).await;
+    busy.until_redis_is_trusted().await;
+    let replica = cluster.nodes.len() - 1;
+    assert_eq!(heard_at(&cluster, &channel), [replica]);
+    // It comes back as a replica of its replica.
+    cluster.nodes[doomed].restart();
+    cluster.until_whole();
+    traffic.more(40).await;
+    traffic.stop().await;
+    busy.assert_exact().await;
+    busy.until_events_come_by_redis().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_node_that_hangs_for_a_while_loses_nothing_and_holds_up_no_other() {
+    let mut cluster = Cluster::start();
+    let busy = busy_on(&cluster).await;
+    let channel = busy.world.channel(busy.crowd.users[0].id);
+    let hung = cluster.owner(&channel);
+    let traffic = busy.traffic();
+    traffic.more(40).await;
+    cluster.nodes[hung].freeze();
+    busy.until_redis_is_doubted().await;
+    traffic.more(80).await;
+    cluster.nodes[hung].thaw();
+    busy.until_redis_is_trusted().await;
+    traffic.more(40).await;
+    traffic.stop().await;
+    busy.assert_exact().await;
+    busy.until_events_come_by_redis().await;
+}

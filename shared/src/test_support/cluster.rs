@@ -1,0 +1,245 @@
+//! A real Redis Cluster: three nodes that own a third of the slots each, and replicas where a test wants one. Nodes find a dead
+//! one within a second or two, so that a test need not wait for the usual fifteen.
+
+use std::{
+    thread::sleep,
+    time::{Duration, Instant},
+};
+
+use super::{
+    PATIENCE,
+    servers::{Redis, free_port},
+};
+
+const SLOTS: usize = 16_384;
+const NODES: usize = 3;
+
+pub struct Cluster {
+    pub nodes: Vec<Redis>,
+    /// By which the nodes speak to each other.
+    bus_ports: Vec<u16>,
+}
+
+impl Cluster {
+    pub fn start() -> Self {
+        let mut cluster = Self { nodes: Vec::new(), bus_ports: Vec::new() };
+        for index in 0..NODES {
+            let node = cluster.add();
+            let (first, last) = (index * SLOTS / NODES, (index + 1) * SLOTS / NODES - 1);
+            node.tell(&["CLUSTER", "SET-CONFIG-EPOCH", &(index + 1).to_string()]);
+            node.tell(&["CLUSTER", "ADDSLOTSRANGE", &first.to_string(), &last.to_string()]);
+        }
+        cluster.meet();
+        cluster.until_whole();
+        cluster
+    }
+
+    fn add(&mut self) -> &Redis {
+        let bus_port = free_port();
+        let node = Redis::start_with(|_| {
+            let port = bus_port.to_string();
+            let options =
+                ["--cluster-enabled", "yes", "--cluster-node-timeout", "1000", "--cluster-port", &port];
+            options.map(str::to_owned).into()
+        });
+        self.nodes.push(node);
+        self.bus_ports.push(bus_port);
+        self.nodes.last().expect("one was just added")
+    }
+
+    fn meet(&self) {
+        for (node, bus_port) in self.nodes.iter().zip(&self.bus_ports).skip(1) {
+            let (port, bus_port) = (node.address().port().to_string(), bus_port.to_string());
+            self.nodes[0].tell(&["CLUSTER", "MEET", "127.0.0.1", &port, &bus_port]);
+        }
+    }
+
+    /// Every node sees every other, and all slots owned by somebody who is well.
+    pub fn until_whole(&self) {
+        wait("the cluster is whole", || {
+            self.nodes.iter().all(|node| {
+                node.command(&["CLUSTER", "INFO"]).is_ok_and(|info| {
+                    let says = |line: &str| info.lines().any(|other| other.trim_end() == line);
+                    says("cluster_state:ok") && says(&format!("cluster_known_nodes:{}", self.nodes.len()))
+                })
+            })
+        });
+    }
+
+    /// All nodes, as a setting names them.
+    pub fn urls(&self) -> String {
+        self.nodes.iter().map(Redis::url).collect::<Vec<_>>().join(",")
+    }
+
+    /// Which node owns this name, as this one sees it.
+    fn owner_by(&self, by: usize, name: &str) -> Option<usize> {
+        let slot: u32 = self.slot(by, name)?.parse().ok()?;
+        let nodes = self.nodes[by].command(&["CLUSTER", "NODES"]).ok()?;
+        let owns = |range: &str| {
+            let (first, last) = range.split_once('-').unwrap_or((range, range));
+            let within = |first: u32, last: u32| (first..=last).contains(&slot);
+            first.parse().is_ok_and(|first| last.parse().is_ok_and(|last| within(first, last)))
+        };
+        let owner = nodes.lines().find(|line| line.split(' ').skip(8).any(owns))?;
+        let address = owner.split(' ').nth(1)?.split('@').next()?;
+        self.nodes.iter().position(|node| node.address().to_string() == address)
+    }
+
+    fn slot(&self, by: usize, name: &str) -> Option<String> {
+        let answer = self.nodes[by].command(&["CLUSTER", "KEYSLOT", name]).ok()?;
+        answer.strip_prefix(':').map(str::to_owned)
+    }
+
+    /// Which node owns this name, as some node that answers sees it.
+    pub fn owner(&self, name: &str) -> usize {
+        (0..self.nodes.len()).find_map(|by| self.owner_by(by, name)).expect("a node answers")
+    }
+
+    /// A replica of this node, in step with it.
+    pub fn add_replica(&mut self, of: usize) {
+        let id = self.id(of);
+        self.add();
+        self.meet();
+        self.until_whole();
+        let replica = self.nodes.last().expect("one was just added");
+        // The one it is to follow may not be known there yet.
+        wait("the replica follows", || {
+            replica.command(&["CLUSTER", "REPLICATE", &id]).is_ok_and(|answer| answer == "+OK")
+        });
+        wait("the replica is in step", || {
+            replica
+                .command(&["INFO", "replication"])
+                .is_ok_and(|info| info.contains("role:slave") && info.contains("master_link_status:up"))
+        });
+        wait("all know of the replica", || {
+            let known = |node: &Redis| {
+                node.command(&["CLUSTER", "NODES"])
+                    .is_ok_and(|nodes| nodes.lines().any(|line| line.contains("slave") && line.contains(&id)))
+            };
+            self.nodes.iter().all(known)
+        });
+    }
+
+    fn id(&self, of: usize) -> String {
+        self.nodes[of].command(&["CLUSTER", "MYID"]).expect("the node answers")
+    }
+
+    /// Moves the slot of this name, as an operator does, with no node stopped.
+    pub fn move_slot_of(&self, name: &str, to: usize) {
+        let from = self.owner(name);
+        let slot = self.slot(from, name).expect("the node answers");
+        let (from_id, to_id) = (self.id(from), self.id(to));
+        self.nodes[to].tell(&["CLUSTER", "SETSLOT", &slot, "IMPORTING", &from_id]);
+        self.nodes[from].tell(&["CLUSTER", "SETSLOT", &slot, "MIGRATING", &to_id]);
+        let to_node = &self.nodes[to];
+        to_node.tell(&["CLUSTER", "SETSLOT", &slot, "NODE", &to_id]);
+        // Refused while it still has keys there, which none outlives a moment here.
+        wait("the slot is given away", || {
+            self.nodes[from]
+                .command(&["CLUSTER", "SETSLOT", &slot, "NODE", &to_id])
+                .is_ok_and(|answer| answer == "+OK")
+        });
+        wait("all know of the move", || (0..self.nodes.len()).all(|by| self.owner_by(by, name) == Some(to)));
+    }
+}
+
+fn wait(what: &str, mut is: impl FnMut() -> bool) {
+    let deadline = Instant::now() + PATIENCE;
+    while !is() {
+        assert!(Instant::now() < deadline, "waited {PATIENCE:?} in vain: {what}");
+        sleep(Duration::from_millis(10));
+    }
+}
+
+fn follow(replica: &Redis, server: &Redis) {
+    replica.tell(&["REPLICAOF", "127.0.0.1", &server.address().port().to_string()]);
+    wait("the replica is in step", || {
+        replica.command(&["INFO", "replication"]).is_ok_and(|info| info.contains("master_link_status:up"))
+    });
+}
+
+/// A server, its replica, and three sentinels who watch over them: they make the replica the server when it is gone for half a second.
+pub struct Watched {
+    pub servers: [Redis; 2],
+    pub sentinels: Vec<Redis>,
+}
+
+impl Watched {
+    pub const NAME: &str = "main";
+
+    pub fn start() -> Self {
+        let servers = [Redis::start(), Redis::start()];
+        follow(&servers[1], &servers[0]);
+        let port = servers[0].address().port();
+        let sentinel = || {
+            Redis::start_with(|folder| {
+                let file = folder.join("sentinel.conf");
+                let notes = format!(
+                    "sentinel monitor {name} 127.0.0.1 {port} 2\n\
+                     sentinel down-after-milliseconds {name} 500\n\
+                     sentinel failover-timeout {name} 1500\n",
+                    name = Self::NAME
+                );
+                std::fs::write(&file, notes).expect("the folder is ours");
+                vec![file.display().to_string(), "--sentinel".to_owned()]
+            })
+        };
+        let watched = Self { sentinels: (0..3).map(|_| sentinel()).collect(), servers };
+        wait("the sentinels know of all", || {
+            watched.sentinels.iter().all(|sentinel| {
+                sentinel
+                    .command(&["INFO", "sentinel"])
+                    .is_ok_and(|info| info.contains("slaves=1,sentinels=3"))
+            })
+        });
+        watched
+    }
+
+    /// The settings that lead there.
+    pub fn settings(&self) -> [(&'static str, String); 3] {
+        let sentinels: Vec<_> = self.sentinels.iter().map(Redis::url).collect();
+        [
+            ("REDIS_TOPOLOGY", "sentinel".to_owned()),
+            ("REDIS_URL", format!("redis://{}", Self::NAME)),
+            ("REDIS_SENTINELS", sentinels.join(",")),
+        ]
+    }
+
+    /// Which of the two takes itself for the server that sentinels name, and is named by all of them.
+    pub fn leader(&self) -> Option<usize> {
+        let named: Vec<_> = self
+            .sentinels
+            .iter()
+            .map(|sentinel| {
+                let info = sentinel.command(&["INFO", "sentinel"]).ok()?;
+                let line = info.lines().find(|line| line.starts_with("master0:"))?;
+                let address = line.split(',').find_map(|part| part.strip_prefix("address="))?;
+                self.servers.iter().position(|server| server.address().to_string() == address)
+            })
+            .collect();
+        let first = (*named.first()?)?;
+        let leads = |server: &Redis| {
+            server.command(&["INFO", "replication"]).is_ok_and(|info| info.contains("role:master"))
+        };
+        (named.iter().all(|named| *named == Some(first)) && leads(&self.servers[first])).then_some(first)
+    }
+
+    pub fn until_leader(&self, leader: usize) {
+        wait("the sentinels have made it the server", || self.leader() == Some(leader));
+    }
+
+    /// This one is a replica of the other from now on; sentinels would see to it, after some ten seconds.
+    pub fn follow(&self, replica: usize) {
+        follow(&self.servers[replica], &self.servers[1 - replica]);
+    }
+
+    /// Asks the sentinels to make this one the server, which they do when they have seen that it follows.
+    pub fn hand_over(&self, to: usize) {
+        let deadline = Instant::now() + PATIENCE;
+        while self.leader() != Some(to) {
+            assert!(Instant::now() < deadline, "the sentinels do not hand over");
+            let _ = self.sentinels[0].command(&["SENTINEL", "FAILOVER", Self::NAME]);
+            sleep(Duration::from_millis(500));
+        }
+    }
+}
