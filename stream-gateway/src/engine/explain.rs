@@ -56,7 +56,7 @@ impl Engine {
     pub(super) fn explain(&self, user: UserId, seq: Seq) -> Explanation {
         let entry = self.hub.find(user).and_then(|at| self.hub.get(at));
         let place = entry.and_then(|entry| entry.sequencer.place());
-        let subscribed = self.trusted && entry.is_some_and(|entry| entry.confirmed);
+        let subscribed = self.trusted && entry.is_some_and(|entry| entry.confirmed.is_some());
         let open = entry.into_iter().flat_map(|entry| &entry.connections);
         let open = open.filter_map(|key| self.connections.get(key.index as usize));
         let streams: Vec<_> = open
