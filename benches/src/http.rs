@@ -17,6 +17,8 @@ pub struct Connection {
 pub struct Answer {
     pub status: u16,
     pub body: String,
+    /// The server closes the connection after it.
+    pub last: bool,
 }
 
 impl Connection {
@@ -33,21 +35,30 @@ impl Connection {
         let status_line = self.line()?;
         let status = status_line.split(' ').nth(1).and_then(|status| status.parse().ok());
         let status = status.with_context(|| format!("no status in {status_line:?}"))?;
-        let mut length = 0;
+        let (mut length, mut last) = (0, false);
         loop {
             let line = self.line()?;
             if line.is_empty() {
                 break;
             }
-            if let Some((name, value)) = line.split_once(':')
-                && name.eq_ignore_ascii_case("content-length")
-            {
+            let Some((name, value)) = line.split_once(':') else { continue };
+            if name.eq_ignore_ascii_case("content-length") {
                 length = value.trim().parse().context("a length is a number")?;
+            } else if name.eq_ignore_ascii_case("connection") {
+                last = value.trim().eq_ignore_ascii_case("close");
             }
         }
         let mut body = vec![0; length];
         self.socket.read_exact(&mut body)?;
-        Ok(Answer { status, body: String::from_utf8(body).context("bodies are UTF-8")? })
+        Ok(Answer { status, body: String::from_utf8(body).context("bodies are UTF-8")?, last })
+    }
+
+    /// Between two exchanges: whether the other end has closed it, as far as this one knows.
+    pub fn is_open(&self) -> bool {
+        let socket = self.socket.get_ref();
+        let looked = socket.set_nonblocking(true).and_then(|()| socket.peek(&mut [0]));
+        let silent = looked.is_err_and(|error| error.kind() == std::io::ErrorKind::WouldBlock);
+        silent && socket.set_nonblocking(false).is_ok()
     }
 
     fn line(&mut self) -> anyhow::Result<String> {

@@ -9,6 +9,7 @@ mod clock;
 mod http;
 pub mod load;
 mod machine;
+mod nginx;
 mod people;
 mod report;
 pub mod scenarios;

@@ -3,9 +3,9 @@
 use std::{
     collections::BTreeMap,
     io::{BufRead, BufReader},
-    net::SocketAddr,
+    net::{Ipv4Addr, SocketAddr},
     path::PathBuf,
-    process::{Command, Stdio},
+    process::{Command, ExitStatus, Stdio},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     thread,
     time::{Duration, Instant},
@@ -13,7 +13,7 @@ use std::{
 
 use anyhow::Context as _;
 use serde_json::Value;
-use shared::test_support::process::Process;
+use shared::test_support::process::{Process, Signal};
 
 use crate::{
     http,
@@ -135,6 +135,14 @@ impl Service {
         self.address("internal")
     }
 
+    /// The address of its own that its public listener has.
+    pub fn host(&self) -> anyhow::Result<Ipv4Addr> {
+        match self.public()? {
+            SocketAddr::V4(address) => Ok(*address.ip()),
+            SocketAddr::V6(address) => anyhow::bail!("{address} is not of this bench"),
+        }
+    }
+
     pub fn cpu(&self) -> anyhow::Result<Cpu> {
         Cpu::of(self.id())
     }
@@ -163,9 +171,25 @@ impl Service {
         self.process.kill();
     }
 
-    /// The same again at the same public address, as a supervisor does it.
+    /// SIGTERM.
+    pub fn terminate(&mut self) {
+        self.process.signal(Signal::SIGTERM);
+    }
+
+    pub fn ended(&mut self) -> Option<ExitStatus> {
+        self.process.ended()
+    }
+
+    /// The same again at the same addresses, as a supervisor does it.
     pub fn start_again(&self) -> anyhow::Result<Self> {
-        self.plan.clone().env("LISTEN", self.public()?).start()
+        let addresses = self.log().addresses.clone();
+        let mut plan = self.plan.clone();
+        for (name, address) in addresses {
+            let setting =
+                if name == "public" { "LISTEN".into() } else { format!("{}_LISTEN", name.to_uppercase()) };
+            plan = plan.env(&setting, address);
+        }
+        plan.start()
     }
 
     fn address(&self, name: &str) -> anyhow::Result<SocketAddr> {

@@ -34,6 +34,13 @@ pub fn postgres_programs() -> anyhow::Result<PathBuf> {
         .context("no Postgres server: initdb is not on PATH, nor is DEV_POSTGRES_BIN_DIR set")
 }
 
+/// nginx: the one that the dev runner names, else this machine's. It is often where only root's PATH leads.
+pub fn nginx() -> anyhow::Result<PathBuf> {
+    let usual = || Some(PathBuf::from("/usr/sbin/nginx")).filter(|path| path.is_file());
+    let found = variable("DEV_NGINX").or_else(|| on_path("nginx")).or_else(usual);
+    found.context("no nginx: it is not on PATH, nor is DEV_NGINX set")
+}
+
 /// The cargo that runs us, if one does.
 pub fn cargo() -> Option<PathBuf> {
     variable("CARGO")

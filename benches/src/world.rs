@@ -65,7 +65,12 @@ impl World {
 
     /// A gateway as shipped.
     pub fn gateway(&self, api: &Service) -> anyhow::Result<Plan> {
-        Ok(self.plan("stream-gateway")?.env("API_INTERNAL_URL", format!("http://{}", api.internal()?)))
+        self.gateway_asking(api.internal()?)
+    }
+
+    /// A gateway as shipped, whose questions to api go to this address.
+    pub fn gateway_asking(&self, internal: SocketAddr) -> anyhow::Result<Plan> {
+        Ok(self.plan("stream-gateway")?.env("API_INTERNAL_URL", format!("http://{internal}")))
     }
 
     fn plan(&self, name: &'static str) -> anyhow::Result<Plan> {

@@ -5,14 +5,20 @@ use std::process::Command;
 #[test]
 fn every_scenario_runs_to_its_end_and_loses_nothing() {
     let output = Command::new(env!("CARGO_BIN_EXE_benches"))
-        .args(["--quick", "--no-build", "--streams", "60"])
+        .args(["--quick", "--no-build", "--streams", "200"])
         .output()
         .unwrap();
     let figures = String::from_utf8_lossy(&output.stdout);
     let said = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "{figures}\n{said}");
-    for figure in ["PSS after a round of heartbeats", "per 100k deliveries", "the other's screen", "all told"]
-    {
+    let last = [
+        "PSS after a round of heartbeats",
+        "per 100k deliveries",
+        "the other's screen",
+        "all told",
+        "every ledger is its feed",
+    ];
+    for figure in last {
         assert!(figures.contains(figure), "no {figure:?} in\n{figures}");
     }
 }

@@ -1,6 +1,7 @@
 //! Load comes from processes of its own: no runtime, no descriptor and no lock is shared with what is measured, and what the
 //! load itself costs is known. This file is what both sides agree on, and the side that gives the orders.
 
+mod chunks;
 mod posts;
 mod streams;
 mod viewer;
@@ -25,6 +26,7 @@ use shared::{
 pub use self::{
     posts::{Posted, Posts, run as run_posts},
     streams::run as run_streams,
+    viewer::digest,
 };
 use crate::{clock::Micros, usage::Cpu};
 
@@ -82,16 +84,40 @@ pub struct Status {
     pub beaten: usize,
     /// Connections that ended since `Measure`, by the reason they were told, if any.
     pub ended: BTreeMap<String, u64>,
+    /// Durable events from the beginning on.
+    pub events_ever: u64,
+}
+
+/// One stream's ledger. Cursors are texts here.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Place {
+    pub user: UserId,
+    /// That of the first `ready`.
+    pub began: Option<String>,
+    /// The newest event.
+    pub newest: Option<String>,
+    /// [`digest`] of what was told in between.
+    pub digest: u64,
 }
 
 #[derive(Debug, Serialize, Deserialize)]
 pub struct Report {
-    /// The newest event of each stream.
-    pub places: Vec<(UserId, Option<String>)>,
+    pub places: Vec<Place>,
     /// From the time in a message's text to its arrival at the other participant; microseconds.
     pub latencies: Vec<u32>,
     /// From `since` to each `ready`; microseconds.
     pub readies: Vec<u32>,
+    /// From when Postgres made a message to its arrival at each of the two; microseconds.
+    pub delays: Vec<u32>,
+    /// The longest of these of each stream that had one.
+    pub longest_delays: Vec<u32>,
+    /// When connections were begun, and when they ended.
+    pub begun_at: Vec<Micros>,
+    pub ended_at: Vec<Micros>,
+    /// From the end of each stream's connection to its next `ready`; microseconds.
+    pub away: Vec<u32>,
+    /// Answers by status, from the beginning on.
+    pub statuses: BTreeMap<u16, u64>,
     /// Events that did not follow the one before them, with what was wrong first.
     pub faults: u64,
     pub first_fault: Option<String>,
@@ -164,20 +190,31 @@ pub fn check(report: &Report, heads: &[(UserId, Cursor)]) -> anyhow::Result<()> 
     anyhow::ensure!(report.faults == 0, "{} events did not follow: {first}", report.faults);
     anyhow::ensure!(report.resyncs == 0, "{} streams were told to reload", report.resyncs);
     let heads: BTreeMap<_, _> = heads.iter().copied().collect();
-    for (user, place) in &report.places {
+    for Place { user, newest, .. } in &report.places {
         let head = heads.get(user).map(Cursor::to_string);
-        anyhow::ensure!(*place == head, "the stream of {user} ends at {place:?}, the feed at {head:?}");
+        anyhow::ensure!(*newest == head, "the stream of {user} ends at {newest:?}, the feed at {head:?}");
     }
     Ok(())
 }
 
-/// Runs the process that posts to its end.
-pub fn post(posts: &Posts) -> anyhow::Result<Posted> {
-    let mut process = start(&[POSTS, &serde_json::to_string(posts)?])?;
-    let stdout = process.child().stdout.take().context("stdout is piped")?;
-    let mut line = String::new();
-    BufReader::new(stdout).read_line(&mut line)?;
-    serde_json::from_str(&line).context("the process that posts failed")
+/// The process that posts.
+pub struct Posting {
+    process: Process,
+}
+
+impl Posting {
+    pub fn start(posts: &Posts) -> anyhow::Result<Self> {
+        Ok(Self { process: start(&[POSTS, &serde_json::to_string(posts)?])? })
+    }
+
+    /// Without a `length` it goes on until now. Waits for its last answers.
+    pub fn finish(mut self) -> anyhow::Result<Posted> {
+        drop(self.process.child().stdin.take());
+        let stdout = self.process.child().stdout.take().context("stdout is piped")?;
+        let mut line = String::new();
+        BufReader::new(stdout).read_line(&mut line)?;
+        serde_json::from_str(&line).context("the process that posts failed")
+    }
 }
 
 fn start(arguments: &[&str]) -> anyhow::Result<Process> {

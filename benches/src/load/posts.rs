@@ -1,6 +1,15 @@
 //! The process that posts messages: a thread per client, each with one connection that it keeps, one request at a time.
 
-use std::{io::Write, net::SocketAddr, path::PathBuf, thread, time::Duration};
+use std::{
+    io::{Read, Write},
+    net::SocketAddr,
+    path::PathBuf,
+    sync::atomic::{AtomicBool, Ordering},
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::Context as _;
 
 use serde::{Deserialize, Serialize};
 
@@ -16,12 +25,20 @@ pub struct Posts {
     pub api: SocketAddr,
     pub senders: PathBuf,
     pub clients: usize,
-    pub length: Duration,
+    /// Without it, until standard input ends.
+    pub length: Option<Duration>,
     /// Messages a second of all clients together; without it each client sends the next once the last is answered.
     pub per_second: Option<u32>,
+    /// Whether a message that got no 201 is posted again with its key, until it is there.
+    pub insist: bool,
     /// When to begin. The texts of messages say at which microsecond after it they were due.
     pub begin: Micros,
 }
+
+/// Between two tries.
+const PAUSE: Duration = Duration::from_millis(250);
+/// Nothing that is killed here stays away for so long.
+const PATIENCE: Duration = Duration::from_secs(60);
 
 /// What came of it.
 #[derive(Debug, Default, Serialize, Deserialize)]
@@ -30,15 +47,28 @@ pub struct Posted {
     pub accepted: u64,
     /// From when a message was due to its answer; microseconds.
     pub latencies: Vec<u32>,
+    /// When these were due, after `begin`.
+    pub dues: Vec<Micros>,
+    /// Tries without a 201: when, and what came instead.
+    pub failures: Vec<(Micros, String)>,
     /// From the first to the last answer, in microseconds.
     pub took: Micros,
     pub cpu_seconds: f64,
 }
 
+static ENOUGH: AtomicBool = AtomicBool::new(false);
+
 pub fn run(order: &str) -> anyhow::Result<()> {
     let posts: Posts = serde_json::from_str(order)?;
     let senders: Vec<Sender> = read_lines(&posts.senders)?;
     anyhow::ensure!(senders.len() >= 2 * posts.clients, "more clients than pairs who may write");
+    if posts.length.is_none() {
+        thread::spawn(|| {
+            // Nobody writes into it: this returns when it is closed.
+            let _ = std::io::stdin().lock().read(&mut [0]);
+            ENOUGH.store(true, Ordering::Relaxed);
+        });
+    }
     let results: Vec<anyhow::Result<Posted>> = thread::scope(|scope| {
         let (posts, senders) = (&posts, &senders[..]);
         let clients: Vec<_> =
@@ -51,6 +81,8 @@ pub fn run(order: &str) -> anyhow::Result<()> {
         let posted = result?;
         all.accepted += posted.accepted;
         all.latencies.extend(posted.latencies);
+        all.dues.extend(posted.dues);
+        all.failures.extend(posted.failures);
         all.took = all.took.max(posted.took);
     }
     all.cpu_seconds = crate::usage::Cpu::of(std::process::id())?.seconds();
@@ -61,9 +93,9 @@ pub fn run(order: &str) -> anyhow::Result<()> {
 
 /// One client: its share of the pairs write in turn, so that no two clients meet in a conversation.
 fn client(posts: &Posts, senders: &[Sender], number: usize) -> anyhow::Result<Posted> {
-    let mut connection = Connection::open(posts.api)?;
+    let mut connection = Some(Connection::open(posts.api)?);
     let mut posted = Posted::default();
-    let length = micros(posts.length);
+    let length = posts.length.map_or(Micros::MAX, micros);
     let mine = senders.chunks(2).skip(number).step_by(posts.clients).flatten().cycle();
     for (turn, sender) in mine.enumerate() {
         let due = match posts.per_second {
@@ -73,18 +105,43 @@ fn client(posts: &Posts, senders: &[Sender], number: usize) -> anyhow::Result<Po
             }
             None => now().saturating_sub(posts.begin),
         };
-        if due >= length {
+        if due >= length || ENOUGH.load(Ordering::Relaxed) {
             break;
         }
         sleep_until(posts.begin + due);
-        let answer = connection.exchange(&request(posts, sender, due, number, turn))?;
-        anyhow::ensure!(answer.status == 201, "{}: {}", answer.status, answer.body);
+        let request = request(posts, sender, due, number, turn);
+        let first_try = Instant::now();
+        while let Err(error) = attempt(&mut connection, posts.api, &request) {
+            anyhow::ensure!(posts.insist && first_try.elapsed() < PATIENCE, "{error:#}");
+            posted.failures.push((now() - posts.begin, format!("{error:#}")));
+            thread::sleep(PAUSE);
+        }
         let answered = now() - posts.begin;
         posted.accepted += 1;
         posted.latencies.push((answered - due) as u32);
+        posted.dues.push(due);
         posted.took = answered;
     }
     Ok(posted)
+}
+
+/// By the connection that is there, if its other end has not closed it meanwhile, else by a new one.
+fn attempt(connection: &mut Option<Connection>, api: SocketAddr, request: &[u8]) -> anyhow::Result<()> {
+    let mut used = match connection.take().filter(Connection::is_open) {
+        Some(connection) => connection,
+        None => Connection::open(api).context("cannot connect")?,
+    };
+    let answer = used.exchange(request)?;
+    if !answer.last {
+        *connection = Some(used);
+    }
+    anyhow::ensure!(
+        answer.status == 201,
+        "{}: {}",
+        answer.status,
+        answer.body.lines().next().unwrap_or_default()
+    );
+    Ok(())
 }
 
 /// As a careful client sends it: with a key, so that a repeat would be recognised.

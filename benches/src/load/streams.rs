@@ -3,20 +3,21 @@
 
 use std::{
     cmp::Reverse,
-    collections::{BinaryHeap, VecDeque},
+    collections::{BTreeMap, BinaryHeap, VecDeque},
     io::{self, BufRead, Read, Write},
     net::{IpAddr, Ipv4Addr, SocketAddr},
     sync::mpsc::{Receiver, sync_channel},
     time::Duration,
 };
 
+use chrono::Utc;
 use mio::{Events, Interest, Poll, Token, Waker, net::TcpStream};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use socket2::{Domain, Protocol, Socket, Type};
 
 use super::{
-    Order, Report, Status, Viewer, read_lines,
-    viewer::{Ledger, Reader, Said},
+    Order, Place, Report, Status, Viewer, read_lines,
+    viewer::{Ledger, Reader, Said, Told},
 };
 use crate::clock::{Micros, now};
 
@@ -50,6 +51,8 @@ struct Stream {
     ledger: Ledger,
     connection: Option<Connection>,
     beaten: bool,
+    longest_delay: u32,
+    ended_at: Option<Micros>,
 }
 
 struct Connection {
@@ -75,6 +78,11 @@ struct Holder {
     status: Status,
     latencies: Vec<u32>,
     readies: Vec<u32>,
+    delays: Vec<u32>,
+    begun_at: Vec<Micros>,
+    ended_at: Vec<Micros>,
+    away: Vec<u32>,
+    statuses: BTreeMap<u16, u64>,
     faults: u64,
     first_fault: Option<String>,
     resyncs: u64,
@@ -95,6 +103,11 @@ impl Holder {
             status: Status::default(),
             latencies: Vec::new(),
             readies: Vec::new(),
+            delays: Vec::new(),
+            begun_at: Vec::new(),
+            ended_at: Vec::new(),
+            away: Vec::new(),
+            statuses: BTreeMap::new(),
             faults: 0,
             first_fault: None,
             resyncs: 0,
@@ -137,16 +150,30 @@ impl Holder {
                 for viewer in read_lines(&viewers)? {
                     self.waiting.push_back(self.streams.len());
                     let ledger = Ledger::default();
-                    self.streams.push(Stream { viewer, ledger, connection: None, beaten: false });
+                    self.streams.push(Stream {
+                        viewer,
+                        ledger,
+                        connection: None,
+                        beaten: false,
+                        longest_delay: 0,
+                        ended_at: None,
+                    });
                 }
             }
             Order::Measure { since } => {
                 self.since = since;
                 self.latencies.clear();
                 self.readies.clear();
-                self.status =
-                    Status { ready: self.status.ready, opening: self.status.opening, ..Status::default() };
-                self.streams.iter_mut().for_each(|stream| stream.beaten = false);
+                self.delays.clear();
+                self.begun_at.clear();
+                self.ended_at.clear();
+                self.away.clear();
+                let Status { ready, opening, events_ever, .. } = self.status;
+                self.status = Status { ready, opening, events_ever, ..Status::default() };
+                for stream in &mut self.streams {
+                    stream.beaten = false;
+                    stream.longest_delay = 0;
+                }
             }
             Order::ComeBack { by_itself } => self.by_itself = by_itself,
             Order::Reconnect => {
@@ -164,12 +191,23 @@ impl Holder {
     }
 
     fn report(&self) -> Report {
-        let place =
-            |stream: &Stream| (stream.viewer.user, stream.ledger.place.map(|place| place.to_string()));
+        let place = |stream: &Stream| Place {
+            user: stream.viewer.user,
+            began: stream.ledger.began.map(|place| place.to_string()),
+            newest: stream.ledger.place.map(|place| place.to_string()),
+            digest: stream.ledger.digest,
+        };
+        let longest = self.streams.iter().map(|stream| stream.longest_delay);
         Report {
             places: self.streams.iter().map(place).collect(),
             latencies: self.latencies.clone(),
             readies: self.readies.clone(),
+            delays: self.delays.clone(),
+            longest_delays: longest.filter(|delay| *delay > 0).collect(),
+            begun_at: self.begun_at.clone(),
+            ended_at: self.ended_at.clone(),
+            away: self.away.clone(),
+            statuses: self.statuses.clone(),
             faults: self.faults,
             first_fault: self.first_fault.clone(),
             resyncs: self.resyncs,
@@ -203,6 +241,7 @@ impl Holder {
         match connection {
             Ok(connection) => {
                 self.status.opening += 1;
+                self.begun_at.push(now());
                 self.streams[index].connection = Some(connection);
             }
             Err(error) => {
@@ -238,9 +277,16 @@ impl Holder {
                 Err(_) => return self.end(index, "reset"),
             };
             let arrived = now();
+            let wall = Utc::now().timestamp_micros();
             let mut heard = Heard::default();
             connection.reader.read(&buffer[..count], &mut stream.ledger, |said| heard.take(said));
-            self.account(index, heard, arrived);
+            let body_ended = heard.body_ended;
+            self.account(index, heard, arrived, wall);
+            if body_ended {
+                let told =
+                    self.streams[index].connection.as_mut().and_then(|connection| connection.goodbye.take());
+                return self.end(index, told.as_deref().unwrap_or("ended"));
+            }
             // Less than there was room for: nothing is left, and more is another event.
             if count < buffer.len() && !over {
                 return;
@@ -248,7 +294,8 @@ impl Holder {
         }
     }
 
-    fn account(&mut self, index: usize, heard: Heard, arrived: Micros) {
+    /// `arrived` by our clock, `wall` by that of Postgres.
+    fn account(&mut self, index: usize, heard: Heard, arrived: Micros, wall: i64) {
         let stream = &mut self.streams[index];
         let status = &mut self.status;
         if let Some(connection) = &mut stream.connection {
@@ -257,6 +304,9 @@ impl Holder {
                 status.ready += 1;
                 status.opening -= 1;
                 self.readies.push(arrived.saturating_sub(self.since) as u32);
+                if let Some(ended) = stream.ended_at.take() {
+                    self.away.push(arrived.saturating_sub(ended) as u32);
+                }
             }
             connection.goodbye = heard.goodbye.or(connection.goodbye.take());
         }
@@ -264,15 +314,28 @@ impl Holder {
             stream.beaten = true;
             status.beaten += 1;
         }
-        if heard.events > 0 {
-            status.events += heard.events;
+        if !heard.told.is_empty() {
+            status.events += heard.told.len() as u64;
+            status.events_ever += heard.told.len() as u64;
             status.last_event_at = arrived;
         }
-        for number in heard.numbers {
-            if self.latencies.len() < SAMPLES {
+        for Told { number, created_at } in heard.told {
+            if let Some(number) = number
+                && self.latencies.len() < SAMPLES
+            {
                 // An event that the reconcile found first is early.
                 self.latencies.push(arrived.saturating_sub(self.since + number) as u32);
             }
+            if let Some(created_at) = created_at
+                && self.delays.len() < SAMPLES
+            {
+                let delay = u32::try_from(wall - created_at).unwrap_or_default();
+                stream.longest_delay = stream.longest_delay.max(delay);
+                self.delays.push(delay);
+            }
+        }
+        for status in heard.statuses {
+            *self.statuses.entry(status).or_default() += 1;
         }
         self.resyncs += heard.resyncs;
         let user = stream.viewer.user;
@@ -287,6 +350,9 @@ impl Holder {
             self.status.opening -= 1;
         }
         *self.status.ended.entry(reason.to_owned()).or_default() += 1;
+        // Who is turned away has been away from the end before on.
+        self.streams[index].ended_at.get_or_insert_with(now);
+        self.ended_at.push(now());
         self.come_back(index);
     }
 
@@ -306,26 +372,26 @@ impl Holder {
 /// What one read said.
 #[derive(Default)]
 struct Heard {
+    statuses: Vec<u16>,
     ready: bool,
-    events: u64,
-    numbers: Vec<u64>,
+    told: Vec<Told>,
     beaten: bool,
     resyncs: u64,
     goodbye: Option<String>,
+    body_ended: bool,
     faults: Vec<String>,
 }
 
 impl Heard {
     fn take(&mut self, said: Said) {
         match said {
+            Said::Status(status) => self.statuses.push(status),
             Said::Ready => self.ready = true,
-            Said::Event(number) => {
-                self.events += 1;
-                self.numbers.extend(number);
-            }
+            Said::Event(told) => self.told.push(told),
             Said::Heartbeat => self.beaten = true,
             Said::Resync => self.resyncs += 1,
             Said::Goodbye(reason) => self.goodbye = Some(reason),
+            Said::End => self.body_ended = true,
             Said::Fault(fault) => self.faults.push(fault),
         }
     }

@@ -1,6 +1,11 @@
 //! What one stream says, read block by block, and its ledger: after `ready`, every event follows the one before it. Pure.
 
-use shared::cursor::Cursor;
+use std::hash::{DefaultHasher, Hash, Hasher};
+
+use chrono::DateTime;
+use shared::{cursor::Cursor, event::kind};
+
+use super::chunks::Chunks;
 
 /// A head or block longer than this is a fault of the server.
 const LONGEST: usize = 64 * 1024;
@@ -10,20 +15,42 @@ const DEFAULT_RETRY_MILLIS: u32 = 3_000;
 /// What the bytes of one connection said, for the process to count.
 #[derive(Debug, PartialEq)]
 pub enum Said {
+    /// The status of the answer: anything but 200 is also a fault.
+    Status(u16),
     Ready,
-    /// A durable event; the number that its text begins with, if it is a message to this user that has one.
-    Event(Option<u64>),
+    Event(Told),
     Heartbeat,
     Resync,
     Goodbye(String),
+    /// The body has ended; the connection may go on.
+    End,
     Fault(String),
 }
 
+/// A durable event.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub struct Told {
+    /// That its text begins with, if it is a message to this user that has one.
+    pub number: Option<u64>,
+    /// When Postgres made the message, in microseconds since 1970.
+    pub created_at: Option<i64>,
+}
+
 /// One viewer's memory, over all its connections.
-#[derive(Debug, Default)]
+#[derive(Debug, Default, Clone)]
 pub struct Ledger {
     pub place: Option<Cursor>,
     pub retry_millis: Option<u32>,
+    /// Where it began, and what followed: a [`digest`].
+    pub began: Option<Cursor>,
+    pub digest: u64,
+}
+
+/// What was told up to now, as one number: two readers of the same events in the same order have the same.
+pub fn digest(before: u64, seq: u64, kind: &str, payload: &str) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    (before, seq, kind, payload).hash(&mut hasher);
+    hasher.finish()
 }
 
 /// What was read of the present connection and is not whole yet.
@@ -31,6 +58,19 @@ pub struct Ledger {
 pub struct Reader {
     rest: Vec<u8>,
     headers_read: bool,
+    body: Body,
+}
+
+/// How the body's end is known.
+#[derive(Debug, Default)]
+enum Body {
+    /// The connection ends with it, as a gateway itself does it.
+    #[default]
+    Open,
+    /// A proxy's way to keep the connection.
+    Chunked(Chunks),
+    /// So many bytes are still to come: the proxy's own answer.
+    Known(usize),
 }
 
 impl Ledger {
@@ -41,49 +81,95 @@ impl Ledger {
 
 impl Reader {
     pub fn read(&mut self, bytes: &[u8], ledger: &mut Ledger, mut say: impl FnMut(Said)) {
+        if self.headers_read {
+            self.read_body(bytes, ledger, &mut say);
+        } else {
+            self.rest.extend_from_slice(bytes);
+            let Some(end) = find(&self.rest, b"\r\n\r\n") else { return self.limit(&mut say) };
+            let all = std::mem::take(&mut self.rest);
+            self.headers_read = true;
+            self.read_head(&String::from_utf8_lossy(&all[..end]), &mut say);
+            self.read_body(&all[end + 4..], ledger, &mut say);
+        }
+    }
+
+    fn read_head(&mut self, head: &str, say: &mut impl FnMut(Said)) {
+        let mut lines = head.split("\r\n");
+        let status = lines.next().unwrap_or_default();
+        say(Said::Status(status.split(' ').nth(1).and_then(|code| code.parse().ok()).unwrap_or_default()));
+        if !status.starts_with("HTTP/1.1 200 ") {
+            say(Said::Fault(format!("answered {status}")));
+        }
+        for line in lines.map(str::to_ascii_lowercase) {
+            if line == "transfer-encoding: chunked" {
+                self.body = Body::Chunked(Chunks::default());
+            } else if let Some(length) = line.strip_prefix("content-length: ") {
+                self.body = Body::Known(length.parse().unwrap_or_default());
+            }
+        }
+    }
+
+    fn read_body(&mut self, bytes: &[u8], ledger: &mut Ledger, say: &mut impl FnMut(Said)) {
+        let mut unpacked = Vec::new();
+        let (bytes, over) = match &mut self.body {
+            Body::Open => (bytes, Ok(false)),
+            Body::Chunked(chunks) => {
+                let over = chunks.read(bytes, &mut unpacked);
+                (&unpacked[..], over)
+            }
+            Body::Known(left) => {
+                let before = *left;
+                *left = before.saturating_sub(bytes.len());
+                (bytes, Ok(before > 0 && *left == 0))
+            }
+        };
+        self.read_blocks(bytes, ledger, say);
+        match over {
+            Ok(false) => {}
+            Ok(true) => say(Said::End),
+            Err(fault) => say(Said::Fault(fault.into())),
+        }
+    }
+
+    fn read_blocks(&mut self, bytes: &[u8], ledger: &mut Ledger, say: &mut impl FnMut(Said)) {
         // Almost always a read holds whole blocks, so almost always nothing is copied.
         if self.rest.is_empty() {
-            let used = self.take_whole(bytes, ledger, &mut say);
+            let used = take_whole(bytes, ledger, say);
             self.rest.extend_from_slice(&bytes[used..]);
         } else {
             let mut all = std::mem::take(&mut self.rest);
             all.extend_from_slice(bytes);
-            let used = self.take_whole(&all, ledger, &mut say);
+            let used = take_whole(&all, ledger, say);
             all.drain(..used);
             self.rest = all;
         }
+        self.limit(say);
+    }
+
+    fn limit(&mut self, say: &mut impl FnMut(Said)) {
         if self.rest.is_empty() {
             self.rest = Vec::new();
         } else if self.rest.len() > LONGEST {
             say(Said::Fault("a block without an end".into()));
         }
     }
+}
 
-    /// How many bytes were whole.
-    fn take_whole(&mut self, bytes: &[u8], ledger: &mut Ledger, say: &mut impl FnMut(Said)) -> usize {
-        let mut used = 0;
-        if !self.headers_read {
-            let Some(end) = find(bytes, b"\r\n\r\n") else { return 0 };
-            if !bytes.starts_with(b"HTTP/1.1 200 ") {
-                let line = bytes.split(|byte| *byte == b'\r').next().unwrap_or_default();
-                say(Said::Fault(format!("answered {}", String::from_utf8_lossy(line))));
-            }
-            self.headers_read = true;
-            used = end + 4;
-        }
-        while let Some(length) = find(&bytes[used..], b"\n\n") {
-            match std::str::from_utf8(&bytes[used..used + length]) {
-                Ok(block) => {
-                    if let Some(said) = ledger.enter(block) {
-                        say(said);
-                    }
+/// How many bytes were whole.
+fn take_whole(bytes: &[u8], ledger: &mut Ledger, say: &mut impl FnMut(Said)) -> usize {
+    let mut used = 0;
+    while let Some(length) = find(&bytes[used..], b"\n\n") {
+        match std::str::from_utf8(&bytes[used..used + length]) {
+            Ok(block) => {
+                if let Some(said) = ledger.enter(block) {
+                    say(said);
                 }
-                Err(_) => say(Said::Fault("a block that is not UTF-8".into())),
             }
-            used += length + 2;
+            Err(_) => say(Said::Fault("a block that is not UTF-8".into())),
         }
-        used
+        used += length + 2;
     }
+    used
 }
 
 impl Ledger {
@@ -112,6 +198,7 @@ impl Ledger {
                 let fault = || Said::Fault(format!("was at {:?}, and is ready at {cursor}", self.place));
                 let said = if came_back_elsewhere { fault() } else { Said::Ready };
                 self.place = Some(cursor);
+                self.began.get_or_insert(cursor);
                 Some(said)
             }
             (Some("resync"), Some(cursor)) => {
@@ -127,12 +214,14 @@ impl Ledger {
                     .place
                     .is_some_and(|place| place.epoch == cursor.epoch && place.seq + 1 == cursor.seq);
                 let fault = || Said::Fault(format!("{cursor} came after {:?}", self.place));
+                let number = if name.is_none() { number_in_text(data) } else { None };
                 let said = if follows {
-                    Said::Event(if name.is_none() { number_in_text(data) } else { None })
+                    Said::Event(Told { number, created_at: created_at(data) })
                 } else {
                     fault()
                 };
                 self.place = Some(cursor);
+                self.digest = digest(self.digest, cursor.seq, name.unwrap_or(kind::MESSAGE), data);
                 Some(said)
             }
             (Some(name), None) => Some(Said::Fault(format!("{name} without an id"))),
@@ -146,6 +235,10 @@ fn number_in_text(data: &str) -> Option<u64> {
     let text = text_member(data, "content")?;
     let end = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
     text[..end].parse().ok()
+}
+
+fn created_at(data: &str) -> Option<i64> {
+    Some(DateTime::parse_from_rfc3339(text_member(data, "createdAt")?).ok()?.timestamp_micros())
 }
 
 /// A member of flat JSON whose value has no escapes: reading it as JSON would cost more than all the rest.
@@ -182,14 +275,15 @@ mod tests {
     /// Whole, and byte by byte: the same must come of it.
     fn read(ledger: &mut Ledger, text: &str) -> Vec<Said> {
         let (mut whole, mut pieces) = (Vec::new(), Vec::new());
-        let mut copy = Ledger { place: ledger.place, retry_millis: ledger.retry_millis };
+        let mut copy = ledger.clone();
         let mut reader = Reader::default();
         for byte in text.bytes() {
             reader.read(&[byte], &mut copy, |said| pieces.push(said));
         }
         Reader::default().read(text.as_bytes(), ledger, |said| whole.push(said));
         assert_eq!(whole, pieces);
-        assert_eq!(ledger.place, copy.place);
+        assert_eq!((ledger.place, ledger.digest), (copy.place, copy.digest));
+        assert_eq!(whole.remove(0), Said::Status(if text.contains(" 401 ") { 401 } else { 200 }));
         whole
     }
 
@@ -205,7 +299,7 @@ mod tests {
             message(6, "hello"),
         );
         let said = read(&mut ledger, &text);
-        let event = Said::Event;
+        let event = |number| Said::Event(Told { number, created_at: None });
         assert_eq!(said, [Said::Ready, event(Some(17)), Said::Heartbeat, event(None), event(None)]);
         assert_eq!((ledger.retry_millis(), ledger.place.map(|place| place.seq)), (2_500, Some(6)));
     }
@@ -224,7 +318,7 @@ mod tests {
     fn who_comes_back_must_be_where_they_were() {
         let place: Cursor = id(7).parse().unwrap();
         let back_at = |seq| {
-            let mut ledger = Ledger { place: Some(place), retry_millis: None };
+            let mut ledger = Ledger { place: Some(place), ..Ledger::default() };
             read(&mut ledger, &format!("{HEAD}{}", ready(seq)))
         };
         assert_eq!(back_at(7), [Said::Ready]);
@@ -242,5 +336,34 @@ mod tests {
         let resync =
             format!("{HEAD}event: ready\ndata: {{}}\n\nid: {}\nevent: resync\ndata: {{}}\n\n", id(9));
         assert_eq!(read(&mut ledger, &resync), [Said::Ready, Said::Resync]);
+    }
+
+    #[test]
+    fn what_a_proxy_sends_in_chunks_is_the_same() {
+        let mut ledger = Ledger::default();
+        let body = format!("{}{}", ready(3), message(4, "0017 x"));
+        let (first, second) = body.split_at(20);
+        let head = "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n";
+        let chunk = |part: &str| format!("{:x}\r\n{part}\r\n", part.len());
+        let said = read(&mut ledger, &format!("{head}{}{}0\r\n\r\n", chunk(first), chunk(second)));
+        assert_eq!(said, [Said::Ready, Said::Event(Told { number: Some(17), created_at: None }), Said::End]);
+        let alone = "HTTP/1.1 200 OK\r\nContent-Length: 13\r\n\r\nretry: 3000\n\n";
+        assert_eq!(read(&mut ledger, alone), [Said::End]);
+        assert_eq!(ledger.retry_millis(), 3_000);
+        let said = read(&mut Ledger::default(), &format!("{head}no length\r\n"));
+        assert!(matches!(&said[..], [Said::Fault(_), ..]), "{said:?}");
+    }
+
+    #[test]
+    fn two_ledgers_agree_only_when_they_were_told_the_same() {
+        let told = |texts: [&str; 2]| {
+            let mut ledger = Ledger::default();
+            read(&mut ledger, &format!("{HEAD}{}{}{}", ready(3), message(4, texts[0]), message(5, texts[1])));
+            ledger.digest
+        };
+        assert_eq!(told(["a", "b"]), told(["a", "b"]));
+        assert_ne!(told(["a", "b"]), told(["b", "a"]));
+        let created = "{\"createdAt\":\"2026-01-02T03:04:05.000678Z\"}";
+        assert_eq!(created_at(created), Some(1_767_323_045_000_678));
     }
 }

@@ -1,5 +1,6 @@
 //! What is measured. Each scenario has a world of its own, ends by itself, and fails when a promise was broken.
 
+mod deploy;
 mod fanout;
 mod idle;
 mod post;
@@ -30,6 +31,8 @@ pub enum Scenario {
     Post,
     /// Everybody comes back at once after a gateway was killed
     Storm,
+    /// Two apis, three gateways and nginx while all are connected: a rolling restart, then SIGKILL
+    Deploy,
 }
 
 /// How much of everything.
@@ -49,6 +52,7 @@ pub struct Sizes {
     pub post_length: Duration,
     pub screen_rate: u32,
     pub screen_length: Duration,
+    pub pace: deploy::Pace,
 }
 
 impl Sizes {
@@ -68,6 +72,7 @@ impl Sizes {
             post_length: Duration::from_secs(10),
             screen_rate: 500,
             screen_length: Duration::from_secs(20),
+            pace: deploy::Pace::full(),
         }
     }
 
@@ -87,6 +92,7 @@ impl Sizes {
             post_length: Duration::from_secs(1),
             screen_rate: 50,
             screen_length: Duration::from_secs(2),
+            pace: deploy::Pace::quick(),
         }
     }
 }
@@ -98,6 +104,7 @@ pub async fn run(scenario: Scenario, sizes: &Sizes) -> anyhow::Result<()> {
         Scenario::Fanout => fanout::run(sizes).await,
         Scenario::Post => post::run(sizes).await,
         Scenario::Storm => storm::run(sizes).await,
+        Scenario::Deploy => deploy::run(sizes).await,
     }
 }
 
@@ -108,6 +115,7 @@ impl Scenario {
             Self::Fanout => "fanout",
             Self::Post => "post",
             Self::Storm => "storm",
+            Self::Deploy => "deploy",
         }
     }
 }

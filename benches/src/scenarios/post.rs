@@ -6,7 +6,7 @@ use std::time::Duration;
 use super::{Costs, PATIENCE, Sizes, check_ledgers, open_streams, say_complaints};
 use crate::{
     clock::{micros, now},
-    load::{self, Order, Posts},
+    load::{Order, Posting, Posts},
     people, report,
     report::{Percentiles, count, figure, heading},
     usage::Cpu,
@@ -27,14 +27,9 @@ pub async fn run(sizes: &Sizes) -> anyhow::Result<()> {
     let senders = people::senders_file(&world, &senders)?;
     let api = world.api()?.start()?;
     let post = |clients, length, per_second, begin| {
-        load::post(&Posts {
-            api: api.public()?,
-            senders: senders.clone(),
-            clients,
-            length,
-            per_second,
-            begin,
-        })
+        let api = api.public()?;
+        let (senders, length) = (senders.clone(), Some(length));
+        Posting::start(&Posts { api, senders, clients, length, per_second, insist: false, begin })?.finish()
     };
 
     report::progress("warming up");

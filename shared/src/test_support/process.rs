@@ -5,7 +5,7 @@ use std::{
     io,
     os::unix::process::CommandExt,
     process::{Child, Command, ExitStatus},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 pub use nix::sys::signal::Signal;
@@ -14,16 +14,29 @@ use nix::{
     unistd::{Pid, getpid, getppid},
 };
 
+/// A process that ends its own children has so long for it.
+const FAMILY_ENDS_WITHIN: Duration = Duration::from_secs(5);
+
 pub struct Process {
     child: Child,
     status: Option<ExitStatus>,
+    end: Signal,
 }
 
 impl Process {
     pub fn start(command: &mut Command) -> io::Result<Self> {
+        Self::start_to_end_by(Signal::SIGKILL, command)
+    }
+
+    /// For a program with processes of its own, which SIGKILL would leave behind: ended by SIGTERM, upon which it ends them.
+    pub fn start_family(command: &mut Command) -> io::Result<Self> {
+        Self::start_to_end_by(Signal::SIGTERM, command)
+    }
+
+    fn start_to_end_by(end: Signal, command: &mut Command) -> io::Result<Self> {
         let parent = getpid();
         let tied_to_parent = move || {
-            set_pdeathsig(Signal::SIGKILL)?;
+            set_pdeathsig(end)?;
             // The parent may have died before the line above.
             if getppid() == parent { Ok(()) } else { Err(io::ErrorKind::NotFound.into()) }
         };
@@ -35,7 +48,7 @@ impl Process {
         unsafe {
             command.pre_exec(tied_to_parent);
         }
-        Ok(Self { child: command.spawn()?, status: None })
+        Ok(Self { child: command.spawn()?, status: None, end })
     }
 
     pub fn child(&mut self) -> &mut Child {
@@ -81,6 +94,13 @@ impl Process {
 
 impl Drop for Process {
     fn drop(&mut self) {
+        if self.end != Signal::SIGKILL {
+            self.signal(self.end);
+            let deadline = Instant::now() + FAMILY_ENDS_WITHIN;
+            while self.ended().is_none() && Instant::now() < deadline {
+                std::thread::sleep(Duration::from_millis(10));
+            }
+        }
         self.kill();
     }
 }

@@ -1,0 +1,173 @@
+//! Two apis and three gateways behind nginx, everybody connected, and people who write all the while. A rolling restart; each
+//! process killed, one after the other; all of them killed at once. As browsers do it, streams come back by themselves after
+//! their `retry`, and a message that got no answer is posted again with its key.
+
+mod phase;
+mod site;
+
+use std::{collections::BTreeMap, thread::sleep, time::Duration};
+
+use anyhow::Context as _;
+use shared::cursor::Cursor;
+use sqlx::Row as _;
+
+use self::site::Site;
+use super::{PATIENCE, Sizes, check_ledgers, say_complaints};
+use crate::{
+    clock::{micros, now},
+    load::{Order, Posting, Posts, Report, digest},
+    people,
+    report::{count, figure, heading, progress},
+    world::World,
+};
+
+/// For the load process to start and connect.
+const HEAD_START: Duration = Duration::from_millis(500);
+/// Clients that share the rate: so many that one that waits for a killed api keeps few others waiting.
+const SENDERS: usize = 64;
+
+/// How long the steps take.
+#[derive(Debug, Clone)]
+pub struct Pace {
+    pub messages_per_second: u32,
+    pub calm: Duration,
+    /// As `k8s/base` sets them.
+    pub drain_wait: Duration,
+    pub drain_window: Duration,
+    pub api_wait: Duration,
+    /// Until a process that was killed is started again.
+    pub down: Duration,
+    /// From one that is ready again to the next one.
+    pub pause: Duration,
+    /// Whether drains are held to their rate: over seconds and few streams, beside whatever else runs, that says nothing.
+    pub keeps_to_rates: bool,
+}
+
+impl Pace {
+    pub fn full() -> Self {
+        Self {
+            messages_per_second: 300,
+            calm: Duration::from_secs(30),
+            drain_wait: Duration::from_secs(10),
+            drain_window: Duration::from_secs(30),
+            api_wait: Duration::from_secs(10),
+            down: Duration::from_secs(3),
+            pause: Duration::from_secs(10),
+            keeps_to_rates: true,
+        }
+    }
+
+    pub fn quick() -> Self {
+        Self {
+            messages_per_second: 100,
+            calm: Duration::from_secs(1),
+            drain_wait: Duration::from_secs(0),
+            drain_window: Duration::from_secs(1),
+            api_wait: Duration::from_secs(0),
+            down: Duration::from_millis(300),
+            pause: Duration::from_millis(300),
+            keeps_to_rates: false,
+        }
+    }
+}
+
+pub async fn run(sizes: &Sizes) -> anyhow::Result<()> {
+    let world = World::new().await?;
+    let people = people::make(&world, sizes.streams).await?;
+    let senders = people::introduce(&world, &people).await?;
+    let senders = people::senders_file(&world, &senders)?;
+    let viewers = people::viewers_file(&world, &people)?;
+    let pace = &sizes.pace;
+    let mut site = Site::open(&world, pace, people.len())?;
+
+    progress(format_args!("opening {} streams", people.len()));
+    let gateway = site.nginx.origin();
+    site.streams.order(&Order::Open { gateway, viewers, per_second: sizes.opened_per_second })?;
+    site.streams.until("all streams are ready", PATIENCE, |status| status.ready == people.len())?;
+    site.streams.order(&Order::ComeBack { by_itself: true })?;
+    let begin = now() + micros(HEAD_START);
+    let posting = Posting::start(&Posts {
+        api: site.nginx.origin(),
+        senders,
+        clients: SENDERS.min(people.len() / 2),
+        length: None,
+        per_second: Some(pace.messages_per_second),
+        insist: true,
+        begin,
+    })?;
+    sleep(2 * HEAD_START);
+
+    let phases = [
+        site.phase("calm", |_| {
+            sleep(pace.calm);
+            Ok(())
+        })?,
+        site.phase("a rolling restart, gateways first", Site::roll)?,
+        site.phase("SIGKILL to each, one after the other", Site::kill_each)?,
+        site.phase("SIGKILL to all at once", Site::kill_all)?,
+    ];
+
+    let posted = posting.finish()?;
+    let (messages, events): (i64, i64) = sqlx::query_as(
+        "SELECT (SELECT count(*) FROM messages), (SELECT sum(head_seq)::bigint FROM feed_heads)",
+    )
+    .fetch_one(&world.sql)
+    .await?;
+    anyhow::ensure!(
+        (messages, events) == (posted.accepted.cast_signed(), 2 * posted.accepted.cast_signed()),
+        "answered 201: {}; in Postgres are {messages} messages, {events} events",
+        posted.accepted
+    );
+    let all = 2 * posted.accepted;
+    let arrived = site.streams.until("all events arrive", PATIENCE, |status| status.events_ever >= all);
+    let report = site.streams.report()?;
+    for phase in &phases {
+        phase.say(&posted, begin, pace);
+    }
+    heading("  all told");
+    check_ledgers(&world, &mut site.streams, &people).await?;
+    arrived?;
+    check_contents(&world, &report).await?;
+    figure("messages", format_args!("{}, each stored once", count(posted.accepted)));
+    figure(
+        "events",
+        format_args!(
+            "{}: none lost, repeated or out of order; every ledger is its feed, byte for byte",
+            count(all)
+        ),
+    );
+    let statuses: Vec<_> =
+        report.statuses.iter().map(|(status, times)| format!("{times} × {status}")).collect();
+    figure("answers on the stream", statuses.join(", "));
+    for (complaint, times) in site.nginx.complaints()? {
+        figure(format_args!("nginx met {times} times"), complaint);
+    }
+    say_complaints(&site.services().chain(&site.past).collect::<Vec<_>>());
+    for phase in &phases {
+        phase.judge(pace)?;
+    }
+    Ok(())
+}
+
+/// Each ledger holds what its feed holds from its first `ready` on, to the byte.
+async fn check_contents(world: &World, report: &Report) -> anyhow::Result<()> {
+    let rows = sqlx::query("SELECT user_id, seq, kind, payload FROM feed ORDER BY user_id, seq")
+        .fetch_all(&world.sql)
+        .await?;
+    let mut feeds = BTreeMap::<i64, Vec<_>>::new();
+    for row in &rows {
+        let (seq, kind, payload): (i64, &str, &str) = (row.get("seq"), row.get("kind"), row.get("payload"));
+        feeds.entry(row.get("user_id")).or_default().push((seq.cast_unsigned(), kind, payload));
+    }
+    for place in &report.places {
+        let began: Cursor = place.began.as_ref().context("every stream was ready")?.parse()?;
+        let events = feeds.get(&place.user.0).into_iter().flatten().filter(|(seq, ..)| *seq > began.seq);
+        let told = events.fold(0, |before, (seq, kind, payload)| digest(before, *seq, kind, payload));
+        anyhow::ensure!(
+            told == place.digest,
+            "the stream of {} was told something else than its feed",
+            place.user
+        );
+    }
+    Ok(())
+}

@@ -1,0 +1,176 @@
+//! What was seen in one phase of a deployment, and whether it is as it should be.
+
+use std::{
+    collections::BTreeMap,
+    fmt::{self, Display},
+};
+
+use super::Pace;
+use crate::{
+    clock::Micros,
+    load::{Posted, Report, Status},
+    report::{Percentiles, count, figure, heading, megabytes},
+    scenarios::Costs,
+    usage::Cpu,
+};
+
+/// New streams a second that one gateway as shipped lets in.
+const ACCEPT_RATE: usize = 5_000;
+
+pub(super) struct SiteCosts {
+    pub(super) services: Costs,
+    pub(super) nginx: Cpu,
+}
+
+impl SiteCosts {
+    pub(super) fn since(&self, earlier: &Self) -> Self {
+        Self { services: self.services.since(&earlier.services), nginx: self.nginx - earlier.nginx }
+    }
+}
+
+/// One gateway's, from SIGTERM until everybody should be elsewhere.
+pub(super) struct Drain {
+    pub(super) streams: u64,
+    pub(super) began: Micros,
+    pub(super) ended: Micros,
+}
+
+impl Drain {
+    /// Streams a second, as the settings have it.
+    fn rate(&self, pace: &Pace) -> f64 {
+        self.streams as f64 / pace.drain_window.as_secs_f64()
+    }
+
+    fn per_second(&self, times: &[Micros]) -> PerSecond {
+        let meanwhile = |time: &&Micros| (self.began..self.ended).contains(*time);
+        PerSecond::of(&times.iter().filter(meanwhile).copied().collect::<Vec<_>>())
+    }
+}
+
+pub(super) struct Phase {
+    pub(super) name: &'static str,
+    pub(super) began: Micros,
+    pub(super) ended: Micros,
+    pub(super) status: Status,
+    pub(super) report: Report,
+    pub(super) drains: Vec<Drain>,
+    pub(super) costs: SiteCosts,
+    pub(super) most_memory: u64,
+}
+
+impl Phase {
+    pub(super) fn say(&self, posted: &Posted, begin: Micros, pace: &Pace) {
+        let report = &self.report;
+        heading(format_args!("  {}: {:.0} s", self.name, (self.ended - self.began) as f64 / 1e6));
+        figure("from commit to arrival, all events", Percentiles::of(report.delays.clone()));
+        figure("the longest of each stream", Percentiles::of(report.longest_delays.clone()));
+        let ended: Vec<_> =
+            self.status.ended.iter().map(|(reason, times)| format!("{times} {reason}")).collect();
+        figure("connections that ended", if ended.is_empty() { "none".into() } else { ended.join(", ") });
+        if !report.away.is_empty() {
+            figure("away, from an end to `ready`", Percentiles::of(report.away.clone()));
+            figure("reconnects a second", PerSecond::of(&report.begun_at));
+        }
+        for drain in &self.drains {
+            let what = format!("drained: {} streams, {:.0}/s", count(drain.streams), drain.rate(pace));
+            figure(&what, format_args!("parted a second: {}", drain.per_second(&report.ended_at)));
+            figure(&what, format_args!("came back a second: {}", drain.per_second(&report.begun_at)));
+        }
+        let within = |time: &Micros| (self.began..self.ended).contains(&(begin + time));
+        let latencies = posted.dues.iter().zip(&posted.latencies).filter(|(due, _)| within(due));
+        let latencies: Vec<u32> = latencies.map(|(_, latency)| *latency).collect();
+        let messages = count(latencies.len() as u64);
+        figure(
+            "POST, from due to the 201",
+            format_args!("{}; {messages} messages", Percentiles::of(latencies)),
+        );
+        let mut failures = BTreeMap::<&str, usize>::new();
+        for (_, failure) in posted.failures.iter().filter(|(time, _)| within(time)) {
+            *failures.entry(failure).or_default() += 1;
+        }
+        for (failure, times) in failures {
+            figure(format_args!("POST tried in vain {times} times"), failure);
+        }
+        self.costs.services.say();
+        figure("CPU seconds of nginx", format_args!("{:.2}", self.costs.nginx.seconds()));
+        figure("PSS of a gateway, at most", megabytes(self.most_memory));
+    }
+
+    /// Reconnects are a trickle when it was in our hands, and never more than is let in.
+    pub(super) fn judge(&self, pace: &Pace) -> anyhow::Result<()> {
+        let most = PerSecond::of(&self.report.begun_at).max;
+        anyhow::ensure!(most < ACCEPT_RATE, "{}: {most} reconnects in one second", self.name);
+        for drain in self.drains.iter().filter(|_| pace.keeps_to_rates) {
+            let rate = drain.rate(pace);
+            for times in [&self.report.ended_at, &self.report.begun_at] {
+                let seen = drain.per_second(times);
+                anyhow::ensure!(
+                    seen.keeps_to(rate),
+                    "drained at {rate:.0} a second by the settings, and seen were {seen}"
+                );
+            }
+        }
+        Ok(())
+    }
+}
+
+/// How many of some moments fall within a second.
+struct PerSecond {
+    p50: usize,
+    p99: usize,
+    max: usize,
+}
+
+impl PerSecond {
+    /// Over all seconds from the first of these moments, which are in order, to the last.
+    fn of(times: &[Micros]) -> Self {
+        const GRAIN: usize = 50_000;
+        const SECOND: Micros = 1_000_000;
+        let in_second_from = |from: Micros| {
+            times.partition_point(|time| *time < from + SECOND) - times.partition_point(|time| *time < from)
+        };
+        let (first, last) = (times.first().copied().unwrap_or(0), times.last().copied().unwrap_or(0));
+        let begins = (first..=last.saturating_sub(SECOND).max(first)).step_by(GRAIN);
+        let mut counts: Vec<usize> = begins.map(in_second_from).collect();
+        counts.sort_unstable();
+        let at = |hundredths: usize| counts[(counts.len() - 1) * hundredths / 100];
+        Self { p50: at(50), p99: at(99), max: times.iter().copied().map(in_second_from).max().unwrap_or(0) }
+    }
+}
+
+impl PerSecond {
+    /// They part in steps and come back at random, so no second has exactly its share.
+    fn keeps_to(&self, rate: f64) -> bool {
+        self.p50 as f64 <= 1.1 * rate + 5.0 && self.max as f64 <= 1.6 * rate + 10.0
+    }
+}
+
+impl Display for PerSecond {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { p50, p99, max } = self;
+        write!(f, "p50 {p50}, p99 {p99}, max {max}")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_second_may_begin_at_any_moment() {
+        let all = |times: &[Micros]| {
+            let PerSecond { p50, p99, max } = PerSecond::of(times);
+            (p50, p99, max)
+        };
+        assert_eq!(all(&[]), (0, 0, 0));
+        assert_eq!(all(&[7]), (1, 1, 1));
+        assert_eq!(all(&[0, 600_000, 900_000, 1_500_000, 1_599_999, 1_600_000, 9_000_000]).2, 4);
+        let steady: Vec<Micros> = (0..1_000).map(|number| number * 100_000).collect();
+        assert_eq!(all(&steady), (10, 10, 10));
+        assert!(PerSecond::of(&steady).keeps_to(10.0));
+        let all_at_once: Vec<Micros> = (0..1_000).collect();
+        assert!(!PerSecond::of(&all_at_once).keeps_to(33.0));
+        let twice_as_fast = PerSecond::of(&steady.iter().map(|time| time / 2).collect::<Vec<_>>());
+        assert!(!twice_as_fast.keeps_to(10.0));
+    }
+}

@@ -1,0 +1,236 @@
+//! The processes of a deployment, and what happens to them: replaced in order as a rollout does it, or killed and started again.
+
+use std::{net::Ipv4Addr, thread::sleep, time::Duration};
+
+use super::{
+    Pace,
+    phase::{Drain, Phase, SiteCosts},
+};
+use crate::{
+    clock::now,
+    load::{Order, Streams},
+    nginx::{Nginx, Replicas},
+    report::progress,
+    scenarios::{Costs, PATIENCE},
+    service::Service,
+    usage::Cpu,
+    world::World,
+};
+
+const APIS: u8 = 2;
+const GATEWAYS: u8 = 3;
+const PROXIES: &str = "127.0.0.0/8";
+
+/// Everything that runs, each process with an address of its own as pods have: a port that is only for a moment nobody's cannot
+/// be taken by a connection that goes out.
+pub(super) struct Site<'a> {
+    world: &'a World,
+    pace: &'a Pace,
+    apis: Vec<Service>,
+    gateways: Vec<Service>,
+    pub(super) nginx: Nginx,
+    pub(super) streams: Streams,
+    everybody: usize,
+    /// Those that have ended, what they had used, and what drains there were.
+    pub(super) past: Vec<Service>,
+    spent_by_apis: Cpu,
+    spent_by_gateways: Cpu,
+    drains: Vec<Drain>,
+    most_memory: u64,
+}
+
+#[derive(Clone, Copy)]
+enum Kind {
+    Api,
+    Gateway,
+}
+
+impl<'a> Site<'a> {
+    pub(super) fn open(world: &'a World, pace: &'a Pace, everybody: usize) -> anyhow::Result<Self> {
+        let network: [u8; 2] = [rand::random_range(1..255), rand::random_range(1..255)];
+        let at = |host: u8| Ipv4Addr::new(127, network[0], network[1], host);
+        let api_hosts: Vec<_> = (0..APIS).map(|number| at(10 + number)).collect();
+        let gateway_hosts: Vec<_> = (0..GATEWAYS).map(|number| at(20 + number)).collect();
+        let on = |hosts: &[Ipv4Addr], port: u16| hosts.iter().map(|host| (*host, port).into()).collect();
+        let replicas = Replicas {
+            public: on(&api_hosts, 8080),
+            internal: on(&api_hosts, 8081),
+            gateways: on(&gateway_hosts, 8090),
+        };
+        let nginx = Nginx::start(world.folder.path(), at(1), replicas)?;
+        let api = |host: &Ipv4Addr| {
+            let plan =
+                world.api()?.env("TRUSTED_PROXIES", PROXIES).env("LISTEN", format_args!("{host}:8080"));
+            let plan = plan.env("INTERNAL_LISTEN", format_args!("{host}:8081"));
+            plan.env("SHUTDOWN_WAIT_SECONDS", pace.api_wait.as_secs()).start()
+        };
+        let gateway = |host: &Ipv4Addr| {
+            let plan = world.gateway_asking(nginx.internal())?.env("TRUSTED_PROXIES", PROXIES);
+            let plan = plan.env("LISTEN", format_args!("{host}:8090"));
+            let plan = plan.env("DRAIN_WAIT_SECONDS", pace.drain_wait.as_secs());
+            plan.env("DRAIN_WINDOW_SECONDS", pace.drain_window.as_secs()).start()
+        };
+        Ok(Self {
+            world,
+            pace,
+            apis: api_hosts.iter().map(api).collect::<anyhow::Result<_>>()?,
+            gateways: gateway_hosts.iter().map(gateway).collect::<anyhow::Result<_>>()?,
+            nginx,
+            streams: Streams::start()?,
+            everybody,
+            past: Vec::new(),
+            spent_by_apis: Cpu(Duration::ZERO),
+            spent_by_gateways: Cpu(Duration::ZERO),
+            drains: Vec::new(),
+            most_memory: 0,
+        })
+    }
+
+    pub(super) fn services(&self) -> impl Iterator<Item = &Service> {
+        self.apis.iter().chain(&self.gateways)
+    }
+
+    fn of(&mut self, kind: Kind) -> &mut Vec<Service> {
+        match kind {
+            Kind::Api => &mut self.apis,
+            Kind::Gateway => &mut self.gateways,
+        }
+    }
+
+    /// Until everybody is back, and a moment longer for what they are told then.
+    pub(super) fn phase(
+        &mut self,
+        name: &'static str,
+        happens: impl FnOnce(&mut Self) -> anyhow::Result<()>,
+    ) -> anyhow::Result<Phase> {
+        progress(name);
+        let began = now();
+        self.streams.order(&Order::Measure { since: began })?;
+        let costs = self.costs()?;
+        self.most_memory = 0;
+        happens(self)?;
+        let everybody = self.everybody;
+        self.streams.until("all are back", PATIENCE, |status| status.ready == everybody)?;
+        sleep(self.pace.pause);
+        self.look_at_memory()?;
+        Ok(Phase {
+            name,
+            began,
+            ended: now(),
+            status: self.streams.status()?,
+            report: self.streams.report()?,
+            drains: std::mem::take(&mut self.drains),
+            costs: self.costs()?.since(&costs),
+            most_memory: self.most_memory,
+        })
+    }
+
+    pub(super) fn roll(&mut self) -> anyhow::Result<()> {
+        for number in 0..self.gateways.len() {
+            let began = now();
+            let streams = self.gateways[number].metric("gateway_streams", "")?;
+            self.replace_in_order(Kind::Gateway, number)?;
+            sleep(self.pace.pause);
+            self.drains.push(Drain { streams, began, ended: now() });
+        }
+        for number in 0..self.apis.len() {
+            self.replace_in_order(Kind::Api, number)?;
+            sleep(self.pace.pause);
+        }
+        Ok(())
+    }
+
+    pub(super) fn kill_each(&mut self) -> anyhow::Result<()> {
+        for (kind, many) in [(Kind::Gateway, self.gateways.len()), (Kind::Api, self.apis.len())] {
+            for number in 0..many {
+                self.kill(kind, number)?;
+                sleep(self.pace.down);
+                self.start_again(kind, number)?;
+                sleep(self.pace.pause);
+            }
+        }
+        Ok(())
+    }
+
+    pub(super) fn kill_all(&mut self) -> anyhow::Result<()> {
+        let everyone = [(Kind::Gateway, self.gateways.len()), (Kind::Api, self.apis.len())];
+        let everyone =
+            everyone.into_iter().flat_map(|(kind, many)| (0..many).map(move |number| (kind, number)));
+        for (kind, number) in everyone.clone() {
+            self.kill(kind, number)?;
+        }
+        sleep(self.pace.down);
+        // api first: a gateway is ready when it has its keys.
+        everyone.rev().try_for_each(|(kind, number)| self.start_again(kind, number))
+    }
+
+    /// As a rollout without a spare one does it: SIGTERM, and the proxy is told at the same moment.
+    fn replace_in_order(&mut self, kind: Kind, number: usize) -> anyhow::Result<()> {
+        self.look_at_memory()?;
+        let service = &mut self.of(kind)[number];
+        let host = service.host()?;
+        service.terminate();
+        self.nginx.leave_out(&[host])?;
+        let service = &mut self.of(kind)[number];
+        let mut cpu = service.cpu()?;
+        let status = loop {
+            if let Some(status) = service.ended() {
+                break status;
+            }
+            // What it used last cannot be read any more when it has ended.
+            cpu = service.cpu().unwrap_or(cpu);
+            sleep(Duration::from_millis(20));
+        };
+        anyhow::ensure!(status.success(), "ended with {status}: {:?}", service.complaints());
+        self.spend(kind, cpu);
+        self.start_again(kind, number)?;
+        self.nginx.leave_out(&[])
+    }
+
+    fn kill(&mut self, kind: Kind, number: usize) -> anyhow::Result<()> {
+        let service = &mut self.of(kind)[number];
+        let cpu = service.cpu()?;
+        service.kill();
+        self.spend(kind, cpu);
+        Ok(())
+    }
+
+    fn start_again(&mut self, kind: Kind, number: usize) -> anyhow::Result<()> {
+        let service = &mut self.of(kind)[number];
+        let started = service.start_again()?;
+        let ended = std::mem::replace(service, started);
+        self.past.push(ended);
+        Ok(())
+    }
+
+    fn spend(&mut self, kind: Kind, cpu: Cpu) {
+        let spent = match kind {
+            Kind::Api => &mut self.spent_by_apis,
+            Kind::Gateway => &mut self.spent_by_gateways,
+        };
+        spent.0 += cpu.0;
+    }
+
+    fn look_at_memory(&mut self) -> anyhow::Result<()> {
+        for gateway in &self.gateways {
+            self.most_memory = self.most_memory.max(gateway.memory()?.pss);
+        }
+        Ok(())
+    }
+
+    fn costs(&self) -> anyhow::Result<SiteCosts> {
+        let sum = |services: &[Service], spent: Cpu| {
+            services.iter().try_fold(spent, |sum, service| anyhow::Ok(Cpu(sum.0 + service.cpu()?.0)))
+        };
+        Ok(SiteCosts {
+            services: Costs {
+                gateway: sum(&self.gateways, self.spent_by_gateways)?,
+                api: sum(&self.apis, self.spent_by_apis)?,
+                postgres: self.world.postgres_cpu()?,
+                redis: self.world.redis_cpu()?,
+                load: self.streams.cpu()?,
+            },
+            nginx: self.nginx.cpu()?,
+        })
+    }
+}
