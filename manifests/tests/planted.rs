@@ -427,6 +427,11 @@ fn a_value_that_the_service_would_refuse() {
         url,
         "Deployment/stream-gateway: REDIS_URL is not what it is for Deployment/api",
     );
+    gateway(
+        "env/REDIS_URL/value",
+        json!("rediss://one:$(REDIS_PASSWORD)@redis.example.com:6379,redis://two:6379"),
+        "Deployment/stream-gateway: REDIS_URL leads out of the cluster without TLS",
+    );
 }
 
 #[test]

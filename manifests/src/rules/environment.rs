@@ -57,6 +57,17 @@ pub fn what_must_be_set_is_set(installation: &Installation) -> Vec<String> {
     findings
 }
 
+/// Each service may have a user of its own at the same server.
+fn without_users(urls: &str) -> String {
+    let url = |url: &str| match url.split_once("://") {
+        Some((scheme, rest)) => {
+            format!("{scheme}://{}", rest.rsplit_once('@').map_or(rest, |(_, rest)| rest))
+        }
+        None => url.to_owned(),
+    };
+    urls.split(',').map(url).collect::<Vec<_>>().join(",")
+}
+
 /// Numbers, switches, and what holds between settings; the binaries say the rest by `check-config`.
 pub fn values_can_be_read(installation: &Installation) -> Vec<String> {
     let mut findings = Vec::new();
@@ -76,9 +87,19 @@ pub fn values_can_be_read(installation: &Installation) -> Vec<String> {
                 findings.push(format!("{id}: DEV_LOGIN lets anybody in, and ORIGIN is not a loopback host"));
             }
             // Both services must agree on these, and one who reads only one of them would not see it.
-            if ["ORIGIN", "ALLOWED_ORIGINS", "TRUSTED_PROXIES", "CHANNEL_PREFIX", "RATE_LIMITS", "REDIS_URL"]
-                .contains(&name.as_str())
+            if [
+                "ORIGIN",
+                "ALLOWED_ORIGINS",
+                "TRUSTED_PROXIES",
+                "CHANNEL_PREFIX",
+                "RATE_LIMITS",
+                "REDIS_URL",
+                "REDIS_TOPOLOGY",
+                "REDIS_SENTINELS",
+            ]
+            .contains(&name.as_str())
             {
+                let value = without_users(&value);
                 let first = shared.entry(name.clone()).or_insert_with(|| (id.clone(), value.clone()));
                 if first.1 != value {
                     findings.push(format!("{id}: {name} is not what it is for {}", first.0));
@@ -88,13 +109,20 @@ pub fn values_can_be_read(installation: &Installation) -> Vec<String> {
         for (name, plain, safe) in
             [("DATABASE_URL", "postgres", "sslmode=verify-full"), ("REDIS_URL", "redis", "rediss://")]
         {
-            let Some(url) = container.value(name) else { continue };
-            let Some((_, host, _)) = address(&url).filter(|(scheme, ..)| scheme.starts_with(plain)) else {
-                findings.push(format!("{id}: {name} must have the form {plain}://…@host:port…"));
-                continue;
-            };
-            if installation.set.find("Service", host).is_none() && !url.contains(safe) {
-                findings.push(format!("{id}: {name} leads out of the cluster without TLS ({safe})"));
+            let Some(urls) = container.value(name) else { continue };
+            let by_sentinels = container.value("REDIS_TOPOLOGY").is_some_and(|kind| kind == "sentinel");
+            for url in urls.split(',') {
+                // What sentinels call the server has no port.
+                let port = if name == "REDIS_URL" && by_sentinels { ":0" } else { "" };
+                let url = format!("{}{port}", url.trim());
+                let Some((_, host, _)) = address(&url).filter(|(scheme, ..)| scheme.starts_with(plain))
+                else {
+                    findings.push(format!("{id}: {name} must have the form {plain}://…@host:port…"));
+                    continue;
+                };
+                if installation.set.find("Service", host).is_none() && !url.contains(safe) {
+                    findings.push(format!("{id}: {name} leads out of the cluster without TLS ({safe})"));
+                }
             }
         }
     }

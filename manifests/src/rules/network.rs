@@ -93,20 +93,28 @@ fn needed(installation: &Installation) -> BTreeSet<Flow> {
         if let Some(port) = port_of(&container, "OPS_LISTEN") {
             add(&pod, Way::Into, PROMETHEUS, &port);
         }
-        for (name, usual) in [("API_INTERNAL_URL", 80), ("DATABASE_URL", 5432), ("REDIS_URL", 6379)] {
-            let Some(url) = container.value(name) else { continue };
-            for port in ["53/UDP", "53"] {
-                add(&pod, Way::OutOf, DNS, port);
-            }
-            let (_, host, port) = address(&url).unwrap_or(("", "", usual));
-            match installation.set.find("Service", host) {
-                Some(service) => {
-                    for (target, port) in installation.set.targets(service, &port.into()) {
-                        add(&pod, Way::OutOf, &named(target.name()), &port.to_string());
-                        add(&target, Way::Into, &named(pod.name()), &port.to_string());
-                    }
+        for (name, usual) in [
+            ("API_INTERNAL_URL", 80),
+            ("DATABASE_URL", 5432),
+            ("REDIS_URL", 6379),
+            ("REDIS_SENTINELS", 26_379),
+        ] {
+            let urls = container.value(name).filter(|urls| !urls.is_empty());
+            // A cluster's nodes, and sentinels, are several.
+            for url in urls.iter().flat_map(|urls| urls.split(',')) {
+                for port in ["53/UDP", "53"] {
+                    add(&pod, Way::OutOf, DNS, port);
                 }
-                None => add(&pod, Way::OutOf, OUTSIDE, &port.to_string()),
+                let (_, host, port) = address(url.trim()).unwrap_or(("", "", usual));
+                match installation.set.find("Service", host) {
+                    Some(service) => {
+                        for (target, port) in installation.set.targets(service, &port.into()) {
+                            add(&pod, Way::OutOf, &named(target.name()), &port.to_string());
+                            add(&target, Way::Into, &named(pod.name()), &port.to_string());
+                        }
+                    }
+                    None => add(&pod, Way::OutOf, OUTSIDE, &port.to_string()),
+                }
             }
         }
         if LOGINS.iter().any(|name| container.value(name).is_some_and(|value| !value.is_empty())) {

@@ -106,11 +106,7 @@ impl Cluster {
         wait("the replica follows", || {
             replica.command(&["CLUSTER", "REPLICATE", &id]).is_ok_and(|answer| answer == "+OK")
         });
-        wait("the replica is in step", || {
-            replica
-                .command(&["INFO", "replication"])
-                .is_ok_and(|info| info.contains("role:slave") && info.contains("master_link_status:up"))
-        });
+        wait("the replica is in step", || is_in_step(replica));
         wait("all know of the replica", || {
             let known = |node: &Redis| {
                 node.command(&["CLUSTER", "NODES"])
@@ -151,13 +147,6 @@ fn wait(what: &str, mut is: impl FnMut() -> bool) {
     }
 }
 
-fn follow(replica: &Redis, server: &Redis) {
-    replica.tell(&["REPLICAOF", "127.0.0.1", &server.address().port().to_string()]);
-    wait("the replica is in step", || {
-        replica.command(&["INFO", "replication"]).is_ok_and(|info| info.contains("master_link_status:up"))
-    });
-}
-
 /// A server, its replica, and three sentinels who watch over them: they make the replica the server when it is gone for half a second.
 pub struct Watched {
     pub servers: [Redis; 2],
@@ -169,8 +158,9 @@ impl Watched {
 
     pub fn start() -> Self {
         let servers = [Redis::start(), Redis::start()];
-        follow(&servers[1], &servers[0]);
-        let port = servers[0].address().port();
+        let port = servers[0].address().port().to_string();
+        servers[1].tell(&["REPLICAOF", "127.0.0.1", &port]);
+        wait("the replica is in step", || is_in_step(&servers[1]));
         let sentinel = || {
             Redis::start_with(|folder| {
                 let file = folder.join("sentinel.conf");
@@ -207,16 +197,7 @@ impl Watched {
 
     /// Which of the two takes itself for the server that sentinels name, and is named by all of them.
     pub fn leader(&self) -> Option<usize> {
-        let named: Vec<_> = self
-            .sentinels
-            .iter()
-            .map(|sentinel| {
-                let info = sentinel.command(&["INFO", "sentinel"]).ok()?;
-                let line = info.lines().find(|line| line.starts_with("master0:"))?;
-                let address = line.split(',').find_map(|part| part.strip_prefix("address="))?;
-                self.servers.iter().position(|server| server.address().to_string() == address)
-            })
-            .collect();
+        let named: Vec<_> = self.sentinels.iter().map(|sentinel| self.named_by(sentinel)).collect();
         let first = (*named.first()?)?;
         let leads = |server: &Redis| {
             server.command(&["INFO", "replication"]).is_ok_and(|info| info.contains("role:master"))
@@ -224,22 +205,31 @@ impl Watched {
         (named.iter().all(|named| *named == Some(first)) && leads(&self.servers[first])).then_some(first)
     }
 
+    fn named_by(&self, sentinel: &Redis) -> Option<usize> {
+        let info = sentinel.command(&["INFO", "sentinel"]).ok()?;
+        let line = info.lines().find(|line| line.starts_with("master0:"))?;
+        let address = line.split(',').find_map(|part| part.strip_prefix("address="))?;
+        self.servers.iter().position(|server| server.address().to_string() == address)
+    }
+
     pub fn until_leader(&self, leader: usize) {
         wait("the sentinels have made it the server", || self.leader() == Some(leader));
     }
 
-    /// This one is a replica of the other from now on; sentinels would see to it, after some ten seconds.
-    pub fn follow(&self, replica: usize) {
-        follow(&self.servers[replica], &self.servers[1 - replica]);
-    }
-
-    /// Asks the sentinels to make this one the server, which they do when they have seen that it follows.
+    /// Asks the sentinels to make this one the server, until it is and the other follows it.
     pub fn hand_over(&self, to: usize) {
-        let deadline = Instant::now() + PATIENCE;
-        while self.leader() != Some(to) {
-            assert!(Instant::now() < deadline, "the sentinels do not hand over");
-            let _ = self.sentinels[0].command(&["SENTINEL", "FAILOVER", Self::NAME]);
-            sleep(Duration::from_millis(500));
-        }
+        wait("the sentinels hand over", || {
+            if self.named_by(&self.sentinels[0]) != Some(to) {
+                // Refused while it is being done.
+                let _ = self.sentinels[0].command(&["SENTINEL", "FAILOVER", Self::NAME]);
+                sleep(Duration::from_millis(200));
+            }
+            self.leader() == Some(to)
+        });
+        wait("the other follows", || is_in_step(&self.servers[1 - to]));
     }
+}
+
+fn is_in_step(replica: &Redis) -> bool {
+    replica.command(&["INFO", "replication"]).is_ok_and(|info| info.contains("master_link_status:up"))
 }
