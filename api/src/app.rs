@@ -10,6 +10,7 @@ use shared::{
     ops,
     origins::Origins,
     server::{self, Limits},
+    traces::{self, Tracer},
 };
 use sqlx::{Connection, PgConnection, postgres::PgConnectOptions};
 use tokio::{net::TcpListener, time::timeout};
@@ -141,7 +142,10 @@ pub async fn run(config: Config, listeners: Listeners, stop: CancellationToken) 
         config.limits.patience,
         metrics.limits.clone(),
     );
-    let (publisher, worker) = publisher(config.redis, config.channels, metrics.clone());
+    let (tracer, exporter) =
+        traces::start(config.traces, "messenger-api", env!("CARGO_PKG_VERSION"), metrics.traces.clone())
+            .context("cannot read whom this machine trusts (SSL_CERT_FILE, ca-certificates)")?;
+    let (publisher, worker) = publisher(config.redis, config.channels, tracer.clone(), metrics.clone());
     let used = LastUsed::default();
     let providers = oauth::providers(config.providers, &config.origin, config.provider_time_limit)
         .context("cannot read whom this machine trusts (SSL_CERT_FILE, ca-certificates)")?;
@@ -159,7 +163,7 @@ pub async fn run(config: Config, listeners: Listeners, stop: CancellationToken) 
     let origins = Arc::new(Origins::new(config.origin, config.allowed_origins));
     let auth = Auth::new(config.keys, origins.clone(), config.lifetimes, used.clone());
     let api = Arc::new(Api {
-        context: Context::new(database.clone(), publisher),
+        context: Context::new(database.clone(), publisher, tracer.clone()),
         auth: auth.with_foreign(foreign.clone(), database.clone()),
         limits: http::limits::Limits::new(limiter, &config.limits),
         foreign: foreign.clone(),
@@ -171,6 +175,7 @@ pub async fn run(config: Config, listeners: Listeners, stop: CancellationToken) 
     // Each is stopped after those that need it.
     let stop_serving = CancellationToken::new();
     let stop_publishing = CancellationToken::new();
+    let stop_tracing = CancellationToken::new();
 
     let watching =
         readiness::watch(config.database, database.clone(), metrics.clone(), judgement, stop.clone());
@@ -181,13 +186,14 @@ pub async fn run(config: Config, listeners: Listeners, stop: CancellationToken) 
     let following = foreign.map(|foreign| tokio::spawn(foreign.follow(stop.clone())));
     let publishing = tokio::spawn(worker.run(stop_publishing.clone()));
     let counting = tokio::spawn(counting.run(stop_serving.clone()));
+    let exporting = tokio::spawn(exporter.run(stop_tracing.clone()));
 
     let routes = Cors::new(warp::service(http::public(&api)), origins);
-    let service = Edge::new(routes, config.trusted_proxies, metrics.clone());
+    let service = Edge::new(routes, config.trusted_proxies, tracer, metrics.clone());
     let public = tokio::spawn(server::serve(listeners.public, service, limits, stop_serving.clone()));
-    // Gateways ask without a proxy between.
+    // Gateways ask without a proxy between, and their questions belong to nobody's trace.
     let routes = warp::service(http::internal(&api));
-    let service = Edge::new(routes, TrustedProxies::default(), metrics.clone());
+    let service = Edge::new(routes, TrustedProxies::default(), Tracer::default(), metrics.clone());
     let internal = server::serve(listeners.internal, service, limits, stop_serving.clone());
     let internal = tokio::spawn(internal);
     drop(api);
@@ -208,6 +214,9 @@ pub async fn run(config: Config, listeners: Listeners, stop: CancellationToken) 
     if timeout(FLUSH_TIMEOUT, publishing).await.is_err() {
         tracing::warn!("Redis did not take the last events in time");
     }
+    stop_tracing.cancel();
+    // A collector that takes no more costs the last spans.
+    let _ = timeout(traces::LAST_SPANS, exporting).await;
     pruning.await.context("the pruner failed")?;
     noting.await.context("noting the use of sessions failed")?;
     if let Some(following) = following {

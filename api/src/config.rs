@@ -13,6 +13,7 @@ use shared::{
     healthcheck::Probe,
     limiter::{self, Limit},
     telemetry::LogFormat,
+    traces,
 };
 use sqlx::postgres::PgConnectOptions;
 use tracing_subscriber::EnvFilter;
@@ -195,6 +196,18 @@ pub struct Settings {
     /// `human` or `json`
     #[arg(long, env, global = true, default_value = "human", value_name = "FORMAT")]
     pub log_format: String,
+    /// Where traces go: an OTLP/HTTP collector, `http://host:4318`; `/v1/traces` is put behind it. None: nothing is traced
+    #[arg(long, env, global = true, hide_env_values = true, default_value = "", value_name = "URL")]
+    pub otel_exporter_otlp_endpoint: String,
+    /// What is sent to it besides: `name=value,name=value`, percent-encoded
+    #[arg(long, env, global = true, hide_env_values = true, default_value = "", value_name = "HEADERS")]
+    pub otel_exporter_otlp_headers: String,
+    /// Which part of the requests begin a trace, from 0 to 1, if their clients do not say whether they do
+    #[arg(long, env, global = true, default_value = "0.01", value_name = "RATIO")]
+    pub otel_traces_sampler_arg: String,
+    /// Traces that begin in a second, at most; and as many again that clients ask for by a `traceparent`
+    #[arg(long, env, global = true, default_value = "20", value_name = "NUMBER")]
+    pub traces_per_second: String,
 }
 
 /// How to log.
@@ -234,6 +247,7 @@ pub struct Config {
     pub limits: RateLimits,
     pub shutdown_wait: Duration,
     pub shutdown_grace: Duration,
+    pub traces: Option<traces::Settings>,
 }
 
 /// How often somebody may do what.
@@ -265,7 +279,7 @@ impl RateLimits {
     };
 }
 
-/// After the last request: what is left of an orderly end takes a moment.
+/// After the last request: what is left of an orderly end takes a moment; up to a second of it the last spans.
 const MARGIN: Duration = Duration::from_secs(3);
 
 const DAY: u64 = 24 * 60 * 60;
@@ -310,6 +324,13 @@ impl Settings {
             problems.seconds("TERMINATION_GRACE_SECONDS", &self.termination_grace_seconds, 0, 7_200);
         let parts = [("SHUTDOWN_WAIT_SECONDS", wait), ("SHUTDOWN_GRACE_SECONDS", grace)];
         problems.ends_in_time(until_killed, &parts, FLUSH_TIMEOUT + MARGIN);
+        let texts = traces::Texts {
+            endpoint: &self.otel_exporter_otlp_endpoint,
+            headers: &self.otel_exporter_otlp_headers,
+            ratio: Some(&self.otel_traces_sampler_arg),
+            per_second: &self.traces_per_second,
+        };
+        let traces = traces::Settings::read(&mut problems, &texts);
         let channels = Channels::new(self.channel_prefix.clone());
         problems.finish(|| {
             let config = Config {
@@ -332,6 +353,7 @@ impl Settings {
                 limits: limits?,
                 shutdown_wait: wait?,
                 shutdown_grace: grace?,
+                traces: traces?,
             };
             Some((config, Addresses { public: public?, internal: internal?, ops: ops? }, logging?))
         })

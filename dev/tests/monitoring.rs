@@ -17,12 +17,12 @@ fn quoted_after<'a>(text: &'a str, before: &'a str) -> impl Iterator<Item = &'a 
 /// Names without the endings that a metric's type gives them.
 fn declared() -> BTreeSet<String> {
     let mut names = BTreeSet::new();
-    let limiter = read("shared/src/limiter.rs");
+    let shared = read("shared/src/limiter.rs") + &read("shared/src/traces.rs");
     for (prefix, source) in
         [("api", read("api/src/metrics.rs")), ("gateway", read("stream-gateway/src/metrics.rs"))]
     {
         let own = quoted_after(&source, ".register(");
-        names.extend(own.chain(quoted_after(&limiter, ".register(")).map(|name| format!("{prefix}_{name}")));
+        names.extend(own.chain(quoted_after(&shared, ".register(")).map(|name| format!("{prefix}_{name}")));
         for (name, call) in
             quoted_after(&source, ".register_with_unit(").zip(source.split(".register_with_unit(").skip(1))
         {

@@ -134,7 +134,7 @@ pub struct Browser {
 impl Browser {
     /// Waits for its turn first: make the browser before anything else, and let it be dropped last.
     pub async fn launch() -> Self {
-        let program = settings::program("DEV_CHROMIUM", "Chromium", "chromium");
+        let program = settings::program("DEV_CHROMIUM", "Chromium", "Debian: apt install chromium");
         let slot = slot().await;
         let folder = tempfile::Builder::new().prefix("test-browser-").tempdir().expect("a temporary folder");
         let scripts = Path::new(env!("CARGO_MANIFEST_DIR")).join("browser");

@@ -2,6 +2,7 @@
 //! test, a real browser and a real nginx, and the comparison of what a browser saw with what the feed says. The promises themselves are in `tests/it`.
 
 pub mod browser;
+pub mod collector;
 pub mod ledger;
 pub mod nginx;
 pub mod service;
@@ -9,6 +10,7 @@ mod settings;
 pub mod world;
 
 pub use browser::Browser;
+pub use collector::Collector;
 pub use nginx::Front;
 pub use service::Service;
 pub use settings::program;

@@ -108,7 +108,7 @@ impl Nginx {
 
 /// One process, which dies with the test: workers would outlive a master that is killed.
 fn start(folder: &Path, log: &Arc<Log>) -> Process {
-    let mut command = Command::new(settings::program("DEV_NGINX", "nginx", "nginx"));
+    let mut command = Command::new(settings::program("DEV_NGINX", "nginx", "Debian: apt install nginx"));
     command.arg("-p").arg(folder).arg("-c").arg(folder.join("nginx.conf")).args(["-e", "stderr"]);
     command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
     let mut process = Process::start(&mut command).expect("nginx can be started");

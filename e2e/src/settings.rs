@@ -13,11 +13,11 @@ pub(crate) fn server(name: &str) -> String {
 }
 
 /// A program that the suite starts itself. `cargo dev test` finds or installs it.
-pub fn program(name: &str, what: &str, debian_package: &str) -> PathBuf {
+pub fn program(name: &str, what: &str, how: &str) -> PathBuf {
     let value = setting(name);
     assert!(
         !value.is_empty(),
-        "{name} is not set: install {what} (Debian: apt install {debian_package}) and run the suite by `cargo dev test`"
+        "{name} is not set: install {what} ({how}) and run the suite by `cargo dev test`"
     );
     value.into()
 }

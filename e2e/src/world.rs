@@ -266,6 +266,17 @@ impl World {
         self.tokens.lock().expect("no holder panics").push(token.to_owned());
     }
 
+    /// What a service told somebody holds no token, no secret and no message's text.
+    pub fn assert_discreet(&self, whom: &str, told: &str) {
+        assert!(!told.contains(WHISPER), "a message's text in {whom}: {told}");
+        assert!(!told.contains(&self.internal_secret), "the internal secret in {whom}");
+        // However it was come by: the beginning of every JWT, and of a cookie.
+        let begins = ["eyJ", "session="].iter().any(|begin| told.contains(begin));
+        assert!(!begins, "a token or a cookie in {whom}: {told}");
+        let tokens = self.tokens.lock().expect("no holder panics");
+        assert!(!tokens.iter().any(|token| told.contains(token)), "a token in {whom}: {told}");
+    }
+
     /// The claims of a token that `api` made.
     pub fn claims(&self, user: &User) -> Claims {
         self.signing
@@ -426,27 +437,10 @@ impl Drop for World {
             }
             return;
         }
-        let tokens = std::mem::take(&mut *self.tokens.lock().expect("no holder panics"));
         for log in &logs {
             for line in log.lines().iter() {
                 assert!(!line.contains("panicked"), "{}: {line}", log.name);
-                assert!(!line.contains(WHISPER), "a message's text in the log of {}: {line}", log.name);
-                assert!(
-                    !line.contains(&self.internal_secret),
-                    "the internal secret in the log of {}",
-                    log.name
-                );
-                // However it was come by: the beginning of every JWT, and of a cookie.
-                assert!(
-                    !["eyJ", "session="].iter().any(|begin| line.contains(begin)),
-                    "a token or a cookie in the log of {}: {line}",
-                    log.name
-                );
-                assert!(
-                    !tokens.iter().any(|token| line.contains(token)),
-                    "a token in the log of {}: {line}",
-                    log.name
-                );
+                self.assert_discreet(&format!("the log of {}", log.name), line);
             }
         }
     }

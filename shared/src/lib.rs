@@ -20,9 +20,11 @@ pub mod lifecycle;
 pub mod limiter;
 pub mod ops;
 pub mod origins;
+pub mod outbound;
 pub mod problem;
 pub mod process_metrics;
 pub mod server;
 pub mod telemetry;
 #[cfg(feature = "test-support")]
 pub mod test_support;
+pub mod traces;

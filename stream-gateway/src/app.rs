@@ -18,6 +18,7 @@ use shared::{
     ops::{self, Readiness},
     origins::Origins,
     server::{self, Limits as ServerLimits},
+    traces,
 };
 use tokio::{
     net::TcpListener,
@@ -67,6 +68,11 @@ pub async fn run(config: Config, listeners: Listeners, stop: CancellationToken) 
     let metrics = Arc::new(Metrics::register(&mut registry));
     metrics.most_streams.set(config.admission.streams as i64);
     metrics.most_backlog_bytes.set(config.delivery.backlog_bytes as i64);
+    let (tracer, exporter) =
+        traces::start(config.traces, "stream-gateway", env!("CARGO_PKG_VERSION"), metrics.traces.clone())
+            .context("cannot read whom this machine trusts (SSL_CERT_FILE, ca-certificates)")?;
+    let stop_tracing = CancellationToken::new();
+    let exporting = tokio::spawn(exporter.run(stop_tracing.clone()));
     let api = Api::new(&config.api_internal_url, &config.internal_secret);
     let keys = Arc::new(Keys::new(config.origin.as_str(), api.clone(), metrics.clone()));
     let (identities, asking) = identities(api.clone());
@@ -77,8 +83,15 @@ pub async fn run(config: Config, listeners: Listeners, stop: CancellationToken) 
     let (commands_in, commands) = mpsc::channel(4);
 
     let inputs = Inputs { admissions, news, commands };
-    let mut engine =
-        engine::start(config.delivery, api, wishes.clone(), ended_sessions.clone(), metrics.clone(), inputs)?;
+    let mut engine = engine::start(
+        config.delivery,
+        api,
+        wishes.clone(),
+        ended_sessions.clone(),
+        tracer.clone(),
+        metrics.clone(),
+        inputs,
+    )?;
 
     let end = CancellationToken::new();
     let tasks = TaskTracker::new();
@@ -91,6 +104,7 @@ pub async fn run(config: Config, listeners: Listeners, stop: CancellationToken) 
         channels: config.channels.clone(),
         wishes,
         news: news_in,
+        tracer,
         metrics: metrics.clone(),
     };
     tasks.spawn(subscriber.run(end.clone()));
@@ -152,6 +166,9 @@ pub async fn run(config: Config, listeners: Listeners, stop: CancellationToken) 
     end.cancel();
     tasks.close();
     tasks.wait().await;
+    stop_tracing.cancel();
+    // A collector that takes no more costs the last spans.
+    let _ = timeout(traces::LAST_SPANS, exporting).await;
     Ok(())
 }
 

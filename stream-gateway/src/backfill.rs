@@ -30,6 +30,7 @@ use shared::{
         RangesRequest,
     },
     ids::{SessionId, UserId},
+    traces::Tracer,
 };
 use tokio::{
     runtime::Handle,
@@ -39,7 +40,8 @@ use tokio::{
 
 use crate::{
     frame::Event,
-    metrics::{Metrics, Question},
+    metrics::{Metrics, Question, Way},
+    traced,
 };
 
 /// How long a first question waits for others to share its request.
@@ -106,6 +108,8 @@ pub struct RangeQuestion<A> {
     pub after: Seq,
     /// Who gets the answer.
     pub asker: A,
+    /// By which way its events come to whoever gets them.
+    pub way: Way,
     /// The user's place in this process when the question was asked.
     pub asked_at: Option<Head>,
 }
@@ -162,6 +166,7 @@ pub struct Backfill<A> {
     api: Api,
     /// Requests and the parsing of answers run there, not where events are delivered.
     workers: Handle,
+    tracer: Tracer,
     metrics: Arc<Metrics>,
     ranges: VecDeque<RangeQuestion<A>>,
     heads: VecDeque<HeadQuestion>,
@@ -174,10 +179,11 @@ pub struct Backfill<A> {
 }
 
 impl<A: Copy + Send + 'static> Backfill<A> {
-    pub fn new(api: Api, workers: Handle, metrics: Arc<Metrics>) -> Self {
+    pub fn new(api: Api, workers: Handle, tracer: Tracer, metrics: Arc<Metrics>) -> Self {
         Self {
             api,
             workers,
+            tracer,
             metrics,
             ranges: VecDeque::new(),
             heads: VecDeque::new(),
@@ -257,7 +263,9 @@ impl<A: Copy + Send + 'static> Backfill<A> {
             let request = if !self.ranges.is_empty() {
                 let questions: Vec<_> = self.ranges.drain(..self.ranges.len().min(MAX_PAIRS)).collect();
                 self.count("ranges", questions.len());
-                self.workers.spawn(async move { (ask_ranges(&api, questions, &metrics).await, started) })
+                let tracer = self.tracer.clone();
+                self.workers
+                    .spawn(async move { (ask_ranges(&api, questions, &tracer, &metrics).await, started) })
             } else if !self.heads.is_empty() {
                 let questions: Vec<_> = self.heads.drain(..self.heads.len().min(MAX_PAIRS)).collect();
                 self.count("heads", questions.len());
@@ -298,6 +306,7 @@ impl<A: Copy + Send + 'static> Backfill<A> {
 async fn ask_ranges<A: Copy>(
     api: &Api,
     questions: Vec<RangeQuestion<A>>,
+    tracer: &Tracer,
     metrics: &Metrics,
 ) -> Result<Answers<A>, Failed<A>> {
     let pairs =
@@ -311,17 +320,17 @@ async fn ask_ranges<A: Copy>(
     });
     match answer {
         Ok(answer) => {
-            let answers = answer.ranges.into_iter().map(|mut range| {
+            let answers = questions.into_iter().zip(answer.ranges).map(|(question, mut range)| {
                 let possible = possible(&range);
                 if possible < range.events.len() {
                     tracing::error!(user.id = %range.user, after = range.after, "api answered a range that cannot be");
                     range.events.truncate(possible);
                     range.more = true;
                 }
-                let (events, whole) = encode(range.user, range.events, metrics);
-                RangeAnswer { head: range.head, events, more: range.more || !whole }
+                let (events, whole) = encode(range.user, range.events, question.way, tracer, metrics);
+                (question, RangeAnswer { head: range.head, events, more: range.more || !whole })
             });
-            Ok(Answers::Ranges(questions.into_iter().zip(answers).collect()))
+            Ok(Answers::Ranges(answers.collect()))
         }
         Err(error) => {
             tracing::warn!(
@@ -350,10 +359,16 @@ fn possible(range: &Range) -> usize {
 }
 
 /// Up to the first event that this build cannot pass on. A reader that needs it is told to reload.
-fn encode(user: UserId, envelopes: Vec<Envelope>, metrics: &Metrics) -> (Vec<Event>, bool) {
+fn encode(
+    user: UserId,
+    envelopes: Vec<Envelope>,
+    way: Way,
+    tracer: &Tracer,
+    metrics: &Metrics,
+) -> (Vec<Event>, bool) {
     let mut events = Vec::with_capacity(envelopes.len());
     for envelope in envelopes {
-        match Event::encode(&envelope) {
+        match traced::receive(tracer, user, &envelope, way) {
             Ok(event) => events.push(event),
             Err(error) => {
                 metrics.questions_failed.get_or_create(&Question { question: "encode" }).inc();

@@ -11,6 +11,7 @@ use shared::{
     healthcheck::Probe,
     limiter::{self, Limit},
     telemetry::LogFormat,
+    traces,
 };
 use tracing_subscriber::EnvFilter;
 
@@ -135,6 +136,15 @@ pub struct Settings {
     /// Seconds from SIGTERM until the platform kills the process (terminationGracePeriodSeconds); 0: not known. Draining must fit
     #[arg(long, env, global = true, hide_env_values = true, default_value = "0")]
     termination_grace_seconds: String,
+    /// Where traces go: an OTLP/HTTP collector, http://host:4318; /v1/traces is put behind it. None: nothing is traced
+    #[arg(long, env, global = true, hide_env_values = true, default_value = "")]
+    otel_exporter_otlp_endpoint: String,
+    /// What is sent to it besides: name=value,name=value, percent-encoded
+    #[arg(long, env, global = true, hide_env_values = true, default_value = "")]
+    otel_exporter_otlp_headers: String,
+    /// Events a second whose delivery is traced, at most. api says which belong to a trace
+    #[arg(long, env, global = true, hide_env_values = true, default_value = "20")]
+    traces_per_second: String,
 }
 
 /// The settings, checked.
@@ -156,6 +166,7 @@ pub struct Config {
     pub admission: Admission,
     pub opening: Opening,
     pub drain: Drain,
+    pub traces: Option<traces::Settings>,
 }
 
 /// What the delivery engine works by.
@@ -241,6 +252,13 @@ impl Settings {
         let grace = p.seconds("TERMINATION_GRACE_SECONDS", &self.termination_grace_seconds, 0, 7_200);
         let parts = [("DRAIN_WAIT_SECONDS", wait), ("DRAIN_WINDOW_SECONDS", window)];
         p.ends_in_time(grace, &parts, LAST_GOODBYES + MARGIN);
+        let texts = traces::Texts {
+            endpoint: &self.otel_exporter_otlp_endpoint,
+            headers: &self.otel_exporter_otlp_headers,
+            ratio: None,
+            per_second: &self.traces_per_second,
+        };
+        let traces = traces::Settings::read(&mut p, &texts);
         if let Some(streams) = streams {
             let needed = descriptors::needed(streams);
             if needed > open_files {
@@ -282,6 +300,7 @@ impl Settings {
                     patience: limiter::PATIENCE,
                 },
                 drain: Drain { wait: wait?, window: window? },
+                traces: traces?,
             })
         })
     }

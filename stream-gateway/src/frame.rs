@@ -3,7 +3,7 @@
 //! It promises that nothing from outside can add a line to a block: fields hold no CR, LF or NUL, whatever the envelope
 //! holds. An event is encoded once and shared by every connection.
 
-use std::{fmt::Write as _, time::SystemTime};
+use std::{fmt::Write as _, sync::Arc, time::SystemTime};
 
 use bytes::Bytes;
 use chrono::{DateTime, Utc};
@@ -15,7 +15,7 @@ use shared::{
 };
 use thiserror::Error;
 
-use crate::sequencer::Lost;
+use crate::{sequencer::Lost, traced::Traced};
 
 /// The largest envelope that is taken from Redis, in bytes. A message of 480 code points makes some 4 KiB at most.
 pub const MAX_ENVELOPE: usize = 16 * 1024;
@@ -46,6 +46,8 @@ pub struct Event {
     /// When it was made, in milliseconds since 1970, by the database's clock.
     pub created_at: i64,
     pub frame: Bytes,
+    /// None, mostly: its trace is not recorded.
+    pub traced: Option<Arc<Traced>>,
 }
 
 /// The envelope is of no form that this build may pass on.
@@ -77,7 +79,8 @@ impl Event {
         frame.extend(data.chars().map(|c| if matches!(c, '\r' | '\n') { ' ' } else { c }));
         frame.push_str("\n\n");
         let head = Head { epoch: envelope.epoch, seq: envelope.seq };
-        Ok(Self { head, created_at: envelope.created_at.timestamp_millis(), frame: frame.into() })
+        let created_at = envelope.created_at.timestamp_millis();
+        Ok(Self { head, created_at, frame: frame.into(), traced: None })
     }
 }
 

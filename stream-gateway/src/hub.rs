@@ -165,7 +165,7 @@ mod tests {
     }
 
     fn event(seq: Seq) -> Event {
-        Event { head: at(seq), created_at: 0, frame: Bytes::from(vec![b'x'; 100]) }
+        Event { head: at(seq), created_at: 0, frame: Bytes::from(vec![b'x'; 100]), traced: None }
     }
 
     fn after(ring: &Ring, seq: Seq) -> Option<Seq> {

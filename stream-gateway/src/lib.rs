@@ -20,3 +20,4 @@ mod limits;
 mod metrics;
 mod sequencer;
 mod subscriber;
+mod traced;

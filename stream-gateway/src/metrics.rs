@@ -10,7 +10,7 @@ use prometheus_client::{
     },
     registry::{Registry, Unit},
 };
-use shared::{limiter, process_metrics};
+use shared::{limiter, process_metrics, traces};
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub struct Reason {
@@ -20,6 +20,29 @@ pub struct Reason {
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub struct Path {
     pub path: &'static str,
+}
+
+/// By which way an event came here.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Way {
+    Redis,
+    /// From the feed, because Redis did not bring it.
+    Repair,
+    /// From the feed, for a stream that has missed it.
+    Replay,
+}
+
+impl Way {
+    /// In the order of their numbers.
+    pub const ALL: [Self; 3] = [Self::Redis, Self::Repair, Self::Replay];
+
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Redis => "redis",
+            Self::Repair => "repair",
+            Self::Replay => "replay",
+        }
+    }
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -55,6 +78,7 @@ pub struct Metrics {
     pub subscriptions: Gauge,
     pub keys: Gauge,
     pub limits: limiter::Metrics,
+    pub traces: traces::Metrics,
 }
 
 impl Metrics {
@@ -90,6 +114,7 @@ impl Metrics {
             subscriptions: Gauge::default(),
             keys: Gauge::default(),
             limits: limiter::Metrics::register(registry),
+            traces: traces::Metrics::register(registry),
         };
         metrics.redis_suspect.set(1); // Until the engine hears otherwise.
         let m = &metrics;

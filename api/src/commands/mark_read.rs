@@ -21,16 +21,16 @@ pub async fn mark_read(
     to: Option<MessageId>,
     trace: Trace,
 ) -> Result<(), CommandError<NoConversation>> {
-    let Context { database, publisher, .. } = context.clone();
+    let commands = context.clone();
     let work = async move {
-        let read = database
-            .run(async |connection| {
-                messages::mark_read(connection, actor.session, actor.user, conversation, to, &trace).await
+        let read = commands
+            .commit(actor, trace, async |connection, trace| {
+                messages::mark_read(connection, actor.session, actor.user, conversation, to, trace).await
             })
             .await?;
         Ok(match read {
             Read::Moved(events) => {
-                publisher.publish(events);
+                commands.publisher.publish(events);
                 Ok(())
             }
             Read::Unmoved => Ok(()),

@@ -11,13 +11,17 @@ pub mod start_conversation;
 
 use std::sync::Arc;
 
-use shared::ids::{SessionId, UserId};
+use shared::{
+    ids::{SessionId, UserId},
+    traces::{SpanKind, Tracer},
+};
+use sqlx::PgConnection;
 use tokio::sync::Semaphore;
 use tracing::Instrument;
 
 use crate::{
     publisher::Publisher,
-    store::{Database, StoreError},
+    store::{Database, StoreError, Trace},
 };
 
 /// Commands under way at once. Requests beyond it wait, as part of their connections.
@@ -28,12 +32,34 @@ const UNDER_WAY: usize = 1_024;
 pub struct Context {
     pub database: Database,
     pub publisher: Publisher,
+    tracer: Tracer,
     places: Arc<Semaphore>,
 }
 
 impl Context {
-    pub fn new(database: Database, publisher: Publisher) -> Self {
-        Self { database, publisher, places: Arc::new(Semaphore::new(UNDER_WAY)) }
+    pub fn new(database: Database, publisher: Publisher, tracer: Tracer) -> Self {
+        Self { database, publisher, tracer, places: Arc::new(Semaphore::new(UNDER_WAY)) }
+    }
+
+    /// Runs the one statement of a change, as a span below which its events hang.
+    async fn commit<T>(
+        &self,
+        actor: Actor,
+        trace: Trace,
+        change: impl AsyncFnOnce(&mut PgConnection, &Trace) -> sqlx::Result<T>,
+    ) -> Result<T, StoreError> {
+        let mut span = self.tracer.child(trace.context, "commit", SpanKind::Client);
+        span.text("db.system.name", "postgresql");
+        span.text("user.id", actor.user);
+        let trace = Trace { context: span.context().or(trace.context), ..trace };
+        let done = self.database.run(async |connection| change(connection, &trace).await).await;
+        match &done {
+            Ok(_) => {}
+            // What the database says stays in the log.
+            Err(StoreError::Unavailable(_)) => span.fail("the database does not answer"),
+            Err(StoreError::Fault(_)) => span.fail("the database refuses"),
+        }
+        done
     }
 
     /// Runs `work` apart from the request, so that a client who goes away does not stop it half way.

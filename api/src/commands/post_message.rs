@@ -40,13 +40,13 @@ pub async fn post_message(
     draft: Draft,
     trace: Trace,
 ) -> Result<Sent, CommandError<Refusal>> {
-    let Context { database, publisher, .. } = context.clone();
+    let commands = context.clone();
     let work = async move {
         let Draft { conversation, content, key } = draft;
-        let posted = database
-            .run(async |connection| {
+        let posted = commands
+            .commit(actor, trace, async |connection, trace| {
                 let Actor { session, user } = actor;
-                messages::post(connection, session, user, conversation, &content, key.as_ref(), &trace).await
+                messages::post(connection, session, user, conversation, &content, key.as_ref(), trace).await
             })
             .await?;
         let message = |id, created_at| Message {
@@ -58,7 +58,7 @@ pub async fn post_message(
         };
         Ok(match posted {
             Posted::New(id, created_at, events) => {
-                publisher.publish(events);
+                commands.publisher.publish(events);
                 Ok(Sent { message: message(id, created_at), replayed: false })
             }
             Posted::Replayed(id, created_at) => Ok(Sent { message: message(id, created_at), replayed: true }),

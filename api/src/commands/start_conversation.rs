@@ -31,16 +31,16 @@ pub async fn start_conversation(
     username: String,
     trace: Trace,
 ) -> Result<Outcome, CommandError<Refusal>> {
-    let Context { database, publisher, .. } = context.clone();
+    let commands = context.clone();
     let work = async move {
-        let started = database
-            .run(async |connection| {
-                conversations::start(connection, actor.session, actor.user, &username, &trace).await
+        let started = commands
+            .commit(actor, trace, async |connection, trace| {
+                conversations::start(connection, actor.session, actor.user, &username, trace).await
             })
             .await?;
         Ok(match started {
             Started::Created(id, seen, events) => {
-                publisher.publish(events);
+                commands.publisher.publish(events);
                 Ok(Outcome::Created(id, seen))
             }
             Started::Exists(id) => Ok(Outcome::Exists(id)),

@@ -152,7 +152,13 @@ impl Auth {
     }
 
     /// What can be said of the caller without asking the database. A bad credential is not made up for by another one.
-    pub(super) async fn credential(&self, headers: &HeaderMap) -> Result<Credential, ApiError> {
+    pub(super) async fn credential(&self, inbound: &Inbound) -> Result<Credential, ApiError> {
+        let credential = self.read_credential(&inbound.headers).await?;
+        inbound.trace.note_user(credential.actor.user);
+        Ok(credential)
+    }
+
+    async fn read_credential(&self, headers: &HeaderMap) -> Result<Credential, ApiError> {
         let (token, by_cookie) = match bearer(headers)? {
             Some(token) => (token, false),
             None => (cookie(headers, COOKIE).ok_or(ApiError::Unauthorized)?, true),
@@ -183,7 +189,7 @@ impl Auth {
 
     /// 401, then 403: the whole question, in one query.
     pub(super) async fn caller(&self, database: &Database, inbound: &Inbound) -> Result<Caller, ApiError> {
-        let credential = self.credential(&inbound.headers).await?;
+        let credential = self.credential(inbound).await?;
         let actor = credential.actor;
         let found = database
             .run(async |connection| sessions::caller(connection, actor.session, actor.user).await)

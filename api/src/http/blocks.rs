@@ -27,7 +27,7 @@ pub(super) fn block(api: &Arc<Api>) -> Resource {
 }
 
 async fn change_block(id: InPath, inbound: Inbound, api: Arc<Api>) -> Answer {
-    let credential = api.auth.credential(&inbound.headers).await?;
+    let credential = api.auth.credential(&inbound).await?;
     let input = api.auth.check_origin(credential, &inbound).and_then(|()| id.or(ApiError::NO_USER));
     let other = api.auth.or_unauthorized(&api.context.database, credential, input).await?;
     if inbound.method == Method::PUT {

@@ -51,7 +51,7 @@ struct StartBody {
 
 async fn post_conversation(mut inbound: Inbound, api: Arc<Api>) -> Answer {
     inbound.require_json()?;
-    let credential = api.auth.credential(&inbound.headers).await?;
+    let credential = api.auth.credential(&inbound).await?;
     let input = async {
         api.auth.check_origin(credential, &inbound)?;
         api.limits.start(credential.actor.user, &inbound).await?;

@@ -18,9 +18,10 @@ use shared::{
     client_address::{ClientAddress, TrustedProxies},
     problem::Problem,
     server::PeerAddr,
+    traces::{SpanKind, TraceContext, Tracer},
 };
 use tower_service::Service;
-use tracing::Instrument;
+use tracing::{Instrument, field::Empty};
 use uuid::Uuid;
 use warp::reply::Response;
 
@@ -34,6 +35,7 @@ const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 pub struct Edge<S> {
     routes: S,
     proxies: Arc<Proxies>,
+    tracer: Tracer,
     metrics: Metrics,
 }
 
@@ -44,9 +46,9 @@ struct Proxies {
 }
 
 impl<S> Edge<S> {
-    pub fn new(routes: S, trusted: TrustedProxies, metrics: Metrics) -> Self {
+    pub fn new(routes: S, trusted: TrustedProxies, tracer: Tracer, metrics: Metrics) -> Self {
         let proxies = Arc::new(Proxies { trusted, told_of_another: AtomicBool::new(false) });
-        Self { routes, proxies, metrics }
+        Self { routes, proxies, tracer, metrics }
     }
 }
 
@@ -78,14 +80,23 @@ where
 
     fn call(&mut self, mut request: Request<B>) -> Self::Future {
         let began = Instant::now();
-        let trace = trace(request.headers());
-        let request_id = trace.request_id.clone();
+        let request_id = request_id(request.headers());
+        let given = traceparent(request.headers());
+        let mut traced = self.tracer.begin(given, "request", SpanKind::Server);
+        let context = traced.context().or_else(|| self.tracer.pass_on(given));
+        let trace = Trace { request_id: request_id.clone(), context, user: Arc::default() };
+        let user = trace.user.clone();
         let method = request.method().clone();
         let PeerAddr(peer) = *request.extensions().get().expect("the accept loop tells the peer's address");
         let client = self.proxies.client(peer, request.headers());
         // The path and nothing of the query, which may hold a token.
         let path = request.uri().path();
-        let span = tracing::info_span!("request", request.id = %request_id, %client, %method, path);
+        let span = tracing::info_span!(
+            "request", request.id = %request_id, %client, %method, path, user.id = Empty, trace.id = Empty
+        );
+        if let Some(context) = traced.context() {
+            span.record("trace.id", context.trace_id());
+        }
         request.extensions_mut().insert(trace);
         request.extensions_mut().insert(ClientAddress(client));
         let answer = span.in_scope(|| self.routes.call(request));
@@ -96,6 +107,17 @@ where
             let response = finish(response, &request_id);
             let (status, took) = (response.status().as_u16(), began.elapsed());
             metrics.answered(route, &method, status, took);
+            traced.rename(format_args!("{method} {route}"));
+            traced.text("http.request.method", &method);
+            traced.text("http.route", route);
+            traced.number("http.response.status_code", status.into());
+            traced.text("request.id", &request_id);
+            if let Some(user) = user.get() {
+                traced.text("user.id", user);
+            }
+            if status >= 500 {
+                traced.fail(status);
+            }
             tracing::debug!(route, status, took_ms = took.as_secs_f64() * 1e3, "answered");
             Ok(response)
         };
@@ -103,26 +125,18 @@ where
     }
 }
 
-fn trace(headers: &HeaderMap) -> Trace {
+fn request_id(headers: &HeaderMap) -> String {
     let given = headers.get(REQUEST_ID).and_then(|id| id.to_str().ok()).filter(|id| is_request_id(id));
-    let request_id = given.map_or_else(|| Uuid::new_v4().simple().to_string(), str::to_owned);
-    let traceparent = headers.get("traceparent").and_then(|value| value.to_str().ok());
-    Trace { request_id, traceparent: traceparent.filter(|value| is_traceparent(value)).map(str::to_owned) }
+    given.map_or_else(|| Uuid::new_v4().simple().to_string(), str::to_owned)
+}
+
+fn traceparent(headers: &HeaderMap) -> Option<TraceContext> {
+    headers.get("traceparent")?.to_str().ok()?.parse().ok()
 }
 
 fn is_request_id(text: &str) -> bool {
     (1..=64).contains(&text.len())
         && text.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'_' | b'-'))
-}
-
-/// W3C Trace Context, version 00: `00-<32 hex>-<16 hex>-<2 hex>`, neither id all zeros.
-fn is_traceparent(text: &str) -> bool {
-    let hex = |part: &str, length| {
-        part.len() == length && part.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'))
-    };
-    let [version, trace, span, flags] = text.split('-').collect::<Vec<_>>()[..] else { return false };
-    let zeros = |part: &str| part.bytes().all(|b| b == b'0');
-    version == "00" && hex(trace, 32) && hex(span, 16) && hex(flags, 2) && !zeros(trace) && !zeros(span)
 }
 
 /// The answer as it leaves: a problem gets its body, and every answer its headers.
@@ -151,7 +165,7 @@ mod tests {
         let id_for = |given: &str| {
             let mut headers = HeaderMap::new();
             headers.insert(REQUEST_ID, HeaderValue::from_bytes(given.as_bytes()).unwrap());
-            trace(&headers).request_id
+            request_id(&headers)
         };
         for good in ["a", "A-b_9", &"x".repeat(64)] {
             assert_eq!(id_for(good), good);
@@ -159,22 +173,6 @@ mod tests {
         for bad in ["", "a b", "a.b", "é", &"x".repeat(65)] {
             assert_ne!(id_for(bad), bad);
             assert!(is_request_id(&id_for(bad)));
-        }
-    }
-
-    #[test]
-    fn only_a_well_formed_traceparent_is_passed_on() {
-        assert!(is_traceparent("00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"));
-        for bad in [
-            "",
-            "00",
-            "01-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01",
-            "00-0AF7651916CD43DD8448EB211C80319C-b7ad6b7169203331-01",
-            "00-00000000000000000000000000000000-b7ad6b7169203331-01",
-            "00-0af7651916cd43dd8448eb211c80319c-0000000000000000-01",
-            "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01-x",
-        ] {
-            assert!(!is_traceparent(bad), "{bad}");
         }
     }
 }

@@ -86,7 +86,7 @@ pub(super) fn refresh_token(api: &Arc<Api>) -> Resource {
 
 async fn post_refresh_token(inbound: Inbound, api: Arc<Api>) -> Answer {
     let database = &api.context.database;
-    let credential = api.auth.credential(&inbound.headers).await?;
+    let credential = api.auth.credential(&inbound).await?;
     let allowed = api.auth.check_origin(credential, &inbound);
     api.auth.or_unauthorized(database, credential, allowed).await?;
     let session = refresh_session(database, credential.actor, api.auth.lifetime())

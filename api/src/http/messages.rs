@@ -49,7 +49,7 @@ struct MessageBody {
 
 async fn post_in_conversation(id: InPath, mut inbound: Inbound, api: Arc<Api>) -> Answer {
     inbound.require_json()?;
-    let credential = api.auth.credential(&inbound.headers).await?;
+    let credential = api.auth.credential(&inbound).await?;
     let input = read_draft(id, &api, credential, &mut inbound).await;
     let draft = api.auth.or_unauthorized(&api.context.database, credential, input).await?;
     let sent = post_message(&api.context, credential.actor, draft, inbound.trace).await;
@@ -152,7 +152,7 @@ pub(super) fn read_messages(api: &Arc<Api>) -> Resource {
 }
 
 async fn post_read_messages(id: InPath, inbound: Inbound, api: Arc<Api>) -> Answer {
-    let credential = api.auth.credential(&inbound.headers).await?;
+    let credential = api.auth.credential(&inbound).await?;
     let input = api.auth.check_origin(credential, &inbound).and_then(|()| id.or(ApiError::NO_CONVERSATION));
     let id = api.auth.or_unauthorized(&api.context.database, credential, input).await?;
     mark_read(&api.context, credential.actor, id, None, inbound.trace).await?;

@@ -60,7 +60,7 @@ pub(super) fn session(api: &Arc<Api>) -> Resource {
 }
 
 async fn delete_one(id: InPath, inbound: Inbound, api: Arc<Api>) -> Answer {
-    let credential = api.auth.credential(&inbound.headers).await?;
+    let credential = api.auth.credential(&inbound).await?;
     let input = api.auth.check_origin(credential, &inbound).and_then(|()| id.or(ApiError::NOT_FOUND));
     let id = api.auth.or_unauthorized(&api.context.database, credential, input).await?;
     end_sessions(&api.context, credential.actor, Which::One(id)).await?;
@@ -124,7 +124,7 @@ async fn post_stream_token(inbound: Inbound, api: Arc<Api>) -> Answer {
 
 /// 401, then 403, for a request that has nothing else to be looked at.
 async fn allowed(inbound: &Inbound, api: &Api) -> Result<Credential, ApiError> {
-    let credential = api.auth.credential(&inbound.headers).await?;
+    let credential = api.auth.credential(inbound).await?;
     let origin = api.auth.check_origin(credential, inbound);
     api.auth.or_unauthorized(&api.context.database, credential, origin).await?;
     Ok(credential)

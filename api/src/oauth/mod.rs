@@ -18,16 +18,16 @@ use oauth2::{
 };
 use serde::{Deserialize, de::DeserializeOwned};
 use serde_json::{Map, Value};
-use shared::config::Origin;
+use shared::{
+    config::Origin,
+    outbound::{NoAnswer, Outbound},
+};
 use subtle::ConstantTimeEq;
 use thiserror::Error;
 
 pub use settings::{GITHUB_API_URL, GITHUB_URL, ProviderSettings, Registration, protected_url};
 
-use crate::{
-    domain::user::Profile,
-    outbound::{NoAnswer, Outbound},
-};
+use crate::domain::user::Profile;
 use attempt::Attempt;
 use oidc::Discovery;
 

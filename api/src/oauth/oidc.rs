@@ -10,10 +10,11 @@ use http::{Request, StatusCode, header};
 use oauth2::{AuthType, AuthUrl, TokenUrl};
 use serde::Deserialize;
 use serde_json::Value;
+use shared::outbound::Outbound;
 use tokio::sync::Mutex;
 
 use super::{Endpoints, Failure, Subject, ask, object, settings::protected_url, text};
-use crate::{domain::user::Profile, outbound::Outbound};
+use crate::domain::user::Profile;
 
 /// A provider's endpoints are asked for again after this.
 const FRESH: Duration = Duration::from_secs(60 * 60);

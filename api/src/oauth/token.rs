@@ -11,9 +11,9 @@ use oauth2::{
 };
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
+use shared::outbound::Outbound;
 
 use super::{Failure, ask, told};
-use crate::outbound::Outbound;
 
 type TokenAnswer = StandardTokenResponse<IdToken, BasicTokenType>;
 

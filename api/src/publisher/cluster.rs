@@ -102,7 +102,7 @@ impl Router {
         self.metrics.publish_queue.dec();
         match self.map.owner(&notice.channel).and_then(|node| self.lanes.get(node)) {
             Some(lane) => offer(lane, notice, &self.metrics),
-            None => dropped("disconnected", 1, &self.metrics),
+            None => dropped("disconnected", [notice], &self.metrics),
         }
     }
 
@@ -110,7 +110,7 @@ impl Router {
     fn send_on(&mut self, notice: Notice, node: Node) {
         self.maps.doubt();
         if notice.moves > MOST_MOVES {
-            return dropped("disconnected", 1, &self.metrics);
+            return dropped("disconnected", [notice], &self.metrics);
         }
         let metrics = self.metrics.clone();
         offer(self.lane(&node), notice, &metrics);

@@ -167,8 +167,8 @@ impl Lane {
             match (&self.moved, bus::sent_to(&error, &self.node)) {
                 (Some(moved), Some(node)) => {
                     notice.moves += 1;
-                    if moved.try_send((notice, node)).is_err() {
-                        dropped("queue_full", 1, &self.metrics);
+                    if let Err(error) = moved.try_send((notice, node)) {
+                        dropped("queue_full", [error.into_inner().0], &self.metrics);
                     }
                 }
                 _ => {
@@ -238,8 +238,7 @@ impl Lane {
 
     fn dropped(&self, batch: &mut Vec<Notice>) {
         self.metrics.publish_queue.dec_by(batch.len() as i64);
-        dropped("disconnected", batch.len(), &self.metrics);
-        batch.clear();
+        dropped("disconnected", batch.drain(..), &self.metrics);
     }
 }
 
@@ -258,6 +257,7 @@ async fn connect(bus: &Bus, node: &Node) -> RedisResult<MultiplexedConnection> {
 
 #[cfg(test)]
 mod tests {
+    use shared::traces::Span;
     use tokio::sync::mpsc;
 
     use super::*;
@@ -280,7 +280,8 @@ mod tests {
             metrics.clone(),
         );
         let (offered, _queue) = mpsc::channel(8);
-        let notice = |channel: &str| Notice { channel: channel.into(), payload: vec![], moves: 0 };
+        let notice =
+            |channel: &str| Notice { channel: channel.into(), payload: vec![], moves: 0, span: Span::NONE };
         for channel in ["a", "b", "c", "d"] {
             offer(&offered, notice(channel), &metrics);
         }

@@ -14,6 +14,7 @@ use shared::{
     channels::Channels,
     event::Revoked,
     ids::{SessionId, UserId},
+    traces::{Span, SpanKind, Tracer},
 };
 use tokio::sync::mpsc::{self, error::TrySendError};
 use tokio_util::sync::CancellationToken;
@@ -36,6 +37,7 @@ const TIMEOUT: Duration = Duration::from_secs(1);
 pub struct Publisher {
     queue: mpsc::Sender<Notice>,
     channels: Arc<Channels>,
+    tracer: Tracer,
     metrics: Metrics,
 }
 
@@ -45,6 +47,8 @@ struct Notice {
     payload: Vec<u8>,
     /// How often a node of a cluster has said that it is for another one.
     moves: u8,
+    /// Ends with the notice: when Redis has taken it, or it is dropped.
+    span: Span,
 }
 
 /// The task that sends them.
@@ -54,19 +58,29 @@ pub struct Worker {
     metrics: Metrics,
 }
 
-pub fn publisher(bus: Bus, channels: Channels, metrics: Metrics) -> (Publisher, Worker) {
+pub fn publisher(bus: Bus, channels: Channels, tracer: Tracer, metrics: Metrics) -> (Publisher, Worker) {
     let (sender, queue) = mpsc::channel(QUEUE);
-    let publisher = Publisher { queue: sender, channels: Arc::new(channels), metrics: metrics.clone() };
+    let publisher =
+        Publisher { queue: sender, channels: Arc::new(channels), tracer, metrics: metrics.clone() };
     (publisher, Worker { queue, bus, metrics })
 }
 
 impl Publisher {
     /// Returns at once, whatever Redis does.
     pub fn publish(&self, events: Vec<Appended>) {
-        for Appended { receiver, envelope } in events {
+        for Appended { receiver, mut envelope } in events {
+            let parent = envelope.traceparent.as_deref().and_then(|parent| parent.parse().ok());
+            let mut span = self.tracer.child(parent, "publish", SpanKind::Producer);
+            if let Some(context) = span.context() {
+                span.text("messaging.system", "redis");
+                span.text("user.id", receiver);
+                span.number("event.seq", envelope.seq);
+                // What comes by Redis hangs below its publishing; what is read from the feed, below the commit.
+                envelope.traceparent = Some(context.to_string());
+            }
             let payload =
                 serde_json::to_vec(&envelope).expect("an envelope is strings, numbers and valid JSON");
-            self.offer(receiver, payload);
+            self.offer(receiver, payload, span);
         }
     }
 
@@ -74,12 +88,12 @@ impl Publisher {
     pub fn publish_revoked(&self, user: UserId, sessions: &[SessionId]) {
         for &revoked in sessions {
             let payload = serde_json::to_vec(&Revoked { revoked }).expect("an id is a string");
-            self.offer(user, payload);
+            self.offer(user, payload, Span::NONE);
         }
     }
 
-    fn offer(&self, receiver: UserId, payload: Vec<u8>) {
-        let notice = Notice { channel: self.channels.user(receiver), payload, moves: 0 };
+    fn offer(&self, receiver: UserId, payload: Vec<u8>, span: Span) {
+        let notice = Notice { channel: self.channels.user(receiver), payload, moves: 0, span };
         offer(&self.queue, notice, &self.metrics);
     }
 }
@@ -88,13 +102,16 @@ impl Publisher {
 fn offer(queue: &mpsc::Sender<Notice>, notice: Notice, metrics: &Metrics) {
     match queue.try_send(notice) {
         Ok(()) => _ = metrics.publish_queue.inc(),
-        Err(TrySendError::Full(_)) => dropped("queue_full", 1, metrics),
-        Err(TrySendError::Closed(_)) => dropped("stopping", 1, metrics),
+        Err(TrySendError::Full(notice)) => dropped("queue_full", [notice], metrics),
+        Err(TrySendError::Closed(notice)) => dropped("stopping", [notice], metrics),
     }
 }
 
-fn dropped(reason: &'static str, events: usize, metrics: &Metrics) {
-    metrics.publish_dropped.get_or_create(&Dropped { reason }).inc_by(events as u64);
+fn dropped(reason: &'static str, notices: impl IntoIterator<Item = Notice>, metrics: &Metrics) {
+    for mut notice in notices {
+        notice.span.fail(reason);
+        metrics.publish_dropped.get_or_create(&Dropped { reason }).inc();
+    }
 }
 
 impl Worker {

@@ -36,7 +36,7 @@ pub async fn start(
         user.0,
         username,
         trace.request_id,
-        trace.traceparent.as_deref(),
+        trace.traceparent(),
     )
     .fetch_all(connection)
     .await?;

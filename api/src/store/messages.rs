@@ -39,7 +39,7 @@ pub async fn post(
         content.as_str(),
         key.map(IdempotencyKey::as_str),
         trace.request_id,
-        trace.traceparent.as_deref(),
+        trace.traceparent(),
     )
     .fetch_all(connection)
     .await?;
@@ -81,7 +81,7 @@ pub async fn mark_read(
         conversation.0,
         to.map(|id| id.0),
         trace.request_id,
-        trace.traceparent.as_deref(),
+        trace.traceparent(),
     )
     .fetch_all(connection)
     .await?;

@@ -13,13 +13,17 @@ pub mod schema;
 pub mod sessions;
 pub mod users;
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::{Arc, OnceLock},
+    time::Duration,
+};
 
 use chrono::{DateTime, Utc};
 use shared::{
     cursor::{Epoch, Seq},
     event::{self, Envelope},
     ids::UserId,
+    traces::TraceContext,
 };
 use sqlx::{PgConnection, postgres::PgConnectOptions};
 use thiserror::Error;
@@ -107,7 +111,23 @@ fn is_passing(code: &str) -> bool {
 #[derive(Debug, Clone)]
 pub struct Trace {
     pub request_id: String,
-    pub traceparent: Option<String>,
+    /// What hangs below the request, in a trace, hangs below this.
+    pub context: Option<TraceContext>,
+    /// Whose request it is, once that is known.
+    pub user: Arc<OnceLock<UserId>>,
+}
+
+impl Trace {
+    /// From now on the log's lines about the request, and its span, name its user.
+    pub fn note_user(&self, user: UserId) {
+        if self.user.set(user).is_ok() {
+            tracing::Span::current().record("user.id", tracing::field::display(user));
+        }
+    }
+
+    fn traceparent(&self) -> Option<String> {
+        self.context.map(|context| context.to_string())
+    }
 }
 
 /// An event that was committed to the feed of `receiver`.
@@ -154,7 +174,7 @@ impl Settled {
                 continue;
             };
             let request_id = Some(trace.request_id.clone());
-            let envelope = envelope(epoch, seq, kind, payload, at, request_id, trace.traceparent.clone())?;
+            let envelope = envelope(epoch, seq, kind, payload, at, request_id, trace.traceparent())?;
             settled.events.push(Appended { receiver: UserId(receiver), envelope });
         }
         Ok(settled)

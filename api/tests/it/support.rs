@@ -87,6 +87,7 @@ pub(crate) fn config(database: PgConnectOptions) -> Config {
         limits: RateLimits::OFF,
         shutdown_wait: Duration::ZERO,
         shutdown_grace: Duration::from_secs(5),
+        traces: None,
     }
 }
 

@@ -25,4 +25,5 @@ mod resume;
 mod revocation;
 mod slow_readers;
 mod support;
+mod traces;
 mod web;

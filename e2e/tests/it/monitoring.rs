@@ -19,7 +19,7 @@ fn monitoring(file: &str) -> PathBuf {
 }
 
 fn promtool(arguments: &[&str], input: &str) {
-    let mut command = Command::new(program("DEV_PROMTOOL", "promtool", "prometheus"));
+    let mut command = Command::new(program("DEV_PROMTOOL", "promtool", "Debian: apt install prometheus"));
     command.current_dir(monitoring("")).args(arguments);
     let mut child =
         command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
@@ -107,7 +107,8 @@ impl Prometheus {
         fs::write(folder.path().join("prometheus.yml"), config).unwrap();
         let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
         let address = format!("127.0.0.1:{port}");
-        let mut command = Command::new(program("DEV_PROMETHEUS", "Prometheus", "prometheus"));
+        let mut command =
+            Command::new(program("DEV_PROMETHEUS", "Prometheus", "Debian: apt install prometheus"));
         command
             .current_dir(folder.path())
             .args(["--config.file=prometheus.yml", "--storage.tsdb.path=data", "--log.level=error"])

@@ -3,12 +3,14 @@
 use shared::ids::{SessionId, UserId};
 
 use super::{
-    Asker, Engine, Way,
+    Asker, Engine,
     connection::{Key, Resume, Stage},
+    sockets::begin_flush,
 };
 use crate::{
     backfill::{HeadQuestion, RangeQuestion, WhyHead},
     frame::{Event, Goodbye},
+    metrics::Way,
     sequencer::Step,
     subscriber::News,
 };
@@ -95,12 +97,17 @@ impl Engine {
     /// Writes an event to a connection that has the one before it, if its socket is free.
     fn write_next(&mut self, key: Key, event: &Event, way: Way) {
         let now = self.now;
-        let Some(connection) = self.connection(key) else { return };
+        let Some(connection) = self.connections.get_mut(key.index as usize) else { return };
+        if connection.generation != key.generation {
+            return;
+        }
         let follows = connection.head.epoch == event.head.epoch && connection.head.seq + 1 == event.head.seq;
         if follows && connection.is_clear() {
             connection.head = event.head;
+            let flush = begin_flush(&self.hub, connection, event);
             let written = connection.write(event.frame.clone(), now);
             self.note_delivery(event.created_at, way);
+            self.note_flush(key, flush, &written);
             self.note_write(key, written);
         }
     }
@@ -115,7 +122,13 @@ impl Engine {
                 Step::Ask { after: Some(after) } => {
                     self.metrics.gaps.inc();
                     let asked_at = self.hub.get(user).and_then(|entry| entry.sequencer.place());
-                    self.backfill.ask_range(RangeQuestion { user: id, after, asker: Asker::User, asked_at });
+                    self.backfill.ask_range(RangeQuestion {
+                        user: id,
+                        after,
+                        asker: Asker::User,
+                        way: Way::Repair,
+                        asked_at,
+                    });
                 }
                 Step::Ask { after: None } => {
                     self.backfill.ask_head(HeadQuestion {

@@ -192,6 +192,9 @@ impl Engine {
             let mut connection = self.connections.remove(key.index as usize);
             let _ = self.sockets.get_ref().registry().deregister(&mut connection.socket);
             self.backlog -= bytes_of(&connection.page);
+            if let Some(flush) = self.flushes.remove(&key) {
+                flush.fail(reason);
+            }
             if !connection.rest.is_empty() {
                 self.metrics.readers_behind.dec();
             }

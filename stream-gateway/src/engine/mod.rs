@@ -20,7 +20,7 @@ mod sockets;
 mod wheel;
 
 use std::{
-    collections::{BTreeSet, VecDeque},
+    collections::{BTreeSet, HashMap, VecDeque},
     io,
     sync::Arc,
     thread,
@@ -36,6 +36,7 @@ use shared::{
     cursor::Seq,
     ended::EndedSessions,
     ids::{SessionId, UserId},
+    traces::Tracer,
 };
 use slab::Slab;
 use tokio::{
@@ -55,9 +56,10 @@ use crate::{
     frame::{Event, Goodbye, Heartbeat},
     hub::Hub,
     limits::Place,
-    metrics::{Metrics, Path},
+    metrics::{Metrics, Path, Way},
     sequencer::Millis,
     subscriber::{News, Wishes},
+    traced::Flush,
 };
 
 /// Streams that were accepted and not yet taken over: a storm of reconnects fits in.
@@ -113,6 +115,7 @@ pub fn start(
     api: Api,
     wishes: Wishes,
     ended_sessions: EndedSessions,
+    tracer: Tracer,
     metrics: Arc<Metrics>,
     inputs: Inputs,
 ) -> anyhow::Result<oneshot::Receiver<anyhow::Result<()>>> {
@@ -122,7 +125,7 @@ pub fn start(
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         runtime.block_on(async {
             let sockets = watch(Poll::new()?)?;
-            let backfill = Backfill::new(api, workers, metrics.clone());
+            let backfill = Backfill::new(api, workers, tracer, metrics.clone());
             Engine::new(settings, sockets, backfill, wishes, ended_sessions, metrics).run(inputs).await
         })
     };
@@ -146,14 +149,6 @@ enum Asker {
     Connection(Key, u32),
 }
 
-/// By which way an event came: it shows in the metrics.
-#[derive(Clone, Copy)]
-enum Way {
-    Redis,
-    Repair,
-    Replay,
-}
-
 struct Deliveries {
     counter: Counter,
     lag: Histogram,
@@ -174,6 +169,8 @@ struct Engine {
     ticks: BTreeSet<(Millis, u32)>,
     /// Entries without connections, by when they may go.
     lingering: VecDeque<(Millis, UserId)>,
+    /// Recorded flushes of which the socket has not taken all yet: aside, because nearly no connection has one.
+    flushes: HashMap<Key, Flush>,
     /// Connections that ended while others were being served.
     dead: Vec<(Key, &'static str)>,
     endings: Endings,
@@ -203,9 +200,12 @@ impl Engine {
         ended: EndedSessions,
         metrics: Arc<Metrics>,
     ) -> Self {
-        let deliveries = ["redis", "repair", "replay"].map(|path| Deliveries {
-            counter: metrics.events_delivered.get_or_create_owned(&Path { path }),
-            lag: metrics.delivery_lag_seconds.get_or_create_owned(&Path { path }),
+        let deliveries = Way::ALL.map(|way| {
+            let path = way.as_str();
+            Deliveries {
+                counter: metrics.events_delivered.get_or_create_owned(&Path { path }),
+                lag: metrics.delivery_lag_seconds.get_or_create_owned(&Path { path }),
+            }
         });
         Self {
             settings,
@@ -220,6 +220,7 @@ impl Engine {
             wheel: Wheel::new(0),
             ticks: BTreeSet::new(),
             lingering: VecDeque::new(),
+            flushes: HashMap::new(),
             dead: Vec::new(),
             endings: Endings::default(),
             trusted: false,

@@ -8,13 +8,14 @@ use shared::{
 };
 
 use super::{
-    Asker, Engine, Way, bytes_of,
+    Asker, Engine, bytes_of,
     connection::{Held, Key, Resume, Stage},
     jittered,
 };
 use crate::{
     backfill::{HeadQuestion, HeadsAnswered, RangeAnswer, RangeQuestion, WhyHead},
     frame::Goodbye,
+    metrics::Way,
     sequencer::{Answer, Verdict, judge},
     subscriber::Link,
 };
@@ -31,6 +32,7 @@ impl Engine {
             user: entry.user,
             after,
             asker: Asker::Connection(key, question),
+            way: Way::Replay,
             asked_at: entry.sequencer.place(),
         });
     }

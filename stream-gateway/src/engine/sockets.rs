@@ -6,12 +6,14 @@ use rand::RngExt;
 use shared::cursor::Cursor;
 
 use super::{
-    Engine, Way, bytes_of,
-    connection::{Key, MAX_NOISE, Written},
+    Engine, bytes_of,
+    connection::{Connection, Key, MAX_NOISE, Written},
 };
 use crate::{
-    frame::{self, Goodbye},
-    metrics::Reason,
+    frame::{self, Event, Goodbye},
+    hub::Hub,
+    metrics::{Reason, Way},
+    traced::Flush,
 };
 
 impl Engine {
@@ -69,7 +71,10 @@ impl Engine {
             }
             if !connection.rest.is_empty() {
                 match connection.flush(now) {
-                    Ok(Written::All) => _ = self.metrics.readers_behind.dec(),
+                    Ok(Written::All) => {
+                        self.metrics.readers_behind.dec();
+                        self.flushes.remove(&key);
+                    }
                     Ok(Written::Short) => return,
                     Err(error) => return self.end(key, why_broken(&error)),
                 }
@@ -114,11 +119,13 @@ impl Engine {
                     continue; // Passed already, by a live event.
                 }
                 connection.head = event.head;
-                delivered = Some((event.created_at, Way::Replay));
+                let flush = begin_flush(&self.hub, connection, &event);
+                delivered = Some((event.created_at, Way::Replay, flush));
                 event.frame
             } else if let Some(event) = entry.ring.after(connection.head) {
                 connection.head = event.head;
-                delivered = Some((event.created_at, Way::Redis));
+                let flush = begin_flush(&self.hub, connection, event);
+                delivered = Some((event.created_at, Way::Redis, flush));
                 event.frame.clone()
             } else {
                 let head = connection.head;
@@ -132,12 +139,23 @@ impl Engine {
                 return;
             };
             let written = connection.write(block, now);
-            if let Some((created_at, way)) = delivered {
+            if let Some((created_at, way, flush)) = delivered {
                 self.note_delivery(created_at, way);
+                self.note_flush(key, flush, &written);
             }
             if !self.note_write(key, written) {
                 return;
             }
+        }
+    }
+
+    /// A recorded flush ends when the socket has taken everything.
+    pub(super) fn note_flush(&mut self, key: Key, flush: Option<Flush>, written: &io::Result<Written>) {
+        let Some(flush) = flush else { return };
+        match written {
+            Ok(Written::All) => drop(flush),
+            Ok(Written::Short) => _ = self.flushes.insert(key, flush),
+            Err(error) => flush.fail(why_broken(error)),
         }
     }
 
@@ -146,6 +164,13 @@ impl Engine {
         delivery.counter.inc();
         delivery.lag.observe((self.wall - created_at).max(0) as f64 / 1_000.0);
     }
+}
+
+/// Nothing, mostly: of an event whose trace is recorded.
+pub(super) fn begin_flush(hub: &Hub, connection: &Connection, event: &Event) -> Option<Flush> {
+    let traced = event.traced.as_ref()?;
+    let streams = hub.get(connection.user).map_or(1, |entry| entry.connections.len());
+    traced.flush(streams, connection.generation)
 }
 
 /// The kernel gives up on a peer that acknowledges nothing for the write deadline; all else is the client's doing.

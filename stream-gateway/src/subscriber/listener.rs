@@ -22,6 +22,7 @@ use shared::{
     channels::Channels,
     event::{Notice, Revoked},
     ids::UserId,
+    traces::Tracer,
 };
 use tokio::{
     sync::{Notify, mpsc},
@@ -34,8 +35,9 @@ use super::{
     wishes::{Batch, Wishes},
 };
 use crate::{
-    frame::{Event, MAX_ENVELOPE},
-    metrics::Metrics,
+    frame::MAX_ENVELOPE,
+    metrics::{Metrics, Way},
+    traced,
 };
 
 /// An overload lasts; its log line does not say so hundreds of times.
@@ -52,6 +54,7 @@ pub(super) struct Listener {
     wishes: Wishes,
     news: mpsc::Sender<News>,
     board: Arc<Board>,
+    tracer: Tracer,
     metrics: Arc<Metrics>,
     /// Channels that this connection has in the metric.
     counted: AtomicI64,
@@ -129,6 +132,7 @@ impl Listener {
             wishes: of.wishes.clone(),
             news: of.news.clone(),
             board,
+            tracer: of.tracer.clone(),
             metrics: of.metrics.clone(),
             counted: AtomicI64::new(0),
         }
@@ -224,6 +228,7 @@ impl Listener {
         let channels = self.channels.clone();
         let beat_channel = beat_channel.as_bytes().to_vec();
         let news = self.news.clone();
+        let tracer = self.tracer.clone();
         let metrics = self.metrics.clone();
         move |push| {
             match push.kind {
@@ -256,7 +261,7 @@ impl Listener {
                 metrics.redis_bad_messages.inc();
                 return Ok(());
             };
-            let message = read(user, payload).unwrap_or_else(|| {
+            let message = read(&tracer, user, payload).unwrap_or_else(|| {
                 // Of a newer api, or a stranger's: the feed has it if it is an event.
                 metrics.redis_bad_messages.inc();
                 News::Doubted(user)
@@ -409,12 +414,14 @@ impl Listener {
     }
 }
 
-fn read(user: UserId, payload: &[u8]) -> Option<News> {
+fn read(tracer: &Tracer, user: UserId, payload: &[u8]) -> Option<News> {
     if payload.len() > MAX_ENVELOPE {
         return None;
     }
     match Notice::from_json(payload).ok()? {
-        Notice::Event(envelope) => Event::encode(&envelope).ok().map(|event| News::Event(user, event)),
+        Notice::Event(envelope) => {
+            traced::receive(tracer, user, &envelope, Way::Redis).ok().map(|event| News::Event(user, event))
+        }
         Notice::Revoked(Revoked { revoked }) => Some(News::Revoked(user, revoked)),
     }
 }
@@ -428,9 +435,9 @@ mod tests {
     #[test]
     fn a_payload_of_another_form_is_none_of_ours() {
         for payload in [&b""[..], b"{}", b"[]", b"null", b"\xff", &vec![b' '; MAX_ENVELOPE + 1]] {
-            assert!(read(UserId(1), payload).is_none());
+            assert!(read(&Tracer::default(), UserId(1), payload).is_none());
         }
-        let revoked = read(UserId(1), br#"{"revoked":"5"}"#);
+        let revoked = read(&Tracer::default(), UserId(1), br#"{"revoked":"5"}"#);
         assert!(matches!(revoked, Some(News::Revoked(UserId(1), SessionId(5)))));
     }
 }

@@ -18,6 +18,7 @@ use shared::{
     bus::{Bus, Node},
     channels::Channels,
     ids::{SessionId, UserId},
+    traces::Tracer,
 };
 use tokio::{
     sync::{Notify, mpsc},
@@ -61,6 +62,7 @@ pub struct Subscriber {
     pub channels: Channels,
     pub wishes: Wishes,
     pub news: mpsc::Sender<News>,
+    pub tracer: Tracer,
     pub metrics: Arc<Metrics>,
 }
 
