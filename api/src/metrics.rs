@@ -144,7 +144,7 @@ impl Metrics {
 }
 
 /// Anybody can make up a method; a label has few values.
-fn known(method: &http::Method) -> &'static str {
+pub fn known(method: &http::Method) -> &'static str {
     match method.as_str() {
         "GET" => "GET",
         "HEAD" => "HEAD",

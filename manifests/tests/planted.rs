@@ -465,10 +465,11 @@ fn a_secret_in_the_tree() {
     let key = ["-----BEGIN ", "PRIVATE KEY-----\nMC4"].concat();
     plant_object(
         &mut installation,
-        json!({ "kind": "ConfigMap", "metadata": metadata, "data": { "k": key, "A_SECRET": "x" } }),
+        json!({ "kind": "ConfigMap", "metadata": metadata, "data": { "k": key, "A_SECRET": "x", "AN_OTLP_HEADERS": "x" } }),
     );
     assert_found(&installation, "ConfigMap/keys: it holds a private key");
     assert_found(&installation, "ConfigMap/keys: A_SECRET is a secret");
+    assert_found(&installation, "ConfigMap/keys: AN_OTLP_HEADERS is a secret");
 }
 
 #[test]
@@ -757,6 +758,35 @@ fn a_flow_that_is_missing_or_that_nobody_needs() {
         json!("TCP"),
         "no NetworkPolicy lets api reach k8s-app=kube-dns in the namespace kube-system at 53/UDP",
     );
+    let mut installation = sound("production");
+    let endpoint = json!("http://opentelemetry-collector.monitoring:4318");
+    plant(
+        &mut installation,
+        "ConfigMap/messenger-settings-bbdbgtd24c",
+        "data/OTEL_EXPORTER_OTLP_ENDPOINT",
+        endpoint,
+    );
+    assert_found(
+        &installation,
+        "no NetworkPolicy lets stream-gateway reach app.kubernetes.io/name=opentelemetry-collector in the namespace monitoring at 4318",
+    );
+    let services =
+        json!({ "key": "app.kubernetes.io/name", "operator": "In", "values": ["api", "stream-gateway"] });
+    let to_collector = json!({
+        "namespaceSelector": { "matchLabels": { "kubernetes.io/metadata.name": "monitoring" } },
+        "podSelector": { "matchLabels": { "app.kubernetes.io/name": "opentelemetry-collector" } },
+    });
+    let policy = json!({
+        "kind": "NetworkPolicy",
+        "metadata": { "name": "to-collector", "namespace": "messenger", "labels": { "app.kubernetes.io/name": "messenger" } },
+        "spec": {
+            "podSelector": { "matchExpressions": [services] },
+            "policyTypes": ["Egress"],
+            "egress": [{ "to": [to_collector], "ports": [{ "port": 4318 }] }],
+        },
+    });
+    plant_object(&mut installation, policy);
+    assert_eq!(installation.findings(), Vec::<String>::new());
     let mut installation = sound("local");
     installation.set.objects.retain(|object| object.id() != "NetworkPolicy/nothing");
     assert_found(&installation, "StatefulSet/postgres: no NetworkPolicy closes its Egress");

@@ -26,7 +26,10 @@ use uuid::Uuid;
 use warp::reply::Response;
 
 use super::Label;
-use crate::{metrics::Metrics, store::Trace};
+use crate::{
+    metrics::{self, Metrics},
+    store::Trace,
+};
 
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
@@ -107,8 +110,9 @@ where
             let response = finish(response, &request_id);
             let (status, took) = (response.status().as_u16(), began.elapsed());
             metrics.answered(route, &method, status, took);
-            traced.rename(format_args!("{method} {route}"));
-            traced.text("http.request.method", &method);
+            let known = metrics::known(&method);
+            traced.rename(format_args!("{known} {route}"));
+            traced.text("http.request.method", known);
             traced.text("http.route", route);
             traced.number("http.response.status_code", status.into());
             traced.text("request.id", &request_id);

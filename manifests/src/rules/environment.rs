@@ -136,13 +136,18 @@ fn is_loopback(container: &Container) -> bool {
         .any(|start| origin.strip_prefix(start).is_some_and(|rest| rest.is_empty() || rest.starts_with(':')))
 }
 
+/// By its name. Headers for a collector hold its key, mostly.
+fn is_secret(name: &str) -> bool {
+    ["_SECRET", "_PASSWORD", "_TOKEN", "_OTLP_HEADERS"].iter().any(|end| name.ends_with(end))
+}
+
 pub fn secrets_are_referred_to(installation: &Installation) -> Vec<String> {
     let mut findings = Vec::new();
     let containers = installation.set.pods().into_iter().flat_map(Pod::containers);
     for container in containers {
         for (name, value) in container.environment() {
             let Variable::Text(value) = value else { continue };
-            if ["_SECRET", "_PASSWORD", "_TOKEN"].iter().any(|end| name.ends_with(end)) {
+            if is_secret(&name) {
                 findings
                     .push(format!("{}: {name} is written out, and must come from a Secret", container.id()));
             }
@@ -155,7 +160,7 @@ pub fn secrets_are_referred_to(installation: &Installation) -> Vec<String> {
     }
     for map in installation.set.of("ConfigMap") {
         for (name, _) in entries(&map.body["data"]) {
-            if ["_SECRET", "_PASSWORD", "_TOKEN"].iter().any(|end| name.ends_with(end)) {
+            if is_secret(name) {
                 findings.push(format!("{}: {name} is a secret, and a ConfigMap is none", map.id()));
             }
         }

@@ -13,6 +13,7 @@ use crate::{
 // Who is outside of the set, as the policies must name them.
 const INGRESS: &str = "app.kubernetes.io/name=ingress-nginx in the namespace ingress-nginx";
 const PROMETHEUS: &str = "app.kubernetes.io/name=prometheus in the namespace monitoring";
+const COLLECTOR: &str = "app.kubernetes.io/name=opentelemetry-collector in the namespace monitoring";
 const DNS: &str = "k8s-app=kube-dns in the namespace kube-system";
 const OUTSIDE: &str = "a network outside";
 const INTERNET: &str = "the internet";
@@ -116,6 +117,10 @@ fn needed(installation: &Installation) -> BTreeSet<Flow> {
                     None => add(&pod, Way::OutOf, OUTSIDE, &port.to_string()),
                 }
             }
+        }
+        if let Some(url) = container.value("OTEL_EXPORTER_OTLP_ENDPOINT").filter(|url| !url.is_empty()) {
+            let (_, _, port) = address(&url).unwrap_or(("", "", 443));
+            add(&pod, Way::OutOf, COLLECTOR, &port.to_string());
         }
         if LOGINS.iter().any(|name| container.value(name).is_some_and(|value| !value.is_empty())) {
             add(&pod, Way::OutOf, INTERNET, "443");

@@ -76,7 +76,8 @@ impl Exporter {
             version: version.into(),
             ..InstrumentationScope::default()
         };
-        tracing::info!(%endpoint, ratio = settings.ratio, most_per_second = settings.per_second, "tracing");
+        let collector = endpoint.authority().map_or("", |authority| authority.as_str());
+        tracing::info!(collector, ratio = settings.ratio, most_per_second = settings.per_second, "tracing");
         let (told, untold) = (None, 0);
         Self(Some(Sending { queue, outbound, endpoint, headers, resource, scope, metrics, told, untold }))
     }
