@@ -3,13 +3,13 @@
 
 use std::{collections::HashMap, sync::Arc};
 
-use shared::bus::{Bus, Map, Maps, Node};
+use shared::bus::{Bus, Map, Node};
 use tokio::{sync::mpsc, task::JoinSet};
 use tokio_util::sync::CancellationToken;
 
 use super::{
     BATCH, Connected, Notice, QUEUE, Worker, dropped,
-    lane::{Lane, Moved},
+    lane::{Lane, Others},
     offer,
 };
 use crate::metrics::Metrics;
@@ -19,11 +19,10 @@ const MOST_MOVES: u8 = 3;
 
 struct Router {
     bus: Bus,
-    maps: Maps,
     map: Arc<Map>,
     lanes: HashMap<Node, mpsc::Sender<Notice>>,
     running: JoinSet<()>,
-    moved: Moved,
+    others: Others,
     connected: Connected,
     metrics: Metrics,
     /// For lanes: there is no more to come.
@@ -40,10 +39,9 @@ pub(super) async fn run(worker: Worker, connected: Connected, stop: Cancellation
     let mut router = Router {
         map: maps.now(),
         bus,
-        maps: maps.clone(),
         lanes: HashMap::new(),
         running: JoinSet::new(),
-        moved,
+        others: Others { moved, maps: maps.clone() },
         connected,
         metrics,
         stop: stop_lanes.clone(),
@@ -89,7 +87,7 @@ impl Router {
                 queue,
                 self.bus.clone(),
                 node.clone(),
-                Some(self.moved.clone()),
+                Some(self.others.clone()),
                 self.connected.clone(),
                 self.metrics.clone(),
             );
@@ -108,7 +106,7 @@ impl Router {
 
     /// The node that was asked says whose it is; the whole map follows.
     fn send_on(&mut self, notice: Notice, node: Node) {
-        self.maps.doubt();
+        self.others.maps.doubt();
         if notice.moves > MOST_MOVES {
             return dropped("disconnected", [notice], &self.metrics);
         }

@@ -6,7 +6,7 @@
 use std::time::Duration;
 
 use redis::{AsyncConnectionConfig, RedisError, RedisResult, Value, aio::MultiplexedConnection};
-use shared::bus::{self, Bus, Node};
+use shared::bus::{self, Bus, Maps, Node};
 use tokio::{
     sync::mpsc,
     time::{Instant, sleep, sleep_until, timeout},
@@ -16,20 +16,26 @@ use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 use super::{BATCH, Connected, Notice, TIMEOUT, dropped};
 use crate::metrics::Metrics;
 
-/// Between attempts to connect: doubled each time, up to the cap, and drawn at random so that replicas do not march in step.
+/// Between attempts to connect: doubled each time, up to the cap, and drawn at random so that replicas do not march in step. The cap
+/// is shorter than gateways take to trust a Redis that has come back: what is dropped until then is asked for.
 const BACKOFF: Duration = Duration::from_millis(100);
-const BACKOFF_CAP: Duration = Duration::from_secs(5);
+const BACKOFF_CAP: Duration = Duration::from_secs(1);
 /// The age at which a connection is replaced, at most.
 const RENEW_AFTER: Duration = Duration::from_secs(5);
 
-/// Where a node of a cluster sends what is for another one: there, by way of who knows all nodes.
-pub(super) type Moved = mpsc::Sender<(Notice, Node)>;
+/// The other nodes of a cluster.
+#[derive(Clone)]
+pub(super) struct Others {
+    /// Where an event goes that a node says is for another one.
+    pub(super) moved: mpsc::Sender<(Notice, Node)>,
+    pub(super) maps: Maps,
+}
 
 pub(super) struct Lane {
     queue: mpsc::Receiver<Notice>,
     bus: Bus,
     node: Node,
-    moved: Option<Moved>,
+    others: Option<Others>,
     connected: Connected,
     metrics: Metrics,
 }
@@ -50,12 +56,12 @@ impl Lane {
         queue: mpsc::Receiver<Notice>,
         bus: Bus,
         node: Node,
-        moved: Option<Moved>,
+        others: Option<Others>,
         connected: Connected,
         metrics: Metrics,
     ) -> Self {
         connected.change(|(all, _)| *all += 1);
-        Self { queue, bus, node, moved, connected, metrics }
+        Self { queue, bus, node, others, connected, metrics }
     }
 
     /// Runs until `stop`, or nobody is left who offers; then sends what is still queued, if Redis takes it.
@@ -94,6 +100,10 @@ impl Lane {
                 }
             };
             tracing::debug!(reason = failed, "dropping events until Redis is back");
+            // A replica may have taken over.
+            if let Some(others) = &self.others {
+                others.maps.doubt();
+            }
             self.dropped(&mut batch);
             if self.drop_for(rand::random_range(backoff / 2..=backoff), &mut batch, &stop).await.is_err() {
                 return;
@@ -164,10 +174,10 @@ impl Lane {
                 taken += 1;
                 continue;
             };
-            match (&self.moved, bus::sent_to(&error, &self.node)) {
-                (Some(moved), Some(node)) => {
+            match (&self.others, bus::sent_to(&error, &self.node)) {
+                (Some(others), Some(node)) => {
                     notice.moves += 1;
-                    if let Err(error) = moved.try_send((notice, node)) {
+                    if let Err(error) = others.moved.try_send((notice, node)) {
                         dropped("queue_full", [error.into_inner().0], &self.metrics);
                     }
                 }
@@ -275,7 +285,7 @@ mod tests {
             mpsc::channel(1).1,
             Bus::single("redis://localhost").unwrap(),
             Node::At("one".into(), 1),
-            Some(moved),
+            Some(Others { moved, maps: Bus::single("redis://localhost").unwrap().follow().0 }),
             Connected::new(&metrics),
             metrics.clone(),
         );

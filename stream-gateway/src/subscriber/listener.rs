@@ -43,6 +43,9 @@ use crate::{
 /// An overload lasts; its log line does not say so hundreds of times.
 const OVERFLOWS_TOLD_EVERY: Duration = Duration::from_secs(1);
 const BEAT_EVERY: Duration = Duration::from_secs(2);
+/// Beats in a row before a Redis that was lost is trusted again. Publishers come back after their own back-off, and drop events
+/// until then: the reconcile that goes with trust finds those.
+const BEATS_TO_TRUST_AGAIN: u64 = 2;
 const ANSWER_WITHIN: Duration = Duration::from_secs(2);
 const BACKOFF: std::ops::Range<f64> = 0.05..2.0;
 
@@ -56,6 +59,8 @@ pub(super) struct Listener {
     board: Arc<Board>,
     tracer: Tracer,
     metrics: Arc<Metrics>,
+    /// Redis, or the node, is not met for the first time.
+    again: AtomicBool,
     /// Channels that this connection has in the metric.
     counted: AtomicI64,
 }
@@ -123,7 +128,8 @@ struct Ear {
 }
 
 impl Listener {
-    pub(super) fn new(of: &Subscriber, node: Node, maps: Maps, board: Arc<Board>) -> Self {
+    /// `again`: it takes the place of another one.
+    pub(super) fn new(of: &Subscriber, node: Node, maps: Maps, board: Arc<Board>, again: bool) -> Self {
         Self {
             bus: of.bus.clone(),
             node,
@@ -134,6 +140,7 @@ impl Listener {
             board,
             tracer: of.tracer.clone(),
             metrics: of.metrics.clone(),
+            again: AtomicBool::new(again),
             counted: AtomicI64::new(0),
         }
     }
@@ -153,6 +160,7 @@ impl Listener {
                 return;
             }
             let Some(Err(error)) = ended else { return };
+            self.again.store(true, Ordering::Relaxed);
             self.maps.doubt();
             failures = if began.elapsed() > Duration::from_secs(10) { 0 } else { failures + 1 };
             let longest = (BACKOFF.start * f64::from(1 << failures.min(10))).min(BACKOFF.end);
@@ -197,7 +205,9 @@ impl Listener {
                 () = tokio::time::sleep_until(next_beat) => {
                     let heard = self.beat(&mut ear).await?;
                     let still_refused = self.wishes.again(&self.node, ear.refused.drain());
-                    self.board.note(&self.node, Health { connected: true, trusted: heard && still_refused == 0 });
+                    let enough = ear.beats >= BEATS_TO_TRUST_AGAIN || !self.again.load(Ordering::Relaxed);
+                    let trusted = heard && enough && still_refused == 0;
+                    self.board.note(&self.node, Health { connected: true, trusted });
                     next_beat = Instant::now() + BEAT_EVERY;
                 }
             }

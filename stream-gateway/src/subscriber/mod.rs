@@ -115,16 +115,19 @@ impl Subscriber {
         let mut running = JoinSet::new();
         let mut trusted = false;
         let mut map = maps.now();
+        let mut known_before = false;
         loop {
             listeners.retain(|node, _| map.nodes().contains(node));
             for node in map.nodes() {
                 listeners.entry(node.clone()).or_insert_with(|| {
                     let stop = CancellationToken::new();
-                    let listener = Listener::new(self, node.clone(), maps.clone(), board.clone());
+                    let listener =
+                        Listener::new(self, node.clone(), maps.clone(), board.clone(), known_before);
                     running.spawn(listener.run(stop.clone()));
                     stop.drop_guard()
                 });
             }
+            known_before |= !map.nodes().is_empty();
             self.wishes.share_by(map.clone());
             // Until the map changes, that is how it is.
             loop {
