@@ -35,7 +35,7 @@ pub struct Pace {
     pub drain_wait: Duration,
     pub drain_window: Duration,
     pub api_wait: Duration,
-    /// Until a process that was killed is started again.
+    /// Until a process that was killed alone is started again.
     pub down: Duration,
     /// From one that is ready again to the next one.
     pub pause: Duration,

@@ -19,6 +19,8 @@ use crate::{
 
 const APIS: u8 = 2;
 const GATEWAYS: u8 = 3;
+/// Longer than the shortest `retry`: some come back while there is nobody.
+const ALL_DOWN: Duration = Duration::from_secs(3);
 const PROXIES: &str = "127.0.0.0/8";
 
 /// Everything that runs, each process with an address of its own as pods have: a port that is only for a moment nobody's cannot
@@ -159,7 +161,7 @@ impl<'a> Site<'a> {
         for (kind, number) in everyone.clone() {
             self.kill(kind, number)?;
         }
-        sleep(self.pace.down);
+        sleep(ALL_DOWN);
         // api first: a gateway is ready when it has its keys.
         everyone.rev().try_for_each(|(kind, number)| self.start_again(kind, number))
     }
