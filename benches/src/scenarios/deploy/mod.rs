@@ -5,11 +5,12 @@
 mod phase;
 mod site;
 
-use std::{collections::BTreeMap, thread::sleep, time::Duration};
+use std::{collections::BTreeMap, time::Duration};
 
 use anyhow::Context as _;
 use shared::cursor::Cursor;
 use sqlx::Row as _;
+use tokio::time::sleep;
 
 use self::site::Site;
 use super::{PATIENCE, Sizes, check_ledgers, say_complaints};
@@ -95,16 +96,13 @@ pub async fn run(sizes: &Sizes) -> anyhow::Result<()> {
         insist: true,
         begin,
     })?;
-    sleep(2 * HEAD_START);
+    sleep(2 * HEAD_START).await;
 
     let phases = [
-        site.phase("calm", |_| {
-            sleep(pace.calm);
-            Ok(())
-        })?,
-        site.phase("a rolling restart, gateways first", Site::roll)?,
-        site.phase("SIGKILL to each, one after the other", Site::kill_each)?,
-        site.phase("SIGKILL to all at once", Site::kill_all)?,
+        site.phase("calm", Site::leave_alone).await?,
+        site.phase("a rolling restart, gateways first", Site::roll).await?,
+        site.phase("SIGKILL to each, one after the other", Site::kill_each).await?,
+        site.phase("SIGKILL to all at once", Site::kill_all).await?,
     ];
 
     let posted = posting.finish()?;

@@ -1,6 +1,8 @@
 //! The processes of a deployment, and what happens to them: replaced in order as a rollout does it, or killed and started again.
 
-use std::{net::Ipv4Addr, thread::sleep, time::Duration};
+use std::{net::Ipv4Addr, time::Duration};
+
+use tokio::time::sleep;
 
 use super::{
     Pace,
@@ -100,20 +102,20 @@ impl<'a> Site<'a> {
     }
 
     /// Until everybody is back, and a moment longer for what they are told then.
-    pub(super) fn phase(
+    pub(super) async fn phase(
         &mut self,
         name: &'static str,
-        happens: impl FnOnce(&mut Self) -> anyhow::Result<()>,
+        happens: impl AsyncFnOnce(&mut Self) -> anyhow::Result<()>,
     ) -> anyhow::Result<Phase> {
         progress(name);
         let began = now();
         self.streams.order(&Order::Measure { since: began })?;
         let costs = self.costs()?;
         self.most_memory = 0;
-        happens(self)?;
+        happens(self).await?;
         let everybody = self.everybody;
         self.streams.until("all are back", PATIENCE, |status| status.ready == everybody)?;
-        sleep(self.pace.pause);
+        sleep(self.pace.pause).await;
         self.look_at_memory()?;
         Ok(Phase {
             name,
@@ -127,47 +129,52 @@ impl<'a> Site<'a> {
         })
     }
 
-    pub(super) fn roll(&mut self) -> anyhow::Result<()> {
+    pub(super) async fn leave_alone(&mut self) -> anyhow::Result<()> {
+        sleep(self.pace.calm).await;
+        Ok(())
+    }
+
+    pub(super) async fn roll(&mut self) -> anyhow::Result<()> {
         for number in 0..self.gateways.len() {
             let began = now();
             let streams = self.gateways[number].metric("gateway_streams", "")?;
-            self.replace_in_order(Kind::Gateway, number)?;
-            sleep(self.pace.pause);
+            self.replace_in_order(Kind::Gateway, number).await?;
+            sleep(self.pace.pause).await;
             self.drains.push(Drain { streams, began, ended: now() });
         }
         for number in 0..self.apis.len() {
-            self.replace_in_order(Kind::Api, number)?;
-            sleep(self.pace.pause);
+            self.replace_in_order(Kind::Api, number).await?;
+            sleep(self.pace.pause).await;
         }
         Ok(())
     }
 
-    pub(super) fn kill_each(&mut self) -> anyhow::Result<()> {
+    pub(super) async fn kill_each(&mut self) -> anyhow::Result<()> {
         for (kind, many) in [(Kind::Gateway, self.gateways.len()), (Kind::Api, self.apis.len())] {
             for number in 0..many {
                 self.kill(kind, number)?;
-                sleep(self.pace.down);
+                sleep(self.pace.down).await;
                 self.start_again(kind, number)?;
-                sleep(self.pace.pause);
+                sleep(self.pace.pause).await;
             }
         }
         Ok(())
     }
 
-    pub(super) fn kill_all(&mut self) -> anyhow::Result<()> {
+    pub(super) async fn kill_all(&mut self) -> anyhow::Result<()> {
         let everyone = [(Kind::Gateway, self.gateways.len()), (Kind::Api, self.apis.len())];
         let everyone =
             everyone.into_iter().flat_map(|(kind, many)| (0..many).map(move |number| (kind, number)));
         for (kind, number) in everyone.clone() {
             self.kill(kind, number)?;
         }
-        sleep(ALL_DOWN);
+        sleep(ALL_DOWN).await;
         // api first: a gateway is ready when it has its keys.
         everyone.rev().try_for_each(|(kind, number)| self.start_again(kind, number))
     }
 
     /// As a rollout without a spare one does it: SIGTERM, and the proxy is told at the same moment.
-    fn replace_in_order(&mut self, kind: Kind, number: usize) -> anyhow::Result<()> {
+    async fn replace_in_order(&mut self, kind: Kind, number: usize) -> anyhow::Result<()> {
         self.look_at_memory()?;
         let service = &mut self.of(kind)[number];
         let host = service.host()?;
@@ -181,7 +188,7 @@ impl<'a> Site<'a> {
             }
             // What it used last cannot be read any more when it has ended.
             cpu = service.cpu().unwrap_or(cpu);
-            sleep(Duration::from_millis(20));
+            sleep(Duration::from_millis(20)).await;
         };
         anyhow::ensure!(status.success(), "ended with {status}: {:?}", service.complaints());
         self.spend(kind, cpu);
