@@ -6,7 +6,6 @@ use std::{
     io::Read,
     net::SocketAddr,
     process::{Command, Stdio},
-    sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
 
@@ -21,6 +20,7 @@ use shared::{
     server::{self, Limits},
     test_support::{process::Process, servers::free_port, soon, until},
 };
+use tokio::sync::watch;
 use tokio_util::sync::{CancellationToken, DropGuard};
 use warp::Filter;
 
@@ -51,7 +51,7 @@ impl Seen {
 
 pub struct Collector {
     port: u16,
-    seen: Arc<Mutex<Vec<Seen>>>,
+    seen: watch::Sender<Vec<Seen>>,
     _process: Process,
     _folder: tempfile::TempDir,
     _stop: DropGuard,
@@ -60,7 +60,7 @@ pub struct Collector {
 impl Collector {
     /// Returns when it takes spans.
     pub async fn start() -> Self {
-        let seen = Arc::new(Mutex::new(Vec::new()));
+        let seen = watch::Sender::new(Vec::new());
         let (receiver, stop) = receive(seen.clone());
         let folder = tempfile::tempdir().expect("a temporary folder");
         let (http, grpc) = (free_port(), free_port());
@@ -94,31 +94,28 @@ impl Collector {
 
     /// All that came of this trace so far.
     pub fn trace(&self, trace: &str) -> Vec<Seen> {
-        let seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
-        seen.iter().filter(|span| span.trace == trace).cloned().collect()
+        of(trace, &self.seen.borrow())
     }
 
     /// The spans of this trace, once they are as the test wants them.
     pub async fn until(&self, what: &str, trace: &str, wanted: impl Fn(&[Seen]) -> bool) -> Vec<Seen> {
-        let came = async {
-            loop {
-                let spans = self.trace(trace);
-                if wanted(&spans) {
-                    return spans;
-                }
-                tokio::time::sleep(Duration::from_millis(20)).await;
-            }
-        };
-        soon(what, came).await
+        let mut seen = self.seen.subscribe();
+        let seen =
+            soon(what, seen.wait_for(|seen| wanted(&of(trace, seen)))).await.expect("the receiver is ours");
+        of(trace, &seen)
     }
 
     /// Everything that came, as text.
     pub fn said(&self) -> String {
-        format!("{:?}", self.seen.lock().unwrap_or_else(PoisonError::into_inner))
+        format!("{:?}", self.seen.borrow())
     }
 }
 
-fn receive(seen: Arc<Mutex<Vec<Seen>>>) -> (SocketAddr, DropGuard) {
+fn of(trace: &str, seen: &[Seen]) -> Vec<Seen> {
+    seen.iter().filter(|span| span.trace == trace).cloned().collect()
+}
+
+fn receive(seen: watch::Sender<Vec<Seen>>) -> (SocketAddr, DropGuard) {
     let listener = server::bind(SocketAddr::from(([127, 0, 0, 1], 0))).expect("a free port of loopback");
     let address = listener.local_addr().expect("it is bound");
     let routes = warp::path!("v1" / "traces").and(warp::post()).and(warp::body::bytes()).map(
@@ -127,7 +124,7 @@ fn receive(seen: Arc<Mutex<Vec<Seen>>>) -> (SocketAddr, DropGuard) {
             let mut plain = Vec::new();
             GzDecoder::new(&*body).read_to_end(&mut plain).expect("the collector sends gzip");
             let request = ExportTraceServiceRequest::decode(&*plain).expect("the collector sends OTLP");
-            seen.lock().unwrap_or_else(PoisonError::into_inner).extend(read(request));
+            seen.send_modify(|seen| seen.extend(read(request)));
             warp::reply()
         },
     );
