@@ -97,6 +97,7 @@ impl Nginx {
                 anyhow::bail!("nginx ended with {status}: {}", log());
             }
             anyhow::ensure!(Instant::now() < deadline, "nginx does not take its configuration: {}", log());
+            // Only its answers tell that the new workers are there.
             sleep(Duration::from_millis(10));
         }
         Ok(())

@@ -13,6 +13,8 @@ use super::{
 
 const SLOTS: usize = 16_384;
 const NODES: usize = 3;
+/// Between two wishes for a hand-over: one that was taken must have time to be done, or the next one asks for the way back.
+const WISHES_APART: Duration = Duration::from_millis(200);
 
 pub struct Cluster {
     pub nodes: Vec<Redis>,
@@ -222,7 +224,7 @@ impl Watched {
             if self.named_by(&self.sentinels[0]) != Some(to) {
                 // Refused while it is being done.
                 let _ = self.sentinels[0].command(&["SENTINEL", "FAILOVER", Self::NAME]);
-                sleep(Duration::from_millis(200));
+                sleep(WISHES_APART);
             }
             self.leader() == Some(to)
         });

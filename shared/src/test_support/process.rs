@@ -97,6 +97,7 @@ impl Drop for Process {
         if self.end != Signal::SIGKILL {
             self.signal(self.end);
             let deadline = Instant::now() + FAMILY_ENDS_WITHIN;
+            // Nothing waits for a child and for a deadline at once, and here nothing can be awaited.
             while self.ended().is_none() && Instant::now() < deadline {
                 std::thread::sleep(Duration::from_millis(10));
             }

@@ -1,6 +1,9 @@
 //! The processes of a deployment, and what happens to them: replaced in order as a rollout does it, or killed and started again.
 
-use std::{net::Ipv4Addr, time::Duration};
+use std::{
+    net::Ipv4Addr,
+    time::{Duration, Instant},
+};
 
 use tokio::time::sleep;
 
@@ -23,6 +26,8 @@ const APIS: u8 = 2;
 const GATEWAYS: u8 = 3;
 /// Longer than the shortest `retry`: some come back while there is nobody.
 const ALL_DOWN: Duration = Duration::from_secs(3);
+/// For a process that was told to go: more than its wait, its drain and its last goodbyes together.
+const ENDS_WITHIN: Duration = Duration::from_secs(120);
 const PROXIES: &str = "127.0.0.0/8";
 
 /// Everything that runs, each process with an address of its own as pods have: a port that is only for a moment nobody's cannot
@@ -182,10 +187,16 @@ impl<'a> Site<'a> {
         self.nginx.leave_out(&[host])?;
         let service = &mut self.of(kind)[number];
         let mut cpu = service.cpu()?;
+        let deadline = Instant::now() + ENDS_WITHIN;
         let status = loop {
             if let Some(status) = service.ended() {
                 break status;
             }
+            anyhow::ensure!(
+                Instant::now() < deadline,
+                "still there after {ENDS_WITHIN:?}: {:?}",
+                service.complaints()
+            );
             // What it used last cannot be read any more when it has ended.
             cpu = service.cpu().unwrap_or(cpu);
             sleep(Duration::from_millis(20)).await;
