@@ -158,8 +158,8 @@ fn config(
                     error_page 502 503 504 =200 @nobody;
                 }}
                 location @nobody {{
-                    default_type text/event-stream;
-                    return 200 \"retry: $retry\\n\\n\";
+                    default_type \"text/event-stream; charset=utf-8\";
+                    return 200 'retry: $retry\\nevent: goodbye\\ndata: {{\"reason\":\"drain\",\"reconnect\":true}}\\n\\n';
                 }}
                 location / {{ proxy_pass http://public; }}
             }}

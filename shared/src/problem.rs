@@ -17,6 +17,9 @@ pub struct Problem {
     pub code: String,
     /// One sentence, for people.
     pub message: String,
+    /// How to mend the request, where `message` has a fixed text that does not say so.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub detail: Option<String>,
     /// Field to sentence; on 422 only.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub errors: BTreeMap<String, String>,
@@ -37,6 +40,7 @@ impl Problem {
             status: status.as_u16(),
             code: code.into(),
             message: message.into(),
+            detail: None,
             errors: BTreeMap::new(),
             request_id: request_id.into(),
         }

@@ -295,6 +295,9 @@ where
     fn call(&self, mut request: Request<Incoming>) -> Self::Future {
         lock(&self.notes).enter(Phase::Serving);
         request.extensions_mut().insert(PeerAddr(self.peer));
+        // A handler that takes the socket over writes the answer itself, and warp does not expose the version.
+        let version = request.version();
+        request.extensions_mut().insert(version);
         let answer = self.service.clone().call(request);
         let notes = self.notes.clone();
         Box::pin(async move {

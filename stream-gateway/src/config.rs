@@ -85,7 +85,7 @@ pub struct Settings {
     /// human or json
     #[arg(long, env, global = true, hide_env_values = true, default_value = "human")]
     log_format: String,
-    /// Seconds between the heartbeats of a stream, ± 20 %. Below every proxy's idle limit on the way
+    /// Seconds between the heartbeats of a stream that asks for no other, ± 10 %. Below every proxy's idle limit on the way
     #[arg(long, env, global = true, hide_env_values = true, default_value = "15")]
     heartbeat_seconds: String,
     /// The shortest idle limit, in seconds, among the proxies on the way to browsers: heartbeats must come within it
@@ -375,9 +375,9 @@ mod tests {
             cut.contains("TERMINATION_GRACE_SECONDS is 39") && cut.contains("DRAIN_WINDOW_SECONDS"),
             "{cut}"
         );
-        assert_eq!(refused(&["--heartbeat-seconds=24", "--proxy-idle-seconds=30"], u64::MAX), None);
-        let silent = refused(&["--heartbeat-seconds=25", "--proxy-idle-seconds=30"], u64::MAX).unwrap();
-        assert!(silent.contains("HEARTBEAT_SECONDS is 25"), "{silent}");
+        assert_eq!(refused(&["--heartbeat-seconds=26", "--proxy-idle-seconds=30"], u64::MAX), None);
+        let silent = refused(&["--heartbeat-seconds=27", "--proxy-idle-seconds=30"], u64::MAX).unwrap();
+        assert!(silent.contains("HEARTBEAT_SECONDS is 27"), "{silent}");
         assert_eq!(refused(&["--max-streams=1000"], 4_612), None);
         let few = refused(&["--max-streams=1000"], 4_611).unwrap();
         assert!(few.contains("4612 open files"), "{few}");

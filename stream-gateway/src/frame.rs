@@ -1,12 +1,23 @@
-//! Events to bytes: the wire form of the stream (WHATWG HTML, 9.2 "Server-sent events"). Pure.
+//! Events to bytes: the wire form of the stream (WHATWG HTML, 9.2 "Server-sent events"; RFC 9112, 7.1 "Chunked Transfer
+//! Coding"). Pure.
 //!
 //! It promises that nothing from outside can add a line to a block: fields hold no CR, LF or NUL, whatever the envelope
-//! holds. An event is encoded once and shared by every connection.
+//! holds, and no other character that some readers treat as a line end. An event is encoded once and shared by every
+//! connection.
+//!
+//! The lines of a block are `retry`, `event`, `data`, `id`, in this order: widely used readers keep an id when they read its
+//! line, so an id before its data would skip an event whose block is cut between the two.
 
-use std::{fmt::Write as _, sync::Arc, time::SystemTime};
+use std::{
+    fmt::Write as _,
+    num::NonZeroU8,
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
 
 use bytes::Bytes;
 use chrono::{DateTime, Utc};
+use http::Version;
 use serde_json::json;
 use shared::{
     cursor::Cursor,
@@ -20,10 +31,72 @@ use crate::{sequencer::Lost, traced::Traced};
 /// The largest envelope that is taken from Redis, in bytes. A message of 480 code points makes some 4 KiB at most.
 pub const MAX_ENVELOPE: usize = 16 * 1024;
 
-/// What keeps proxies and dead-peer detection going while there is nothing to say.
+/// A block of the stream, framed as one chunk of an HTTP/1.1 body. It is encoded once; every receiver gets the same bytes.
+#[derive(Debug, Clone)]
+pub struct Chunk(Bytes);
+
+impl Chunk {
+    pub fn new(text: &str) -> Self {
+        Self(format!("{:x}\r\n{text}\r\n", text.len()).into())
+    }
+
+    /// Bytes on the wire.
+    pub fn len(&self) -> usize {
+        self.0.len()
+    }
+}
+
+/// How the client recognises the end of the body (RFC 9112, 6.3).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Framing {
+    /// By the last chunk. The gateway sends it whenever it ends a stream itself; a body without it was cut.
+    Chunked,
+    /// By the end of the connection. HTTP/1.0 has no chunks.
+    Close,
+}
+
+impl Framing {
+    pub fn of(version: Version) -> Self {
+        if version >= Version::HTTP_11 { Self::Chunked } else { Self::Close }
+    }
+
+    pub fn bytes(self, chunk: &Chunk) -> Bytes {
+        let Chunk(bytes) = chunk;
+        match self {
+            Self::Chunked => bytes.clone(),
+            Self::Close => {
+                let length = bytes.iter().position(|byte| *byte == b'\n').map_or(0, |end| end + 1);
+                bytes.slice(length..bytes.len() - b"\r\n".len())
+            }
+        }
+    }
+
+    /// The last chunk, if there are chunks.
+    pub fn end(self) -> &'static [u8] {
+        match self {
+            Self::Chunked => b"0\r\n\r\n",
+            Self::Close => b"",
+        }
+    }
+
+    /// This chunk, and the end of the body after it.
+    pub fn last(self, chunk: &Chunk) -> Bytes {
+        [&self.bytes(chunk), self.end()].concat().into()
+    }
+}
+
+/// The heartbeat of a stream, as its client asked for it. It keeps proxies from closing an idle connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum Heartbeat {
-    /// A comment, invisible to scripts.
+pub struct Heartbeat {
+    pub form: HeartbeatForm,
+    /// The interval, if the client chose one.
+    pub seconds: Option<NonZeroU8>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum HeartbeatForm {
+    /// A comment line, invisible to scripts. No empty line follows, because some readers take that for an empty event. So the
+    /// comment stands between the `retry` line and `ready`, or before the first line of the next block.
     #[default]
     Comment,
     /// An event, for clients that asked: by it a script can tell a quiet stream from a dead one. It moves no cursor.
@@ -31,11 +104,15 @@ pub enum Heartbeat {
 }
 
 impl Heartbeat {
-    pub fn block(self) -> &'static [u8] {
-        match self {
-            Self::Comment => b":\n\n",
-            Self::Event => b"event: heartbeat\ndata: {}\n\n",
-        }
+    pub fn every(self, default: Duration) -> Duration {
+        self.seconds.map_or(default, |seconds| Duration::from_secs(seconds.get().into()))
+    }
+
+    pub fn chunk(self) -> Chunk {
+        Chunk(Bytes::from_static(match self.form {
+            HeartbeatForm::Comment => b"2\r\n:\n\r\n",
+            HeartbeatForm::Event => b"1b\r\nevent: heartbeat\ndata: {}\n\n\r\n",
+        }))
     }
 }
 
@@ -45,7 +122,7 @@ pub struct Event {
     pub head: Head,
     /// When it was made, in milliseconds since 1970, by the database's clock.
     pub created_at: i64,
-    pub frame: Bytes,
+    pub frame: Chunk,
     /// None, mostly: its trace is not recorded.
     pub traced: Option<Arc<Traced>>,
 }
@@ -69,18 +146,24 @@ impl Event {
             return Err(BadEnvelope::Name);
         }
         let data = envelope.data.get();
-        let mut frame = String::with_capacity(data.len() + 80);
-        let _ = writeln!(frame, "id: {}", envelope.cursor());
+        let mut block = String::with_capacity(data.len() + 80);
         if name != kind::MESSAGE {
-            let _ = writeln!(frame, "event: {name}");
+            let _ = writeln!(block, "event: {name}");
         }
-        frame.push_str("data: ");
-        // Raw JSON is one value; a line break in it can only be white space between tokens.
-        frame.extend(data.chars().map(|c| if matches!(c, '\r' | '\n') { ' ' } else { c }));
-        frame.push_str("\n\n");
+        block.push_str("data: ");
+        for c in data.chars() {
+            match c {
+                // Raw JSON is one value; a line break in it can only be white space between tokens.
+                '\r' | '\n' => block.push(' '),
+                // Line breaks to Unicode, and to readers that split lines by it. In JSON they stand only inside strings.
+                '\u{85}' | '\u{2028}' | '\u{2029}' => _ = write!(block, "\\u{:04x}", u32::from(c)),
+                c => block.push(c),
+            }
+        }
+        let _ = write!(block, "\nid: {}\n\n", envelope.cursor());
         let head = Head { epoch: envelope.epoch, seq: envelope.seq };
         let created_at = envelope.created_at.timestamp_millis();
-        Ok(Self { head, created_at, frame: frame.into(), traced: None })
+        Ok(Self { head, created_at, frame: Chunk::new(&block), traced: None })
     }
 }
 
@@ -90,33 +173,28 @@ fn is_name(name: &str) -> bool {
     (1..=64).contains(&name.len()) && name.bytes().all(allowed) && !matches!(name, "error" | "open")
 }
 
-/// How long the browser waits before it reconnects, in milliseconds.
-pub fn retry(millis: u32) -> String {
-    format!("retry: {millis}\n\n")
+/// How long the browser waits before it reconnects, in milliseconds. The line is sent immediately and is the first one of the
+/// first block: many readers would take a block of its own for an event without data.
+pub fn retry(millis: u32) -> Chunk {
+    Chunk::new(&format!("retry: {millis}\n"))
 }
 
 /// The first event of a connection. Without an id when a resync follows, so that only the resync moves the cursor.
-pub fn ready(
-    cursor: Cursor,
-    resumed: bool,
-    with_id: bool,
-    heartbeat_seconds: u64,
-    now: SystemTime,
-) -> String {
+pub fn ready(cursor: Cursor, resumed: bool, with_id: bool, heartbeat: Duration, now: SystemTime) -> Chunk {
     let data = json!({
         "cursor": cursor.to_string(),
         "resumed": resumed,
-        "heartbeatSeconds": heartbeat_seconds,
+        "heartbeatSeconds": heartbeat.as_secs(),
         "serverTime": rfc3339(DateTime::<Utc>::from(now)),
     });
     let id = if with_id { format!("id: {cursor}\n") } else { String::new() };
-    format!("{id}event: ready\ndata: {data}\n\n")
+    Chunk::new(&format!("event: ready\ndata: {data}\n{id}\n"))
 }
 
 /// The place is lost: reload by REST, go on from the head.
-pub fn resync(head: Cursor, why: Lost) -> String {
+pub fn resync(head: Cursor, why: Lost) -> Chunk {
     let data = json!({ "cursor": head.to_string(), "reason": why.as_str() });
-    format!("id: {head}\nevent: resync\ndata: {data}\n\n")
+    Chunk::new(&format!("event: resync\ndata: {data}\nid: {head}\n\n"))
 }
 
 /// Why a connection ends by our will, as the client is told.
@@ -153,11 +231,13 @@ impl Goodbye {
         !matches!(self, Self::Expired | Self::Revoked)
     }
 
-    /// The bounds of the `retry` that goes with it, in milliseconds. Who was refused stays away for a while.
+    /// The bounds of the `retry` that goes with it, in milliseconds. Refused clients stay away for a while. Many
+    /// readers reconnect whatever `reconnect` says.
     pub fn retry(self) -> std::ops::RangeInclusive<u32> {
         match self {
             Self::Busy | Self::Replaced => 60_000..=120_000,
-            Self::Drain | Self::Expired | Self::Revoked | Self::Rotate => FIRST_RETRY,
+            Self::Drain | Self::Rotate => FIRST_RETRY,
+            Self::Expired | Self::Revoked => AN_HOUR..=AN_HOUR,
         }
     }
 }
@@ -165,10 +245,12 @@ impl Goodbye {
 /// The bounds of the `retry` that opens every stream.
 pub const FIRST_RETRY: std::ops::RangeInclusive<u32> = 2_000..=5_000;
 
-/// The last block of a connection.
-pub fn goodbye(why: Goodbye, retry_millis: u32) -> String {
+const AN_HOUR: u32 = 3_600_000;
+
+/// The last block of a connection, with a `retry` of its own.
+pub fn goodbye(why: Goodbye, retry_millis: u32) -> Chunk {
     let data = json!({ "reason": why.as_str(), "reconnect": why.reconnect() });
-    format!("retry: {retry_millis}\nevent: goodbye\ndata: {data}\n\n")
+    Chunk::new(&format!("retry: {retry_millis}\nevent: goodbye\ndata: {data}\n\n"))
 }
 
 #[cfg(test)]
@@ -194,8 +276,13 @@ mod tests {
         }
     }
 
-    fn text(bytes: &[u8]) -> &str {
-        std::str::from_utf8(bytes).unwrap()
+    /// The block alone.
+    fn text(chunk: &Chunk) -> String {
+        String::from_utf8(Framing::Close.bytes(chunk).into()).unwrap()
+    }
+
+    fn heartbeat(form: HeartbeatForm) -> Chunk {
+        Heartbeat { form, seconds: None }.chunk()
     }
 
     /// What a browser makes of these bytes, by somebody else's parser.
@@ -210,27 +297,56 @@ mod tests {
         let sent = Event::encode(&envelope(kind::MESSAGE_SENT, r#"{"id":"7"}"#)).unwrap();
         assert_eq!(
             text(&sent.frame),
-            "id: 00000000000000ff-3\nevent: message.sent\ndata: {\"id\":\"7\"}\n\n"
+            "event: message.sent\ndata: {\"id\":\"7\"}\nid: 00000000000000ff-3\n\n"
         );
         let message = Event::encode(&envelope(kind::MESSAGE, r#"{"id":"7"}"#)).unwrap();
-        assert_eq!(text(&message.frame), "id: 00000000000000ff-3\ndata: {\"id\":\"7\"}\n\n");
+        assert_eq!(text(&message.frame), "data: {\"id\":\"7\"}\nid: 00000000000000ff-3\n\n");
         let cursor = envelope("x", "1").cursor();
+        let every = Duration::from_secs(15);
         assert_eq!(
-            ready(cursor, true, true, 15, SystemTime::UNIX_EPOCH),
-            "id: 00000000000000ff-3\nevent: ready\ndata: {\"cursor\":\"00000000000000ff-3\",\"heartbeatSeconds\":15,\"resumed\":true,\"serverTime\":\"1970-01-01T00:00:00.000000Z\"}\n\n"
+            text(&ready(cursor, true, true, every, SystemTime::UNIX_EPOCH)),
+            "event: ready\ndata: {\"cursor\":\"00000000000000ff-3\",\"heartbeatSeconds\":15,\"resumed\":true,\"serverTime\":\"1970-01-01T00:00:00.000000Z\"}\nid: 00000000000000ff-3\n\n"
         );
-        assert!(ready(cursor, false, false, 15, SystemTime::UNIX_EPOCH).starts_with("event: ready\n"));
+        assert!(!text(&ready(cursor, false, false, every, SystemTime::UNIX_EPOCH)).contains("id: "));
         assert_eq!(
-            resync(cursor, Lost::Expired),
-            "id: 00000000000000ff-3\nevent: resync\ndata: {\"cursor\":\"00000000000000ff-3\",\"reason\":\"expired\"}\n\n"
+            text(&resync(cursor, Lost::Expired)),
+            "event: resync\ndata: {\"cursor\":\"00000000000000ff-3\",\"reason\":\"expired\"}\nid: 00000000000000ff-3\n\n"
         );
         assert_eq!(
-            goodbye(Goodbye::Drain, 2_500),
+            text(&goodbye(Goodbye::Drain, 2_500)),
             "retry: 2500\nevent: goodbye\ndata: {\"reason\":\"drain\",\"reconnect\":true}\n\n"
         );
-        assert_eq!(retry(2_000), "retry: 2000\n\n");
-        assert_eq!(text(Heartbeat::Comment.block()), ":\n\n");
-        assert_eq!(text(Heartbeat::Event.block()), "event: heartbeat\ndata: {}\n\n");
+        assert_eq!(text(&retry(2_000)), "retry: 2000\n");
+        assert_eq!(text(&heartbeat(HeartbeatForm::Comment)), ":\n");
+        assert_eq!(text(&heartbeat(HeartbeatForm::Event)), "event: heartbeat\ndata: {}\n\n");
+    }
+
+    #[test]
+    fn a_block_is_one_chunk_and_the_last_chunk_is_empty() {
+        let message = Event::encode(&envelope(kind::MESSAGE, r#"{"id":"7"}"#)).unwrap().frame;
+        let bytes = "29\r\ndata: {\"id\":\"7\"}\nid: 00000000000000ff-3\n\n\r\n";
+        assert_eq!(Framing::Chunked.bytes(&message), bytes);
+        assert_eq!(Framing::Chunked.last(&message), format!("{bytes}0\r\n\r\n"));
+        assert_eq!(Framing::Close.last(&message), Framing::Close.bytes(&message), "no chunks, no last one");
+        for form in [HeartbeatForm::Comment, HeartbeatForm::Event] {
+            let (fixed, made) = (heartbeat(form), Chunk::new(&text(&heartbeat(form))));
+            assert_eq!(fixed.0, made.0, "its length is right");
+        }
+    }
+
+    #[test]
+    fn a_chunk_is_the_same_bytes_for_every_receiver() {
+        let message = Event::encode(&envelope(kind::MESSAGE, "{}")).unwrap().frame;
+        let at = |framing: Framing| framing.bytes(&message).as_ptr_range();
+        assert_eq!(at(Framing::Chunked), at(Framing::Chunked));
+        assert!(at(Framing::Chunked).contains(&at(Framing::Close).start));
+    }
+
+    #[test]
+    fn a_goodbye_without_reconnect_carries_an_hour() {
+        for why in [Goodbye::Expired, Goodbye::Revoked] {
+            assert_eq!((why.reconnect(), why.retry()), (false, 3_600_000..=3_600_000));
+        }
     }
 
     #[test]
@@ -251,17 +367,18 @@ mod tests {
         })
     }
 
+    /// The line ends of Unicode, as Python's `splitlines` has them.
+    const LINE_ENDS: [char; 10] =
+        ['\n', '\r', '\u{b}', '\u{c}', '\u{1c}', '\u{1d}', '\u{1e}', '\u{85}', '\u{2028}', '\u{2029}'];
+
     proptest! {
         #[test]
         fn another_parser_reads_back_what_was_sent(json in raw_json(), name in "[a-z][a-z._-]{0,20}") {
             prop_assume!(is_name(&name));
-            let mut bytes = b"retry: 2000\n\n".to_vec();
-            let envelope = envelope(&name, &json);
-            let frame = Event::encode(&envelope).unwrap().frame;
-            bytes.extend_from_slice(&frame);
-            bytes.extend_from_slice(Heartbeat::Comment.block());
-            bytes.extend_from_slice(&frame);
-            let events = parsed(&bytes);
+            let frame = Event::encode(&envelope(&name, &json)).unwrap().frame;
+            let comment = heartbeat(HeartbeatForm::Comment);
+            let texts = [&retry(2_000), &comment, &frame, &comment, &comment, &frame].map(text);
+            let events = parsed(texts.concat().as_bytes());
             prop_assert_eq!(events.len(), 2);
             for event in events {
                 prop_assert_eq!(&event.id, "00000000000000ff-3");
@@ -272,12 +389,21 @@ mod tests {
         }
 
         #[test]
-        fn a_frame_is_one_block_whatever_the_data(json in raw_json()) {
-            let frame = Event::encode(&envelope("x", &json)).unwrap().frame;
-            let text = text(&frame);
-            prop_assert!(text.ends_with("\n\n"));
-            prop_assert_eq!(text.matches('\n').count(), 4);
-            prop_assert!(!text.contains(['\r', '\0']));
+        fn a_frame_is_one_block_whatever_the_data(
+            json in raw_json(),
+            ends in proptest::sample::subsequence(&LINE_ENDS[..], 0..10),
+        ) {
+            let text_with_ends = json!(String::from_iter(ends));
+            let json = format!("{{\"a\":{json},\"b\":{text_with_ends}}}");
+            let frame = text(&Event::encode(&envelope("x", &json)).unwrap().frame);
+            prop_assert!(frame.ends_with("\n\n"));
+            let lines: Vec<_> = frame.split(LINE_ENDS).collect();
+            let fields: Vec<_> = lines.iter().map(|line| line.split(": ").next().unwrap_or_default()).collect();
+            prop_assert_eq!(fields, ["event", "data", "id", "", ""]);
+            prop_assert!(!frame.contains('\0'));
+            let sent: serde_json::Value = serde_json::from_str(&json).unwrap();
+            let data = lines[1].trim_start_matches("data: ");
+            prop_assert_eq!(serde_json::from_str::<serde_json::Value>(data).unwrap(), sent);
         }
     }
 }

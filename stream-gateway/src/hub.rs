@@ -155,17 +155,17 @@ impl Ring {
 
 #[cfg(test)]
 mod tests {
-    use bytes::Bytes;
     use shared::cursor::Epoch;
 
     use super::*;
+    use crate::frame::Chunk;
 
     fn at(seq: Seq) -> Head {
         Head { epoch: Epoch(1), seq }
     }
 
     fn event(seq: Seq) -> Event {
-        Event { head: at(seq), created_at: 0, frame: Bytes::from(vec![b'x'; 100]), traced: None }
+        Event { head: at(seq), created_at: 0, frame: Chunk::new(&"x".repeat(94)), traced: None }
     }
 
     fn after(ring: &Ring, seq: Seq) -> Option<Seq> {

@@ -67,6 +67,16 @@ async fn a_stream_ends_before_its_token_does_and_says_so() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_killed_gateway_leaves_a_body_without_its_end() {
+    let world = World::new().await;
+    let (api, mut gateway) = world.pair().await;
+    let jane = world.user(&api, "jane").await;
+    let mut stream = ready(gateway.stream(&jane).stream().await).await;
+    gateway.kill();
+    assert_eq!(stream.rest().await, (vec![], End::Broken));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn one_stream_more_than_a_user_may_have_replaces_the_oldest() {
     let world = World::new().await;
     let api = world.api().ready().await;
@@ -101,7 +111,7 @@ async fn over_the_limit_of_the_process_the_answer_is_a_stream_that_says_busy() {
     }
     for _ in 0..5 {
         let mut refused = gateway.stream(&two.john).stream().await;
-        assert_eq!(refused.header("content-type"), Some("text/event-stream"));
+        assert_eq!(refused.header("content-type"), Some("text/event-stream; charset=utf-8"));
         let (reason, reconnect) = goodbye(&mut refused).await;
         assert_eq!((reason.as_str(), reconnect), ("busy", true));
         assert!((60_000..=120_000).contains(&refused.retry.unwrap().as_millis()), "{:?}", refused.retry);

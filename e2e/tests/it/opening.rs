@@ -25,7 +25,7 @@ async fn a_stream_opens_with_its_head_a_retry_and_ready() {
     let mut retries = Vec::new();
     for _ in 0..8 {
         let mut stream = gateway.stream(&two.jane).stream().await;
-        assert_eq!(stream.header("content-type"), Some("text/event-stream"));
+        assert_eq!(stream.header("content-type"), Some("text/event-stream; charset=utf-8"));
         assert_eq!(stream.header("cache-control"), Some("no-cache, no-transform"));
         assert_eq!(stream.header("x-accel-buffering"), Some("no"));
         assert_eq!(stream.header("x-content-type-options"), Some("nosniff"));
@@ -239,6 +239,7 @@ async fn errors_come_in_the_contracts_order() {
         let opening = if let Some(accept) = accept { opening.header("accept", accept) } else { opening };
         let (_, problem) = refused(&opening, 406).await;
         assert_eq!(problem.message, "This endpoint requires an EventSource connection");
+        assert_eq!(problem.detail.as_deref(), Some("Send the header Accept: text/event-stream"));
     }
     for accept in ["text/event-stream;q=0.9", "application/json, text/event-stream", "Text/Event-Stream"] {
         plain().bearer(&jane.token).header("accept", accept).stream().await.named("ready").await;

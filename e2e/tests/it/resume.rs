@@ -93,6 +93,10 @@ async fn a_reconnecting_client_gets_exactly_what_it_missed() {
         // Empty is absent.
         let empty = jane().last_event_id("").last_event_id_in_query(&at(3));
         setting.assert_resumes(empty.stream().await, 3).await;
+        // Of a parameter that is repeated the last one counts.
+        let repeated = format!("{}?lastEventId={}", setting.gateways[gateway].url("/api/messages"), at(2));
+        let repeated = Opening::new(repeated).bearer(&setting.two.jane.token).last_event_id_in_query(&at(5));
+        setting.assert_resumes(repeated.stream().await, 5).await;
         // From the very beginning, and from the head.
         setting.assert_resumes(jane().last_event_id(at(0)).stream().await, 0).await;
         let head = setting.feed().await.head;

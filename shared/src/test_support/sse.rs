@@ -1,5 +1,5 @@
 //! The stream as a browser sees it. [`Opening`] and [`Stream`] are one connection: status and headers as they came, then
-//! every block, parsed by a parser that is not ours and compared with the raw lines. [`Browser`] is an `EventSource`: it
+//! every block, its lines held to the contract and compared with what a parser that is not ours makes of them. [`Browser`] is an `EventSource`: it
 //! keeps the last id, waits for the given `retry`, comes back by header, and gives up for ever on anything but a 200.
 
 use std::{
@@ -68,10 +68,9 @@ impl Opening {
         self.query("lastEventId", id)
     }
 
-    /// Heartbeats as events, which a browser's script can see.
-    pub fn heartbeat_events(mut self) -> Self {
-        self.query.push(("heartbeat", "event".into()));
-        self
+    /// `event`: heartbeats that a browser's script can see; a number: the seconds between them.
+    pub fn heartbeat(self, wanted: &str) -> Self {
+        self.query("heartbeat", wanted)
     }
 
     pub fn header(mut self, name: &'static str, value: impl AsRef<[u8]>) -> Self {
@@ -134,6 +133,7 @@ impl Opening {
             headers: head.headers,
             body,
             raw: Vec::new(),
+            fields: Default::default(),
             parser: EventStream::new(fed.clone()),
             fed,
             retry: None,
@@ -160,13 +160,16 @@ impl Drop for Connection {
     }
 }
 
-/// What a block was.
+/// A whole event, or a line that takes effect before its block is whole.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Block {
     Event(Event),
     Comment,
     Retry(Duration),
 }
+
+/// The lines of a block, in the order that the contract requires.
+const FIELDS: [&str; 4] = ["retry", "event", "data", "id"];
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Event {
@@ -201,8 +204,10 @@ pub struct Stream {
     pub status: u16,
     pub headers: HeaderMap,
     body: Incoming,
-    /// Bytes of a block that is not whole yet.
+    /// Bytes of a line that is not whole yet.
     raw: Vec<u8>,
+    /// What [`FIELDS`] a block that is not whole yet has so far.
+    fields: [Option<String>; FIELDS.len()],
     parser: EventStream<Fed>,
     fed: Fed,
     pub retry: Option<Duration>,
@@ -216,11 +221,13 @@ impl Stream {
         self.headers.get(name).and_then(|value| value.to_str().ok())
     }
 
-    /// The next block of any kind.
+    /// The next block, comment or `retry`.
     pub async fn block(&mut self) -> Result<Block, End> {
         loop {
-            if let Some(block) = self.take_block() {
-                return Ok(block);
+            while let Some(line) = self.take_line() {
+                if let Some(block) = self.read_line(&line) {
+                    return Ok(block);
+                }
             }
             assert!(self.raw.len() < BLOCK_LIMIT, "a block without an end");
             match self.body.frame().await {
@@ -231,7 +238,9 @@ impl Stream {
                     }
                 }
                 Some(Err(_)) => return Err(End::Broken),
-                None if self.raw.is_empty() => return Err(End::Clean),
+                None if self.raw.is_empty() && self.fields.iter().all(Option::is_none) => {
+                    return Err(End::Clean);
+                }
                 None => return Err(End::Broken),
             }
         }
@@ -283,37 +292,46 @@ impl Stream {
         String::from_utf8(body.to_bytes().into()).expect("the body is UTF-8")
     }
 
-    fn take_block(&mut self) -> Option<Block> {
-        let end = self.raw.windows(2).position(|pair| pair == b"\n\n")?;
-        let block: Vec<u8> = self.raw.drain(..end + 2).collect();
-        let block = std::str::from_utf8(&block[..end]).expect("the stream is UTF-8");
-        assert!(!block.contains(['\r', '\0']), "a control character in a field: {block:?}");
+    fn take_line(&mut self) -> Option<String> {
+        let end = self.raw.iter().position(|byte| *byte == b'\n')?;
+        let mut line: Vec<u8> = self.raw.drain(..=end).collect();
+        line.pop();
+        let line = String::from_utf8(line).expect("the stream is UTF-8");
+        let splits = ['\0', '\r', '\u{85}', '\u{2028}', '\u{2029}'];
+        assert!(!line.contains(splits), "some reader would break this line: {line:?}");
+        Some(line)
+    }
 
-        let (mut id, mut name, mut data, mut retry) = (None, None, None, None);
-        for line in block.split('\n') {
-            let (field, value) = line.split_once(':').expect("every line has a colon");
-            let value = value.strip_prefix(' ').unwrap_or(value);
-            let seen = match field {
-                "" => None,
-                "id" => id.replace(value),
-                "event" => name.replace(value),
-                "data" => data.replace(value),
-                "retry" => retry.replace(value),
-                other => panic!("unknown field {other:?}"),
-            };
-            assert_eq!(seen, None, "a field twice in {block:?}");
+    fn read_line(&mut self, line: &str) -> Option<Block> {
+        if line.is_empty() {
+            return Some(Block::Event(self.finish_block()));
         }
-        let retry = retry.map(|retry| Duration::from_millis(retry.parse().expect("retry is a number")));
-        self.retry = retry.or(self.retry);
-        let Some(data) = data else {
-            assert_eq!((id, name), (None, None), "id or event without data does nothing visible: {block:?}");
-            if let Some(retry) = retry {
-                return Some(Block::Retry(retry));
-            }
+        let (field, value) = line.split_once(':').expect("every line has a colon");
+        let value = value.strip_prefix(' ').unwrap_or(value);
+        if field.is_empty() {
+            assert_eq!(line, ":", "a heartbeat says nothing");
+            assert!(self.fields[1..].iter().all(Option::is_none), "a comment within {:?}", self.fields);
             self.comments += 1;
             return Some(Block::Comment);
-        };
-        let event = Event { id: id.map(str::to_owned), name: name.map(str::to_owned), data: data.to_owned() };
+        }
+        let at =
+            FIELDS.iter().position(|known| *known == field).unwrap_or_else(|| panic!("unknown {line:?}"));
+        // The goodbye of a stream that never got ready is its first block, so `retry` may come twice.
+        let first = if field == "retry" { 1 } else { at };
+        assert!(self.fields[first..].iter().all(Option::is_none), "{line:?} after {:?}", self.fields);
+        self.fields[at] = Some(value.to_owned());
+        (field == "retry").then(|| {
+            let retry = Duration::from_millis(value.parse().expect("retry is a number"));
+            self.retry = Some(retry);
+            Block::Retry(retry)
+        })
+    }
+
+    fn finish_block(&mut self) -> Event {
+        let [_, name, data, id] = std::mem::take(&mut self.fields);
+        let data = data.unwrap_or_else(|| panic!("a block without data: {name:?}, {id:?}"));
+        let event = Event { id, name, data };
+        event.json();
         if event.id.is_some() {
             self.last_id.clone_from(&event.id);
         }
@@ -324,7 +342,7 @@ impl Stream {
         assert_eq!(parsed.data, event.data);
         assert_eq!(parsed.event, event.name.as_deref().unwrap_or("message"));
         assert_eq!(parsed.id, self.last_id.as_deref().unwrap_or_default());
-        Some(Block::Event(event))
+        event
     }
 }
 

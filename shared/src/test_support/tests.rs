@@ -45,7 +45,7 @@ fn opening(address: SocketAddr) -> Opening {
 
 #[tokio::test]
 async fn a_stream_shows_its_blocks_and_how_it_ended() {
-    let body = "retry: 10\n\n:\n\nid: a-1\nevent: ready\ndata: {}\n\ndata: x: y\n\nid: a-2\ndata: cut";
+    let body = "retry: 10\n:\nevent: ready\ndata: {}\nid: a-1\n\ndata: \"x: y\"\n\ndata: \"cut\"\nid: a-2";
     let (address, _asked) = canned(vec![whole(body)]).await;
     let mut stream = opening(address).stream().await;
     assert_eq!(stream.block().await, Ok(Block::Retry(Duration::from_millis(10))));
@@ -53,15 +53,26 @@ async fn a_stream_shows_its_blocks_and_how_it_ended() {
     let ready = stream.named("ready").await;
     assert_eq!(ready.id.as_deref(), Some("a-1"));
     let message = stream.next().await;
-    assert_eq!((message.id, message.name, message.data.as_str()), (None, None, "x: y"));
+    assert_eq!((message.id, message.name, message.data.as_str()), (None, None, "\"x: y\""));
     assert_eq!(stream.event().await, Err(End::Broken), "a block without its blank line is lost");
     assert_eq!(stream.last_id.as_deref(), Some("a-1"));
 }
 
 #[tokio::test]
+async fn a_body_in_chunks_has_a_clean_end_only_by_its_last_chunk() {
+    let chunks = "HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n9\r\ndata: 1\n\n\r\n";
+    let (address, _asked) = canned(vec![chunks, format!("{chunks}0\r\n\r\n").leak()]).await;
+    for end in [End::Broken, End::Clean] {
+        let mut stream = opening(address).stream().await;
+        assert_eq!(stream.next().await.data, "1");
+        assert_eq!(stream.event().await, Err(end));
+    }
+}
+
+#[tokio::test]
 async fn a_browser_comes_back_with_its_last_id_and_gives_up_on_another_status() {
-    let first = whole("retry: 10\n\nid: a-1\ndata: 1\n\n");
-    let second = whole("id: a-2\ndata: 2\n\n");
+    let first = whole("retry: 10\ndata: 1\nid: a-1\n\n");
+    let second = whole("data: 2\nid: a-2\n\n");
     let (address, mut asked) =
         canned(vec![first, second, "HTTP/1.1 401 No\r\ncontent-length: 0\r\n\r\n"]).await;
     let browser = Browser::open(vec![opening(address)], Resume::Alternately, Duration::from_secs(1));

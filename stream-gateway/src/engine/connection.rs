@@ -5,6 +5,7 @@ use std::{
     collections::VecDeque,
     io::{self, Read, Write},
     net::Shutdown,
+    num::NonZeroU32,
 };
 
 use bytes::Bytes;
@@ -16,7 +17,7 @@ use shared::{
 
 use crate::{
     backfill::RangeAnswer,
-    frame::{Event, Goodbye, Heartbeat},
+    frame::{Chunk, Event, Framing, Goodbye, Heartbeat},
     limits::Place,
     sequencer::{Lost, Millis},
 };
@@ -30,7 +31,7 @@ pub struct Key {
 
 /// An answer to a connection's own question: its number, and what it asked about.
 pub struct Held {
-    pub number: u32,
+    pub number: NonZeroU32,
     pub after: u64,
     pub answer: RangeAnswer,
 }
@@ -73,7 +74,7 @@ pub struct Connection {
     /// Whether the session is still good was asked when it could be.
     pub inquired: bool,
     /// A question about this connection's cursor is on its way.
-    pub asked: Option<u32>,
+    pub asked: Option<NonZeroU32>,
     /// Its session was found to live, or there is none.
     pub vouched: bool,
     /// What follows its cursor, if that came before it was known whether the session lives: it is told to nobody
@@ -88,6 +89,7 @@ pub struct Connection {
     pub said_goodbye: bool,
     pub beat_at: Millis,
     pub heartbeat: Heartbeat,
+    pub framing: Framing,
     pub ends_at: Millis,
     pub ends_why: Goodbye,
     /// Since when the socket takes nothing, while `rest` is not empty.
@@ -122,10 +124,16 @@ impl Connection {
             && self.parting.is_none()
     }
 
-    /// Writes a block, or as much of it as the socket takes. Only when nothing is left of the one before.
-    pub fn write(&mut self, block: Bytes, now: Millis) -> io::Result<Written> {
+    /// Writes a block; behind a goodbye, the end of the body with it.
+    pub fn write_block(&mut self, block: &Chunk, now: Millis) -> io::Result<Written> {
+        let bytes = if self.said_goodbye { self.framing.last(block) } else { self.framing.bytes(block) };
+        self.write(bytes, now)
+    }
+
+    /// Writes this, or as much of it as the socket takes. Only when nothing is left of what was written before.
+    pub fn write(&mut self, bytes: Bytes, now: Millis) -> io::Result<Written> {
         debug_assert!(self.rest.is_empty(), "a block inside another");
-        self.rest = block;
+        self.rest = bytes;
         self.blocked_since = now;
         self.flush(now).inspect_err(|_| self.rest = Bytes::new())
     }
@@ -162,6 +170,14 @@ impl Connection {
                 return Ok(true);
             }
         }
+    }
+
+    /// Ends the body of a stream that gets no goodbye, unless that would cut a block.
+    pub fn end_body(&mut self) {
+        if self.rest.is_empty() && !self.said_goodbye {
+            let _ = self.socket.write(self.framing.end());
+        }
+        self.finish_writing();
     }
 
     /// No more will be written. Closing at once could make the kernel discard what the client has not read yet.

@@ -105,7 +105,7 @@ impl Engine {
         if follows && connection.is_clear() {
             connection.head = event.head;
             let flush = begin_flush(&self.hub, connection, event);
-            let written = connection.write(event.frame.clone(), now);
+            let written = connection.write_block(&event.frame, now);
             self.note_delivery(event.created_at, way);
             self.note_flush(key, flush, &written);
             self.note_write(key, written);

@@ -23,7 +23,8 @@ use crate::{
 
 impl Engine {
     pub(super) fn admit(&mut self, admission: Admission) {
-        let Admission { socket, user, session, resume, heartbeat, head, ends, ends_why, place } = admission;
+        let Admission { socket, user, session, resume, heartbeat, framing, head, ends, ends_why, place } =
+            admission;
         let options = socket2::SockRef::from(&socket);
         let prepared = socket.set_nonblocking(true).and_then(|()| {
             options.set_send_buffer_size(SEND_BUFFER)?;
@@ -72,13 +73,14 @@ impl Engine {
             lost: None,
             parting: None,
             said_goodbye: false,
-            beat_at: self.now + jittered(self.settings.heartbeat),
+            beat_at: self.now + jittered(heartbeat.every(self.settings.heartbeat)),
             ends_at: ends.saturating_duration_since(self.started).as_millis() as Millis,
             ends_why,
             blocked_since: self.now,
             due: 0,
             noise: 0,
             heartbeat,
+            framing,
             _place: place,
         });
         self.metrics.streams.inc();

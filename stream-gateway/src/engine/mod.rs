@@ -22,6 +22,7 @@ mod wheel;
 use std::{
     collections::{BTreeSet, HashMap, VecDeque},
     io,
+    num::NonZeroU32,
     sync::Arc,
     thread,
     time::{Duration, Instant, SystemTime},
@@ -53,7 +54,7 @@ use crate::{
     config::Delivery,
     drain::Drain,
     explain::Explanation,
-    frame::{Event, Goodbye, Heartbeat},
+    frame::{Event, Framing, Goodbye, Heartbeat},
     hub::Hub,
     limits::Place,
     metrics::{Metrics, Path, Way},
@@ -85,6 +86,7 @@ pub struct Admission {
     pub session: Option<SessionId>,
     pub resume: Resume,
     pub heartbeat: Heartbeat,
+    pub framing: Framing,
     /// The head of the HTTP answer and the first `retry`.
     pub head: Bytes,
     /// When the stream ends at the latest, and why.
@@ -146,7 +148,7 @@ fn watch(poll: Poll) -> io::Result<AsyncFd<Poll>> {
 #[derive(Debug, Clone, Copy)]
 enum Asker {
     User,
-    Connection(Key, u32),
+    Connection(Key, NonZeroU32),
 }
 
 struct Deliveries {
@@ -183,7 +185,7 @@ struct Engine {
     drain: Option<Drain>,
     draining: Option<oneshot::Sender<()>>,
     generation: u32,
-    question: u32,
+    question: NonZeroU32,
     backlog: usize,
     started: Instant,
     now: Millis,
@@ -230,7 +232,7 @@ impl Engine {
             drain: None,
             draining: None,
             generation: 0,
-            question: 0,
+            question: NonZeroU32::MIN,
             backlog: 0,
             started: Instant::now(),
             now: 0,
@@ -343,7 +345,7 @@ impl Engine {
     fn on_due(&mut self, key: Key) {
         let write_deadline = self.settings.write_deadline.as_millis() as Millis;
         let now = self.now;
-        let beat = jittered(self.settings.heartbeat);
+        let heartbeat = self.settings.heartbeat;
         let Some(connection) = self.connection(key) else { return };
         if let Some(why) = connection.parting {
             return self.end(key, why.as_str());
@@ -356,9 +358,9 @@ impl Engine {
             return self.part(key, why);
         }
         if now >= connection.beat_at {
-            connection.beat_at = now + beat;
+            connection.beat_at = now + jittered(connection.heartbeat.every(heartbeat));
             if connection.rest.is_empty() {
-                let written = connection.write(Bytes::from_static(connection.heartbeat.block()), now);
+                let written = connection.write_block(&connection.heartbeat.chunk(), now);
                 self.note_write(key, written);
             }
         }
@@ -415,8 +417,9 @@ fn bytes_of(page: &VecDeque<Event>) -> usize {
     page.iter().map(|event| event.frame.len()).sum()
 }
 
-/// Of what recurs, so that what began together does not stay together.
-const JITTER: f64 = 0.2;
+/// Spreads connections that began together. Small enough that a reader with a read timeout of 5 seconds can ask for a heartbeat
+/// every 4.
+const JITTER: f64 = 0.1;
 
 fn jittered(every: Duration) -> Millis {
     every.mul_f64(rand::rng().random_range(1.0 - JITTER..1.0 + JITTER)).as_millis() as Millis
@@ -425,4 +428,22 @@ fn jittered(every: Duration) -> Millis {
 /// Between two heartbeats of a quiet stream, with the jitter and the wheel's own coarseness.
 pub fn longest_silence(heartbeat: Duration) -> Duration {
     heartbeat.mul_f64(1.0 + JITTER) + Duration::from_secs(1)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_shortest_heartbeat_comes_within_the_shortest_read_timeout() {
+        let latest = Duration::from_secs(4).mul_f64(1.0 + JITTER) + Duration::from_millis(wheel::SLOT);
+        assert!(latest < Duration::from_secs(5), "{latest:?}");
+    }
+
+    /// An idle stream costs this and its user's entry: what makes it bigger is paid for every stream.
+    #[test]
+    fn a_connection_does_not_grow_unnoticed() {
+        let limit = if cfg!(debug_assertions) { 248 } else { 232 }; // A socket of mio's is bigger in debug builds.
+        assert!(size_of::<Connection>() <= limit, "{}", size_of::<Connection>());
+    }
 }

@@ -1,6 +1,6 @@
 //! Questions to Postgres, why they are asked, and what their answers mean: joining, catching up, the reconcile.
 
-use std::collections::HashSet;
+use std::{collections::HashSet, num::NonZeroU32};
 
 use shared::{
     feed::Head,
@@ -22,7 +22,7 @@ use crate::{
 
 impl Engine {
     pub(super) fn ask_range(&mut self, key: Key, after: u64) {
-        self.question = self.question.wrapping_add(1);
+        self.question = self.question.checked_add(1).unwrap_or(NonZeroU32::MIN);
         let question = self.question;
         let Some(connection) = self.connection(key) else { return };
         connection.asked = Some(question);
@@ -72,7 +72,7 @@ impl Engine {
     }
 
     /// The answer to a connection's own question.
-    fn on_page(&mut self, key: Key, number: u32, after: u64, answer: RangeAnswer) {
+    fn on_page(&mut self, key: Key, number: NonZeroU32, after: u64, answer: RangeAnswer) {
         let room = self.settings.backlog_bytes.saturating_sub(self.backlog);
         let Some(connection) = self.connection(key) else { return };
         if connection.asked != Some(number) {

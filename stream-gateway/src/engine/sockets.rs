@@ -29,6 +29,7 @@ impl Engine {
             let open = connection.discard_input();
             let parting = connection.parting;
             if connection.noise > MAX_NOISE {
+                connection.end_body();
                 return self.end(key, "noise");
             }
             if !matches!(open, Ok(true)) {
@@ -88,18 +89,18 @@ impl Engine {
                     return connection.finish_writing();
                 }
                 connection.said_goodbye = true;
-                frame::goodbye(why, rand::rng().random_range(why.retry())).into()
+                frame::goodbye(why, rand::rng().random_range(why.retry()))
             } else if !connection.is_placed() {
                 return;
             } else if let Some(resumed) = connection.owes_ready.take() {
                 let cursor = Cursor { epoch: connection.head.epoch, seq: connection.head.seq };
                 let with_id = connection.lost.is_none();
-                let heartbeat = self.settings.heartbeat.as_secs();
+                let heartbeat = connection.heartbeat.every(self.settings.heartbeat);
                 let cursor = match (with_id, place) {
                     (false, Some(head)) => Cursor { epoch: head.epoch, seq: head.seq },
                     _ => cursor,
                 };
-                frame::ready(cursor, resumed && with_id, with_id, heartbeat, SystemTime::now()).into()
+                frame::ready(cursor, resumed && with_id, with_id, heartbeat, SystemTime::now())
             } else if let (Some(why), Some(head)) = (connection.lost, place) {
                 connection.lost = None;
                 connection.head = head;
@@ -109,7 +110,7 @@ impl Engine {
                 connection.page = VecDeque::new();
                 self.metrics.resyncs.get_or_create(&Reason { reason: why.as_str() }).inc();
                 tracing::info!(user.id = %entry.user, event.seq = head.seq, reason = why.as_str(), "a stream must resync");
-                frame::resync(Cursor { epoch: head.epoch, seq: head.seq }, why).into()
+                frame::resync(Cursor { epoch: head.epoch, seq: head.seq }, why)
             } else if let Some(event) = connection.page.pop_front() {
                 self.backlog -= event.frame.len();
                 if connection.page.is_empty() {
@@ -138,7 +139,7 @@ impl Engine {
                 }
                 return;
             };
-            let written = connection.write(block, now);
+            let written = connection.write_block(&block, now);
             if let Some((created_at, way, flush)) = delivered {
                 self.note_delivery(created_at, way);
                 self.note_flush(key, flush, &written);

@@ -1,9 +1,11 @@
 //! Who is calling: which credential counts, and whether a browser's page may use its cookie.
 
+use std::{borrow::Cow, num::NonZeroU8};
+
 use http::{HeaderMap, header};
 use url::form_urlencoded;
 
-use crate::frame::Heartbeat;
+use crate::frame::{Heartbeat, HeartbeatForm};
 
 /// The session cookie's name, as `api` sets it.
 const COOKIE: &str = "session";
@@ -25,7 +27,7 @@ pub fn credential(headers: &HeaderMap, query: &str) -> Option<Credential> {
         let token = value.to_str().ok().filter(|_| only).and_then(bearer).unwrap_or_default();
         return Some(Credential { token: token.into(), ambient: false });
     }
-    if let Some((_, token)) = form_urlencoded::parse(query.as_bytes()).find(|(name, _)| name == "token") {
+    if let Some(token) = parameter(query, "token") {
         return Some(Credential { token: token.into_owned(), ambient: false });
     }
     // As bytes, because another program's cookie beside ours may be no text.
@@ -47,20 +49,26 @@ pub fn last_event_id(headers: &HeaderMap, query: &str) -> Option<Vec<u8>> {
     let header = headers.get("last-event-id").map(|value| value.as_bytes().to_vec());
     header
         .filter(|value| !value.is_empty())
-        .or_else(|| {
-            let mut pairs = form_urlencoded::parse(query.as_bytes());
-            pairs.find(|(name, _)| name == "lastEventId").map(|(_, value)| value.into_owned().into_bytes())
-        })
+        .or_else(|| parameter(query, "lastEventId").map(|value| value.into_owned().into_bytes()))
         .filter(|value| !value.is_empty())
 }
 
-/// How the client wants its heartbeats. What is unknown is a comment, as without the parameter.
+/// `event`, or the seconds between heartbeats, limited to the bounds. Anything else means the default.
 pub fn heartbeat(query: &str) -> Heartbeat {
-    let asked = form_urlencoded::parse(query.as_bytes()).find(|(name, _)| name == "heartbeat");
-    match asked {
-        Some((_, value)) if value == "event" => Heartbeat::Event,
-        _ => Heartbeat::Comment,
+    /// With its jitter, the minimum serves readers that give up after 5 seconds.
+    const SECONDS: (f64, f64) = (4.0, 60.0);
+    let asked = parameter(query, "heartbeat").unwrap_or_default();
+    if asked == "event" {
+        return Heartbeat { form: HeartbeatForm::Event, seconds: None };
     }
+    let seconds = asked.parse::<f64>().ok().filter(|seconds| !seconds.is_nan());
+    let seconds = seconds.and_then(|seconds| NonZeroU8::new(seconds.clamp(SECONDS.0, SECONDS.1) as u8));
+    Heartbeat { form: HeartbeatForm::Comment, seconds }
+}
+
+/// The last of a repeated parameter counts: clients that extend an existing URL append the newer value.
+fn parameter<'a>(query: &'a str, wanted: &str) -> Option<Cow<'a, str>> {
+    form_urlencoded::parse(query.as_bytes()).filter(|(name, _)| name == wanted).last().map(|(_, value)| value)
 }
 
 #[cfg(test)]
@@ -81,6 +89,7 @@ mod tests {
         assert_eq!(token(&all, "token=b"), Some(("a".into(), false)));
         assert_eq!(token(&all[1..], "token=b%2E"), Some(("b.".into(), false)));
         assert_eq!(token(&all[1..], "other=b"), Some(("c".into(), true)));
+        assert_eq!(token(&[], "token=old&token=new"), Some(("new".into(), false)));
         assert_eq!(token(&[], ""), None);
     }
 
@@ -103,13 +112,34 @@ mod tests {
         assert_eq!(place(&[("last-event-id", "")], "lastEventId=b-2"), Some("b-2".into()));
         assert_eq!(place(&[], "lastEventId="), None);
         assert_eq!(place(&[], "lastEventId=%0A"), Some("\n".into()));
+        assert_eq!(place(&[], "lastEventId=a-1&x=&lastEventId=b-2"), Some("b-2".into()));
+        assert_eq!(place(&[], "lastEventId=a-1&lastEventId="), None, "the last one is empty");
     }
 
     #[test]
-    fn heartbeats_are_events_for_who_asks_for_events() {
-        assert_eq!(heartbeat("token=a&heartbeat=event"), Heartbeat::Event);
-        for query in ["", "heartbeat=", "heartbeat=comment", "heartbeat=Event", "xheartbeat=event"] {
-            assert_eq!(heartbeat(query), Heartbeat::Comment, "{query}");
+    fn a_client_chooses_the_form_or_the_seconds_of_its_heartbeats() {
+        let events = Heartbeat { form: HeartbeatForm::Event, seconds: None };
+        assert_eq!(heartbeat("token=a&heartbeat=event"), events);
+        assert_eq!(heartbeat("heartbeat=5&heartbeat=event"), events);
+        for query in
+            ["", "heartbeat=", "heartbeat=comment", "heartbeat=Event", "xheartbeat=event", "heartbeat=NaN"]
+        {
+            assert_eq!(heartbeat(query), Heartbeat::default(), "{query}");
+        }
+        let seconds = |asked: &str| heartbeat(&format!("heartbeat={asked}")).seconds.map(NonZeroU8::get);
+        for (asked, wanted) in [
+            ("4", 4),
+            ("8", 8),
+            ("4.9", 4),
+            ("60", 60),
+            ("0", 4),
+            ("3", 4),
+            ("-5", 4),
+            ("61", 60),
+            ("99999999999999999999", 60),
+            ("event&heartbeat=10", 10),
+        ] {
+            assert_eq!(seconds(asked), Some(wanted), "{asked}");
         }
     }
 }

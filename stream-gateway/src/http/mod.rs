@@ -6,6 +6,7 @@ mod stream;
 
 use std::{convert::Infallible, sync::Arc};
 
+use http::Version;
 use shared::server::PeerAddr;
 use warp::{Filter, Reply};
 
@@ -20,9 +21,10 @@ pub fn routes(
         .and(warp::header::headers_cloned())
         .and(query)
         .and(warp::ext::get::<PeerAddr>())
-        .then(move |method, headers, query: String, PeerAddr(peer)| {
+        .and(warp::ext::get::<Version>())
+        .then(move |method, headers, query: String, PeerAddr(peer), version| {
             let streams = streams.clone();
-            async move { streams.answer(method, &headers, &query, peer.ip()).await }
+            async move { streams.answer(method, version, &headers, &query, peer.ip()).await }
         })
         .or(warp::any().and(warp::header::headers_cloned()).map(|headers| stream::not_found(&headers)))
         .unify()

@@ -15,7 +15,7 @@ use std::{
 
 use bytes::Bytes;
 use chrono::Utc;
-use http::{HeaderMap, HeaderValue, Method, Response as HttpResponse, StatusCode, header};
+use http::{HeaderMap, HeaderValue, Method, Response as HttpResponse, StatusCode, Version, header};
 use rand::RngExt;
 use shared::{
     client_address::TrustedProxies,
@@ -41,7 +41,7 @@ use warp::reply::Response;
 use super::auth::{credential, heartbeat, last_event_id};
 use crate::{
     engine::{Admission, Resume},
-    frame::{self, FIRST_RETRY, Goodbye},
+    frame::{self, FIRST_RETRY, Framing, Goodbye},
     identities::Identities,
     keys::{Keys, Proof, Refused},
     limits::{Limits, Place},
@@ -69,7 +69,14 @@ pub struct Streams {
 }
 
 impl Streams {
-    pub async fn answer(&self, method: Method, headers: &HeaderMap, query: &str, peer: IpAddr) -> Response {
+    pub async fn answer(
+        &self,
+        method: Method,
+        version: Version,
+        headers: &HeaderMap,
+        query: &str,
+        peer: IpAddr,
+    ) -> Response {
         let request_id = request_id(headers);
         let client = self.trusted_proxies.client(peer, headers);
         if is_preflight(&method, headers) {
@@ -77,7 +84,7 @@ impl Streams {
         }
         let origin = self.origins.named(headers);
         let mut response = match method {
-            Method::GET => match self.open(headers, query, client, &request_id, origin).await {
+            Method::GET => match self.open(version, headers, query, client, &request_id, origin).await {
                 Ok(response) => return response,
                 Err(refusal) => self.refuse(&refusal, &request_id),
             },
@@ -89,6 +96,7 @@ impl Streams {
 
     async fn open(
         &self,
+        version: Version,
         headers: &HeaderMap,
         query: &str,
         client: IpAddr,
@@ -110,24 +118,24 @@ impl Streams {
         if !accepts_event_stream(headers) {
             return Err(Refusal::NotAcceptable);
         }
-        let head = answer_head(request_id, origin);
+        let head = Head::new(version, request_id, origin);
         let Some(bearer) = bearer else {
-            return Ok(self.turn_away(&head, "no_keys", Goodbye::Busy));
+            return Ok(self.turn_away(head, "no_keys", Goodbye::Busy));
         };
         if self.parting.load(Ordering::Relaxed) {
-            return Ok(self.turn_away(&head, "drain", Goodbye::Drain));
+            return Ok(self.turn_away(head, "drain", Goodbye::Drain));
         }
         if let (Who::User(user), Some(session)) = (&bearer.who, bearer.session)
             && self.ended.contains(*user, session)
         {
             tracing::debug!(user.id = %user, session.id = %session, %client, "a session that has ended opens streams");
-            return Ok(self.turn_away(&head, "revoked", Goodbye::Revoked));
+            return Ok(self.turn_away(head, "revoked", Goodbye::Revoked));
         }
         match self.limits.admit(bearer.who.counted(), client).await {
             Ok(place) => Ok(self.hand_off(bearer, headers, query, head, place)),
             Err(full) => {
                 tracing::debug!(user = %bearer.who, %client, limit = full.as_str(), "a stream was told to come back later");
-                Ok(self.turn_away(&head, full.as_str(), Goodbye::Busy))
+                Ok(self.turn_away(head, full.as_str(), Goodbye::Busy))
             }
         }
     }
@@ -137,7 +145,7 @@ impl Streams {
         bearer: Bearer,
         headers: &HeaderMap,
         query: &str,
-        head: String,
+        Head { mut bytes, framing }: Head,
         place: Place,
     ) -> Response {
         let resume = match last_event_id(headers, query) {
@@ -151,26 +159,26 @@ impl Streams {
         let ends = Instant::now() + lasts;
         let session = bearer.session;
         let heartbeat = heartbeat(query);
-        let head = head + &frame::retry(rand::rng().random_range(FIRST_RETRY));
+        bytes.extend(framing.bytes(&frame::retry(rand::rng().random_range(FIRST_RETRY))));
         let admissions = self.admissions.clone();
         let metrics = self.metrics.clone();
         let admit = move |socket: std::net::TcpStream, user: UserId, head: Bytes| {
             let admission =
-                Admission { socket, user, session, resume, heartbeat, head, ends, ends_why, place };
+                Admission { socket, user, session, resume, heartbeat, framing, head, ends, ends_why, place };
             if let Err(refused) = admissions.try_send(admission) {
                 let (admission, limit, why) = match refused {
                     TrySendError::Full(admission) => (admission, "backlog", Goodbye::Busy),
                     TrySendError::Closed(admission) => (admission, "drain", Goodbye::Drain),
                 };
                 metrics.streams_refused.get_or_create(&Reason { reason: limit }).inc();
-                say_at_once(&admission.socket, &admission.head, why);
+                say_at_once(&admission.socket, &admission.head, framing, why);
             }
         };
         let subject = match bearer.who {
             Who::User(user) => {
                 return server::hand_off(move |socket| {
                     if let Ok(socket) = socket.into_std() {
-                        admit(socket, user, head.into());
+                        admit(socket, user, bytes.into());
                     }
                 });
             }
@@ -180,14 +188,14 @@ impl Streams {
         let (identities, metrics) = (self.identities.clone(), self.metrics.clone());
         server::hand_off(move |mut socket| {
             tokio::spawn(async move {
-                let told = timeout(HEAD_WITHIN, socket.write_all(head.as_bytes())).await;
+                let told = timeout(HEAD_WITHIN, socket.write_all(&bytes)).await;
                 let user = identities.user_of(&subject).await;
                 let (Ok(Ok(())), Ok(socket)) = (told, socket.into_std()) else { return };
                 match user {
                     Some(user) => admit(socket, user, Bytes::new()),
                     None => {
                         metrics.streams_refused.get_or_create(&Reason { reason: "no_identity" }).inc();
-                        say_at_once(&socket, b"", Goodbye::Busy);
+                        say_at_once(&socket, b"", framing, Goodbye::Busy);
                     }
                 }
             });
@@ -208,22 +216,21 @@ impl Streams {
     }
 
     /// 200, and the end: one write, no stream.
-    fn turn_away(&self, head: &str, limit: &'static str, why: Goodbye) -> Response {
+    fn turn_away(&self, Head { mut bytes, framing }: Head, limit: &'static str, why: Goodbye) -> Response {
         self.metrics.streams_refused.get_or_create(&Reason { reason: limit }).inc();
-        let head = head.to_owned();
         let place = self.turning_away.clone().try_acquire_owned();
         server::hand_off(move |mut socket| {
             let Ok(place) = place else {
                 if let Ok(socket) = socket.into_std() {
-                    say_at_once(&socket, head.as_bytes(), why);
+                    say_at_once(&socket, &bytes, framing, why);
                 }
                 return;
             };
-            let block = head + &frame::goodbye(why, rand::rng().random_range(why.retry()));
+            bytes.extend(last_words(framing, why));
             tokio::spawn(async move {
                 use tokio::io::{AsyncReadExt, AsyncWriteExt};
                 let farewell = async {
-                    socket.write_all(block.as_bytes()).await?;
+                    socket.write_all(&bytes).await?;
                     socket.shutdown().await?;
                     // Closing with unread input would make the kernel discard what the client has not read yet.
                     let mut ignored = [0; 1_024];
@@ -254,7 +261,11 @@ impl Streams {
             ),
         };
         self.metrics.requests_rejected.get_or_create(&Reason { reason: code }).inc();
-        let mut response: Response = Problem::new(status, code, message, request_id).into_response();
+        let mut problem = Problem::new(status, code, message, request_id);
+        if let Refusal::NotAcceptable = refusal {
+            problem.detail = Some("Send the header Accept: text/event-stream".into());
+        }
+        let mut response: Response = problem.into_response();
         match refusal {
             Refusal::Method => response.headers_mut().insert(header::ALLOW, HeaderValue::from_static("GET")),
             Refusal::Unauthorized => {
@@ -349,20 +360,34 @@ fn accepts_event_stream(headers: &HeaderMap) -> bool {
     types.any(|media_type| media_type.trim().eq_ignore_ascii_case("text/event-stream"))
 }
 
-/// The head of the answer. The body ends with the connection: frames go out without chunks around them.
-fn answer_head(request_id: &str, origin: Option<&HeaderValue>) -> String {
-    let date = Utc::now().format("%a, %d %b %Y %H:%M:%S GMT");
-    let origin = origin.and_then(|origin| origin.to_str().ok()).map_or_else(String::new, |origin| {
-        format!(
-            "Access-Control-Allow-Origin: {origin}\r\nAccess-Control-Allow-Credentials: true\r\n\
-             Access-Control-Expose-Headers: {EXPOSED_HEADERS}\r\n"
-        )
-    });
-    format!(
-        "HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nCache-Control: no-cache, no-transform\r\n\
-         X-Accel-Buffering: no\r\nX-Content-Type-Options: nosniff\r\nReferrer-Policy: no-referrer\r\n\
-         X-Request-Id: {request_id}\r\n{origin}Vary: Origin\r\nDate: {date}\r\nConnection: close\r\n\r\n"
-    )
+/// The head of the answer, and how its body is framed.
+struct Head {
+    bytes: Vec<u8>,
+    framing: Framing,
+}
+
+impl Head {
+    fn new(version: Version, request_id: &str, origin: Option<&HeaderValue>) -> Self {
+        let framing = Framing::of(version);
+        let encoding = match framing {
+            Framing::Chunked => "Transfer-Encoding: chunked\r\n",
+            Framing::Close => "",
+        };
+        let date = Utc::now().format("%a, %d %b %Y %H:%M:%S GMT");
+        let origin = origin.and_then(|origin| origin.to_str().ok()).map_or_else(String::new, |origin| {
+            format!(
+                "Access-Control-Allow-Origin: {origin}\r\nAccess-Control-Allow-Credentials: true\r\n\
+                 Access-Control-Expose-Headers: {EXPOSED_HEADERS}\r\n"
+            )
+        });
+        let text = format!(
+            "HTTP/1.1 200 OK\r\nContent-Type: text/event-stream; charset=utf-8\r\n\
+             Cache-Control: no-cache, no-transform\r\nX-Accel-Buffering: no\r\n\
+             X-Content-Type-Options: nosniff\r\nReferrer-Policy: no-referrer\r\nX-Request-Id: {request_id}\r\n\
+             {origin}Vary: Origin\r\nDate: {date}\r\n{encoding}Connection: close\r\n\r\n"
+        );
+        Self { bytes: text.into(), framing }
+    }
 }
 
 /// How long a stream may last: until the last minute before its token expires, or a random age, whichever comes first.
@@ -382,11 +407,15 @@ fn lifetime(ends_at: i64, now: SystemTime, max_age: Duration) -> (Duration, Good
     }
 }
 
+/// The goodbye to a rejected stream, and the end of its body.
+fn last_words(framing: Framing, why: Goodbye) -> Bytes {
+    framing.last(&frame::goodbye(why, rand::rng().random_range(why.retry())))
+}
+
 /// One write and the end, where nothing more can be afforded. The socket's buffer is empty, so it needs no waiting.
-fn say_at_once(mut socket: &std::net::TcpStream, head: &[u8], why: Goodbye) {
+fn say_at_once(mut socket: &std::net::TcpStream, head: &[u8], framing: Framing, why: Goodbye) {
     use std::io::Write;
-    let goodbye = frame::goodbye(why, rand::rng().random_range(why.retry()));
-    let _ = socket.write_all(&[head, goodbye.as_bytes()].concat());
+    let _ = socket.write_all(&[head, &last_words(framing, why)].concat());
     let _ = socket.shutdown(std::net::Shutdown::Write);
 }
 

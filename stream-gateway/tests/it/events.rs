@@ -102,6 +102,11 @@ async fn an_event_of_another_epoch_is_a_doubt_and_no_event() {
     resync(&mut stream, &world.api.cursor(user.id, 6), "unknown").await;
     world.say(&user, 1).await;
     receives(&mut stream, 7..=7).await;
+    // The reader of the tests rejects the line ends of Unicode as well.
+    let breaks = "a\u{2028}b\u{2029}c\u{85}d";
+    let raw = RawValue::from_string(format!("{{\"n\":8,\"text\":\"{breaks}\"}}")).unwrap();
+    world.publish_event(&user, &Envelope { data: raw, ..world.api.append(user.id) }).await;
+    assert_eq!(stream.next().await.json()["text"], breaks);
     drop(stream);
     world.ends().await;
 }
@@ -190,6 +195,11 @@ async fn an_event_name_that_is_not_known_here_is_passed_on() {
     let event = Envelope { data: broken, ..world.api.append(user.id) };
     world.publish_event(&user, &event).await;
     receives(&mut stream, 7..=7).await;
+    // The reader of the tests rejects the line ends of Unicode as well.
+    let breaks = "a\u{2028}b\u{2029}c\u{85}d";
+    let raw = RawValue::from_string(format!("{{\"n\":8,\"text\":\"{breaks}\"}}")).unwrap();
+    world.publish_event(&user, &Envelope { data: raw, ..world.api.append(user.id) }).await;
+    assert_eq!(stream.next().await.json()["text"], breaks);
     drop(stream);
     world.ends().await;
 }

@@ -230,7 +230,7 @@ async fn the_head_of_the_answer_comes_at_once_whatever_is_down() {
         "{block:?}"
     );
     for (name, value) in [
-        ("content-type", "text/event-stream"),
+        ("content-type", "text/event-stream; charset=utf-8"),
         ("cache-control", "no-cache, no-transform"),
         ("x-accel-buffering", "no"),
     ] {

@@ -32,7 +32,7 @@ async fn heartbeats_come_about_as_often_as_set() {
 async fn who_asks_for_it_gets_heartbeats_that_a_script_can_see_and_that_move_no_cursor() {
     let world = Setup::config(|config| config.delivery.heartbeat = Duration::from_secs(1)).start().await;
     let user = world.user(3);
-    let mut stream = world.stream(&user).heartbeat_events().stream().await;
+    let mut stream = world.stream(&user).heartbeat("event").stream().await;
     ready(&mut stream, &world.api.cursor(user.id, 3), false).await;
     let Ok(Block::Event(beat)) = soon("a heartbeat", stream.block()).await else { panic!("not an event") };
     assert_eq!((beat.name.as_deref(), beat.id.as_deref()), (Some("heartbeat"), None));

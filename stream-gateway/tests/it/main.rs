@@ -19,3 +19,4 @@ mod questions;
 mod readers;
 mod support;
 mod tls;
+mod wire;

@@ -20,7 +20,7 @@ use shared::{
         http::{Answer, Client},
         proxy::Proxy,
         soon,
-        sse::{Opening, Stream},
+        sse::{End, Opening, Stream},
         until,
     },
 };
@@ -395,13 +395,18 @@ pub(crate) async fn receives(stream: &mut Stream, seqs: impl IntoIterator<Item =
     }
 }
 
-/// The last event, and the end after it.
+/// The last event, and the end after it: of the body, and not only of the connection.
 pub(crate) async fn goodbye(stream: &mut Stream, reason: &str) -> Value {
-    let (events, _) = stream.rest().await;
+    let (events, end) = stream.rest().await;
+    assert_eq!(end, End::Clean, "after {events:?}");
     let last = events.last().unwrap_or_else(|| panic!("an end without goodbye, {reason} expected"));
     assert!(last.is("goodbye"), "{last:?}");
-    assert_eq!((last.id.as_ref(), last.json()["reason"].as_str()), (None, Some(reason)));
-    last.json()
+    let data = last.json();
+    assert_eq!((last.id.as_ref(), data["reason"].as_str()), (None, Some(reason)));
+    if data["reconnect"] == false {
+        assert_eq!(stream.retry, Some(Duration::from_secs(3_600)), "most readers come back all the same");
+    }
+    data
 }
 
 /// How long nothing may happen where nothing must happen.
@@ -426,14 +431,19 @@ pub(crate) struct Raw {
 }
 
 impl Raw {
-    pub(crate) async fn open(world: &World, user: &User) -> Self {
+    /// `version`: of HTTP, 1.1 or 1.0.
+    pub(crate) async fn ask(world: &World, user: &User, version: &str) -> Self {
         let mut socket = TcpStream::connect(world.public).await.unwrap();
         let head = format!(
-            "GET /api/messages HTTP/1.1\r\nHost: x\r\nAccept: text/event-stream\r\nAuthorization: Bearer {}\r\n\r\n",
+            "GET /api/messages HTTP/{version}\r\nHost: x\r\nAccept: text/event-stream\r\nAuthorization: Bearer {}\r\n\r\n",
             user.token
         );
         socket.write_all(head.as_bytes()).await.unwrap();
-        let mut raw = Self { socket, read: vec![] };
+        Self { socket, read: vec![] }
+    }
+
+    pub(crate) async fn open(world: &World, user: &User) -> Self {
+        let mut raw = Self::ask(world, user, "1.1").await;
         raw.until("event: ready").await;
         raw
     }
@@ -451,5 +461,13 @@ impl Raw {
     pub(crate) async fn until_end(&mut self) {
         soon("the end", async { while matches!(self.socket.read_buf(&mut self.read).await, Ok(1..)) {} })
             .await;
+    }
+
+    /// The head of the answer, and its body to the end of the connection, as they were on the wire.
+    pub(crate) async fn whole(mut self) -> (String, String) {
+        self.until_end().await;
+        let text = String::from_utf8(self.read).unwrap();
+        let (head, body) = text.split_once("\r\n\r\n").unwrap();
+        (head.to_ascii_lowercase(), body.to_owned())
     }
 }
