@@ -78,6 +78,9 @@ pub struct Settings {
     /// Postgres, as `postgres://user:password@host:port/database`
     #[arg(long, env, global = true, hide_env_values = true, value_name = "URL")]
     pub database_url: Option<String>,
+    /// The same, in a file; set one of the two
+    #[arg(long, env, global = true, default_value = "", value_name = "FILE")]
+    pub database_url_file: String,
     /// Connections to Postgres, at most
     #[arg(long, env, global = true, default_value = "16", value_name = "NUMBER")]
     pub database_pool_size: String,
@@ -85,6 +88,9 @@ pub struct Settings {
     /// sentinels the name that they have for it in place of the host
     #[arg(long, env, global = true, hide_env_values = true, value_name = "URLS")]
     pub redis_url: Option<String>,
+    /// The same, in a file; set one of the two
+    #[arg(long, env, global = true, default_value = "", value_name = "FILE")]
+    pub redis_url_file: String,
     /// single: one server, wherever its name points. sentinel: the one that sentinels name. cluster: Redis Cluster, by sharded
     /// channels. The same for gateways
     #[arg(long, env, global = true, default_value = "single", value_name = "NAME")]
@@ -92,6 +98,9 @@ pub struct Settings {
     /// Where sentinels are, as URLs, comma-separated, each with a user and password of its own if it wants any
     #[arg(long, env, global = true, hide_env_values = true, default_value = "", value_name = "URLS")]
     pub redis_sentinels: String,
+    /// The same, in a file; set one of the two
+    #[arg(long, env, global = true, default_value = "", value_name = "FILE")]
+    pub redis_sentinels_file: String,
     /// In front of every Redis channel; the same for gateways
     #[arg(long, env, global = true, default_value = "", value_name = "TEXT")]
     pub channel_prefix: String,
@@ -101,6 +110,9 @@ pub struct Settings {
     /// Shared with gateways, at least 32 characters
     #[arg(long, env, global = true, hide_env_values = true, value_name = "TEXT")]
     pub internal_secret: Option<String>,
+    /// The same, in a file; set one of the two
+    #[arg(long, env, global = true, default_value = "", value_name = "FILE")]
+    pub internal_secret_file: String,
     /// Let anybody log in as anybody by name: for development, refused unless ORIGIN is a loopback host
     #[arg(long, env, global = true, default_value = "false", value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
     pub dev_login: String,
@@ -110,6 +122,9 @@ pub struct Settings {
     /// Its secret
     #[arg(long, env, global = true, hide_env_values = true, default_value = "", value_name = "TEXT")]
     pub github_client_secret: String,
+    /// The same, in a file; set one of the two
+    #[arg(long, env, global = true, default_value = "", value_name = "FILE")]
+    pub github_client_secret_file: String,
     /// Another GitHub: `https://host` of GitHub Enterprise
     #[arg(long, env, global = true, default_value = "https://github.com", value_name = "URL")]
     pub github_url: String,
@@ -125,6 +140,9 @@ pub struct Settings {
     /// The secret of that
     #[arg(long, env, global = true, hide_env_values = true, default_value = "", value_name = "TEXT")]
     pub oidc_client_secret: String,
+    /// The same, in a file; set one of the two
+    #[arg(long, env, global = true, default_value = "", value_name = "FILE")]
+    pub oidc_client_secret_file: String,
     /// After a login at a provider, put the token itself into the URL, as a page of the original client expects it. It then
     /// stays in the browser's history and in the logs of whatever is in front; without this it is a code for one use
     #[arg(long, env, global = true, default_value = "false", value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
@@ -202,6 +220,9 @@ pub struct Settings {
     /// What is sent to it besides: `name=value,name=value`, percent-encoded
     #[arg(long, env, global = true, hide_env_values = true, default_value = "", value_name = "HEADERS")]
     pub otel_exporter_otlp_headers: String,
+    /// The same, in a file; set one of the two
+    #[arg(long, env, global = true, default_value = "", value_name = "FILE")]
+    pub otel_exporter_otlp_headers_file: String,
     /// Which part of the requests begin a trace, from 0 to 1, if their clients do not say whether they do
     #[arg(long, env, global = true, default_value = "0.01", value_name = "RATIO")]
     pub otel_traces_sampler_arg: String,
@@ -300,10 +321,14 @@ impl Settings {
         let database_pool_size = problems
             .number("DATABASE_POOL_SIZE", &self.database_pool_size, 1, 1_000)
             .and_then(|size| usize::try_from(size).ok());
-        let url = self.redis_url.as_deref();
-        let redis = Bus::from_settings(&mut problems, &self.redis_topology, url, &self.redis_sentinels);
+        let redis = self.redis(&mut problems);
         let keys = self.keys(&mut problems);
-        let internal_secret = problems.secret("INTERNAL_SECRET", self.internal_secret.as_deref());
+        let internal_secret = problems.value_or_file(
+            "INTERNAL_SECRET",
+            self.internal_secret.as_deref(),
+            &self.internal_secret_file,
+        );
+        let internal_secret = problems.secret("INTERNAL_SECRET", internal_secret.as_deref());
         let dev_login = problems.parse::<bool>("DEV_LOGIN", &self.dev_login);
         if dev_login == Some(true) && origin.as_ref().is_some_and(|origin| !origin.is_loopback()) {
             problems.add("DEV_LOGIN lets anybody in as anybody, and ORIGIN is not a loopback host");
@@ -324,9 +349,14 @@ impl Settings {
             problems.seconds("TERMINATION_GRACE_SECONDS", &self.termination_grace_seconds, 0, 7_200);
         let parts = [("SHUTDOWN_WAIT_SECONDS", wait), ("SHUTDOWN_GRACE_SECONDS", grace)];
         problems.ends_in_time(until_killed, &parts, FLUSH_TIMEOUT + MARGIN);
+        let headers = problems.value_or_file(
+            "OTEL_EXPORTER_OTLP_HEADERS",
+            Some(&self.otel_exporter_otlp_headers),
+            &self.otel_exporter_otlp_headers_file,
+        );
         let texts = traces::Texts {
             endpoint: &self.otel_exporter_otlp_endpoint,
-            headers: &self.otel_exporter_otlp_headers,
+            headers: headers.as_deref().unwrap_or_default(),
             ratio: Some(&self.otel_traces_sampler_arg),
             per_second: &self.traces_per_second,
         };
@@ -413,7 +443,9 @@ impl Settings {
     }
 
     fn database(&self, problems: &mut Problems) -> Option<PgConnectOptions> {
-        let url = problems.require("DATABASE_URL", self.database_url.as_deref())?;
+        let given =
+            problems.value_or_file("DATABASE_URL", self.database_url.as_deref(), &self.database_url_file);
+        let url = problems.require("DATABASE_URL", given.as_deref())?;
         // The parser looks at no scheme, and its message can repeat a part of the URL, and with it the password.
         let ours = ["postgres://", "postgresql://"].iter().any(|scheme| url.starts_with(scheme));
         let options = PgConnectOptions::from_str(url).ok().filter(|_| ours);
@@ -425,20 +457,35 @@ impl Settings {
         options
     }
 
+    fn redis(&self, problems: &mut Problems) -> Option<Bus> {
+        let url = problems.value_or_file("REDIS_URL", self.redis_url.as_deref(), &self.redis_url_file);
+        let sentinels = problems.value_or_file(
+            "REDIS_SENTINELS",
+            Some(&self.redis_sentinels),
+            &self.redis_sentinels_file,
+        );
+        Bus::from_settings(
+            problems,
+            &self.redis_topology,
+            url.as_deref(),
+            sentinels.as_deref().unwrap_or_default(),
+        )
+    }
+
     fn providers(&self, problems: &mut Problems) -> Vec<ProviderSettings> {
+        let [github_secret, oidc_secret] = [
+            ("GITHUB_CLIENT_SECRET", &self.github_client_secret, &self.github_client_secret_file),
+            ("OIDC_CLIENT_SECRET", &self.oidc_client_secret, &self.oidc_client_secret_file),
+        ]
+        .map(|(name, value, file)| problems.value_or_file(name, Some(value), file).unwrap_or_default());
         let github = ProviderSettings::github(
             problems,
             &self.github_url,
             &self.github_api_url,
             &self.github_client_id,
-            &self.github_client_secret,
+            &github_secret,
         );
-        let oidc = ProviderSettings::oidc(
-            problems,
-            &self.oidc_issuer,
-            &self.oidc_client_id,
-            &self.oidc_client_secret,
-        );
+        let oidc = ProviderSettings::oidc(problems, &self.oidc_issuer, &self.oidc_client_id, &oidc_secret);
         github.into_iter().chain(oidc).collect()
     }
 

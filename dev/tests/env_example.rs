@@ -61,3 +61,22 @@ fn what_is_commented_out_is_the_default_and_what_must_be_set_is_not() {
         }
     }
 }
+
+#[test]
+fn every_secret_can_be_given_in_a_file() {
+    let ends = ["_SECRET", "_SECRETS", "_PASSWORD", "_TOKEN", "_HEADERS", "_SENTINELS"];
+    let with_passwords = ["DATABASE_URL", "REDIS_URL"];
+    for config in ["api/src/config.rs", "stream-gateway/src/config.rs"] {
+        let declared = declared(&read(config));
+        let secrets: Vec<_> = declared
+            .keys()
+            .filter(|name| {
+                ends.iter().any(|end| name.ends_with(end)) || with_passwords.contains(&name.as_str())
+            })
+            .collect();
+        assert!(secrets.len() > 3, "{config}: {secrets:?}");
+        for name in secrets {
+            assert!(declared.contains_key(&format!("{name}_FILE")), "{config}: {name} has no {name}_FILE");
+        }
+    }
+}

@@ -218,6 +218,21 @@ fn a_reference_that_leads_nowhere() {
 }
 
 #[test]
+fn secret_in_a_mounted_file_is_a_secret_that_is_set() {
+    let with_file = |file: &str| {
+        let mut installation = sound("production");
+        let variable = json!({ "name": "INTERNAL_SECRET_FILE", "value": file });
+        plant(&mut installation, API, &format!("{API_CONTAINER}/env/INTERNAL_SECRET"), variable);
+        installation
+    };
+    let sound = with_file("/etc/messenger/keys/signing-key.pem");
+    assert_eq!(sound.findings(), Vec::<String>::new());
+    let sentence =
+        "Deployment/api: INTERNAL_SECRET_FILE names /etc/messenger/secret, and nothing is mounted there";
+    assert_found(&with_file("/etc/messenger/secret"), sentence);
+}
+
+#[test]
 fn a_file_that_is_not_mounted() {
     let key = json!("/etc/messenger/keys/other.pem");
     api(

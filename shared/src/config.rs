@@ -1,33 +1,66 @@
 //! Reading settings: every value is parsed and checked, and all problems are reported together, so that an operator mends
 //! a deployment once and not once per mistake.
 
-use std::{fmt, str::FromStr, time::Duration};
+use std::{
+    collections::BTreeSet,
+    fmt,
+    fs::File,
+    io::{self, Read},
+    str::FromStr,
+    time::Duration,
+};
 
 use thiserror::Error;
 
+/// The largest secret that is read from a file.
+const LARGEST_SECRET_BYTES: u64 = 64 * 1024;
+
 /// What is wrong with the settings, one sentence each.
 #[derive(Debug, Default, Error)]
-pub struct Problems(Vec<String>);
+pub struct Problems {
+    sentences: Vec<String>,
+    /// Settings whose file was a problem: nobody has to read in addition that they are not set.
+    unreadable: BTreeSet<String>,
+}
 
 impl fmt::Display for Problems {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} problem(s) with the settings", self.0.len())?;
-        self.0.iter().try_for_each(|problem| write!(f, "\n  - {problem}"))
+        write!(f, "{} problem(s) with the settings", self.sentences.len())?;
+        self.sentences.iter().try_for_each(|problem| write!(f, "\n  - {problem}"))
     }
 }
 
 impl Problems {
     pub fn add(&mut self, problem: impl Into<String>) {
-        self.0.push(problem.into());
+        self.sentences.push(problem.into());
     }
 
     /// The value of a setting that must be given.
     pub fn require<'a>(&mut self, name: &str, value: Option<&'a str>) -> Option<&'a str> {
         let value = value.filter(|value| !value.is_empty());
-        if value.is_none() {
+        if value.is_none() && !self.unreadable.contains(name) {
             self.add(format!("{name} is not set"));
         }
         value
+    }
+
+    /// A secret setting: its value, or the content of the file that `<name>_FILE` names. The line break at the end of the file,
+    /// which editors and `echo` leave there, does not belong to the secret. Both given, or a file without a secret: a problem.
+    pub fn value_or_file(&mut self, name: &str, value: Option<&str>, file: &str) -> Option<String> {
+        let value = value.filter(|value| !value.is_empty());
+        if file.is_empty() {
+            return value.map(str::to_owned);
+        }
+        let secret = match value {
+            Some(_) => Err(format!("{name} and {name}_FILE are both set: set one of them")),
+            None => read_secret(file).map_err(|error| format!("{name}_FILE: {file}: {error}")),
+        };
+        secret
+            .map_err(|problem| {
+                self.unreadable.insert(name.to_owned());
+                self.add(problem);
+            })
+            .ok()
     }
 
     /// The value itself stays out of the message: it may be a secret in the wrong place.
@@ -98,11 +131,24 @@ impl Problems {
 
     /// The settings, if nothing was wrong; `build` gets each value by `?`.
     pub fn finish<T>(self, build: impl FnOnce() -> Option<T>) -> Result<T, Self> {
-        if !self.0.is_empty() {
+        if !self.sentences.is_empty() {
             return Err(self);
         }
         Ok(build().expect("a value is missing only after a problem was recorded"))
     }
+}
+
+fn read_secret(file: &str) -> io::Result<String> {
+    let mut secret = String::new();
+    let read = File::open(file)?.take(LARGEST_SECRET_BYTES + 1).read_to_string(&mut secret)?;
+    if u64::try_from(read).is_ok_and(|read| read > LARGEST_SECRET_BYTES) {
+        return Err(io::Error::other(format!("the file is larger than {LARGEST_SECRET_BYTES} bytes")));
+    }
+    secret.truncate(secret.trim_end_matches(['\r', '\n']).len());
+    if secret.is_empty() {
+        return Err(io::Error::other("the file is empty"));
+    }
+    Ok(secret)
 }
 
 /// Where browsers find the product: `scheme://host[:port]`, nothing behind it.
@@ -166,6 +212,38 @@ mod tests {
             assert!(error.contains(name), "{error}");
         }
         assert!(!error.contains("hunter2"), "{error}");
+    }
+
+    #[test]
+    fn secret_is_given_by_value_or_by_file_and_not_by_both() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = |name: &str, content: &str| {
+            let path = folder.path().join(name);
+            std::fs::write(&path, content).unwrap();
+            path.display().to_string()
+        };
+        let read = |value: Option<&str>, file: &str| {
+            let mut problems = Problems::default();
+            let secret = problems.value_or_file("SECRET", value, file);
+            let secret = problems.require("SECRET", secret.as_deref()).map(str::to_owned);
+            problems.finish(|| secret).map_err(|problems| problems.to_string())
+        };
+        let (kept, empty) = (file("kept", "hunter2 \r\n"), file("empty", "\n"));
+        let large = file("large", &"x".repeat(70_000));
+        let missing = folder.path().join("missing").display().to_string();
+        assert_eq!(read(Some("hunter2"), "").unwrap(), "hunter2");
+        assert_eq!(read(Some(""), &kept).unwrap(), "hunter2 ", "the line break alone is left out");
+        for (value, file, problem) in [
+            (None, "", "SECRET is not set"),
+            (Some("hunter2"), &*kept, "SECRET and SECRET_FILE are both set"),
+            (None, &empty, "SECRET_FILE: /"),
+            (None, &large, "SECRET_FILE: /"),
+            (None, &missing, "SECRET_FILE: /"),
+        ] {
+            let problems = read(value, file).unwrap_err();
+            assert!(problems.contains(problem), "{problems}");
+            assert!(problems.starts_with("1 problem(s)") && !problems.contains("hunter2"), "{problems}");
+        }
     }
 
     #[test]

@@ -65,10 +65,16 @@ pub struct Settings {
     /// The secret that api's internal listener asks for; at least 32 characters. The same as api's
     #[arg(long, env, global = true, hide_env_values = true)]
     internal_secret: Option<String>,
+    /// The same, in a file; set one of the two
+    #[arg(long, env, global = true, hide_env_values = true, default_value = "")]
+    internal_secret_file: String,
     /// redis://[user:password@]host:port, or rediss:// for TLS. Of a cluster some nodes, comma-separated; with sentinels the name
     /// that they have for it in place of the host
     #[arg(long, env, global = true, hide_env_values = true)]
     redis_url: Option<String>,
+    /// The same, in a file; set one of the two
+    #[arg(long, env, global = true, hide_env_values = true, default_value = "")]
+    redis_url_file: String,
     /// single: one server, wherever its name points. sentinel: the one that sentinels name. cluster: Redis Cluster, by sharded
     /// channels. The same as api's
     #[arg(long, env, global = true, default_value = "single")]
@@ -76,6 +82,9 @@ pub struct Settings {
     /// Where sentinels are, as URLs, comma-separated, each with a user and password of its own if it wants any
     #[arg(long, env, global = true, hide_env_values = true, default_value = "")]
     redis_sentinels: String,
+    /// The same, in a file; set one of the two
+    #[arg(long, env, global = true, hide_env_values = true, default_value = "")]
+    redis_sentinels_file: String,
     /// Before every Redis channel name. The same as api's
     #[arg(long, env, global = true, hide_env_values = true, default_value = "")]
     channel_prefix: String,
@@ -142,6 +151,9 @@ pub struct Settings {
     /// What is sent to it besides: name=value,name=value, percent-encoded
     #[arg(long, env, global = true, hide_env_values = true, default_value = "")]
     otel_exporter_otlp_headers: String,
+    /// The same, in a file; set one of the two
+    #[arg(long, env, global = true, hide_env_values = true, default_value = "")]
+    otel_exporter_otlp_headers_file: String,
     /// Events a second whose delivery is traced, at most. api says which belong to a trace
     #[arg(long, env, global = true, hide_env_values = true, default_value = "20")]
     traces_per_second: String,
@@ -216,9 +228,10 @@ impl Settings {
         let allowed_origins = p.origins("ALLOWED_ORIGINS", &self.allowed_origins);
         let trusted_proxies = p.parse("TRUSTED_PROXIES", &self.trusted_proxies);
         let api_internal_url = internal_url(&mut p, self.api_internal_url.as_deref());
-        let internal_secret = p.secret("INTERNAL_SECRET", self.internal_secret.as_deref());
-        let url = self.redis_url.as_deref();
-        let redis = Bus::from_settings(&mut p, &self.redis_topology, url, &self.redis_sentinels);
+        let internal_secret =
+            p.value_or_file("INTERNAL_SECRET", self.internal_secret.as_deref(), &self.internal_secret_file);
+        let internal_secret = p.secret("INTERNAL_SECRET", internal_secret.as_deref());
+        let redis = self.redis(&mut p);
         if let Err(error) = self.log.parse::<EnvFilter>() {
             p.add(format!("LOG cannot be read: {error}"));
         }
@@ -252,9 +265,14 @@ impl Settings {
         let grace = p.seconds("TERMINATION_GRACE_SECONDS", &self.termination_grace_seconds, 0, 7_200);
         let parts = [("DRAIN_WAIT_SECONDS", wait), ("DRAIN_WINDOW_SECONDS", window)];
         p.ends_in_time(grace, &parts, LAST_GOODBYES + MARGIN);
+        let headers = p.value_or_file(
+            "OTEL_EXPORTER_OTLP_HEADERS",
+            Some(&self.otel_exporter_otlp_headers),
+            &self.otel_exporter_otlp_headers_file,
+        );
         let texts = traces::Texts {
             endpoint: &self.otel_exporter_otlp_endpoint,
-            headers: &self.otel_exporter_otlp_headers,
+            headers: headers.as_deref().unwrap_or_default(),
             ratio: None,
             per_second: &self.traces_per_second,
         };
@@ -303,6 +321,13 @@ impl Settings {
                 traces: traces?,
             })
         })
+    }
+
+    fn redis(&self, p: &mut Problems) -> Option<Bus> {
+        let url = p.value_or_file("REDIS_URL", self.redis_url.as_deref(), &self.redis_url_file);
+        let sentinels =
+            p.value_or_file("REDIS_SENTINELS", Some(&self.redis_sentinels), &self.redis_sentinels_file);
+        Bus::from_settings(p, &self.redis_topology, url.as_deref(), sentinels.as_deref().unwrap_or_default())
     }
 }
 
@@ -355,6 +380,33 @@ mod tests {
         {
             assert!(problems.contains(name), "{problems}");
         }
+    }
+
+    #[test]
+    fn secrets_are_read_from_files() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("redis");
+        std::fs::write(&path, "redis://:hunter2@redis:6379\n").unwrap();
+        let file = format!("--redis-url-file={}", path.display());
+        let [origin, api, secret, redis] = ENOUGH;
+        assert!(check(&[origin, api, secret, "--redis-url=", &file]).is_ok());
+        let problems = check(&[
+            origin,
+            api,
+            secret,
+            redis,
+            &file,
+            "--redis-sentinels-file=/missing/a",
+            "--otel-exporter-otlp-headers-file=/missing/b",
+        ])
+        .unwrap_err()
+        .to_string();
+        for problem in
+            ["3 problem(s)", "REDIS_URL and REDIS_URL_FILE are both set", "/missing/a", "/missing/b"]
+        {
+            assert!(problems.contains(problem), "{problem} is missing in {problems}");
+        }
+        assert!(!problems.contains("hunter2"), "{problems}");
     }
 
     #[test]

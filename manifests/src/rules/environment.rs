@@ -48,8 +48,12 @@ pub fn what_must_be_set_is_set(installation: &Installation) -> Vec<String> {
     for (container, service) in installation.ours() {
         let environment = container.environment();
         let required = |name: &&String| container.command() == "serve" || *name == "DATABASE_URL";
+        let given =
+            |name: &str| environment.get(name).is_some_and(|value| *value != Variable::Text(String::new()));
         for name in service.required.iter().filter(required) {
-            if environment.get(name).is_none_or(|value| *value == Variable::Text(String::new())) {
+            // A secret may be in a file.
+            let in_file = format!("{name}_FILE");
+            if !given(name) && !(service.settings.contains_key(&in_file) && given(&in_file)) {
                 findings.push(format!("{}: {name} must be set", container.id()));
             }
         }

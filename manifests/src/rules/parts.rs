@@ -6,7 +6,7 @@ use serde_json::Value;
 
 use crate::{
     Installation,
-    set::{Container, Pod, address, at, entries, list, selects, text},
+    set::{Container, Pod, Variable, address, at, entries, list, selects, text},
 };
 
 pub fn names_are_unique_and_in_the_namespace(installation: &Installation) -> Vec<String> {
@@ -320,16 +320,18 @@ pub fn files_are_mounted(installation: &Installation) -> Vec<String> {
     let mut findings = Vec::new();
     for (container, _) in installation.ours() {
         let files = mounted_files(installation, &container);
-        let mut named: Vec<(&str, String)> = Vec::new();
-        for name in ["SIGNING_KEY_FILES", "SSL_CERT_FILE"] {
-            let value = container.value(name).unwrap_or_default();
-            named.extend(
-                value.split(',').filter(|file| !file.is_empty()).map(|file| (name, file.trim().to_owned())),
-            );
+        let mut named: Vec<(String, String)> = Vec::new();
+        for (name, value) in container.environment() {
+            // Keys, certificates, and the secrets that are given in files.
+            let Variable::Text(value) = value else { continue };
+            if name.ends_with("_FILE") || name.ends_with("_FILES") {
+                let files = value.split(',').map(str::trim).filter(|file| !file.is_empty());
+                named.extend(files.map(|file| (name.clone(), file.to_owned())));
+            }
         }
         let database = container.value("DATABASE_URL").unwrap_or_default();
         let root = database.split(['?', '&']).find_map(|part| part.strip_prefix("sslrootcert="));
-        named.extend(root.map(|file| ("DATABASE_URL", file.to_owned())));
+        named.extend(root.map(|file| ("DATABASE_URL".to_owned(), file.to_owned())));
         for (setting, file) in named {
             // The image's own trust.
             if !file.starts_with("/etc/ssl/") && !files.contains(&file) {
