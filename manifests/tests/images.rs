@@ -108,12 +108,13 @@ fn compose_gives_each_service_its_settings_and_no_other() {
         for replica in 1..=2 {
             let part = parts[format!("{name}-{replica}").as_str()];
             assert_eq!(part["image"], format!("messenger/{service}:dev"));
-            assert_eq!(part["build"]["target"], service);
             let given: BTreeSet<_> = entries(&part["environment"]).map(|(name, _)| name.to_owned()).collect();
             for name in &given {
                 assert!(known[service].settings.contains_key(name), "{service} has no setting {name}");
             }
-            assert!(given.is_superset(&known[service].required), "{service}: {given:?}");
+            for name in &known[service].required {
+                assert!(given.contains(name) || given.contains(&format!("{name}_FILE")), "{service}: {name}");
+            }
             for listener in ["LISTEN", "INTERNAL_LISTEN", "OPS_LISTEN"] {
                 let in_pod = list(&pod["containers"][0]["env"]).iter().find(|each| each["name"] == listener);
                 let in_pod = in_pod.map(|variable| text(&variable["value"]).to_owned());
@@ -160,6 +161,24 @@ fn the_proxy_asks_every_replica_and_whether_it_is_ready() {
 }
 
 #[test]
+fn the_proxy_survives_its_replicas_and_ends_soon() {
+    let (compose, file) = (compose(), read("compose/Caddyfile"));
+    let value = |name: &str| {
+        let mut values = file.lines().filter_map(|line| line.trim().strip_prefix(name));
+        let (Some(value), None) = (values.next(), values.next()) else { panic!("not one {name}") };
+        value.trim().to_owned()
+    };
+    assert_eq!(value("request_buffers "), value("max_size "), "a body is there again for the next replica");
+    let (_, fallback) = file.split_once("handle_errors {").unwrap();
+    assert!(fallback.contains("respond \"retry: {retry}\n\n\" 200"), "an EventSource comes back");
+    assert!(
+        value("grace_period ").trim_end_matches('s').parse::<u64>().unwrap() < 10,
+        "Docker kills after 10 s"
+    );
+    assert_eq!(compose["services"]["proxy"]["stop_grace_period"], Value::Null);
+}
+
+#[test]
 fn every_container_is_confined_and_limited_and_holds_no_secret_in_the_file() {
     let compose = compose();
     for (name, part) in parts(&compose) {
@@ -169,12 +188,78 @@ fn every_container_is_confined_and_limited_and_holds_no_secret_in_the_file() {
         for resource in ["cpus", "memory", "pids"] {
             assert!(!at(part, &format!("deploy/resources/limits/{resource}")).is_null(), "{name} {resource}");
         }
+    }
+}
+
+/// What is said in a part, and of the proxy in its own file, about files of secrets.
+fn secrets_named_by(name: &str, part: &Value) -> BTreeSet<String> {
+    let file = if name == "proxy" { read("compose/Caddyfile") } else { String::new() };
+    let said = format!("{part}{file}");
+    let names = said.split("/run/secrets/").skip(1);
+    let is_name = |c: char| c.is_ascii_alphanumeric() || c == '-';
+    names.filter_map(|rest| rest.split(|c| !is_name(c)).next()).map(str::to_owned).collect()
+}
+
+#[test]
+fn secrets_reach_containers_as_files_and_only_where_they_are_used() {
+    let (compose, provide) = (compose(), read("compose/provide"));
+    let mut used = BTreeSet::new();
+    for (name, part) in parts(&compose) {
+        let named = secrets_named_by(name, part);
+        let mounted: BTreeSet<_> = list(&part["secrets"]).iter().map(|each| text(each).to_owned()).collect();
+        assert_eq!(named, mounted, "{name}");
         for (variable, value) in entries(&part["environment"]) {
             let secret = ["PASSWORD", "SECRET", "_URL", "_AUTH"].iter().any(|word| variable.contains(word));
-            let made = text(value).contains(":?run compose/provide first}");
-            assert!(!secret || made || variable == "API_INTERNAL_URL", "{name} {variable}");
+            let in_file = variable.ends_with("_FILE") && text(value).starts_with("/run/secrets/");
+            assert!(!secret || in_file || variable == "API_INTERNAL_URL", "{name} {variable}");
         }
+        // What comes from the environment of Compose is shown by `docker inspect`.
+        for member in ["environment", "command", "healthcheck"] {
+            assert!(!part[member].to_string().contains("${"), "{name} {member}");
+        }
+        used.extend(mounted);
     }
+    let declared: BTreeSet<_> = entries(&compose["secrets"]).map(|(name, _)| name.to_owned()).collect();
+    assert_eq!(used, declared);
+    for name in declared {
+        let file = text(&compose["secrets"][&name]["file"]);
+        let file = file.strip_prefix("compose/secrets/").unwrap();
+        assert!(provide.contains(&format!("secret {file} ")) || provide.contains(&format!("keep {file}\n")));
+    }
+}
+
+#[test]
+fn one_part_builds_an_image_and_the_others_use_it() {
+    let compose = compose();
+    for (service, _) in OURS {
+        let image = format!("messenger/{service}:dev");
+        let parts = parts(&compose);
+        let users = parts.values().filter(|part| part["image"] == *image);
+        let builds: Vec<_> = users.map(|part| &part["build"]).filter(|build| !build.is_null()).collect();
+        let [build] = builds[..] else { panic!("{image} is built {} times", builds.len()) };
+        assert_eq!(build["target"], service);
+    }
+}
+
+#[test]
+fn server_that_lacks_its_database_is_not_healthy() {
+    let compose = compose();
+    let [in_compose, in_cluster] = [
+        at(&compose, "services/postgres/healthcheck/test").clone(),
+        read("k8s/overlays/local/postgres.yaml")
+            .split("---\n")
+            .map(|document| serde_saphyr::from_str::<Value>(document).unwrap())
+            .find_map(|object| {
+                let probe = "spec/template/spec/containers/0/readinessProbe/exec/command";
+                object.pointer(&format!("/{probe}")).cloned()
+            })
+            .unwrap(),
+    ];
+    let words = |command: &Value| list(command).iter().map(|word| text(word).to_owned()).collect::<Vec<_>>();
+    assert_eq!(words(&in_compose)[1..], words(&in_cluster)[..]);
+    let database = text(at(&compose, "services/postgres/environment/POSTGRES_DB")).to_owned();
+    assert!(words(&in_cluster).contains(&format!("--dbname={database}")));
+    assert!(words(&in_cluster).contains(&"--host=127.0.0.1".to_owned()));
 }
 
 #[test]
