@@ -204,6 +204,9 @@ pub enum Goodbye {
     Drain,
     /// Over a limit.
     Busy,
+    /// `api` could not be asked who this is, as when both start together. That passes in seconds, and is no limit that somebody
+    /// is over, but clients know it by the same name.
+    Unready,
     /// The right to be connected runs out with the token.
     Expired,
     /// The session has ended.
@@ -218,7 +221,7 @@ impl Goodbye {
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Drain => "drain",
-            Self::Busy => "busy",
+            Self::Busy | Self::Unready => "busy",
             Self::Expired => "expired",
             Self::Revoked => "revoked",
             Self::Rotate => "rotate",
@@ -236,7 +239,7 @@ impl Goodbye {
     pub fn retry(self) -> std::ops::RangeInclusive<u32> {
         match self {
             Self::Busy | Self::Replaced => 60_000..=120_000,
-            Self::Drain | Self::Rotate => FIRST_RETRY,
+            Self::Drain | Self::Rotate | Self::Unready => FIRST_RETRY,
             Self::Expired | Self::Revoked => AN_HOUR..=AN_HOUR,
         }
     }

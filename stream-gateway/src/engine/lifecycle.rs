@@ -174,7 +174,9 @@ impl Engine {
             + match why {
                 Goodbye::Expired => EXPIRED_WITHIN,
                 Goodbye::Revoked => REVOKED_WITHIN,
-                Goodbye::Busy | Goodbye::Drain | Goodbye::Replaced | Goodbye::Rotate => GOODBYE_WITHIN,
+                Goodbye::Busy | Goodbye::Drain | Goodbye::Replaced | Goodbye::Rotate | Goodbye::Unready => {
+                    GOODBYE_WITHIN
+                }
             };
         let due = connection.due;
         self.wheel.insert(key, due);

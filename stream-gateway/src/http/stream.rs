@@ -120,7 +120,7 @@ impl Streams {
         }
         let head = Head::new(version, request_id, origin);
         let Some(bearer) = bearer else {
-            return Ok(self.turn_away(head, "no_keys", Goodbye::Busy));
+            return Ok(self.turn_away(head, "no_keys", Goodbye::Unready));
         };
         if self.parting.load(Ordering::Relaxed) {
             return Ok(self.turn_away(head, "drain", Goodbye::Drain));
@@ -195,7 +195,7 @@ impl Streams {
                     Some(user) => admit(socket, user, Bytes::new()),
                     None => {
                         metrics.streams_refused.get_or_create(&Reason { reason: "no_identity" }).inc();
-                        say_at_once(&socket, b"", framing, Goodbye::Busy);
+                        say_at_once(&socket, b"", framing, Goodbye::Unready);
                     }
                 }
             });
