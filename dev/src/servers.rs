@@ -2,7 +2,7 @@
 
 use std::fs::{self, File};
 use std::net::{Ipv4Addr, TcpListener};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use anyhow::{Context, Result};
 use nix::sys::signal::Signal;
@@ -155,11 +155,12 @@ pub(crate) async fn print_env(places: &Places, given: &Given) -> Result<()> {
     let lock = File::create(dir.join("lock"))?;
     lock.lock().context("cannot lock .dev/test")?;
     let servers = Servers::start(places, given, &dir, Durability::Forgetful, Life::Detached).await?;
-    let programs: Vec<_> = program_env(places, given)
-        .await?
-        .iter()
-        .map(|(name, path)| format!("{name}='{}'", path.display()))
-        .collect();
+    let found = programs(places, given).await;
+    if let Some(list) = found.list_of_missing() {
+        terminal::warn(format_args!("tests that need one of these will fail:{list}"));
+    }
+    let programs: Vec<_> =
+        found.env.iter().map(|(name, path)| format!("{name}='{}'", path.display())).collect();
     terminal::answer(format_args!(
         "export DATABASE_URL='{}' REDIS_URL='{}' {}",
         servers.database_url,
@@ -170,11 +171,11 @@ pub(crate) async fn print_env(places: &Places, given: &Given) -> Result<()> {
 }
 
 /// Where tests find the programs that they start and kill themselves.
-pub(crate) async fn program_env(places: &Places, given: &Given) -> Result<Vec<(&'static str, PathBuf)>> {
-    let mut programs = vec![
-        ("DEV_POSTGRES_BIN_DIR", postgres::programs(places).await?.bin_dir),
-        ("DEV_REDIS_SERVER", redis::program(places, given.valkey).await?),
-    ];
-    programs.extend(tools::env(places).await);
-    Ok(programs)
+pub(crate) async fn programs(places: &Places, given: &Given) -> tools::Found {
+    // First what others are installed with.
+    let mut found = tools::all(places).await;
+    let postgres = postgres::programs(places).await.map(|programs| programs.bin_dir);
+    found.add("Postgres", "DEV_POSTGRES_BIN_DIR", postgres);
+    found.add("Redis", "DEV_REDIS_SERVER", redis::program(places, given.valkey).await);
+    found
 }

@@ -4,12 +4,12 @@
 use std::path::Path;
 use std::process::{ExitCode, ExitStatus};
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 use nix::sys::signal::Signal;
 
 use crate::cargo::cargo;
 use crate::places::Places;
-use crate::servers::{Durability, Given, Life, Servers, program_env};
+use crate::servers::{Durability, Given, Life, Servers, programs};
 use crate::stop::Stop;
 use crate::{process, terminal};
 
@@ -37,6 +37,14 @@ async fn build_and_test(
     scratch: &Path,
     servers: &mut Option<Servers>,
 ) -> Result<ExitCode> {
+    let found = programs(places, given).await;
+    if let Some(list) = found.list_of_missing() {
+        // Who names tests knows what they need, or is told by them.
+        if args.is_empty() {
+            bail!("tests need what is not here; install it and try again, or name the tests to run:{list}");
+        }
+        terminal::warn(format_args!("tests that need one of these will fail:{list}"));
+    }
     let started = Servers::start(places, given, scratch, Durability::Forgetful, Life::Bound).await?;
     let servers = servers.insert(started);
     // The end-to-end tests run the services' own binaries, which cargo does not build for them.
@@ -51,7 +59,7 @@ async fn build_and_test(
         .env("DATABASE_URL", &servers.database_url)
         .env("REDIS_URL", &servers.redis_url)
         .env("SQLX_OFFLINE", "true")
-        .envs(program_env(places, given).await?);
+        .envs(found.env);
     terminal::step("Testing", "everything");
     Ok(exit_code(process::run_to_end(test, Signal::SIGTERM).await?))
 }

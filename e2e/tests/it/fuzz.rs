@@ -1,35 +1,16 @@
 //! A property-based fuzzer, driven by the document that the service itself serves: no 500, no status, header or body that is
 //! not documented, whatever is asked. And the same document for the events of a real stream.
 
-use std::{
-    path::PathBuf,
-    process::{Command, Stdio},
-};
+use std::process::{Command, Stdio};
 
-use e2e::World;
+use e2e::{World, program};
 use shared::test_support::documented::Document;
 
 use crate::support::Two;
 
-/// From the Python package index; installed beside the build when it is not there.
-const FUZZER: &str = "schemathesis==4.32.5";
-
 /// What an answer must not be. Left out are checks of the fuzzer's opinions on what must be refused: the contract has its own.
 const CHECKS: &str = "not_a_server_error,status_code_conformance,content_type_conformance,response_headers_conformance,\
                       response_schema_conformance,allow_header_conformance,unsupported_method,ignored_auth";
-
-fn fuzzer() -> PathBuf {
-    let own = std::env::current_exe().unwrap();
-    let folder = own.ancestors().nth(3).unwrap().join(FUZZER.replace("==", "-"));
-    if !folder.join("installed").exists() {
-        let mut pip = Command::new("python3");
-        pip.args(["-m", "pip", "install", "--quiet", "--upgrade", "--target"]).arg(&folder).arg(FUZZER);
-        let installed = pip.status().expect("python3 starts: install Python 3.10 or later with pip");
-        assert!(installed.success(), "pip cannot install {FUZZER}");
-        std::fs::write(folder.join("installed"), "").unwrap();
-    }
-    folder
-}
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_fuzzer_that_reads_our_document_finds_nothing_that_is_not_in_it() {
@@ -39,10 +20,11 @@ async fn a_fuzzer_that_reads_our_document_finds_nothing_that_is_not_in_it() {
     for _ in 0..3 {
         world.say(&api, &two.jane, two.conversation).await;
     }
-    let folder = fuzzer();
+    let python = program("DEV_PYTHON", "Python 3.10 or later with pip", "Debian: apt install python3-pip");
+    let folder = program("DEV_SCHEMATHESIS", "schemathesis", "pip install --target");
     let scratch = tempfile::tempdir().unwrap();
     let run = async |base: String, only: &[&str]| {
-        let mut command = Command::new("python3");
+        let mut command = Command::new(&python);
         command
             .env("PYTHONPATH", &folder)
             .env("PYTHONDONTWRITEBYTECODE", "1")

@@ -1,0 +1,44 @@
+//! A machine that lacks what tests need is told all of it in one list, before anything is built.
+
+use std::fs;
+use std::process::{Command, Output};
+
+/// `cargo dev test` in a workspace of its own, on a machine that has nothing on PATH and so cannot install anything.
+fn test_on_a_bare_machine(args: &[&str]) -> Output {
+    let root = std::env::temp_dir().join(format!("needs-{}-{}", std::process::id(), args.len()));
+    fs::create_dir_all(root.join("dev")).unwrap();
+    let mut dev = Command::new(env!("CARGO_BIN_EXE_dev"));
+    dev.arg("test").args(args).env_clear().env("PATH", root.join("nothing"));
+    // Servers that nobody asks, so that none is started.
+    dev.envs([("DATABASE_URL", "postgres://127.0.0.1:1/none"), ("REDIS_URL", "redis://127.0.0.1:1")]);
+    let output = dev.env("CARGO_MANIFEST_DIR", root.join("dev")).output().unwrap();
+    fs::remove_dir_all(&root).unwrap();
+    output
+}
+
+const NEEDED: [&str; 7] =
+    ["Node.js 20", "npm", "Chromium", "Prometheus", "Python 3.10", "rotel", "schemathesis"];
+
+#[test]
+fn everything_missing_is_named_before_anything_is_built() {
+    let output = test_on_a_bare_machine(&[]);
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(!output.status.success());
+    let (before, list) =
+        said.split_once("error: tests need what is not here").unwrap_or_else(|| panic!("{said}"));
+    assert!(!before.contains("Starting") && !before.contains("Testing"), "{before}");
+    for needed in NEEDED {
+        assert_eq!(list.matches(&format!("\n  - {needed}")).count(), 1, "{needed} in {list}");
+    }
+    assert!(list.contains("apt install chromium"), "{list}");
+}
+
+#[test]
+fn tests_that_are_named_are_run_whatever_is_missing() {
+    let output = test_on_a_bare_machine(&["some_test"]);
+    let said = String::from_utf8_lossy(&output.stderr);
+    for needed in NEEDED {
+        assert!(said.contains(&format!("\n  - {needed}")), "{needed} in {said}");
+    }
+    assert!(!said.contains("error: tests need"), "{said}");
+}
