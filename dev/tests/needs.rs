@@ -6,13 +6,13 @@ use std::process::{Command, Output};
 /// `cargo dev test` in a workspace of its own, on a machine that has nothing on PATH and so cannot install anything.
 fn test_on_a_bare_machine(args: &[&str]) -> Output {
     let root = std::env::temp_dir().join(format!("needs-{}-{}", std::process::id(), args.len()));
-    fs::create_dir_all(root.join("dev")).unwrap();
+    fs::create_dir_all(root.join("dev")).expect("a temporary folder");
     let mut dev = Command::new(env!("CARGO_BIN_EXE_dev"));
     dev.arg("test").args(args).env_clear().env("PATH", root.join("nothing"));
     // Servers that nobody asks, so that none is started.
     dev.envs([("DATABASE_URL", "postgres://127.0.0.1:1/none"), ("REDIS_URL", "redis://127.0.0.1:1")]);
-    let output = dev.env("CARGO_MANIFEST_DIR", root.join("dev")).output().unwrap();
-    fs::remove_dir_all(&root).unwrap();
+    let output = dev.env("CARGO_MANIFEST_DIR", root.join("dev")).output().expect("the runner starts");
+    fs::remove_dir_all(&root).expect("the folder is ours");
     output
 }
 

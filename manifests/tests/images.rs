@@ -170,7 +170,7 @@ fn the_proxy_survives_its_replicas_and_ends_soon() {
     };
     assert_eq!(value("request_buffers "), value("max_size "), "a body is there again for the next replica");
     let (_, fallback) = file.split_once("handle_errors {").unwrap();
-    assert!(fallback.contains("respond \"retry: {retry}\n\n\" 200"), "an EventSource comes back");
+    assert!(fallback.contains("respond `retry: {retry}\nevent: goodbye\n"), "an EventSource comes back");
     assert!(
         value("grace_period ").trim_end_matches('s').parse::<u64>().unwrap() < 10,
         "Docker kills after 10 s"

@@ -101,3 +101,47 @@ impl Pool {
 async fn answers(connection: &mut PgConnection) -> bool {
     timeout(RESTED, connection.ping()).await.is_ok_and(|answer| answer.is_ok())
 }
+
+#[cfg(test)]
+mod tests {
+    use shared::test_support::proxy::Proxy;
+    use sqlx::PgPool;
+
+    use super::*;
+
+    /// A machine that is slow makes connections slowly, which is no fault of those that were cut.
+    async fn take(pool: &Pool) -> InUse {
+        loop {
+            match pool.take().await {
+                Ok(taken) => return taken,
+                Err(sqlx::Error::PoolTimedOut) => {}
+                Err(error) => panic!("{error}"),
+            }
+        }
+    }
+
+    #[sqlx::test(migrations = false)]
+    async fn connections_cut_while_at_rest_are_replaced(database: PgPool) {
+        let options = (*database.connect_options()).clone();
+        let upstream = (options.get_host(), options.get_port());
+        let upstream = tokio::net::lookup_host(upstream).await.unwrap().next().unwrap();
+        let proxy = Proxy::start(upstream).await;
+        let pool = Pool::new(options.host("127.0.0.1").port(proxy.address().port()), 4);
+        let mut taken = Vec::new();
+        for _ in 0..4 {
+            taken.push(take(&pool).await);
+        }
+        taken.into_iter().for_each(|taken| pool.put_back(taken));
+        // A restart of Postgres, seen by connections that rest.
+        proxy.cut_all().await;
+        for resting in &mut *pool.resting() {
+            resting.since -= RESTED;
+        }
+        for _ in 0..4 {
+            let mut taken = take(&pool).await;
+            taken.connection.ping().await.unwrap();
+            pool.put_back(taken);
+        }
+        assert_eq!((pool.idle(), pool.in_use()), (1, 0), "the others are not kept");
+    }
+}

@@ -1,7 +1,5 @@
 //! What the service does when what it stands on is away: Redis costs nothing but time, Postgres is said to be away.
 
-use std::time::{Duration, Instant};
-
 use api::config::Config;
 use futures_util::StreamExt;
 use serde::de::DeserializeOwned;
@@ -9,7 +7,7 @@ use shared::{
     bus::Bus,
     channels::Channels,
     event::Envelope,
-    test_support::{proxy::Proxy, servers::Redis, soon, until},
+    test_support::{PATIENCE, proxy::Proxy, servers::Redis, soon, until},
 };
 use sqlx::{PgPool, postgres::PgConnectOptions};
 
@@ -149,15 +147,14 @@ async fn a_redis_that_hangs_holds_up_neither_answers_nor_the_end(pool: PgPool) {
     let app = App::start_with(config).await;
     let (john, _, conversation) = app.pair(&pool).await;
     redis.freeze();
-    // Each would wait for a second if it waited for Redis.
-    let began = Instant::now();
-    for _ in 0..20 {
-        john.say(&conversation, "hi").await;
-    }
-    assert!(began.elapsed() < Duration::from_secs(15), "{:?}", began.elapsed());
-    let began = Instant::now();
-    app.stop().await;
-    assert!(began.elapsed() < Duration::from_secs(8));
+    // Each would wait for a second if it waited for Redis, and all of them for longer than a test does.
+    let send = async {
+        for _ in 0..PATIENCE.as_secs() + 20 {
+            john.say(&conversation, "hi").await;
+        }
+    };
+    soon("messages are sent", send).await;
+    soon("the service stops", app.stop()).await;
     redis.thaw();
 }
 
@@ -183,11 +180,9 @@ async fn assert_unavailable(app: &App, john: &crate::support::User, conversation
         app.ask("/internal/feed/heads", &serde_json::json!({ "users": [{ "user": "1" }] })),
         app.ask("/internal/feed/ranges", &serde_json::json!({ "ranges": [{ "user": "1", "after": 0 }] })),
     ] {
-        let began = Instant::now();
-        let answer = call.send().await.unwrap();
+        let answer = soon("an answer", call.send()).await.unwrap();
         assert_problem(&answer, 503, "Service unavailable, try again soon");
         assert!(answer.header("retry-after").is_some());
-        assert!(began.elapsed() < Duration::from_secs(8), "{:?}", began.elapsed());
     }
     // What needs no database goes on, and a bad token is still nobody's.
     app.get("/.well-known/jwks.json").expect(200).await;
@@ -229,21 +224,6 @@ async fn a_silent_postgres_is_503_and_is_found_again(pool: PgPool) {
         john.post_message(&conversation, "back").send().await.unwrap().status == 201
     })
     .await;
-    app.stop().await;
-}
-
-#[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
-async fn connections_that_were_cut_are_replaced_without_an_error(pool: PgPool) {
-    let (proxy, options) = behind_a_proxy(&pool).await;
-    let app = App::start_with(config(options)).await;
-    let (john, _, conversation) = app.pair(&pool).await;
-    john.say(&conversation, "before").await;
-    // A restart of Postgres, seen by connections that rest.
-    tokio::time::sleep(Duration::from_millis(1_200)).await;
-    proxy.cut();
-    for _ in 0..10 {
-        john.say(&conversation, "after").await;
-    }
     app.stop().await;
 }
 

@@ -1,8 +1,12 @@
 //! Bad input: each is answered clearly or cut, and nothing else notices.
 
-use std::time::{Duration, Instant};
+use std::{
+    sync::atomic::{AtomicBool, Ordering},
+    time::{Duration, Instant},
+};
 
 use rand::{RngExt, SeedableRng, rngs::StdRng};
+use shared::test_support::soon;
 use sqlx::PgPool;
 use tokio::io::AsyncWriteExt;
 
@@ -82,9 +86,7 @@ async fn a_body_has_a_largest_size_however_it_is_sent(pool: PgPool) {
         john.token
     );
     socket.write_all(head.as_bytes()).await.unwrap();
-    let began = Instant::now();
     assert_problem(&raw::read_to_end(&mut socket).await.unwrap(), 413, "Body too large");
-    assert!(began.elapsed() < Duration::from_secs(5));
     app.stop().await;
 }
 
@@ -108,12 +110,14 @@ async fn slow_and_half_sent_requests_are_cut_and_hurt_nobody(pool: PgPool) {
         assert_problem(&raw::read_to_end(&mut socket).await.unwrap(), 408, "The body did not arrive in time");
     };
     // A head that never ends is cut without a word.
+    let cut = AtomicBool::new(false);
     let slow_head = async {
         let mut socket = raw::connect(&app).await;
         socket.write_all(b"POST /api/login HTTP/1.1\r\nhost: x\r\nx: ").await.unwrap();
         let began = Instant::now();
-        raw::read_to_end(&mut socket).await;
-        assert!((8..15).contains(&began.elapsed().as_secs()), "{:?}", began.elapsed());
+        soon("it is cut", raw::read_to_end(&mut socket)).await;
+        assert!(began.elapsed() >= Duration::from_secs(8), "{:?}", began.elapsed());
+        cut.store(true, Ordering::Relaxed);
     };
     // Half a body, then the end.
     let half = async {
@@ -128,11 +132,11 @@ async fn slow_and_half_sent_requests_are_cut_and_hurt_nobody(pool: PgPool) {
         }
     };
     let others = async {
-        let began = Instant::now();
-        for _ in 0..50 {
+        john.say(&conversation, "undisturbed").await;
+        assert!(!cut.load(Ordering::Relaxed), "they do not wait for the slow ones");
+        for _ in 1..50 {
             john.say(&conversation, "undisturbed").await;
         }
-        assert!(began.elapsed() < Duration::from_secs(8), "they do not wait for the slow ones");
     };
     tokio::join!(slow_body, slow_head, half, others);
     assert_eq!(app.feed(john.id).await.len(), 51, "nothing half-sent was taken");

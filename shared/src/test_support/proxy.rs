@@ -14,6 +14,8 @@ use tokio::{
     time::sleep,
 };
 
+use super::until;
+
 const CONNECTIONS: usize = 1_024;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -27,14 +29,14 @@ enum Fault {
     Refusing,
 }
 
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 struct State {
     upstream: SocketAddr,
     fault: Fault,
     /// A new connection is reset after it has brought so many bytes to the client.
     budget: Option<u64>,
-    /// Raised to reset all connections of now.
-    generation: u64,
+    /// Held by the connections of now, and exchanged to reset them.
+    generation: Arc<()>,
 }
 
 pub struct Proxy {
@@ -48,7 +50,7 @@ impl Proxy {
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
         let address = listener.local_addr().expect("a bound socket has an address");
         let (state, watched) =
-            watch::channel(State { upstream, fault: Fault::None, budget: None, generation: 0 });
+            watch::channel(State { upstream, fault: Fault::None, budget: None, generation: Arc::default() });
         let task = tokio::spawn(accept(listener, watched));
         Self { address, state, task }
     }
@@ -73,13 +75,20 @@ impl Proxy {
     pub fn refuse(&self) {
         self.state.send_modify(|state| {
             state.fault = Fault::Refusing;
-            state.generation += 1;
+            state.generation = Arc::default();
         });
     }
 
     /// Resets all connections; new ones are welcome.
     pub fn cut(&self) {
-        self.state.send_modify(|state| state.generation += 1);
+        self.state.send_modify(|state| state.generation = Arc::default());
+    }
+
+    /// The same, and returns when all of them are reset.
+    pub async fn cut_all(&self) {
+        let old = Arc::downgrade(&self.state.borrow().generation);
+        self.cut();
+        until("all connections are reset", || async { old.strong_count() == 0 }).await;
     }
 
     /// From now on each new connection is reset after so many bytes to the client.
@@ -143,7 +152,7 @@ async fn listen_again(address: SocketAddr) -> TcpListener {
 }
 
 async fn carry(client: TcpStream, mut state: watch::Receiver<State>) -> io::Result<()> {
-    let begun = *state.borrow_and_update();
+    let begun = state.borrow_and_update().clone();
     end_by_reset(&client, true)?;
     client.set_nodelay(true)?;
     open_again(&mut state).await;
@@ -162,7 +171,7 @@ async fn carry(client: TcpStream, mut state: watch::Receiver<State>) -> io::Resu
     };
     tokio::select! {
         result = both => result.map(drop),
-        _ = cut.wait_for(|now| now.generation != begun.generation) => Ok(()),
+        _ = cut.wait_for(|now| !Arc::ptr_eq(&now.generation, &begun.generation)) => Ok(()),
     }
 }
 

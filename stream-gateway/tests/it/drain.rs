@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use futures_util::future::join_all;
-use shared::test_support::{soon, until};
+use shared::test_support::{PATIENCE, soon, until};
 
 use crate::support::{Setup, distinct, goodbye, receives};
 
@@ -16,6 +16,7 @@ async fn streams_are_parted_from_at_a_steady_rate() {
     for _ in 0..STREAMS {
         streams.push(world.joined(&user).await);
     }
+    let began = Instant::now();
     world.stop();
     let ends = join_all(streams.iter_mut().map(|stream| async move {
         assert_eq!(goodbye(stream, "drain").await["reconnect"], true);
@@ -25,15 +26,11 @@ async fn streams_are_parted_from_at_a_steady_rate() {
     }))
     .await;
     assert!(distinct(ends.iter().map(|(_, retry)| retry)) > STREAMS / 2, "each has its own retry");
-    let mut times: Vec<_> = ends.into_iter().map(|(at, _)| at).collect();
-    times.sort();
-    let lasted = times[STREAMS - 1] - times[0];
-    assert!((Duration::from_secs(2)..Duration::from_secs(8)).contains(&lasted), "{lasted:?}");
-    // Two a step. A slow machine may bring some steps together.
-    let most = times
-        .iter()
-        .map(|at| times.iter().filter(|t| **t >= *at && **t < *at + Duration::from_millis(200)).count());
-    assert!(most.max() <= Some(STREAMS / 3), "{times:?}");
+    // Two a step, a step every 250 ms, as `drain` promises. A slow machine makes steps late and larger, but not the whole shorter.
+    let mut after: Vec<_> = ends.into_iter().map(|(at, _)| at - began).collect();
+    after.sort();
+    assert!(after[STREAMS / 2] >= Duration::from_millis(500), "{after:?}");
+    assert!(after[STREAMS - 1] >= Duration::from_millis(1_500), "{after:?}");
     drop(streams);
     world.stopped().await;
 }
@@ -81,7 +78,8 @@ async fn a_gateway_without_streams_ends_at_once() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn readers_that_take_no_goodbye_do_not_hold_it_up() {
-    let world = Setup::default().start().await;
+    // They would be given longer to take what is theirs than a test waits.
+    let world = Setup::config(|config| config.delivery.write_deadline = 10 * PATIENCE).start().await;
     let user = world.user(0);
     let mut streams = Vec::new();
     for _ in 0..3 {
@@ -95,10 +93,8 @@ async fn readers_that_take_no_goodbye_do_not_hold_it_up() {
         world.publish_event(&user, &event).await;
     }
     world.until_metric("gateway_readers_behind", 3).await;
-    let began = Instant::now();
     world.stop();
-    world.stopped().await;
-    assert!(began.elapsed() < Duration::from_secs(12), "{:?}", began.elapsed());
+    soon("it ends", world.stopped()).await;
     drop(streams);
 }
 

@@ -14,16 +14,14 @@ use crate::support::{Raw, Setup, World, claims, goodbye, keys, now, ready, recei
 async fn heartbeats_come_about_as_often_as_set() {
     let world = Setup::config(|config| config.delivery.heartbeat = Duration::from_secs(1)).start().await;
     let user = world.user(3);
+    let began = Instant::now();
     let mut stream = world.joined(&user).await;
-    let mut beats = Vec::new();
-    while beats.len() < 4 {
-        if soon("a heartbeat", stream.block()).await == Ok(Block::Comment) {
-            beats.push(Instant::now());
-        }
+    let mut beats = 0;
+    while beats < 4 {
+        beats += usize::from(soon("a heartbeat", stream.block()).await == Ok(Block::Comment));
     }
-    let three = beats[3] - beats[0];
-    // Each within a fifth, and up to two turns of the wheel late.
-    assert!((Duration::from_secs(2)..Duration::from_secs(8)).contains(&three), "{three:?}");
+    // Each within a fifth of a second around one; later on a slow machine, never earlier.
+    assert!(began.elapsed() >= Duration::from_millis(3_200), "{:?}", began.elapsed());
     drop(stream);
     world.ends().await;
 }
