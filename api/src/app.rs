@@ -3,6 +3,7 @@
 use std::{sync::Arc, time::Duration};
 
 use anyhow::Context as _;
+use prometheus_client::metrics::counter::Counter;
 use shared::{
     client_address::TrustedProxies,
     explain,
@@ -30,14 +31,17 @@ use crate::{
     publisher::publisher,
     readiness::{self, Judgement},
     store::{
-        Database,
+        self, Database,
         feed::{self, Keep},
         schema,
+        session::{self, Route, Unfit},
     },
 };
 
 /// For Postgres to be there when the service starts, and for its answer to the first question.
 const START_TIMEOUT: Duration = Duration::from_secs(30);
+/// For one try to connect, and to look at what is there.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// For what is still queued for Redis when the service stops.
 pub const FLUSH_TIMEOUT: Duration = Duration::from_secs(2);
 
@@ -71,29 +75,42 @@ impl Listeners {
 
 /// Applies what is missing of the schema.
 pub async fn migrate(postgres: PgConnectOptions) -> anyhow::Result<()> {
-    // "Relation already exists, skipping" is no news to an operator.
-    let postgres = postgres.options([("client_min_messages", "warning")]);
-    let mut connection = connect(&postgres).await?;
-    schema::migrate(&mut connection).await.context("cannot migrate")?;
+    let (mut connections, route) = connect(&postgres).await?;
+    schema::migrate(&mut connections, route).await.context("cannot migrate")?;
     tracing::info!(migrations = schema::MIGRATIONS.iter().count(), "the schema is current");
-    connection.close().await.context("cannot close the connection")
+    close(connections).await;
+    Ok(())
 }
 
 /// Gives every user's feed a new epoch: for a database that was restored to an earlier point, before it is served again.
 pub async fn new_epoch(postgres: PgConnectOptions) -> anyhow::Result<()> {
-    let mut connection = connect(&postgres).await?;
-    schema::require_current(&mut connection).await?;
-    let feeds = feed::redraw_epochs(&mut connection).await.context("cannot draw new epochs")?;
+    let (mut connections, _) = connect(&postgres).await?;
+    schema::require_current(&mut connections[0]).await?;
+    let feeds = feed::redraw_epochs(&mut connections[0]).await.context("cannot draw new epochs")?;
     tracing::info!(feeds, "every feed has a new epoch");
-    connection.close().await.context("cannot close the connection")
+    close(connections).await;
+    Ok(())
+}
+
+/// Refuses a database that cannot be used as it is. `false`: it does not answer, so nothing is known of it.
+pub async fn check_database(postgres: &PgConnectOptions) -> anyhow::Result<bool> {
+    match timeout(CONNECT_TIMEOUT, session::connect(postgres)).await {
+        Ok(Ok((connections, _))) => {
+            close(connections).await;
+            Ok(true)
+        }
+        Ok(Err(Unfit::Store(error))) if store::is_passing(&error) => Ok(false),
+        Ok(Err(error)) => Err(error.into()),
+        Err(_) => Ok(false),
+    }
 }
 
 /// Deletes all that need not be kept, in the same small steps as a server, without its pauses.
 pub async fn prune(postgres: PgConnectOptions, keep: Keep) -> anyhow::Result<()> {
-    let mut connection = connect(&postgres).await?;
-    schema::require_current(&mut connection).await?;
-    connection.close().await.context("cannot close the connection")?;
-    let database = Database::new(postgres, 1);
+    let (mut connections, _) = connect(&postgres).await?;
+    schema::require_current(&mut connections[0]).await?;
+    close(connections).await;
+    let database = Database::new(postgres, 1, Counter::default());
     let pruned = pruner::prune_all(&database, keep).await.context("cannot prune")?;
     let Pruned { events, sessions, codes } = pruned;
     tracing::info!(events, sessions, codes, "deleted what need not be kept");
@@ -111,7 +128,8 @@ pub async fn run(config: Config, listeners: Listeners, stop: CancellationToken) 
     // The operators' listener is the first and the last: also who waits for Postgres is alive.
     let stop_ops = CancellationToken::new();
     let _stop_ops_on_failure = stop_ops.clone().drop_guard();
-    let database = Database::new(config.database.clone(), config.database_pool_size);
+    let conflicts = metrics.database_conflicts.clone();
+    let database = Database::new(config.database.clone(), config.database_pool_size, conflicts);
     let operators = ops::routes(registry, {
         let judgement = judgement.clone();
         move || judgement.get()
@@ -128,12 +146,20 @@ pub async fn run(config: Config, listeners: Listeners, stop: CancellationToken) 
     let operators =
         tokio::spawn(server::serve(listeners.ops, warp::service(operators), limits, stop_ops.clone()));
 
-    let mut connection = tokio::select! {
-        connection = connect(&config.database) => connection?,
+    let (mut connections, route) = tokio::select! {
+        connected = connect(&config.database) => connected?,
         () = stop.cancelled() => return Ok(()),
     };
-    schema::require_current(&mut connection).await?;
-    let _ = connection.close().await;
+    schema::require_current(&mut connections[0]).await?;
+    close(connections).await;
+    match route {
+        Route::Direct => database.use_sessions(),
+        Route::Pooled => {
+            tracing::info!(
+                "Postgres is behind a transaction pooler; each statement is a transaction of three round trips"
+            );
+        }
+    }
 
     metrics.pool_most.set(i64::try_from(config.database_pool_size).unwrap_or(i64::MAX));
     let (limiter, counting) = Limiter::new(
@@ -231,16 +257,13 @@ pub async fn run(config: Config, listeners: Listeners, stop: CancellationToken) 
 }
 
 /// Waits for Postgres for a while: at a common start it may come up later than we.
-async fn connect(postgres: &PgConnectOptions) -> anyhow::Result<PgConnection> {
+async fn connect(postgres: &PgConnectOptions) -> anyhow::Result<([PgConnection; 2], Route)> {
     let patient = async {
         loop {
-            match timeout(Duration::from_secs(3), PgConnection::connect_with(postgres)).await {
-                Ok(Ok(connection)) => return Ok(connection),
-                Ok(Err(error @ sqlx::Error::Io(_))) => {
-                    tracing::warn!(%error, "Postgres cannot be reached yet")
-                }
-                Ok(Err(sqlx::Error::Database(error))) if error.code().as_deref() == Some("57P03") => {
-                    tracing::warn!("Postgres is starting up");
+            match timeout(CONNECT_TIMEOUT, session::connect(postgres)).await {
+                Ok(Ok(connected)) => return Ok(connected),
+                Ok(Err(Unfit::Store(error))) if store::is_passing(&error) => {
+                    tracing::warn!(%error, "Postgres cannot be reached yet");
                 }
                 Ok(Err(error)) => return Err(error),
                 Err(_) => tracing::warn!("Postgres does not answer yet"),
@@ -249,7 +272,14 @@ async fn connect(postgres: &PgConnectOptions) -> anyhow::Result<PgConnection> {
         }
     };
     match timeout(START_TIMEOUT, patient).await {
-        Ok(result) => result.context("cannot connect to Postgres"),
+        Ok(result) => result.context("cannot use Postgres"),
         Err(_) => anyhow::bail!("Postgres could not be reached for {} seconds", START_TIMEOUT.as_secs()),
+    }
+}
+
+/// Says goodbye to Postgres; a connection that cannot be closed so is dropped.
+async fn close(connections: [PgConnection; 2]) {
+    for connection in connections {
+        let _ = connection.close().await;
     }
 }

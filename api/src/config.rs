@@ -23,7 +23,7 @@ use crate::{
     foreign::ForeignSettings,
     http::auth::Lifetimes,
     oauth::{self, ProviderSettings},
-    store::feed::Keep,
+    store::{feed::Keep, session},
 };
 
 /// The REST API of the messenger: owns Postgres, tells Redis.
@@ -48,7 +48,7 @@ pub enum Command {
     NewEpoch,
     /// Delete at once what a server deletes little by little: old events, sessions that ended, codes nobody fetched
     Prune,
-    /// Say every problem with the settings, or that there is none, then end
+    /// Check the settings, and the database if it can be reached; report every problem, and exit
     CheckConfig,
     /// Ask the service that runs here, at OPS_LISTEN: does it answer (livez), may it get traffic (readyz)? Then end
     Healthcheck { probe: Probe },
@@ -454,7 +454,7 @@ impl Settings {
                 "DATABASE_URL cannot be read: it has the form postgres://user:password@host:port/database",
             );
         }
-        options
+        options.map(session::options)
     }
 
     fn redis(&self, problems: &mut Problems) -> Option<Bus> {

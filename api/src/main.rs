@@ -21,7 +21,7 @@ async fn main() -> ExitCode {
         Command::Migrate => with_database(&cli, app::migrate).await,
         Command::NewEpoch => with_database(&cli, app::new_epoch).await,
         Command::Prune => prune(&cli).await,
-        Command::CheckConfig => check_config(&cli),
+        Command::CheckConfig => check_config(&cli).await,
         Command::Healthcheck { probe } => check_health(&cli, probe),
     };
     match result {
@@ -56,8 +56,11 @@ async fn prune(cli: &Cli) -> anyhow::Result<()> {
     app::prune(postgres, keep).await
 }
 
-fn check_config(cli: &Cli) -> anyhow::Result<()> {
-    cli.settings.for_serving()?;
+async fn check_config(cli: &Cli) -> anyhow::Result<()> {
+    let (config, ..) = cli.settings.for_serving()?;
+    if !app::check_database(&config.database).await? {
+        eprintln!("api: Postgres cannot be reached from here, so the database was not checked");
+    }
     eprintln!("api: the settings are good");
     Ok(())
 }

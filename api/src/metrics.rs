@@ -25,6 +25,7 @@ pub struct Metrics {
     pub pool_in_use: Gauge,
     pub pool_idle: Gauge,
     pub pool_most: Gauge,
+    pub database_conflicts: Counter,
     pub feed_pruned: Counter,
     pub sessions_pruned: Counter,
     pub limits: limiter::Metrics,
@@ -71,6 +72,7 @@ impl Metrics {
             pool_in_use: Gauge::default(),
             pool_idle: Gauge::default(),
             pool_most: Gauge::default(),
+            database_conflicts: Counter::default(),
             feed_pruned: Counter::default(),
             sessions_pruned: Counter::default(),
             limits: limiter::Metrics::register(registry),
@@ -114,6 +116,11 @@ impl Metrics {
             "pool_most_connections",
             "Connections to Postgres that are allowed (DATABASE_POOL_SIZE)",
             metrics.pool_most.clone(),
+        );
+        registry.register(
+            "database_conflicts",
+            "Statements that Postgres ended for a conflict with another transaction (40001, 40P01); each is repeated once",
+            metrics.database_conflicts.clone(),
         );
         registry.register(
             "feed_pruned_events",

@@ -81,10 +81,12 @@ pub async fn watch(
     judgement.set(false, "stopping");
 }
 
+/// A connection that has died since the last time, as when the server ends idle ones, says nothing about a new one.
 async fn ask(connection: &mut Option<PgConnection>, postgres: &PgConnectOptions) -> Result<(), sqlx::Error> {
-    let connection = match connection {
-        Some(connection) => connection,
-        None => connection.insert(PgConnection::connect_with(postgres).await?),
-    };
-    connection.ping().await
+    if let Some(known) = connection
+        && known.ping().await.is_ok()
+    {
+        return Ok(());
+    }
+    connection.insert(PgConnection::connect_with(postgres).await?).ping().await
 }

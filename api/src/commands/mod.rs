@@ -46,7 +46,7 @@ impl Context {
         &self,
         actor: Actor,
         trace: Trace,
-        change: impl AsyncFnOnce(&mut PgConnection, &Trace) -> sqlx::Result<T>,
+        change: impl AsyncFnOnce(&mut PgConnection, &Trace) -> sqlx::Result<T> + Clone,
     ) -> Result<T, StoreError> {
         let mut span = self.tracer.child(trace.context, "commit", SpanKind::Client);
         span.text("db.system.name", "postgresql");

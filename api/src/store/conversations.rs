@@ -19,7 +19,7 @@ pub enum Started {
     NoSession,
 }
 
-/// SQL `start_conversation()`.
+/// SQL `start_conversation()`, which knows people by their exact names, with who is meant by `username`.
 pub async fn start(
     connection: &mut PgConnection,
     session: Option<SessionId>,
@@ -31,7 +31,7 @@ pub async fn start(
         CommandRow,
         r#"SELECT outcome AS "outcome!", conversation_id AS subject, NULL::timestamptz AS subject_at,
                   receiver, epoch, seq, kind, payload, event_at
-           FROM start_conversation($1, $2, $3, $4, $5)"#,
+           FROM start_conversation($1, $2, (SELECT username FROM users WHERE id = find_user($3)), $4, $5)"#,
         session.map(|session| session.0),
         user.0,
         username,

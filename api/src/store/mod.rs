@@ -10,15 +10,18 @@ pub mod identities;
 pub mod messages;
 mod pool;
 pub mod schema;
+pub mod session;
 pub mod sessions;
 pub mod users;
 
 use std::{
+    borrow::Cow,
     sync::{Arc, OnceLock},
     time::Duration,
 };
 
 use chrono::{DateTime, Utc};
+use prometheus_client::metrics::counter::Counter;
 use shared::{
     cursor::{Epoch, Seq},
     event::{self, Envelope},
@@ -42,27 +45,40 @@ pub enum StoreError {
 #[derive(Clone)]
 pub struct Database {
     pool: Arc<Pool>,
+    conflicts: Counter,
 }
 
-/// For a lock inside a statement, and for a statement: the server gives up and says so.
-const LOCK_TIMEOUT: &str = "2s";
-const STATEMENT_TIMEOUT: &str = "4s";
 /// For the server to say anything at all: it has vanished.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
 
 impl Database {
-    /// Connects when first asked something.
-    pub fn new(url: PgConnectOptions, connections: usize) -> Self {
-        Self { pool: Arc::new(Pool::new(bounded(url), connections)) }
+    /// Connects when first needed. Until [`Self::use_sessions`], each piece of work is a transaction that sets what it needs,
+    /// which holds through any pooler.
+    pub fn new(options: PgConnectOptions, connections: usize, conflicts: Counter) -> Self {
+        Self { pool: Arc::new(Pool::new(options, connections)), conflicts }
     }
 
-    /// Runs `work` on a connection, within the time a client can be kept waiting.
+    /// No pooler is in between ([`session::Route::Direct`]): a statement commits itself, in one round trip.
+    pub fn use_sessions(&self) {
+        self.pool.use_sessions();
+    }
+
+    /// Runs `work` on a connection, within the time a client can be kept waiting. A second time if Postgres ended it for a
+    /// conflict with another transaction: then it has rolled back, so `work` has no effect that a repeat would double.
     pub async fn run<T>(
         &self,
-        work: impl AsyncFnOnce(&mut PgConnection) -> Result<T, sqlx::Error>,
+        work: impl AsyncFnOnce(&mut PgConnection) -> Result<T, sqlx::Error> + Clone,
     ) -> Result<T, StoreError> {
         let mut used = self.pool.take().await.map_err(judge)?;
-        match tokio::time::timeout(ANSWER_TIMEOUT, work(&mut used.connection)).await {
+        let answer = async {
+            match used.run(work.clone()).await {
+                Err(error) if self.is_conflict(&error) => used.run(work).await.inspect_err(|error| {
+                    self.is_conflict(error);
+                }),
+                answer => answer,
+            }
+        };
+        match tokio::time::timeout(ANSWER_TIMEOUT, answer).await {
             Ok(Ok(answer)) => {
                 self.pool.put_back(used);
                 Ok(answer)
@@ -83,28 +99,41 @@ impl Database {
     }
 }
 
-fn bounded(url: PgConnectOptions) -> PgConnectOptions {
-    url.application_name("api")
-        .options([("statement_timeout", STATEMENT_TIMEOUT), ("lock_timeout", LOCK_TIMEOUT)])
+impl Database {
+    /// Counts it, if it is one: two transactions could not both go on (40001), or waited for each other (40P01).
+    fn is_conflict(&self, error: &sqlx::Error) -> bool {
+        let is_conflict = sql_state(error).is_some_and(|code| CONFLICTS.contains(&&*code));
+        if is_conflict {
+            self.conflicts.inc();
+        }
+        is_conflict
+    }
 }
 
 /// Is this a bad moment, or a fault of ours?
 fn judge(error: sqlx::Error) -> StoreError {
-    let passing = match &error {
-        sqlx::Error::Io(_) | sqlx::Error::Tls(_) | sqlx::Error::PoolTimedOut | sqlx::Error::PoolClosed => {
-            true
-        }
-        sqlx::Error::Database(refusal) => refusal.code().is_some_and(|code| is_passing(&code)),
-        _ => false,
-    };
+    let passing = matches!(error, sqlx::Error::Tls(_)) || is_passing(&error);
     if passing { StoreError::Unavailable(error.to_string()) } else { StoreError::Fault(error) }
 }
 
-/// By SQLSTATE: connection lost (08), too many connections or out of memory or disk (53), shutting down (57P), a time limit
-/// (57014, 55P03), a read-only standby after a failover (25006).
-fn is_passing(code: &str) -> bool {
-    ["08", "53", "57P"].iter().any(|class| code.starts_with(class))
-        || ["57014", "55P03", "25006"].contains(&code)
+/// It may work again in a while. By SQLSTATE: connection lost, or so says a pooler (08), too many connections or out of memory or
+/// disk (53), shutting down or starting (57P), a time limit (57014, 55P03, 25P03, 25P04), a read-only standby after a failover
+/// (25006), a conflict.
+pub fn is_passing(error: &sqlx::Error) -> bool {
+    match error {
+        sqlx::Error::Io(_) | sqlx::Error::PoolTimedOut | sqlx::Error::PoolClosed => true,
+        _ => sql_state(error).is_some_and(|code| {
+            ["08", "53", "57P"].iter().any(|class| code.starts_with(class))
+                || ["57014", "55P03", "25P03", "25P04", "25006"].contains(&&*code)
+                || CONFLICTS.contains(&&*code)
+        }),
+    }
+}
+
+const CONFLICTS: [&str; 2] = ["40001", "40P01"];
+
+fn sql_state(error: &sqlx::Error) -> Option<Cow<'_, str>> {
+    error.as_database_error()?.code()
 }
 
 /// Who causes a change, and what its events carry so that it can be followed.

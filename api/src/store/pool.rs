@@ -5,7 +5,10 @@
 //! a quarter of an hour. Here a connection is tried only if it has rested for a while, and what did not end well is dropped.
 
 use std::{
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 
@@ -14,6 +17,8 @@ use tokio::{
     sync::{OwnedSemaphorePermit, Semaphore},
     time::{Instant, timeout},
 };
+
+use super::session;
 
 /// To get a connection, waiting for one included.
 const TAKE_TIMEOUT: Duration = Duration::from_secs(2);
@@ -26,26 +31,37 @@ pub(super) struct Pool {
     options: PgConnectOptions,
     size: usize,
     places: Arc<Semaphore>,
+    /// A connection is a session of the server, which keeps the settings that it begins with.
+    has_sessions: AtomicBool,
     /// The last one used is the next one used, so that no more are kept busy than are needed.
     resting: Mutex<Vec<Resting>>,
 }
 
 struct Resting {
     connection: PgConnection,
+    is_session: bool,
     made: Instant,
     since: Instant,
 }
 
 /// A connection in use. It is closed when dropped; [`Pool::put_back`] keeps it.
 pub(super) struct InUse {
-    pub(super) connection: PgConnection,
+    connection: PgConnection,
+    /// Its session has our settings. Otherwise each transaction sets them.
+    is_session: bool,
     made: Instant,
     _place: OwnedSemaphorePermit,
 }
 
 impl Pool {
     pub(super) fn new(options: PgConnectOptions, size: usize) -> Self {
-        Self { options, size, places: Arc::new(Semaphore::new(size)), resting: Mutex::default() }
+        let places = Arc::new(Semaphore::new(size));
+        Self { options, size, places, has_sessions: AtomicBool::new(false), resting: Mutex::default() }
+    }
+
+    /// No pooler is in between: connections that are made from now on are sessions.
+    pub(super) fn use_sessions(&self) {
+        self.has_sessions.store(true, Ordering::Relaxed);
     }
 
     pub(super) async fn take(&self) -> sqlx::Result<InUse> {
@@ -55,21 +71,25 @@ impl Pool {
     async fn find(&self) -> sqlx::Result<InUse> {
         let place = self.places.clone().acquire_owned().await.map_err(|_| sqlx::Error::PoolClosed)?;
         let resting = self.resting().pop();
-        if let Some(Resting { mut connection, made, since }) = resting {
+        if let Some(Resting { mut connection, is_session, made, since }) = resting {
             if since.elapsed() < RESTED || answers(&mut connection).await {
-                return Ok(InUse { connection, made, _place: place });
+                return Ok(InUse { connection, is_session, made, _place: place });
             }
             // What has ended this one has most likely ended those that rest for longer.
             self.resting().clear();
         }
-        let connection = PgConnection::connect_with(&self.options).await?;
-        Ok(InUse { connection, made: Instant::now(), _place: place })
+        let mut connection = PgConnection::connect_with(&self.options).await?;
+        let is_session = self.has_sessions.load(Ordering::Relaxed);
+        if is_session {
+            session::begin(&mut connection).await?;
+        }
+        Ok(InUse { connection, is_session, made: Instant::now(), _place: place })
     }
 
     /// Only what is in good order comes back: after a whole answer, not after a wait that was given up.
-    pub(super) fn put_back(&self, InUse { connection, made, _place: place }: InUse) {
+    pub(super) fn put_back(&self, InUse { connection, is_session, made, _place: place }: InUse) {
         if made.elapsed() < LIFETIME && !self.places.is_closed() {
-            self.resting().push(Resting { connection, made, since: Instant::now() });
+            self.resting().push(Resting { connection, is_session, made, since: Instant::now() });
         }
         // Last, so that whoever gets the place finds the connection.
         drop(place);
@@ -95,6 +115,22 @@ impl Pool {
 
     fn resting(&self) -> MutexGuard<'_, Vec<Resting>> {
         self.resting.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl InUse {
+    /// Runs `work` with our limits and at our isolation level, whatever the database's defaults are.
+    pub(super) async fn run<T>(
+        &mut self,
+        work: impl AsyncFnOnce(&mut PgConnection) -> sqlx::Result<T>,
+    ) -> sqlx::Result<T> {
+        if self.is_session {
+            return work(&mut self.connection).await;
+        }
+        let mut transaction = self.connection.begin_with(session::BEGIN_TRANSACTION).await?;
+        let answer = work(&mut transaction).await?;
+        transaction.commit().await?;
+        Ok(answer)
     }
 }
 

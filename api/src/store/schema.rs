@@ -6,6 +6,8 @@ use sqlx::{
 };
 use thiserror::Error;
 
+use super::session::{self, Route};
+
 pub static MIGRATIONS: Migrator = sqlx::migrate!();
 
 /// Where sqlx notes what was applied.
@@ -27,9 +29,19 @@ impl From<sqlx::Error> for SchemaError {
     }
 }
 
-/// Applies what is missing. Several at once wait for each other.
-pub async fn migrate(connection: &mut PgConnection) -> Result<(), MigrateError> {
-    MIGRATIONS.run(connection).await
+/// Names the lock that `migrate` holds; any number that nobody else takes.
+const LOCK: i64 = 0x6d65_7373_656e_6765;
+
+/// Applies what is missing. Several at once wait for each other: by a lock of ours, since the one of sqlx belongs to a session, and
+/// a pooler would leave it behind.
+pub async fn migrate([holder, worker]: &mut [PgConnection; 2], route: Route) -> Result<(), MigrateError> {
+    if route == Route::Direct {
+        session::begin_without_limits(worker).await?;
+    }
+    let held = session::lock(holder, LOCK).await?;
+    Migrator::with_migrations(MIGRATIONS.iter().cloned().collect()).set_locking(false).run(worker).await?;
+    held.rollback().await?;
+    Ok(())
 }
 
 /// Every migration of this build is applied, as it is here. More are no obstacle: a newer version is being rolled out.

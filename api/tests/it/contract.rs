@@ -60,10 +60,10 @@ async fn login_gives_the_user_a_token_and_a_cookie(pool: PgPool) {
 }
 
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
-async fn login_is_by_the_exact_name_and_off_unless_switched_on(pool: PgPool) {
+async fn login_is_by_name_and_off_unless_switched_on(pool: PgPool) {
     let app = App::start(&pool).await;
     app.user(&pool, "john").await;
-    for name in [json!("John"), json!(" john"), json!("nobody"), json!(""), json!(null), json!("jo\u{0}hn")] {
+    for name in [json!(" john"), json!("nobody"), json!(""), json!(null), json!("jo\u{0}hn")] {
         let answer = app.post("/api/login").json(&json!({ "username": name })).expect(404).await;
         assert_problem(&answer, 404, "User not found");
     }
@@ -292,7 +292,7 @@ async fn starting_a_conversation_makes_it_once_and_tells_both(pool: PgPool) {
         403,
         "Try start a conversation with someone else",
     );
-    for nobody in ["nobody", "JANE", "ja\0ne"] {
+    for nobody in ["nobody", "ja\0ne"] {
         assert_problem(&john.start_conversation(nobody).expect(404).await, 404, "User not found");
     }
     app.stop().await;

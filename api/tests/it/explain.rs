@@ -6,6 +6,7 @@ use api::{
     pruner::prune_after,
     store::{Database, feed::Keep},
 };
+use prometheus_client::metrics::counter::Counter;
 use serde_json::{Value, json};
 use shared::ids::UserId;
 use sqlx::PgPool;
@@ -49,7 +50,7 @@ async fn an_operator_is_told_what_became_of_an_event(pool: PgPool) {
     let (_, none) = app.explain(&format!("user={}&message=999999", jane.id)).await;
     assert!(none.contains("No event of this feed is about message 999999"), "{none}");
 
-    let database = Database::new((*pool.connect_options()).clone(), 1);
+    let database = Database::new((*pool.connect_options()).clone(), 1, Counter::default());
     let keep = Keep { age: Duration::from_secs(3_600), events: 1 };
     prune_after(&database, keep, UserId(0)).await.unwrap();
     let (_, pruned) = app.explain(&format!("user={}&seq=1", jane.id)).await;

@@ -7,6 +7,7 @@ use api::{
     store::{Database, feed::Keep},
 };
 use futures_util::future::join_all;
+use prometheus_client::metrics::counter::Counter;
 use rand::{RngExt, SeedableRng, rngs::StdRng};
 use serde_json::{Value, json};
 use shared::{
@@ -390,7 +391,7 @@ async fn questions_have_a_largest_size(pool: PgPool) {
 /// Everything a real feed can look like at its old end.
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
 async fn pruning_deletes_a_prefix_by_count_and_by_age_and_nothing_else(pool: PgPool) {
-    let database = Database::new((*pool.connect_options()).clone(), 4);
+    let database = Database::new((*pool.connect_options()).clone(), 4, Counter::default());
     let keep = Keep { age: Duration::from_secs(3_600), events: 10 };
     // (seq, age in seconds), and what is left.
     let fresh = |range: std::ops::RangeInclusive<i64>| range.map(|seq| (seq, 0)).collect::<Vec<_>>();

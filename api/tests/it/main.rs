@@ -6,6 +6,7 @@
 mod blocks;
 mod checks;
 mod contract;
+mod database;
 mod explain;
 mod failures;
 mod feeds;

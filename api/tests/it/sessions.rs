@@ -11,6 +11,7 @@ use api::{
 };
 use chrono::{DateTime, Utc};
 use futures_util::future::join_all;
+use prometheus_client::metrics::counter::Counter;
 use serde_json::{Value, json};
 use shared::{
     claims::{Audience, Claims},
@@ -254,7 +255,7 @@ async fn the_last_use_moves_coarsely_and_only_for_what_lives(pool: PgPool) {
     let app = App::start(&pool).await;
     let (john, gone) = (app.user(&pool, "john").await, app.login("john").await);
     gone.call("POST", "/api/logout").expect(204).await;
-    let database = Database::new((*pool.connect_options()).clone(), 1);
+    let database = Database::new((*pool.connect_options()).clone(), 1, Counter::default());
     let moved = async || {
         let used = LastUsed::default();
         used.note(john.session());
@@ -289,7 +290,7 @@ async fn sessions_that_ended_long_ago_are_deleted_step_by_step(pool: PgPool) {
     .execute(&pool)
     .await
     .unwrap();
-    let database = Database::new((*pool.connect_options()).clone(), 1);
+    let database = Database::new((*pool.connect_options()).clone(), 1, Counter::default());
     for round in [vec![400, 400, 200, 0], vec![0, 0, 0]] {
         let (mut after, mut deleted) = (Some(SessionId(0)), Vec::new());
         while let Some(place) = after {

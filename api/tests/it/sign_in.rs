@@ -11,6 +11,7 @@ use api::{
 };
 use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
 use futures_util::future::join_all;
+use prometheus_client::metrics::counter::Counter;
 use serde_json::{Value, json};
 use shared::{
     claims::Audience,
@@ -539,7 +540,7 @@ async fn a_code_is_good_once_in_one_browser_for_a_minute(pool: PgPool) {
         .await
         .unwrap();
     refused(&browser.exchange(&app, &code).await);
-    let database = Database::new((*pool.connect_options()).clone(), 1);
+    let database = Database::new((*pool.connect_options()).clone(), 1, Counter::default());
     assert_eq!(pruner::prune_codes(&database).await.unwrap(), 1);
     assert_eq!(pruner::prune_codes(&database).await.unwrap(), 0);
     database.close().await;
@@ -716,7 +717,7 @@ async fn a_taken_name_gets_a_suffix(pool: PgPool) {
 
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
 async fn first_logins_at_once_make_one_user(pool: PgPool) {
-    let database = Database::new((*pool.connect_options()).clone(), 16);
+    let database = Database::new((*pool.connect_options()).clone(), 16, Counter::default());
     for round in 0..20 {
         // All of one account; and at the same time as many others who want the same name.
         let provision = |subject: String| {

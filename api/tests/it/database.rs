@@ -1,0 +1,415 @@
+//! What the database brings along: its isolation level, encoding and locale, and a pooler in front of it.
+
+use std::{
+    fs::{self, Permissions},
+    os::unix::{fs::PermissionsExt, process::CommandExt},
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+use api::store::{
+    Database, StoreError,
+    session::{self, Route},
+};
+use futures_util::future::join_all;
+use prometheus_client::metrics::counter::Counter;
+use serde_json::json;
+use shared::test_support::{
+    http::{Call, Client},
+    process::{Process, Signal},
+    servers::free_port,
+    soon, until,
+};
+use sqlx::{AssertSqlSafe, Connection, PgConnection, PgPool, Row, postgres::PgPoolOptions};
+
+use crate::{
+    process::{database_url, run, serve_from},
+    support::{App, config, text},
+};
+
+/// Debian's `nobody`: PgBouncer refuses to run as root.
+const NOBODY: u32 = 65_534;
+
+fn log_in(app: &App, name: &str) -> Call {
+    app.post("/api/login").json(&json!({ "username": name }))
+}
+
+/// For a query.
+fn encoded(text: &str) -> String {
+    form_urlencoded::byte_serialize(text.as_bytes()).collect()
+}
+
+/// Of the database, for sessions that begin from now on.
+async fn set_default(pool: &PgPool, setting: &str, value: &str) {
+    let database = pool.connect_options().get_database().unwrap().to_owned();
+    let statement = format!(r#"ALTER DATABASE "{database}" SET {setting} = '{value}'"#);
+    sqlx::query(AssertSqlSafe(statement)).execute(pool).await.unwrap();
+}
+
+/// All of them arrive, whatever they wait for.
+async fn send_eighty(app: &App, pool: &PgPool) {
+    let (john, jane, conversation) = app.pair(pool).await;
+    let send = |number: usize| {
+        let (sender, conversation) = (if number.is_multiple_of(2) { &john } else { &jane }, &conversation);
+        async move { sender.post_message(conversation, &number.to_string()).send().await.unwrap().status }
+    };
+    let statuses = join_all((0..80).map(send)).await;
+    assert_eq!(statuses, [201; 80]);
+}
+
+#[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
+async fn defaults_of_the_database_do_not_change_how_sends_end(pool: PgPool) {
+    for isolation in ["serializable", "repeatable read"] {
+        set_default(&pool, "default_transaction_isolation", isolation).await;
+        for (setting, value) in [
+            ("lock_timeout", "1ms"),
+            ("idle_session_timeout", "500ms"),
+            ("TimeZone", "Asia/Kathmandu"),
+            ("DateStyle", "German, DMY"),
+            ("IntervalStyle", "sql_standard"),
+            ("bytea_output", "escape"),
+            ("standard_conforming_strings", "off"),
+            ("client_encoding", "LATIN1"),
+            ("extra_float_digits", "-15"),
+        ] {
+            set_default(&pool, setting, value).await;
+        }
+        let mut settings = config((*pool.connect_options()).clone());
+        settings.database_pool_size = 16;
+        let app = App::start_with(settings).await;
+        send_eighty(&app, &pool).await;
+        app.stop().await;
+        sqlx::raw_sql("TRUNCATE users CASCADE").execute(&pool).await.unwrap();
+    }
+}
+
+#[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
+async fn a_conflict_is_repeated_once_then_unavailable(pool: PgPool) {
+    let conflicts = Counter::default();
+    let database = Database::new((*pool.connect_options()).clone(), 1, conflicts.clone());
+    sqlx::raw_sql(
+        "CREATE SEQUENCE tries;
+         CREATE FUNCTION conflict(until bigint, state text) RETURNS bigint LANGUAGE plpgsql AS $$
+         BEGIN
+             IF nextval('tries') < until THEN
+                 RAISE EXCEPTION 'conflict' USING ERRCODE = state;
+             END IF;
+             RETURN currval('tries');
+         END $$",
+    )
+    .execute(&pool)
+    .await
+    .unwrap();
+    let conflict = async |until: i64, state: &str| {
+        sqlx::query("ALTER SEQUENCE tries RESTART").execute(&pool).await.unwrap();
+        database
+            .run(async |connection| {
+                let query = sqlx::query_scalar::<_, i64>("SELECT conflict($1, $2)").bind(until).bind(state);
+                query.fetch_one(connection).await
+            })
+            .await
+    };
+    for state in ["40001", "40P01"] {
+        for sessions in [false, true] {
+            if sessions {
+                database.use_sessions();
+            }
+            let counted = conflicts.get();
+            assert_eq!(conflict(2, state).await.unwrap(), 2);
+            assert_eq!(conflicts.get(), counted + 1);
+            assert!(matches!(conflict(3, state).await, Err(StoreError::Unavailable(_))));
+            assert_eq!(conflicts.get(), counted + 3);
+        }
+    }
+    assert!(matches!(conflict(2, "22023").await, Err(StoreError::Fault(_))), "no conflict");
+}
+
+/// Another database on the same server, made with these options.
+async fn make_database(pool: &PgPool, name: &str, options: &str) -> String {
+    let own = pool.connect_options().get_database().unwrap().to_owned();
+    // A name has 63 bytes at most, and sqlx's has nearly as many.
+    let name = format!("{name}_{}", &own[own.len() - 24..]);
+    for statement in [
+        format!(r#"DROP DATABASE IF EXISTS "{name}""#),
+        format!(r#"CREATE DATABASE "{name}" TEMPLATE template0 {options}"#),
+    ] {
+        sqlx::query(AssertSqlSafe(statement)).execute(pool).await.unwrap();
+    }
+    name
+}
+
+async fn drop_database(pool: &PgPool, name: &str) {
+    let statement = format!(r#"DROP DATABASE "{name}" WITH (FORCE)"#);
+    sqlx::query(AssertSqlSafe(statement)).execute(pool).await.unwrap();
+}
+
+#[sqlx::test(migrations = false)]
+async fn an_encoding_that_does_not_hold_every_text_is_refused(pool: PgPool) {
+    let folder = tempfile::tempdir().unwrap();
+    let key = folder.path().join("key.pem");
+    fs::write(&key, crate::support::PEM).unwrap();
+    for encoding in ["SQL_ASCII", "LATIN1"] {
+        let options = format!("ENCODING '{encoding}' LC_COLLATE 'C' LC_CTYPE 'C'");
+        let name = make_database(&pool, "encoding", &options).await;
+        let url = database_url(&pool);
+        let url = format!("{}/{name}", url.rsplit_once('/').unwrap().0);
+        let settings = [
+            ("DATABASE_URL", url.as_str()),
+            ("REDIS_URL", "redis://127.0.0.1:1"),
+            ("INTERNAL_SECRET", crate::support::SECRET),
+            ("SIGNING_KEY_FILES", key.to_str().unwrap()),
+            ("LISTEN", "127.0.0.1:0"),
+            ("INTERNAL_LISTEN", "127.0.0.1:0"),
+            ("OPS_LISTEN", "127.0.0.1:0"),
+        ];
+        for command in ["migrate", "check-config", "serve"] {
+            let (success, said) = run(&[command], &settings);
+            assert!(!success, "{command}: {said}");
+            for part in [encoding, &name, "CREATE DATABASE name ENCODING 'UTF8' TEMPLATE template0"] {
+                assert!(said.contains(part), "{command}: {part} is missing in {said}");
+            }
+        }
+        drop_database(&pool, &name).await;
+    }
+}
+
+#[sqlx::test(migrations = false)]
+async fn names_are_found_in_either_case_under_any_locale(pool: PgPool) {
+    let name = make_database(&pool, "locale", "ENCODING 'UTF8' LC_COLLATE 'C' LC_CTYPE 'C'").await;
+    let options = (*pool.connect_options()).clone().database(&name);
+    let own = PgPoolOptions::new().max_connections(2).connect_with(options).await.unwrap();
+    api::store::schema::MIGRATIONS.run(&own).await.unwrap();
+    let app = App::start(&own).await;
+    let me = app.user(&own, "me").await;
+    for name in ["Élodie", "ДМИТРИЙ", "Ὀδυσσεύς", "STRAẞE", "Ⓐnna", "𐐀lphabet"] {
+        app.user(&own, name).await;
+    }
+    for (search, found) in [
+        ("é", "Élodie"),
+        ("ДМи", "ДМИТРИЙ"),
+        ("ὈΔΥΣΣΕΎΣ", "Ὀδυσσεύς"),
+        ("straß", "STRAẞE"),
+        ("𐐨L", "𐐀lphabet"),
+    ] {
+        assert_eq!(me.usernames(&encoded(search)).expect(200).await.json(), json!([found]), "{search}");
+    }
+    assert_eq!(log_in(&app, "ÉLODIE").expect(200).await.json()["authUser"]["username"], "Élodie");
+
+    // Every letter that has one lower and one upper form.
+    let letters: Vec<(String, String)> = (char::MIN..=char::MAX)
+        .filter_map(|upper| {
+            let mut lower = upper.to_lowercase();
+            let (lower, None) = (lower.next()?, lower.next()) else { return None };
+            let mut back = lower.to_uppercase();
+            (lower != upper && (back.next(), back.next()) == (Some(upper), None))
+                .then(|| (upper.to_string(), lower.to_string()))
+        })
+        // Newer than the table.
+        .filter(|(upper, _)| {
+            !matches!(upper.chars().next(), Some('\u{a7ce}'..='\u{a7d5}' | '\u{16ea0}'..='\u{16eb8}'))
+        })
+        .collect();
+    assert!(letters.len() > 1_300);
+    let (upper, lower): (Vec<_>, Vec<_>) = letters.into_iter().unzip();
+    let missed: Vec<(String, String)> = sqlx::query_as(
+        "SELECT upper, lower FROM unnest($1::text[], $2::text[]) AS letter (upper, lower)
+         WHERE fold_name(upper) <> fold_name(lower)",
+    )
+    .bind(upper)
+    .bind(lower)
+    .fetch_all(&own)
+    .await
+    .unwrap();
+    assert_eq!(missed, []);
+    app.stop().await;
+    own.close().await;
+    drop_database(&pool, &name).await;
+}
+
+#[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
+async fn both_normal_forms_of_a_name_are_one_persons(pool: PgPool) {
+    const NFC: &str = "Jos\u{e9}";
+    const NFD: &str = "Jose\u{301}";
+    let app = App::start(&pool).await;
+    let me = app.user(&pool, "me").await;
+    for stored in [NFC, NFD] {
+        let jose = app.user(&pool, stored).await;
+        for asked in [NFC, NFD, "JOS\u{c9}", "JOSE\u{301}"] {
+            let logged_in = log_in(&app, asked).expect(200).await.json();
+            assert_eq!(text(&logged_in["authUser"]["id"]), jose.id.to_string(), "{stored:?} by {asked:?}");
+            assert_eq!(
+                me.usernames(&encoded(asked)).expect(200).await.json(),
+                json!([stored]),
+                "{stored:?} by {asked:?}"
+            );
+            let started = me.start_conversation(asked).send().await.unwrap();
+            assert!([201, 302].contains(&started.status), "{stored:?} by {asked:?}: {}", started.text());
+        }
+        // An exact name is found, however many differ from it by case; of several others none is meant.
+        let other = app.user(&pool, &stored.to_uppercase()).await;
+        let logged_in = log_in(&app, &stored.to_uppercase()).expect(200).await.json();
+        assert_eq!(text(&logged_in["authUser"]["id"]), other.id.to_string());
+        assert_eq!(log_in(&app, &stored.to_lowercase()).send().await.unwrap().status, 404);
+        let ids = [jose.id.0, other.id.0];
+        sqlx::query("DELETE FROM users WHERE id = ANY ($1)").bind(&ids[..]).execute(&pool).await.unwrap();
+    }
+    app.stop().await;
+}
+
+/// A PgBouncer of this machine, and its version.
+struct Program(PathBuf, (u32, u32));
+
+/// Those that are found, and at most one of a version: on PATH, where Debian has it, and those that `DEV_PGBOUNCERS` names.
+fn pgbouncers() -> Vec<Program> {
+    let mut found: Vec<Program> = Vec::new();
+    let named = std::env::var_os("DEV_PGBOUNCERS").unwrap_or_default();
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let in_path = std::env::split_paths(&path).chain([PathBuf::from("/usr/sbin")]);
+    for file in std::env::split_paths(&named).chain(in_path.map(|folder| folder.join("pgbouncer"))) {
+        let Ok(output) = Command::new(&file).arg("--version").output() else { continue };
+        let said = String::from_utf8_lossy(&output.stdout).into_owned();
+        let version =
+            said.lines().next().and_then(|line| line.strip_prefix("PgBouncer ")).and_then(|version| {
+                let mut parts = version.split('.').map(|part| part.parse().ok());
+                Some((parts.next()??, parts.next()??))
+            });
+        if let Some(version) = version
+            && !found.iter().any(|program| program.1 == version)
+        {
+            found.push(Program(file, version));
+        }
+    }
+    if found.is_empty() {
+        eprintln!("SKIPPED: no PgBouncer was found on this machine (apt-get install pgbouncer)");
+    }
+    found
+}
+
+/// A PgBouncer in front of the server of `url`.
+struct Pooler {
+    _process: Process,
+    port: u16,
+    _folder: tempfile::TempDir,
+}
+
+impl Pooler {
+    async fn start(program: &Path, url: &url::Url, settings: &str) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        fs::set_permissions(folder.path(), Permissions::from_mode(0o755)).unwrap();
+        let port = free_port();
+        let (file, users) = (folder.path().join("pgbouncer.ini"), folder.path().join("users.txt"));
+        fs::write(&users, format!("\"{}\" \"{}\"\n", url.username(), url.password().unwrap_or_default()))
+            .unwrap();
+        let text = format!(
+            "[databases]\n* = host={} port={}\n[pgbouncer]\nlisten_addr = 127.0.0.1\nlisten_port = {port}\nunix_socket_dir =\n\
+             auth_type = plain\nauth_file = {}\n{settings}\n",
+            url.host_str().unwrap(),
+            url.port().unwrap(),
+            users.display(),
+        );
+        fs::write(&file, text).unwrap();
+        let mut command = Command::new(program);
+        command.arg("-q").arg(&file);
+        if is_root() {
+            command.uid(NOBODY).gid(NOBODY);
+        }
+        let pooler = Self { _process: Process::start(&mut command).unwrap(), port, _folder: folder };
+        until("PgBouncer accepts connections", || async {
+            tokio::net::TcpStream::connect(("127.0.0.1", port)).await.is_ok()
+        })
+        .await;
+        pooler
+    }
+
+    fn url(&self, url: &url::Url) -> String {
+        let mut url = url.clone();
+        url.set_host(Some("127.0.0.1")).unwrap();
+        url.set_port(Some(self.port)).unwrap();
+        url.into()
+    }
+}
+
+fn is_root() -> bool {
+    fs::metadata("/proc/self").is_ok_and(|own| std::os::unix::fs::MetadataExt::uid(&own) == 0)
+}
+
+/// The way to Postgres, as a start finds it, many times: it is never taken for another one.
+async fn routes(url: &str) -> Vec<Result<Route, String>> {
+    let mut found = Vec::new();
+    for _ in 0..5 {
+        let options = session::options(url.parse().unwrap());
+        let connected = session::connect(&options).await;
+        found.push(connected.map(|(_, route)| route).map_err(|error| error.to_string()));
+    }
+    found
+}
+
+#[sqlx::test(migrations = false)]
+async fn a_pooler_that_mixes_up_statements_is_refused(pool: PgPool) {
+    let direct: url::Url = database_url(&pool).parse().unwrap();
+    assert_eq!(routes(direct.as_str()).await, vec![Ok(Route::Direct); 5]);
+    for Program(file, version) in pgbouncers() {
+        let session = Pooler::start(&file, &direct, "pool_mode = session").await;
+        assert_eq!(routes(&session.url(&direct)).await, vec![Ok(Route::Direct); 5], "{version:?}");
+
+        for order in [0, 1] {
+            let mut settings = format!("pool_mode = transaction\nserver_round_robin = {order}\n");
+            if version >= (1, 21) {
+                settings += "max_prepared_statements = 0\n";
+            }
+            let pooler = Pooler::start(&file, &direct, &settings).await;
+            let url = pooler.url(&direct);
+            for route in routes(&url).await {
+                assert!(
+                    route.is_err_and(|error| error.contains("mixes up the prepared statements")),
+                    "{version:?}"
+                );
+            }
+            let (success, said) = run(&["migrate"], &[("DATABASE_URL", &url)]);
+            assert!(!success && said.contains("PgBouncer 1.21 or newer"), "{said}");
+        }
+    }
+}
+
+#[sqlx::test(migrations = false)]
+async fn sends_work_through_a_pooler_of_transactions(pool: PgPool) {
+    let direct: url::Url = database_url(&pool).parse().unwrap();
+    let newest = pgbouncers().into_iter().find(|Program(_, version)| *version >= (1, 21));
+    let Some(Program(file, _)) = newest else {
+        eprintln!("SKIPPED: no PgBouncer of 1.21 or newer was found; DEV_PGBOUNCERS can name one");
+        return;
+    };
+    // What the database sets is of no use to us here either.
+    set_default(&pool, "default_transaction_isolation", "serializable").await;
+    set_default(&pool, "lock_timeout", "1ms").await;
+    let settings = "pool_mode = transaction\nmax_prepared_statements = 100\ndefault_pool_size = 4\nmax_client_conn = 200";
+    let pooler = Pooler::start(&file, &direct, settings).await;
+    let url = pooler.url(&direct);
+    assert_eq!(routes(&url).await, vec![Ok(Route::Pooled); 5]);
+
+    // It migrates twice, so it leaves no lock behind.
+    let folder = tempfile::tempdir().unwrap();
+    let mut server = serve_from(&url, folder.path(), "0", |command| {
+        command.env("DATABASE_POOL_SIZE", "16");
+    });
+    sqlx::query("INSERT INTO users (username) VALUES ('john'), ('jane')").execute(&pool).await.unwrap();
+    let client = Client::default();
+    let post = async |path: &str, token: &str, body: serde_json::Value| {
+        client.post(format!("{}{path}", server.public)).bearer(token).json(&body).send().await.unwrap()
+    };
+    let token = post("/api/login", "", json!({ "username": "john" })).await.json();
+    let token = text(&token["token"]);
+    let conversation = post("/api/conversations", &token, json!({ "username": "jane" })).await.json();
+    let path = format!("/api/conversations/{}/messages", text(&conversation["id"]));
+    let sends = (0..80).map(|number| post(&path, &token, json!({ "content": number.to_string() })));
+    let statuses: Vec<_> = join_all(sends).await.into_iter().map(|answer| answer.status).collect();
+    assert_eq!(statuses, [201; 80]);
+    let mut plain = PgConnection::connect(direct.as_str()).await.unwrap();
+    let kept = sqlx::query(
+        "SELECT count(*), max(seq) FROM feed WHERE user_id = (SELECT id FROM users WHERE username = 'jane')",
+    );
+    let kept = kept.fetch_one(&mut plain).await.unwrap();
+    assert_eq!((kept.get::<i64, _>(0), kept.get::<i64, _>(1)), (81, 81));
+    server.process.signal(Signal::SIGTERM);
+    soon("the process ends", server.process.wait()).await;
+}
