@@ -4,6 +4,7 @@
 pub mod conversation;
 pub mod device;
 pub mod message;
+pub mod name;
 pub mod session;
 pub mod user;
 

@@ -4,6 +4,8 @@ use serde::Serialize;
 use shared::ids::UserId;
 use url::Url;
 
+use super::name;
+
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct User {
@@ -11,11 +13,6 @@ pub struct User {
     pub username: String,
     #[serde(rename = "avatarURL")]
     pub avatar_url: Option<String>,
-}
-
-/// Can anybody have this name? Postgres cannot hold U+0000 in a text, so nobody has such a name, and asking would be an error.
-pub fn may_be_a_name(text: &str) -> bool {
-    !text.is_empty() && !text.contains('\0')
 }
 
 /// An account elsewhere, in a form that a user can be made of.
@@ -27,10 +24,6 @@ pub struct Profile {
     pub avatar_url: Option<String>,
 }
 
-/// Code points of a name from elsewhere, without the suffix that tells it from a taken one.
-const LONGEST_NAME: usize = 50;
-/// Whoever comes without a name that can be shown.
-const NAMELESS: &str = "user";
 /// OpenID Connect's limit for a subject.
 const LONGEST_SUBJECT: usize = 255;
 const LONGEST_URL: usize = 2_048;
@@ -45,23 +38,10 @@ impl Profile {
         Some(Self {
             issuer: issuer.into(),
             subject: subject.into(),
-            username: username(name.unwrap_or_default()),
+            username: name::kept(name.unwrap_or_default()),
             avatar_url: avatar.and_then(avatar_url),
         })
     }
-}
-
-/// A name from elsewhere as it is shown here.
-fn username(given: &str) -> String {
-    let shown: String = given.chars().filter(|&c| !c.is_control() && !is_invisible(c)).collect();
-    let bounded: String = shown.trim().chars().take(LONGEST_NAME).collect();
-    let name = bounded.trim_end();
-    if name.is_empty() { NAMELESS.into() } else { name.into() }
-}
-
-/// What takes no space or turns the direction of writing: by these a name could be made to look like another one's.
-fn is_invisible(c: char) -> bool {
-    matches!(c, '\u{ad}' | '\u{61c}' | '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{206f}' | '\u{feff}')
 }
 
 /// Pages show it as an image, so it must be an address of one: no `javascript:`, no `data:`.
@@ -73,24 +53,6 @@ fn avatar_url(given: &str) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_name_from_elsewhere_can_be_shown() {
-        let long = "é".repeat(49) + " tail";
-        for (given, shown) in [
-            ("octocat", "octocat"),
-            ("  John Doe ", "John Doe"),
-            ("a\0b\r\nc\u{7f}\u{85}d", "abcd"),
-            ("\u{202e}nhoj\u{200b}", "nhoj"),
-            ("Ünïcode 😀", "Ünïcode 😀"),
-            ("", "user"),
-            (" \t\u{feff} ", "user"),
-            (&long, &long[..98]),
-        ] {
-            assert_eq!(username(given), shown, "{given:?}");
-        }
-        assert_eq!(username(&"😀".repeat(100_000)).chars().count(), LONGEST_NAME);
-    }
 
     #[test]
     fn an_avatar_is_the_address_of_an_image_or_nothing() {

@@ -16,7 +16,7 @@ use super::{
 };
 use crate::{
     commands::start_conversation::{Outcome, Refusal, start_conversation},
-    domain::user::may_be_a_name,
+    domain::name::may_be_a_name,
     store::conversations as store,
 };
 

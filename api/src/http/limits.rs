@@ -47,9 +47,9 @@ impl Limits {
         self.limiter.check(&[(&self.login_per_address, Subject::Address(inbound.client))]).await
     }
 
-    /// A login that names a user, once the name is known.
-    pub(super) async fn login_as(&self, username: &str) -> Result<(), Over> {
-        self.limiter.check(&[(&self.login_per_name, Subject::Name(username))]).await
+    /// A login that names a user, once the name's key is known.
+    pub(super) async fn login_as(&self, key: &str) -> Result<(), Over> {
+        self.limiter.check(&[(&self.login_per_name, Subject::Name(key))]).await
     }
 
     pub(super) async fn search(&self, user: UserId, inbound: &Inbound) -> Result<(), Over> {

@@ -17,7 +17,10 @@ use super::{
 };
 use crate::{
     commands::{log_in::log_in_by_name, refresh_session::refresh_session},
-    domain::user::{User, may_be_a_name},
+    domain::{
+        name::{self, may_be_a_name},
+        user::User,
+    },
 };
 
 pub(super) fn login(api: &Arc<Api>) -> Resource {
@@ -68,7 +71,7 @@ async fn post_login(mut inbound: Inbound, api: Arc<Api>) -> Answer {
     api.limits.login(&inbound).await?;
     let body: LoginBody = inbound.json(BODY_LIMIT).await?;
     let username = body.username.filter(|name| may_be_a_name(name)).ok_or(ApiError::NO_USER)?;
-    api.limits.login_as(&username).await?;
+    api.limits.login_as(&name::key(&username)).await?;
     let device = inbound.device();
     let (user, session) = log_in_by_name(&api.context.database, &username, &device, api.auth.lifetime())
         .await?

@@ -12,7 +12,7 @@ use super::{
     request::{Inbound, inbound},
     with, with_cursor,
 };
-use crate::{domain::user::may_be_a_name, store::users};
+use crate::{domain::name::may_be_a_name, store::users};
 
 pub(super) fn auth_user(api: &Arc<Api>) -> Resource {
     let path = warp::path!("api" / "auth_user").boxed();
