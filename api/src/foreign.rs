@@ -14,6 +14,7 @@ use shared::{
     feed::{ForeignKeysAnswer, Identity},
     foreign::{self, ForeignClaims, ForeignIssuer, ForeignKeys},
     ids::UserId,
+    jose,
     keyring::{KeyRing, Source},
     outbound::Outbound,
 };
@@ -83,7 +84,7 @@ impl Source for Issuer {
             .context("FOREIGN_JWKS_URL")?;
         let answer = self.outbound.ask(request).await?;
         anyhow::ensure!(answer.status() == StatusCode::OK, "the issuer answered {}", answer.status());
-        let jwks: JwkSet = serde_json::from_slice(answer.body()).context("this is no set of keys")?;
+        let jwks = jose::read_key_set(answer.body()).context("this is no set of keys")?;
         let keys = ForeignKeys::from_jwks(&self.settings.issuer, &jwks);
         anyhow::ensure!(!keys.is_empty(), "no key of the issuer is for {:?}", self.settings.issuer.algorithm);
         Ok(Published { keys, jwks })

@@ -146,8 +146,9 @@ pub struct Identity {
 
 impl From<&ForeignClaims> for Identity {
     fn from(claims: &ForeignClaims) -> Self {
-        let username = claims.preferred_username.clone().or_else(|| claims.name.clone());
-        Self { subject: claims.sub.clone(), username, picture: claims.picture.clone() }
+        let person = &claims.person;
+        let username = person.name().map(str::to_owned);
+        Self { subject: claims.sub.clone(), username, picture: person.picture.clone() }
     }
 }
 

@@ -3,22 +3,26 @@
 //!
 //! A foreign token has no session here: it is good until it expires.
 
-use std::{collections::HashMap, fmt};
+use std::fmt;
 
 use chrono::Utc;
 use jsonwebtoken::{
-    Algorithm, DecodingKey, Validation,
-    errors::ErrorKind,
-    jwk::{AlgorithmParameters, EllipticCurve, Jwk, JwkSet, PublicKeyUse},
+    Algorithm, DecodingKey,
+    jwk::{AlgorithmParameters, EllipticCurve, Jwk, JwkSet},
 };
 use serde::{Deserialize, Serialize};
 
-use crate::claims::{TokenError, ed25519};
+use crate::{
+    claims::{TokenError, ed25519},
+    jose::{self, Audiences, NumericDate, Person, Unverified},
+};
 
 /// A subject's longest form, as OpenID Connect has it.
 const MAX_SUBJECT: usize = 255;
 /// How far the issuer's clock may be ahead of ours: many issuers say "not before now".
 const NOT_BEFORE_LEEWAY: i64 = 30;
+/// Keys that are tried on one token, at most.
+const KEYS_TRIED: usize = 8;
 
 /// What one must know to check an issuer's tokens.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -105,40 +109,42 @@ impl fmt::Display for NotAnAlgorithm {
 }
 
 /// What is believed of a foreign token. Names and pictures are texts from outside.
-#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ForeignClaims {
     pub sub: String,
+    /// The whole second in which it ends.
     pub exp: i64,
-    #[serde(default)]
-    nbf: Option<i64>,
-    #[serde(default)]
-    pub preferred_username: Option<String>,
-    #[serde(default)]
-    pub name: Option<String>,
-    #[serde(default)]
-    pub picture: Option<String>,
+    pub person: Person,
 }
 
-/// An issuer's public keys by `kid`.
+/// As an issuer writes them.
+#[derive(Deserialize)]
+struct Claims {
+    iss: String,
+    aud: Audiences,
+    #[serde(deserialize_with = "jose::subject")]
+    sub: String,
+    exp: NumericDate,
+    #[serde(default)]
+    nbf: Option<NumericDate>,
+    #[serde(flatten)]
+    person: Person,
+}
+
+/// An issuer's public keys, with their names if they have any.
 pub struct ForeignKeys {
+    issuer: ForeignIssuer,
     algorithm: Algorithm,
-    validation: Validation,
-    keys: HashMap<String, DecodingKey>,
+    keys: Vec<(Option<String>, DecodingKey)>,
 }
 
 impl ForeignKeys {
-    /// Keys of other kinds, for other uses, without a name, or malformed are passed over.
+    /// Keys of other kinds or for other uses are passed over.
     pub fn from_jwks(issuer: &ForeignIssuer, jwks: &JwkSet) -> Self {
-        let algorithm = issuer.algorithm.pinned();
-        let mut validation = Validation::new(algorithm);
-        validation.leeway = 0;
-        validation.set_issuer(&[&issuer.issuer]);
-        validation.set_audience(&[&issuer.audience]);
-        validation.set_required_spec_claims(&["exp", "iss", "sub", "aud"]);
-        let signs =
-            |jwk: &&Jwk| jwk.common.public_key_use.as_ref().is_none_or(|it| *it == PublicKeyUse::Signature);
-        let named = |jwk: &Jwk| Some((jwk.common.key_id.clone()?, issuer.algorithm.key(jwk)?));
-        Self { algorithm, validation, keys: jwks.keys.iter().filter(signs).filter_map(named).collect() }
+        let usable = jwks.keys.iter().filter(|jwk| jose::verifies(jwk));
+        let keys =
+            usable.filter_map(|jwk| Some((jwk.common.key_id.clone(), issuer.algorithm.key(jwk)?))).collect();
+        Self { issuer: issuer.clone(), algorithm: issuer.algorithm.pinned(), keys }
     }
 
     pub fn is_empty(&self) -> bool {
@@ -146,25 +152,47 @@ impl ForeignKeys {
     }
 
     pub fn knows(&self, kid: &str) -> bool {
-        self.keys.contains_key(kid)
+        self.keys.iter().any(|(name, _)| name.as_deref() == Some(kid))
     }
 
     pub fn verify(&self, token: &str) -> Result<ForeignClaims, TokenError> {
-        let header = jsonwebtoken::decode_header(token).map_err(|_| TokenError::Invalid)?;
-        if header.alg != self.algorithm {
+        let token = Unverified::read(token).ok_or(TokenError::Invalid)?;
+        if !token.is_for(self.algorithm) {
             return Err(TokenError::Invalid);
         }
-        let key = header.kid.and_then(|kid| self.keys.get(&kid)).ok_or(TokenError::UnknownKey)?;
-        let claims = jsonwebtoken::decode::<ForeignClaims>(token, key, &self.validation)
-            .map_err(|error| match error.kind() {
-                ErrorKind::ExpiredSignature => TokenError::Expired,
-                ErrorKind::InvalidAudience => TokenError::Audience,
-                _ => TokenError::Invalid,
-            })?
-            .claims;
-        let begun = claims.nbf.is_none_or(|nbf| nbf <= Utc::now().timestamp() + NOT_BEFORE_LEEWAY);
-        let named = (1..=MAX_SUBJECT).contains(&claims.sub.len()) && !claims.sub.contains(char::is_control);
-        if begun && named { Ok(claims) } else { Err(TokenError::Invalid) }
+        // The key that it names; where it names none, or keys have no names, those that may be meant.
+        let named = token.kid().filter(|kid| self.knows(kid));
+        let fits = |name: &Option<String>| match named {
+            Some(kid) => name.as_deref() == Some(kid),
+            None => name.is_none() || token.kid().is_none(),
+        };
+        let mut fitting = self.keys.iter().filter(|(name, _)| fits(name)).take(KEYS_TRIED);
+        if !fitting.any(|(_, key)| token.is_signed_by(key, self.algorithm)) {
+            // A newer key may fit.
+            return Err(if named.is_some() { TokenError::Invalid } else { TokenError::UnknownKey });
+        }
+        self.judge(token.claims().ok_or(TokenError::Invalid)?)
+    }
+
+    fn judge(&self, claims: Claims) -> Result<ForeignClaims, TokenError> {
+        let Claims { iss, aud, sub, exp, nbf, person } = claims;
+        let now = Utc::now().timestamp();
+        if iss != self.issuer.issuer {
+            return Err(TokenError::Invalid);
+        }
+        if !aud.as_slice().contains(&self.issuer.audience) {
+            return Err(TokenError::Audience);
+        }
+        if exp.second() <= now {
+            return Err(TokenError::Expired);
+        }
+        let begun = nbf.is_none_or(|nbf| nbf.second() <= now + NOT_BEFORE_LEEWAY);
+        let named = (1..=MAX_SUBJECT).contains(&sub.len()) && !sub.contains(char::is_control);
+        if begun && named {
+            Ok(ForeignClaims { sub, exp: exp.second(), person })
+        } else {
+            Err(TokenError::Invalid)
+        }
     }
 }
 
@@ -174,17 +202,17 @@ pub fn issuer_of(token: &str) -> Option<String> {
     struct Issuer {
         iss: String,
     }
-    let token = jsonwebtoken::dangerous::insecure_decode::<Issuer>(token).ok()?;
-    Some(token.claims.iss)
+    Some(Unverified::read(token)?.claims::<Issuer>()?.iss)
 }
 
 /// The key that a token names.
 pub fn kid_of(token: &str) -> Option<String> {
-    jsonwebtoken::decode_header(token).ok()?.kid
+    Some(Unverified::read(token)?.kid()?.to_owned())
 }
 
 #[cfg(all(test, feature = "test-support"))]
 mod tests {
+    use jsonwebtoken::jwk::{KeyOperations, PublicKeyUse};
     use serde_json::json;
 
     use super::*;
@@ -201,7 +229,7 @@ mod tests {
         let key = IssuerKey::number(0);
         let claims = keys().verify(&key.token("jane|1", FAR)).unwrap();
         assert_eq!((claims.sub.as_str(), claims.exp), ("jane|1", FAR));
-        assert_eq!(claims.preferred_username.as_deref(), Some("jane|1"));
+        assert_eq!(claims.person.name(), Some("jane|1"));
         assert_eq!(keys().verify(&key.token("jane|1", 1)), Err(TokenError::Expired));
         let many = key.sign(&json!({ "iss": ISSUER, "aud": ["other", AUDIENCE], "sub": "s", "exp": FAR }));
         assert!(keys().verify(&many).is_ok());
@@ -262,6 +290,10 @@ mod tests {
         for algorithm in [ForeignAlgorithm::RS256, ForeignAlgorithm::ES384, ForeignAlgorithm::EdDSA] {
             assert!(ForeignKeys::from_jwks(&ForeignIssuer { algorithm, ..issuer() }, &jwks).is_empty());
         }
+        let mut signs = jwks.clone();
+        signs.keys[0].common.public_key_use = None;
+        signs.keys[0].common.key_operations = Some(vec![KeyOperations::Encrypt]);
+        assert!(ForeignKeys::from_jwks(&issuer(), &signs).is_empty());
         let mut encrypts = jwks;
         encrypts.keys[0].common.public_key_use = Some(PublicKeyUse::Encryption);
         assert!(ForeignKeys::from_jwks(&issuer(), &encrypts).is_empty());
@@ -276,6 +308,54 @@ mod tests {
             let jwks = serde_json::from_str(&format!(r#"{{"keys":[{{{key},"kid":"{kid}"}}]}}"#)).unwrap();
             assert!(ForeignKeys::from_jwks(&issuer(), &jwks).verify(&token).is_err(), "{key}");
         }
+    }
+
+    #[test]
+    fn legal_forms_of_a_token_are_read() {
+        let key = IssuerKey::number(0);
+        let good = json!({ "iss": ISSUER, "aud": AUDIENCE, "sub": "s", "exp": FAR });
+        let with = |more: serde_json::Value| {
+            let mut claims = good.clone();
+            claims.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+            keys().verify(&key.sign(&claims))
+        };
+        let now = Utc::now().timestamp() as f64;
+        let claims = with(json!({ "exp": now + 99.5, "nbf": now - 0.25, "iat": now - 0.25 })).unwrap();
+        assert_eq!(claims.exp, now as i64 + 99);
+        assert_eq!(with(json!({ "exp": now - 0.5 })), Err(TokenError::Expired));
+        assert_eq!(with(json!({ "exp": now })), Err(TokenError::Expired), "on or after (RFC 7519 4.1.4)");
+        assert_eq!(with(json!({ "sub": 42 })).unwrap().sub, "42");
+        let odd = with(json!({ "preferred_username": 5, "name": "Jane", "picture": [] })).unwrap();
+        assert_eq!((odd.person.name(), odd.person.picture.as_deref()), (Some("Jane"), None));
+        assert_eq!(keys().verify(&key.sign_critical(&good)), Err(TokenError::Invalid));
+    }
+
+    #[test]
+    fn keys_and_tokens_need_no_names() {
+        let good = json!({ "iss": ISSUER, "aud": AUDIENCE, "sub": "s", "exp": FAR });
+        let [first, second] = [0, 1].map(IssuerKey::number);
+        let both = JwkSet { keys: [first.jwks().keys, second.jwks().keys].concat() };
+        let mut nameless = both.clone();
+        for key in &mut nameless.keys {
+            key.common.key_id = None;
+        }
+        for (jwks, token) in [
+            (&both, second.sign_nameless(&good)),
+            (&nameless, second.sign_nameless(&good)),
+            (&nameless, second.sign(&good)),
+        ] {
+            assert!(ForeignKeys::from_jwks(&issuer(), jwks).verify(&token).is_ok());
+        }
+        // Signed by a key that is not there yet: newer ones are asked for.
+        for token in [second.sign_nameless(&good), second.sign(&good)] {
+            assert_eq!(keys().verify(&token), Err(TokenError::UnknownKey));
+        }
+        // As many keys are tried as are promised, and no more.
+        let mut many = JwkSet { keys: vec![first.jwks().keys[0].clone(); KEYS_TRIED] };
+        many.keys.push(second.jwks().keys[0].clone());
+        let many = ForeignKeys::from_jwks(&issuer(), &many);
+        assert_eq!(many.verify(&second.sign_nameless(&good)), Err(TokenError::UnknownKey));
+        assert!(many.verify(&second.sign(&good)).is_ok());
     }
 
     #[test]

@@ -15,6 +15,7 @@ pub mod feed;
 pub mod foreign;
 pub mod healthcheck;
 pub mod ids;
+pub mod jose;
 pub mod keyring;
 pub mod lifecycle;
 pub mod limiter;

@@ -113,7 +113,9 @@ impl Keys {
             told => return told,
         };
         tracing::debug!(?refused, "asking api for newer keys");
-        let newest = self.ring.ask_once(Some(&trusted), foreign::kid_of(token).as_deref()).await;
+        // Without a name it misses a key all the same.
+        let kid = foreign::kid_of(token).unwrap_or_default();
+        let newest = self.ring.ask_once(Some(&trusted), Some(&kid)).await;
         let trusted = self.ring.current().ok_or(Refused::NoKeys)?;
         trusted.verify(token).map_err(|refused| match refused {
             Refused::Token(TokenError::UnknownKey) if !newest => Refused::NoKeys,

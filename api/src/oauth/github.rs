@@ -3,8 +3,9 @@
 use oauth2::{AuthType, AuthUrl, TokenUrl};
 use serde::Deserialize;
 use serde_json::Value;
+use shared::jose;
 
-use super::{Endpoints, Failure, Subject, object, text};
+use super::{Endpoints, Failure, object, text};
 use crate::domain::user::Profile;
 
 pub(super) fn endpoints(url: &str, api_url: &str) -> Endpoints {
@@ -20,7 +21,8 @@ pub(super) fn endpoints(url: &str, api_url: &str) -> Endpoints {
 
 #[derive(Deserialize)]
 struct GitHubUser {
-    id: Subject,
+    #[serde(deserialize_with = "jose::subject")]
+    id: String,
     #[serde(default)]
     login: Value,
     #[serde(default)]
@@ -30,7 +32,7 @@ struct GitHubUser {
 /// An account is its number: a name can be given up, and then be somebody else's.
 pub(super) fn profile(issuer: &str, answer: &[u8]) -> Result<Profile, Failure> {
     let user: GitHubUser = object(answer).ok_or(Failure::BadProfile("no JSON with an id"))?;
-    let subject = user.id.to_string();
+    let subject = user.id;
     let is_number = subject.parse::<u64>().is_ok_and(|id| id > 0 && id.to_string() == subject);
     is_number
         .then(|| Profile::new(issuer, &subject, text(&user.login), text(&user.avatar_url)))

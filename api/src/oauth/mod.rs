@@ -16,10 +16,11 @@ use http::{Request, Response, StatusCode, header};
 use oauth2::{
     AuthType, AuthUrl, ClientId, ClientSecret, CsrfToken, PkceCodeChallenge, RedirectUrl, Scope, TokenUrl,
 };
-use serde::{Deserialize, de::DeserializeOwned};
+use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 use shared::{
     config::Origin,
+    jose::Person,
     outbound::{NoAnswer, Outbound},
 };
 use subtle::ConstantTimeEq;
@@ -190,12 +191,15 @@ impl Provider {
         match &self.kind {
             Kind::GitHub { issuer, .. } => github::profile(issuer, &answer),
             Kind::Oidc(discovery) => {
-                let profile = oidc::profile(discovery.issuer(), &answer)?;
-                if let Some(id_token) = tokens.id_token() {
-                    let client_id = &self.registration.client_id;
-                    oidc::check_id_token(id_token, discovery.issuer(), client_id, &attempt.nonce, &profile)?;
-                }
-                Ok(profile)
+                let (issuer, client_id) = (discovery.issuer(), &self.registration.client_id);
+                let info = oidc::user_info(&answer)?;
+                let told = match tokens.id_token() {
+                    Some(id_token) => {
+                        oidc::check_id_token(id_token, issuer, client_id, &attempt.nonce, &info.sub)?
+                    }
+                    None => Person::default(),
+                };
+                oidc::profile(issuer, &info, &told)
             }
         }
     }
@@ -277,23 +281,6 @@ async fn ask(outbound: &Outbound, mut request: Request<Vec<u8>>) -> Result<Respo
 fn told(code: &str) -> String {
     let is_a_code = code.len() <= 64 && code.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'_');
     format!("the provider says {}", if is_a_code { code } else { "something odd" })
-}
-
-/// A subject, as different providers write it: a text, or a whole number. GitHub's accounts have numbers.
-#[derive(Debug, Deserialize)]
-#[serde(untagged)]
-enum Subject {
-    Number(u64),
-    Text(String),
-}
-
-impl std::fmt::Display for Subject {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match self {
-            Self::Number(number) => write!(f, "{number}"),
-            Self::Text(text) => f.write_str(text),
-        }
-    }
 }
 
 /// A JSON object of this shape. Derived code alone would take an array of the values as well.

@@ -2,18 +2,20 @@
 
 use std::{
     sync::Arc,
-    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
+    time::{Duration, Instant},
 };
 
-use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
+use chrono::Utc;
 use http::{Request, StatusCode, header};
 use oauth2::{AuthType, AuthUrl, TokenUrl};
 use serde::Deserialize;
-use serde_json::Value;
-use shared::outbound::Outbound;
+use shared::{
+    jose::{self, Audiences, NumericDate, Person, Unverified},
+    outbound::Outbound,
+};
 use tokio::sync::Mutex;
 
-use super::{Endpoints, Failure, Subject, ask, object, settings::protected_url, text};
+use super::{Endpoints, Failure, ask, object, settings::protected_url};
 use crate::domain::user::Profile;
 
 /// A provider's endpoints are asked for again after this.
@@ -23,7 +25,7 @@ const USABLE: Duration = Duration::from_secs(24 * 60 * 60);
 /// After a failure nobody asks for so long: a provider that is down is not asked by everybody who wants to log in.
 const PAUSE: Duration = Duration::from_secs(2);
 /// How far the provider's clock may be off from ours.
-const LEEWAY: u64 = 60;
+const LEEWAY: i64 = 60;
 
 /// A provider's endpoints, as it tells them, asked for when first needed.
 pub(super) struct Discovery {
@@ -133,83 +135,75 @@ fn read_document(issuer: &str, body: &[u8]) -> Result<Endpoints, Failure> {
     })
 }
 
+/// Who logged in, as the provider answers to their access token.
 #[derive(Deserialize)]
-struct UserInfo {
-    sub: Subject,
-    #[serde(default)]
-    preferred_username: Value,
-    #[serde(default)]
-    nickname: Value,
-    #[serde(default)]
-    name: Value,
-    #[serde(default)]
-    picture: Value,
+pub(super) struct UserInfo {
+    #[serde(deserialize_with = "jose::subject")]
+    pub(super) sub: String,
+    #[serde(flatten)]
+    person: Person,
 }
 
-pub(super) fn profile(issuer: &str, answer: &[u8]) -> Result<Profile, Failure> {
-    let info: UserInfo = object(answer).ok_or(Failure::BadProfile("no JSON with a sub"))?;
-    // Some have no preferred name to tell, but another one.
-    let name = [&info.preferred_username, &info.nickname, &info.name].into_iter().find_map(text);
-    Profile::new(issuer, &info.sub.to_string(), name, text(&info.picture))
-        .ok_or(Failure::BadProfile("its sub cannot be kept"))
+pub(super) fn user_info(answer: &[u8]) -> Result<UserInfo, Failure> {
+    object(answer).ok_or(Failure::BadProfile("no JSON with a sub"))
+}
+
+/// `told`: by the id token. AD FS answers with the subject alone, and has the names there.
+pub(super) fn profile(issuer: &str, info: &UserInfo, told: &Person) -> Result<Profile, Failure> {
+    let name = info.person.name().or(told.name());
+    let picture = info.person.picture.as_deref().or(told.picture.as_deref());
+    Profile::new(issuer, &info.sub, name, picture).ok_or(Failure::BadProfile("its sub cannot be kept"))
 }
 
 #[derive(Deserialize)]
 struct IdClaims {
     iss: String,
-    sub: Subject,
+    #[serde(deserialize_with = "jose::subject")]
+    sub: String,
     aud: Audiences,
     #[serde(default)]
     azp: Option<String>,
-    exp: f64,
+    exp: NumericDate,
     #[serde(default)]
     nonce: Option<String>,
+    #[serde(flatten)]
+    person: Person,
 }
 
-#[derive(Deserialize)]
-#[serde(untagged)]
-enum Audiences {
-    One(String),
-    Many(Vec<String>),
-}
-
-/// The id token says that this login was meant for us, and for this attempt. It came from the provider itself, over a
-/// connection that proves who answers; then its signature need not be looked at (OpenID Connect Core 3.1.3.7, 6).
+/// The id token says that this login was meant for us, and for this attempt; and what the person is called. It came from the
+/// provider itself, over a connection that proves who answers; then its signature need not be looked at (OpenID Connect Core
+/// 3.1.3.7, 6).
 pub(super) fn check_id_token(
     id_token: &str,
     issuer: &str,
     client_id: &str,
     nonce: &str,
-    profile: &Profile,
-) -> Result<(), Failure> {
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).expect("the clock is past 1970").as_secs();
+    subject: &str,
+) -> Result<Person, Failure> {
     let bad = |what: &str| Failure::Provider(format!("its id token {what}"));
-    let claims = id_token.split('.').nth(1).and_then(|claims| URL_SAFE_NO_PAD.decode(claims).ok());
-    let claims: IdClaims = claims.and_then(|claims| object(&claims)).ok_or_else(|| bad("cannot be read"))?;
-    let ours = match &claims.aud {
-        Audiences::One(one) => one == client_id,
-        Audiences::Many(many) => {
-            many.iter().any(|one| one == client_id) && (many.len() == 1 || claims.azp.is_some())
-        }
-    };
+    let claims = Unverified::read(id_token).and_then(|token| token.claims::<IdClaims>());
+    let claims = claims.ok_or_else(|| bad("cannot be read"))?;
+    let audiences = claims.aud.as_slice();
+    let ours = audiences.iter().any(|one| one == client_id) && (audiences.len() == 1 || claims.azp.is_some());
     if claims.iss != issuer {
         Err(bad("is of another issuer"))
     } else if !ours || claims.azp.is_some_and(|azp| azp != client_id) {
         Err(bad("is for another client"))
-    } else if claims.exp <= now.saturating_sub(LEEWAY) as f64 {
+    } else if claims.exp.second() <= Utc::now().timestamp() - LEEWAY {
         Err(bad("has expired"))
     } else if claims.nonce.as_deref() != Some(nonce) {
         Err(bad("is of another attempt"))
-    } else if claims.sub.to_string() != profile.subject {
+    } else if claims.sub != subject {
         Err(bad("is about somebody else"))
     } else {
-        Ok(())
+        Ok(claims.person)
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use serde_json::json;
+    use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
+    use serde_json::{Value, json};
 
     use super::*;
 
@@ -273,30 +267,47 @@ mod tests {
     }
 
     #[test]
-    fn somebody_without_a_preferred_name_has_another_one() {
-        let name = |info: Value| profile(ISSUER, &serde_json::to_vec(&info).unwrap()).unwrap().username;
-        assert_eq!(name(json!({ "sub": "1", "preferred_username": "jo", "name": "John" })), "jo");
-        assert_eq!(name(json!({ "sub": "1", "preferred_username": null, "name": "John" })), "John");
-        assert_eq!(name(json!({ "sub": 1, "preferred_username": " " })), "user");
+    fn a_person_has_the_first_name_that_the_provider_tells() {
+        let read = |info: Value, told: Value| {
+            let info = user_info(&serde_json::to_vec(&info).unwrap())?;
+            profile(ISSUER, &info, &serde_json::from_value(told).unwrap())
+        };
+        let name = |info: Value, told: Value| read(info, told).unwrap().username;
+        let none = || json!({});
+        assert_eq!(name(json!({ "sub": "1", "preferred_username": "jo", "name": "John" }), none()), "jo");
+        assert_eq!(name(json!({ "sub": "1", "preferred_username": null, "name": "John" }), none()), "John");
+        assert_eq!(name(json!({ "sub": 1, "preferred_username": " " }), none()), "user");
+        let told = json!({ "unique_name": "jo", "upn": "jo@corp.example", "picture": "https://a.example/1" });
+        assert_eq!(name(json!({ "sub": "1" }), told.clone()), "jo");
+        assert_eq!(name(json!({ "sub": "1", "name": "John" }), told.clone()), "John");
+        let avatar = read(json!({ "sub": "1" }), told).unwrap().avatar_url;
+        assert_eq!(avatar.as_deref(), Some("https://a.example/1"));
         for odd in [json!({}), json!({ "sub": "" }), json!({ "sub": null }), json!({ "sub": -1 }), json!([])]
         {
-            assert!(profile(ISSUER, &serde_json::to_vec(&odd).unwrap()).is_err(), "{odd}");
+            assert!(read(odd.clone(), none()).is_err(), "{odd}");
         }
     }
 
     #[test]
     fn an_id_token_is_for_us_now_and_about_the_same_person() {
-        let profile = profile(ISSUER, br#"{"sub":"s1"}"#).unwrap();
-        let check = |change: Value| {
+        let part = |value: &Value| URL_SAFE_NO_PAD.encode(serde_json::to_vec(value).unwrap());
+        let check_with = |header: Value, change: Value| {
             let mut claims =
                 json!({ "iss": ISSUER, "sub": "s1", "aud": "us", "exp": 9_999_999_999u64, "nonce": "n" });
             claims.as_object_mut().unwrap().extend(change.as_object().unwrap().clone());
-            let token = format!("e30.{}.x", URL_SAFE_NO_PAD.encode(serde_json::to_vec(&claims).unwrap()));
-            check_id_token(&token, ISSUER, "us", "n", &profile)
+            check_id_token(&format!("{}.{}.x", part(&header), part(&claims)), ISSUER, "us", "n", "s1")
         };
-        for good in [json!({}), json!({ "aud": ["us"] }), json!({ "aud": ["us", "them"], "azp": "us" })] {
+        let check = |change| check_with(json!({ "alg": "RS256" }), change);
+        for good in [
+            json!({}),
+            json!({ "aud": ["us"] }),
+            json!({ "aud": ["us", "them"], "azp": "us" }),
+            json!({ "exp": 9_999_999_999.5 }),
+            json!({ "name": 5 }),
+        ] {
             assert!(check(good.clone()).is_ok(), "{good}");
         }
+        assert_eq!(check(json!({ "upn": "jo@corp.example" })).unwrap().name(), Some("jo@corp.example"));
         for bad in [
             json!({ "iss": "https://id.example" }),
             json!({ "aud": "them" }),
@@ -312,8 +323,9 @@ mod tests {
         ] {
             assert!(matches!(check(bad.clone()), Err(Failure::Provider(_))), "{bad}");
         }
+        assert!(check_with(json!({ "alg": "RS256", "crit": ["x"], "x": 1 }), json!({})).is_err());
         for odd in ["", "a.b.c", "..", "e30"] {
-            assert!(check_id_token(odd, ISSUER, "us", "n", &profile).is_err(), "{odd}");
+            assert!(check_id_token(odd, ISSUER, "us", "n", "s1").is_err(), "{odd}");
         }
     }
 }

@@ -13,6 +13,7 @@ mod feeds;
 mod foreign;
 mod input;
 mod limits;
+mod names;
 mod origins;
 mod paging;
 mod process;

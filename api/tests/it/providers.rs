@@ -27,7 +27,7 @@ use url::{Url, form_urlencoded};
 
 use crate::support::ORIGIN;
 
-const CLIENT_ID: &str = "messenger";
+pub(crate) const CLIENT_ID: &str = "messenger";
 pub(crate) const CLIENT_SECRET: &str = "the-client-secret-of-these-tests";
 
 fn registration() -> Registration {

@@ -56,6 +56,19 @@ impl IssuerKey {
         jsonwebtoken::encode(&self.header, claims, &self.key).expect("claims are JSON")
     }
 
+    /// The token does not say by which key.
+    pub fn sign_nameless(&self, claims: &Value) -> String {
+        let header = Header { kid: None, ..self.header.clone() };
+        jsonwebtoken::encode(&header, claims, &self.key).expect("claims are JSON")
+    }
+
+    /// With a header that its reader must understand.
+    pub fn sign_critical(&self, claims: &Value) -> String {
+        let mut header = self.header.clone();
+        header.crit = Some(vec!["https://login.example/x".into()]);
+        jsonwebtoken::encode(&header, claims, &self.key).expect("claims are JSON")
+    }
+
     /// For this subject, until `exp`.
     pub fn token(&self, subject: &str, exp: i64) -> String {
         self.sign(&json!({ "iss": ISSUER, "aud": AUDIENCE, "sub": subject, "exp": exp, "preferred_username": subject }))
@@ -80,7 +93,7 @@ pub fn published(key: &IssuerKey) -> ForeignKeysAnswer {
 pub struct Issuer {
     address: SocketAddr,
     /// None: it answers 503.
-    keys: Arc<Mutex<Option<JwkSet>>>,
+    keys: Arc<Mutex<Option<Value>>>,
     asked: Arc<AtomicUsize>,
     _stop: DropGuard,
 }
@@ -90,7 +103,7 @@ impl Issuer {
         let anywhere = SocketAddr::from(([127, 0, 0, 1], 0));
         let listener = server::bind(anywhere).expect("a free port of loopback");
         let address = listener.local_addr().expect("it is bound");
-        let published = Arc::new(Mutex::new(keys.map(IssuerKey::jwks)));
+        let published = Arc::new(Mutex::new(keys.map(|key| json!(key.jwks()))));
         let asked = Arc::new(AtomicUsize::new(0));
         let routes = warp::path("jwks").map({
             let (published, asked) = (published.clone(), asked.clone());
@@ -112,7 +125,12 @@ impl Issuer {
     }
 
     pub fn publish(&self, key: &IssuerKey) {
-        *self.keys.lock().expect("no holder panics") = Some(key.jwks());
+        self.publish_json(json!(key.jwks()));
+    }
+
+    /// Any set of keys, well-formed or not.
+    pub fn publish_json(&self, keys: Value) {
+        *self.keys.lock().expect("no holder panics") = Some(keys);
     }
 
     /// How often the keys were asked for.
