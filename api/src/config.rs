@@ -69,7 +69,7 @@ pub struct Settings {
     /// Where browsers find the product: `https://host`, no path. Issuer of tokens; cookies are for https only if it is
     #[arg(long, env, global = true, default_value = "http://localhost:8080", value_name = "ORIGIN")]
     pub origin: String,
-    /// Other origins whose pages may use the API with the session cookie and read its answers, comma-separated, exact
+    /// Other origins whose pages may use the API with the session cookie and read its answers, comma-separated
     #[arg(long, env, global = true, default_value = "", value_name = "ORIGINS")]
     pub allowed_origins: String,
     /// Networks of our own proxies, comma-separated: what they say in X-Forwarded-For is believed. None: the peer is the client
@@ -322,7 +322,7 @@ impl Settings {
             .number("DATABASE_POOL_SIZE", &self.database_pool_size, 1, 1_000)
             .and_then(|size| usize::try_from(size).ok());
         let redis = self.redis(&mut problems);
-        let keys = self.keys(&mut problems);
+        let keys = self.keys(&mut problems, origin.as_ref());
         let internal_secret = problems.value_or_file(
             "INTERNAL_SECRET",
             self.internal_secret.as_deref(),
@@ -336,7 +336,7 @@ impl Settings {
         let providers = self.providers(&mut problems);
         let callback_token_in_query =
             problems.parse::<bool>("CALLBACK_TOKEN_IN_QUERY", &self.callback_token_in_query);
-        let foreign = self.foreign(&mut problems);
+        let foreign = self.foreign(&mut problems, origin.as_ref());
         let token_lifetime =
             problems.seconds("TOKEN_LIFETIME_SECONDS", &self.token_lifetime_seconds, 60, LONGEST_TOKEN);
         let stream_token_lifetime =
@@ -490,7 +490,7 @@ impl Settings {
     }
 
     /// `Some(None)`: no other issuer is trusted.
-    fn foreign(&self, problems: &mut Problems) -> Option<Option<ForeignSettings>> {
+    fn foreign(&self, problems: &mut Problems, origin: Option<&Origin>) -> Option<Option<ForeignSettings>> {
         let given = [
             ("FOREIGN_ISSUER", &self.foreign_issuer),
             ("FOREIGN_AUDIENCE", &self.foreign_audience),
@@ -502,18 +502,19 @@ impl Settings {
         }
         let [issuer, audience, jwks_url] =
             given.map(|(name, value)| problems.require(name, Some(value)).map(str::to_owned));
-        if issuer.as_ref() == Some(&self.origin) {
+        if origin.is_some_and(|origin| issuer.as_deref() == Some(origin.as_str())) {
             problems.add("FOREIGN_ISSUER is ORIGIN: our own tokens need no setting");
         }
         // Whoever can change what is answered there can be anybody here.
-        if let Some(Err(error)) = jwks_url.as_deref().map(oauth::protected_url) {
-            problems.add(format!("FOREIGN_JWKS_URL cannot be used: {error}"));
-        }
+        let jwks_url = jwks_url.and_then(|url| {
+            let unusable = |error| problems.add(format!("FOREIGN_JWKS_URL cannot be used: {error}"));
+            oauth::protected_url(&url).map_err(unusable).ok()
+        });
         let issuer = ForeignIssuer { issuer: issuer?, audience: audience?, algorithm: algorithm? };
-        Some(Some(ForeignSettings { issuer, jwks_url: jwks_url? }))
+        Some(Some(ForeignSettings { issuer, jwks_url: jwks_url?.into() }))
     }
 
-    fn keys(&self, problems: &mut Problems) -> Option<SigningKeys> {
+    fn keys(&self, problems: &mut Problems, origin: Option<&Origin>) -> Option<SigningKeys> {
         let files = problems.require("SIGNING_KEY_FILES", self.signing_key_files.as_deref())?.to_owned();
         let mut pems = Vec::new();
         for file in files.split(',').map(|file| PathBuf::from(file.trim())) {
@@ -523,7 +524,9 @@ impl Settings {
             }
         }
         let (first, others) = pems.split_first()?;
-        SigningKeys::from_pems(&self.origin, first, others)
+        // Without an origin nothing is signed, but the keys are looked at.
+        let issuer = origin.map_or("", Origin::as_str);
+        SigningKeys::from_pems(issuer, first, others)
             .map_err(|error| problems.add(format!("SIGNING_KEY_FILES: {error}")))
             .ok()
     }

@@ -11,6 +11,7 @@ use std::{
 };
 
 use thiserror::Error;
+use url::{Host, Url};
 
 /// The largest secret that is read from a file.
 const LARGEST_SECRET_BYTES: u64 = 64 * 1024;
@@ -118,7 +119,7 @@ impl Problems {
         }
     }
 
-    /// `scheme://host[:port]`, as browsers write it in the `Origin` header.
+    /// `scheme://host[:port]`.
     pub fn origin(&mut self, name: &str, value: &str) -> Option<Origin> {
         self.parse(name, value)
     }
@@ -151,13 +152,18 @@ fn read_secret(file: &str) -> io::Result<String> {
     Ok(secret)
 }
 
-/// Where browsers find the product: `scheme://host[:port]`, nothing behind it.
+/// An origin in the one form in which browsers send it (RFC 6454, 6.2): `scheme://host[:port]`, the host in lower case and in
+/// ASCII, without a default port. Settings may write it in another way; it is compared byte by byte.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Origin(String);
 
-#[derive(Debug, Error)]
-#[error("an origin has the form https://host or http://host:port, lower case and without a path")]
-pub struct NotAnOrigin;
+#[derive(Debug, PartialEq, Eq, Error)]
+pub enum NotAnOrigin {
+    #[error("an origin has the form https://host or http://host:port, without a user, a path or a query")]
+    Form,
+    #[error("an origin names one host; `*` stands for none, list each origin")]
+    Wildcard,
+}
 
 impl Origin {
     pub fn as_str(&self) -> &str {
@@ -170,14 +176,17 @@ impl Origin {
 
     /// Development conveniences are allowed on loopback only.
     pub fn is_loopback(&self) -> bool {
-        let host = self.0.split_once("://").map_or("", |(_, host)| host);
-        let host = match host.rsplit_once(':') {
-            Some((host, port)) if port.bytes().all(|b| b.is_ascii_digit()) => host,
-            _ => host,
-        };
-        host == "localhost"
-            || host.ends_with(".localhost")
-            || host.trim_matches(['[', ']']).parse::<std::net::IpAddr>().is_ok_and(|ip| ip.is_loopback())
+        let url = Url::parse(&self.0).expect("an origin is a URL");
+        url.host().is_some_and(|host| is_loopback(&host))
+    }
+}
+
+/// Does the host name this machine, whatever DNS says?
+pub fn is_loopback(host: &Host<&str>) -> bool {
+    match host {
+        Host::Domain(name) => *name == "localhost" || name.ends_with(".localhost"),
+        Host::Ipv4(address) => address.is_loopback(),
+        Host::Ipv6(address) => address.is_loopback(),
     }
 }
 
@@ -185,15 +194,22 @@ impl FromStr for Origin {
     type Err = NotAnOrigin;
 
     fn from_str(text: &str) -> Result<Self, NotAnOrigin> {
-        let uri: http::Uri = text.parse().map_err(|_| NotAnOrigin)?;
-        let (Some(scheme), Some(authority)) = (uri.scheme_str(), uri.authority()) else {
-            return Err(NotAnOrigin);
-        };
-        let canonical = format!("{scheme}://{authority}").to_ascii_lowercase();
-        if !matches!(scheme, "http" | "https") || canonical != text || authority.as_str().contains('@') {
-            return Err(NotAnOrigin);
+        if text.contains('*') {
+            return Err(NotAnOrigin::Wildcard);
         }
-        Ok(Self(canonical))
+        // The parser, as browsers' address bars, repairs much that would be a mistake in a setting.
+        let repaired = |c: char| c.is_whitespace() || c.is_control() || c == '\\';
+        let (_, behind) = text.split_once("://").ok_or(NotAnOrigin::Form)?;
+        if text.contains(repaired) || behind.starts_with('/') {
+            return Err(NotAnOrigin::Form);
+        }
+        let url = Url::parse(text).map_err(|_| NotAnOrigin::Form)?;
+        // A lone slash is all the path that an origin can be written with.
+        let bare = url.path() == "/" && !behind.contains(['@', '?', '#']);
+        if !bare || !matches!(url.scheme(), "http" | "https") {
+            return Err(NotAnOrigin::Form);
+        }
+        Ok(Self(url.origin().ascii_serialization()))
     }
 }
 
@@ -265,23 +281,59 @@ mod tests {
     }
 
     #[test]
-    fn an_origin_is_exactly_what_a_browser_sends() {
-        for good in
-            ["https://chat.example", "http://localhost:3000", "http://127.0.0.1:1", "http://[::1]:8080"]
-        {
-            assert!(good.parse::<Origin>().is_ok(), "{good}");
+    fn an_origin_is_written_as_browsers_send_it() {
+        for (given, sent) in [
+            ("https://chat.example", "https://chat.example"),
+            ("https://chat.example:443", "https://chat.example"),
+            ("http://chat.example:80/", "http://chat.example"),
+            ("http://chat.example:443", "http://chat.example:443"),
+            ("HTTPS://Chat.Example:8443", "https://chat.example:8443"),
+            ("https://chat.example:", "https://chat.example"),
+            ("https://chat.example:08443", "https://chat.example:8443"),
+            ("https://bücher.example", "https://xn--bcher-kva.example"),
+            ("https://XN--BCHER-KVA.example", "https://xn--bcher-kva.example"),
+            ("http://localhost:3000", "http://localhost:3000"),
+            ("http://127.0.0.1:1", "http://127.0.0.1:1"),
+            ("http://[0:0:0:0:0:0:0:1]:8080", "http://[::1]:8080"),
+        ] {
+            assert_eq!(given.parse::<Origin>().map(|origin| origin.0), Ok(sent.to_owned()), "{given}");
         }
+    }
+
+    #[test]
+    fn a_setting_that_can_match_no_origin_is_refused() {
         for bad in [
             "",
+            "null",
             "chat.example",
-            "https://chat.example/",
-            "https://Chat.example",
-            "ftp://a",
-            "http://a/b",
-            "http://u@a",
+            "chat.example:443",
+            "https:chat.example",
+            "https:///chat.example",
+            "https:\\\\chat.example",
+            " https://chat.example",
+            "https://chat.exa\nmple",
+            "https://",
+            "https://chat.example:99999",
+            "https://chat.example//",
+            "https://chat.example/path",
+            "https://chat.example?",
+            "https://chat.example#",
+            "https://@chat.example",
+            "https://me:secret@chat.example",
+            "https://chat.example,https://shop.example",
+            "https://a b.example",
+            "ftp://chat.example",
+            "file:///etc",
         ] {
-            assert!(bad.parse::<Origin>().is_err(), "{bad}");
+            assert_eq!(bad.parse::<Origin>(), Err(NotAnOrigin::Form), "{bad}");
         }
+        for wildcard in ["*", "https://*", "https://*.chat.example", "http://localhost:*"] {
+            assert_eq!(wildcard.parse::<Origin>(), Err(NotAnOrigin::Wildcard), "{wildcard}");
+        }
+    }
+
+    #[test]
+    fn a_loopback_origin_is_this_machine_by_any_name() {
         let loopback = |text: &str| text.parse::<Origin>().unwrap().is_loopback();
         assert!(
             ["http://localhost:3000", "http://127.0.0.1", "http://[::1]:8080", "http://a.localhost"]

@@ -14,6 +14,7 @@ use shared::{
     outbound::Outbound,
 };
 use tokio::sync::Mutex;
+use url::Url;
 
 use super::{Endpoints, Failure, ask, object, settings::protected_url};
 use crate::domain::user::Profile;
@@ -92,10 +93,12 @@ impl Discovery {
 
     async fn discover(&self, outbound: &Outbound) -> Result<Endpoints, Failure> {
         let url = format!("{}/.well-known/openid-configuration", self.issuer.trim_end_matches('/'));
-        let request = Request::get(url)
+        // The issuer is compared as it calls itself; its address may need writing in another way, as a host that is not ASCII.
+        let url = Url::parse(&url).expect("the setting was checked to be a URL");
+        let request = Request::get(url.as_str())
             .header(header::ACCEPT, "application/json")
             .body(Vec::new())
-            .expect("the setting was checked to be a URL");
+            .expect("a URL is an address");
         let response = ask(outbound, request).await?;
         if response.status() != StatusCode::OK {
             return Err(Failure::Provider(format!("its discovery is answered with {}", response.status())));
@@ -115,7 +118,7 @@ fn read_document(issuer: &str, body: &[u8]) -> Result<Endpoints, Failure> {
     // The same rule as for the setting; and from https nothing leads back to http.
     let must_be_https = issuer.starts_with("https://");
     let allowed = |url: String| match protected_url(&url) {
-        Ok(parsed) if parsed.scheme() == "https" || !must_be_https => Ok(url),
+        Ok(parsed) if parsed.scheme() == "https" || !must_be_https => Ok(String::from(parsed)),
         _ => Err(bad("names an endpoint that is not https")),
     };
     let supported = document.token_endpoint_auth_methods_supported;

@@ -1,8 +1,8 @@
 //! Which providers there are. One without settings does not exist; one with half of its settings is a problem.
 
-use shared::config::Problems;
+use shared::config::{Problems, is_loopback};
 use thiserror::Error;
-use url::{Host, Url};
+use url::Url;
 
 /// What a provider knows us by.
 #[derive(Clone)]
@@ -49,14 +49,6 @@ pub fn protected_url(text: &str) -> Result<Url, NotAProviderUrl> {
     }
 }
 
-fn is_loopback(host: &Host<&str>) -> bool {
-    match host {
-        Host::Domain(name) => *name == "localhost" || name.ends_with(".localhost"),
-        Host::Ipv4(address) => address.is_loopback(),
-        Host::Ipv6(address) => address.is_loopback(),
-    }
-}
-
 impl ProviderSettings {
     /// `None`: it does not exist, or a problem was recorded.
     pub fn github(problems: &mut Problems, url: &str, api_url: &str, id: &str, secret: &str) -> Option<Self> {
@@ -65,7 +57,8 @@ impl ProviderSettings {
         }
         let registration = registration(problems, ["GITHUB_CLIENT_ID", "GITHUB_CLIENT_SECRET"], [id, secret]);
         let mut base = |name, text: &str| match provider_url(text) {
-            Ok(_) => Some(text.trim_end_matches('/').to_owned()),
+            // In one form, however it was written: it is compared, and accounts are kept by it.
+            Ok(url) => Some(url.as_str().trim_end_matches('/').to_owned()),
             Err(error) => {
                 problems.add(format!("{name} cannot be used: {error}"));
                 None
@@ -146,6 +139,11 @@ mod tests {
         assert_eq!(github(GITHUB_URL, GITHUB_API_URL, "id", "secret"), (true, String::new()));
         let enterprise = github("https://git.example/", "https://git.example/api/v3", "id", "secret");
         assert_eq!(enterprise, (true, String::new()));
+        assert_eq!(
+            github("https://GitHub.com:443/", GITHUB_API_URL, "id", "secret"),
+            (true, String::new()),
+            "it is the same server"
+        );
         assert!(github(GITHUB_URL, GITHUB_API_URL, "id", "").1.contains("GITHUB_CLIENT_SECRET is not set"));
         assert!(github(GITHUB_URL, GITHUB_API_URL, "", "x").1.contains("GITHUB_CLIENT_ID is not set"));
         assert!(github("https://git.example", GITHUB_API_URL, "id", "x").1.contains("both or neither"));
