@@ -187,10 +187,11 @@ pub async fn run(config: Config, listeners: Listeners, stop: CancellationToken) 
         metrics.clone(),
     );
     let origins = Arc::new(Origins::new(config.origin, config.allowed_origins));
-    let auth = Auth::new(config.keys, origins.clone(), config.lifetimes, used.clone());
+    let context = Context::new(database.clone(), publisher, tracer.clone());
+    let auth = Auth::new(config.keys, origins.clone(), config.lifetimes, used.clone(), context.clone());
     let api = Arc::new(Api {
-        context: Context::new(database.clone(), publisher, tracer.clone()),
-        auth: auth.with_foreign(foreign.clone(), database.clone()),
+        context,
+        auth: auth.with_foreign(foreign.clone()),
         limits: http::limits::Limits::new(limiter, &config.limits),
         foreign: foreign.clone(),
         dev_login: config.dev_login,

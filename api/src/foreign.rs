@@ -22,8 +22,9 @@ use thiserror::Error;
 use tokio_util::sync::CancellationToken;
 
 use crate::{
+    commands::{Context, log_in::provision},
     domain::user::Profile,
-    store::{Database, StoreError, identities},
+    store::{StoreError, identities},
 };
 
 /// Subjects that are remembered, at some 200 bytes each.
@@ -125,20 +126,16 @@ impl Foreign {
     }
 
     /// Who this is here, made if need be.
-    pub async fn user_of(&self, database: &Database, identity: &Identity) -> Result<UserId, ForeignError> {
+    pub async fn user_of(&self, context: &Context, identity: &Identity) -> Result<UserId, ForeignError> {
         match self.users.get(&identity.subject) {
             Some(user) => Ok(user),
-            None => Ok(self.users_of(database, std::slice::from_ref(identity)).await?[0]),
+            None => Ok(self.users_of(context, std::slice::from_ref(identity)).await?[0]),
         }
     }
 
     /// Who these are here, in their order; those who are not there yet are made. Names and pictures are the issuer's wish: a
     /// name is for a new user only, a picture is taken over when there is one. Subjects come from tokens that were checked.
-    pub async fn users_of(
-        &self,
-        database: &Database,
-        asked: &[Identity],
-    ) -> Result<Vec<UserId>, ForeignError> {
+    pub async fn users_of(&self, context: &Context, asked: &[Identity]) -> Result<Vec<UserId>, ForeignError> {
         let issuer = &self.issuer.issuer;
         let mut profiles = Vec::with_capacity(asked.len());
         for Identity { subject, username, picture } in asked {
@@ -147,7 +144,8 @@ impl Foreign {
             profiles.push(profile.ok_or(ForeignError::Subject)?);
         }
         let subjects: Vec<_> = asked.iter().map(|identity| identity.subject.clone()).collect();
-        let known = database.run(async |connection| identities::known(connection, issuer, &subjects).await);
+        let known = async |connection: &mut _| identities::known(connection, issuer, &subjects).await;
+        let known = context.database.run(known);
         let known: HashMap<_, _> =
             known.await?.into_iter().map(|known| (known.subject.clone(), known)).collect();
         let mut users = Vec::with_capacity(asked.len());
@@ -157,13 +155,11 @@ impl Foreign {
                     known.user
                 }
                 _ => {
-                    let provision =
-                        async |connection: &mut _| identities::provision(connection, &profile).await;
-                    let (user, made) = database.run(provision).await?;
-                    if made {
-                        tracing::info!(user.id = %user, %issuer, "a user came with a foreign token");
+                    let arrived = provision(context, profile.clone()).await?;
+                    if arrived.created {
+                        tracing::info!(user.id = %arrived.user, %issuer, "a user came with a foreign token");
                     }
-                    user
+                    arrived.user
                 }
             };
             self.users.insert(profile.subject, user);

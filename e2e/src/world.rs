@@ -15,6 +15,7 @@ use serde_json::{Value, json};
 use shared::{
     channels::Channels,
     claims::{Audience, Claims, SigningKeys},
+    cookies::Cookies,
     ids::{ConversationId, UserId},
     test_support::{
         http::{Answer, Client},
@@ -245,9 +246,15 @@ impl World {
                 iss: self.origin.clone(),
                 session_exp: None,
             });
-            User { id: user.into(), name, cookie: format!("session={token}"), token }
+            User { id: user.into(), name, cookie: self.cookie(&token), token }
         };
         rows.into_iter().map(sign).collect()
+    }
+
+    /// The session cookie with this token, as browsers send it to this world.
+    pub fn cookie(&self, token: &str) -> String {
+        let origin = self.origin.parse().expect("the world's own origin");
+        format!("{}={token}", Cookies::new(&origin).session())
     }
 
     /// Another session of somebody who exists.

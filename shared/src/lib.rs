@@ -1,5 +1,5 @@
 //! What `api` and `stream-gateway` must agree on, and no product rules: typed ids, the feed's cursor and envelope, the
-//! internal protocol, tokens, Redis names, whose pages may ask; and the plumbing both run on: settings, logs, the accept loop, the operators'
+//! internal protocol, tokens, cookies, Redis names, whose pages may ask; and the plumbing both run on: settings, logs, the accept loop, the operators'
 //! listener, the end of a process.
 
 pub mod bus;
@@ -7,6 +7,7 @@ pub mod channels;
 pub mod claims;
 pub mod client_address;
 pub mod config;
+pub mod cookies;
 pub mod cursor;
 pub mod ended;
 pub mod event;

@@ -3,6 +3,7 @@
 //! same.
 
 use http::{HeaderMap, HeaderValue, Method, header};
+use thiserror::Error;
 
 use crate::config::Origin;
 
@@ -15,6 +16,30 @@ pub const EXPOSED_HEADERS: &str = "Stream-Cursor, X-Request-Id, Retry-After, Ide
 const MAX_AGE: &str = "600";
 
 const SEC_FETCH_SITE: &str = "sec-fetch-site";
+
+/// Of an origin from outside, as many bytes as are repeated: the longest host fits.
+const REPEATED: usize = 300;
+
+/// Why a request is refused that has a good cookie. The answer is 403 with this sentence.
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+pub enum OriginNotAllowed {
+    #[error("Origin {0} is not allowed; add it to ALLOWED_ORIGINS")]
+    NotListed(String),
+    /// It has no form that could be listed: `null`, of a sandboxed frame or a file, is one.
+    #[error("Origin {0} is not allowed; send a bearer token instead of the cookie")]
+    NoOrigin(String),
+    #[error("Two Origin headers are not allowed")]
+    Repeated,
+    #[error(
+        "Origin is missing; a change by cookie needs Origin or Sec-Fetch-Site: same-origin, a bearer token needs neither"
+    )]
+    Missing,
+}
+
+impl OriginNotAllowed {
+    /// Its stable code, in both services.
+    pub const CODE: &str = "origin_not_allowed";
+}
 
 #[derive(Debug, Clone)]
 pub struct Origins {
@@ -44,13 +69,21 @@ impl Origins {
     ///
     /// To read, it is enough that no other page is named: without CORS it could not see the answer. To change something takes
     /// the name of a page of ours; a browser that leaves out `Origin` must say that the page is from where the request goes.
-    pub fn may_use_cookie(&self, method: &Method, headers: &HeaderMap) -> bool {
-        if headers.contains_key(header::ORIGIN) {
-            return self.named(headers).is_some();
-        }
+    pub fn check_cookie(&self, method: &Method, headers: &HeaderMap) -> Result<(), OriginNotAllowed> {
+        let mut origins = headers.get_all(header::ORIGIN).iter();
         let mut sites = headers.get_all(SEC_FETCH_SITE).iter();
-        matches!(*method, Method::GET | Method::HEAD)
-            || sites.next().is_some_and(|site| site == "same-origin") && sites.next().is_none()
+        match (origins.next(), origins.next()) {
+            (Some(_), None) if self.named(headers).is_some() => Ok(()),
+            (Some(origin), None) => Err(not_allowed(origin)),
+            (_, Some(_)) => Err(OriginNotAllowed::Repeated),
+            (None, None) if matches!(*method, Method::GET | Method::HEAD) => Ok(()),
+            (None, None)
+                if sites.next().is_some_and(|site| site == "same-origin") && sites.next().is_none() =>
+            {
+                Ok(())
+            }
+            (None, None) => Err(OriginNotAllowed::Missing),
+        }
     }
 
     /// To an answer for such a page, of any status: that the page may read it. To any answer: that it depends on the page.
@@ -78,6 +111,19 @@ impl Origins {
         }
         answer
     }
+}
+
+fn not_allowed(origin: &HeaderValue) -> OriginNotAllowed {
+    let text = String::from_utf8_lossy(origin.as_bytes());
+    // What is not in the form that browsers send would not match when listed.
+    if text.len() <= REPEATED && text.parse::<Origin>().is_ok_and(|origin| origin.as_str() == text) {
+        return OriginNotAllowed::NotListed(text.into());
+    }
+    let (shown, more) = match origin.as_bytes().split_at_checked(REPEATED) {
+        Some((shown, rest)) if !rest.is_empty() => (shown, "…"),
+        _ => (origin.as_bytes(), ""),
+    };
+    OriginNotAllowed::NoOrigin(format!("{}{more}", shown.escape_ascii()))
 }
 
 /// A browser asks whether a page may send what it wants to. Any other OPTIONS is a method like others.
@@ -163,8 +209,36 @@ mod tests {
                 (Method::PUT, changes),
                 (Method::DELETE, changes),
             ] {
-                assert_eq!(origins().may_use_cookie(&method, &headers), expected, "{method} {pairs:?}");
+                assert_eq!(origins().check_cookie(&method, &headers).is_ok(), expected, "{method} {pairs:?}");
             }
         }
+    }
+
+    #[test]
+    fn a_refusal_names_the_origin_and_what_to_do() {
+        let told = |values: &[&[u8]]| {
+            let mut headers = HeaderMap::new();
+            for value in values {
+                headers.append(header::ORIGIN, HeaderValue::from_bytes(value).unwrap());
+            }
+            origins().check_cookie(&Method::POST, &headers).unwrap_err().to_string()
+        };
+        assert_eq!(
+            told(&[b"http://localhost:5173"]),
+            "Origin http://localhost:5173 is not allowed; add it to ALLOWED_ORIGINS"
+        );
+        // A setting would not help: no browser writes these.
+        for (sent, shown) in [
+            (&b"null"[..], "null"),
+            (b"https://chat.example:443", "https://chat.example:443"),
+            (b"\"><b>\xff\\", r#"\"><b>\xff\\"#),
+        ] {
+            let instead = "send a bearer token instead of the cookie";
+            assert_eq!(told(&[sent]), format!("Origin {shown} is not allowed; {instead}"));
+        }
+        let long = format!("https://{}.example", "x".repeat(1_000));
+        assert!(told(&[long.as_bytes()]).len() < REPEATED + 100, "it is cut");
+        assert_eq!(told(&[b"https://chat.example", b"null"]), "Two Origin headers are not allowed");
+        assert!(told(&[]).starts_with("Origin is missing"));
     }
 }

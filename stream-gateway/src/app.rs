@@ -12,6 +12,7 @@ use std::{
 use anyhow::Context as _;
 use prometheus_client::registry::Registry;
 use shared::{
+    cookies::Cookies,
     ended::EndedSessions,
     explain,
     limiter::Limiter,
@@ -136,6 +137,7 @@ pub async fn run(config: Config, listeners: Listeners, stop: CancellationToken) 
         limits,
         ended: ended_sessions,
         metrics,
+        cookies: Cookies::new(&config.origin),
         origins: Origins::new(config.origin, config.allowed_origins),
         trusted_proxies: config.trusted_proxies,
         max_age: config.admission.max_age,

@@ -101,23 +101,25 @@ impl Keys {
         self.ring.follow(stop).await;
     }
 
-    /// Checks a token for the stream.
-    pub async fn verify(&self, token: &str) -> Result<Proof, Refused> {
+    /// The proofs of those tokens that are good for the stream: one at least. Newer keys are asked for only if none is.
+    pub async fn verify(&self, tokens: &[String]) -> Result<Vec<Proof>, Refused> {
         let trusted = match self.ring.current() {
             None if self.began.elapsed() < STARTING => self.ring.first_within(FIRST_KEYS_WITHIN).await,
             current => current,
         };
         let trusted = trusted.ok_or(Refused::NoKeys)?;
-        let refused = match trusted.verify(token) {
-            Err(refused @ (Refused::Token(TokenError::UnknownKey) | Refused::NoKeys)) => refused,
-            told => return told,
+        let (refused, unknown) = match trusted.verify_each(tokens) {
+            Err((refused @ (Refused::Token(TokenError::UnknownKey) | Refused::NoKeys), token)) => {
+                (refused, token)
+            }
+            told => return told.map_err(|(refused, _)| refused),
         };
         tracing::debug!(?refused, "asking api for newer keys");
         // Without a name it misses a key all the same.
-        let kid = foreign::kid_of(token).unwrap_or_default();
+        let kid = foreign::kid_of(unknown).unwrap_or_default();
         let newest = self.ring.ask_once(Some(&trusted), Some(&kid)).await;
         let trusted = self.ring.current().ok_or(Refused::NoKeys)?;
-        trusted.verify(token).map_err(|refused| match refused {
+        trusted.verify_each(tokens).map_err(|(refused, _)| match refused {
             Refused::Token(TokenError::UnknownKey) if !newest => Refused::NoKeys,
             refused => refused,
         })
@@ -125,6 +127,23 @@ impl Keys {
 }
 
 impl Trusted {
+    /// If none is good: why not, and of which token; of one that newer keys could make good, if there is such a one.
+    fn verify_each<'a>(&self, tokens: &'a [String]) -> Result<Vec<Proof>, (Refused, &'a str)> {
+        let mut proofs = Vec::new();
+        let mut refusal = (Refused::Token(TokenError::Invalid), "");
+        for token in tokens {
+            match self.verify(token) {
+                Ok(proof) => proofs.push(proof),
+                Err(refused @ (Refused::Token(TokenError::UnknownKey) | Refused::NoKeys)) => {
+                    refusal = (refused, token)
+                }
+                Err(refused) if refusal.1.is_empty() => refusal = (refused, token),
+                Err(_) => {}
+            }
+        }
+        if proofs.is_empty() { Err(refusal) } else { Ok(proofs) }
+    }
+
     fn verify(&self, token: &str) -> Result<Proof, Refused> {
         if let Some(foreign) = &self.foreign
             && foreign::issuer_of(token).is_some_and(|issuer| issuer == foreign.issuer)

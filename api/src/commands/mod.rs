@@ -45,13 +45,13 @@ impl Context {
     async fn commit<T>(
         &self,
         actor: Actor,
-        trace: Trace,
+        mut trace: Trace,
         change: impl AsyncFnOnce(&mut PgConnection, &Trace) -> sqlx::Result<T> + Clone,
     ) -> Result<T, StoreError> {
         let mut span = self.tracer.child(trace.context, "commit", SpanKind::Client);
         span.text("db.system.name", "postgresql");
         span.text("user.id", actor.user);
-        let trace = Trace { context: span.context().or(trace.context), ..trace };
+        trace.context = span.context().or(trace.context);
         let done = self.database.run(async |connection| change(connection, &trace).await).await;
         match &done {
             Ok(_) => {}

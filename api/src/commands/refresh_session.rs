@@ -2,18 +2,24 @@
 
 use std::time::Duration;
 
-use super::Actor;
+use super::{Actor, Context};
 use crate::store::{
-    Database, StoreError,
+    StoreError,
     sessions::{self, Session},
 };
 
 /// `None`: the session has ended, or there is none: a foreign token is renewed where it came from.
 pub async fn refresh_session(
-    database: &Database,
+    context: &Context,
     actor: Actor,
     lifetime: Duration,
 ) -> Result<Option<Session>, StoreError> {
     let Some(session) = actor.session else { return Ok(None) };
-    database.run(async |connection| sessions::slide(connection, session, actor.user, lifetime).await).await
+    let database = context.database.clone();
+    let work = async move {
+        database
+            .run(async |connection| sessions::slide(connection, session, actor.user, lifetime).await)
+            .await
+    };
+    context.to_its_end(work).await
 }

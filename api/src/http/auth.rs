@@ -1,43 +1,46 @@
 //! Who is calling: a token from the `Authorization` header, else from the session cookie; signed by us, and of a session
 //! that still lives. And where from: a cookie is sent by whatever page asks, so then the page must be ours.
+//!
+//! A session that was found to have ended is remembered in one place, whichever handler found it: [`Auth::answered`].
 
 use std::{sync::Arc, time::Duration};
 
 use chrono::{DateTime, Utc};
-use http::{HeaderMap, HeaderValue, header};
+use http::{HeaderMap, HeaderValue, StatusCode, header};
 use jsonwebtoken::jwk::JwkSet;
 use shared::{
     claims::{Audience, Claims, KeySet, SigningKeys},
+    cookies::{self, Cookies},
     cursor::Cursor,
     ended::EndedSessions,
     feed::Identity,
-    ids::UserId,
+    ids::{SessionId, UserId},
     origins::Origins,
 };
 
 use super::{error::ApiError, request::Inbound};
 use crate::{
-    commands::{Actor, CommandError},
+    commands::{Actor, Context},
     domain::user::User,
     foreign::Foreign,
     last_used::LastUsed,
     store::{
-        Database,
+        Database, Trace,
         sessions::{self, Session},
     },
 };
-
-const COOKIE: &str = "session";
 
 pub struct Auth {
     keys: SigningKeys,
     verifier: KeySet,
     origins: Arc<Origins>,
+    cookies: Cookies,
     lifetimes: Lifetimes,
     used: LastUsed,
     ended: EndedSessions,
-    /// Whose tokens are accepted besides our own, and where their users are.
-    foreign: Option<(Arc<Foreign>, Database)>,
+    context: Context,
+    /// Whose tokens are accepted besides our own.
+    foreign: Option<Arc<Foreign>>,
 }
 
 /// How long what we hand out is good.
@@ -74,14 +77,22 @@ pub(super) struct Token {
 }
 
 impl Auth {
-    pub fn new(keys: SigningKeys, origins: Arc<Origins>, lifetimes: Lifetimes, used: LastUsed) -> Self {
+    pub fn new(
+        keys: SigningKeys,
+        origins: Arc<Origins>,
+        lifetimes: Lifetimes,
+        used: LastUsed,
+        context: Context,
+    ) -> Self {
         let verifier = keys.verifier();
-        Self { keys, verifier, origins, lifetimes, used, ended: EndedSessions::default(), foreign: None }
+        let cookies = Cookies::new(origins.own());
+        let ended = EndedSessions::default();
+        Self { keys, verifier, origins, cookies, lifetimes, used, ended, context, foreign: None }
     }
 
     /// Accepts another issuer's tokens too.
-    pub fn with_foreign(self, foreign: Option<Arc<Foreign>>, database: Database) -> Self {
-        Self { foreign: foreign.map(|foreign| (foreign, database)), ..self }
+    pub fn with_foreign(self, foreign: Option<Arc<Foreign>>) -> Self {
+        Self { foreign, ..self }
     }
 
     /// Where the use of sessions is noted.
@@ -136,37 +147,64 @@ impl Auth {
     }
 
     pub(super) fn cookie(&self, token: &Token) -> HeaderValue {
-        let age = (token.expires_at - Utc::now()).num_seconds().max(0);
-        self.set_cookie(&token.text, age)
+        let age = (token.expires_at - Utc::now()).num_seconds();
+        self.cookies.set(self.cookies.session(), &token.text, age.try_into().unwrap_or(0))
     }
 
-    /// The browser forgets the cookie: it does so only if the attributes are the same.
+    /// The browser forgets the cookie.
     pub(super) fn no_cookie(&self) -> HeaderValue {
-        self.set_cookie("", 0)
-    }
-
-    fn set_cookie(&self, value: &str, age: i64) -> HeaderValue {
-        let secure = if self.origins.own().is_https() { "; Secure" } else { "" };
-        let cookie = format!("{COOKIE}={value}; Path=/; Max-Age={age}; HttpOnly; SameSite=Lax{secure}");
-        HeaderValue::from_str(&cookie).expect("a token is base64 and dots")
+        self.cookies.set(self.cookies.session(), "", 0)
     }
 
     /// What can be said of the caller without asking the database. A bad credential is not made up for by another one.
     pub(super) async fn credential(&self, inbound: &Inbound) -> Result<Credential, ApiError> {
-        let credential = self.read_credential(&inbound.headers).await?;
-        inbound.trace.note_user(credential.actor.user);
+        let credential = match bearer(&inbound.headers)? {
+            Some(token) => self.verify(token, false).await?,
+            None => self.cookie_credential(&inbound.headers).await?,
+        };
+        let Actor { user, session } = credential.actor;
+        if let Some(session) = session {
+            self.used.note(session);
+        }
+        inbound.trace.note_caller(user, session);
         Ok(credential)
     }
 
-    async fn read_credential(&self, headers: &HeaderMap) -> Result<Credential, ApiError> {
-        let (token, by_cookie) = match bearer(headers)? {
-            Some(token) => (token, false),
-            None => (cookie(headers, COOKIE).ok_or(ApiError::Unauthorized)?, true),
-        };
-        if let Some((foreign, database)) = self.foreign.as_ref().filter(|(foreign, _)| foreign.issued(token))
-        {
+    /// Beside our cookie may be others of its name, of other programs or of other times: the first good one counts.
+    async fn cookie_credential(&self, headers: &HeaderMap) -> Result<Credential, ApiError> {
+        let mut good = Vec::new();
+        let mut refusal = ApiError::Unauthorized;
+        for token in cookies::values(headers, self.cookies.session()) {
+            match self.verify(token, true).await {
+                Ok(credential) => good.push(credential),
+                Err(ApiError::Unauthorized) => {}
+                Err(cannot_be_told) => refusal = cannot_be_told,
+            }
+        }
+        match good[..] {
+            [] => Err(refusal),
+            [only] => Ok(only),
+            _ => self.first_live(&good).await,
+        }
+    }
+
+    /// Of several, which hardly ever are, one whose session lives. Of one it is asked later, as a part of what it is for.
+    async fn first_live(&self, credentials: &[Credential]) -> Result<Credential, ApiError> {
+        for credential in credentials {
+            let Actor { user, session } = credential.actor;
+            let live = async |connection: &mut _| sessions::is_live(connection, session, user).await;
+            if self.context.database.run(live).await? {
+                return Ok(*credential);
+            }
+            self.remember_ended(user, session);
+        }
+        Err(ApiError::Unauthorized)
+    }
+
+    async fn verify(&self, token: &str, by_cookie: bool) -> Result<Credential, ApiError> {
+        if let Some(foreign) = self.foreign.as_ref().filter(|foreign| foreign.issued(token)) {
             let claims = foreign.verify(token).await?;
-            let user = foreign.user_of(database, &Identity::from(&claims)).await?;
+            let user = foreign.user_of(&self.context, &Identity::from(&claims)).await?;
             let actor = Actor { user, session: None };
             return Ok(Credential { actor, by_cookie, expires_at: claims.exp });
         }
@@ -174,17 +212,11 @@ impl Auth {
             tracing::debug!(reason = %error, "token refused");
             ApiError::Unauthorized
         })?;
-        if let Some(session) = claims.sid {
-            if self.ended.contains(claims.sub, session) {
-                return Err(ApiError::Unauthorized);
-            }
-            self.used.note(session);
+        if claims.sid.is_some_and(|session| self.ended.contains(claims.sub, session)) {
+            return Err(ApiError::Unauthorized);
         }
-        Ok(Credential {
-            actor: Actor { user: claims.sub, session: claims.sid },
-            by_cookie,
-            expires_at: claims.exp,
-        })
+        let actor = Actor { user: claims.sub, session: claims.sid };
+        Ok(Credential { actor, by_cookie, expires_at: claims.exp })
     }
 
     /// 401, then 403: the whole question, in one query.
@@ -194,7 +226,7 @@ impl Auth {
         let found = database
             .run(async |connection| sessions::caller(connection, actor.session, actor.user).await)
             .await?;
-        let (user, cursor) = found.ok_or_else(|| self.has_ended(actor))?;
+        let (user, cursor) = found.ok_or(ApiError::Unauthorized)?;
         self.check_origin(credential, inbound)?;
         Ok(Caller { actor, user, cursor })
     }
@@ -213,36 +245,34 @@ impl Auth {
                 .run(async |connection| sessions::is_live(connection, actor.session, actor.user).await)
                 .await?;
             if !live {
-                return Err(self.has_ended(actor));
+                return Err(ApiError::Unauthorized);
             }
         }
         input
     }
 
-    /// What a command says, whose own statement may have found that the session has ended.
-    pub(super) fn told<T, R: std::error::Error>(
-        &self,
-        credential: Credential,
-        outcome: Result<T, CommandError<R>>,
-    ) -> Result<T, CommandError<R>> {
-        if matches!(outcome, Err(CommandError::NoSession)) {
-            let _ = self.has_ended(credential.actor);
+    /// Sees every answer. A caller whose token was good and who is 401 all the same has a session that has ended: from now on
+    /// its token is refused before anything is counted, or whoever still has it could use up the limits of its user.
+    pub(super) fn answered(&self, trace: &Trace, status: StatusCode) {
+        if let Some((user, session)) = trace.caller()
+            && status == StatusCode::UNAUTHORIZED
+        {
+            self.remember_ended(user, session);
         }
-        outcome
     }
 
-    /// 401, and from now on at once: or else whoever still has the token could use up the limits of its user.
-    fn has_ended(&self, actor: Actor) -> ApiError {
-        if let Some(session) = actor.session {
-            self.ended.note(actor.user, session);
+    fn remember_ended(&self, user: UserId, session: Option<SessionId>) {
+        if let Some(session) = session {
+            self.ended.note(user, session);
         }
-        ApiError::Unauthorized
     }
 
     /// 403: a cookie proves who sends, not who meant it.
     pub(super) fn check_origin(&self, credential: Credential, inbound: &Inbound) -> Result<(), ApiError> {
-        let meant = !credential.by_cookie || self.origins.may_use_cookie(&inbound.method, &inbound.headers);
-        if meant { Ok(()) } else { Err(ApiError::ForeignOrigin) }
+        if credential.by_cookie {
+            self.origins.check_cookie(&inbound.method, &inbound.headers)?;
+        }
+        Ok(())
     }
 }
 
@@ -257,17 +287,6 @@ fn bearer(headers: &HeaderMap) -> Result<Option<&str>, ApiError> {
         return Err(ApiError::Unauthorized);
     }
     Ok(Some(token.trim()))
-}
-
-/// The value of the first cookie of this name.
-pub(super) fn cookie<'a>(headers: &'a HeaderMap, name: &str) -> Option<&'a str> {
-    headers
-        .get_all(header::COOKIE)
-        .iter()
-        // As bytes, because another program's cookie beside ours may be no text.
-        .flat_map(|value| value.as_bytes().split(|b| *b == b';'))
-        .filter_map(|pair| std::str::from_utf8(pair).ok())
-        .find_map(|pair| pair.trim().strip_prefix(name)?.strip_prefix('='))
 }
 
 #[cfg(test)]
@@ -290,20 +309,6 @@ mod tests {
         assert_eq!(bearer_of(&["bEARER  a.b.c"]), Ok(Some("a.b.c".into())));
         for bad in [&["Basic a"][..], &["Bearer"], &[""], &["a.b.c"], &["Bearer a", "Bearer b"]] {
             assert_eq!(bearer_of(bad), Err(()), "{bad:?}");
-        }
-    }
-
-    #[test]
-    fn the_session_cookie_is_found_among_others() {
-        let cookie_of = |values: &[&str]| cookie(&headers(header::COOKIE, values), COOKIE).map(str::to_owned);
-        assert_eq!(cookie_of(&["a=b; session=x.y.z; c=d"]), Some("x.y.z".into()));
-        assert_eq!(cookie_of(&["a=b", "session=x"]), Some("x".into()));
-        let mut beside_noise = HeaderMap::new();
-        let noise = HeaderValue::from_bytes(b"a=\xff; session=x").unwrap();
-        beside_noise.insert(header::COOKIE, noise);
-        assert_eq!(cookie(&beside_noise, COOKIE), Some("x"));
-        for none in [&[][..], &["sessions=x"], &["mysession=x"], &["session"]] {
-            assert_eq!(cookie_of(none), None, "{none:?}");
         }
     }
 }

@@ -67,8 +67,7 @@ async fn post_conversation(mut inbound: Inbound, api: Arc<Api>) -> Answer {
     };
     let input = input.await;
     let username = api.auth.or_unauthorized(&api.context.database, credential, input).await?;
-    let started = start_conversation(&api.context, credential.actor, username, inbound.trace).await;
-    match api.auth.told(credential, started)? {
+    match start_conversation(&api.context, credential.actor, username, inbound.trace).await? {
         Outcome::Created(id, seen) => {
             let mut response = json(StatusCode::CREATED, &seen);
             response.headers_mut().insert(header::LOCATION, location(id));

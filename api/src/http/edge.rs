@@ -87,8 +87,7 @@ where
         let given = traceparent(request.headers());
         let mut traced = self.tracer.begin(given, "request", SpanKind::Server);
         let context = traced.context().or_else(|| self.tracer.pass_on(given));
-        let trace = Trace { request_id: request_id.clone(), context, user: Arc::default() };
-        let user = trace.user.clone();
+        let trace = Trace::new(request_id.clone(), context);
         let method = request.method().clone();
         let PeerAddr(peer) = *request.extensions().get().expect("the accept loop tells the peer's address");
         let client = self.proxies.client(peer, request.headers());
@@ -100,7 +99,7 @@ where
         if let Some(context) = traced.context() {
             span.record("trace.id", context.trace_id());
         }
-        request.extensions_mut().insert(trace);
+        request.extensions_mut().insert(trace.clone());
         request.extensions_mut().insert(ClientAddress(client));
         let answer = span.in_scope(|| self.routes.call(request));
         let metrics = self.metrics.clone();
@@ -116,7 +115,7 @@ where
             traced.text("http.route", route);
             traced.number("http.response.status_code", status.into());
             traced.text("request.id", &request_id);
-            if let Some(user) = user.get() {
+            if let Some((user, _)) = trace.caller() {
                 traced.text("user.id", user);
             }
             if status >= 500 {

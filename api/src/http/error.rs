@@ -1,7 +1,7 @@
 //! How a failure is answered. Nothing else knows that a failure has a status, a code and a sentence.
 
 use http::{HeaderValue, StatusCode, header};
-use shared::{limiter::Over, problem::Problem};
+use shared::{limiter::Over, origins::OriginNotAllowed, problem::Problem};
 use warp::reply::Response;
 
 use crate::{commands::CommandError, foreign::ForeignError, store::StoreError};
@@ -14,7 +14,7 @@ pub(super) enum ApiError {
     MethodNotAllowed(&'static str),
     ContentType,
     Unauthorized,
-    ForeignOrigin,
+    OriginNotAllowed(OriginNotAllowed),
     /// Code and sentence.
     Forbidden(&'static str, &'static str),
     RateLimited(Over),
@@ -51,7 +51,7 @@ impl ApiError {
                 "Content type of application/json required".into(),
             ),
             Self::Unauthorized => (StatusCode::UNAUTHORIZED, "unauthorized", "Unauthorized".into()),
-            Self::ForeignOrigin => (StatusCode::FORBIDDEN, "foreign_origin", "Origin not allowed".into()),
+            Self::OriginNotAllowed(why) => (StatusCode::FORBIDDEN, OriginNotAllowed::CODE, why.to_string()),
             Self::Forbidden(code, sentence) => (StatusCode::FORBIDDEN, *code, (*sentence).to_owned()),
             Self::RateLimited(over) => (
                 StatusCode::TOO_MANY_REQUESTS,
@@ -109,6 +109,12 @@ impl ApiError {
 impl From<Over> for ApiError {
     fn from(over: Over) -> Self {
         Self::RateLimited(over)
+    }
+}
+
+impl From<OriginNotAllowed> for ApiError {
+    fn from(why: OriginNotAllowed) -> Self {
+        Self::OriginNotAllowed(why)
     }
 }
 

@@ -90,7 +90,7 @@ async fn post_identity(mut inbound: Inbound, api: Arc<Api>) -> Answer {
     let asked: IdentityRequest = inbound.json(IDENTITIES_LIMIT).await?;
     require_few(asked.identities.len())?;
     let foreign = api.foreign.as_ref().ok_or(ApiError::NOT_FOUND)?;
-    let users = foreign.users_of(&api.context.database, &asked.identities).await?;
+    let users = foreign.users_of(&api.context, &asked.identities).await?;
     Ok(json(StatusCode::OK, &IdentityAnswer { users }))
 }
 

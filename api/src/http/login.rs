@@ -72,8 +72,7 @@ async fn post_login(mut inbound: Inbound, api: Arc<Api>) -> Answer {
     let body: LoginBody = inbound.json(BODY_LIMIT).await?;
     let username = body.username.filter(|name| may_be_a_name(name)).ok_or(ApiError::NO_USER)?;
     api.limits.login_as(&name::key(&username)).await?;
-    let device = inbound.device();
-    let (user, session) = log_in_by_name(&api.context.database, &username, &device, api.auth.lifetime())
+    let (user, session) = log_in_by_name(&api.context, username, inbound.device(), api.auth.lifetime())
         .await?
         .ok_or(ApiError::NO_USER)?;
     tracing::info!(user.id = %user.id, session.id = %session.id, "logged in by name");
@@ -92,7 +91,7 @@ async fn post_refresh_token(inbound: Inbound, api: Arc<Api>) -> Answer {
     let credential = api.auth.credential(&inbound).await?;
     let allowed = api.auth.check_origin(credential, &inbound);
     api.auth.or_unauthorized(database, credential, allowed).await?;
-    let session = refresh_session(database, credential.actor, api.auth.lifetime())
+    let session = refresh_session(&api.context, credential.actor, api.auth.lifetime())
         .await?
         .ok_or(ApiError::Unauthorized)?;
     let token = api.auth.issue(credential.actor.user, session);

@@ -52,8 +52,8 @@ async fn post_in_conversation(id: InPath, mut inbound: Inbound, api: Arc<Api>) -
     let credential = api.auth.credential(&inbound).await?;
     let input = read_draft(id, &api, credential, &mut inbound).await;
     let draft = api.auth.or_unauthorized(&api.context.database, credential, input).await?;
-    let sent = post_message(&api.context, credential.actor, draft, inbound.trace).await;
-    let Sent { message, replayed } = api.auth.told(credential, sent)?;
+    let Sent { message, replayed } =
+        post_message(&api.context, credential.actor, draft, inbound.trace).await?;
     let mut response = json(StatusCode::CREATED, &message);
     if replayed {
         response.headers_mut().insert("idempotent-replayed", HeaderValue::from_static("true"));

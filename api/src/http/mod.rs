@@ -30,7 +30,7 @@ use warp::{Filter, filters::BoxedFilter, reply::Response};
 pub use cors::Cors;
 pub use edge::Edge;
 
-use crate::{commands::Context, foreign::Foreign};
+use crate::{commands::Context, foreign::Foreign, store::Trace};
 use auth::Auth;
 use error::ApiError;
 use limits::Limits;
@@ -55,38 +55,38 @@ type Resource = BoxedFilter<(Answer,)>;
 /// The listener that clients reach.
 pub fn public(api: &Arc<Api>) -> BoxedFilter<(Response,)> {
     one_of([
-        at("/api/login", login::login(api)),
-        at("/api/login_options", login::login_options(api)),
-        at("/api/oauth/exchange", oauth::exchange(api)),
-        at("/api/oauth/{provider}", oauth::start(api)),
-        at("/api/oauth/{provider}/callback", oauth::callback(api)),
-        at("/api/refresh_token", login::refresh_token(api)),
-        at("/api/logout", sessions::logout(api)),
-        at("/api/sessions", sessions::sessions(api)),
-        at("/api/sessions/{id}", sessions::session(api)),
-        at("/api/stream_token", sessions::stream_token(api)),
-        at("/api/auth_user", users::auth_user(api)),
-        at("/api/usernames", users::usernames(api)),
-        at("/api/blocks/{id}", blocks::block(api)),
-        at("/api/conversations", conversations::conversations(api)),
-        at("/api/conversations/{id}", conversations::conversation(api)),
-        at("/api/conversations/{id}/other_participant", conversations::other_participant(api)),
-        at("/api/conversations/{id}/messages", messages::messages(api)),
-        at("/api/conversations/{id}/read_messages", messages::read_messages(api)),
-        at(openapi::PATH, openapi::openapi()),
-        at(feed::JWKS_PATH, login::jwks(api)),
-        at("web", web::web()),
+        at(api, "/api/login", login::login(api)),
+        at(api, "/api/login_options", login::login_options(api)),
+        at(api, "/api/oauth/exchange", oauth::exchange(api)),
+        at(api, "/api/oauth/{provider}", oauth::start(api)),
+        at(api, "/api/oauth/{provider}/callback", oauth::callback(api)),
+        at(api, "/api/refresh_token", login::refresh_token(api)),
+        at(api, "/api/logout", sessions::logout(api)),
+        at(api, "/api/sessions", sessions::sessions(api)),
+        at(api, "/api/sessions/{id}", sessions::session(api)),
+        at(api, "/api/stream_token", sessions::stream_token(api)),
+        at(api, "/api/auth_user", users::auth_user(api)),
+        at(api, "/api/usernames", users::usernames(api)),
+        at(api, "/api/blocks/{id}", blocks::block(api)),
+        at(api, "/api/conversations", conversations::conversations(api)),
+        at(api, "/api/conversations/{id}", conversations::conversation(api)),
+        at(api, "/api/conversations/{id}/other_participant", conversations::other_participant(api)),
+        at(api, "/api/conversations/{id}/messages", messages::messages(api)),
+        at(api, "/api/conversations/{id}/read_messages", messages::read_messages(api)),
+        at(api, openapi::PATH, openapi::openapi()),
+        at(api, feed::JWKS_PATH, login::jwks(api)),
+        at(api, "web", web::web()),
     ])
 }
 
 /// The listener that gateways ask.
 pub fn internal(api: &Arc<Api>) -> BoxedFilter<(Response,)> {
     one_of([
-        at(feed::HEADS_PATH, internal::heads(api)),
-        at(feed::RANGES_PATH, internal::ranges(api)),
-        at(feed::KEYS_PATH, internal::keys(api)),
-        at(feed::IDENTITY_PATH, internal::identity(api)),
-        at(feed::JWKS_PATH, login::jwks(api)),
+        at(api, feed::HEADS_PATH, internal::heads(api)),
+        at(api, feed::RANGES_PATH, internal::ranges(api)),
+        at(api, feed::KEYS_PATH, internal::keys(api)),
+        at(api, feed::IDENTITY_PATH, internal::identity(api)),
+        at(api, feed::JWKS_PATH, login::jwks(api)),
     ])
 }
 
@@ -99,10 +99,14 @@ fn one_of<const N: usize>(routes: [BoxedFilter<(Response,)>; N]) -> BoxedFilter<
 #[derive(Debug, Clone, Copy)]
 struct Label(&'static str);
 
-fn at(label: &'static str, resource: Resource) -> BoxedFilter<(Response,)> {
+/// Around every handler, so that what must follow from each answer is nobody's to forget.
+fn at(api: &Arc<Api>, label: &'static str, resource: Resource) -> BoxedFilter<(Response,)> {
+    let api = api.clone();
     resource
-        .map(move |answer: Answer| {
+        .and(warp::ext::get::<Trace>())
+        .map(move |answer: Answer, trace: Trace| {
             let mut response = answer.unwrap_or_else(ApiError::into_response);
+            api.auth.answered(&trace, response.status());
             response.extensions_mut().insert(Label(label));
             response
         })

@@ -7,17 +7,18 @@
 //! callback gives is tied to a cookie of the same answer, so that a link with an attacker's code does nothing in another
 //! browser. And fetching needs a JSON body, which no foreign page can send without being asked about its origin first.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
-use http::{HeaderValue, StatusCode, header};
+use http::{HeaderMap, HeaderValue, StatusCode, header};
 use serde::Deserialize;
-use shared::config::Origin;
+use shared::{
+    config::Origin,
+    cookies::{self, Cookies},
+};
 use warp::{Filter, filters::BoxedFilter, reply::Response};
 
 use super::{
-    Answer, Api, Resource,
-    auth::cookie,
-    empty,
+    Answer, Api, Resource, empty,
     error::ApiError,
     login::token_answer,
     otherwise, read,
@@ -25,27 +26,33 @@ use super::{
     with,
 };
 use crate::{
-    commands::log_in::{self, Arrived, arrive, log_in_by_code, log_in_by_profile},
+    commands::log_in::{self, Halves, arrive, log_in_by_code, log_in_by_profile},
     domain::user::Profile,
     metrics::Metrics,
     oauth::{
         Failure, Provider, Returned,
         attempt::{self, Seal},
     },
-    store::StoreError,
+    store::{StoreError, identities::Arrived},
 };
 
-/// What a browser carries to the provider and back.
-const STATE_COOKIE: &str = "oauth_state";
-const STATE_PATH: &str = "/api/oauth";
-/// What it carries from the callback to the exchange.
-const BINDING_COOKIE: &str = "oauth_binding";
-const BINDING_PATH: &str = "/api/oauth/exchange";
+/// What a browser carries to the provider and back, a cookie for each attempt; and what it carries from the callback to the
+/// exchange, one for each code. The names go on with the beginning of the `state` or the code that it goes with: so logins
+/// in several tabs do not get in each other's way.
+const ATTEMPT: &str = "login_";
+const BINDING: &str = "code_";
+/// So much of a secret of 256 bits is no secret.
+const TELLS_APART: usize = 8;
+/// Of each kind that a browser carries at once. The oldest give way: they were left behind.
+const CARRIED: usize = 4;
+/// Cookies that one answer takes back, at most.
+const TAKEN_BACK: usize = 16;
 
 /// What these routes work with.
 pub struct SignIn {
     providers: Vec<Arc<Provider>>,
     origin: Origin,
+    cookies: Cookies,
     seal: Seal,
     token_in_query: bool,
     metrics: Metrics,
@@ -59,7 +66,8 @@ impl SignIn {
         token_in_query: bool,
         metrics: Metrics,
     ) -> Self {
-        Self { providers, origin, seal: Seal::new(internal_secret), token_in_query, metrics }
+        let (cookies, seal) = (Cookies::new(&origin), Seal::new(internal_secret));
+        Self { providers, origin, cookies, seal, token_in_query, metrics }
     }
 
     /// Of the providers that are configured.
@@ -94,11 +102,41 @@ impl SignIn {
         self.to_page(&[("error", code)])
     }
 
-    fn cookie(&self, name: &str, value: &str, path: &str, age: u64) -> HeaderValue {
-        // Lax, not Strict: a browser comes back from the provider by a link of another site.
-        let secure = if self.origin.is_https() { "; Secure" } else { "" };
-        let cookie = format!("{name}={value}; Path={path}; Max-Age={age}; HttpOnly; SameSite=Lax{secure}");
-        HeaderValue::from_str(&cookie).expect("it is base64, dots and our own text")
+    /// The name of the cookie that goes with a secret. `None`: it is none of ours.
+    fn cookie_of(&self, kind: &str, secret: &str) -> Option<String> {
+        let tells = secret.get(..TELLS_APART)?;
+        let is_ours = tells.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_'));
+        is_ours.then(|| self.cookies.name(&format!("{kind}{tells}")))
+    }
+
+    /// What the browser carries of this kind for this secret.
+    fn carried<'a>(&self, headers: &'a HeaderMap, kind: &str, secret: &str) -> Vec<&'a str> {
+        self.cookie_of(kind, secret).map_or_else(Vec::new, |name| cookies::values(headers, &name))
+    }
+
+    /// Lets the browser that sent `headers` carry another one.
+    fn carry(
+        &self,
+        response: &mut Response,
+        headers: &HeaderMap,
+        kind: &str,
+        [secret, value]: [&str; 2],
+        age: Duration,
+    ) {
+        let name = self.cookie_of(kind, secret).expect("our secrets are base64");
+        let carried = cookies::names(headers, &self.cookies.name(kind));
+        let too_many = (carried.len() + 1).saturating_sub(CARRIED).min(TAKEN_BACK);
+        let taken_back = carried[..too_many].iter().map(|name| self.cookies.set(name, "", 0));
+        for cookie in taken_back.chain([self.cookies.set(&name, value, age.as_secs())]) {
+            response.headers_mut().append(header::SET_COOKIE, cookie);
+        }
+    }
+
+    /// The login is over, one way or the other.
+    fn take_back(&self, response: &mut Response, kind: &str, secret: &str) {
+        if let Some(name) = self.cookie_of(kind, secret) {
+            response.headers_mut().append(header::SET_COOKIE, self.cookies.set(&name, "", 0));
+        }
     }
 }
 
@@ -135,10 +173,9 @@ async fn get_start(provider: Arc<Provider>, inbound: Inbound, api: Arc<Api>) -> 
         Err(failure) => return Ok(sign_in.failed(provider.name(), &failure)),
     };
     sign_in.metrics.sign_in(provider.name(), "begun");
-    let sealed = sign_in.seal.seal(&begun.attempt);
-    let cookie = sign_in.cookie(STATE_COOKIE, &sealed, STATE_PATH, attempt::LIFETIME.as_secs());
+    let attempt = [&*begun.attempt.state, &*sign_in.seal.seal(&begun.attempt)];
     let mut response = redirect(&begun.url);
-    response.headers_mut().append(header::SET_COOKIE, cookie);
+    sign_in.carry(&mut response, &inbound.headers, ATTEMPT, attempt, attempt::LIFETIME);
     Ok(response)
 }
 
@@ -157,15 +194,17 @@ async fn get_callback(provider: Arc<Provider>, inbound: Inbound, api: Arc<Api>) 
     // Nothing is used up by then: the same link is good a little later.
     api.limits.login(&inbound).await?;
     let sign_in = &api.sign_in;
-    let attempt = cookie(&inbound.headers, STATE_COOKIE).and_then(|sealed| sign_in.seal.open(sealed));
+    let state = inbound.query("state").unwrap_or_default();
+    let carried = sign_in.carried(&inbound.headers, ATTEMPT, &state);
+    let attempt = carried.into_iter().find_map(|sealed| sign_in.seal.open(sealed));
     let returned = Returned {
-        state: inbound.query("state"),
+        state: Some(state.clone()),
         code: inbound.query("code"),
         error: inbound.query("error"),
         iss: inbound.query("iss"),
     };
     let mut response = match provider.finish(attempt, returned).await {
-        Ok(profile) => match arrived(&api, provider.name(), profile, inbound.device()).await {
+        Ok(profile) => match arrived(&api, provider.name(), profile, &inbound).await {
             Ok(response) => response,
             Err(error) => sign_in.not_stored(provider.name(), error),
         },
@@ -173,8 +212,7 @@ async fn get_callback(provider: Arc<Provider>, inbound: Inbound, api: Arc<Api>) 
         Err(failure @ Failure::BadState(_)) => return Ok(sign_in.failed(provider.name(), &failure)),
         Err(failure) => sign_in.failed(provider.name(), &failure),
     };
-    let cleared = sign_in.cookie(STATE_COOKIE, "", STATE_PATH, 0);
-    response.headers_mut().append(header::SET_COOKIE, cleared);
+    sign_in.take_back(&mut response, ATTEMPT, &state);
     Ok(response)
 }
 
@@ -182,22 +220,22 @@ async fn arrived(
     api: &Api,
     provider: &'static str,
     profile: Profile,
-    device: String,
+    inbound: &Inbound,
 ) -> Result<Response, StoreError> {
-    let (sign_in, database) = (&api.sign_in, &api.context.database);
+    let (sign_in, context) = (&api.sign_in, &api.context);
     let (Arrived { user, created }, response) = if sign_in.token_in_query {
-        let (arrived, session) = log_in_by_profile(database, profile, &device, api.auth.lifetime()).await?;
+        let (arrived, session) =
+            log_in_by_profile(context, profile, inbound.device(), api.auth.lifetime()).await?;
         let token = api.auth.issue(arrived.user, session);
         let expires_at = shared::event::rfc3339(token.expires_at);
         let mut response = sign_in.to_page(&[("token", &token.text), ("expires_at", &expires_at)]);
         response.headers_mut().append(header::SET_COOKIE, api.auth.cookie(&token));
         (arrived, response)
     } else {
-        let (arrived, halves) = arrive(database, profile).await?;
-        let age = log_in::CODE_LIFETIME.as_secs();
-        let binding = sign_in.cookie(BINDING_COOKIE, &halves.binding, BINDING_PATH, age);
-        let mut response = sign_in.to_page(&[("code", &halves.code)]);
-        response.headers_mut().append(header::SET_COOKIE, binding);
+        let (arrived, Halves { code, binding }) = arrive(context, profile).await?;
+        let mut response = sign_in.to_page(&[("code", &code)]);
+        let halves = [&*code, &*binding];
+        sign_in.carry(&mut response, &inbound.headers, BINDING, halves, log_in::CODE_LIFETIME);
         (arrived, response)
     };
     tracing::info!(user.id = %user, provider, created, "logged in at a provider");
@@ -221,17 +259,19 @@ async fn post_exchange(mut inbound: Inbound, api: Arc<Api>) -> Answer {
     api.limits.login(&inbound).await?;
     let body: ExchangeBody = inbound.json(BODY_LIMIT).await?;
     let code = body.code.unwrap_or_default();
+    let bindings = api.sign_in.carried(&inbound.headers, BINDING, &code);
     // Without the cookie this is not the browser that came back from the provider, whoever sent it here.
-    let binding = cookie(&inbound.headers, BINDING_COOKIE).ok_or(ApiError::Unauthorized)?;
-    let device = inbound.device();
-    let (user, session) = log_in_by_code(&api.context.database, &code, binding, &device, api.auth.lifetime())
+    if bindings.is_empty() {
+        return Err(ApiError::Unauthorized);
+    }
+    let lifetime = api.auth.lifetime();
+    let (user, session) = log_in_by_code(&api.context, &code, &bindings, inbound.device(), lifetime)
         .await?
         .ok_or(ApiError::Unauthorized)?;
     tracing::info!(user.id = %user.id, session.id = %session.id, "logged in by a code");
     let token = api.auth.issue(user.id, session);
     let mut response = token_answer(&api, Some(&user), &token);
-    let cleared = api.sign_in.cookie(BINDING_COOKIE, "", BINDING_PATH, 0);
-    response.headers_mut().append(header::SET_COOKIE, cleared);
+    api.sign_in.take_back(&mut response, BINDING, &code);
     Ok(response)
 }
 

@@ -2,66 +2,125 @@
 
 use std::time::Duration;
 
-use shared::ids::UserId;
+use shared::ids::{SessionId, UserId};
 use sqlx::PgConnection;
 
+use super::sessions::Session;
 use crate::domain::user::{Profile, User};
 
 /// SHA-256 of something that was given out once.
 pub type Hash = [u8; 32];
 
-/// The user of this profile, who is made at the first login. `true`: just now.
-pub async fn provision(connection: &mut PgConnection, profile: &Profile) -> sqlx::Result<(UserId, bool)> {
-    let row = sqlx::query!(
-        r#"SELECT user_id AS "user_id!", created AS "created!" FROM provision_user($1, $2, $3, $4)"#,
+/// Somebody whom an issuer or a provider vouches for.
+#[derive(Debug, Clone, Copy)]
+pub struct Arrived {
+    pub user: UserId,
+    /// For the first time: the user was made.
+    pub created: bool,
+}
+
+/// The user of this profile, who is made at the first login.
+pub async fn provision(connection: &mut PgConnection, profile: &Profile) -> sqlx::Result<Arrived> {
+    sqlx::query_as!(
+        Arrived,
+        r#"SELECT user_id AS "user!", created AS "created!" FROM provision_user($1, $2, $3, $4)"#,
         profile.issuer,
         profile.subject,
         profile.username,
         profile.avatar_url,
     )
     .fetch_one(connection)
-    .await?;
-    Ok((UserId(row.user_id), row.created))
+    .await
 }
 
-/// Keeps a login for whoever brings both halves back in time.
-pub async fn keep_code(
+/// The same, and keeps their login for whoever brings both halves back in time.
+pub async fn arrive(
     connection: &mut PgConnection,
+    profile: &Profile,
     code: &Hash,
     binding: &Hash,
-    user: UserId,
     lifetime: Duration,
-) -> sqlx::Result<()> {
-    sqlx::query!(
-        "INSERT INTO login_codes (code_hash, binding_hash, user_id, expires_at)
-         VALUES ($1, $2, $3, now() + make_interval(secs => $4))",
+) -> sqlx::Result<Arrived> {
+    sqlx::query_as!(
+        Arrived,
+        r#"WITH arrived AS MATERIALIZED (SELECT * FROM provision_user($1, $2, $3, $4)),
+                kept AS (
+                    INSERT INTO login_codes (code_hash, binding_hash, user_id, expires_at)
+                    SELECT $5, $6, user_id, now() + make_interval(secs => $7) FROM arrived
+                )
+           SELECT user_id AS "user!", created AS "created!" FROM arrived"#,
+        profile.issuer,
+        profile.subject,
+        profile.username,
+        profile.avatar_url,
         code,
         binding,
-        user.0,
         lifetime.as_secs_f64(),
     )
-    .execute(connection)
-    .await?;
-    Ok(())
+    .fetch_one(connection)
+    .await
 }
 
-/// Uses a code up, whichever replica is asked, and however many at once: one of them deletes the row. With another browser's
-/// binding it is left for the one whose it is.
+/// The same, and begins their session.
+pub async fn log_in(
+    connection: &mut PgConnection,
+    profile: &Profile,
+    device: &str,
+    lifetime: Duration,
+) -> sqlx::Result<(Arrived, Session)> {
+    let row = sqlx::query!(
+        r#"WITH arrived AS MATERIALIZED (SELECT * FROM provision_user($1, $2, $3, $4)),
+                started AS (
+                    INSERT INTO sessions (user_id, device, expires_at)
+                    SELECT user_id, $5, now() + make_interval(secs => $6) FROM arrived
+                    RETURNING id, expires_at
+                )
+           SELECT user_id AS "user_id!", created AS "created!", started.id, started.expires_at FROM arrived, started"#,
+        profile.issuer,
+        profile.subject,
+        profile.username,
+        profile.avatar_url,
+        device,
+        lifetime.as_secs_f64(),
+    )
+    .fetch_one(connection)
+    .await?;
+    let arrived = Arrived { user: UserId(row.user_id), created: row.created };
+    Ok((arrived, Session { id: SessionId(row.id), expires_at: row.expires_at }))
+}
+
+/// Uses a code up and begins its session, both or neither, whichever replica is asked, and however many at once: one of them
+/// deletes the row. With another browser's binding it is left for the one whose it is.
 pub async fn use_code(
     connection: &mut PgConnection,
     code: &Hash,
-    binding: &Hash,
-) -> sqlx::Result<Option<User>> {
-    sqlx::query_as!(
-        User,
-        "DELETE FROM login_codes AS c USING users AS u
-         WHERE c.code_hash = $1 AND c.binding_hash = $2 AND c.expires_at > now() AND u.id = c.user_id
-         RETURNING u.id, u.username, u.avatar_url",
+    bindings: &[Hash],
+    device: &str,
+    lifetime: Duration,
+) -> sqlx::Result<Option<(User, Session)>> {
+    let bindings: Vec<_> = bindings.iter().map(|binding| binding.to_vec()).collect();
+    let row = sqlx::query!(
+        "WITH used AS (
+             DELETE FROM login_codes AS c USING users AS u
+             WHERE c.code_hash = $1 AND c.binding_hash = ANY ($2) AND c.expires_at > now() AND u.id = c.user_id
+             RETURNING u.id, u.username, u.avatar_url
+         ), started AS (
+             INSERT INTO sessions (user_id, device, expires_at)
+             SELECT id, $3, now() + make_interval(secs => $4) FROM used
+             RETURNING id, expires_at
+         )
+         SELECT used.id AS user_id, username, avatar_url, started.id, started.expires_at FROM used, started",
         code,
-        binding,
+        &bindings,
+        device,
+        lifetime.as_secs_f64(),
     )
     .fetch_optional(connection)
-    .await
+    .await?;
+    Ok(row.map(|row| {
+        let user = User { id: UserId(row.user_id), username: row.username, avatar_url: row.avatar_url };
+        (user, Session { id: SessionId(row.id), expires_at: row.expires_at })
+    }))
 }
 
 /// Deletes up to `limit` codes that nobody fetched in time.

@@ -25,7 +25,7 @@ use prometheus_client::metrics::counter::Counter;
 use shared::{
     cursor::{Epoch, Seq},
     event::{self, Envelope},
-    ids::UserId,
+    ids::{SessionId, UserId},
     traces::TraceContext,
 };
 use sqlx::{PgConnection, postgres::PgConnectOptions};
@@ -142,16 +142,25 @@ pub struct Trace {
     pub request_id: String,
     /// What hangs below the request, in a trace, hangs below this.
     pub context: Option<TraceContext>,
-    /// Whose request it is, once that is known.
-    pub user: Arc<OnceLock<UserId>>,
+    /// Whose request it is, and of which session, once that is known.
+    caller: Arc<OnceLock<(UserId, Option<SessionId>)>>,
 }
 
 impl Trace {
+    /// Of a request whose caller is not known yet. Its clones learn it together.
+    pub fn new(request_id: String, context: Option<TraceContext>) -> Self {
+        Self { request_id, context, caller: Arc::default() }
+    }
+
     /// From now on the log's lines about the request, and its span, name its user.
-    pub fn note_user(&self, user: UserId) {
-        if self.user.set(user).is_ok() {
+    pub fn note_caller(&self, user: UserId, session: Option<SessionId>) {
+        if self.caller.set((user, session)).is_ok() {
             tracing::Span::current().record("user.id", tracing::field::display(user));
         }
+    }
+
+    pub fn caller(&self) -> Option<(UserId, Option<SessionId>)> {
+        self.caller.get().copied()
     }
 
     fn traceparent(&self) -> Option<String> {

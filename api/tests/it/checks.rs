@@ -5,7 +5,7 @@ use sqlx::PgPool;
 
 use crate::{
     raw,
-    support::{App, ORIGIN, assert_common_headers, assert_problem},
+    support::{App, FOREIGN_ORIGIN, ORIGIN, assert_common_headers, assert_problem},
 };
 
 /// Method, path, what `Allow` says.
@@ -141,13 +141,13 @@ async fn each_check_goes_before_the_next(pool: PgPool) {
             for token in ["bad", &revoked.token, &gone.token] {
                 let answer = post("application/json", body, &[("authorization", &bearer(token))]).await;
                 assert_problem(&answer, 401, "Unauthorized");
-                let cookie = format!("session={token}");
+                let cookie = format!("messenger_session={token}");
                 let answer = post("application/json", body, &[("cookie", &cookie), foreign]).await;
                 assert_problem(&answer, 401, "Unauthorized");
             }
             // 403 before the body.
             let answer = post("application/json", body, &[("cookie", &john.cookie), foreign]).await;
-            assert_problem(&answer, 403, "Origin not allowed");
+            assert_problem(&answer, 403, FOREIGN_ORIGIN);
             // 413, 400, 422, all before 404.
             for content_type in ["application/json", "Application/JSON ; charset=utf-8"] {
                 for who in [

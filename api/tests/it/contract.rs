@@ -53,7 +53,7 @@ async fn login_gives_the_user_a_token_and_a_cookie(pool: PgPool) {
         assert!(cookie.contains(part), "{cookie}");
     }
     assert!(!cookie.contains("Secure"), "ORIGIN is not https here");
-    assert_eq!(answer.cookie(), format!("session={}", body["token"].as_str().unwrap()));
+    assert_eq!(answer.cookie(), format!("messenger_session={}", body["token"].as_str().unwrap()));
     // The cookie alone is enough.
     app.get("/api/auth_user").header("cookie", &answer.cookie()).expect(200).await;
     app.stop().await;
@@ -88,7 +88,13 @@ async fn cookies_are_for_https_only_when_the_origin_is(pool: PgPool) {
         App::start_with(api::config::Config { origin, ..config((*pool.connect_options()).clone()) }).await;
     sqlx::query("INSERT INTO users (username) VALUES ('john')").execute(&pool).await.unwrap();
     let answer = app.post("/api/login").json(&json!({ "username": "john" })).expect(200).await;
-    assert!(answer.header("set-cookie").unwrap().ends_with("; Secure"));
+    let cookie = answer.header("set-cookie").unwrap();
+    // Then a browser takes a cookie of this name from no other host, and none of http.
+    assert!(cookie.starts_with("__Host-messenger_session="), "{cookie}");
+    assert!(cookie.contains("; Path=/; ") && !cookie.contains("Domain") && cookie.ends_with("; Secure"));
+    app.get("/api/auth_user").header("cookie", &answer.cookie()).expect(200).await;
+    let plain = answer.cookie().replace("__Host-", "");
+    app.get("/api/auth_user").header("cookie", &plain).expect(401).await;
     app.stop().await;
 }
 
@@ -170,7 +176,7 @@ async fn only_our_own_fresh_api_tokens_are_accepted(pool: PgPool) {
     for call in [
         app.get("/api/auth_user").bearer("x").header("cookie", &john.cookie),
         app.get("/api/auth_user").header("authorization", "Basic abc").header("cookie", &john.cookie),
-        app.get("/api/auth_user").header("cookie", "session=x"),
+        app.get("/api/auth_user").header("cookie", "messenger_session=x"),
         app.get(&format!("/api/auth_user?token={good}")),
     ] {
         assert_problem(&call.send().await.unwrap(), 401, "Unauthorized");
@@ -195,7 +201,7 @@ async fn refreshing_slides_the_session_and_renews_token_and_cookie(pool: PgPool)
     let claims = keys().verifier().verify(body["token"].as_str().unwrap(), &[Audience::Api]).unwrap();
     assert_eq!((claims.sub, claims.sid), (john.id, Some(john.session())));
     assert_eq!(time(&body["expiresAt"]).timestamp(), claims.exp);
-    assert_eq!(answer.cookie(), format!("session={}", body["token"].as_str().unwrap()));
+    assert_eq!(answer.cookie(), format!("messenger_session={}", body["token"].as_str().unwrap()));
     let (left, used): (f64, bool) = sqlx::query_as(
         "SELECT extract(epoch FROM expires_at - now())::float8, last_used_at > now() - interval '1 min' FROM sessions",
     )

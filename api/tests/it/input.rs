@@ -246,7 +246,7 @@ async fn no_request_is_answered_by_a_fault(pool: PgPool) {
         ("content-type", "application/json"),
         ("content-type", "é"),
         ("origin", "null"),
-        ("cookie", "session="),
+        ("cookie", "messenger_session="),
         ("cookie", ";;=;"),
         ("sec-fetch-site", "x"),
         ("expect", "100-continue"),

@@ -17,7 +17,7 @@ use crate::{
     failures::metric,
     providers::{Browser, Fake, begin, github_at, parameter},
     raw,
-    support::{App, ORIGIN, User, assert_problem, channel_prefix, config},
+    support::{App, FOREIGN_ORIGIN, ORIGIN, User, assert_problem, channel_prefix, config},
 };
 
 const HOUR: Duration = Duration::from_secs(3_600);
@@ -127,6 +127,54 @@ async fn whoever_still_has_an_ended_sessions_token_uses_up_no_limit_of_its_user(
 }
 
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
+async fn an_ended_session_is_remembered_by_whichever_request_finds_out(pool: PgPool) {
+    let limits = RateLimits { send_per_user: Limit::new(1, HOUR), ..OFF };
+    let app = start(limited(&pool, limits)).await;
+    let john = app.user(&pool, "john").await;
+    for (n, (method, path)) in [
+        ("GET", "/api/auth_user"),
+        ("GET", "/api/usernames?search=j"),
+        ("GET", "/api/sessions"),
+        ("DELETE", "/api/sessions"),
+        ("DELETE", "/api/sessions/1"),
+        ("DELETE", "/api/sessions/no-id"),
+        ("POST", "/api/logout"),
+        ("POST", "/api/refresh_token"),
+        ("POST", "/api/stream_token"),
+        ("PUT", "/api/blocks/1"),
+        ("DELETE", "/api/blocks/1"),
+        ("GET", "/api/conversations"),
+        ("POST", "/api/conversations"),
+        ("GET", "/api/conversations/{id}"),
+        ("GET", "/api/conversations/{id}/other_participant"),
+        ("GET", "/api/conversations/{id}/messages"),
+        ("POST", "/api/conversations/{id}/read_messages"),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let name = format!("user{n}");
+        let (stolen, phone) = (app.user(&pool, &name).await, app.login(&name).await);
+        let conversation = phone.start(&john.name).await;
+        sqlx::query("UPDATE sessions SET revoked_at = now() WHERE id = $1")
+            .bind(stolen.session().0)
+            .execute(&pool)
+            .await
+            .unwrap();
+        let call = stolen.call(method, &path.replace("{id}", &conversation));
+        let call = if path == "/api/conversations" && method == "POST" {
+            call.json(&json!({ "username": "john" }))
+        } else {
+            call
+        };
+        assert_problem(&call.send().await.unwrap(), 401, "Unauthorized");
+        assert_problem(&stolen.post_message(&conversation, "hi").send().await.unwrap(), 401, "Unauthorized");
+        assert_eq!(send(&phone, &conversation, 1).await, 1, "{method} {path}");
+    }
+    app.stop().await;
+}
+
+#[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
 async fn a_repeated_key_counts_like_a_send(pool: PgPool) {
     let app = start(limited(&pool, RateLimits { send_per_user: Limit::new(2, HOUR), ..OFF })).await;
     let (john, _, conversation) = app.pair(&pool).await;
@@ -216,7 +264,7 @@ async fn who_is_over_a_limit_is_told_so_after_401_and_403_and_before_what_they_s
                 assert_problem(&answer, 401, "Unauthorized");
             }
             let foreign = [("cookie", john.cookie.as_str()), ("origin", "http://evil.example")];
-            assert_problem(&post("application/json", &foreign).await, 403, "Origin not allowed");
+            assert_problem(&post("application/json", &foreign).await, 403, FOREIGN_ORIGIN);
             assert_limited(&post("application/json", &[("authorization", &over)]).await);
             let ours = [("cookie", john.cookie.as_str()), ("origin", ORIGIN)];
             assert_limited(&post("application/json", &ours).await);

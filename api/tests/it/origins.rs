@@ -1,9 +1,10 @@
 //! Who is calling, and whose page: every rule of the contract about credentials and origins, and CORS.
 
+use api::config::Config;
 use shared::test_support::http::{Answer, Call};
 use sqlx::PgPool;
 
-use crate::support::{App, LISTED, ORIGIN, User, assert_common_headers, assert_problem, text};
+use crate::support::{App, LISTED, ORIGIN, User, assert_common_headers, assert_problem, config, text};
 
 const FOREIGN: &str = "https://evil.example";
 const EXPOSED: &str = "Stream-Cursor, X-Request-Id, Retry-After, Idempotent-Replayed";
@@ -47,10 +48,10 @@ async fn the_credential_that_counts_is_the_header_then_the_cookie_and_a_bad_one_
         (&[("authorization", ""), cookie, ours], 401, 401),
         (&[("authorization", &basic), cookie, ours], 401, 401),
         (&[("authorization", &bearer), ("authorization", &bearer), cookie, ours], 401, 401),
-        (&[("cookie", "session=x"), ours], 401, 401),
-        (&[("cookie", "session="), ours], 401, 401),
+        (&[("cookie", "messenger_session=x"), ours], 401, 401),
+        (&[("cookie", "messenger_session="), ours], 401, 401),
         // 401 before 403.
-        (&[("cookie", "session=x"), ("origin", FOREIGN)], 401, 401),
+        (&[("cookie", "messenger_session=x"), ("origin", FOREIGN)], 401, 401),
         (&[("authorization", "Bearer x"), cookie, ("origin", FOREIGN)], 401, 401),
         // A header that no foreign page can make a browser send proves enough, also beside a cookie.
         (&[("authorization", &bearer), cookie, ("origin", FOREIGN)], 200, 200),
@@ -96,7 +97,56 @@ async fn by_cookie_a_change_needs_a_page_of_ours_and_a_read_no_foreign_one(pool:
         assert_statuses(&app, &headers, changes, reads).await;
     }
     let foreign = app.get("/api/auth_user").header("cookie", &john.cookie).header("origin", FOREIGN);
-    assert_problem(&foreign.send().await.unwrap(), 403, "Origin not allowed");
+    let answer = foreign.send().await.unwrap();
+    assert_problem(&answer, 403, &format!("Origin {FOREIGN} is not allowed; add it to ALLOWED_ORIGINS"));
+    assert_eq!(answer.json()["code"], "origin_not_allowed");
+    app.stop().await;
+}
+
+#[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
+async fn an_origin_with_its_default_port_is_ours_all_the_same(pool: PgPool) {
+    let app = App::start_with(Config {
+        origin: "https://Chat.example:443".parse().unwrap(),
+        allowed_origins: vec!["http://Bücher.example:80/".parse().unwrap()],
+        ..config((*pool.connect_options()).clone())
+    })
+    .await;
+    let john = app.user(&pool, "john").await;
+    for origin in ["https://chat.example", "http://xn--bcher-kva.example"] {
+        let call = app.post("/api/refresh_token").header("cookie", &john.cookie).header("origin", origin);
+        call.expect(200).await;
+    }
+    app.stop().await;
+}
+
+#[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
+async fn another_programs_cookie_locks_nobody_out(pool: PgPool) {
+    let app = App::start(&pool).await;
+    let (john, ended, expired) =
+        (app.user(&pool, "john").await, app.login("john").await, app.login("john").await);
+    ended.call("POST", "/api/logout").expect(204).await;
+    let revoked = app.login("john").await;
+    sqlx::query("UPDATE sessions SET revoked_at = now() WHERE id = $1")
+        .bind(revoked.session().0)
+        .execute(&pool)
+        .await
+        .unwrap();
+    let expired = format!("messenger_session={}", expired.forge(|claims| claims.exp = claims.iat - 1));
+    // Flask's, and ones of our name: of another program, from another time, of sessions that ended, known here or not.
+    let others = ["session=eyJ", "messenger_session=eyJ", "messenger_session=", &expired, &ended.cookie];
+    let all = [&others[..], &[&revoked.cookie]].concat().join("; ");
+    let before = format!("{all}; {}", john.cookie);
+    let after = format!("{}; {all}", john.cookie);
+    for cookie in [&before, &after] {
+        assert_statuses(&app, &[("cookie", cookie), ("origin", ORIGIN)], 200, 200).await;
+    }
+    // None is good; and who floods the host with them is not tried without end.
+    let flood = format!("{}{}", "messenger_session=x; ".repeat(8), john.cookie);
+    for cookie in [&all, &flood] {
+        assert_statuses(&app, &[("cookie", cookie), ("origin", ORIGIN)], 401, 401).await;
+    }
+    app.post("/api/logout").header("cookie", &before).header("origin", ORIGIN).expect(204).await;
+    assert_statuses(&app, &[("cookie", &before), ("origin", ORIGIN)], 401, 401).await;
     app.stop().await;
 }
 

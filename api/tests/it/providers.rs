@@ -2,7 +2,7 @@
 //! wants, and a browser that goes from one to the other.
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::HashMap,
     path::Path,
     sync::{Arc, Mutex},
     time::Duration,
@@ -88,8 +88,23 @@ impl Providers {
 #[derive(Default)]
 pub(crate) struct Browser {
     client: Client,
-    /// By host, then name; with the path for which each is.
-    cookies: HashMap<String, BTreeMap<String, (String, String)>>,
+    /// By host, the oldest first.
+    cookies: HashMap<String, Vec<Kept>>,
+}
+
+struct Kept {
+    name: String,
+    value: String,
+    /// For which it is.
+    path: String,
+}
+
+/// One of the same name keeps its place, as its age (RFC 6265, 5.3).
+fn keep(jar: &mut Vec<Kept>, kept: Kept) {
+    match jar.iter_mut().find(|other| other.name == kept.name) {
+        Some(other) => *other = kept,
+        None => jar.push(kept),
+    }
 }
 
 impl Browser {
@@ -104,8 +119,8 @@ impl Browser {
         let jar = self.cookies.entry(host).or_default();
         let sent: Vec<_> = jar
             .iter()
-            .filter(|(_, (_, path))| url.path().starts_with(path))
-            .map(|(name, (value, _))| format!("{name}={value}"))
+            .filter(|kept| url.path().starts_with(&kept.path))
+            .map(|kept| format!("{}={}", kept.name, kept.value))
             .collect();
         let mut call = self.client.call(method, address);
         if !sent.is_empty() {
@@ -117,9 +132,9 @@ impl Browser {
         let answer = call.send().await.expect("an answer");
         for cookie in set_cookies(&answer) {
             if cookie.max_age == Some(0) || cookie.value.is_empty() {
-                jar.remove(&cookie.name);
+                jar.retain(|kept| kept.name != cookie.name);
             } else {
-                jar.insert(cookie.name, (cookie.value, cookie.path));
+                keep(jar, Kept { name: cookie.name, value: cookie.value, path: cookie.path });
             }
         }
         answer
@@ -162,13 +177,21 @@ impl Browser {
         self.call(app, "POST", &ours("/api/oauth/exchange"), Some(&json!({ "code": code }))).await
     }
 
-    pub(crate) fn cookie(&self, name: &str) -> Option<&str> {
-        self.cookies.get(ORIGIN)?.get(name).map(|(value, _)| value.as_str())
+    /// Names and values of our cookies of this kind, the oldest first.
+    pub(crate) fn cookies(&self, kind: &str) -> Vec<(String, String)> {
+        let ours = self.cookies.get(ORIGIN).into_iter().flatten();
+        let of_kind = ours.filter(|kept| kept.name.starts_with(&format!("messenger_{kind}")));
+        of_kind.map(|kept| (kept.name.clone(), kept.value.clone())).collect()
+    }
+
+    /// The newest of them.
+    pub(crate) fn cookie(&self, kind: &str) -> Option<(String, String)> {
+        self.cookies(kind).pop()
     }
 
     pub(crate) fn set_cookie(&mut self, name: &str, value: &str) {
         let jar = self.cookies.entry(ORIGIN.into()).or_default();
-        jar.insert(name.into(), (value.into(), "/api/oauth".into()));
+        keep(jar, Kept { name: name.into(), value: value.into(), path: "/".into() });
     }
 }
 

@@ -15,9 +15,10 @@ use prometheus_client::metrics::counter::Counter;
 use serde_json::{Value, json};
 use shared::{
     claims::Audience,
-    test_support::{http::Answer, process::Signal, soon},
+    test_support::{http::Answer, process::Signal, soon, until},
 };
 use sqlx::PgPool;
+use tokio::io::AsyncWriteExt;
 
 use crate::{
     process::serve_with,
@@ -25,6 +26,7 @@ use crate::{
         Browser, CLIENT_SECRET, Fake, Providers, Say, begin, github_at, oidc_at, ours, parameter,
         set_cookies, with_parameter,
     },
+    raw,
     support::{App, ORIGIN, SECRET, assert_common_headers, assert_problem, config, keys, text},
 };
 
@@ -56,7 +58,7 @@ async fn assert_logged_in(app: &App, answer: &Answer, username: &str) -> Value {
     let claims = keys().verifier().verify(token, &[Audience::Api]).unwrap();
     assert_eq!(claims.sub.to_string(), text(&body["authUser"]["id"]));
     let cookie = answer.cookie();
-    assert_eq!(cookie, format!("session={token}"));
+    assert_eq!(cookie, format!("messenger_session={token}"));
     let me = app.get("/api/auth_user").bearer(token).expect(200).await.json();
     assert_eq!(me, body["authUser"]);
     app.get("/api/auth_user").header("cookie", &cookie).expect(200).await;
@@ -88,10 +90,10 @@ async fn a_person_logs_in_at_a_real_provider_and_is_known_the_next_time(pool: Pg
         assert_common_headers(&answer);
         let cookies = set_cookies(&answer);
         assert_eq!(cookies.len(), 1);
-        assert!(cookies[0].text.starts_with("oauth_state="), "{}", cookies[0].text);
-        assert!(cookies[0].text.ends_with("; Path=/api/oauth; Max-Age=600; HttpOnly; SameSite=Lax"));
+        assert!(cookies[0].text.ends_with("; Path=/; Max-Age=600; HttpOnly; SameSite=Lax"));
         let there = url::Url::parse(answer.header("location").unwrap()).unwrap();
         let asked = |name| parameter(&there, name);
+        assert_eq!(cookies[0].name, format!("messenger_login_{}", &asked("state").unwrap()[..8]));
         assert!(there.as_str().starts_with(&format!("{issuer}/")));
         assert_eq!(asked("code_challenge_method").as_deref(), Some("S256"));
         assert_eq!(asked("response_type").as_deref(), Some("code"));
@@ -104,6 +106,7 @@ async fn a_person_logs_in_at_a_real_provider_and_is_known_the_next_time(pool: Pg
 
         // Back.
         let callback = browser.come_back(&app, provider, account).await;
+        let attempt = format!("messenger_login_{}", &parameter(&callback, "state").unwrap()[..8]);
         let answer = browser.get(&app, &callback).await;
         assert_eq!(answer.status, 307);
         assert_common_headers(&answer);
@@ -113,9 +116,9 @@ async fn a_person_logs_in_at_a_real_provider_and_is_known_the_next_time(pool: Pg
         let cookies = set_cookies(&answer);
         let texts: Vec<_> = cookies.iter().map(|cookie| cookie.text.as_str()).collect();
         assert_eq!(texts.len(), 2, "{texts:?}");
-        assert!(texts[0].starts_with("oauth_binding="));
-        assert!(texts[0].ends_with("; Path=/api/oauth/exchange; Max-Age=60; HttpOnly; SameSite=Lax"));
-        assert_eq!(texts[1], "oauth_state=; Path=/api/oauth; Max-Age=0; HttpOnly; SameSite=Lax");
+        assert_eq!(cookies[0].name, format!("messenger_code_{}", &code[..8]));
+        assert!(texts[0].ends_with("; Path=/; Max-Age=60; HttpOnly; SameSite=Lax"));
+        assert_eq!(texts[1], format!("{attempt}=; Path=/; Max-Age=0; HttpOnly; SameSite=Lax"));
         // Who reads the table has neither half.
         let kept: (Vec<u8>, Vec<u8>) =
             sqlx::query_as("SELECT code_hash, binding_hash FROM login_codes").fetch_one(&pool).await.unwrap();
@@ -128,7 +131,7 @@ async fn a_person_logs_in_at_a_real_provider_and_is_known_the_next_time(pool: Pg
         let answer = browser.exchange(&app, &code).await;
         let me = assert_logged_in(&app, &answer, &name).await;
         assert_eq!(me["avatarURL"], "https://a.example/1");
-        assert_eq!(browser.cookie("oauth_binding"), None, "it is cleared");
+        assert_eq!(browser.cookie("code_"), None, "it is cleared");
         assert_eq!(count(&pool, "SELECT count(*) FROM login_codes").await, 0);
 
         // Later, after both name and picture have changed there.
@@ -186,10 +189,10 @@ async fn what_a_real_provider_refuses_ends_at_the_page(pool: PgPool) {
         // The provider's code a second time, with everything else as it was.
         let mut browser = Browser::default();
         let callback = browser.come_back(&app, provider, "1").await;
-        let state = browser.cookie("oauth_state").unwrap().to_owned();
+        let (name, sealed) = browser.cookie("login_").unwrap();
         let page = browser.follow(&app, callback.clone(), |_| false).await;
         assert!(parameter(&page, "code").is_some());
-        browser.set_cookie("oauth_state", &state);
+        browser.set_cookie(&name, &sealed);
         let page = browser.follow(&app, callback, |_| false).await;
         assert_eq!(error(&page), "provider_error");
 
@@ -197,9 +200,10 @@ async fn what_a_real_provider_refuses_ends_at_the_page(pool: PgPool) {
         let mut browser = Browser::default();
         let callback = browser.come_back(&app, provider, "1").await;
         let seal = Seal::new(SECRET);
-        let mut attempt = seal.open(browser.cookie("oauth_state").unwrap()).unwrap();
+        let (name, sealed) = browser.cookie("login_").unwrap();
+        let mut attempt = seal.open(&sealed).unwrap();
         attempt.verifier = "x".repeat(43);
-        browser.set_cookie("oauth_state", &seal.seal(&attempt));
+        browser.set_cookie(&name, &seal.seal(&attempt));
         let page = browser.follow(&app, callback, |_| false).await;
         assert_eq!(error(&page), "provider_error");
 
@@ -213,9 +217,10 @@ async fn what_a_real_provider_refuses_ends_at_the_page(pool: PgPool) {
     let mut browser = Browser::default();
     let callback = browser.come_back(&app, "oidc", "1").await;
     let seal = Seal::new(SECRET);
-    let mut attempt = seal.open(browser.cookie("oauth_state").unwrap()).unwrap();
+    let (name, sealed) = browser.cookie("login_").unwrap();
+    let mut attempt = seal.open(&sealed).unwrap();
     attempt.nonce = "another".into();
-    browser.set_cookie("oauth_state", &seal.seal(&attempt));
+    browser.set_cookie(&name, &seal.seal(&attempt));
     assert_eq!(error(&browser.follow(&app, callback, |_| false).await), "provider_error");
     impostor.stop().await;
     app.stop().await;
@@ -229,10 +234,10 @@ async fn an_answer_counts_only_in_the_browser_that_asked(pool: PgPool) {
     for (provider, other) in [("github", "oidc"), ("oidc", "github")] {
         let mut browser = Browser::default();
         let callback = begin(&app, provider, &mut browser).await;
-        let cookie = browser.cookie("oauth_state").unwrap().to_owned();
+        let (name, cookie) = browser.cookie("login_").unwrap();
         let mut elsewhere = Browser::default();
         begin(&app, provider, &mut elsewhere).await;
-        let foreign = elsewhere.cookie("oauth_state").unwrap().to_owned();
+        let (_, foreign) = elsewhere.cookie("login_").unwrap();
         let seal = Seal::new(SECRET);
         let attempt = seal.open(&cookie).unwrap();
         let expired = seal.seal(
@@ -268,7 +273,7 @@ async fn an_answer_counts_only_in_the_browser_that_asked(pool: PgPool) {
         ] {
             let mut browser = Browser::default();
             if let Some(cookie) = cookie {
-                browser.set_cookie("oauth_state", cookie);
+                browser.set_cookie(&name, cookie);
             }
             let answer = browser.get(&app, &callback).await;
             assert_eq!(
@@ -449,10 +454,8 @@ async fn a_provider_that_does_not_tell_its_endpoints_is_asked_again_later(pool: 
     fake.say(DISCOVERY, Say::HangUp);
     assert!(parameter(&fake.sign_in(&app, "oidc").await, "error").is_some());
     fake.is_well();
-    shared::test_support::until("it is asked again", || async {
-        parameter(&fake.sign_in(&app, "oidc").await, "code").is_some()
-    })
-    .await;
+    until("it is asked again", || async { parameter(&fake.sign_in(&app, "oidc").await, "code").is_some() })
+        .await;
     // What was told is kept.
     let before = fake.asked(DISCOVERY);
     fake.say(DISCOVERY, Say::HangUp);
@@ -507,20 +510,22 @@ async fn a_code_is_good_once_in_one_browser_for_a_minute(pool: PgPool) {
     for wrong in ["", "x", &code.to_uppercase(), &format!("{code}="), &code[1..]] {
         refused(&browser.exchange(&app, wrong).await);
     }
-    let binding = browser.cookie("oauth_binding").unwrap().to_owned();
+    let (name, binding) = browser.cookie("code_").unwrap();
     refused(&browser.exchange(&app, &binding).await);
     // None of which has used them up. Any replica takes it.
     assert_logged_in(&app, &browser.exchange(&replica, &code).await, "sam").await;
     assert_logged_in(&app, &other.exchange(&app, &other_code).await, "sam").await;
 
     // Twice, also with the cookie kept.
-    browser.set_cookie("oauth_binding", &binding);
+    browser.set_cookie(&name, &binding);
     refused(&browser.exchange(&app, &code).await);
     refused(&browser.exchange(&replica, &code).await);
 
     // Many times at once, at both: one gets it.
     let (code, browser) = arrive().await;
-    let cookie = format!("oauth_binding={}", browser.cookie("oauth_binding").unwrap());
+    let (name, binding) = browser.cookie("code_").unwrap();
+    // Also beside another half of the same name, of another program or of another path.
+    let cookie = format!("{name}=x; {name}={binding}; {name}=y");
     let answers = join_all((0..20).map(|n| {
         let call = if n % 2 == 0 { &app } else { &replica }.post("/api/oauth/exchange");
         call.header("cookie", &cookie).json(&json!({ "code": code })).send()
@@ -555,6 +560,138 @@ async fn a_code_is_good_once_in_one_browser_for_a_minute(pool: PgPool) {
 }
 
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
+async fn logins_in_several_tabs_do_not_end_each_other(pool: PgPool) {
+    let fake = Fake::start().await;
+    let settings = vec![github_at(&fake.url), oidc_at(&fake.url)];
+    let app = App::start_with(config_with(&pool, |config| config.providers = settings)).await;
+    let mut browser = Browser::default();
+    // Three are begun, come back the other way round, and fetch their tokens in yet another order.
+    let mut callbacks = Vec::new();
+    for provider in ["github", "oidc", "github"] {
+        callbacks.push(begin(&app, provider, &mut browser).await);
+    }
+    let mut codes = Vec::new();
+    for callback in callbacks.into_iter().rev() {
+        let page = browser.follow(&app, callback, |_| false).await;
+        codes.push(parameter(&page, "code").unwrap_or_else(|| panic!("{page}")));
+    }
+    assert!(browser.cookies("login_").is_empty(), "each is taken back by its own end");
+    for code in [&codes[1], &codes[0], &codes[2]] {
+        assert_logged_in(&app, &browser.exchange(&app, code).await, "sam").await;
+    }
+    assert!(browser.cookies("code_").is_empty());
+
+    // Of more than a browser should carry the oldest give way: of attempts, and of codes that nobody fetched.
+    let mut callbacks = Vec::new();
+    for _ in 0..6 {
+        callbacks.push(begin(&app, "github", &mut browser).await);
+    }
+    assert_eq!(browser.cookies("login_").len(), 4);
+    let mut pages = Vec::new();
+    for callback in callbacks {
+        pages.push(browser.follow(&app, callback, |_| false).await);
+    }
+    let outcomes: Vec<_> = pages.iter().map(|page| parameter(page, "error")).collect();
+    let bad_state = Some("bad_state".to_owned());
+    assert_eq!(outcomes, [bad_state.clone(), bad_state, None, None, None, None]);
+    pages.push(fake_login(&app, &mut browser).await);
+    assert_eq!(browser.cookies("code_").len(), 4);
+    for (page, status) in pages[2..].iter().zip([401, 200, 200, 200, 200]) {
+        let code = parameter(page, "code").unwrap();
+        assert_eq!(browser.exchange(&app, &code).await.status, status, "{page}");
+    }
+
+    // What has our prefix and not our form is left alone.
+    let odd = "messenger_login_a.b=1; messenger_login_=2; ".repeat(20);
+    let answer = app.get("/api/oauth/github").header("cookie", &odd).expect(307).await;
+    let cookies = set_cookies(&answer);
+    let (given, taken_back): (Vec<_>, Vec<_>) = cookies.iter().partition(|cookie| !cookie.value.is_empty());
+    assert_eq!((given.len(), taken_back.len()), (1, 16));
+    assert!(taken_back.iter().all(|cookie| cookie.name == "messenger_login_"));
+    app.stop().await;
+}
+
+async fn fake_login(app: &App, browser: &mut Browser) -> url::Url {
+    let callback = begin(app, "github", browser).await;
+    browser.follow(app, callback, |_| false).await
+}
+
+#[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
+async fn a_code_is_not_used_up_unless_its_session_begins(pool: PgPool) {
+    let fake = Fake::start().await;
+    let app =
+        App::start_with(config_with(&pool, |config| config.providers = vec![github_at(&fake.url)])).await;
+    let mut browser = Browser::default();
+    let page = fake_login(&app, &mut browser).await;
+    let code = parameter(&page, "code").unwrap();
+    // As if the process died in between.
+    sqlx::raw_sql(
+        "CREATE FUNCTION fail() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE EXCEPTION 'not now'; END $$;
+         CREATE TRIGGER fail BEFORE INSERT ON sessions EXECUTE FUNCTION fail()",
+    )
+    .execute(&pool)
+    .await
+    .unwrap();
+    assert_problem(&browser.exchange(&app, &code).await, 500, "Internal server error");
+    sqlx::raw_sql("DROP TRIGGER fail ON sessions").execute(&pool).await.unwrap();
+    assert_logged_in(&app, &browser.exchange(&app, &code).await, "sam").await;
+    app.stop().await;
+}
+
+#[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
+async fn a_login_goes_on_when_its_client_has_gone(pool: PgPool) {
+    let fake = Fake::start().await;
+    let with_token = App::start_with(config_with(&pool, |config| {
+        config.providers = vec![github_at(&fake.url)];
+        config.callback_token_in_query = true;
+    }))
+    .await;
+    let app =
+        App::start_with(config_with(&pool, |config| config.providers = vec![github_at(&fake.url)])).await;
+    sqlx::query("INSERT INTO users (username) VALUES ('john')").execute(&pool).await.unwrap();
+    let request = |browser: &Browser, line: &str, body: &Value| {
+        let cookies: Vec<_> =
+            browser.cookies("").into_iter().map(|(name, value)| format!("{name}={value}")).collect();
+        let body = body.to_string();
+        format!(
+            "{line} HTTP/1.1\r\nhost: test\r\ncookie: {}\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n{body}",
+            cookies.join("; "),
+            body.len(),
+        )
+    };
+    let mut browser = Browser::default();
+    let code = parameter(&fake_login(&app, &mut browser).await, "code").unwrap();
+    let exchange = request(&browser, "POST /api/oauth/exchange", &json!({ "code": code }));
+    let mut browser = Browser::default();
+    let callback = begin(&app, "github", &mut browser).await;
+    let back = callback.as_str().strip_prefix(ORIGIN).unwrap();
+    let callback = request(&browser, &format!("GET {back}"), &json!({}));
+    let login = request(&Browser::default(), "POST /api/login", &json!({ "username": "john" }));
+    // What each looks at first is held, so that the client surely goes before the login can end.
+    for (sessions, (app, request, held)) in
+        [(&app, exchange, "login_codes"), (&with_token, callback, "identities"), (&app, login, "users")]
+            .into_iter()
+            .enumerate()
+    {
+        let began = i64::try_from(sessions).unwrap();
+        let began_now = async || count(&pool, "SELECT count(*) FROM sessions").await;
+        assert_eq!(began_now().await, began);
+        let mut holder = pool.begin().await.unwrap();
+        let lock = sqlx::AssertSqlSafe(format!("LOCK TABLE {held}"));
+        sqlx::query(lock).execute(&mut *holder).await.unwrap();
+        let mut socket = raw::connect(app).await;
+        socket.write_all(request.as_bytes()).await.unwrap();
+        let waiting = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'";
+        until("the login waits", || async { count(&pool, waiting).await > 0 }).await;
+        drop(socket);
+        holder.rollback().await.unwrap();
+        until("the session has begun", || async { began_now().await == began + 1 }).await;
+    }
+    app.stop().await;
+    with_token.stop().await;
+}
+
+#[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
 async fn the_exchange_checks_in_the_order_of_all_endpoints(pool: PgPool) {
     let app = App::start(&pool).await;
     let post = |form: &str, body: &str| {
@@ -563,7 +700,7 @@ async fn the_exchange_checks_in_the_order_of_all_endpoints(pool: PgPool) {
         let app = &app;
         async move {
             let headers = headers.each_ref().map(|(name, value)| (*name, value.as_str()));
-            crate::raw::post(app, "/api/oauth/exchange", &headers, body).await
+            raw::post(app, "/api/oauth/exchange", &headers, body).await
         }
     };
     let huge = format!(r#"{{"code":"{}"}}"#, "x".repeat(17 * 1024));
@@ -642,9 +779,9 @@ async fn the_original_clients_page_gets_its_token_by_a_setting(pool: PgPool) {
     let claims = keys().verifier().verify(&token, &[Audience::Api]).unwrap();
     assert_eq!(claims.exp, expires_at.timestamp());
     app.get("/api/auth_user").bearer(&token).expect(200).await;
-    assert_eq!(browser.cookie("session"), Some(token.as_str()));
-    assert_eq!(browser.cookie("oauth_binding"), None);
-    assert_eq!(browser.cookie("oauth_state"), None);
+    assert_eq!(browser.cookie("session"), Some(("messenger_session".into(), token)));
+    assert_eq!(browser.cookie("code_"), None);
+    assert_eq!(browser.cookie("login_"), None);
     assert_eq!(count(&pool, "SELECT count(*) FROM login_codes").await, 0);
     app.stop().await;
 }
@@ -662,16 +799,20 @@ async fn behind_https_no_cookie_goes_without(pool: PgPool) {
     let back = "https://chat.example/api/oauth/github/callback";
     assert_eq!(parameter(&there, "redirect_uri").as_deref(), Some(back));
     let cookies = set_cookies(&answer);
-    assert!(cookies[0].text.ends_with("; HttpOnly; SameSite=Lax; Secure"), "{}", cookies[0].text);
+    assert!(cookies[0].text.starts_with("__Host-messenger_login_"), "{}", cookies[0].text);
+    assert!(cookies[0].text.ends_with("; Path=/; Max-Age=600; HttpOnly; SameSite=Lax; Secure"));
     let state = parameter(&there, "state").unwrap();
     let answer = app
         .get(&format!("/api/oauth/github/callback?code=x&state={state}"))
-        .header("cookie", &format!("oauth_state={}", cookies[0].value))
+        .header("cookie", &format!("{}={}", cookies[0].name, cookies[0].value))
         .expect(307)
         .await;
     assert!(answer.header("location").unwrap().starts_with("https://chat.example/callback?code="));
     for cookie in set_cookies(&answer) {
-        assert!(cookie.text.ends_with("; HttpOnly; SameSite=Lax; Secure"), "{}", cookie.text);
+        assert!(cookie.text.starts_with("__Host-messenger_"), "{}", cookie.text);
+        assert!(
+            cookie.text.contains("; Path=/; ") && cookie.text.ends_with("; HttpOnly; SameSite=Lax; Secure")
+        );
     }
     app.stop().await;
 }
@@ -702,8 +843,7 @@ async fn a_taken_name_gets_a_suffix(pool: PgPool) {
     let mut connection = pool.acquire().await.unwrap();
     for subject in 0..20 {
         let profile = Profile::new("https://id.example", &format!("s{subject}"), Some("sam"), None).unwrap();
-        let (_, created) = identities::provision(&mut connection, &profile).await.unwrap();
-        assert!(created);
+        assert!(identities::provision(&mut connection, &profile).await.unwrap().created);
     }
     let random: Vec<String> =
         sqlx::query_scalar("SELECT username FROM users WHERE username ~ '^sam-[0-9a-f]{8}$'")
@@ -733,9 +873,9 @@ async fn first_logins_at_once_make_one_user(pool: PgPool) {
         let same = join_all((0..8).map(|_| provision(format!("same-{round}"))));
         let others = join_all((0..8).map(|other| provision(format!("other-{round}-{other}"))));
         let (same, others) = tokio::join!(same, others);
-        assert_eq!(same.iter().filter(|(_, created)| *created).count(), 1);
-        assert!(same.iter().all(|(user, _)| *user == same[0].0));
-        assert!(others.iter().all(|(user, created)| *created && *user != same[0].0));
+        assert_eq!(same.iter().filter(|same| same.created).count(), 1);
+        assert!(same.iter().all(|other| other.user == same[0].user));
+        assert!(others.iter().all(|other| other.created && other.user != same[0].user));
         let users = count(&pool, "SELECT count(*) FROM users").await;
         assert_eq!((users, count(&pool, "SELECT count(*) FROM identities").await), (9 * (round + 1), users));
     }
@@ -767,13 +907,13 @@ async fn nothing_of_a_login_is_in_the_log(pool: PgPool) {
         let goes_well = say.is_none();
         say.into_iter().for_each(|say| fake.say(at, say));
         let callback = begin(&server.public, "github", &mut browser).await;
-        let sealed = browser.cookie("oauth_state").unwrap().to_owned();
+        let (_, sealed) = browser.cookie("login_").unwrap();
         let attempt = Seal::new(SECRET).open(&sealed).unwrap();
         secrets.extend([sealed, attempt.state, attempt.verifier]);
         let page = browser.follow(&server.public, callback, |_| false).await;
         if goes_well {
             let code = parameter(&page, "code").unwrap();
-            secrets.push(browser.cookie("oauth_binding").unwrap().to_owned());
+            secrets.push(browser.cookie("code_").unwrap().1);
             let answer = browser.exchange(&server.public, &code).await;
             secrets.extend([code, text(&answer.json()["token"])]);
         } else {

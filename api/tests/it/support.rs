@@ -37,6 +37,9 @@ use tokio_util::sync::CancellationToken;
 pub(crate) const ORIGIN: &str = "http://localhost:8080";
 /// Another origin whose pages may use us.
 pub(crate) const LISTED: &str = "https://shop.example:8443";
+/// What is said to a page of `http://evil.example` that uses the cookie.
+pub(crate) const FOREIGN_ORIGIN: &str =
+    "Origin http://evil.example is not allowed; add it to ALLOWED_ORIGINS";
 pub(crate) const SECRET: &str = "the-internal-secret-of-these-tests";
 // Made for these tests alone.
 pub(crate) const PEM: &str = "-----BEGIN PRIVATE KEY-----\nMC4CAQAwBQYDK2VwBCIEIAABAgMEBQYHCAkKCwwNDg8QERITFBUWFxgZGhscHR4f\n-----END PRIVATE KEY-----\n";

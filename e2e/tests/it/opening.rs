@@ -149,7 +149,7 @@ async fn a_token_is_taken_from_header_query_or_cookie_and_a_bad_one_is_not_made_
         plain().query_token(&stream_token),
         plain().bearer(&stream_token),
         plain().bearer(&jane.token).cookie(&john.cookie),
-        plain().query_token(&jane.token).cookie("session=bad"),
+        plain().query_token(&jane.token).cookie(&world.cookie("bad")),
         plain().header("authorization", format!("bearer {}", jane.token)),
     ] {
         let mut stream = opening.stream().await;
@@ -170,7 +170,7 @@ async fn a_token_is_taken_from_header_query_or_cookie_and_a_bad_one_is_not_made_
         plain().bearer("a.b.c"),
         plain().bearer(&expired),
         plain().query_token(&expired),
-        plain().cookie(&format!("session={expired}")),
+        plain().cookie(&world.cookie(&expired)),
         plain().bearer(&foreign_issuer),
         plain().bearer(&stranger),
         plain().bearer(cut),

@@ -19,12 +19,13 @@ use http::{HeaderMap, HeaderValue, Method, Response as HttpResponse, StatusCode,
 use rand::RngExt;
 use shared::{
     client_address::TrustedProxies,
+    cookies::Cookies,
     cursor::Cursor,
     ended::EndedSessions,
     foreign::ForeignClaims,
     ids::{SessionId, UserId},
     limiter::Subject,
-    origins::{EXPOSED_HEADERS, Origins, is_preflight},
+    origins::{EXPOSED_HEADERS, OriginNotAllowed, Origins, is_preflight},
     problem::Problem,
     server,
 };
@@ -59,6 +60,7 @@ pub struct Streams {
     pub ended: EndedSessions,
     pub metrics: Arc<Metrics>,
     pub origins: Origins,
+    pub cookies: Cookies,
     pub trusted_proxies: TrustedProxies,
     pub max_age: Duration,
     pub admissions: mpsc::Sender<Admission>,
@@ -103,17 +105,17 @@ impl Streams {
         request_id: &str,
         origin: Option<&HeaderValue>,
     ) -> Result<Response, Refusal> {
-        let credential = credential(headers, query).ok_or(Refusal::Unauthorized)?;
-        let bearer = match self.keys.verify(&credential.token).await {
-            Ok(proof) => Some(self.bearer(proof)),
+        let credential = credential(headers, query, &self.cookies).ok_or(Refusal::Unauthorized)?;
+        let bearer = match self.keys.verify(&credential.tokens).await {
+            Ok(proofs) => self.first_live(proofs),
             Err(Refused::Token(reason)) => {
                 tracing::debug!(%client, request.id = request_id, %reason, "a stream was refused");
                 return Err(Refusal::Unauthorized);
             }
             Err(Refused::NoKeys) => None,
         };
-        if credential.ambient && !self.origins.may_use_cookie(&Method::GET, headers) {
-            return Err(Refusal::Origin);
+        if credential.ambient {
+            self.origins.check_cookie(&Method::GET, headers).map_err(Refusal::Origin)?;
         }
         if !accepts_event_stream(headers) {
             return Err(Refusal::NotAcceptable);
@@ -125,9 +127,7 @@ impl Streams {
         if self.parting.load(Ordering::Relaxed) {
             return Ok(self.turn_away(head, "drain", Goodbye::Drain));
         }
-        if let (Who::User(user), Some(session)) = (&bearer.who, bearer.session)
-            && self.ended.contains(*user, session)
-        {
+        if let Some((user, session)) = self.ended(&bearer) {
             tracing::debug!(user.id = %user, session.id = %session, %client, "a session that has ended opens streams");
             return Ok(self.turn_away(head, "revoked", Goodbye::Revoked));
         }
@@ -202,6 +202,18 @@ impl Streams {
         })
     }
 
+    /// Of several good tokens, which hardly ever are, one whose session is not known to have ended; else the first.
+    fn first_live(&self, proofs: Vec<Proof>) -> Option<Bearer> {
+        let mut bearers: Vec<_> = proofs.into_iter().map(|proof| self.bearer(proof)).collect();
+        let live = bearers.iter().position(|bearer| self.ended(bearer).is_none());
+        (!bearers.is_empty()).then(|| bearers.swap_remove(live.unwrap_or(0)))
+    }
+
+    fn ended(&self, bearer: &Bearer) -> Option<(UserId, SessionId)> {
+        let (Who::User(user), Some(session)) = (&bearer.who, bearer.session) else { return None };
+        self.ended.contains(*user, session).then_some((*user, session))
+    }
+
     fn bearer(&self, proof: Proof) -> Bearer {
         match proof {
             Proof::Own(claims) => {
@@ -249,15 +261,15 @@ impl Streams {
 
     fn refuse(&self, refusal: &Refusal, request_id: &str) -> Response {
         let (status, code, message) = match refusal {
-            Refusal::Method => (StatusCode::METHOD_NOT_ALLOWED, "method_not_allowed", "Method not allowed"),
-            Refusal::Unauthorized => (StatusCode::UNAUTHORIZED, "unauthorized", "Unauthorized"),
-            Refusal::Origin => {
-                (StatusCode::FORBIDDEN, "forbidden_origin", "This origin may not use the session cookie")
+            Refusal::Method => {
+                (StatusCode::METHOD_NOT_ALLOWED, "method_not_allowed", "Method not allowed".into())
             }
+            Refusal::Unauthorized => (StatusCode::UNAUTHORIZED, "unauthorized", "Unauthorized".into()),
+            Refusal::Origin(why) => (StatusCode::FORBIDDEN, OriginNotAllowed::CODE, why.to_string()),
             Refusal::NotAcceptable => (
                 StatusCode::NOT_ACCEPTABLE,
                 "not_acceptable",
-                "This endpoint requires an EventSource connection",
+                "This endpoint requires an EventSource connection".into(),
             ),
         };
         self.metrics.requests_rejected.get_or_create(&Reason { reason: code }).inc();
@@ -271,7 +283,7 @@ impl Streams {
             Refusal::Unauthorized => {
                 response.headers_mut().insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"))
             }
-            Refusal::Origin | Refusal::NotAcceptable => None,
+            Refusal::Origin(_) | Refusal::NotAcceptable => None,
         };
         response
     }
@@ -320,7 +332,7 @@ impl fmt::Display for Who {
 enum Refusal {
     Method,
     Unauthorized,
-    Origin,
+    Origin(OriginNotAllowed),
     NotAcceptable,
 }
 

@@ -2,7 +2,7 @@
 
 use shared::test_support::{http::Answer, sse::Opening};
 
-use crate::support::{ORIGIN, Setup, World, claims, keys, now, ready};
+use crate::support::{ORIGIN, Setup, World, claims, keys, now, ready, rotated_keys};
 
 const LISTED: &str = "https://shop.example:8443";
 const FOREIGN: &str = "https://evil.example";
@@ -21,14 +21,21 @@ async fn the_credential_that_counts_is_the_header_then_the_query_then_the_cookie
     let world = start().await;
     let (john, jane) = (world.user(3), world.user(5));
     let expired = keys().sign(&claims(john.id, john.session, now() - 1));
-    let cookie = format!("a=b; session={}", jane.token);
+    // Of another deployment on this host: its key is not known here.
+    let stranger = rotated_keys().sign(&claims(john.id, john.session, now() + 60));
+    let cookie = format!("a=b; messenger_session={}", jane.token);
     let plain = || world.opening();
     for opening in [
         plain().bearer(&john.token),
         plain().bearer(&john.token).query_token("bad").cookie(&cookie),
         plain().query_token(&john.token),
         plain().query_token(&john.token).cookie(&cookie),
-        plain().cookie(&format!("session={}", john.token)),
+        plain().cookie(&format!("messenger_session={}", john.token)),
+        // Beside cookies of other programs, and of our name from other times.
+        plain().cookie(&format!("session=x; messenger_session=; messenger_session={}", john.token)),
+        plain().cookie(&format!("messenger_session={expired}; messenger_session={}", john.token)),
+        plain().cookie(&format!("messenger_session={}; messenger_session=bad", john.token)),
+        plain().cookie(&format!("messenger_session={stranger}; messenger_session={}", john.token)),
     ] {
         let mut stream = opening.stream().await;
         ready(&mut stream, &world.api.cursor(john.id, 3), false).await;
@@ -41,9 +48,11 @@ async fn the_credential_that_counts_is_the_header_then_the_query_then_the_cookie
         (plain().header("authorization", "Basic x").cookie(&cookie), 401),
         (plain().query_token("bad").cookie(&cookie), 401),
         (plain().query_token("").cookie(&cookie), 401),
-        (plain().cookie("session=bad"), 401),
+        (plain().cookie("messenger_session=bad"), 401),
+        (plain().cookie("session=x"), 401),
+        (plain().cookie("messenger_session=bad; messenger_session=worse"), 401),
         // 401 before 403 before 406.
-        (plain().cookie("session=bad").header("origin", FOREIGN), 401),
+        (plain().cookie("messenger_session=bad").header("origin", FOREIGN), 401),
         (plain().cookie(&cookie).header("origin", FOREIGN).without_header("accept"), 403),
         (plain().cookie(&cookie).without_header("accept"), 406),
     ] {
@@ -56,7 +65,7 @@ async fn the_credential_that_counts_is_the_header_then_the_query_then_the_cookie
 async fn by_cookie_a_stream_is_for_no_foreign_page() {
     let world = start().await;
     let user = world.user(3);
-    let cookie = format!("session={}", user.token);
+    let cookie = format!("messenger_session={}", user.token);
     for (headers, by_cookie) in [
         (&[][..], 200),
         (&[("origin", ORIGIN)], 200),

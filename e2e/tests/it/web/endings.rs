@@ -22,7 +22,7 @@ async fn a_login_goes_on_while_it_is_used() {
     let now: i64 =
         sqlx::query_scalar("SELECT extract(epoch FROM now())::bigint").fetch_one(&world.sql).await.unwrap();
     let token = world.sign(&Claims { exp: now + 8, ..world.claims(&two.jane) });
-    context.sign_in(&User { cookie: format!("session={token}"), token, ..two.jane.clone() }).await;
+    context.sign_in(&User { cookie: world.cookie(&token), token, ..two.jane.clone() }).await;
     jane.reload().await;
     until("the stream has ended with its token", || async {
         let ended = site

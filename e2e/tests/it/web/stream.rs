@@ -476,7 +476,8 @@ async fn a_credential_that_runs_out_is_renewed_before_it_does_and_nobody_notices
     let scene = Scene::begin(&[], &[LATE_TIMERS]).await;
     let claims = scene.site.world.claims(&scene.two.jane);
     let token = scene.site.world.sign(&Claims { exp: Utc::now().timestamp() + 8, ..claims });
-    scene.context.sign_in(&User { cookie: format!("session={token}"), ..scene.two.jane.clone() }).await;
+    let cookie = scene.site.world.cookie(&token);
+    scene.context.sign_in(&User { cookie, ..scene.two.jane.clone() }).await;
     let tabs = [scene.live_tab().await, scene.live_tab().await];
     for tab in &tabs {
         tab.until_was("connecting expired").await;
