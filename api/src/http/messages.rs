@@ -4,10 +4,7 @@ use std::sync::Arc;
 
 use http::{HeaderValue, Method, StatusCode};
 use serde::Deserialize;
-use shared::{
-    ids::{ConversationId, MessageId},
-    origins::is_cross_site,
-};
+use shared::ids::{ConversationId, MessageId};
 use warp::Filter;
 
 use super::{
@@ -134,14 +131,14 @@ fn limit(inbound: &Inbound) -> Result<i64, ApiError> {
         .ok_or_else(|| ApiError::unacceptable("limit", format!("Limit must be from 1 to {LARGEST_PAGE}")))
 }
 
-/// Only a GET that the reader's own page asked for says that somebody has read.
+/// Only a GET that the reader's own page asked for, now, says that somebody has read.
 fn marks_read(inbound: &Inbound) -> Result<bool, ApiError> {
     let wanted = match inbound.query("markRead").as_deref() {
         None | Some("true") => true,
         Some("false") => false,
         Some(_) => return Err(ApiError::unacceptable("markRead", "markRead must be true or false")),
     };
-    Ok(wanted && inbound.method == Method::GET && !is_cross_site(&inbound.headers))
+    Ok(wanted && inbound.method == Method::GET && inbound.is_deliberate())
 }
 
 pub(super) fn read_messages(api: &Arc<Api>) -> Resource {

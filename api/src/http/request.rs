@@ -10,7 +10,7 @@ use serde::{
     Deserialize, Deserializer,
     de::{DeserializeOwned, MapAccess, Visitor, value::MapAccessDeserializer},
 };
-use shared::client_address::ClientAddress;
+use shared::{client_address::ClientAddress, origins::is_cross_site};
 use tokio::time::timeout;
 use warp::Filter;
 
@@ -24,6 +24,10 @@ const BODY_TIME: Duration = Duration::from_secs(10);
 /// How much of a body that is too large is read and thrown away, so that the client reads our answer and not a reset.
 const DRAIN_LIMIT: usize = 1024 * 1024;
 const DRAIN_TIME: Duration = Duration::from_secs(1);
+
+/// Where browsers say that they fetch ahead: by the standard, and as Chrome, Safari and Firefox did before it.
+const SAY_AHEAD: [&str; 4] = ["sec-purpose", "purpose", "x-purpose", "x-moz"];
+const AHEAD: [&str; 3] = ["prefetch", "prerender", "preview"];
 
 type Chunks = Pin<Box<dyn Stream<Item = Result<Bytes, warp::Error>> + Send + Sync>>;
 
@@ -69,6 +73,12 @@ impl Inbound {
     /// What a session is called that is begun by this request.
     pub(super) fn device(&self) -> String {
         device::label(self.headers.get(header::USER_AGENT).map_or(b"", |value| value.as_bytes()))
+    }
+
+    /// Is this for somebody who looks at the answer now? Not what a browser fetches ahead, in case a link is followed, and not
+    /// what a page of another site made it fetch.
+    pub(super) fn is_deliberate(&self) -> bool {
+        !is_cross_site(&self.headers) && !is_fetched_ahead(&self.headers)
     }
 
     /// 415, before anything is asked about the caller.
@@ -128,6 +138,14 @@ impl Inbound {
         let _ = timeout(DRAIN_TIME, drain).await;
         ApiError::BodyTooLarge
     }
+}
+
+fn is_fetched_ahead(headers: &HeaderMap) -> bool {
+    let values = SAY_AHEAD.iter().flat_map(|name| headers.get_all(*name));
+    // `prefetch;prerender` is one value, `prefetch, other` are two.
+    let words = values.filter_map(|value| value.to_str().ok()).flat_map(|value| value.split([',', ';']));
+    let mut words = words.map(str::trim);
+    words.any(|word| AHEAD.iter().any(|ahead| word.eq_ignore_ascii_case(ahead)))
 }
 
 /// A JSON object. Derived code alone would take an array of the values as well.

@@ -151,6 +151,35 @@ async fn another_programs_cookie_locks_nobody_out(pool: PgPool) {
 }
 
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
+async fn what_is_fetched_ahead_marks_nothing_read(pool: PgPool) {
+    let app = App::start(&pool).await;
+    let (john, jane, conversation) = app.pair(&pool).await;
+    john.say(&conversation, "hi").await;
+    let unread = async || jane.conversation(&conversation).expect(200).await.json()["unreadCount"].clone();
+    let path = format!("/api/conversations/{conversation}/messages");
+    for headers in [
+        &[("sec-purpose", "prefetch")][..],
+        &[("sec-purpose", "prefetch;prerender")],
+        &[("sec-purpose", "Prefetch; anonymous-client-ip"), ("sec-fetch-site", "same-origin")],
+        &[("purpose", "prefetch")],
+        &[("x-purpose", "preview")],
+        &[("x-moz", "prefetch")],
+    ] {
+        for method in ["GET", "HEAD"] {
+            for query in ["", "?markRead=true"] {
+                with(jane.call(method, &format!("{path}{query}")), headers).expect(200).await;
+                assert_eq!(unread().await, 1, "{method} {query} {headers:?}");
+            }
+        }
+    }
+    jane.call("HEAD", &format!("{path}?markRead=true")).expect(200).await;
+    assert_eq!(unread().await, 1, "HEAD is no reading");
+    with(jane.call("GET", &path), &[("sec-purpose", "")]).expect(200).await;
+    assert_eq!(unread().await, 0);
+    app.stop().await;
+}
+
+#[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
 async fn what_another_site_asks_for_marks_nothing_read(pool: PgPool) {
     let app = App::start(&pool).await;
     let (john, jane, conversation) = app.pair(&pool).await;
