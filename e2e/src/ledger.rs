@@ -57,19 +57,26 @@ impl Feed {
 
     /// Every event after `after`, once, in order, byte for byte.
     pub fn assert_is(&self, who: &str, seen: &[Event], after: Seq) {
+        if let Some(difference) = self.difference(seen, after) {
+            panic!("{who}: {difference}");
+        }
+    }
+
+    /// How what was seen differs from every event after `after`, once, in order, byte for byte.
+    pub fn difference(&self, seen: &[Event], after: Seq) -> Option<String> {
         let wanted: Vec<&Event> = self.events.iter().filter(|event| number(event) > after).collect();
         let seen: Vec<&Event> = seen.iter().collect();
         if wanted == seen {
-            return;
+            return None;
         }
         let at = wanted.iter().zip(&seen).take_while(|(wanted, seen)| wanted == seen).count();
-        panic!(
-            "{who}: saw {} events, the feed has {} after {after}; they part at event {at}\n wanted {:#?}\n saw {:#?}",
+        Some(format!(
+            "saw {} events, the feed has {} after {after}; they differ from event {at} on\n wanted {:#?}\n saw {:#?}",
             seen.len(),
             wanted.len(),
             wanted.get(at..wanted.len().min(at + 3)),
             seen.get(at..seen.len().min(at + 3)),
-        );
+        ))
     }
 }
 

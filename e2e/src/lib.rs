@@ -2,6 +2,7 @@
 //! test, a real browser and a real nginx, and the comparison of what a browser saw with what the feed says. The promises themselves are in `tests/it`.
 
 pub mod browser;
+pub mod clients;
 pub mod collector;
 pub mod ledger;
 pub mod nginx;

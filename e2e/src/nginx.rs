@@ -53,6 +53,12 @@ impl Front {
 
     /// Streams go to the gateways, everything else to the apis.
     pub async fn open(self, apis: &[&Service], gateways: &[&Service]) -> Nginx {
+        let public = |services: &[&Service]| Vec::from_iter(services.iter().map(|service| service.public()));
+        self.open_at(&public(apis), &public(gateways)).await
+    }
+
+    /// The same, wherever they are: there may be something between.
+    pub async fn open_at(self, apis: &[SocketAddr], gateways: &[SocketAddr]) -> Nginx {
         let (address, tls) = (self.address(), self.tls);
         drop(self.listener);
         let folder = tempfile::Builder::new().prefix("test-nginx-").tempdir().expect("a temporary folder");
@@ -116,12 +122,18 @@ fn start(folder: &Path, log: &Arc<Log>) -> Process {
     process
 }
 
-fn config(folder: &Path, address: SocketAddr, tls: bool, apis: &[&Service], gateways: &[&Service]) -> String {
+fn config(
+    folder: &Path,
+    address: SocketAddr,
+    tls: bool,
+    apis: &[SocketAddr],
+    gateways: &[SocketAddr],
+) -> String {
     let folder = folder.display();
-    let upstream = |services: &[&Service]| {
+    let upstream = |addresses: &[SocketAddr]| {
         // Tried again soon: in a test a minute is long.
-        let server = |service: &&Service| format!("server {} fail_timeout=1s;", service.public());
-        services.iter().map(server).collect::<Vec<_>>().join(" ")
+        let server = |address: &SocketAddr| format!("server {address} fail_timeout=1s;");
+        addresses.iter().map(server).collect::<Vec<_>>().join(" ")
     };
     let (listen, certificate) = if tls {
         (" ssl http2", format!("ssl_certificate {folder}/cert.pem; ssl_certificate_key {folder}/key.pem;"))

@@ -5,6 +5,7 @@
 #![allow(clippy::unwrap_used, reason = "a test fails where an assumption does not hold")]
 
 mod bad_input;
+mod clients;
 mod crashes;
 mod delivery;
 mod drain;

@@ -65,6 +65,9 @@ fn is_installed(folder: &Path) -> bool {
     let package = read("package.json").expect("it was opened a moment ago");
     let pinned = package["dependencies"].as_object().expect("it pins what is needed");
     pinned.iter().all(|(name, version)| {
-        read(&format!("node_modules/{name}/package.json")).is_some_and(|found| found["version"] == *version)
+        // Under another name it is `npm:name@version`.
+        let version = version.as_str().and_then(|version| version.rsplit('@').next());
+        read(&format!("node_modules/{name}/package.json"))
+            .is_some_and(|found| found["version"].as_str() == version)
     })
 }

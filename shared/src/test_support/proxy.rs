@@ -35,6 +35,8 @@ struct State {
     fault: Fault,
     /// A new connection is reset after it has brought so many bytes to the client.
     budget: Option<u64>,
+    /// A connection is reset after it has carried this text.
+    last_text: Option<&'static str>,
     /// Held by the connections of now, and exchanged to reset them.
     generation: Arc<()>,
 }
@@ -49,8 +51,13 @@ impl Proxy {
     pub async fn start(upstream: SocketAddr) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
         let address = listener.local_addr().expect("a bound socket has an address");
-        let (state, watched) =
-            watch::channel(State { upstream, fault: Fault::None, budget: None, generation: Arc::default() });
+        let (state, watched) = watch::channel(State {
+            upstream,
+            fault: Fault::None,
+            budget: None,
+            last_text: None,
+            generation: Arc::default(),
+        });
         let task = tokio::spawn(accept(listener, watched));
         Self { address, state, task }
     }
@@ -61,7 +68,9 @@ impl Proxy {
 
     /// Everything goes through again.
     pub fn resume(&self) {
-        self.state.send_modify(|state| (state.fault, state.budget) = (Fault::None, None));
+        self.state.send_modify(|state| {
+            (state.fault, state.budget, state.last_text) = (Fault::None, None, None);
+        });
     }
 
     pub fn slow(&self, by: Duration) {
@@ -94,6 +103,11 @@ impl Proxy {
     /// From now on each new connection is reset after so many bytes to the client.
     pub fn cut_after(&self, bytes: u64) {
         self.state.send_modify(|state| state.budget = Some(bytes));
+    }
+
+    /// From now on each connection is reset as soon as it has carried this text, and carries nothing behind it.
+    pub fn cut_behind(&self, text: &'static str) {
+        self.state.send_modify(|state| state.last_text = Some(text));
     }
 
     /// Where new connections go.
@@ -191,6 +205,8 @@ async fn pump(
     mut budget: Option<u64>,
 ) -> io::Result<()> {
     let mut buffer = vec![0; 16 * 1024];
+    // The end of what it carried: a text may come in two pieces.
+    let mut recent = Vec::new();
     loop {
         // While silent nothing is even read, so that the sender's buffers fill as on a dead link.
         open_again(&mut state).await;
@@ -208,13 +224,27 @@ async fn pump(
             sleep(by).await;
         }
         open_again(&mut state).await;
-        let length = budget.map_or(length, |left| length.min(usize::try_from(left).unwrap_or(usize::MAX)));
+        let mut length =
+            budget.map_or(length, |left| length.min(usize::try_from(left).unwrap_or(usize::MAX)));
+        let last_text = state.borrow().last_text;
+        let cut = last_text.and_then(|text| end_of(text, &mut recent, &buffer[..length]));
+        length = cut.unwrap_or(length);
         to.write_all(&buffer[..length]).await?;
         if let Some(left) = &mut budget {
             *left -= length as u64;
-            if *left == 0 {
-                return Err(io::ErrorKind::ConnectionReset.into());
-            }
+        }
+        if cut.is_some() || budget == Some(0) {
+            return Err(io::ErrorKind::ConnectionReset.into());
         }
     }
+}
+
+/// Where in `piece` the text ends, whose beginning may be in `recent`, the end of the pieces before.
+fn end_of(text: &str, recent: &mut Vec<u8>, piece: &[u8]) -> Option<usize> {
+    let before = recent.len();
+    recent.extend_from_slice(piece);
+    let at = recent.windows(text.len()).position(|window| window == text.as_bytes());
+    let end = at.map(|at| (at + text.len()).saturating_sub(before));
+    recent.drain(..recent.len().saturating_sub(text.len() - 1));
+    end
 }

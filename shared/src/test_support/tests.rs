@@ -148,6 +148,12 @@ async fn the_proxy_has_every_fault_it_claims() {
     let _ = soon("it is cut", socket.read_to_end(&mut got)).await;
     assert!(b"hel".starts_with(got.as_slice()), "{got:?}");
 
+    proxy.resume();
+    let mut socket = connect().await.unwrap();
+    proxy.cut_behind("cut");
+    assert_eq!(say(&mut socket, b"this is not c").await.unwrap(), b"this is not c");
+    assert!(say(&mut socket, b"ut off").await.is_err());
+
     proxy.refuse();
     super::until("nobody listens", || async { connect().await.is_err() }).await;
     proxy.resume();

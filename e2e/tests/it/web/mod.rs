@@ -14,6 +14,6 @@ mod poison;
 mod sending;
 mod sign_in;
 mod site;
-mod stream;
+pub(crate) mod stream;
 mod tabs;
 mod talk;

@@ -22,7 +22,7 @@ use super::site::{Site, site_of};
 use crate::support::{Traffic, Two};
 
 /// A page with nothing on it.
-const BLANK: &str = "/blank";
+pub(crate) const BLANK: &str = "/blank";
 
 /// Keeps a ledger of what a stream tells.
 const FOLLOW: &str = "(options) => import('/stream.js').then(({ MessengerStream }) => {
@@ -147,7 +147,7 @@ impl Scene {
     }
 }
 
-async fn blank(browser: &Browser, origin: &str) -> Context {
+pub(crate) async fn blank(browser: &Browser, origin: &str) -> Context {
     let context = browser.context("jane", origin).await;
     let answer = json!({ "contentType": "text/html", "body": "<!doctype html><title>Blank</title><link rel=icon href=data:,>" });
     let fulfill = format!("(route) => route.fulfill({answer})");

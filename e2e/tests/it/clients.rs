@@ -1,0 +1,215 @@
+//! The clients of `docs/clients.md` receive exactly the feed, whatever happens to gateways, connections and the session; so
+//! do the libraries that depend most on the order of lines.
+
+use std::{
+    fs,
+    future::ready,
+    net::SocketAddr,
+    process::Command,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use e2e::{
+    Browser, Front, World,
+    browser::Page,
+    clients::{Client, Language, block, event, strict},
+    ledger::Feed,
+};
+use serde_json::json;
+use shared::{
+    cursor::Seq,
+    ids::UserId,
+    test_support::{PATIENCE, proxy::Proxy, until},
+};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::TcpListener,
+    time::sleep,
+};
+
+use crate::{
+    support::{Traffic, Two},
+    web::stream::{BLANK, blank},
+};
+
+const PAUSE: Duration = Duration::from_millis(40);
+
+/// In one message: where connections are cut off.
+const CUT_HERE: &str = "cut here";
+
+const DOCUMENTED: [(&str, Language); 6] = [
+    ("eventsource", Language::Node("eventsource")),
+    ("eventsource-parser", Language::Node("eventsource-parser")),
+    ("python", Language::Python),
+    ("shell", Language::Shell),
+    ("go", Language::Go),
+    ("java", Language::Java),
+];
+
+const STRICT: [&str; 3] = ["eventsource-2", "extended-eventsource", "fetch-event-source"];
+
+/// What the browser's block relies on: the page's own functions, and lines that a test can read.
+const PAGE: &str = "
+    window.lines = [];
+    window.troubles = [];
+    console.log = (...words) => lines.push(words.join(' '));
+    window.signIn = () => troubles.push('401');
+    window.reload = () => troubles.push('resync');
+";
+
+/// A proxy without anything behind it.
+async fn bad_gateway() -> SocketAddr {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    tokio::spawn(async move {
+        while let Ok((mut socket, _)) = listener.accept().await {
+            let mut head = [0; 4_096];
+            let _ = socket.read(&mut head).await;
+            let body = "<html><body><h1>Bad Gateway</h1></body></html>";
+            let head = "HTTP/1.1 502 Bad Gateway\r\nContent-Type: text/html\r\nConnection: close";
+            let _ = socket
+                .write_all(format!("{head}\r\nContent-Length: {}\r\n\r\n{body}", body.len()).as_bytes())
+                .await;
+        }
+    });
+    address
+}
+
+/// Waits until the condition holds for all clients; a panic names the ones for which it does not.
+async fn until_all(clients: &mut [Client], what: &str, holds: impl Fn(&Client) -> bool) {
+    let deadline = Instant::now() + PATIENCE;
+    while !clients.iter().all(&holds) {
+        if Instant::now() > deadline {
+            let late = clients.iter_mut().filter(|client| !holds(client)).map(Client::describe);
+            panic!("waited {PATIENCE:?} in vain: {what}: {}", late.collect::<Vec<_>>().join("\n"));
+        }
+        sleep(Duration::from_millis(20)).await;
+    }
+}
+
+/// Waits until all have received Jane's newest event.
+async fn until_caught_up(world: &World, jane: UserId, clients: &mut [Client], page: Option<&Page>) {
+    let head = Feed::read(&world.sql, jane).await.head_cursor();
+    until_all(clients, "everybody receives the newest event", |client| client.has(&head)).await;
+    if let Some(page) = page {
+        page.wait_for("the newest event", &format!("lines.some((line) => line.startsWith('{head} '))")).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn documented_clients_receive_exactly_the_feed() {
+    let browser = Browser::launch().await;
+    let commands = tokio::task::spawn_blocking(|| {
+        let documented =
+            DOCUMENTED.into_iter().filter_map(|(name, language)| Some((name, language.prepare()?)));
+        let rust = ("rust", Command::new(env!("CARGO_BIN_EXE_rust-client")));
+        (documented.chain([rust]).collect::<Vec<_>>(), STRICT.map(|library| (library, strict(library))))
+    });
+    let front = Front::plain();
+    let origin = front.origin();
+    let world = Arc::new(World::at(&origin).await);
+    let api = world.api().ready().await;
+    let plan = || {
+        let plan = world.gateway(api.internal()).env("RECONCILE_SECONDS", 1);
+        plan.env("DRAIN_WAIT_SECONDS", 0).env("DRAIN_WINDOW_SECONDS", 1)
+    };
+    let (mut a, mut b) = tokio::join!(plan().ready(), plan().ready());
+    let two = Two::meet(&world, &api).await;
+    let jane = two.jane.id;
+
+    // Addresses that stay the same, whatever is behind them.
+    let (door, strict_door) = tokio::join!(Proxy::start(a.public()), Proxy::start(a.public()));
+    let _nginx = front.open_at(&[api.public()], &[door.address()]).await;
+    let folder = tempfile::tempdir().unwrap();
+    let token_file = folder.path().join("token");
+    fs::write(&token_file, &two.jane.token).unwrap();
+    let start = |(name, command), door: &Proxy| {
+        Client::start(name, command, &format!("http://{}/api/messages", door.address()), &token_file)
+    };
+    let (documented, strict) = commands.await.unwrap();
+    let mut documented: Vec<_> = documented.into_iter().map(|command| start(command, &door)).collect();
+    let mut strict: Vec<_> = strict.into_iter().map(|command| start(command, &strict_door)).collect();
+    let context = blank(&browser, &origin).await;
+    context.expect("Failed to load resource"); // That is what is tried.
+    context.sign_in(&two.jane).await;
+    let page = context.open(BLANK).await;
+    let script = format!("{PAGE}\n{}", block("Browser"));
+    page.call(json!([["addScriptTag", { "content": script }]])).await;
+    let readers = documented.len() + strict.len() + 1;
+    until("all streams are open", || async { a.metric("gateway_streams").await == readers as f64 }).await;
+    let begin = Feed::read(&world.sql, jane).await.head;
+    let traffic = Traffic::start(&world, &[&api], &[(two.john.clone(), two.conversation)], PAUSE);
+    traffic.more(30).await;
+
+    // The gateway dies, and the proxy in front of it answers for a while.
+    a.kill();
+    door.aim(bad_gateway().await);
+    strict_door.aim(b.public());
+    until_all(&mut documented, "everybody gets a 502", |client| client.was_told("502")).await;
+    until("the page gets a 502", || ready(page.statuses("/api/messages").contains(&502))).await;
+    door.aim(b.public());
+    traffic.more(30).await;
+    until_caught_up(&world, jane, &mut documented, Some(&page)).await;
+    until_caught_up(&world, jane, &mut strict, None).await;
+
+    // A deploy.
+    a.restart().await;
+    a.until_ready().await;
+    door.aim(a.public());
+    strict_door.aim(a.public());
+    b.terminate();
+    assert!(b.wait().await.success());
+    traffic.more(30).await;
+    until_caught_up(&world, jane, &mut documented, Some(&page)).await;
+    until_caught_up(&world, jane, &mut strict, None).await;
+
+    // Connections break inside an event, and again where it is replayed.
+    door.cut_behind(CUT_HERE);
+    strict_door.cut_behind(CUT_HERE);
+    let url = api.url(&format!("/api/conversations/{}/messages", two.conversation));
+    let text = format!("{} {CUT_HERE} and not before", world.text());
+    world.client.post(url).bearer(&two.john.token).json(&json!({ "content": text })).expect(201).await;
+    until("all are cut off", || async { a.metric("gateway_streams").await == 0.0 }).await;
+    door.resume();
+    strict_door.resume();
+    traffic.more(30).await;
+    traffic.stop().await;
+    until_caught_up(&world, jane, &mut documented, Some(&page)).await;
+    until_caught_up(&world, jane, &mut strict, None).await;
+
+    // The strict readers give up at what comes next.
+    assert_exact(&world, jane, begin, &strict).await;
+    drop(strict);
+
+    // Jane's session ends, and the token file holds no good token before the next login.
+    fs::write(&token_file, "renewed too late").unwrap();
+    let next = world.login(&api, "jane").await;
+    let session = world.claims(&two.jane).sid.unwrap();
+    let end = world.client.call("DELETE", api.url(&format!("/api/sessions/{session}")));
+    end.bearer(&next.token).expect(204).await;
+    two.say(&world, &api, 10).await;
+    until_all(&mut documented, "everybody gets a 401", |client| client.was_told("401")).await;
+    page.wait_for("the login is wanted", "troubles.includes('401')").await;
+    fs::write(&token_file, &next.token).unwrap();
+    context.sign_in(&next).await;
+    page.evaluate("connect()").await;
+    two.say(&world, &api, 10).await;
+    until_caught_up(&world, jane, &mut documented, Some(&page)).await;
+    assert_exact(&world, jane, begin, &documented).await;
+    let lines = page.evaluate("lines").await;
+    let lines = lines.as_array().unwrap().iter().map(|line| event(line.as_str().unwrap()));
+    Feed::read(&world.sql, jane).await.assert_is("browser", &lines.collect::<Vec<_>>(), begin);
+    assert_eq!(page.evaluate("troubles").await, json!(["401"]));
+}
+
+/// Each received all that came after `begin`, once, in order, byte for byte.
+async fn assert_exact(world: &World, jane: UserId, begin: Seq, clients: &[Client]) {
+    let feed = Feed::read(&world.sql, jane).await;
+    let difference = |client: &Client| {
+        let difference = feed.difference(&client.events(), begin)?;
+        Some(format!("{}: {difference}", client.name))
+    };
+    let differences: Vec<_> = clients.iter().filter_map(difference).collect();
+    assert!(differences.is_empty(), "{}", differences.join("\n"));
+}
