@@ -492,6 +492,7 @@ async fn a_credential_that_runs_out_is_renewed_before_it_does_and_nobody_notices
 async fn answers_that_are_no_stream_as_in_a_deploy_are_not_the_end() {
     let mut scene = Scene::begin(&[], &[]).await;
     scene.context.expect("502");
+    scene.context.expect("net::ERR_INCOMPLETE_CHUNKED_ENCODING"); // A stream whose gateway was killed.
     let tabs = [scene.live_tab().await, scene.live_tab().await];
     let alone = Tab::open(&scene.context, scene.two.jane.id, 0, "{ shared: false }").await;
     alone.until("live").await;
@@ -660,6 +661,7 @@ async fn whatever_happens_to_tabs_and_gateways_each_tab_is_told_everything_once_
     let mut random = StdRng::seed_from_u64(seed);
     let mut scene = Scene::begin(&[], &[DEAFNESS]).await;
     scene.context.expect("502");
+    scene.context.expect("net::ERR_INCOMPLETE_CHUNKED_ENCODING"); // A stream whose gateway was killed.
     let line = (scene.two.john.clone(), scene.two.conversation);
     let traffic = Traffic::start(&scene.site.world, &[scene.site.api()], &[line], Duration::from_millis(10));
     let mut tabs: Vec<(Tab, Plight)> = Vec::new();
