@@ -23,6 +23,7 @@ pub mod limiter;
 pub mod ops;
 pub mod origins;
 pub mod outbound;
+pub mod preference;
 pub mod problem;
 pub mod process_metrics;
 pub mod server;

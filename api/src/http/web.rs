@@ -13,6 +13,7 @@ use bytes::Bytes;
 use flate2::{Compression, write::GzEncoder};
 use http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
 use rust_embed::{EmbeddedFile, RustEmbed};
+use shared::preference::{entries, weight};
 use warp::{Filter, path::FullPath, reply::Response};
 
 use super::{Resource, empty, otherwise, read};
@@ -94,9 +95,12 @@ fn tag(file: &EmbeddedFile) -> String {
     format!("W/\"{hex}\"")
 }
 
+/// By weak comparison, which is the one for this header (RFC 9110, 13.1.2).
 fn is_known(asked: &HeaderMap, tag: &str) -> bool {
-    let known = asked.get_all(header::IF_NONE_MATCH).iter().filter_map(|value| value.to_str().ok());
-    known.flat_map(|value| value.split(',')).any(|known| matches!(known.trim(), "*") || known.trim() == tag)
+    fn opaque(tag: &str) -> &str {
+        tag.strip_prefix("W/").unwrap_or(tag)
+    }
+    entries(asked, header::IF_NONE_MATCH).any(|known| known == "*" || opaque(known) == opaque(tag))
 }
 
 fn body(file: EmbeddedFile, asked: &HeaderMap) -> Response {
@@ -116,15 +120,9 @@ fn body(file: EmbeddedFile, asked: &HeaderMap) -> Response {
 }
 
 fn takes_gzip(asked: &HeaderMap) -> bool {
-    let takes = asked.get_all(header::ACCEPT_ENCODING).iter().filter_map(|value| value.to_str().ok());
-    takes.flat_map(|value| value.split(',')).any(|coding| {
-        let mut parts = coding.split(';').map(str::trim);
-        let is_gzip = parts.next().is_some_and(|name| name.eq_ignore_ascii_case("gzip"));
-        let refused = parts.any(|part| {
-            part.strip_prefix("q=").and_then(|q| q.parse::<f32>().ok()).is_some_and(|q| q <= 0.0)
-        });
-        is_gzip && !refused
-    })
+    let weight = |coding| weight(asked, header::ACCEPT_ENCODING, coding);
+    let gzip = weight("gzip").or_else(|| weight("*")).unwrap_or(0);
+    gzip > 0 && gzip >= weight("identity").unwrap_or(0)
 }
 
 /// Each version of a file is compressed once.
@@ -154,10 +152,22 @@ mod tests {
 
     #[test]
     fn gzip_is_sent_to_who_takes_it() {
-        for takes in ["gzip", "br, GZIP", "deflate, gzip;q=0.5", "gzip; q=1"] {
+        for takes in
+            ["gzip", "br, GZIP", "deflate, gzip;q=0.5", "gzip; q=1", "*", "br, *;q=0.1", "gzip, identity"]
+        {
             assert!(takes_gzip(&headers(header::ACCEPT_ENCODING, takes)), "{takes}");
         }
-        for refuses in ["", "br", "gzip;q=0", "br, gzip; q=0.0", "xgzip"] {
+        for refuses in [
+            "",
+            "br",
+            "gzip;q=0",
+            "br, gzip; q=0.0",
+            "gzip;Q=0",
+            "xgzip",
+            "*;q=0",
+            "*, gzip;q=0",
+            "gzip;q=0.5, identity",
+        ] {
             assert!(!takes_gzip(&headers(header::ACCEPT_ENCODING, refuses)), "{refuses}");
         }
         assert!(!takes_gzip(&HeaderMap::new()));
@@ -166,10 +176,12 @@ mod tests {
     #[test]
     fn a_known_version_is_recognised_among_others() {
         let tag = "W/\"0a\"";
-        for known in ["W/\"0a\"", "\"x\", W/\"0a\"", "*"] {
+        for known in ["W/\"0a\"", "\"x\", W/\"0a\"", "*", "\"0a\"", "\"x,y\",W/\"0a\""] {
             assert!(is_known(&headers(header::IF_NONE_MATCH, known), tag), "{known}");
         }
-        assert!(!is_known(&headers(header::IF_NONE_MATCH, "W/\"0b\""), tag));
+        for unknown in ["W/\"0b\"", "\"x, W/\"", "0a", ""] {
+            assert!(!is_known(&headers(header::IF_NONE_MATCH, unknown), tag), "{unknown}");
+        }
     }
 
     #[test]

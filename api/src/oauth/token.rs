@@ -11,7 +11,7 @@ use oauth2::{
 };
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
-use shared::outbound::Outbound;
+use shared::{outbound::Outbound, preference::essence};
 
 use super::{Failure, ask, told};
 
@@ -95,9 +95,8 @@ pub(super) async fn exchange(
 fn plain(response: HttpResponse) -> HttpResponse {
     let (mut head, body) = response.into_parts();
     let form = head.headers.get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok());
-    let is_form = form.is_some_and(|form| {
-        form.trim_start().to_ascii_lowercase().starts_with("application/x-www-form-urlencoded")
-    });
+    let is_form =
+        form.is_some_and(|form| essence(form).eq_ignore_ascii_case("application/x-www-form-urlencoded"));
     let members: Map<String, Value> = if is_form {
         form_urlencoded::parse(&body).map(|(name, value)| (name.into(), value.into())).collect()
     } else {
