@@ -123,7 +123,12 @@ pub async fn prune(postgres: PgConnectOptions, keep: Keep) -> anyhow::Result<()>
 pub async fn run(config: Config, listeners: Listeners, stop: CancellationToken) -> anyhow::Result<()> {
     let (metrics, registry) = Metrics::new();
     let judgement = Judgement::new();
-    let limits = Limits { stop: config.shutdown_grace, ..Limits::default() };
+    let limits = Limits {
+        per_address: config.connections_per_address,
+        proxies: config.trusted_proxies.clone(),
+        stop: config.shutdown_grace,
+        ..Limits::default()
+    };
 
     // The operators' listener is the first and the last: also who waits for Postgres is alive.
     let stop_ops = CancellationToken::new();
@@ -143,8 +148,10 @@ pub async fn run(config: Config, listeners: Listeners, stop: CancellationToken) 
     });
     let operators = operators.or(explaining);
     let addresses = listeners.addresses()?;
-    let operators =
-        tokio::spawn(server::serve(listeners.ops, warp::service(operators), limits, stop_ops.clone()));
+    let counted = metrics.http.listener("ops");
+    let operators = warp::service(operators);
+    let operators = server::serve(listeners.ops, operators, limits.clone(), counted, stop_ops.clone());
+    let operators = tokio::spawn(operators);
 
     let (mut connections, route) = tokio::select! {
         connected = connect(&config.database) => connected?,
@@ -217,11 +224,14 @@ pub async fn run(config: Config, listeners: Listeners, stop: CancellationToken) 
 
     let routes = Cors::new(warp::service(http::public(&api)), origins);
     let service = Edge::new(routes, config.trusted_proxies, tracer, metrics.clone());
-    let public = tokio::spawn(server::serve(listeners.public, service, limits, stop_serving.clone()));
+    let counted = metrics.http.listener("public");
+    let public = server::serve(listeners.public, service, limits.clone(), counted, stop_serving.clone());
+    let public = tokio::spawn(public);
     // Gateways ask without a proxy between, and their questions belong to nobody's trace.
     let routes = warp::service(http::internal(&api));
     let service = Edge::new(routes, TrustedProxies::default(), Tracer::default(), metrics.clone());
-    let internal = server::serve(listeners.internal, service, limits, stop_serving.clone());
+    let counted = metrics.http.listener("internal");
+    let internal = server::serve(listeners.internal, service, limits, counted, stop_serving.clone());
     let internal = tokio::spawn(internal);
     drop(api);
     for (name, address) in

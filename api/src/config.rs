@@ -75,6 +75,10 @@ pub struct Settings {
     /// Networks of our own proxies, comma-separated: what they say in X-Forwarded-For is believed. None: the peer is the client
     #[arg(long, env, global = true, default_value = "", value_name = "NETWORKS")]
     pub trusted_proxies: String,
+    /// Connections of one client address (IPv6: of one /64) at each listener, and never more than half of a listener's; more are
+    /// closed. Addresses in TRUSTED_PROXIES have no such bound. 0: nobody has
+    #[arg(long, env, global = true, default_value = "512", value_name = "NUMBER")]
+    pub connections_per_address: String,
     /// Postgres, as `postgres://user:password@host:port/database`
     #[arg(long, env, global = true, hide_env_values = true, value_name = "URL")]
     pub database_url: Option<String>,
@@ -251,6 +255,8 @@ pub struct Config {
     pub origin: Origin,
     pub allowed_origins: Vec<Origin>,
     pub trusted_proxies: TrustedProxies,
+    /// At each listener; 0: no bound.
+    pub connections_per_address: usize,
     pub database: PgConnectOptions,
     pub database_pool_size: usize,
     pub redis: Bus,
@@ -316,6 +322,9 @@ impl Settings {
         let ops = problems.parse("OPS_LISTEN", &self.ops_listen);
         let origin = problems.origin("ORIGIN", &self.origin);
         let trusted_proxies = problems.parse("TRUSTED_PROXIES", &self.trusted_proxies);
+        let connections_per_address = problems
+            .number("CONNECTIONS_PER_ADDRESS", &self.connections_per_address, 0, 1_000_000)
+            .and_then(|number| usize::try_from(number).ok());
         let allowed_origins = problems.origins("ALLOWED_ORIGINS", &self.allowed_origins);
         let database = self.database(&mut problems);
         let database_pool_size = problems
@@ -367,6 +376,7 @@ impl Settings {
                 origin: origin?,
                 allowed_origins,
                 trusted_proxies: trusted_proxies?,
+                connections_per_address: connections_per_address?,
                 database: database?,
                 database_pool_size: database_pool_size?,
                 redis: redis?,

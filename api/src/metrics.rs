@@ -12,7 +12,7 @@ use prometheus_client::{
     },
     registry::{Registry, Unit},
 };
-use shared::{limiter, process_metrics, traces};
+use shared::{limiter, process_metrics, server, traces};
 
 #[derive(Clone)]
 pub struct Metrics {
@@ -28,6 +28,7 @@ pub struct Metrics {
     pub database_conflicts: Counter,
     pub feed_pruned: Counter,
     pub sessions_pruned: Counter,
+    pub http: server::Metrics,
     pub limits: limiter::Metrics,
     pub traces: traces::Metrics,
     sign_ins: Family<SignIn, Counter>,
@@ -75,6 +76,7 @@ impl Metrics {
             database_conflicts: Counter::default(),
             feed_pruned: Counter::default(),
             sessions_pruned: Counter::default(),
+            http: server::Metrics::register(registry),
             limits: limiter::Metrics::register(registry),
             traces: traces::Metrics::register(registry),
             sign_ins: Family::default(),

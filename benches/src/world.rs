@@ -84,6 +84,7 @@ impl World {
             .env("INTERNAL_SECRET", &self.internal_secret)
             // One address and few users do what a whole installation does.
             .env("RATE_LIMITS", false)
+            .env("CONNECTIONS_PER_ADDRESS", 0)
             .env("LOG_FORMAT", "json"))
     }
 

@@ -17,7 +17,9 @@ fn quoted_after<'a>(text: &'a str, before: &'a str) -> impl Iterator<Item = &'a 
 /// Names without the endings that a metric's type gives them.
 fn declared() -> BTreeSet<String> {
     let mut names = BTreeSet::new();
-    let shared = read("shared/src/limiter.rs") + &read("shared/src/traces.rs");
+    let shared =
+        ["limiter.rs", "server/metrics.rs", "traces.rs"].map(|file| read(&format!("shared/src/{file}")));
+    let shared = shared.concat();
     for (prefix, source) in
         [("api", read("api/src/metrics.rs")), ("gateway", read("stream-gateway/src/metrics.rs"))]
     {

@@ -17,7 +17,7 @@ use opentelemetry_proto::tonic::{
 };
 use prost::Message;
 use shared::{
-    server::{self, Limits},
+    server::{self, Limits, Metrics},
     test_support::{process::Process, servers::free_port, soon, until},
 };
 use tokio::sync::watch;
@@ -130,7 +130,8 @@ fn receive(seen: watch::Sender<Vec<Seen>>) -> (SocketAddr, DropGuard) {
     );
     let stop = CancellationToken::new();
     let limits = Limits { stop: Duration::ZERO, ..Limits::default() };
-    tokio::spawn(server::serve(listener, warp::service(routes), limits, stop.clone()));
+    let metrics = Metrics::default().listener("collector");
+    tokio::spawn(server::serve(listener, warp::service(routes), limits, metrics, stop.clone()));
     (address, stop.drop_guard())
 }
 

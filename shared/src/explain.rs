@@ -10,7 +10,7 @@ use warp::{Filter, Rejection, Reply};
 use crate::{
     cursor::Seq,
     ids::{MessageId, UserId},
-    ops::{json, plain},
+    ops::{json, not_allowed, plain, read},
 };
 
 /// About one event of one user's feed.
@@ -40,7 +40,8 @@ where
     E: Serialize,
 {
     let query = warp::query::raw().or(warp::any().map(String::new)).unify();
-    warp::path!("admin" / "explain").and(warp::get()).and(query).then(move |query: String| {
+    let path = warp::path!("admin" / "explain");
+    let get = path.and(read()).and(query).then(move |query: String| {
         let explain = explain.clone();
         async move {
             let explained = match parse(&query) {
@@ -52,7 +53,8 @@ where
                 Err(Refusal(status, sentence)) => plain(status, format!("{sentence}\n")),
             }
         }
-    })
+    });
+    get.or(path.map(|| not_allowed("GET, HEAD"))).unify()
 }
 
 fn parse(query: &str) -> Result<Question, &'static str> {

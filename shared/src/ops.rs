@@ -5,12 +5,12 @@
 use std::{collections::HashSet, sync::Arc};
 
 use bytes::Bytes;
-use http::{Response, StatusCode, header};
+use http::{HeaderMap, HeaderValue, Method, Response, StatusCode, header};
 use prometheus_client::{encoding::text, registry::Registry};
 use serde::Serialize;
-use warp::{Filter, Rejection, Reply};
+use warp::{Filter, Rejection};
 
-use crate::telemetry;
+use crate::{preference::weight, telemetry};
 
 /// What a Prometheus server asks for, and what everything else reads.
 const OPENMETRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
@@ -29,33 +29,66 @@ pub struct Readiness {
 pub fn routes(
     registry: Arc<Registry>,
     readiness: impl Fn() -> Readiness + Clone + Send + Sync + 'static,
-) -> impl Filter<Extract = (impl Reply,), Error = Rejection> + Clone + Send + Sync + 'static {
-    let livez = warp::path!("livez").map(|| plain(StatusCode::OK, "alive\n".into()));
-    let readyz = warp::path!("readyz").map(move || {
+) -> impl Filter<Extract = (Response<String>,), Error = Rejection> + Clone + Send + Sync + 'static {
+    let livez = warp::path!("livez").and(read()).map(|| plain(StatusCode::OK, "alive\n".into()));
+    let readyz = warp::path!("readyz").and(read()).map(move || {
         let Readiness { ready, note } = readiness();
         plain(if ready { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE }, format!("{note}\n"))
     });
-    let metrics =
-        warp::path!("metrics").and(warp::header::optional("accept")).map(move |accept: Option<String>| {
+    let metrics = warp::path!("metrics").and(read()).and(warp::header::headers_cloned()).map(
+        move |headers: HeaderMap| {
             let mut body = String::new();
             text::encode(&mut body, &registry).expect("writing to a string does not fail");
-            let asked = accept.is_some_and(|accept| accept.contains("application/openmetrics-text"));
-            let (form, body) = if asked { (OPENMETRICS, body) } else { (CLASSIC, classic(&body)) };
-            let mut response = plain(StatusCode::OK, body);
-            response.headers_mut().insert(header::CONTENT_TYPE, header::HeaderValue::from_static(form));
-            response
-        });
-    let told = warp::path!("log").map(|| match telemetry::filter() {
+            let (form, body) =
+                if wants_openmetrics(&headers) { (OPENMETRICS, body) } else { (CLASSIC, classic(&body)) };
+            answer(StatusCode::OK, form, body)
+        },
+    );
+    let log = warp::path!("log").and(read()).map(|| match telemetry::filter() {
         Some(filter) => plain(StatusCode::OK, format!("{filter}\n")),
         None => plain(StatusCode::NOT_FOUND, "this process has no log\n".into()),
     });
-    let read = warp::get().and(livez.or(readyz).unify().or(metrics).unify().or(told).unify());
     let change = warp::path!("log")
         .and(warp::put())
         .and(warp::body::content_length_limit(MOST_DIRECTIVES))
         .and(warp::body::bytes())
         .map(|body: Bytes| change_log(&body));
-    read.or(change).unify()
+    let readable = warp::path!("livez").or(warp::path!("readyz")).unify().or(warp::path!("metrics")).unify();
+    let other = readable.map(|| not_allowed("GET, HEAD"));
+    let other_log = warp::path!("log").and(warp::method()).and_then(async |method| match method {
+        // One whose body is too large keeps the rejection that says so.
+        Method::PUT => Err(warp::reject()),
+        _ => Ok(not_allowed("GET, HEAD, PUT")),
+    });
+    livez
+        .or(readyz)
+        .unify()
+        .or(metrics)
+        .unify()
+        .or(log)
+        .unify()
+        .or(change)
+        .unify()
+        .or(other)
+        .unify()
+        .or(other_log)
+        .unify()
+}
+
+/// HEAD is served wherever GET is: the same handler, of whose answer hyper sends the head.
+pub(crate) fn read() -> impl Filter<Extract = (), Error = Rejection> + Copy {
+    warp::get().or(warp::head()).unify()
+}
+
+pub(crate) fn not_allowed(allow: &'static str) -> Response<String> {
+    let mut response = plain(StatusCode::METHOD_NOT_ALLOWED, format!("allowed: {allow}\n"));
+    response.headers_mut().insert(header::ALLOW, HeaderValue::from_static(allow));
+    response
+}
+
+fn wants_openmetrics(headers: &HeaderMap) -> bool {
+    let openmetrics = weight(headers, header::ACCEPT, "application/openmetrics-text").unwrap_or(0);
+    openmetrics > 0 && openmetrics >= weight(headers, header::ACCEPT, "text/plain").unwrap_or(0)
 }
 
 fn change_log(body: &[u8]) -> Response<String> {
@@ -103,17 +136,34 @@ pub(crate) fn json(value: &impl Serialize) -> Response<String> {
 }
 
 fn answer(status: StatusCode, form: &'static str, body: String) -> Response<String> {
-    Response::builder()
-        .status(status)
-        .header(header::CONTENT_TYPE, form)
-        .header(header::CACHE_CONTROL, "no-store")
-        .body(body)
-        .expect("static parts")
+    Response::builder().status(status).header(header::CONTENT_TYPE, form).body(body).expect("static parts")
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn metrics_have_the_form_that_is_preferred() {
+        let wants = |accept: &'static str| {
+            wants_openmetrics(&HeaderMap::from_iter([(header::ACCEPT, HeaderValue::from_static(accept))]))
+        };
+        for accept in [
+            "application/openmetrics-text",
+            "application/openmetrics-text;version=1.0.0;q=0.5,text/plain;version=0.0.4;q=0.2,*/*;q=0.1",
+        ] {
+            assert!(wants(accept), "{accept}");
+        }
+        for accept in [
+            "*/*",
+            "text/plain",
+            "application/openmetrics-text;q=0",
+            "application/openmetrics-text;q=0.1, text/plain",
+            "application/openmetrics-text-2",
+        ] {
+            assert!(!wants(accept), "{accept}");
+        }
+    }
 
     #[test]
     fn the_older_form_describes_counters_by_their_whole_names() {

@@ -1,39 +1,65 @@
 //! The accept loop of both services: hyper's HTTP/1.1 under a tower service such as `warp::service`, with what hyper does
-//! not give: a limit on connections, a deadline for a request head, an idle limit, a write deadline, the peer's address as
+//! not give: bounds on connections, a deadline for a request head, an idle limit, a write deadline, the peer's address as
 //! an extension, an orderly stop; and the handoff, by which a handler takes the bare socket out of hyper.
 //!
-//! Each connection is one task that polls hyper. [`Watched`], between hyper and the socket, only notes what it sees; after
+//! What holds for every request of every listener is here as well: malformed heads are refused before any route sees them, a
+//! panic of a handler is an answer and a metric, and a connection closes only after an answer that says so.
+//!
+//! Each connection is one task that polls hyper. [`watch`], between hyper and the socket, only notes what it sees; after
 //! every poll the task looks at the notes to know which deadline runs and whether a handoff may happen.
+
+mod body;
+mod connections;
+mod head;
+mod metrics;
+mod watch;
 
 use std::{
     convert::Infallible,
     future::Future,
     io,
     net::SocketAddr,
+    panic::AssertUnwindSafe,
     pin::{Pin, pin},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
-    task::{Context, Poll, ready},
+    task::{Context, Poll},
     time::Duration,
 };
 
-use http::{Request, Response};
+use futures_util::FutureExt as _;
+use http::{HeaderValue, Request, Response, StatusCode, header};
 use http_body::Body;
 use hyper::{body::Incoming, server::conn::http1};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::{
-    io::{AsyncRead, AsyncWrite, ReadBuf},
     net::{TcpListener, TcpStream},
-    sync::Semaphore,
     time::{Instant, Sleep, sleep, sleep_until},
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tower_service::Service;
 
+use self::{
+    body::AnswerBody,
+    connections::Connections,
+    head::{Malformed, REQUEST_ID, finish},
+    watch::{Phase, Watch, Watched},
+};
+pub use self::{
+    body::RequestBody,
+    head::request_id,
+    metrics::{ListenerMetrics, Metrics},
+};
+use crate::{client_address::TrustedProxies, problem::Problem};
+
 /// Bounds of one listener.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub struct Limits {
-    /// Connections inside HTTP at once; more wait in the kernel's backlog. Handed-over sockets no longer count.
+    /// Connections inside HTTP at the same time; more wait in the kernel's backlog. Handed-over sockets no longer count.
     pub connections: usize,
+    /// Of these, as many of one client address (IPv6: of one /64), and never more than half; 0: no bound. More are closed.
+    pub per_address: usize,
+    /// Whose addresses have no such bound: each stands for many clients.
+    pub proxies: TrustedProxies,
     /// A request head must be whole this long after its first byte, or after the connection was made.
     pub head: Duration,
     /// A connection without a request in progress is closed after this long.
@@ -48,6 +74,8 @@ impl Default for Limits {
     fn default() -> Self {
         Self {
             connections: 4_096,
+            per_address: 0,
+            proxies: TrustedProxies::default(),
             head: Duration::from_secs(10),
             idle: Duration::from_secs(60),
             write: Duration::from_secs(60),
@@ -90,45 +118,63 @@ pub fn hand_off<B: Default>(takeover: impl FnOnce(TcpStream) + Send + 'static) -
 }
 
 /// Serves until `stop` is cancelled, then lets requests in progress finish, and cuts them after `limits.stop`.
-pub async fn serve<S, B>(listener: TcpListener, service: S, limits: Limits, stop: CancellationToken)
-where
-    S: Service<Request<Incoming>, Response = Response<B>, Error = Infallible> + Clone + Send + 'static,
+pub async fn serve<S, B>(
+    listener: TcpListener,
+    service: S,
+    limits: Limits,
+    metrics: ListenerMetrics,
+    stop: CancellationToken,
+) where
+    S: Service<Request<RequestBody>, Response = Response<B>, Error = Infallible> + Clone + Send + 'static,
     S::Future: Send,
-    B: Body + Send + 'static,
+    B: Body + From<Vec<u8>> + Send + Unpin + 'static,
     B::Data: Send,
     B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
 {
-    let places = Arc::new(Semaphore::new(limits.connections));
+    let connections = Arc::new(Connections::new(&limits, metrics.connections()));
+    let (limits, metrics) = (Arc::new(limits), Arc::new(metrics));
     let tasks = TaskTracker::new();
     let cut = CancellationToken::new();
     loop {
-        let accepted = async {
-            let place = places.clone().acquire_owned().await.expect("the semaphore is never closed");
-            (listener.accept().await, place)
-        };
-        let (accepted, place) = tokio::select! {
-            accepted = accepted => accepted,
+        let accepted = tokio::select! {
+            accepted = listener.accept() => accepted,
             () = stop.cancelled() => break,
         };
-        match accepted {
-            Ok((socket, peer)) => {
-                let connection = drive(socket, peer, service.clone(), limits, stop.clone());
-                let cut = cut.clone();
-                tasks.spawn(async move {
-                    tokio::select! {
-                        () = connection => {}
-                        () = cut.cancelled() => {}
-                    }
-                    drop(place);
-                });
-            }
-            Err(error) if is_about_one_connection(&error) => {}
+        let (socket, peer) = match accepted {
+            Ok(accepted) => accepted,
+            Err(error) if is_about_one_connection(&error) => continue,
             Err(error) => {
                 // Out of descriptors or memory: connections end, and the next try may succeed.
                 tracing::error!(%error, "cannot accept connections");
                 sleep(Duration::from_millis(100)).await;
+                continue;
             }
-        }
+        };
+        let watch = Arc::new(Watch::default());
+        let permit = tokio::select! {
+            permit = connections.permit(peer.ip(), &watch) => permit,
+            () = stop.cancelled() => break,
+        };
+        let Some(permit) = permit else {
+            metrics.cut("address_limit");
+            tracing::debug!(listener = metrics.name, %peer, "connection refused: CONNECTIONS_PER_ADDRESS reached");
+            continue;
+        };
+        let edge = Edge { service: service.clone(), peer, watch, metrics: metrics.clone() };
+        let connection = drive(socket, edge, connections.clone(), limits.clone(), stop.clone());
+        let (cut, metrics) = (cut.clone(), metrics.clone());
+        tasks.spawn(async move {
+            // Outside a handler, too, a panic is no reason to lose count.
+            let connection = AssertUnwindSafe(connection).catch_unwind();
+            tokio::select! {
+                ended = connection => if ended.is_err() {
+                    metrics.panicked();
+                    tracing::error!(listener = metrics.name, %peer, "connection panicked; it is closed");
+                },
+                () = cut.cancelled() => {}
+            }
+            drop(permit);
+        });
     }
     drop(listener);
     tasks.close();
@@ -145,24 +191,31 @@ fn is_about_one_connection(error: &io::Error) -> bool {
 }
 
 /// One connection from its first byte to its end or its handoff.
-async fn drive<S, B>(socket: TcpStream, peer: SocketAddr, service: S, limits: Limits, stop: CancellationToken)
-where
-    S: Service<Request<Incoming>, Response = Response<B>, Error = Infallible> + Clone + Send + 'static,
+async fn drive<S, B>(
+    socket: TcpStream,
+    edge: Edge<S>,
+    connections: Arc<Connections>,
+    limits: Arc<Limits>,
+    stop: CancellationToken,
+) where
+    S: Service<Request<RequestBody>, Response = Response<B>, Error = Infallible> + Clone + Send + 'static,
     S::Future: Send,
-    B: Body + Send + 'static,
+    B: Body + From<Vec<u8>> + Send + Unpin + 'static,
     B::Data: Send,
     B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
 {
-    let notes = Arc::new(Mutex::new(Notes::new()));
-    let io = TokioIo::new(Watched { socket, notes: notes.clone() });
-    let service = Noting { service, peer, notes: notes.clone() };
+    let (peer, watch, metrics) = (edge.peer, edge.watch.clone(), edge.metrics.clone());
+    // It may have waited for its permit.
+    watch.enter(Phase::Head);
+    let io = TokioIo::new(Watched { socket, watch: watch.clone(), connections });
     let mut connection = http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(None) // It runs while a connection is idle, too; ours does not.
         .max_buf_size(16 * 1024)
-        .serve_connection(io, service);
+        .serve_connection(io, edge);
     let mut stopped = pin!(stop.cancelled_owned());
-    let mut stopping = false;
+    let mut makes_room = pin!(watch.makes_room.notified());
+    let (mut stopping, mut making_room) = (false, false);
     let mut timer = pin!(sleep(limits.head));
     let outcome = std::future::poll_fn(|cx| {
         if !stopping && stopped.as_mut().poll(cx).is_ready() {
@@ -173,14 +226,18 @@ where
             // A broken connection is the client's matter; nothing of ours failed.
             return Poll::Ready(Outcome::Ended(result.is_ok()));
         }
-        let deadline = {
-            let notes = lock(&notes);
-            if notes.may_hand_off() {
-                return Poll::Ready(Outcome::HandOff);
+        if !making_room && makes_room.as_mut().poll(cx).is_ready() {
+            making_room = true;
+            if watch.idle_since().is_some() {
+                return Poll::Ready(Outcome::Cut("made_room"));
             }
-            notes.deadline(&limits)
-        };
-        match deadline {
+            // A request came first: its answer says that the connection closes.
+            Pin::new(&mut connection).graceful_shutdown();
+        }
+        if watch.may_hand_off() {
+            return Poll::Ready(Outcome::HandOff);
+        }
+        match watch.deadline(&limits) {
             Some((deadline, reason)) => {
                 poll_deadline(timer.as_mut(), deadline, cx).map(|()| Outcome::Cut(reason))
             }
@@ -190,10 +247,13 @@ where
     .await;
     match outcome {
         Outcome::Ended(clean) => tracing::trace!(%peer, clean, "connection ended"),
-        Outcome::Cut(reason) => tracing::debug!(%peer, reason, "connection cut"),
+        Outcome::Cut(reason) => {
+            metrics.cut(reason);
+            tracing::debug!(listener = metrics.name, %peer, reason, "connection cut");
+        }
         Outcome::HandOff => {
             let socket = connection.into_parts().io.into_inner().socket;
-            let takeover = lock(&notes).ticket.take().and_then(|(ticket, _)| lock(&ticket.0).take());
+            let takeover = watch.take_ticket().and_then(|ticket| lock(&ticket.0).take());
             if let Some(takeover) = takeover {
                 takeover(socket);
             }
@@ -214,193 +274,79 @@ fn poll_deadline(mut timer: Pin<&mut Sleep>, deadline: Instant, cx: &mut Context
     timer.poll(cx)
 }
 
-/// What was seen of one connection.
-struct Notes {
-    phase: Phase,
-    since: Instant,
-    /// Since when the peer takes nothing of what we write.
-    blocked: Option<Instant>,
-    /// How often everything that hyper had to send was sent.
-    flushes: u64,
-    /// The wish for a handoff, and `flushes` when it was made.
-    ticket: Option<(Ticket, u64)>,
-}
-
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Phase {
-    /// Nothing of a next request was seen.
-    Idle,
-    /// A request head has begun.
-    Head,
-    /// A handler has the request; it bounds its own time.
-    Serving,
-    /// All is said. What the client still sends is thrown away, so that the kernel does not reset what it has not read yet.
-    Closing,
-}
-
-/// How long a connection may stay half closed.
-const LINGER: Duration = Duration::from_secs(1);
-
-impl Notes {
-    fn new() -> Self {
-        // A new connection owes us a head at once, so it starts there.
-        Self { phase: Phase::Head, since: Instant::now(), blocked: None, flushes: 0, ticket: None }
-    }
-
-    fn enter(&mut self, phase: Phase) {
-        self.phase = phase;
-        self.since = Instant::now();
-    }
-
-    fn deadline(&self, limits: &Limits) -> Option<(Instant, &'static str)> {
-        if let Some(blocked) = self.blocked {
-            return Some((blocked + limits.write, "the peer takes nothing"));
-        }
-        match self.phase {
-            Phase::Idle => Some((self.since + limits.idle, "idle")),
-            Phase::Head => Some((self.since + limits.head, "no whole request head")),
-            Phase::Serving => None,
-            Phase::Closing => Some((self.since + LINGER, "half closed")),
-        }
-    }
-
-    /// `into_parts` forgets what hyper has not sent yet, so an earlier answer on this connection must be out first. Hyper
-    /// flushes at the end of each poll: one flush after the wish means that nothing is left.
-    fn may_hand_off(&self) -> bool {
-        self.ticket.as_ref().is_some_and(|(_, before)| self.flushes > *before)
-    }
-}
-
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// The service under hyper: adds the peer's address, notes when a request is being served, holds tickets back.
-struct Noting<S> {
+/// The service under hyper: what holds for every request, around the routes of one listener.
+struct Edge<S> {
     service: S,
     peer: SocketAddr,
-    notes: Arc<Mutex<Notes>>,
+    watch: Arc<Watch>,
+    metrics: Arc<ListenerMetrics>,
 }
 
-impl<S, B> hyper::service::Service<Request<Incoming>> for Noting<S>
+impl<S, B> hyper::service::Service<Request<Incoming>> for Edge<S>
 where
-    S: Service<Request<Incoming>, Response = Response<B>, Error = Infallible> + Clone + Send + 'static,
+    S: Service<Request<RequestBody>, Response = Response<B>, Error = Infallible> + Clone + Send + 'static,
     S::Future: Send,
-    B: Send + 'static,
+    B: Body + From<Vec<u8>> + Send + Unpin + 'static,
 {
-    type Response = Response<B>;
+    type Response = Response<AnswerBody<B>>;
     type Error = Infallible;
-    type Future = Pin<Box<dyn Future<Output = Result<Response<B>, Infallible>> + Send>>;
+    type Future = Pin<Box<dyn Future<Output = Result<Self::Response, Infallible>> + Send>>;
 
-    fn call(&self, mut request: Request<Incoming>) -> Self::Future {
-        lock(&self.notes).enter(Phase::Serving);
-        request.extensions_mut().insert(PeerAddr(self.peer));
+    fn call(&self, request: Request<Incoming>) -> Self::Future {
+        self.watch.enter(Phase::Serving);
+        let (mut head, body) = request.into_parts();
+        let body = RequestBody::new(body, &head.headers);
+        let rest = body.rest();
+        let id = request_id(&head.headers);
+        let id_header = HeaderValue::from_str(&id).expect("letters, digits, dashes");
+        // Routes and logs take it from there.
+        head.headers.insert(REQUEST_ID, id_header.clone());
+        head.extensions.insert(PeerAddr(self.peer));
         // A handler that takes the socket over writes the answer itself, and warp does not expose the version.
-        let version = request.version();
-        request.extensions_mut().insert(version);
-        let answer = self.service.clone().call(request);
-        let notes = self.notes.clone();
+        head.extensions.insert(head.version);
+        let request = Request::from_parts(head, body);
+        let (watch, metrics, peer) = (self.watch.clone(), self.metrics.clone(), self.peer);
+        let mut service = self.service.clone();
         Box::pin(async move {
-            let mut response = answer.await?;
-            let Some(ticket) = response.extensions_mut().remove::<Ticket>() else {
-                lock(&notes).enter(Phase::Idle);
-                return Ok(response);
+            let mut answer = if let Some(malformed) = Malformed::find(&request) {
+                metrics.malformed(malformed.as_str());
+                tracing::debug!(listener = metrics.name, request.id = id, %peer, reason = malformed.as_str(), "malformed request");
+                drop(request);
+                malformed.answer(&id)
+            } else {
+                let answer = async move { service.call(request).await };
+                match AssertUnwindSafe(answer).catch_unwind().await {
+                    Ok(Ok(answer)) => answer,
+                    Err(_) => {
+                        metrics.panicked();
+                        tracing::error!(listener = metrics.name, request.id = id, %peer, "request handler panicked; answered 500");
+                        let sentence = "Internal server error";
+                        Problem::new(StatusCode::INTERNAL_SERVER_ERROR, "internal", sentence, &id)
+                            .into_response()
+                    }
+                }
             };
-            {
-                let mut notes = lock(&notes);
-                let flushes = notes.flushes;
-                notes.ticket = Some((ticket, flushes));
+            if let Some(ticket) = answer.extensions_mut().remove::<Ticket>() {
+                watch.hand_off(ticket);
+                // Hyper never gets an answer: the driver takes the connection apart.
+                return std::future::pending().await;
             }
-            // Hyper never gets an answer: the driver takes the connection apart.
-            std::future::pending().await
+            finish(answer.headers_mut(), id_header);
+            match rest.read().await {
+                Some(end) => watch.answered(end),
+                None => {
+                    answer.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
+                }
+            }
+            Ok(answer.map(|body| AnswerBody { body, watch }))
         })
     }
 }
 
-/// The socket under hyper: notes the progress of reads, writes and flushes.
-struct Watched {
-    socket: TcpStream,
-    notes: Arc<Mutex<Notes>>,
-}
-
-impl Watched {
-    fn note_write(&self, result: Poll<io::Result<usize>>) -> Poll<io::Result<usize>> {
-        let mut notes = lock(&self.notes);
-        if result.is_pending() {
-            notes.blocked.get_or_insert_with(Instant::now);
-        } else {
-            notes.blocked = None;
-            if notes.phase == Phase::Idle {
-                notes.since = Instant::now();
-            }
-        }
-        result
-    }
-}
-
-impl AsyncRead for Watched {
-    fn poll_read(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        buf: &mut ReadBuf<'_>,
-    ) -> Poll<io::Result<()>> {
-        let before = buf.filled().len();
-        let result = Pin::new(&mut self.socket).poll_read(cx, buf);
-        if buf.filled().len() > before {
-            let mut notes = lock(&self.notes);
-            if notes.phase == Phase::Idle {
-                notes.enter(Phase::Head);
-            }
-        }
-        result
-    }
-}
-
-impl AsyncWrite for Watched {
-    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
-        let result = Pin::new(&mut self.socket).poll_write(cx, buf);
-        self.note_write(result)
-    }
-
-    fn poll_write_vectored(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        bufs: &[io::IoSlice<'_>],
-    ) -> Poll<io::Result<usize>> {
-        let result = Pin::new(&mut self.socket).poll_write_vectored(cx, bufs);
-        self.note_write(result)
-    }
-
-    fn is_write_vectored(&self) -> bool {
-        self.socket.is_write_vectored()
-    }
-
-    /// Hyper calls this only when its own buffer is empty.
-    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        let result = Pin::new(&mut self.socket).poll_flush(cx);
-        if result.is_ready() {
-            lock(&self.notes).flushes += 1;
-        }
-        result
-    }
-
-    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        if lock(&self.notes).phase != Phase::Closing {
-            ready!(Pin::new(&mut self.socket).poll_shutdown(cx))?;
-            let mut notes = lock(&self.notes);
-            notes.enter(Phase::Closing);
-            notes.blocked = None;
-        }
-        let mut space = [std::mem::MaybeUninit::uninit(); 4_096];
-        loop {
-            let mut buffer = ReadBuf::uninit(&mut space);
-            ready!(Pin::new(&mut self.socket).poll_read(cx, &mut buffer))?;
-            if buffer.filled().is_empty() {
-                return Poll::Ready(Ok(()));
-            }
-        }
-    }
-}
-
 #[cfg(test)]
+#[cfg(feature = "test-support")]
 mod tests;

@@ -123,14 +123,21 @@ pub async fn run(config: Config, listeners: Listeners, stop: CancellationToken) 
         }
     });
     let ops_routes = warp::service(ops::routes(Arc::new(registry), readiness).or(explaining));
-    let limits = ServerLimits { connections: descriptors::OPS, ..ServerLimits::default() };
-    tasks.spawn(server::serve(listeners.ops, ops_routes, limits, end.clone()));
+    let bounds = ServerLimits {
+        per_address: config.connections_per_address,
+        proxies: config.trusted_proxies.clone(),
+        ..ServerLimits::default()
+    };
+    let ops_bounds = ServerLimits { connections: descriptors::OPS, ..bounds.clone() };
+    let counted = metrics.http.listener("ops");
+    tasks.spawn(server::serve(listeners.ops, ops_routes, ops_bounds, counted, end.clone()));
 
     let (limiter, counting) =
         Limiter::new(config.redis, config.channels, config.opening.patience, metrics.limits.clone());
     let limits = Limits::new(&config.admission, &config.opening, limiter);
     tasks.spawn(counting.run(end.clone()));
 
+    let counted = metrics.http.listener("public");
     let streams = Arc::new(Streams {
         keys,
         identities: Arc::new(identities),
@@ -146,8 +153,8 @@ pub async fn run(config: Config, listeners: Listeners, stop: CancellationToken) 
         parting: AtomicBool::new(false),
     });
     let routes = warp::service(http::routes(streams.clone()));
-    let limits = ServerLimits { connections: descriptors::HTTP, ..ServerLimits::default() };
-    tasks.spawn(server::serve(listeners.public, routes, limits, end.clone()));
+    let bounds = ServerLimits { connections: descriptors::HTTP, ..bounds };
+    tasks.spawn(server::serve(listeners.public, routes, bounds, counted, end.clone()));
 
     tokio::select! {
         () = stop.cancelled() => {}

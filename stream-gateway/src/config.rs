@@ -59,6 +59,10 @@ pub struct Settings {
     /// Networks of our own proxies, separated by commas: what they say in X-Forwarded-For is believed. None: the peer is the client
     #[arg(long, env, global = true, hide_env_values = true, default_value = "")]
     trusted_proxies: String,
+    /// Connections of one client address (IPv6: of one /64) at each listener, streams not counted, and never more than half of a
+    /// listener's; more are closed. Addresses in TRUSTED_PROXIES have no such bound. 0: nobody has
+    #[arg(long, env, global = true, hide_env_values = true, default_value = "512")]
+    connections_per_address: String,
     /// api's internal listener: http://host:port
     #[arg(long, env, global = true, hide_env_values = true)]
     api_internal_url: Option<String>,
@@ -167,6 +171,8 @@ pub struct Config {
     pub origin: Origin,
     pub allowed_origins: Vec<Origin>,
     pub trusted_proxies: TrustedProxies,
+    /// At each listener; 0: no bound.
+    pub connections_per_address: usize,
     /// Without a slash at the end.
     pub api_internal_url: String,
     pub internal_secret: String,
@@ -227,6 +233,7 @@ impl Settings {
         let origin = origin.and_then(|origin| p.origin("ORIGIN", &origin));
         let allowed_origins = p.origins("ALLOWED_ORIGINS", &self.allowed_origins);
         let trusted_proxies = p.parse("TRUSTED_PROXIES", &self.trusted_proxies);
+        let connections = p.number("CONNECTIONS_PER_ADDRESS", &self.connections_per_address, 0, 1_000_000);
         let api_internal_url = internal_url(&mut p, self.api_internal_url.as_deref());
         let internal_secret =
             p.value_or_file("INTERNAL_SECRET", self.internal_secret.as_deref(), &self.internal_secret_file);
@@ -292,6 +299,7 @@ impl Settings {
                 origin: origin?,
                 allowed_origins,
                 trusted_proxies: trusted_proxies?,
+                connections_per_address: usize::try_from(connections?).ok()?,
                 api_internal_url: api_internal_url?,
                 internal_secret: internal_secret?,
                 redis: redis?,

@@ -10,7 +10,7 @@ use prometheus_client::{
     },
     registry::{Registry, Unit},
 };
-use shared::{limiter, process_metrics, traces};
+use shared::{limiter, process_metrics, server, traces};
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub struct Reason {
@@ -77,6 +77,7 @@ pub struct Metrics {
     pub subscriptions_wanted: Gauge,
     pub subscriptions: Gauge,
     pub keys: Gauge,
+    pub http: server::Metrics,
     pub limits: limiter::Metrics,
     pub traces: traces::Metrics,
 }
@@ -113,6 +114,7 @@ impl Metrics {
             subscriptions_wanted: Gauge::default(),
             subscriptions: Gauge::default(),
             keys: Gauge::default(),
+            http: server::Metrics::register(registry),
             limits: limiter::Metrics::register(registry),
             traces: traces::Metrics::register(registry),
         };

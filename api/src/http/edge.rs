@@ -1,5 +1,5 @@
-//! What all requests and answers have in common, around the routes: the request's id and its client's address, its span in the
-//! logs, the headers of every answer, the completion of problems, the metrics.
+//! What all requests and answers have in common, around the routes: the client's address, the request's span in the logs, the
+//! completion of problems, the metrics.
 
 use std::{
     convert::Infallible,
@@ -13,16 +13,15 @@ use std::{
     time::Instant,
 };
 
-use http::{HeaderMap, HeaderName, HeaderValue, Request, header};
+use http::{HeaderMap, Request};
 use shared::{
     client_address::{ClientAddress, TrustedProxies},
     problem::Problem,
-    server::PeerAddr,
+    server::{self, PeerAddr},
     traces::{SpanKind, TraceContext, Tracer},
 };
 use tower_service::Service;
 use tracing::{Instrument, field::Empty};
-use uuid::Uuid;
 use warp::reply::Response;
 
 use super::Label;
@@ -30,8 +29,6 @@ use crate::{
     metrics::{self, Metrics},
     store::Trace,
 };
-
-const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
 /// The routes, as the accept loop serves them.
 #[derive(Clone)]
@@ -83,7 +80,7 @@ where
 
     fn call(&mut self, mut request: Request<B>) -> Self::Future {
         let began = Instant::now();
-        let request_id = request_id(request.headers());
+        let request_id = server::request_id(request.headers());
         let given = traceparent(request.headers());
         let mut traced = self.tracer.begin(given, "request", SpanKind::Server);
         let context = traced.context().or_else(|| self.tracer.pass_on(given));
@@ -106,7 +103,7 @@ where
         let work = async move {
             let Ok(response) = answer.await;
             let route = response.extensions().get::<Label>().map_or("none", |label| label.0);
-            let response = finish(response, &request_id);
+            let response = complete(response, &request_id);
             let (status, took) = (response.status().as_u16(), began.elapsed());
             metrics.answered(route, &method, status, took);
             let known = metrics::known(&method);
@@ -128,54 +125,17 @@ where
     }
 }
 
-fn request_id(headers: &HeaderMap) -> String {
-    let given = headers.get(REQUEST_ID).and_then(|id| id.to_str().ok()).filter(|id| is_request_id(id));
-    given.map_or_else(|| Uuid::new_v4().simple().to_string(), str::to_owned)
-}
-
 fn traceparent(headers: &HeaderMap) -> Option<TraceContext> {
     headers.get("traceparent")?.to_str().ok()?.parse().ok()
 }
 
-fn is_request_id(text: &str) -> bool {
-    (1..=64).contains(&text.len())
-        && text.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'_' | b'-'))
-}
-
-/// The answer as it leaves: a problem gets its body, and every answer its headers.
-fn finish(mut response: Response, request_id: &str) -> Response {
+/// An answer that is a problem gets its body, which names the request.
+fn complete(mut response: Response, request_id: &str) -> Response {
     if let Some(mut problem) = response.extensions_mut().remove::<Problem>() {
         problem.request_id = request_id.to_owned();
         let (parts, _) = response.into_parts();
         response = problem.into_response();
         response.headers_mut().extend(parts.headers);
     }
-    let headers = response.headers_mut();
-    let id = HeaderValue::from_str(request_id).expect("letters, digits, dashes");
-    headers.insert(REQUEST_ID, id);
-    headers.insert(header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
-    headers.insert(header::REFERRER_POLICY, HeaderValue::from_static("no-referrer"));
-    headers.entry(header::CACHE_CONTROL).or_insert(HeaderValue::from_static("no-store"));
     response
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_well_formed_request_id_is_kept_and_any_other_replaced() {
-        let id_for = |given: &str| {
-            let mut headers = HeaderMap::new();
-            headers.insert(REQUEST_ID, HeaderValue::from_bytes(given.as_bytes()).unwrap());
-            request_id(&headers)
-        };
-        for good in ["a", "A-b_9", &"x".repeat(64)] {
-            assert_eq!(id_for(good), good);
-        }
-        for bad in ["", "a b", "a.b", "é", &"x".repeat(65)] {
-            assert_ne!(id_for(bad), bad);
-            assert!(is_request_id(&id_for(bad)));
-        }
-    }
 }

@@ -10,7 +10,7 @@ use serde::{
     Deserialize, Deserializer,
     de::{DeserializeOwned, MapAccess, Visitor, value::MapAccessDeserializer},
 };
-use shared::{client_address::ClientAddress, origins::is_cross_site};
+use shared::{client_address::ClientAddress, origins::is_cross_site, preference::essence};
 use tokio::time::timeout;
 use warp::Filter;
 
@@ -21,9 +21,6 @@ use crate::{domain::device, store::Trace};
 pub(super) const BODY_LIMIT: usize = 16 * 1024;
 /// For a whole body to arrive.
 const BODY_TIME: Duration = Duration::from_secs(10);
-/// How much of a body that is too large is read and thrown away, so that the client reads our answer and not a reset.
-const DRAIN_LIMIT: usize = 1024 * 1024;
-const DRAIN_TIME: Duration = Duration::from_secs(1);
 
 /// Where browsers say that they fetch ahead: by the standard, and as Chrome, Safari and Firefox did before it.
 const SAY_AHEAD: [&str; 4] = ["sec-purpose", "purpose", "x-purpose", "x-moz"];
@@ -85,8 +82,11 @@ impl Inbound {
     pub(super) fn require_json(&self) -> Result<(), ApiError> {
         let value =
             self.headers.get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok()).unwrap_or_default();
-        let essence = value.split(';').next().unwrap_or_default().trim();
-        if essence.eq_ignore_ascii_case("application/json") { Ok(()) } else { Err(ApiError::ContentType) }
+        if essence(value).eq_ignore_ascii_case("application/json") {
+            Ok(())
+        } else {
+            Err(ApiError::ContentType)
+        }
     }
 
     /// The body as JSON: an object of this shape.
@@ -111,32 +111,17 @@ impl Inbound {
         let announced =
             self.headers.get(header::CONTENT_LENGTH).and_then(|value| value.to_str().ok()?.parse().ok());
         if announced.is_some_and(|length: u64| length > limit as u64) {
-            return Err(self.too_large().await);
+            return Err(ApiError::BodyTooLarge);
         }
         let mut body = Vec::new();
         while let Some(chunk) = self.body.next().await {
             let chunk = chunk.map_err(|_| ApiError::BadBody("The body broke off".into()))?;
             if body.len() + chunk.len() > limit {
-                return Err(self.too_large().await);
+                return Err(ApiError::BodyTooLarge);
             }
             body.extend_from_slice(&chunk);
         }
         Ok(body)
-    }
-
-    async fn too_large(&mut self) -> ApiError {
-        let drain = async {
-            let mut drained = 0;
-            while let Some(Ok(chunk)) = self.body.next().await {
-                drained += chunk.len();
-                if drained > DRAIN_LIMIT {
-                    break;
-                }
-            }
-        };
-        // However that ends, the answer is the same.
-        let _ = timeout(DRAIN_TIME, drain).await;
-        ApiError::BodyTooLarge
     }
 }
 

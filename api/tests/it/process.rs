@@ -8,6 +8,7 @@ use std::{
 use serde_json::Value;
 use shared::test_support::{
     http::Client,
+    panics,
     process::{Process, Signal},
     soon, until,
 };
@@ -197,13 +198,22 @@ pub(crate) struct Server {
     pub(crate) process: Process,
     pub(crate) public: String,
     pub(crate) ops: String,
-    log: std::thread::JoinHandle<String>,
+    log: Option<std::thread::JoinHandle<String>>,
 }
 
 impl Server {
     /// Everything that was logged, once the process has ended.
-    pub(crate) async fn said(self) -> String {
-        tokio::task::spawn_blocking(|| self.log.join().unwrap()).await.unwrap()
+    pub(crate) async fn said(mut self) -> String {
+        let log = self.log.take().unwrap();
+        tokio::task::spawn_blocking(|| log.join().unwrap()).await.unwrap()
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        if !std::thread::panicking() {
+            panics::assert_none();
+        }
     }
 }
 
@@ -248,9 +258,11 @@ pub(crate) fn serve_from(
         .envs([("DATABASE_URL", url), ("REDIS_URL", &redis_url()), ("INTERNAL_SECRET", SECRET)])
         .env("CHANNEL_PREFIX", crate::support::channel_prefix())
         .env("SIGNING_KEY_FILES", &key)
-        .stdout(Stdio::piped());
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped());
     settings(&mut command);
     let mut process = Process::start(&mut command).unwrap();
+    panics::watch_child(process.child().stderr.take().unwrap());
     let mut lines = BufReader::new(process.child().stdout.take().unwrap()).lines();
     let mut address_of = |name: &str| loop {
         let line: Value = serde_json::from_str(&lines.next().expect("it goes on").unwrap()).unwrap();
@@ -270,7 +282,7 @@ pub(crate) fn serve_from(
         }
         said
     });
-    Server { process, public, ops, log }
+    Server { process, public, ops, log: Some(log) }
 }
 
 #[sqlx::test(migrations = false)]

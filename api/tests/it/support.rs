@@ -28,7 +28,7 @@ use shared::{
     ids::{SessionId, UserId},
     test_support::documented::Document,
     test_support::http::{Answer, Call, Client},
-    test_support::until,
+    test_support::{panics, until},
 };
 use sqlx::{PgPool, postgres::PgConnectOptions};
 use tokio::task::JoinHandle;
@@ -74,6 +74,7 @@ pub(crate) fn config(database: PgConnectOptions) -> Config {
         origin: ORIGIN.parse().unwrap(),
         allowed_origins: vec![LISTED.parse().unwrap()],
         trusted_proxies: TrustedProxies::default(),
+        connections_per_address: 0,
         database,
         database_pool_size: 8,
         redis: Bus::single(redis_url()).unwrap(),
@@ -124,6 +125,7 @@ impl App {
 
     /// Started as `main` does.
     pub(crate) async fn start_with(config: Config) -> Self {
+        panics::watch();
         let listeners = Listeners::bind(anywhere()).unwrap();
         let Addresses { public, internal, ops } = listeners.addresses().unwrap();
         let [public, internal, ops] = [public, internal, ops].map(|address| format!("http://{address}"));
@@ -148,6 +150,7 @@ impl App {
         self.stop.cancel();
         drop(self.client);
         self.task.await.unwrap().unwrap();
+        panics::assert_none();
     }
 
     pub(crate) fn get(&self, path: &str) -> Call {

@@ -1,9 +1,15 @@
-//! Over real sockets: the deadlines, the orderly stop, and the handoff with what comes before and behind it.
+//! Over real sockets: the deadlines, the bounds, the orderly stop, what every request and answer has in common, and the handoff
+//! with what comes before and behind it.
 
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use prometheus_client::registry::Registry;
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    sync::Notify,
+};
 use warp::Filter;
 
 use super::*;
+use crate::test_support::{soon, until};
 
 /// More than the kernel buffers for one connection.
 const BIG: usize = 32 << 20;
@@ -11,23 +17,68 @@ const HEAD: &[u8] = b"HTTP/1.1 200 OK\r\n\r\n";
 
 fn limits() -> Limits {
     let ms = Duration::from_millis;
-    Limits { connections: 8, head: ms(150), idle: ms(400), write: ms(300), stop: ms(500) }
+    Limits {
+        connections: 8,
+        head: ms(150),
+        idle: ms(400),
+        write: ms(300),
+        stop: ms(500),
+        ..Limits::default()
+    }
 }
+
+/// Nothing that takes longer than a test is waited for.
+const NEVER: Duration = Duration::from_secs(3_600);
 
 struct Running {
     address: SocketAddr,
     stop: CancellationToken,
     done: tokio::task::JoinHandle<()>,
+    /// A handler that wants no body has been asked.
+    asked: Arc<Notify>,
+    registry: Registry,
 }
 
-/// `/hello` answers, `/slow` answers after a while, `/big` answers a lot, `/take` hands the socket off.
+impl Running {
+    /// A metric of this listener, by the rest of its name and labels, as written.
+    fn metric(&self, name: &str) -> u64 {
+        let mut text = String::new();
+        prometheus_client::encoding::text::encode(&mut text, &self.registry).unwrap();
+        let mut values = text.lines().filter_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
+        values.next().map_or(0, |value| value.parse().unwrap())
+    }
+
+    fn cut(&self, reason: &str) -> u64 {
+        self.metric(&format!(r#"http_connections_cut_total{{listener="test",reason="{reason}"}}"#))
+    }
+
+    async fn until_cut(&self, reason: &str) {
+        until(reason, || async { self.cut(reason) > 0 }).await;
+    }
+}
+
 fn start() -> Running {
-    let hello = warp::path!("hello").map(|| Response::new("hello".into()));
+    start_with(limits())
+}
+
+/// `/hello` answers, `/slow` answers after a while, `/big` answers a lot, `/read` answers with the length of the body, `/panic`
+/// panics, `/take` hands the socket off.
+fn start_with(limits: Limits) -> Running {
+    let asked = Arc::new(Notify::new());
+    let asking = asked.clone();
+    let hello = warp::path!("hello").map(move || {
+        asking.notify_one();
+        Response::new("hello".into())
+    });
     let slow = warp::path!("slow").then(|| async {
         sleep(Duration::from_millis(250)).await;
         Response::new("slow".into())
     });
-    let big = warp::path!("big").map(|| Response::new("x".repeat(BIG).into()));
+    let big = warp::path!("big").map(|| Response::new("#".repeat(BIG).into()));
+    let read = warp::path!("read")
+        .and(warp::body::bytes())
+        .map(|body: bytes::Bytes| Response::new(format!("read {}", body.len()).into()));
+    let panic = warp::path!("panic").map(|| -> warp::reply::Response { panic!("a handler's own fault") });
     let take = warp::path!("take").map(|| -> warp::reply::Response {
         hand_off(|mut socket| {
             tokio::spawn(async move {
@@ -39,12 +90,14 @@ fn start() -> Running {
             });
         })
     });
-    let routes = hello.or(slow).unify().or(big).unify().or(take).unify();
+    let routes = hello.or(slow).unify().or(big).unify().or(read).unify().or(panic).unify().or(take).unify();
     let listener = bind("127.0.0.1:0".parse().unwrap()).unwrap();
     let address = listener.local_addr().unwrap();
     let stop = CancellationToken::new();
-    let done = tokio::spawn(serve(listener, warp::service(routes), limits(), stop.clone()));
-    Running { address, stop, done }
+    let mut registry = Registry::default();
+    let metrics = Metrics::register(&mut registry).listener("test");
+    let done = tokio::spawn(serve(listener, warp::service(routes), limits, metrics, stop.clone()));
+    Running { address, stop, done, asked, registry }
 }
 
 async fn send(address: SocketAddr, bytes: &[u8]) -> TcpStream {
@@ -127,7 +180,7 @@ async fn an_unread_big_answer_is_flushed_before_a_handoff() {
     while !text.ends_with(b"taken") {
         assert!(socket.read_buf(&mut text).await.unwrap() > 0, "ended after {} bytes", text.len());
     }
-    assert_eq!(text.iter().filter(|byte| **byte == b'x').count(), BIG);
+    assert_eq!(text.iter().filter(|byte| **byte == b'#').count(), BIG);
 }
 
 #[tokio::test]
@@ -164,4 +217,234 @@ async fn a_stop_lets_a_request_finish_and_takes_no_more() {
     assert!(text.ends_with("slow"), "{text}");
     server.done.await.unwrap();
     assert!(TcpStream::connect(server.address).await.is_err());
+}
+
+/// The next whole answer on this connection: its head and a body of the length that it names.
+async fn answer(socket: &mut TcpStream) -> (String, String) {
+    let mut head = Vec::new();
+    while !head.ends_with(b"\r\n\r\n") {
+        head.push(soon("an answer", socket.read_u8()).await.expect("a whole head"));
+    }
+    let head = String::from_utf8(head).unwrap().to_lowercase();
+    let length = head
+        .split("content-length: ")
+        .nth(1)
+        .map_or(0, |rest| rest.split("\r\n").next().unwrap().parse().unwrap());
+    let mut body = vec![0; length];
+    soon("the body", socket.read_exact(&mut body)).await.unwrap();
+    (head, String::from_utf8(body).unwrap())
+}
+
+const HELLO: &[u8] = b"GET /hello HTTP/1.1\r\nHost: a\r\n\r\n";
+
+#[tokio::test]
+async fn half_of_a_pipelined_head_has_the_time_of_a_head() {
+    let whole: [&[u8]; 4] = [
+        HELLO,
+        b"POST /read HTTP/1.1\r\nHost: a\r\nContent-Length: 4\r\n\r\nbody",
+        b"POST /read HTTP/1.1\r\nHost: a\r\nContent-Length: 40\r\n\r\n0123456789012345678901234567890123456789",
+        b"POST /read HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n4\r\nbody\r\n0\r\n\r\n",
+    ];
+    for request in whole {
+        let name = String::from_utf8_lossy(request);
+        let halves = start_with(Limits { head: Duration::from_millis(500), idle: NEVER, ..limits() });
+        for half in [&b"G"[..], b"GET /hello HTTP/1.1\r\nHost: a\r\n"] {
+            let text = soon(&name, rest(send(halves.address, &[request, half].concat()).await)).await;
+            assert_eq!(text.matches("HTTP/1.1 200").count(), 1, "{text}");
+        }
+        assert_eq!((halves.cut("slow_head"), halves.cut("idle")), (2, 0), "{name}");
+        // Nothing followed, or only whole requests: the connection is idle.
+        let wholes = start_with(Limits { head: NEVER, idle: Duration::from_millis(50), ..limits() });
+        for more in [&b""[..], request, HELLO] {
+            let text = soon(&name, rest(send(wholes.address, &[request, more].concat()).await)).await;
+            assert_eq!(text.matches("HTTP/1.1 200").count(), 2 - usize::from(more.is_empty()), "{text}");
+        }
+        assert_eq!((wholes.cut("slow_head"), wholes.cut("idle")), (0, 3), "{name}");
+    }
+}
+
+#[tokio::test]
+async fn half_a_head_that_came_while_a_request_was_served_is_one() {
+    let server = start_with(Limits { head: Duration::from_millis(500), idle: NEVER, ..limits() });
+    let mut socket =
+        send(server.address, b"POST /hello HTTP/1.1\r\nHost: a\r\nContent-Length: 4\r\n\r\n").await;
+    soon("the handler", server.asked.notified()).await;
+    socket.write_all(b"bodyGET /hel").await.unwrap();
+    let text = soon("the end", rest(socket)).await;
+    assert!(text.ends_with("hello") && !text.contains("connection: close"), "{text}");
+    assert_eq!(server.cut("slow_head"), 1);
+}
+
+#[tokio::test]
+async fn a_head_has_its_time_after_the_answer_before_it() {
+    let server =
+        start_with(Limits { head: Duration::from_millis(500), write: NEVER, idle: NEVER, ..limits() });
+    let mut socket = send(server.address, b"GET /big HTTP/1.1\r\nHost: a\r\n\r\n").await;
+    let mut text = vec![0; 1_000];
+    socket.read_exact(&mut text).await.unwrap();
+    // It waits in our buffer or the kernel's while the answer is stuck for longer than a head may take.
+    socket.write_all(HELLO).await.unwrap();
+    sleep(Duration::from_millis(800)).await;
+    while !text.ends_with(b"hello") {
+        assert!(
+            soon("the answers", socket.read_buf(&mut text)).await.unwrap() > 0,
+            "ended after {}",
+            text.len()
+        );
+    }
+}
+
+#[tokio::test]
+async fn a_body_that_nobody_wants_is_read_and_the_connection_goes_on() {
+    let server = start_with(Limits { idle: NEVER, ..limits() });
+    let bodies: [(&str, &[u8]); 3] = [
+        ("Content-Length: 4", b"body"),
+        ("Content-Length: 300000", &[b'x'; 300_000]),
+        ("Transfer-Encoding: chunked", b"4\r\nbody\r\n0\r\n\r\n"),
+    ];
+    for (framing, body) in bodies {
+        let head = format!("POST /hello HTTP/1.1\r\nHost: a\r\n{framing}\r\n\r\n");
+        let mut socket = send(server.address, head.as_bytes()).await;
+        // In a packet of its own, when the answer is known already.
+        soon("the handler", server.asked.notified()).await;
+        socket.write_all(body).await.unwrap();
+        let (head, said) = answer(&mut socket).await;
+        assert!(head.starts_with("http/1.1 200") && !head.contains("connection: close"), "{framing}: {head}");
+        assert_eq!(said, "hello");
+        socket.write_all(HELLO).await.unwrap();
+        assert_eq!(answer(&mut socket).await.1, "hello", "{framing}");
+        soon("the handler", server.asked.notified()).await;
+    }
+}
+
+#[tokio::test]
+async fn an_answer_before_the_end_of_a_body_says_close() {
+    let server = start_with(Limits { idle: NEVER, ..limits() });
+    let bodies = [
+        "Content-Length: 9000000\r\n\r\n",
+        "Content-Length: 4\r\n\r\nbo",
+        "Transfer-Encoding: chunked\r\n\r\n4\r\nbody\r\n",
+        "Transfer-Encoding: chunked\r\n\r\nzz\r\n",
+        // Told to go on, the client would send what nobody wants.
+        "Expect: 100-continue\r\nContent-Length: 4\r\n\r\n",
+    ];
+    for body in bodies {
+        let request = format!("POST /hello HTTP/1.1\r\nHost: a\r\n{body}");
+        let mut socket = send(server.address, request.as_bytes()).await;
+        let (head, said) = answer(&mut socket).await;
+        assert!(head.starts_with("http/1.1 200") && head.contains("connection: close"), "{body:?}: {head}");
+        assert_eq!((said.as_str(), soon("the end", rest(socket)).await.as_str()), ("hello", ""), "{body:?}");
+    }
+}
+
+#[tokio::test]
+async fn a_client_that_waits_for_continue_is_told_to_go_on() {
+    let server = start();
+    let head = b"POST /read HTTP/1.1\r\nHost: a\r\nExpect: 100-continue\r\nContent-Length: 4\r\n\r\n";
+    let mut socket = send(server.address, head).await;
+    assert!(answer(&mut socket).await.0.starts_with("http/1.1 100"));
+    socket.write_all(b"body").await.unwrap();
+    let (head, said) = answer(&mut socket).await;
+    assert!(said == "read 4" && !head.contains("connection: close"), "{head}{said}");
+}
+
+#[tokio::test]
+async fn malformed_heads_are_refused_and_the_connection_goes_on() {
+    let server = start();
+    for (request, code) in [
+        ("GET foo HTTP/1.1\r\nHost: a\r\n\r\n", "bad_target"),
+        ("GET h:1 HTTP/1.1\r\nHost: a\r\n\r\n", "bad_target"),
+        ("CONNECT h:80 HTTP/1.1\r\nHost: a\r\n\r\n", "bad_target"),
+        ("OPTIONS * HTTP/1.1\r\nHost: a\r\n\r\n", "bad_target"),
+        ("GET /hello HTTP/1.1\r\n\r\n", "bad_host"),
+        ("GET /hello HTTP/1.1\r\nHost: a\r\nHost: a\r\n\r\n", "bad_host"),
+        ("POST /hello HTTP/1.1\r\nContent-Length: 4\r\n\r\nbody", "bad_host"),
+    ] {
+        let mut socket = send(server.address, request.as_bytes()).await;
+        let (head, body) = answer(&mut socket).await;
+        assert!(
+            head.starts_with("http/1.1 400") && head.contains("application/problem+json"),
+            "{request}: {head}"
+        );
+        let problem: Problem = serde_json::from_str(&body).unwrap();
+        assert_eq!((problem.status, problem.code.as_str()), (400, code), "{request}");
+        assert!(head.contains(&format!("x-request-id: {}\r\n", problem.request_id)), "{head}");
+        socket.write_all(HELLO).await.unwrap();
+        assert_eq!(answer(&mut socket).await.1, "hello", "{request}");
+    }
+    assert_eq!(server.metric(r#"http_requests_malformed_total{listener="test",reason="host"}"#), 3);
+    assert_eq!(server.metric(r#"http_requests_malformed_total{listener="test",reason="target"}"#), 4);
+    let old = rest(send(server.address, b"GET /hello HTTP/1.0\r\n\r\n").await).await;
+    assert!(old.ends_with("hello"), "{old}");
+}
+
+#[tokio::test]
+async fn a_handler_that_panics_is_answered_500_and_counted() {
+    let server = start();
+    let mut socket =
+        send(server.address, b"GET /panic HTTP/1.1\r\nHost: a\r\nX-Request-Id: here\r\n\r\n").await;
+    let (head, body) = answer(&mut socket).await;
+    let problem: Problem = serde_json::from_str(&body).unwrap();
+    assert_eq!(
+        (problem.status, problem.code.as_str(), problem.request_id.as_str()),
+        (500, "internal", "here")
+    );
+    assert!(head.contains("x-request-id: here") && !body.contains("fault"), "{head}{body}");
+    assert_eq!(server.metric(r#"http_handler_panics_total{listener="test"}"#), 1);
+    socket.write_all(HELLO).await.unwrap();
+    assert_eq!(answer(&mut socket).await.1, "hello");
+}
+
+#[tokio::test]
+async fn a_full_listener_takes_the_place_of_its_longest_idle_connection() {
+    let server = start_with(Limits { connections: 2, idle: NEVER, head: NEVER, ..limits() });
+    let mut idle = Vec::new();
+    for _ in 0..2 {
+        let mut socket = send(server.address, HELLO).await;
+        answer(&mut socket).await;
+        idle.push(socket);
+    }
+    let mut new = send(server.address, HELLO).await;
+    assert_eq!(answer(&mut new).await.1, "hello");
+    let [first, mut second] = idle.try_into().unwrap();
+    assert_eq!(soon("the longest idle one ends", rest(first)).await, "");
+    server.until_cut("made_room").await;
+    second.write_all(HELLO).await.unwrap();
+    assert_eq!(answer(&mut second).await.1, "hello");
+}
+
+#[tokio::test]
+async fn a_full_listener_takes_the_next_place_that_becomes_idle() {
+    let server = start_with(Limits { connections: 1, idle: NEVER, head: NEVER, ..limits() });
+    let mut busy = send(server.address, b"POST /read HTTP/1.1\r\nHost: a\r\nContent-Length: 1\r\n\r\n").await;
+    let mut waiting = send(server.address, HELLO).await;
+    busy.write_all(b"x").await.unwrap();
+    assert_eq!(answer(&mut busy).await.1, "read 1");
+    assert_eq!(answer(&mut waiting).await.1, "hello");
+}
+
+#[tokio::test]
+async fn an_address_over_its_bound_is_closed_and_a_proxy_is_not() {
+    let bounded = Limits { per_address: 2, head: NEVER, idle: NEVER, ..limits() };
+    let server = start_with(bounded.clone());
+    let mut held = Vec::new();
+    for _ in 0..2 {
+        held.push(send(server.address, b"GET /hello HTTP/1.1\r\n").await);
+    }
+    let over = send(server.address, b"").await;
+    assert_eq!(soon("the end", rest(over)).await, "");
+    server.until_cut("address_limit").await;
+    held[0].write_all(b"Host: a\r\n\r\n").await.unwrap();
+    assert_eq!(answer(&mut held[0]).await.1, "hello");
+    // Its own idle connection makes room.
+    let mut new = send(server.address, HELLO).await;
+    assert_eq!(answer(&mut new).await.1, "hello");
+
+    let server = start_with(Limits { proxies: "127.0.0.0/8".parse().unwrap(), ..bounded });
+    let mut held = Vec::new();
+    for _ in 0..5 {
+        held.push(send(server.address, b"GET /hello HTTP/1.1\r\n").await);
+    }
+    let mut new = send(server.address, HELLO).await;
+    assert_eq!(answer(&mut new).await.1, "hello");
 }

@@ -22,7 +22,7 @@ use warp::Filter;
 use crate::{
     feed::ForeignKeysAnswer,
     foreign::{ForeignAlgorithm, ForeignIssuer},
-    server::{self, Limits},
+    server::{self, Limits, Metrics},
 };
 
 pub const ISSUER: &str = "https://login.example";
@@ -116,7 +116,8 @@ impl Issuer {
         });
         let stop = CancellationToken::new();
         let limits = Limits { stop: Duration::ZERO, ..Limits::default() };
-        tokio::spawn(server::serve(listener, warp::service(routes), limits, stop.clone()));
+        let metrics = Metrics::default().listener("issuer");
+        tokio::spawn(server::serve(listener, warp::service(routes), limits, metrics, stop.clone()));
         Self { address, keys: published, asked, _stop: stop.drop_guard() }
     }
 

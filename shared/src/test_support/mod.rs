@@ -6,6 +6,7 @@ pub mod documented;
 pub mod http;
 pub mod issuer;
 pub mod node;
+pub mod panics;
 pub mod process;
 pub mod proxy;
 pub mod servers;

@@ -26,6 +26,7 @@ use shared::{
     ids::{SessionId, UserId},
     limiter::Subject,
     origins::{EXPOSED_HEADERS, OriginNotAllowed, Origins, is_preflight},
+    preference::weight,
     problem::Problem,
     server,
 };
@@ -79,10 +80,10 @@ impl Streams {
         query: &str,
         peer: IpAddr,
     ) -> Response {
-        let request_id = request_id(headers);
+        let request_id = server::request_id(headers);
         let client = self.trusted_proxies.client(peer, headers);
         if is_preflight(&method, headers) {
-            return finish(self.preflight(headers), &request_id);
+            return self.preflight(headers);
         }
         let origin = self.origins.named(headers);
         let mut response = match method {
@@ -93,7 +94,7 @@ impl Streams {
             _ => self.refuse(&Refusal::Method, &request_id),
         };
         self.origins.let_read(origin, response.headers_mut());
-        finish(response, &request_id)
+        response
     }
 
     async fn open(
@@ -338,38 +339,11 @@ enum Refusal {
 
 /// Whatever is no route of ours.
 pub(super) fn not_found(headers: &HeaderMap) -> Response {
-    let request_id = request_id(headers);
-    let problem = Problem::new(StatusCode::NOT_FOUND, "not_found", "Not found", &request_id);
-    finish(problem.into_response(), &request_id)
-}
-
-/// The headers that every answer of ours has.
-fn finish(mut response: Response, request_id: &str) -> Response {
-    let headers = response.headers_mut();
-    if let Ok(id) = HeaderValue::from_str(request_id) {
-        headers.insert("x-request-id", id);
-    }
-    headers.insert(header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
-    headers.insert(header::REFERRER_POLICY, HeaderValue::from_static("no-referrer"));
-    headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));
-    response
-}
-
-/// A well-formed id from outside is kept, so that a request can be followed through proxies.
-fn request_id(headers: &HeaderMap) -> String {
-    let given = headers.get("x-request-id").and_then(|value| value.to_str().ok());
-    let well_formed = |id: &&str| {
-        (1..=64).contains(&id.len())
-            && id.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_'))
-    };
-    given.filter(well_formed).map_or_else(|| uuid::Uuid::new_v4().to_string(), str::to_owned)
+    Problem::new(StatusCode::NOT_FOUND, "not_found", "Not found", server::request_id(headers)).into_response()
 }
 
 fn accepts_event_stream(headers: &HeaderMap) -> bool {
-    let accepts = headers.get_all(header::ACCEPT).iter().filter_map(|value| value.to_str().ok());
-    let mut types =
-        accepts.flat_map(|value| value.split(',')).map(|range| range.split(';').next().unwrap_or(""));
-    types.any(|media_type| media_type.trim().eq_ignore_ascii_case("text/event-stream"))
+    weight(headers, header::ACCEPT, "text/event-stream").is_some_and(|weight| weight > 0)
 }
 
 /// The head of the answer, and how its body is framed.
@@ -491,6 +465,14 @@ mod tests {
             accepts_event_stream(&headers)
         };
         assert!(["text/event-stream", "text/html, Text/Event-Stream;q=0.9"].into_iter().all(accepts));
-        assert!(!["*/*", "text/*", "text/event-streams", ""].into_iter().any(accepts));
+        let refused = [
+            "*/*",
+            "text/*",
+            "text/event-streams",
+            "",
+            "text/event-stream;q=0",
+            "text/event-stream; q=0.0, */*",
+        ];
+        assert!(!refused.into_iter().any(accepts));
     }
 }

@@ -23,7 +23,7 @@ use shared::{
         UserHead,
     },
     ids::{SessionId, UserId},
-    server::{self, Limits},
+    server::{self, Limits, Metrics},
     test_support::soon,
 };
 use tokio::{sync::watch, time::sleep};
@@ -192,7 +192,8 @@ impl Api {
                 async move { answering.answer(path.as_str(), &headers, &body).await }
             });
         let limits = Limits { stop: Duration::ZERO, ..Limits::default() };
-        tokio::spawn(server::serve(listener, warp::service(routes), limits, stop.clone()));
+        let metrics = Metrics::default().listener("api");
+        tokio::spawn(server::serve(listener, warp::service(routes), limits, metrics, stop.clone()));
         Self { address, shared, _stop: stop.drop_guard() }
     }
 

@@ -18,6 +18,7 @@ use shared::{
     ids::{SessionId, UserId},
     test_support::{
         http::{Answer, Client},
+        panics,
         proxy::Proxy,
         soon,
         sse::{End, Opening, Stream},
@@ -125,6 +126,7 @@ impl World {
 
     async fn start(setup: Setup) -> Self {
         static WORLDS: AtomicU64 = AtomicU64::new(0);
+        panics::watch();
         let prefix = format!("gateway-it:{}:{}:", std::process::id(), WORLDS.fetch_add(1, Ordering::Relaxed));
         let signing = keys();
         let api = Api::start(signing.jwks().clone());
@@ -321,6 +323,7 @@ impl World {
     pub(crate) async fn stopped(self) {
         let run = soon("the gateway ends", self.run).await;
         run.unwrap().unwrap();
+        panics::assert_none();
     }
 
     /// Each test ends with this or the next, its streams closed: nothing is left of them, and the gateway stops in good

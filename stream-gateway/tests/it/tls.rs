@@ -8,6 +8,7 @@ use std::{
 
 use shared::test_support::{
     http::Client,
+    panics,
     process::Process,
     servers::Redis,
     tls::{Authority, Door},
@@ -29,8 +30,10 @@ fn gateway(api: &Api, redis_port: u16, root: PathBuf) -> (Process, String) {
         .env("REDIS_URL", format!("rediss://localhost:{redis_port}"))
         .env("INTERNAL_SECRET", SECRET)
         .env("SSL_CERT_FILE", root)
-        .stdout(Stdio::piped());
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped());
     let mut process = Process::start(&mut command).unwrap();
+    panics::watch_child(process.child().stderr.take().unwrap());
     let mut lines = BufReader::new(process.child().stdout.take().unwrap()).lines();
     let ops = loop {
         let line: serde_json::Value = serde_json::from_str(&lines.next().unwrap().unwrap()).unwrap();
@@ -65,4 +68,5 @@ async fn redis_is_listened_to_behind_tls_and_not_behind_anybody_elses_certificat
         metrics.contains("gateway_redis_up 0\n") && metrics.contains("gateway_redis_connects_total 0\n"),
         "{metrics}"
     );
+    panics::assert_none();
 }

@@ -1,0 +1,154 @@
+//! The bodies on both sides of a handler. A request's body is read to its end, or the answer says that the connection closes;
+//! an answer's body says when hyper has all of it.
+
+use std::{
+    pin::Pin,
+    sync::{Arc, Mutex},
+    task::{Context, Poll, ready},
+    time::Duration,
+};
+
+use bytes::Bytes;
+use http::{HeaderMap, header};
+use http_body::{Body, Frame, SizeHint};
+use hyper::body::Incoming;
+use tokio::time::timeout;
+
+use super::{
+    lock,
+    watch::{Phase, Tail, Watch},
+};
+
+/// How much of a body that its handler does not want is read, and for how long: a client that is sending reads the answer
+/// afterwards, and its connection, which a proxy may share among others, stays open.
+const UNWANTED_BYTES: u64 = 1 << 20;
+const UNWANTED_TIME: Duration = Duration::from_secs(1);
+
+/// The end of a request without a body, and of one in chunks.
+const BLANK_LINE: &[u8] = b"\r\n\r\n";
+
+/// What a handler gets. It need not read it.
+pub struct RequestBody(Arc<Mutex<Received>>);
+
+struct Received {
+    body: Incoming,
+    begun: bool,
+    ended: bool,
+    /// The client waits for `100 Continue`, which hyper sends when the body is first asked for.
+    waits: bool,
+    tail: Tail,
+}
+
+impl RequestBody {
+    pub(super) fn new(body: Incoming, headers: &HeaderMap) -> Self {
+        let waits = headers.contains_key(header::EXPECT);
+        let ended = body.is_end_stream();
+        Self(Arc::new(Mutex::new(Received { body, begun: false, ended, waits, tail: Tail::of(BLANK_LINE) })))
+    }
+
+    /// What is left of the body once its handler has let go of it.
+    pub(super) fn rest(&self) -> Rest {
+        Rest(self.0.clone())
+    }
+}
+
+impl Received {
+    fn poll_frame(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
+        self.begun = true;
+        let in_chunks = self.body.size_hint().exact().is_none();
+        let frame = ready!(Pin::new(&mut self.body).poll_frame(cx));
+        if let Some(Ok(frame)) = &frame
+            && let Some(data) = frame.data_ref()
+            && !in_chunks
+        {
+            self.tail.push(data);
+        }
+        self.ended = frame.is_none() || self.body.is_end_stream();
+        Poll::Ready(frame)
+    }
+}
+
+impl Body for RequestBody {
+    type Data = Bytes;
+    type Error = hyper::Error;
+
+    fn poll_frame(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
+        lock(&self.0).poll_frame(cx)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        lock(&self.0).body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        lock(&self.0).body.size_hint()
+    }
+}
+
+pub(super) struct Rest(Arc<Mutex<Received>>);
+
+impl Rest {
+    /// Reads the rest. The last bytes of the request; `None`: its end was not seen, so the connection must close.
+    pub(super) async fn read(self) -> Option<Tail> {
+        // A handler that has answered and still reads is let alone.
+        let received = Arc::into_inner(self.0)?;
+        let received = received.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let unwanted =
+            received.body.size_hint().lower() > UNWANTED_BYTES || received.waits && !received.begun;
+        if received.ended {
+            return Some(received.tail);
+        }
+        if unwanted {
+            return None;
+        }
+        timeout(UNWANTED_TIME, read_to_end(received)).await.ok().flatten()
+    }
+}
+
+async fn read_to_end(mut received: Received) -> Option<Tail> {
+    let mut left = UNWANTED_BYTES;
+    while !received.ended {
+        match std::future::poll_fn(|cx| received.poll_frame(cx)).await {
+            Some(Ok(frame)) => left = left.checked_sub(frame.data_ref().map_or(0, Bytes::len) as u64)?,
+            Some(Err(_)) => return None,
+            None => {}
+        }
+    }
+    Some(received.tail)
+}
+
+/// What hyper gets.
+pub(super) struct AnswerBody<B> {
+    pub(super) body: B,
+    pub(super) watch: Arc<Watch>,
+}
+
+impl<B: Body + Unpin> Body for AnswerBody<B> {
+    type Data = B::Data;
+    type Error = B::Error;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<B::Data>, B::Error>>> {
+        Pin::new(&mut self.body).poll_frame(cx)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
+    }
+}
+
+impl<B> Drop for AnswerBody<B> {
+    /// Hyper lets go of a body as soon as it has taken all of it.
+    fn drop(&mut self) {
+        self.watch.enter(Phase::Flushing);
+    }
+}

@@ -1,0 +1,140 @@
+//! What every request and every answer of every listener has in common, whatever the routes are: a request whose head is
+//! wrong in itself is refused before any route sees it, each request has an id, and each answer the same headers.
+
+use std::str::FromStr;
+
+use http::{
+    HeaderMap, HeaderName, HeaderValue, Request, Response, StatusCode, Uri, Version, header, uri::Authority,
+};
+use uuid::Uuid;
+
+use crate::problem::Problem;
+
+pub(super) const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+
+/// Why a request head is refused.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Malformed {
+    Target,
+    Host,
+}
+
+impl Malformed {
+    /// RFC 9112, 3.2. Hyper takes every target that a URI parser takes, and looks at no `Host`.
+    pub(super) fn find<B>(request: &Request<B>) -> Option<Self> {
+        if !names_a_path(request.uri()) {
+            Some(Self::Target)
+        } else if !names_one_host(request.version(), request.headers()) {
+            Some(Self::Host)
+        } else {
+            None
+        }
+    }
+
+    pub(super) fn as_str(self) -> &'static str {
+        match self {
+            Self::Target => "target",
+            Self::Host => "host",
+        }
+    }
+
+    pub(super) fn answer<B: From<Vec<u8>>>(self, request_id: &str) -> Response<B> {
+        let (code, sentence) = match self {
+            Self::Target => ("bad_target", "The request target must be a path that begins with a slash"),
+            Self::Host => ("bad_host", "HTTP/1.1 requires exactly one Host header with a host name"),
+        };
+        Problem::new(StatusCode::BAD_REQUEST, code, sentence, request_id).into_response()
+    }
+}
+
+/// Routes look at paths alone. `*` and the authority form (of CONNECT) are for proxies and for servers as a whole.
+fn names_a_path(target: &Uri) -> bool {
+    target.path_and_query().is_some_and(|target| target.path().starts_with('/'))
+}
+
+fn names_one_host(version: Version, headers: &HeaderMap) -> bool {
+    let mut hosts = headers.get_all(header::HOST).iter();
+    match (hosts.next(), hosts.next()) {
+        (Some(host), None) => {
+            // An empty one is legal: the target names no authority.
+            host.is_empty()
+                || host.to_str().is_ok_and(|host| !host.contains('@') && Authority::from_str(host).is_ok())
+        }
+        (None, _) => version < Version::HTTP_11,
+        (Some(_), Some(_)) => false,
+    }
+}
+
+/// The id that came with a request, if it is well-formed, so that a request can be followed through proxies; else a new one.
+/// The accept loop has seen to it that every request that it passes on has one.
+pub fn request_id(headers: &HeaderMap) -> String {
+    let given = headers.get(REQUEST_ID).and_then(|id| id.to_str().ok()).filter(|id| is_request_id(id));
+    given.map_or_else(|| Uuid::new_v4().simple().to_string(), str::to_owned)
+}
+
+fn is_request_id(text: &str) -> bool {
+    (1..=64).contains(&text.len())
+        && text.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'_' | b'-'))
+}
+
+/// The headers that every answer has.
+pub(super) fn finish(answer: &mut HeaderMap, request_id: HeaderValue) {
+    answer.insert(REQUEST_ID, request_id);
+    answer.insert(header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
+    answer.insert(header::REFERRER_POLICY, HeaderValue::from_static("no-referrer"));
+    answer.entry(header::CACHE_CONTROL).or_insert(HeaderValue::from_static("no-store"));
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn found(version: Version, target: &str, hosts: &[&str]) -> Option<Malformed> {
+        let mut request = Request::builder().version(version).uri(target).body(()).unwrap();
+        for host in hosts {
+            request.headers_mut().append(header::HOST, HeaderValue::from_bytes(host.as_bytes()).unwrap());
+        }
+        Malformed::find(&request)
+    }
+
+    #[test]
+    fn targets_without_a_path_are_malformed() {
+        for target in ["/", "/api/messages?x=/", "//", "http://a", "http://a/b", "/*", "https://a?b"] {
+            assert_eq!(found(Version::HTTP_11, target, &["a"]), None, "{target}");
+        }
+        for target in ["foo", "*", "h:80", "h:1", "[::1]:80"] {
+            assert_eq!(found(Version::HTTP_11, target, &["a"]), Some(Malformed::Target), "{target}");
+        }
+    }
+
+    #[test]
+    fn one_host_is_named_and_no_more() {
+        for host in ["a", "a.example:8080", "[::1]:80", "127.0.0.1", ""] {
+            assert_eq!(found(Version::HTTP_11, "/", &[host]), None, "{host}");
+        }
+        for host in ["a b", "a, b", "user@a", "a/b", "http://a", "\u{e9}"] {
+            assert_eq!(found(Version::HTTP_11, "/", &[host]), Some(Malformed::Host), "{host}");
+        }
+        assert_eq!(found(Version::HTTP_11, "/", &[]), Some(Malformed::Host));
+        assert_eq!(found(Version::HTTP_10, "/", &[]), None);
+        for version in [Version::HTTP_10, Version::HTTP_11] {
+            assert_eq!(found(version, "/", &["a", "a"]), Some(Malformed::Host));
+        }
+    }
+
+    #[test]
+    fn a_well_formed_request_id_is_kept_and_any_other_replaced() {
+        let id_for = |given: &str| {
+            let mut headers = HeaderMap::new();
+            headers.insert(REQUEST_ID, HeaderValue::from_bytes(given.as_bytes()).unwrap());
+            request_id(&headers)
+        };
+        for good in ["a", "A-b_9", &"x".repeat(64)] {
+            assert_eq!(id_for(good), good);
+        }
+        for bad in ["", "a b", "a.b", "é", &"x".repeat(65)] {
+            assert_ne!(id_for(bad), bad);
+            assert!(is_request_id(&id_for(bad)));
+        }
+    }
+}

@@ -1,0 +1,73 @@
+//! No test passes while a service panics, even where the service recovers: in this process a hook notes it, in a child what it
+//! writes to its standard error.
+
+use std::{
+    io::{BufRead, BufReader, Read},
+    panic,
+    sync::{Mutex, MutexGuard, Once, PoisonError},
+    thread,
+};
+
+static SEEN: Mutex<Vec<String>> = Mutex::new(Vec::new());
+
+fn seen() -> MutexGuard<'static, Vec<String>> {
+    SEEN.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Notes every panic of a service in this process from now on.
+pub fn watch() {
+    static ONCE: Once = Once::new();
+    ONCE.call_once(|| {
+        let usual = panic::take_hook();
+        panic::set_hook(Box::new(move |info| {
+            if info.location().is_none_or(|location| is_of_a_service(location.file())) {
+                seen().push(info.to_string());
+            }
+            usual(info);
+        }));
+    });
+}
+
+/// Panics of a test, and of the servers that it plays, fail the test by themselves.
+fn is_of_a_service(file: &str) -> bool {
+    !file.split('/').any(|part| matches!(part, "tests" | "test_support"))
+}
+
+/// Notes every panic of a child, by its piped standard error, which is shown as well.
+pub fn watch_child(stderr: impl Read + Send + 'static) {
+    thread::spawn(move || {
+        for line in BufReader::new(stderr).lines().map_while(Result::ok) {
+            if is_said_by_one(&line) {
+                seen().push(line.clone());
+            }
+            eprintln!("{line}");
+        }
+    });
+}
+
+/// A line of a log.
+pub fn is_said_by_one(line: &str) -> bool {
+    line.contains("panicked")
+}
+
+/// At the end of a test. A panic of another test's service counts: which test it was is in the output.
+pub fn assert_none() {
+    let seen = seen();
+    assert!(seen.is_empty(), "services panicked: {seen:#?}");
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn panics_of_services_are_told_from_those_of_tests() {
+        for service in ["api/src/http/mod.rs", "/home/a/.cargo/registry/src/b/warp-0.4.3/src/route.rs"] {
+            assert!(is_of_a_service(service), "{service}");
+        }
+        for test in ["api/tests/it/support.rs", "shared/src/test_support/mod.rs"] {
+            assert!(!is_of_a_service(test), "{test}");
+        }
+        assert!(is_said_by_one("thread 'main' (7) panicked at src/main.rs:1:1:"));
+    }
+}
