@@ -12,6 +12,7 @@ mod drain;
 mod endings;
 mod foreign;
 mod fuzz;
+mod heads;
 mod keys;
 mod limits;
 mod monitoring;
