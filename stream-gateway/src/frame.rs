@@ -37,7 +37,11 @@ pub struct Chunk(Bytes);
 
 impl Chunk {
     pub fn new(text: &str) -> Self {
-        Self(format!("{:x}\r\n{text}\r\n", text.len()).into())
+        let mut chunk = String::with_capacity(text.len() + 16);
+        let _ = write!(chunk, "{:x}\r\n", text.len());
+        chunk.push_str(text);
+        chunk.push_str("\r\n");
+        Self(chunk.into())
     }
 
     /// Bytes on the wire.
@@ -151,13 +155,16 @@ impl Event {
             let _ = writeln!(block, "event: {name}");
         }
         block.push_str("data: ");
-        for c in data.chars() {
-            match c {
-                // Raw JSON is one value; a line break in it can only be white space between tokens.
-                '\r' | '\n' => block.push(' '),
-                // Line breaks to Unicode, and to readers that split lines by it. In JSON they stand only inside strings.
-                '\u{85}' | '\u{2028}' | '\u{2029}' => _ = write!(block, "\\u{:04x}", u32::from(c)),
-                c => block.push(c),
+        for part in data.split_inclusive(ends_a_line) {
+            let text = part.strip_suffix(ends_a_line).unwrap_or(part);
+            block.push_str(text);
+            for end in part[text.len()..].chars() {
+                match end {
+                    // Raw JSON is one value; a line break in it can only be white space between tokens.
+                    '\r' | '\n' => block.push(' '),
+                    // These stand only inside strings.
+                    end => _ = write!(block, "\\u{:04x}", u32::from(end)),
+                }
             }
         }
         let _ = write!(block, "\nid: {}\n\n", envelope.cursor());
@@ -165,6 +172,11 @@ impl Event {
         let created_at = envelope.created_at.timestamp_millis();
         Ok(Self { head, created_at, frame: Chunk::new(&block), traced: None })
     }
+}
+
+/// CR and LF end a line of the stream. The others end one for Unicode, and so for readers that split lines by it.
+fn ends_a_line(c: char) -> bool {
+    matches!(c, '\r' | '\n' | '\u{85}' | '\u{2028}' | '\u{2029}')
 }
 
 /// `message` travels without a name; `error` and `open` would be mistaken for the browser's own.
