@@ -1,8 +1,5 @@
 -- Names are found in either case and in either normal form, whatever locale the database was made with: `lower()` follows
 -- LC_CTYPE, and in "C" it knows no letters but A to Z.
---
--- The index waits for whoever changes users, and new users wait for it: so it gives up soon, and the migration can be run again.
-SET LOCAL lock_timeout = '2s';
 
 -- Simple case folding, by a table that is a part of the function: the same for ever, so that an index by it stays right whatever
 -- the server's libraries and the services learn of new letters. A newer table is another function with an index of its own.
@@ -72,9 +69,6 @@ BEGIN
     $format$, _from, _to);
 END
 $do$;
-
--- Replaces `users_by_folded_name`, which the version before this one still uses; a later migration drops that one.
-CREATE INDEX users_by_name ON users ((fold_name(username) COLLATE "C"), username COLLATE "C");
 
 -- Names are kept in the normal form C (RFC 8265) from now on. Two people whose names are one text in two forms keep them.
 UPDATE users AS u SET username = normalize(u.username)

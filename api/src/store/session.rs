@@ -8,6 +8,8 @@
 //! during a switchover; writes are answered 503), `synchronous_commit`. Of no effect: `TimeZone` and `DateStyle`, which the
 //! driver sets, and `bytea_output`, `IntervalStyle` and `extra_float_digits`, since values travel in binary.
 
+use std::time::Duration;
+
 use sqlx::{Connection, PgConnection, postgres::PgConnectOptions};
 use thiserror::Error;
 
@@ -130,18 +132,23 @@ fn is_mixed(code: &str) -> bool {
     ["42P05", "26000"].contains(&code)
 }
 
-/// Holds off everybody else who calls this until `held` is dropped. The lock belongs to a transaction, so that it holds, and
-/// ends, through a pooler as well.
+const LOCK_TRIED_EVERY: Duration = Duration::from_millis(200);
+
+/// Holds off everybody else who calls this until the transaction ends. The lock belongs to a transaction, so that it holds, and
+/// ends, through a pooler as well. It is tried again and again rather than waited for: a statement that waits keeps a snapshot, and
+/// `CREATE INDEX CONCURRENTLY` under the lock would wait for that one in turn. For the same reason it is `READ COMMITTED`.
 pub(super) async fn lock<'c>(
     connection: &'c mut PgConnection,
     key: i64,
 ) -> sqlx::Result<sqlx::Transaction<'c, sqlx::Postgres>> {
     const BEGIN: &str = "
-        BEGIN;
+        BEGIN ISOLATION LEVEL READ COMMITTED;
         SET LOCAL statement_timeout = 0;
         SET LOCAL lock_timeout = 0;
         SET LOCAL idle_in_transaction_session_timeout = 0";
     let mut held = connection.begin_with(BEGIN).await?;
-    sqlx::query("SELECT pg_advisory_xact_lock($1)").bind(key).execute(&mut *held).await?;
+    while !sqlx::query_scalar("SELECT pg_try_advisory_xact_lock($1)").bind(key).fetch_one(&mut *held).await? {
+        tokio::time::sleep(LOCK_TRIED_EVERY).await;
+    }
     Ok(held)
 }

@@ -302,9 +302,10 @@ impl Pooler {
             .unwrap();
         let text = format!(
             "[databases]\n* = host={} port={}\n[pgbouncer]\nlisten_addr = 127.0.0.1\nlisten_port = {port}\nunix_socket_dir =\n\
-             auth_type = plain\nauth_file = {}\n{settings}\n",
+             auth_type = {}\nauth_file = {}\n{settings}\n",
             url.host_str().unwrap(),
             url.port().unwrap(),
+            if url.password().is_some() { "plain" } else { "trust" },
             users.display(),
         );
         fs::write(&file, text).unwrap();
