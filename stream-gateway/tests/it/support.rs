@@ -159,6 +159,8 @@ impl World {
             "--reconcile-seconds=300",
             "--suspect-reconcile-millis=60000",
             "--rate-limits=false",
+            // One address does everything here.
+            "--connections-per-address=0",
         ]);
         let mut config = settings.unwrap().settings.check(u64::MAX).unwrap();
         (setup.change)(&mut config);
