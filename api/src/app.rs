@@ -11,6 +11,7 @@ use shared::{
     ops,
     origins::Origins,
     server::{self, Limits},
+    tasks::Tasks,
     traces::{self, Tracer},
 };
 use sqlx::{Connection, PgConnection, postgres::PgConnectOptions};
@@ -123,6 +124,7 @@ pub async fn prune(postgres: PgConnectOptions, keep: Keep) -> anyhow::Result<()>
 pub async fn run(config: Config, listeners: Listeners, stop: CancellationToken) -> anyhow::Result<()> {
     let (metrics, registry) = Metrics::new();
     let judgement = Judgement::new();
+    let tasks = Tasks::default();
     let limits = Limits {
         per_address: config.connections_per_address,
         proxies: config.trusted_proxies.clone(),
@@ -135,7 +137,7 @@ pub async fn run(config: Config, listeners: Listeners, stop: CancellationToken) 
     let _stop_ops_on_failure = stop_ops.clone().drop_guard();
     let conflicts = metrics.database_conflicts.clone();
     let database = Database::new(config.database.clone(), config.database_pool_size, conflicts);
-    let operators = ops::routes(registry, {
+    let operators = ops::routes(registry, tasks.clone(), {
         let judgement = judgement.clone();
         move || judgement.get()
     });
@@ -151,7 +153,7 @@ pub async fn run(config: Config, listeners: Listeners, stop: CancellationToken) 
     let counted = metrics.http.listener("ops");
     let operators = warp::service(operators);
     let operators = server::serve(listeners.ops, operators, limits.clone(), counted, stop_ops.clone());
-    let operators = tokio::spawn(operators);
+    let operators = tasks.spawn("ops listener", &stop_ops, operators);
 
     let (mut connections, route) = tokio::select! {
         connected = connect(&config.database) => connected?,
@@ -213,26 +215,28 @@ pub async fn run(config: Config, listeners: Listeners, stop: CancellationToken) 
 
     let watching =
         readiness::watch(config.database, database.clone(), metrics.clone(), judgement, stop.clone());
-    let watching = tokio::spawn(watching);
+    let watching = tasks.spawn("readiness watch", &stop, watching);
     let pruning = pruner::run(database.clone(), config.keep, metrics.clone(), stop.clone());
-    let pruning = tokio::spawn(pruning);
-    let noting = tokio::spawn(last_used::run(used, database.clone(), stop.clone()));
-    let following = foreign.map(|foreign| tokio::spawn(foreign.follow(stop.clone())));
-    let publishing = tokio::spawn(worker.run(stop_publishing.clone()));
-    let counting = tokio::spawn(counting.run(stop_serving.clone()));
-    let exporting = tokio::spawn(exporter.run(stop_tracing.clone()));
+    let pruning = tasks.spawn("pruner", &stop, pruning);
+    let noting = last_used::run(used, database.clone(), stop.clone());
+    let noting = tasks.spawn("last use of sessions", &stop, noting);
+    let following = foreign.map(|foreign| tasks.spawn("external keys", &stop, foreign.follow(stop.clone())));
+    let publishing = worker.run(tasks.clone(), stop_publishing.clone());
+    let publishing = tasks.spawn("publisher", &stop_publishing, publishing);
+    let counting = tasks.spawn("shared rate limits", &stop_serving, counting.run(stop_serving.clone()));
+    let exporting = tasks.spawn("trace exporter", &stop_tracing, exporter.run(stop_tracing.clone()));
 
     let routes = Cors::new(warp::service(http::public(&api)), origins);
     let service = Edge::new(routes, config.trusted_proxies, tracer, metrics.clone());
     let counted = metrics.http.listener("public");
     let public = server::serve(listeners.public, service, limits.clone(), counted, stop_serving.clone());
-    let public = tokio::spawn(public);
+    let public = tasks.spawn("public listener", &stop_serving, public);
     // Gateways ask without a proxy between, and their questions belong to nobody's trace.
     let routes = warp::service(http::internal(&api));
     let service = Edge::new(routes, TrustedProxies::default(), Tracer::default(), metrics.clone());
     let counted = metrics.http.listener("internal");
     let internal = server::serve(listeners.internal, service, limits, counted, stop_serving.clone());
-    let internal = tokio::spawn(internal);
+    let internal = tasks.spawn("internal listener", &stop_serving, internal);
     drop(api);
     for (name, address) in
         [("public", addresses.public), ("internal", addresses.internal), ("ops", addresses.ops)]
@@ -240,13 +244,17 @@ pub async fn run(config: Config, listeners: Listeners, stop: CancellationToken) 
         tracing::info!(name, %address, "listening");
     }
 
-    stop.cancelled().await;
+    tokio::select! {
+        () = stop.cancelled() => {}
+        // In the same order, so that what still works ends well.
+        _ = tasks.failed() => stop.cancel(),
+    }
     tokio::time::sleep(config.shutdown_wait).await;
     tracing::info!("no new connections");
     stop_serving.cancel();
-    public.await.context("the public listener failed")?;
-    internal.await.context("the internal listener failed")?;
-    counting.await.context("the rate limits failed")?;
+    for serving in [public, internal, counting] {
+        serving.await?;
+    }
     stop_publishing.cancel();
     if timeout(FLUSH_TIMEOUT, publishing).await.is_err() {
         tracing::warn!("Redis did not take the last events in time");
@@ -254,15 +262,15 @@ pub async fn run(config: Config, listeners: Listeners, stop: CancellationToken) 
     stop_tracing.cancel();
     // A collector that takes no more costs the last spans.
     let _ = timeout(traces::LAST_SPANS, exporting).await;
-    pruning.await.context("the pruner failed")?;
-    noting.await.context("noting the use of sessions failed")?;
-    if let Some(following) = following {
-        following.await.context("following the issuer's keys failed")?;
+    for task in [pruning, noting, watching].into_iter().chain(following) {
+        task.await?;
     }
-    watching.await.context("the readiness watch failed")?;
     stop_ops.cancel();
-    operators.await.context("the operators' listener failed")?;
+    operators.await?;
     database.close().await;
+    if let Some(failure) = tasks.failure() {
+        return Err(failure.into());
+    }
     tracing::info!("stopped");
     Ok(())
 }

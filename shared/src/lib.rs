@@ -27,6 +27,7 @@ pub mod preference;
 pub mod problem;
 pub mod process_metrics;
 pub mod server;
+pub mod tasks;
 pub mod telemetry;
 #[cfg(feature = "test-support")]
 pub mod test_support;

@@ -8,11 +8,12 @@ pub fn stop_on_signal() -> std::io::Result<CancellationToken> {
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
     let stop = CancellationToken::new();
-    let told = stop.clone();
+    // Also when this task should die, after which no signal would be heeded.
+    let begin = stop.clone().drop_guard();
     tokio::spawn(async move {
         let name = next(&mut terminate, &mut interrupt).await;
         tracing::info!(signal = name, "stopping");
-        told.cancel();
+        drop(begin);
         let name = next(&mut terminate, &mut interrupt).await;
         tracing::warn!(signal = name, "asked again: ending at once");
         std::process::exit(130);

@@ -10,7 +10,11 @@ use prometheus_client::{encoding::text, registry::Registry};
 use serde::Serialize;
 use warp::{Filter, Rejection};
 
-use crate::{preference::weight, telemetry};
+use crate::{
+    preference::weight,
+    tasks::{Failure, Tasks},
+    telemetry,
+};
 
 /// What a Prometheus server asks for, and what everything else reads.
 const OPENMETRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
@@ -26,13 +30,16 @@ pub struct Readiness {
     pub note: String,
 }
 
+/// A process of which a task failed is not ready, whatever `readiness` says: it may be what that task said last.
 pub fn routes(
     registry: Arc<Registry>,
+    tasks: Tasks,
     readiness: impl Fn() -> Readiness + Clone + Send + Sync + 'static,
 ) -> impl Filter<Extract = (Response<String>,), Error = Rejection> + Clone + Send + Sync + 'static {
     let livez = warp::path!("livez").and(read()).map(|| plain(StatusCode::OK, "alive\n".into()));
     let readyz = warp::path!("readyz").and(read()).map(move || {
-        let Readiness { ready, note } = readiness();
+        let failed = |failure: Failure| Readiness { ready: false, note: failure.to_string() };
+        let Readiness { ready, note } = tasks.failure().map_or_else(&readiness, failed);
         plain(if ready { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE }, format!("{note}\n"))
     });
     let metrics = warp::path!("metrics").and(read()).and(warp::header::headers_cloned()).map(
@@ -141,7 +148,25 @@ fn answer(status: StatusCode, form: &'static str, body: String) -> Response<Stri
 
 #[cfg(test)]
 mod tests {
+    use tokio_util::sync::CancellationToken;
+    use tower_service::Service;
+
     use super::*;
+
+    #[tokio::test]
+    async fn readyz_does_not_outlive_the_task_that_it_repeats() {
+        let tasks = Tasks::default();
+        let ready = || Readiness { ready: true, note: "ready".into() };
+        let mut service = warp::service(routes(Arc::default(), tasks.clone(), ready));
+        let mut readyz = async || {
+            let request = http::Request::get("/readyz").body(String::new()).unwrap();
+            service.call(request).await.unwrap().status()
+        };
+        assert_eq!(readyz().await, StatusCode::OK);
+        let stop = CancellationToken::new();
+        tasks.spawn("readiness watch", &stop, async { panic!("no reason") }).await.unwrap();
+        assert_eq!(readyz().await, StatusCode::SERVICE_UNAVAILABLE);
+    }
 
     #[test]
     fn metrics_have_the_form_that_is_preferred() {

@@ -19,6 +19,7 @@ use shared::{
     ops::{self, Readiness},
     origins::Origins,
     server::{self, Limits as ServerLimits},
+    tasks::Tasks,
     traces,
 };
 use tokio::{
@@ -72,8 +73,9 @@ pub async fn run(config: Config, listeners: Listeners, stop: CancellationToken) 
     let (tracer, exporter) =
         traces::start(config.traces, "stream-gateway", env!("CARGO_PKG_VERSION"), metrics.traces.clone())
             .context("cannot read whom this machine trusts (SSL_CERT_FILE, ca-certificates)")?;
+    let tasks = Tasks::default();
     let stop_tracing = CancellationToken::new();
-    let exporting = tokio::spawn(exporter.run(stop_tracing.clone()));
+    let exporting = tasks.spawn("trace exporter", &stop_tracing, exporter.run(stop_tracing.clone()));
     let api = Api::new(&config.api_internal_url, &config.internal_secret);
     let keys = Arc::new(Keys::new(config.origin.as_str(), api.clone(), metrics.clone()));
     let (identities, asking) = identities(api.clone());
@@ -83,8 +85,9 @@ pub async fn run(config: Config, listeners: Listeners, stop: CancellationToken) 
     let (admissions_in, admissions) = mpsc::channel(engine::ADMISSIONS);
     let (commands_in, commands) = mpsc::channel(4);
 
-    let inputs = Inputs { admissions, news, commands };
-    let mut engine = engine::start(
+    let stop_delivery = CancellationToken::new();
+    let inputs = Inputs { admissions, news, commands, tasks: tasks.clone(), stop: stop_delivery.clone() };
+    engine::start(
         config.delivery,
         api,
         wishes.clone(),
@@ -95,20 +98,20 @@ pub async fn run(config: Config, listeners: Listeners, stop: CancellationToken) 
     )?;
 
     let end = CancellationToken::new();
-    let tasks = TaskTracker::new();
-    let following = keys.clone();
-    let until = end.clone();
-    tasks.spawn(async move { following.follow(until).await });
-    tasks.spawn(asking.run(end.clone()));
+    let running = TaskTracker::new();
+    let following = keys.clone().follow(end.clone());
+    running.spawn(tasks.watch("keys", &end, following));
+    running.spawn(tasks.watch("external identities", &end, asking.run(end.clone())));
     let subscriber = Subscriber {
         bus: config.redis.clone(),
         channels: config.channels.clone(),
         wishes,
         news: news_in,
         tracer,
+        tasks: tasks.clone(),
         metrics: metrics.clone(),
     };
-    tasks.spawn(subscriber.run(end.clone()));
+    running.spawn(tasks.watch("redis subscriber", &end, subscriber.run(end.clone())));
 
     let stopping = Arc::new(AtomicBool::new(false));
     let readiness = {
@@ -122,7 +125,8 @@ pub async fn run(config: Config, listeners: Listeners, stop: CancellationToken) 
             async move { explain(&engine, question).await }
         }
     });
-    let ops_routes = warp::service(ops::routes(Arc::new(registry), readiness).or(explaining));
+    let ops_routes = ops::routes(Arc::new(registry), tasks.clone(), readiness);
+    let ops_routes = warp::service(ops_routes.or(explaining));
     let bounds = ServerLimits {
         per_address: config.connections_per_address,
         proxies: config.trusted_proxies.clone(),
@@ -130,12 +134,13 @@ pub async fn run(config: Config, listeners: Listeners, stop: CancellationToken) 
     };
     let ops_bounds = ServerLimits { connections: descriptors::OPS, ..bounds.clone() };
     let counted = metrics.http.listener("ops");
-    tasks.spawn(server::serve(listeners.ops, ops_routes, ops_bounds, counted, end.clone()));
+    let serving = server::serve(listeners.ops, ops_routes, ops_bounds, counted, end.clone());
+    running.spawn(tasks.watch("ops listener", &end, serving));
 
     let (limiter, counting) =
         Limiter::new(config.redis, config.channels, config.opening.patience, metrics.limits.clone());
     let limits = Limits::new(&config.admission, &config.opening, limiter);
-    tasks.spawn(counting.run(end.clone()));
+    running.spawn(tasks.watch("shared rate limits", &end, counting.run(end.clone())));
 
     let counted = metrics.http.listener("public");
     let streams = Arc::new(Streams {
@@ -154,31 +159,31 @@ pub async fn run(config: Config, listeners: Listeners, stop: CancellationToken) 
     });
     let routes = warp::service(http::routes(streams.clone()));
     let bounds = ServerLimits { connections: descriptors::HTTP, ..bounds };
-    tasks.spawn(server::serve(listeners.public, routes, bounds, counted, end.clone()));
+    let serving = server::serve(listeners.public, routes, bounds, counted, end.clone());
+    running.spawn(tasks.watch("public listener", &end, serving));
 
     tokio::select! {
         () = stop.cancelled() => {}
-        ended = &mut engine => {
-            ended.context("the delivery thread panicked")??;
-            anyhow::bail!("the delivery thread ended by itself");
-        }
+        // In the same order, so that what still works ends well.
+        _ = tasks.failed() => {}
     }
     stopping.store(true, Ordering::Relaxed);
     tracing::info!(wait = ?config.drain.wait, "not ready any more; waiting for load balancers to notice");
     sleep(config.drain.wait).await;
     streams.parting.store(true, Ordering::Relaxed);
     let (done_in, done) = oneshot::channel();
+    stop_delivery.cancel();
     let window = config.drain.window;
     if commands_in.send(Command::Drain { window, done: done_in }).await.is_ok() {
         let _ = timeout(window + LAST_GOODBYES, done).await;
     }
     end.cancel();
-    tasks.close();
-    tasks.wait().await;
+    running.close();
+    running.wait().await;
     stop_tracing.cancel();
     // A collector that takes no more costs the last spans.
     let _ = timeout(traces::LAST_SPANS, exporting).await;
-    Ok(())
+    tasks.failure().map_or(Ok(()), |failure| Err(failure.into()))
 }
 
 /// A gateway without Redis is degraded and still of use; one without keys can admit nobody.

@@ -97,7 +97,7 @@ impl Keys {
     }
 
     /// Keeps the keys fresh until `stop`.
-    pub async fn follow(&self, stop: CancellationToken) {
+    pub async fn follow(self: Arc<Self>, stop: CancellationToken) {
         self.ring.follow(stop).await;
     }
 

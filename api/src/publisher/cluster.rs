@@ -3,9 +3,12 @@
 
 use std::{collections::HashMap, sync::Arc};
 
-use shared::bus::{Bus, Map, Node};
+use shared::{
+    bus::{Bus, Map, Node},
+    tasks::Tasks,
+};
 use tokio::{sync::mpsc, task::JoinSet};
-use tokio_util::sync::CancellationToken;
+use tokio_util::sync::{CancellationToken, DropGuard};
 
 use super::{
     BATCH, Connected, Notice, QUEUE, Worker, dropped,
@@ -20,31 +23,36 @@ const MOST_MOVES: u8 = 3;
 struct Router {
     bus: Bus,
     map: Arc<Map>,
-    lanes: HashMap<Node, mpsc::Sender<Notice>>,
+    lanes: HashMap<Node, Running>,
+    tasks: Tasks,
     running: JoinSet<()>,
     others: Others,
     connected: Connected,
     metrics: Metrics,
-    /// For lanes: there is no more to come.
-    stop: CancellationToken,
+}
+
+/// A lane that runs. When this is dropped, the lane sends what is queued and ends.
+struct Running {
+    // Dropped before the sender: a lane without either has ended in order.
+    _stop: DropGuard,
+    queue: mpsc::Sender<Notice>,
 }
 
 /// Runs until `stop`, then sends what is still queued.
-pub(super) async fn run(worker: Worker, connected: Connected, stop: CancellationToken) {
+pub(super) async fn run(worker: Worker, connected: Connected, tasks: Tasks, stop: CancellationToken) {
     let Worker { mut queue, bus, metrics } = worker;
     let (mut maps, following) = bus.follow();
     tokio::pin!(following);
     let (moved, mut sent_on) = mpsc::channel(QUEUE);
-    let stop_lanes = CancellationToken::new();
     let mut router = Router {
         map: maps.now(),
         bus,
         lanes: HashMap::new(),
+        tasks,
         running: JoinSet::new(),
         others: Others { moved, maps: maps.clone() },
         connected,
         metrics,
-        stop: stop_lanes.clone(),
     };
     let mut batch = Vec::with_capacity(BATCH);
     loop {
@@ -66,7 +74,6 @@ pub(super) async fn run(worker: Worker, connected: Connected, stop: Cancellation
         }
     }
     router.lanes.clear();
-    stop_lanes.cancel();
     while router.running.join_next().await.is_some() {}
 }
 
@@ -81,7 +88,7 @@ impl Router {
     }
 
     fn lane(&mut self, node: &Node) -> &mpsc::Sender<Notice> {
-        self.lanes.entry(node.clone()).or_insert_with(|| {
+        let lane = self.lanes.entry(node.clone()).or_insert_with(|| {
             let (sender, queue) = mpsc::channel(QUEUE);
             let lane = Lane::new(
                 queue,
@@ -91,15 +98,18 @@ impl Router {
                 self.connected.clone(),
                 self.metrics.clone(),
             );
-            self.running.spawn(lane.run(self.stop.clone()));
-            sender
-        })
+            let stop = CancellationToken::new();
+            let run = lane.run(stop.clone());
+            self.running.spawn(self.tasks.watch(format!("publisher to {node}"), &stop, run));
+            Running { _stop: stop.drop_guard(), queue: sender }
+        });
+        &lane.queue
     }
 
     fn route(&mut self, notice: Notice) {
         self.metrics.publish_queue.dec();
         match self.map.owner(&notice.channel).and_then(|node| self.lanes.get(node)) {
-            Some(lane) => offer(lane, notice, &self.metrics),
+            Some(lane) => offer(&lane.queue, notice, &self.metrics),
             None => dropped("disconnected", [notice], &self.metrics),
         }
     }

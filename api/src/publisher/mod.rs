@@ -14,6 +14,7 @@ use shared::{
     channels::Channels,
     event::Revoked,
     ids::{SessionId, UserId},
+    tasks::Tasks,
     traces::{Span, SpanKind, Tracer},
 };
 use tokio::sync::mpsc::{self, error::TrySendError};
@@ -116,13 +117,16 @@ fn dropped(reason: &'static str, notices: impl IntoIterator<Item = Notice>, metr
 
 impl Worker {
     /// Runs until `stop`, then sends what is still queued, if Redis takes it.
-    pub async fn run(self, stop: CancellationToken) {
+    pub async fn run(self, tasks: Tasks, stop: CancellationToken) {
         let connected = Connected::new(&self.metrics);
         if self.bus.is_sharded() {
-            return cluster::run(self, connected, stop).await;
+            cluster::run(self, connected, tasks, stop.clone()).await;
+        } else {
+            let lane = Lane::new(self.queue, self.bus, Node::Only, None, connected, self.metrics);
+            lane.run(stop.clone()).await;
         }
-        let lane = Lane::new(self.queue, self.bus, Node::Only, None, connected, self.metrics);
-        lane.run(stop).await;
+        // During a stop, commands may be gone before this is told to stop.
+        stop.cancelled().await;
     }
 }
 

@@ -190,7 +190,7 @@ impl Worker {
     /// any, there is nothing to do.
     pub async fn run(self, stop: CancellationToken) {
         if !self.replicas.wanted.load(Ordering::Relaxed) {
-            return;
+            return stop.cancelled().await;
         }
         if stop.run_until_cancelled(self.look_for_redis()).await.is_none() {
             tracing::debug!("looks for Redis no more");

@@ -84,14 +84,16 @@ impl Exporter {
 
     /// Runs until `stop`, then sends what is still queued. How long that may take is the caller's to bound.
     pub async fn run(self, stop: CancellationToken) {
-        let Some(mut sending) = self.0 else { return };
-        loop {
-            let batch = sending.gather(&stop).await;
-            if batch.is_empty() {
-                return;
+        if let Some(mut sending) = self.0 {
+            loop {
+                let batch = sending.gather(&stop).await;
+                if batch.is_empty() {
+                    break;
+                }
+                sending.export(batch).await;
             }
-            sending.export(batch).await;
         }
+        stop.cancelled().await;
     }
 }
 

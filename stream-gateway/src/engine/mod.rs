@@ -37,6 +37,7 @@ use shared::{
     cursor::Seq,
     ended::EndedSessions,
     ids::{SessionId, UserId},
+    tasks::Tasks,
     traces::Tracer,
 };
 use slab::Slab;
@@ -46,6 +47,7 @@ use tokio::{
     sync::{mpsc, oneshot},
     time::sleep_until,
 };
+use tokio_util::sync::CancellationToken;
 
 pub use self::connection::{Key, Resume};
 use self::{connection::Connection, explain::Endings, wheel::Wheel};
@@ -108,10 +110,12 @@ pub struct Inputs {
     pub admissions: mpsc::Receiver<Admission>,
     pub news: mpsc::Receiver<News>,
     pub commands: mpsc::Receiver<Command>,
+    /// They watch the thread, which may end once `stop` is cancelled.
+    pub tasks: Tasks,
+    pub stop: CancellationToken,
 }
 
-/// Starts the engine's thread and returns its end: after a drain, or when its inputs are gone. Nothing comes when it
-/// panicked; nothing can be delivered then, and the process must end.
+/// Starts the engine's thread. It ends after a drain, or when its inputs are gone; before `stop`, that is a failure.
 pub fn start(
     settings: Delivery,
     api: Api,
@@ -120,20 +124,26 @@ pub fn start(
     tracer: Tracer,
     metrics: Arc<Metrics>,
     inputs: Inputs,
-) -> anyhow::Result<oneshot::Receiver<anyhow::Result<()>>> {
+) -> anyhow::Result<()> {
     let workers = Handle::current();
-    let (ended_in, ended) = oneshot::channel();
-    let run = move || {
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-        runtime.block_on(async {
-            let sockets = watch(Poll::new()?)?;
-            let backfill = Backfill::new(api, workers, tracer, metrics.clone());
-            Engine::new(settings, sockets, backfill, wishes, ended_sessions, metrics).run(inputs).await
-        })
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let poll = Poll::new()?;
+    let (tasks, stop) = (inputs.tasks.clone(), inputs.stop.clone());
+    let run = async move {
+        let backfill = Backfill::new(api, workers, tracer, metrics.clone());
+        let engine = |sockets| Engine::new(settings, sockets, backfill, wishes, ended_sessions, metrics);
+        let ended = match watch(poll) {
+            Ok(sockets) => engine(sockets).run(inputs).await,
+            Err(error) => Err(error),
+        };
+        if let Err(error) = ended {
+            tracing::error!(%error, "delivery cannot watch its sockets");
+        }
     };
+    let run = tasks.watch("delivery thread", &stop, run);
     let thread = thread::Builder::new().name("delivery".into());
-    thread.spawn(move || _ = ended_in.send(run())).context("cannot start the delivery thread")?;
-    Ok(ended)
+    thread.spawn(move || runtime.block_on(run)).context("cannot start the delivery thread")?;
+    Ok(())
 }
 
 /// Lets tokio watch the epoll that watches the sockets.
@@ -240,7 +250,7 @@ impl Engine {
         }
     }
 
-    async fn run(mut self, mut inputs: Inputs) -> anyhow::Result<()> {
+    async fn run(mut self, mut inputs: Inputs) -> io::Result<()> {
         let mut events = Events::with_capacity(1_024);
         let mut news = Vec::with_capacity(NEWS_AT_ONCE);
         let mut admissions = Vec::with_capacity(ADMITTED_AT_ONCE);
@@ -257,7 +267,7 @@ impl Engine {
                 ready = self.sockets.readable_mut() => {
                     let mut ready = ready?;
                     match ready.get_inner_mut().poll(&mut events, Some(Duration::ZERO)) {
-                        Err(error) if error.kind() != io::ErrorKind::Interrupted => return Err(error.into()),
+                        Err(error) if error.kind() != io::ErrorKind::Interrupted => return Err(error),
                         _ => {}
                     }
                     if events.iter().count() < events.capacity() {

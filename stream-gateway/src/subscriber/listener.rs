@@ -127,6 +127,21 @@ struct Ear {
     refused: HashSet<UserId>,
 }
 
+/// While a connection is in use, or in the making. What it claimed is taken back when it ends, even by a panic.
+struct Listening<'a> {
+    listener: &'a Listener,
+    link: Link,
+}
+
+impl Drop for Listening<'_> {
+    fn drop(&mut self) {
+        let Listener { wishes, board, node, .. } = self.listener;
+        wishes.end(node, self.link);
+        board.note(node, Health::default());
+        self.listener.count(0);
+    }
+}
+
 impl Listener {
     /// `again`: it takes the place of another one.
     pub(super) fn new(of: &Subscriber, node: Node, maps: Maps, board: Arc<Board>, again: bool) -> Self {
@@ -152,14 +167,12 @@ impl Listener {
             static LINKS: AtomicU64 = AtomicU64::new(1);
             let link = Link(LINKS.fetch_add(1, Ordering::Relaxed));
             let began = Instant::now();
-            let ended = stop.run_until_cancelled(self.listen(link)).await;
-            self.wishes.end(&self.node, link);
-            self.board.note(&self.node, Health::default());
-            self.count(0);
-            if self.news.send(News::Lost(link)).await.is_err() {
-                return;
-            }
-            let Some(Err(error)) = ended else { return };
+            let ended = {
+                let _listening = Listening { listener: &self, link };
+                stop.run_until_cancelled(self.listen(link)).await
+            };
+            let lost = self.news.send(News::Lost(link)).await;
+            let (Some(Err(error)), Ok(())) = (ended, lost) else { break };
             self.again.store(true, Ordering::Relaxed);
             self.maps.doubt();
             failures = if began.elapsed() > Duration::from_secs(10) { 0 } else { failures + 1 };
@@ -175,6 +188,8 @@ impl Listener {
             }
             stop.run_until_cancelled(sleep(wait)).await;
         }
+        // Without the delivery thread there is nothing to do.
+        stop.cancelled().await;
     }
 
     /// One connection, until something is wrong with it.
@@ -438,9 +453,45 @@ fn read(tracer: &Tracer, user: UserId, payload: &[u8]) -> Option<News> {
 
 #[cfg(test)]
 mod tests {
-    use shared::ids::SessionId;
+    use prometheus_client::registry::Registry;
+    use shared::{ids::SessionId, tasks::Tasks};
 
     use super::*;
+
+    #[tokio::test]
+    async fn a_listener_that_panics_leaves_redis_degraded() {
+        let (news, _news) = mpsc::channel(1);
+        let bus = Bus::single("redis://localhost").unwrap();
+        let subscriber = Subscriber {
+            bus: bus.clone(),
+            channels: Channels::default(),
+            wishes: Wishes::new(Channels::default()),
+            news,
+            tracer: Tracer::default(),
+            tasks: Tasks::default(),
+            metrics: Arc::new(Metrics::register(&mut Registry::default())),
+        };
+        let board = Arc::new(Board::default());
+        let listener = Listener::new(&subscriber, Node::Only, bus.follow().0, board.clone(), false);
+        let (link, panicked) = (Link(1), CancellationToken::new());
+        let run = {
+            let panicked = panicked.clone();
+            async move {
+                let _listening = Listening { listener: &listener, link };
+                listener.wishes.start(&listener.node, link);
+                listener.board.note(&listener.node, Health { connected: true, trusted: true });
+                panicked.cancelled().await;
+                panic!("a defect");
+            }
+        };
+        let running = subscriber.tasks.spawn("redis listener of redis", &CancellationToken::new(), run);
+        board.changed.notified().await;
+        assert!(board.of(&[Node::Only]).trusted);
+        panicked.cancel();
+        running.await.unwrap();
+        assert!(board.of(&[Node::Only]) == Health::default());
+        assert_eq!(subscriber.tasks.failure().unwrap().task, "redis listener of redis");
+    }
 
     #[test]
     fn a_payload_of_another_form_is_none_of_ours() {

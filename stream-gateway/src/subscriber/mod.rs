@@ -18,6 +18,7 @@ use shared::{
     bus::{Bus, Node},
     channels::Channels,
     ids::{SessionId, UserId},
+    tasks::Tasks,
     traces::Tracer,
 };
 use tokio::{
@@ -63,6 +64,7 @@ pub struct Subscriber {
     pub wishes: Wishes,
     pub news: mpsc::Sender<News>,
     pub tracer: Tracer,
+    pub tasks: Tasks,
     pub metrics: Arc<Metrics>,
 }
 
@@ -100,10 +102,9 @@ impl Board {
 impl Subscriber {
     /// Listens until `stop`.
     pub async fn run(self, stop: CancellationToken) {
-        tokio::select! {
-            () = self.supervise() => {}
-            () = stop.cancelled() => {}
-        }
+        stop.run_until_cancelled(self.supervise()).await;
+        // During a stop, the delivery thread may be gone before this is told to stop.
+        stop.cancelled().await;
     }
 
     /// One listener for each node that owns something.
@@ -123,7 +124,8 @@ impl Subscriber {
                     let stop = CancellationToken::new();
                     let listener =
                         Listener::new(self, node.clone(), maps.clone(), board.clone(), known_before);
-                    running.spawn(listener.run(stop.clone()));
+                    let run = listener.run(stop.clone());
+                    running.spawn(self.tasks.watch(format!("redis listener of {node}"), &stop, run));
                     stop.drop_guard()
                 });
             }

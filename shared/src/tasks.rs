@@ -1,0 +1,126 @@
+//! Watches the tasks that live as long as the process, each by a name. A task that panics, or ends before it was told to
+//! stop, is logged and makes the process stop with an error. Tasks of one request or one connection are not watched.
+
+use std::{any::Any, borrow::Cow, panic::AssertUnwindSafe};
+
+use futures_util::FutureExt;
+use thiserror::Error;
+use tokio::{sync::watch, task::JoinHandle};
+use tokio_util::sync::CancellationToken;
+
+/// Why the process cannot continue.
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+#[error("task {task} {outcome}")]
+pub struct Failure {
+    pub task: Cow<'static, str>,
+    pub outcome: String,
+}
+
+/// Remembers the first task that failed. Clones share it.
+#[derive(Clone, Default)]
+pub struct Tasks {
+    failure: watch::Sender<Option<Failure>>,
+}
+
+impl Tasks {
+    /// Runs `future` on the runtime as [`Self::watch`] does.
+    pub fn spawn(
+        &self,
+        task: impl Into<Cow<'static, str>>,
+        stop: &CancellationToken,
+        future: impl Future<Output = ()> + Send + 'static,
+    ) -> JoinHandle<()> {
+        let task: Cow<'static, str> = task.into();
+        tokio::spawn(self.watch(task, stop, future))
+    }
+
+    /// A future that never panics and reports how `future` ended, unless it ended regularly after `stop` was cancelled.
+    pub fn watch<N: Into<Cow<'static, str>>, F: Future<Output = ()>>(
+        &self,
+        task: N,
+        stop: &CancellationToken,
+        future: F,
+    ) -> impl Future<Output = ()> + use<N, F> {
+        let (tasks, task, stop) = (self.clone(), task.into(), stop.clone());
+        async move {
+            match AssertUnwindSafe(future).catch_unwind().await {
+                Ok(()) if stop.is_cancelled() => {}
+                Ok(()) => tasks.fail(task, "ended before it was told to stop".into()),
+                Err(panic) => tasks.fail(task, format!("panicked: {}", message_of(&*panic))),
+            }
+        }
+    }
+
+    /// The first failure, if there was one. From then on the process is not ready.
+    pub fn failure(&self) -> Option<Failure> {
+        self.failure.borrow().clone()
+    }
+
+    /// Waits for the first failure.
+    pub async fn failed(&self) -> Failure {
+        let mut failure = self.failure.subscribe();
+        let failed = failure.wait_for(Option::is_some).await.expect("this sender lives");
+        failed.clone().expect("it was waited for")
+    }
+
+    fn fail(&self, task: Cow<'static, str>, outcome: String) {
+        tracing::error!(%task, outcome, "task failed; the process stops");
+        self.failure.send_if_modified(|first| {
+            let is_first = first.is_none();
+            first.get_or_insert(Failure { task, outcome });
+            is_first
+        });
+    }
+}
+
+fn message_of(panic: &(dyn Any + Send)) -> &str {
+    let text = panic.downcast_ref::<&str>().copied();
+    text.or_else(|| panic.downcast_ref::<String>().map(String::as_str)).unwrap_or("no message")
+}
+
+#[cfg(test)]
+mod tests {
+    use std::future::pending;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_task_that_panics_fails_the_process_by_name() {
+        let (tasks, stop) = (Tasks::default(), CancellationToken::new());
+        let watched = tasks.spawn(format!("listener {}", 1), &stop, async { panic!("boom") });
+        let failure = tasks.failed().await;
+        assert_eq!(failure.to_string(), "task listener 1 panicked: boom");
+        assert_eq!(tasks.failure(), Some(failure));
+        watched.await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_task_that_ends_early_fails_the_process() {
+        let (tasks, stop) = (Tasks::default(), CancellationToken::new());
+        tasks.spawn("pruner", &stop, async {}).await.unwrap();
+        // The first failure is the cause; what fails later is its consequence.
+        tasks.spawn("publisher", &stop, async { panic!("gone") }).await.unwrap();
+        assert_eq!(tasks.failed().await.task, "pruner");
+    }
+
+    #[tokio::test]
+    async fn a_task_that_was_told_to_stop_may_end_but_not_panic() {
+        let (tasks, stop) = (Tasks::default(), CancellationToken::new());
+        let until_stopped = tasks.spawn("regular", &stop, stop.clone().cancelled_owned());
+        stop.cancel();
+        until_stopped.await.unwrap();
+        assert_eq!(tasks.failure(), None);
+        tasks.spawn("late", &stop, async { panic!("at the end") }).await.unwrap();
+        assert_eq!(tasks.failed().await.task, "late");
+    }
+
+    #[tokio::test]
+    async fn a_task_that_is_dropped_is_no_failure() {
+        let (tasks, stop) = (Tasks::default(), CancellationToken::new());
+        drop(tasks.watch("never polled", &stop, pending()));
+        let aborted = tasks.spawn("aborted", &stop, pending());
+        aborted.abort();
+        assert!(aborted.await.unwrap_err().is_cancelled());
+        assert_eq!(tasks.failure(), None);
+    }
+}
