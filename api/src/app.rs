@@ -191,7 +191,7 @@ pub async fn run(config: Config, listeners: Listeners, stop: CancellationToken) 
     let sign_in = SignIn::new(
         providers,
         config.origin.clone(),
-        &config.internal_secret,
+        &config.state_secrets,
         config.callback_token_in_query,
         metrics.clone(),
     );
@@ -205,7 +205,7 @@ pub async fn run(config: Config, listeners: Listeners, stop: CancellationToken) 
         foreign: foreign.clone(),
         dev_login: config.dev_login,
         sign_in,
-        internal_secret: config.internal_secret,
+        internal_secrets: config.internal_secrets,
     });
 
     // Each is stopped after those that need it.

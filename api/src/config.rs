@@ -12,6 +12,7 @@ use shared::{
     foreign::ForeignIssuer,
     healthcheck::Probe,
     limiter::{self, Limit},
+    secrets::Secrets,
     telemetry::LogFormat,
     traces,
 };
@@ -111,12 +112,19 @@ pub struct Settings {
     /// Ed25519 private keys (PKCS#8 PEM), comma-separated: the first signs tokens, all are accepted and published
     #[arg(long, env, global = true, value_name = "FILES")]
     pub signing_key_files: Option<String>,
-    /// Shared with gateways, at least 32 characters
+    /// Shared with gateways, at least 32 characters; or several, comma-separated, all accepted: that is how it is rotated
     #[arg(long, env, global = true, hide_env_values = true, value_name = "TEXT")]
     pub internal_secret: Option<String>,
     /// The same, in a file; set one of the two
     #[arg(long, env, global = true, default_value = "", value_name = "FILE")]
     pub internal_secret_file: String,
+    /// Signs what a browser carries through a login at a provider; needed where one is configured, the same at every replica,
+    /// at least 32 characters. Or several, comma-separated: the first signs, all are accepted
+    #[arg(long, env, global = true, hide_env_values = true, default_value = "", value_name = "TEXTS")]
+    pub state_secret: String,
+    /// The same, in a file; set one of the two
+    #[arg(long, env, global = true, default_value = "", value_name = "FILE")]
+    pub state_secret_file: String,
     /// Let anybody log in as anybody by name: for development, refused unless ORIGIN is a loopback host
     #[arg(long, env, global = true, default_value = "false", value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
     pub dev_login: String,
@@ -262,7 +270,8 @@ pub struct Config {
     pub redis: Bus,
     pub channels: Channels,
     pub keys: SigningKeys,
-    pub internal_secret: String,
+    pub internal_secrets: Secrets,
+    pub state_secrets: Secrets,
     pub dev_login: bool,
     pub providers: Vec<ProviderSettings>,
     /// For one question to a provider.
@@ -332,17 +341,24 @@ impl Settings {
             .and_then(|size| usize::try_from(size).ok());
         let redis = self.redis(&mut problems);
         let keys = self.keys(&mut problems, origin.as_ref());
-        let internal_secret = problems.value_or_file(
+        let internal_secrets = problems.value_or_file(
             "INTERNAL_SECRET",
             self.internal_secret.as_deref(),
             &self.internal_secret_file,
         );
-        let internal_secret = problems.secret("INTERNAL_SECRET", internal_secret.as_deref());
+        let internal_secrets = problems.secrets("INTERNAL_SECRET", internal_secrets.as_deref());
         let dev_login = problems.parse::<bool>("DEV_LOGIN", &self.dev_login);
         if dev_login == Some(true) && origin.as_ref().is_some_and(|origin| !origin.is_loopback()) {
             problems.add("DEV_LOGIN lets anybody in as anybody, and ORIGIN is not a loopback host");
         }
         let providers = self.providers(&mut problems);
+        let state_secrets =
+            problems.value_or_file("STATE_SECRET", Some(&self.state_secret), &self.state_secret_file);
+        let state_secrets = match state_secrets {
+            // Nothing is signed by it then.
+            None if providers.is_empty() => Some(Secrets::random()),
+            list => problems.secrets("STATE_SECRET", list.as_deref()),
+        };
         let callback_token_in_query =
             problems.parse::<bool>("CALLBACK_TOKEN_IN_QUERY", &self.callback_token_in_query);
         let foreign = self.foreign(&mut problems, origin.as_ref());
@@ -382,7 +398,8 @@ impl Settings {
                 redis: redis?,
                 channels,
                 keys: keys?,
-                internal_secret: internal_secret?,
+                internal_secrets: internal_secrets?,
+                state_secrets: state_secrets?,
                 dev_login: dev_login?,
                 providers,
                 provider_time_limit: oauth::TIME_LIMIT,

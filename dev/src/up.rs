@@ -212,12 +212,14 @@ fn common_settings(dir: &Path, origin: &str, servers: &Servers) -> Result<Settin
 fn api_settings(dir: &Path, servers: &Servers, [listen, internal, ops]: [SocketAddr; 3]) -> Result<Settings> {
     let key = dir.join("signing-key.pem");
     secrets::kept(&key, secrets::signing_key)?;
+    let state_secret = secrets::kept(&dir.join("state-secret"), secrets::random_password)?;
     Ok(vec![
         ("LISTEN", listen.to_string()),
         ("INTERNAL_LISTEN", internal.to_string()),
         ("OPS_LISTEN", ops.to_string()),
         ("DATABASE_URL", servers.database_url.clone()),
         ("SIGNING_KEY_FILES", key.display().to_string()),
+        ("STATE_SECRET", state_secret),
         ("DEV_LOGIN", "true".to_owned()),
         // Nobody has to learn that this instance goes away.
         ("SHUTDOWN_WAIT_SECONDS", "0".to_owned()),

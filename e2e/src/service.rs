@@ -159,11 +159,16 @@ impl Service {
     }
 
     pub async fn is_ready(&self) -> bool {
-        self.ops_says("/readyz").await.is_some_and(|(status, _)| status == 200)
+        self.readiness().await.is_some_and(|(status, _)| status == 200)
     }
 
     pub async fn until_ready(&self) {
         until(&format!("{} is ready", self.plan.log.name), || self.is_ready()).await;
+    }
+
+    /// The status and the words of `/readyz`.
+    pub async fn readiness(&self) -> Option<(u16, String)> {
+        self.ops_says("/readyz").await
     }
 
     async fn ops_says(&self, path: &str) -> Option<(u16, String)> {

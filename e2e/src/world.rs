@@ -146,6 +146,7 @@ impl World {
             .env("DATABASE_POOL_SIZE", 5)
             .env("SIGNING_KEY_FILES", self.key_file("signing.pem"))
             .env("DEV_LOGIN", true)
+            .env("STATE_SECRET", &self.internal_secret)
             // Asked like in production, and never reached: one address does everything here.
             .env("LIMIT_LOGIN_PER_ADDRESS", GENEROUS)
             .env("LIMIT_LOGIN_PER_NAME", GENEROUS)
@@ -178,6 +179,11 @@ impl World {
 
     fn key_file(&self, name: &str) -> String {
         self.keys.path().join(name).display().to_string()
+    }
+
+    /// What gateways show to `api`.
+    pub fn internal_secret(&self) -> &str {
+        &self.internal_secret
     }
 
     /// A gateway that asks this internal listener.

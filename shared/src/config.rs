@@ -13,6 +13,8 @@ use std::{
 use thiserror::Error;
 use url::{Host, Url};
 
+use crate::secrets::Secrets;
+
 /// The largest secret that is read from a file.
 const LARGEST_SECRET_BYTES: u64 = 64 * 1024;
 
@@ -89,14 +91,13 @@ impl Problems {
         self.number(name, value, min, max).map(Duration::from_millis)
     }
 
-    /// A secret must be long enough that guessing it is hopeless.
-    pub fn secret(&mut self, name: &str, value: Option<&str>) -> Option<String> {
-        let value = self.require(name, value)?;
-        if value.len() < 32 {
-            self.add(format!("{name} is shorter than 32 characters"));
-            return None;
+    /// A secret, or several, comma-separated: the first is used, all are accepted.
+    pub fn secrets(&mut self, name: &str, value: Option<&str>) -> Option<Secrets> {
+        let secrets = Secrets::parse(self.require(name, value)?);
+        if secrets.is_none() {
+            self.add(format!("{name} is, or has in its list, a secret shorter than 32 characters"));
         }
-        Some(value.to_owned())
+        secrets
     }
 
     /// An orderly end must fit into the time before the platform kills the process. `grace` of zero: not known.
@@ -221,7 +222,7 @@ mod tests {
     fn all_problems_are_told_at_once_and_no_value_is_repeated() {
         let mut problems = Problems::default();
         let port = problems.parse::<u16>("PORT", "hunter2");
-        let secret = problems.secret("SECRET", Some("hunter2"));
+        let secret = problems.secrets("SECRET", Some("hunter2"));
         let url = problems.require("URL", None).map(str::to_owned);
         let error = problems.finish(|| Some((port?, secret?, url?))).unwrap_err().to_string();
         for name in ["PORT", "SECRET", "URL"] {

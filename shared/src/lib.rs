@@ -26,6 +26,7 @@ pub mod outbound;
 pub mod preference;
 pub mod problem;
 pub mod process_metrics;
+pub mod secrets;
 pub mod server;
 pub mod tasks;
 pub mod telemetry;

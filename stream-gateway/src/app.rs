@@ -76,7 +76,7 @@ pub async fn run(config: Config, listeners: Listeners, stop: CancellationToken) 
     let tasks = Tasks::default();
     let stop_tracing = CancellationToken::new();
     let exporting = tasks.spawn("trace exporter", &stop_tracing, exporter.run(stop_tracing.clone()));
-    let api = Api::new(&config.api_internal_url, &config.internal_secret);
+    let api = Api::new(&config.api_internal_url, config.internal_secrets, metrics.clone());
     let keys = Arc::new(Keys::new(config.origin.as_str(), api.clone(), metrics.clone()));
     let (identities, asking) = identities(api.clone());
     let wishes = Wishes::new(config.channels.clone());
@@ -89,7 +89,7 @@ pub async fn run(config: Config, listeners: Listeners, stop: CancellationToken) 
     let inputs = Inputs { admissions, news, commands, tasks: tasks.clone(), stop: stop_delivery.clone() };
     engine::start(
         config.delivery,
-        api,
+        api.clone(),
         wishes.clone(),
         ended_sessions.clone(),
         tracer.clone(),
@@ -115,8 +115,8 @@ pub async fn run(config: Config, listeners: Listeners, stop: CancellationToken) 
 
     let stopping = Arc::new(AtomicBool::new(false));
     let readiness = {
-        let (keys, stopping, metrics) = (keys.clone(), stopping.clone(), metrics.clone());
-        move || readiness(&keys, &stopping, &metrics)
+        let (api, keys, stopping, metrics) = (api.clone(), keys.clone(), stopping.clone(), metrics.clone());
+        move || readiness(&api, &keys, &stopping, &metrics)
     };
     let explaining = explain::route({
         let engine = commands_in.clone();
@@ -186,17 +186,23 @@ pub async fn run(config: Config, listeners: Listeners, stop: CancellationToken) 
     tasks.failure().map_or(Ok(()), |failure| Err(failure.into()))
 }
 
-/// A gateway without Redis is degraded and still of use; one without keys can admit nobody.
-fn readiness(keys: &Keys, stopping: &AtomicBool, metrics: &Metrics) -> Readiness {
+/// A gateway without Redis is degraded and still of use; one without keys can admit nobody. One that `api` refuses from its
+/// start on has no keys; one that it refuses later keeps its streams, which no other gateway could serve better.
+fn readiness(api: &Api, keys: &Keys, stopping: &AtomicBool, metrics: &Metrics) -> Readiness {
     if stopping.load(Ordering::Relaxed) {
         return Readiness { ready: false, note: "stopping".into() };
     }
     if !keys.known() {
-        return Readiness { ready: false, note: "no public keys from api yet".into() };
+        let note = match api.is_refused() {
+            true => "no public keys from api: it refuses INTERNAL_SECRET",
+            false => "no public keys from api yet",
+        };
+        return Readiness { ready: false, note: note.into() };
     }
-    let note = match metrics.redis_suspect.get() {
-        0 => "ready",
-        _ => "ready; Redis is away or in doubt, events arrive by reconcile",
+    let note = match (api.is_refused(), metrics.redis_suspect.get()) {
+        (true, _) => "ready, degraded: api refuses INTERNAL_SECRET, streams that open or lag wait",
+        (false, 0) => "ready",
+        (false, _) => "ready; Redis is away or in doubt, events arrive by reconcile",
     };
     Readiness { ready: true, note: note.into() }
 }

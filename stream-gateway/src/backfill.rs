@@ -7,15 +7,16 @@
 use std::{
     collections::{HashMap, HashSet, VecDeque},
     future::pending,
-    sync::Arc,
+    sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
 
 use anyhow::Context as _;
 use bytes::Bytes;
 use futures_util::{StreamExt, stream::FuturesUnordered};
-use http::{Method, Request, StatusCode, header};
+use http::{Method, Request, Response, StatusCode, header};
 use http_body_util::{BodyExt, Full, Limited};
+use hyper::body::Incoming;
 use hyper_util::{
     client::legacy::{Client, connect::HttpConnector},
     rt::{TokioExecutor, TokioTimer},
@@ -30,6 +31,7 @@ use shared::{
         RangesRequest,
     },
     ids::{SessionId, UserId},
+    secrets::Secrets,
     traces::Tracer,
 };
 use tokio::{
@@ -53,16 +55,28 @@ const MAX_ANSWER: usize = 32 << 20;
 const FIRST_BACKOFF: Duration = Duration::from_millis(100);
 const MAX_BACKOFF: Duration = Duration::from_secs(2);
 
+/// While a rotation is half done, or done wrongly, each request may be refused.
+const REFUSALS_LOGGED_EVERY: Duration = Duration::from_secs(60);
+
 /// `api`'s internal listener.
 #[derive(Clone)]
 pub struct Api {
     client: Client<HttpConnector, Full<Bytes>>,
     base: String,
-    authorization: String,
+    secrets: Secrets,
+    refused: Arc<Mutex<Refused>>,
+    metrics: Arc<Metrics>,
+}
+
+/// Whether `api` refuses us, and what of it was logged.
+#[derive(Default)]
+struct Refused {
+    now: bool,
+    logged: Option<Instant>,
 }
 
 impl Api {
-    pub fn new(base: &str, secret: &str) -> Self {
+    pub fn new(base: &str, secrets: Secrets, metrics: Arc<Metrics>) -> Self {
         let mut connector = HttpConnector::new();
         connector.set_nodelay(true);
         connector.set_connect_timeout(Some(Duration::from_secs(2)));
@@ -71,7 +85,7 @@ impl Api {
             .pool_timer(TokioTimer::new())
             .pool_max_idle_per_host(2 * MAX_REQUESTS)
             .build(connector);
-        Self { client, base: base.into(), authorization: feed::authorization(secret) }
+        Self { client, base: base.into(), secrets, refused: Arc::default(), metrics }
     }
 
     pub async fn get<A: DeserializeOwned>(&self, path: &str) -> anyhow::Result<A> {
@@ -83,14 +97,8 @@ impl Api {
     }
 
     async fn send<A: DeserializeOwned>(&self, method: Method, path: &str, body: Bytes) -> anyhow::Result<A> {
-        let request = Request::builder()
-            .method(method)
-            .uri(format!("{}{path}", self.base))
-            .header(header::AUTHORIZATION, &self.authorization)
-            .header(header::CONTENT_TYPE, "application/json")
-            .body(Full::new(body))?;
         let exchange = async {
-            let response = self.client.request(request).await.context("api cannot be reached")?;
+            let response = self.authorized(method, path, body).await?;
             let status = response.status();
             anyhow::ensure!(status == StatusCode::OK, "api answered {status} to {path}");
             let body = Limited::new(response.into_body(), MAX_ANSWER);
@@ -98,6 +106,48 @@ impl Api {
         };
         let body = timeout(TIMEOUT, exchange).await.context("api did not answer in time")??.to_bytes();
         serde_json::from_slice(&body).context("api's answer is of no known form")
+    }
+
+    /// By the first secret that `api` accepts: during a rotation it may not know the first one yet, or know another only.
+    async fn authorized(
+        &self,
+        method: Method,
+        path: &str,
+        body: Bytes,
+    ) -> anyhow::Result<Response<Incoming>> {
+        for secret in self.secrets.iter() {
+            let request = Request::builder()
+                .method(&method)
+                .uri(format!("{}{path}", self.base))
+                .header(header::AUTHORIZATION, feed::authorization(secret))
+                .header(header::CONTENT_TYPE, "application/json")
+                .body(Full::new(body.clone()))?;
+            let response = self.client.request(request).await.context("api cannot be reached")?;
+            if response.status() != StatusCode::UNAUTHORIZED {
+                self.note_refused(false);
+                return Ok(response);
+            }
+            self.metrics.api_unauthorized.inc();
+            self.note_refused(true);
+        }
+        anyhow::bail!("api refuses every secret of INTERNAL_SECRET (401 to {path})")
+    }
+
+    fn note_refused(&self, refused: bool) {
+        let mut state = self.refused.lock().unwrap_or_else(PoisonError::into_inner);
+        state.now = refused;
+        if refused && state.logged.is_none_or(|logged| logged.elapsed() > REFUSALS_LOGGED_EVERY) {
+            state.logged = Some(Instant::now());
+            tracing::error!(
+                secrets = self.secrets.iter().count(),
+                "api refused a secret of INTERNAL_SECRET; trying the others; compare the setting of both services"
+            );
+        }
+    }
+
+    /// Whether `api` refuses all secrets, as of the last request.
+    pub fn is_refused(&self) -> bool {
+        self.refused.lock().unwrap_or_else(PoisonError::into_inner).now
     }
 }
 

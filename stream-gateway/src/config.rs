@@ -10,6 +10,7 @@ use shared::{
     config::{Origin, Problems},
     healthcheck::Probe,
     limiter::{self, Limit},
+    secrets::Secrets,
     telemetry::LogFormat,
     traces,
 };
@@ -66,7 +67,8 @@ pub struct Settings {
     /// api's internal listener: http://host:port
     #[arg(long, env, global = true, hide_env_values = true)]
     api_internal_url: Option<String>,
-    /// The secret that api's internal listener asks for; at least 32 characters. The same as api's
+    /// The secret that api's internal listener asks for, at least 32 characters; or several, comma-separated: the first is
+    /// sent, and the others if api refuses it. The same as api's
     #[arg(long, env, global = true, hide_env_values = true)]
     internal_secret: Option<String>,
     /// The same, in a file; set one of the two
@@ -175,7 +177,7 @@ pub struct Config {
     pub connections_per_address: usize,
     /// Without a slash at the end.
     pub api_internal_url: String,
-    pub internal_secret: String,
+    pub internal_secrets: Secrets,
     pub redis: Bus,
     pub channels: Channels,
     pub log: String,
@@ -235,9 +237,9 @@ impl Settings {
         let trusted_proxies = p.parse("TRUSTED_PROXIES", &self.trusted_proxies);
         let connections = p.number("CONNECTIONS_PER_ADDRESS", &self.connections_per_address, 0, 1_000_000);
         let api_internal_url = internal_url(&mut p, self.api_internal_url.as_deref());
-        let internal_secret =
+        let internal_secrets =
             p.value_or_file("INTERNAL_SECRET", self.internal_secret.as_deref(), &self.internal_secret_file);
-        let internal_secret = p.secret("INTERNAL_SECRET", internal_secret.as_deref());
+        let internal_secrets = p.secrets("INTERNAL_SECRET", internal_secrets.as_deref());
         let redis = self.redis(&mut p);
         if let Err(error) = self.log.parse::<EnvFilter>() {
             p.add(format!("LOG cannot be read: {error}"));
@@ -301,7 +303,7 @@ impl Settings {
                 trusted_proxies: trusted_proxies?,
                 connections_per_address: usize::try_from(connections?).ok()?,
                 api_internal_url: api_internal_url?,
-                internal_secret: internal_secret?,
+                internal_secrets: internal_secrets?,
                 redis: redis?,
                 channels: Channels::new(self.channel_prefix),
                 log: self.log,

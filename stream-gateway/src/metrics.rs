@@ -67,11 +67,13 @@ pub struct Metrics {
     pub users: Gauge,
     pub questions: Family<Question, Counter>,
     pub questions_failed: Family<Question, Counter>,
+    pub api_unauthorized: Counter,
     pub gaps: Counter,
     pub reconcile_found: Counter,
     pub redis_up: Gauge,
     pub redis_suspect: Gauge,
     pub redis_connects: Counter,
+    pub redis_probe_connects: Counter,
     pub redis_overflows: Counter,
     pub redis_bad_messages: Counter,
     pub subscriptions_wanted: Gauge,
@@ -104,11 +106,13 @@ impl Metrics {
             users: Gauge::default(),
             questions: Family::default(),
             questions_failed: Family::default(),
+            api_unauthorized: Counter::default(),
             gaps: Counter::default(),
             reconcile_found: Counter::default(),
             redis_up: Gauge::default(),
             redis_suspect: Gauge::default(),
             redis_connects: Counter::default(),
+            redis_probe_connects: Counter::default(),
             redis_overflows: Counter::default(),
             redis_bad_messages: Counter::default(),
             subscriptions_wanted: Gauge::default(),
@@ -176,6 +180,11 @@ impl Metrics {
             m.questions_failed.clone(),
         );
         registry.register(
+            "api_unauthorized",
+            "Requests that api answered by 401: it does not accept that secret of INTERNAL_SECRET",
+            m.api_unauthorized.clone(),
+        );
+        registry.register(
             "gaps",
             "Holes and other doubts in a feed's order that had to be asked about",
             m.gaps.clone(),
@@ -192,6 +201,11 @@ impl Metrics {
             m.redis_suspect.clone(),
         );
         registry.register("redis_connects", "Connections made to Redis", m.redis_connects.clone());
+        registry.register(
+            "redis_probe_connects",
+            "Connections made to Redis to publish health probes",
+            m.redis_probe_connects.clone(),
+        );
         registry.register(
             "redis_overflows",
             "Messages from Redis that found the queue full; a reconcile brings the events",

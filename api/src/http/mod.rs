@@ -24,7 +24,7 @@ use std::sync::Arc;
 
 use http::{StatusCode, header};
 use serde::Serialize;
-use shared::feed;
+use shared::{feed, secrets::Secrets};
 use warp::{Filter, filters::BoxedFilter, reply::Response};
 
 pub use cors::Cors;
@@ -43,7 +43,7 @@ pub struct Api {
     pub limits: Limits,
     pub dev_login: bool,
     pub sign_in: SignIn,
-    pub internal_secret: String,
+    pub internal_secrets: Secrets,
     pub foreign: Option<Arc<Foreign>>,
 }
 

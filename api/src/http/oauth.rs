@@ -14,6 +14,7 @@ use serde::Deserialize;
 use shared::{
     config::Origin,
     cookies::{self, Cookies},
+    secrets::Secrets,
 };
 use warp::{Filter, filters::BoxedFilter, reply::Response};
 
@@ -62,11 +63,11 @@ impl SignIn {
     pub fn new(
         providers: Vec<Arc<Provider>>,
         origin: Origin,
-        internal_secret: &str,
+        state_secrets: &Secrets,
         token_in_query: bool,
         metrics: Metrics,
     ) -> Self {
-        let (cookies, seal) = (Cookies::new(&origin), Seal::new(internal_secret));
+        let (cookies, seal) = (Cookies::new(&origin), Seal::new(state_secrets));
         Self { providers, origin, cookies, seal, token_in_query, metrics }
     }
 

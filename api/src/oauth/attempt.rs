@@ -2,8 +2,8 @@
 //! verifier that proves it was us who asked, and until when. It is kept by the browser and by nobody here, so that a login
 //! may begin at one replica and end at another, and costs nothing if it never ends.
 //!
-//! It is signed, so that nobody can make one up. The key is derived from `INTERNAL_SECRET`, which all replicas have already; with
-//! a label of its own, so that what is signed here means nothing where the secret itself is used, and reveals nothing of it.
+//! It is signed, so that nobody can make one up. The key is derived from `STATE_SECRET`, which all replicas share, with a label of
+//! its own. Of several secrets the first signs and all are accepted, so that a rotation interrupts no login.
 //! It is not encrypted: whoever can read this browser's cookies needs no login of theirs.
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -12,6 +12,7 @@ use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
 use hmac::{Hmac, Mac};
 use serde::{Deserialize, Serialize};
 use sha2::Sha256;
+use shared::secrets::Secrets;
 
 /// For a person to log in at the provider.
 pub const LIFETIME: Duration = Duration::from_secs(10 * 60);
@@ -39,20 +40,22 @@ impl Attempt {
 }
 
 #[derive(Clone)]
-pub struct Seal(Hmac<Sha256>);
+pub struct Seal {
+    signs: Hmac<Sha256>,
+    accepted: Vec<Hmac<Sha256>>,
+}
 
 impl Seal {
-    pub fn new(internal_secret: &str) -> Self {
-        let mut derive = mac(internal_secret.as_bytes());
-        derive.update(LABEL);
-        Self(mac(&derive.finalize().into_bytes()))
+    pub fn new(secrets: &Secrets) -> Self {
+        let key = |secret: &str| mac(&mac(secret.as_bytes()).chain_update(LABEL).finalize().into_bytes());
+        Self { signs: key(secrets.first()), accepted: secrets.iter().map(key).collect() }
     }
 
     /// As the value of a cookie.
     pub fn seal(&self, attempt: &Attempt) -> String {
         let said = serde_json::to_vec(attempt).expect("an attempt is texts and a number");
         let said = URL_SAFE_NO_PAD.encode(said);
-        let signature = self.0.clone().chain_update(&said).finalize().into_bytes();
+        let signature = self.signs.clone().chain_update(&said).finalize().into_bytes();
         format!("{said}.{}", URL_SAFE_NO_PAD.encode(signature))
     }
 
@@ -68,7 +71,8 @@ impl Seal {
         let (said, signature) = sealed.split_once('.')?;
         let signature = URL_SAFE_NO_PAD.decode(signature).ok()?;
         // Compares in constant time.
-        self.0.clone().chain_update(said).verify_slice(&signature).ok()?;
+        let fits = |key: &Hmac<Sha256>| key.clone().chain_update(said).verify_slice(&signature).is_ok();
+        self.accepted.iter().any(fits).then_some(())?;
         let attempt: Attempt = serde_json::from_slice(&URL_SAFE_NO_PAD.decode(said).ok()?).ok()?;
         (now.as_secs() < attempt.expires_at).then_some(attempt)
     }
@@ -86,7 +90,12 @@ fn now() -> Duration {
 mod tests {
     use super::*;
 
-    const SECRET: &str = "an internal secret, long enough";
+    const SECRET: &str = "a secret for states that is long enough";
+    const NEWER: &str = "another secret, which is long enough too";
+
+    fn seal(list: &str) -> Seal {
+        Seal::new(&Secrets::parse(list).unwrap())
+    }
 
     fn attempt() -> Attempt {
         Attempt::new("github", "the state".into(), "the verifier".into(), "the nonce".into())
@@ -94,15 +103,15 @@ mod tests {
 
     #[test]
     fn every_replica_opens_what_another_has_sealed() {
-        let sealed = Seal::new(SECRET).seal(&attempt());
+        let sealed = seal(SECRET).seal(&attempt());
         assert!(sealed.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_.".contains(&b)), "{sealed}");
-        let opened = Seal::new(SECRET).open(&sealed).expect("it is ours");
+        let opened = seal(SECRET).open(&sealed).expect("it is ours");
         assert!(opened == attempt() || opened.expires_at + 1 == attempt().expires_at);
     }
 
     #[test]
     fn what_others_made_or_changed_is_not_opened() {
-        let seal = Seal::new(SECRET);
+        let seal = seal(SECRET);
         let sealed = seal.seal(&attempt());
         for index in 0..sealed.len() {
             let mut bytes = sealed.clone().into_bytes();
@@ -110,7 +119,7 @@ mod tests {
             let changed = String::from_utf8(bytes).unwrap();
             assert!(seal.open(&changed).is_none(), "{changed}");
         }
-        assert!(Seal::new("another secret").open(&sealed).is_none());
+        assert!(self::seal(NEWER).open(&sealed).is_none());
         let (said, _) = sealed.split_once('.').unwrap();
         for odd in ["", ".", said, &format!("{said}."), &format!("{sealed}x"), &"a.".repeat(2_000)] {
             assert!(seal.open(odd).is_none(), "{odd}");
@@ -120,9 +129,20 @@ mod tests {
         assert!(seal.open(&format!("{said}.{}", URL_SAFE_NO_PAD.encode(signature))).is_none());
     }
 
+    /// Replicas are one step apart at most, and a login may be under way at each step.
+    #[test]
+    fn a_login_survives_a_rotation_of_the_state_secret() {
+        let steps = [SECRET, &format!("{SECRET},{NEWER}"), &format!("{NEWER},{SECRET}"), NEWER].map(seal);
+        for pair in steps.windows(2) {
+            assert!(pair[0].open(&pair[1].seal(&attempt())).is_some());
+            assert!(pair[1].open(&pair[0].seal(&attempt())).is_some());
+        }
+        assert!(steps[3].open(&steps[0].seal(&attempt())).is_none(), "the old one is accepted no more");
+    }
+
     #[test]
     fn an_attempt_ends_after_ten_minutes() {
-        let seal = Seal::new(SECRET);
+        let seal = seal(SECRET);
         let attempt = attempt();
         let sealed = seal.seal(&attempt);
         let end = Duration::from_secs(attempt.expires_at);

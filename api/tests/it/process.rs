@@ -42,6 +42,7 @@ fn every_problem_with_the_settings_is_told_at_once() {
             ("DATABASE_URL", "mysql://me:hunter2@db/x"),
             ("REDIS_URL", "hunter2"),
             ("INTERNAL_SECRET", "hunter2"),
+            ("STATE_SECRET", "hunter2"),
             ("DATABASE_POOL_SIZE", "0"),
             ("TOKEN_LIFETIME_SECONDS", "1209601"),
             ("ORIGIN", "https://chat.example"),
@@ -60,6 +61,7 @@ fn every_problem_with_the_settings_is_told_at_once() {
         "DATABASE_URL",
         "REDIS_URL",
         "INTERNAL_SECRET",
+        "STATE_SECRET",
         "DATABASE_POOL_SIZE",
         "TOKEN_LIFETIME_SECONDS",
         "DEV_LOGIN",
@@ -74,7 +76,7 @@ fn every_problem_with_the_settings_is_told_at_once() {
     ] {
         assert!(said.contains(name), "{name} is missing in {said}");
     }
-    assert!(said.contains("15 problem(s)"), "{said}");
+    assert!(said.contains("16 problem(s)"), "{said}");
     assert!(!said.contains("hunter2"), "{said}");
 }
 
@@ -109,6 +111,7 @@ fn secrets_are_read_from_files() {
         ("OIDC_ISSUER", "https://id.example".to_owned()),
         ("OIDC_CLIENT_ID", "messenger".to_owned()),
         ("OIDC_CLIENT_SECRET_FILE", file("oidc", "hunter2")),
+        ("STATE_SECRET_FILE", file("state", SECRET)),
     ];
     let check = |more: &[(&str, &str)]| {
         let given = files.iter().map(|(name, value)| (*name, value.as_str()));

@@ -15,6 +15,7 @@ use prometheus_client::metrics::counter::Counter;
 use serde_json::{Value, json};
 use shared::{
     claims::Audience,
+    secrets::Secrets,
     test_support::{http::Answer, process::Signal, soon, until},
 };
 use sqlx::PgPool;
@@ -199,7 +200,7 @@ async fn what_a_real_provider_refuses_ends_at_the_page(pool: PgPool) {
         // A code for which another verifier was promised: one that was stolen from another browser.
         let mut browser = Browser::default();
         let callback = browser.come_back(&app, provider, "1").await;
-        let seal = Seal::new(SECRET);
+        let seal = Seal::new(&Secrets::parse(SECRET).unwrap());
         let (name, sealed) = browser.cookie("login_").unwrap();
         let mut attempt = seal.open(&sealed).unwrap();
         attempt.verifier = "x".repeat(43);
@@ -216,7 +217,7 @@ async fn what_a_real_provider_refuses_ends_at_the_page(pool: PgPool) {
     // An id token of another attempt: only the provider that makes one.
     let mut browser = Browser::default();
     let callback = browser.come_back(&app, "oidc", "1").await;
-    let seal = Seal::new(SECRET);
+    let seal = Seal::new(&Secrets::parse(SECRET).unwrap());
     let (name, sealed) = browser.cookie("login_").unwrap();
     let mut attempt = seal.open(&sealed).unwrap();
     attempt.nonce = "another".into();
@@ -238,7 +239,7 @@ async fn an_answer_counts_only_in_the_browser_that_asked(pool: PgPool) {
         let mut elsewhere = Browser::default();
         begin(&app, provider, &mut elsewhere).await;
         let (_, foreign) = elsewhere.cookie("login_").unwrap();
-        let seal = Seal::new(SECRET);
+        let seal = Seal::new(&Secrets::parse(SECRET).unwrap());
         let attempt = seal.open(&cookie).unwrap();
         let expired = seal.seal(
             &serde_json::from_value::<Attempt>(json!({
@@ -255,7 +256,8 @@ async fn an_answer_counts_only_in_the_browser_that_asked(pool: PgPool) {
         at_another.provider = other.into();
         let at_another = seal.seal(&at_another);
         let tampered = format!("{}A{}", &cookie[..9], &cookie[10..]);
-        let by_another_secret = Seal::new("another secret, also long enough").seal(&attempt);
+        let by_another_secret =
+            Seal::new(&Secrets::parse("another secret, which is long enough").unwrap()).seal(&attempt);
         let changed = |name, value: Option<&str>| with_parameter(&callback, name, value);
         for (what, cookie, callback) in [
             ("no cookie", None, callback.clone()),
@@ -889,6 +891,7 @@ async fn nothing_of_a_login_is_in_the_log(pool: PgPool) {
     let folder = tempfile::tempdir().unwrap();
     let mut server = serve_with(&pool, folder.path(), "0", |command| {
         command
+            .env("STATE_SECRET", SECRET)
             .env("GITHUB_CLIENT_ID", "messenger")
             .env("GITHUB_CLIENT_SECRET", CLIENT_SECRET)
             .envs([("GITHUB_URL", &fake.url), ("GITHUB_API_URL", &fake.url)]);
@@ -908,7 +911,7 @@ async fn nothing_of_a_login_is_in_the_log(pool: PgPool) {
         say.into_iter().for_each(|say| fake.say(at, say));
         let callback = begin(&server.public, "github", &mut browser).await;
         let (_, sealed) = browser.cookie("login_").unwrap();
-        let attempt = Seal::new(SECRET).open(&sealed).unwrap();
+        let attempt = Seal::new(&Secrets::parse(SECRET).unwrap()).open(&sealed).unwrap();
         secrets.extend([sealed, attempt.state, attempt.verifier]);
         let page = browser.follow(&server.public, callback, |_| false).await;
         if goes_well {
@@ -945,6 +948,7 @@ async fn a_provider_is_believed_by_its_certificate(pool: PgPool) {
                 ("OIDC_ISSUER", &*fake.url),
                 ("OIDC_CLIENT_ID", "x"),
                 ("OIDC_CLIENT_SECRET", "x"),
+                ("STATE_SECRET", SECRET),
             ]);
         });
         let page = fake.sign_in(&server.public, "oidc").await;

@@ -25,6 +25,7 @@ mod redis_cluster;
 mod redis_sentinel;
 mod resume;
 mod revocation;
+mod secrets;
 mod slow_readers;
 mod support;
 mod traces;

@@ -8,7 +8,10 @@ use std::{
     time::Duration,
 };
 
-use e2e::{Service, User, World, ledger::assert_exact};
+use e2e::{
+    Service, User, World,
+    ledger::{Feed, assert_exact},
+};
 use futures_util::future::join_all;
 use shared::{
     ids::ConversationId,
@@ -173,6 +176,23 @@ impl Busy {
 
     pub(crate) fn traffic(&self) -> Traffic {
         Traffic::start(&self.world, &[&self.apis[0], &self.apis[1]], &self.crowd.lines, PAUSE)
+    }
+
+    /// Everybody has seen what was there when this was called; more may have come since.
+    pub(crate) async fn until_all_is_seen(&self) {
+        for (user, browser) in &self.watching {
+            let head = Feed::read(&self.world.sql, user.id).await.head_cursor();
+            browser
+                .until(&format!("{} sees {head}", user.name), |record| {
+                    record.events.iter().any(|event| event.id.as_ref() == Some(&head))
+                })
+                .await;
+        }
+    }
+
+    /// All is exact, whatever became of streams.
+    pub(crate) async fn assert_ledgers(&self) {
+        assert_all_exact(&self.world, &self.apis[0], &self.crowd.lines, &self.watching).await;
     }
 
     /// All is exact, and no stream was ended by the trouble.
