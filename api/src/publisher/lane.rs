@@ -5,7 +5,7 @@
 
 use std::time::Duration;
 
-use redis::{AsyncConnectionConfig, RedisError, RedisResult, Value, aio::MultiplexedConnection};
+use redis::{AsyncConnectionConfig, ErrorKind, RedisError, RedisResult, Value, aio::MultiplexedConnection};
 use shared::bus::{self, Bus, Maps, Node};
 use tokio::{
     sync::mpsc,
@@ -44,6 +44,8 @@ pub(super) struct Lane {
 enum Ended {
     /// Nothing more will come, and all was sent.
     Stopped,
+    /// Redis answers, and refuses everything at present; the connection lives.
+    Refused(MultiplexedConnection),
     /// Redis failed; `worked` says whether it had taken anything on this connection.
     Failed { worked: bool },
 }
@@ -69,15 +71,25 @@ impl Lane {
         let mut batch = Vec::with_capacity(BATCH);
         let mut backoff = BACKOFF;
         let mut second_chance = true;
+        let mut kept = None;
         loop {
-            let failed = match connect(&self.bus, &self.node).await {
-                Ok(connection) => {
+            let connected = match kept.take() {
+                Some(connection) => Ok(connection),
+                None => connect(&self.bus, &self.node).await.inspect(|_| {
                     tracing::info!(node = %self.node, "publishing to Redis");
+                }),
+            };
+            let failed = match connected {
+                Ok(connection) => {
                     self.connected.change(|(_, up)| *up += 1);
                     let ended = self.send(connection, &mut batch, &stop).await;
                     self.connected.change(|(_, up)| *up -= 1);
                     match ended {
                         Ended::Stopped => return,
+                        Ended::Refused(connection) => {
+                            kept = Some(connection);
+                            "refused"
+                        }
                         Ended::Failed { worked } => {
                             if worked || second_chance {
                                 // It was restarted, most likely, and this batch is how we learn it: once, it is sent
@@ -104,7 +116,7 @@ impl Lane {
             if let Some(others) = &self.others {
                 others.maps.doubt();
             }
-            self.dropped(&mut batch);
+            self.dropped("disconnected", &mut batch);
             if self.drop_for(rand::random_range(backoff / 2..=backoff), &mut batch, &stop).await.is_err() {
                 return;
             }
@@ -134,28 +146,31 @@ impl Lane {
             }
             pipeline.ignore_errors();
             let answers = pipeline.query_async::<Vec<RedisResult<Value>>>(&mut connection);
-            let error = match timeout(TIMEOUT, answers).await {
-                Ok(Ok(answers)) => {
-                    let (taken, error) = self.settle(batch, answers);
-                    worked |= taken;
-                    error
-                }
-                Ok(Err(error)) => Some(error),
+            let (taken, error) = match timeout(TIMEOUT, answers).await {
+                Ok(Ok(answers)) => self.settle(batch, answers),
+                Ok(Err(error)) => (false, Some(error)),
                 Err(_) => {
                     tracing::warn!(node = %self.node, "Redis did not answer in time");
                     return Ended::Failed { worked };
                 }
             };
-            match error {
-                None => {}
-                Some(error) if bus::is_refusal(&error) => {
-                    tracing::error!(%error, node = %self.node, "Redis refuses events: see the user, the password and the rights");
-                    return Ended::Failed { worked: false };
-                }
-                Some(error) => {
-                    tracing::warn!(%error, node = %self.node, "Redis did not take events");
-                    return Ended::Failed { worked };
-                }
+            worked |= taken;
+            let Some(error) = error else { continue };
+            if bus::is_refusal(&error) {
+                tracing::error!(%error, node = %self.node, "Redis refuses events: see the user, the password and the rights");
+            } else {
+                tracing::warn!(%error, node = %self.node, "Redis did not take events");
+            }
+            if !bus::is_answer(&error) {
+                return Ended::Failed { worked };
+            }
+            // To send it again would be refused again.
+            self.dropped("refused", batch);
+            if let Some(others) = &self.others {
+                others.maps.doubt();
+            }
+            if !taken {
+                return Ended::Refused(connection);
             }
         }
     }
@@ -169,8 +184,10 @@ impl Lane {
         let sent = batch.len();
         let mut failed = None;
         let mut taken = 0;
-        for (mut notice, answer) in std::mem::take(batch).into_iter().zip(answers) {
-            let Err(error) = answer else {
+        let mut answers = answers.into_iter();
+        for mut notice in std::mem::take(batch) {
+            let too_few = || Err(RedisError::from((ErrorKind::Parse, "fewer answers than events")));
+            let Err(error) = answers.next().unwrap_or_else(too_few) else {
                 taken += 1;
                 continue;
             };
@@ -240,15 +257,15 @@ impl Lane {
                     if taken == 0 {
                         return Err(());
                     }
-                    self.dropped(batch);
+                    self.dropped("disconnected", batch);
                 }
             }
         }
     }
 
-    fn dropped(&self, batch: &mut Vec<Notice>) {
+    fn dropped(&self, reason: &'static str, batch: &mut Vec<Notice>) {
         self.metrics.publish_queue.dec_by(batch.len() as i64);
-        dropped("disconnected", batch.drain(..), &self.metrics);
+        dropped(reason, batch.drain(..), &self.metrics);
     }
 }
 
@@ -271,7 +288,10 @@ mod tests {
     use tokio::sync::mpsc;
 
     use super::*;
-    use crate::publisher::{QUEUE, offer};
+    use crate::{
+        metrics::Dropped,
+        publisher::{QUEUE, offer},
+    };
 
     fn answer(text: &str) -> RedisResult<Value> {
         redis::parse_redis_value(text.as_bytes()).and_then(Value::extract_error)
@@ -305,5 +325,19 @@ mod tests {
             .collect();
         assert_eq!(sent, [("b".into(), 1, "two:2".into()), ("d".into(), 1, "one:3".into())]);
         assert_eq!((metrics.published.get(), metrics.publish_queue.get()), (1, 1));
+        assert!(bus::is_answer(&answer("-MISCONF no disk\r\n").unwrap_err()));
+
+        // An event without an answer is sent again or dropped, and counted either way.
+        for channel in ["e", "f", "g"] {
+            offer(&offered, notice(channel), &metrics);
+        }
+        let mut batch = ["e", "f", "g"].map(notice).into();
+        let (taken, error) = lane.settle(&mut batch, vec![answer(":1\r\n")]);
+        assert!(taken && !bus::is_answer(&error.unwrap()), "the connection is out of step");
+        assert_eq!(batch.iter().map(|notice| &*notice.channel).collect::<Vec<_>>(), ["f", "g"]);
+        lane.dropped("disconnected", &mut batch);
+        let reason = "disconnected";
+        assert_eq!(metrics.publish_dropped.get_or_create(&Dropped { reason }).get(), 2);
+        assert_eq!((metrics.published.get(), metrics.publish_queue.get()), (2, 1));
     }
 }

@@ -126,6 +126,34 @@ async fn a_half_open_link_between_gateway_and_redis_loses_nothing() {
     assert_all_exact(&world, &api, &crowd.lines, &watching).await;
 }
 
+/// Of all clients together: PINGs that were refused.
+fn refused_pings(redis: &Redis) -> u64 {
+    let stats = redis.command(&["INFO", "commandstats"]).unwrap();
+    let ping = stats.lines().find(|line| line.starts_with("cmdstat_ping:")).unwrap_or_default();
+    let refused = ping.split("rejected_calls=").nth(1).and_then(|rest| rest.split(',').next());
+    refused.map_or(0, |count| count.parse().unwrap())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn redis_whose_disk_is_full_still_brings_events() {
+    let redis = Redis::start();
+    let busy = Busy::new(World::with_redis(redis.url()).await).await;
+    busy.until_redis_is_trusted().await;
+    let connects = async || {
+        let [a, b] = [0, 1].map(|index| busy.gateways[index].metric("gateway_redis_connects_total"));
+        a.await + b.await
+    };
+    let before = connects().await;
+    redis.lose_disk().await;
+    let refused = refused_pings(&redis);
+    // Each gateway was told so twice, at least.
+    until("gateways are told that the disk is full", || async { refused_pings(&redis) >= refused + 4 }).await;
+    busy.until_redis_is_trusted().await;
+    busy.until_events_come_by_redis().await;
+    busy.assert_exact().await;
+    assert_eq!(connects().await, before, "an error is an answer: the connections live");
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn nonsense_and_repeats_on_a_channel_change_nothing() {
     let redis = Redis::start();

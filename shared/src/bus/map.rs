@@ -8,6 +8,16 @@ const SLOTS: usize = 16_384;
 /// In place of an index: nobody owns the slot.
 const NOBODY: u16 = u16::MAX;
 
+/// Where a name is kept on a cluster.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Slot(u16);
+
+impl Slot {
+    pub fn of(name: &str) -> Self {
+        Self(slot(name.as_bytes()))
+    }
+}
+
 /// Which node owns which names.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Map {
@@ -34,7 +44,11 @@ impl Map {
     }
 
     pub fn owner(&self, name: &str) -> Option<&Node> {
-        match self.owners.get(slot(name.as_bytes())) {
+        self.owner_of(Slot::of(name))
+    }
+
+    pub fn owner_of(&self, Slot(slot): Slot) -> Option<&Node> {
+        match self.owners.get(usize::from(slot)) {
             Some(&owner) => self.nodes.get(usize::from(owner)),
             None => self.nodes.first(),
         }
@@ -116,7 +130,7 @@ fn ranges(slots: &Value, asked: &str) -> Vec<(u16, u16, Node)> {
 }
 
 /// CRC16 (XMODEM) of the name, or of what is in its first braces.
-fn slot(name: &[u8]) -> usize {
+fn slot(name: &[u8]) -> u16 {
     let tag = name.iter().position(|byte| *byte == b'{').and_then(|open| {
         let rest = &name[open + 1..];
         let length = rest.iter().position(|byte| *byte == b'}').filter(|length| *length > 0)?;
@@ -127,7 +141,7 @@ fn slot(name: &[u8]) -> usize {
             if crc & 0x8000 == 0 { crc << 1 } else { (crc << 1) ^ 0x1021 }
         })
     });
-    usize::from(crc) % SLOTS
+    crc % SLOTS as u16
 }
 
 #[cfg(test)]

@@ -21,7 +21,7 @@ use tokio::{
     time::{Instant, sleep, sleep_until},
 };
 
-pub use self::map::Map;
+pub use self::map::{Map, Slot};
 use self::{map::View, sentinel::Sentinels};
 use crate::config::Problems;
 
@@ -281,6 +281,11 @@ pub fn is_refusal(error: &RedisError) -> bool {
     use redis::ServerErrorKind::NoPerm;
     matches!(error.kind(), ErrorKind::AuthenticationFailed | ErrorKind::Server(NoPerm))
         || matches!(error.code(), Some("WRONGPASS" | "NOAUTH" | "NOPERM"))
+}
+
+/// Whether the server answered, though with an error: the connection to it lives.
+pub fn is_answer(error: &RedisError) -> bool {
+    matches!(error.kind(), ErrorKind::Server(_) | ErrorKind::Extension)
 }
 
 fn servers(p: &mut Problems, name: &str, list: &str) -> Option<Vec<ConnectionInfo>> {

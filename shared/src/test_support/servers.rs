@@ -88,6 +88,18 @@ impl Redis {
         self.process.signal(Signal::SIGCONT);
     }
 
+    /// It cannot save any more, and says so (`MISCONF`) to every write and every PING.
+    pub async fn lose_disk(&self) {
+        self.tell(&["CONFIG", "SET", "save", "3600 1"]);
+        fs::remove_dir_all(self.folder.path()).expect("it is ours");
+        let saving = self.command(&["BGSAVE"]).expect("the server answers");
+        assert!(saving.starts_with("+Background saving started"), "{saving}");
+        super::until("Redis notices that it cannot save", || async {
+            self.command(&["PING"]).is_ok_and(|answer| answer.starts_with("-MISCONF"))
+        })
+        .await;
+    }
+
     /// From now on commands are given as this user.
     pub fn log_in(&mut self, user: &str, password: &str) {
         self.login = Some((user.to_owned(), password.to_owned()));

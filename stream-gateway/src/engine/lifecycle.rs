@@ -18,6 +18,7 @@ use super::{
 use crate::{
     backfill::{HeadQuestion, WhyHead},
     frame::Goodbye,
+    metrics::Reason,
     sequencer::{Lost, Millis},
 };
 
@@ -41,7 +42,8 @@ impl Engine {
         });
         if let Err(error) = registered {
             tracing::warn!(%error, user.id = %user, "a stream could not be taken over");
-            self.metrics.ended("error");
+            // It was not opened, so it does not end either.
+            self.metrics.streams_refused.get_or_create(&Reason { reason: "error" }).inc();
             return;
         }
         let (at, new) = self.hub.enter(user);
@@ -234,5 +236,81 @@ impl Engine {
             self.wishes.unwant(user);
             self.metrics.users.set(self.hub.users() as i64);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{fs::File, net::Ipv4Addr, os::fd::OwnedFd, sync::Arc, time::Duration, time::Instant};
+
+    use mio::Poll;
+    use prometheus_client::registry::Registry;
+    use shared::{
+        bus::Bus,
+        channels::Channels,
+        ended::EndedSessions,
+        limiter::{self, Limit, Limiter, Subject},
+        secrets::Secrets,
+        traces::Tracer,
+    };
+    use tokio::runtime::Handle;
+
+    use super::*;
+    use crate::{
+        backfill::{Api, Backfill},
+        config::{self, Delivery, Opening},
+        engine::watch,
+        frame::{Framing, Heartbeat},
+        limits::Limits,
+        metrics::Metrics,
+        subscriber::Wishes,
+    };
+
+    #[tokio::test]
+    async fn admission_that_fails_early_is_neither_opened_nor_ended() {
+        let second = Duration::from_secs(1);
+        let metrics = Arc::new(Metrics::register(&mut Registry::default()));
+        let api = Api::new("http://127.0.0.1:9", Secrets::random(), metrics.clone());
+        let settings = Delivery {
+            heartbeat: second,
+            reconcile: second,
+            suspect_reconcile: second,
+            write_deadline: second,
+            streams_per_user: 1,
+            backlog_bytes: 1,
+        };
+        let mut engine = Engine::new(
+            settings,
+            watch(Poll::new().unwrap()).unwrap(),
+            Backfill::new(api, Handle::current(), Tracer::default(), metrics.clone()),
+            Wishes::new(Channels::default()),
+            EndedSessions::default(),
+            metrics.clone(),
+        );
+        let bus = Bus::single("redis://localhost").unwrap();
+        let of_limiter = limiter::Metrics::register(&mut Registry::default());
+        let (limiter, _worker) = Limiter::new(bus, Channels::default(), second, of_limiter);
+        let admission = config::Admission { streams: 1, streams_per_address: 0, rate: 1, max_age: second };
+        let opening = Opening { per_user: Limit::Off, per_address: Limit::Off, patience: second };
+        let limits = Limits::new(&admission, &opening, limiter);
+        let place = limits.admit(Subject::User(UserId(1)), Ipv4Addr::LOCALHOST.into()).await;
+
+        engine.admit(Admission {
+            // No socket takes the options of one.
+            socket: OwnedFd::from(File::open("/dev/null").unwrap()).into(),
+            user: UserId(1),
+            session: None,
+            resume: Resume::Head,
+            heartbeat: Heartbeat::default(),
+            framing: Framing::Close,
+            head: Bytes::new(),
+            ends: Instant::now() + second,
+            ends_why: Goodbye::Rotate,
+            place: place.ok().unwrap(),
+        });
+        engine.bury();
+        let ended = metrics.streams_ended.get_or_create(&Reason { reason: "error" }).get();
+        assert_eq!((metrics.streams_opened.get(), ended, metrics.streams.get()), (0, 0, 0));
+        assert_eq!(metrics.streams_refused.get_or_create(&Reason { reason: "error" }).get(), 1);
     }
 }

@@ -43,6 +43,9 @@ use crate::{
 /// An overload lasts; its log line does not say so hundreds of times.
 const OVERFLOWS_TOLD_EVERY: Duration = Duration::from_secs(1);
 const BEAT_EVERY: Duration = Duration::from_secs(2);
+/// Beats are published over a connection of their own. It is made again this often, drawn at random, to notice that the address
+/// leads to another server: until then events of that one arrive by reconcile.
+const PROBE_RENEWED_AFTER: std::ops::Range<f64> = 10.0..20.0;
 /// Beats in a row before a Redis that was lost is trusted again. Publishers come back after their own back-off, and drop events
 /// until then: the reconcile that goes with trust finds those.
 const BEATS_TO_TRUST_AGAIN: u64 = 2;
@@ -121,6 +124,7 @@ struct Ear {
     marks: Arc<Marks>,
     beat_channel: String,
     beats: u64,
+    probe: Option<Probe>,
     /// Confirmed.
     actual: HashSet<UserId>,
     /// Wanted here, and not to be had: asked for again with the next beat.
@@ -140,6 +144,12 @@ impl Drop for Listening<'_> {
         board.note(node, Health::default());
         self.listener.count(0);
     }
+}
+
+/// The connection that publishes beats.
+struct Probe {
+    connection: MultiplexedConnection,
+    renew_at: Instant,
 }
 
 impl Listener {
@@ -245,7 +255,7 @@ impl Listener {
         subscribe.query_async::<()>(&mut connection).await.context("cannot subscribe")?;
         self.metrics.redis_connects.inc();
         let (actual, refused) = Default::default();
-        Ok(Ear { connection, link, marks, beat_channel, beats: 0, actual, refused })
+        Ok(Ear { connection, link, marks, beat_channel, beats: 0, probe: None, actual, refused })
     }
 
     /// Runs where the connection is read; must not wait.
@@ -414,17 +424,16 @@ impl Listener {
         ear.marks.asks(Some(HashSet::new()));
         let ping = redis::cmd("PING").query_async::<()>(&mut ear.connection).await;
         ear.marks.asks(None);
-        ping.context("Redis does not answer a ping")?;
+        match ping {
+            Ok(()) => {}
+            // As when its disk is full: messages go through all the same, which the beat shows.
+            Err(error) if bus::is_answer(&error) => {
+                tracing::debug!(%error, node = %self.node, "redis answered a ping with an error");
+            }
+            Err(error) => return Err(error).context("Redis does not answer a ping"),
+        }
         ear.beats += 1;
-        let config = AsyncConnectionConfig::new()
-            .set_connection_timeout(Some(ANSWER_WITHIN))
-            .set_response_timeout(Some(ANSWER_WITHIN));
-        let publish = async {
-            let mut fresh = self.bus.connect(&self.node, &config).await?;
-            let mut command = self.bus.publish();
-            command.arg(&ear.beat_channel).arg(ear.beats).query_async::<()>(&mut fresh).await
-        };
-        if let Err(error) = publish.await {
+        if let Err(error) = self.publish_beat(ear).await {
             tracing::warn!(%error, node = %self.node, "no beat can be published to Redis");
             self.maps.doubt();
             return Ok(false);
@@ -436,6 +445,30 @@ impl Listener {
         };
         timeout(ANSWER_WITHIN, heard).await.context("a beat through Redis did not come back")?;
         Ok(true)
+    }
+
+    async fn publish_beat(&self, ear: &mut Ear) -> RedisResult<()> {
+        let mut beat = self.bus.publish();
+        beat.arg(&ear.beat_channel).arg(ear.beats);
+        if let Some(probe) = &mut ear.probe
+            && Instant::now() < probe.renew_at
+        {
+            match beat.query_async(&mut probe.connection).await {
+                // It was closed, most likely: a new connection tells whether Redis is well.
+                Err(error) if !bus::is_answer(&error) => {}
+                answered => return answered,
+            }
+        }
+        ear.probe = None;
+        let config = AsyncConnectionConfig::new()
+            .set_connection_timeout(Some(ANSWER_WITHIN))
+            .set_response_timeout(Some(ANSWER_WITHIN));
+        let connection = self.bus.connect(&self.node, &config).await?;
+        self.metrics.redis_probe_connects.inc();
+        let renew_at =
+            Instant::now() + Duration::from_secs_f64(rand::rng().random_range(PROBE_RENEWED_AFTER));
+        let probe = ear.probe.insert(Probe { connection, renew_at });
+        beat.query_async(&mut probe.connection).await
     }
 }
 

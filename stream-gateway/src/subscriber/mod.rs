@@ -3,8 +3,8 @@
 //! One supervised connection of its own, or one to each node of a cluster, rebuilt for ever with capped, jittered back-off. Which
 //! channels are wanted is shared state, changed by the hub at any time; which are confirmed is known only to the connection, and
 //! only after Redis has said so. Every queue is bounded: a message that finds the queue full is dropped and reported as a doubt,
-//! which a reconcile heals. A beat through Redis and back, published over a connection made anew, finds a server that is silently
-//! dead, demoted, or no longer where the address points. Redis is trusted while every node is.
+//! which a reconcile heals. A beat through Redis and back, published over another connection that is renewed now and then, finds a
+//! server that is silently dead, demoted, or no longer where the address points. Redis is trusted while every node is.
 
 mod listener;
 mod wishes;
@@ -145,6 +145,7 @@ impl Subscriber {
                     never = &mut following => match never {},
                     () = maps.changed() => break,
                     () = board.changed.notified() => {}
+                    () = self.wishes.changed() => self.wishes.take_over(),
                     Some(_) = running.join_next() => {}
                 }
             }

@@ -1,12 +1,16 @@
-//! Which channels are wanted: shared state, changed by the hub at any time; and which connection is to listen to which of them.
+//! Which channels are wanted, changed by the hub at any time; and which connection is to listen to which of them.
+//!
+//! The hub only leaves its changes, under a lock of their own that nobody holds for longer than a moment: it never waits for
+//! work that concerns every user. The subscriber takes them over.
 
 use std::{
     collections::{HashMap, HashSet},
+    mem,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
 use shared::{
-    bus::{Map, Node},
+    bus::{Map, Node, Slot},
     channels::Channels,
     ids::UserId,
 };
@@ -20,12 +24,16 @@ const BATCH: usize = 512;
 /// The channels that should be subscribed to. Held by the hub.
 #[derive(Clone)]
 pub struct Wishes {
+    /// By the hub, not taken over yet.
+    changes: Arc<Mutex<HashMap<UserId, bool>>>,
+    changed: Arc<Notify>,
     state: Arc<Mutex<State>>,
     channels: Channels,
 }
 
 struct State {
-    wanted: HashSet<UserId>,
+    /// With their slots, so that to ask for a channel's owner takes no name.
+    wanted: HashMap<UserId, Slot>,
     map: Arc<Map>,
     /// Connections that listen.
     links: HashMap<Node, Ear>,
@@ -49,25 +57,47 @@ impl Ear {
 impl Wishes {
     /// Before the cluster is known, nobody listens to anything.
     pub fn new(channels: Channels) -> Self {
-        let state = State { wanted: HashSet::new(), map: Arc::default(), links: HashMap::new() };
-        Self { state: Arc::new(Mutex::new(state)), channels }
+        let state = State { wanted: HashMap::new(), map: Arc::default(), links: HashMap::new() };
+        let (changes, changed, state) = (Arc::default(), Arc::default(), Arc::new(Mutex::new(state)));
+        Self { changes, changed, state, channels }
     }
 
     pub fn want(&self, user: UserId) {
-        self.change(user, |wanted| wanted.insert(user));
+        self.change(user, true);
     }
 
     pub fn unwant(&self, user: UserId) {
-        self.change(user, |wanted| wanted.remove(&user));
+        self.change(user, false);
     }
 
-    fn change(&self, user: UserId, change: impl FnOnce(&mut HashSet<UserId>) -> bool) {
+    fn change(&self, user: UserId, wanted: bool) {
+        self.changes.lock().unwrap_or_else(PoisonError::into_inner).insert(user, wanted);
+        self.changed.notify_one();
+    }
+
+    /// When there is something to [`Self::take_over`].
+    pub(super) async fn changed(&self) {
+        self.changed.notified().await;
+    }
+
+    /// What the hub has changed counts from now on. By one task alone: newer changes must not be overtaken.
+    pub(super) fn take_over(&self) {
+        let changes = mem::take(&mut *self.changes.lock().unwrap_or_else(PoisonError::into_inner));
+        let slot = |(user, wanted)| (user, wanted, Slot::of(&self.channels.user(user)));
+        let changes: Vec<_> = changes.into_iter().map(slot).collect();
         let mut state = self.lock();
         let State { wanted, map, links } = &mut *state;
-        if change(wanted)
-            && let Some(ear) = map.owner(&self.channels.user(user)).and_then(|node| links.get_mut(node))
-        {
-            ear.note(user);
+        for (user, is_wanted, slot) in changes {
+            // One who is wanted already has left and come back in between, and waits to hear that the subscription is there.
+            let noted = if is_wanted {
+                wanted.insert(user, slot);
+                true
+            } else {
+                wanted.remove(&user).is_some()
+            };
+            if noted && let Some(ear) = map.owner_of(slot).and_then(|node| links.get_mut(node)) {
+                ear.note(user);
+            }
         }
     }
 
@@ -79,9 +109,8 @@ impl Wishes {
     pub(super) fn share_by(&self, new: Arc<Map>) {
         let mut state = self.lock();
         let State { wanted, map, links } = &mut *state;
-        for user in wanted.iter() {
-            let channel = self.channels.user(*user);
-            let (from, to) = (map.owner(&channel), new.owner(&channel));
+        for (user, slot) in wanted.iter() {
+            let (from, to) = (map.owner_of(*slot), new.owner_of(*slot));
             if from != to {
                 for node in [from, to].into_iter().flatten() {
                     if let Some(ear) = links.get_mut(node) {
@@ -97,8 +126,8 @@ impl Wishes {
     pub(super) fn start(&self, node: &Node, link: Link) -> Arc<Notify> {
         let mut state = self.lock();
         let State { wanted, map, links } = &mut *state;
-        let mine = |user: &&UserId| map.owner(&self.channels.user(**user)) == Some(node);
-        let changed = wanted.iter().filter(mine).copied().collect();
+        let mine = wanted.iter().filter(|(_, slot)| map.owner_of(**slot) == Some(node));
+        let changed = mine.map(|(user, _)| *user).collect();
         let notify = Arc::new(Notify::new());
         notify.notify_one();
         links.insert(node.clone(), Ear { link, changed, notify: notify.clone() });
@@ -118,8 +147,7 @@ impl Wishes {
         let mut state = self.lock();
         let State { wanted, map, links } = &mut *state;
         let Some(ear) = links.get_mut(node) else { return 0 };
-        let here =
-            |user: &UserId| wanted.contains(user) && map.owner(&self.channels.user(*user)) == Some(node);
+        let here = |user: &UserId| wanted.get(user).is_some_and(|slot| map.owner_of(*slot) == Some(node));
         users.filter(here).map(|user| ear.note(user)).count()
     }
 
@@ -132,7 +160,7 @@ impl Wishes {
         let some: Vec<_> = ear.changed.iter().copied().take(BATCH).collect();
         for user in some {
             ear.changed.remove(&user);
-            let wanted = wanted.contains(&user) && map.owner(&self.channels.user(user)) == Some(node);
+            let wanted = wanted.get(&user).is_some_and(|slot| map.owner_of(*slot) == Some(node));
             match (wanted, actual.contains(&user)) {
                 (true, false) => batch.join.push(user),
                 (false, true) => batch.leave.push(user),
@@ -185,12 +213,14 @@ mod tests {
         let wishes = wishes();
         wishes.want(UserId(1));
         wishes.want(UserId(2));
+        wishes.take_over();
         assert_eq!(wishes.take(&Node::Only, &users([])), Batch::default());
         wishes.start(&Node::Only, Link(1));
         assert_eq!(sorted(wishes.take(&Node::Only, &users([]))), [vec![1, 2], vec![], vec![]]);
         wishes.unwant(UserId(1));
         wishes.want(UserId(3));
         wishes.unwant(UserId(3));
+        wishes.take_over();
         assert_eq!(sorted(wishes.take(&Node::Only, &users([1, 2]))), [vec![], vec![1], vec![]]);
     }
 
@@ -198,10 +228,12 @@ mod tests {
     fn one_who_left_and_came_back_at_once_is_confirmed_again() {
         let wishes = wishes();
         wishes.want(UserId(2));
+        wishes.take_over();
         wishes.start(&Node::Only, Link(1));
         assert_eq!(sorted(wishes.take(&Node::Only, &users([]))), [vec![2], vec![], vec![]]);
         wishes.unwant(UserId(2));
         wishes.want(UserId(2));
+        wishes.take_over();
         assert_eq!(sorted(wishes.take(&Node::Only, &users([2]))), [vec![], vec![], vec![2]]);
     }
 
@@ -209,6 +241,7 @@ mod tests {
     fn many_wishes_go_out_in_batches() {
         let wishes = wishes();
         (1..=1_300).for_each(|id| wishes.want(UserId(id)));
+        wishes.take_over();
         wishes.start(&Node::Only, Link(1));
         let mut actual = users([]);
         let mut batches = Vec::new();
@@ -230,7 +263,9 @@ mod tests {
         wishes.end(&Node::Only, Link(1));
         for id in 1..1_000 {
             wishes.want(UserId(id));
+            wishes.take_over();
             wishes.unwant(UserId(id));
+            wishes.take_over();
         }
         assert!(wishes.lock().links.is_empty() && wishes.lock().wanted.is_empty());
     }
@@ -242,6 +277,21 @@ mod tests {
         wishes.start(&Node::Only, Link(2));
         wishes.end(&Node::Only, Link(1));
         wishes.want(UserId(1));
+        wishes.take_over();
+        assert_eq!(sorted(wishes.take(&Node::Only, &users([]))), [vec![1], vec![], vec![]]);
+    }
+
+    #[test]
+    fn the_hub_never_waits_for_work_on_every_user() {
+        let wishes = wishes();
+        wishes.start(&Node::Only, Link(1));
+        // As while a new connection, or a new map, is prepared for all users.
+        let work = wishes.lock();
+        wishes.want(UserId(1));
+        wishes.want(UserId(2));
+        wishes.unwant(UserId(2));
+        drop(work);
+        wishes.take_over();
         assert_eq!(sorted(wishes.take(&Node::Only, &users([]))), [vec![1], vec![], vec![]]);
     }
 
@@ -257,6 +307,7 @@ mod tests {
         let wishes = Wishes::new(Channels::default());
         wishes.share_by(map(8_000));
         (1..=100).for_each(|id| wishes.want(UserId(id)));
+        wishes.take_over();
         wishes.start(&one, Link(1));
         wishes.start(&two, Link(2));
         let here: HashSet<_> = wishes.take(&one, &users([])).join.into_iter().collect();
