@@ -6,7 +6,6 @@ use std::collections::HashMap;
 
 use jsonwebtoken::{
     Algorithm, DecodingKey, EncodingKey, Header, Validation,
-    errors::ErrorKind,
     jwk::{AlgorithmParameters, EllipticCurve, Jwk, JwkSet, PublicKeyUse, ThumbprintHash},
 };
 use serde::{Deserialize, Serialize};
@@ -122,9 +121,10 @@ impl KeySet {
     pub fn from_jwks(issuer: &str, jwks: &JwkSet) -> Self {
         let mut validation = Validation::new(Algorithm::EdDSA);
         validation.leeway = 0;
-        validation.validate_aud = false; // The claim is one of ours by its type and compared below.
+        validation.validate_exp = false; // It would accept a token during the second of its `exp`.
         validation.set_issuer(&[issuer]);
         validation.set_required_spec_claims(&["exp", "iss", "sub", "aud"]);
+        validation.validate_aud = false; // The claim is one of ours by its type and compared below.
         let keys =
             jwks.keys.iter().filter_map(|jwk| Some((jwk.common.key_id.clone()?, ed25519(jwk)?))).collect();
         Self { validation, keys }
@@ -141,19 +141,25 @@ impl KeySet {
         }
         let key = header.kid.and_then(|kid| self.keys.get(&kid)).ok_or(TokenError::UnknownKey)?;
         let claims = jsonwebtoken::decode::<Claims>(token, key, &self.validation)
-            .map_err(|error| match error.kind() {
-                ErrorKind::ExpiredSignature => TokenError::Expired,
-                _ => TokenError::Invalid,
-            })?
+            .map_err(|_| TokenError::Invalid)?
             .claims;
         if !accepted.contains(&claims.aud) {
             return Err(TokenError::Audience);
+        }
+        if has_ended(claims.exp) || claims.session_exp.is_some_and(has_ended) {
+            return Err(TokenError::Expired);
         }
         if claims.aud == Audience::Api && claims.sid.is_none() {
             return Err(TokenError::Invalid); // It could not be revoked.
         }
         Ok(claims)
     }
+}
+
+/// Whether a time in seconds since 1970 has come by which something ends: an `exp`, or the end of a session. Nothing is accepted
+/// "on or after" it (RFC 7519, section 4.1.4).
+pub(crate) fn has_ended(at: i64) -> bool {
+    at <= jsonwebtoken::get_current_timestamp().cast_signed()
 }
 
 /// The length is checked here because the verifier slices 32 bytes off whatever it is given.
@@ -197,6 +203,18 @@ mod tests {
         assert_eq!(verifier.verify(&token, &[Audience::Api, Audience::Stream]), Ok(claims(FAR)));
         assert_eq!(verifier.verify(&token, &[Audience::Stream]), Err(TokenError::Audience));
         assert_eq!(verifier.verify(&keys.sign(&claims(1)), &[Audience::Api]), Err(TokenError::Expired));
+    }
+
+    #[test]
+    fn a_token_is_expired_in_the_second_of_its_exp() {
+        let keys = SigningKeys::from_pems(ISSUER, PEM_A, &[]).unwrap();
+        let now = jsonwebtoken::get_current_timestamp().cast_signed();
+        let verify = |claims| keys.verifier().verify(&keys.sign(&claims), &[Audience::Stream]).map(|_| ());
+        let stream = Claims { aud: Audience::Stream, ..claims(now + 60) };
+        let of_session = |end| Claims { session_exp: Some(end), ..stream.clone() };
+        assert_eq!(verify(Claims { exp: now, ..stream.clone() }), Err(TokenError::Expired));
+        assert_eq!(verify(of_session(now)), Err(TokenError::Expired));
+        assert_eq!(verify(of_session(now + 60)), Ok(()));
     }
 
     #[test]

@@ -13,7 +13,7 @@ use jsonwebtoken::{
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    claims::{TokenError, ed25519},
+    claims::{self, TokenError, ed25519},
     jose::{self, Audiences, NumericDate, Person, Unverified},
 };
 
@@ -183,7 +183,7 @@ impl ForeignKeys {
         if !aud.as_slice().contains(&self.issuer.audience) {
             return Err(TokenError::Audience);
         }
-        if exp.second() <= now {
+        if claims::has_ended(exp.second()) {
             return Err(TokenError::Expired);
         }
         let begun = nbf.is_none_or(|nbf| nbf.second() <= now + NOT_BEFORE_LEEWAY);
@@ -230,7 +230,9 @@ mod tests {
         let claims = keys().verify(&key.token("jane|1", FAR)).unwrap();
         assert_eq!((claims.sub.as_str(), claims.exp), ("jane|1", FAR));
         assert_eq!(claims.person.name(), Some("jane|1"));
-        assert_eq!(keys().verify(&key.token("jane|1", 1)), Err(TokenError::Expired));
+        for exp in [1, Utc::now().timestamp()] {
+            assert_eq!(keys().verify(&key.token("jane|1", exp)), Err(TokenError::Expired));
+        }
         let many = key.sign(&json!({ "iss": ISSUER, "aud": ["other", AUDIENCE], "sub": "s", "exp": FAR }));
         assert!(keys().verify(&many).is_ok());
     }
