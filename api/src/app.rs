@@ -46,6 +46,9 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// For what is still queued for Redis when the service stops.
 pub const FLUSH_TIMEOUT: Duration = Duration::from_secs(2);
 
+/// Gateways know a removed key no longer than two of these.
+const ANNOUNCE_KEYS_EVERY: Duration = Duration::from_secs(4);
+
 /// Bound sockets. Port 0 is allowed: ask them for their addresses.
 pub struct Listeners {
     pub public: TcpListener,
@@ -221,6 +224,7 @@ pub async fn run(config: Config, listeners: Listeners, stop: CancellationToken) 
     let noting = last_used::run(used, database.clone(), stop.clone());
     let noting = tasks.spawn("last use of sessions", &stop, noting);
     let following = foreign.map(|foreign| tasks.spawn("external keys", &stop, foreign.follow(stop.clone())));
+    let announcing = tasks.spawn("announcements of keys", &stop, announce_keys(api.clone(), stop.clone()));
     let publishing = worker.run(tasks.clone(), stop_publishing.clone());
     let publishing = tasks.spawn("publisher", &stop_publishing, publishing);
     let counting = tasks.spawn("shared rate limits", &stop_serving, counting.run(stop_serving.clone()));
@@ -262,7 +266,7 @@ pub async fn run(config: Config, listeners: Listeners, stop: CancellationToken) 
     stop_tracing.cancel();
     // A collector that takes no more costs the last spans.
     let _ = timeout(traces::LAST_SPANS, exporting).await;
-    for task in [pruning, noting, watching].into_iter().chain(following) {
+    for task in [pruning, noting, announcing, watching].into_iter().chain(following) {
         task.await?;
     }
     stop_ops.cancel();
@@ -273,6 +277,16 @@ pub async fn run(config: Config, listeners: Listeners, stop: CancellationToken) 
     }
     tracing::info!("stopped");
     Ok(())
+}
+
+/// Tells gateways again and again which keys are good here, so that they learn of a removed one within seconds, even if an
+/// announcement was lost or they had not been there.
+async fn announce_keys(api: Arc<Api>, stop: CancellationToken) {
+    while !stop.is_cancelled() {
+        api.context.publisher.publish_keys(&api.auth.keys_version());
+        let wait = ANNOUNCE_KEYS_EVERY.mul_f64(rand::random_range(0.8..1.2));
+        stop.run_until_cancelled(tokio::time::sleep(wait)).await;
+    }
 }
 
 /// Waits for Postgres for a while: at a common start it may come up later than we.

@@ -16,6 +16,7 @@ use shared::{
     ids::UserId,
     jose,
     keyring::{KeyRing, Source},
+    keys_version::Version,
     outbound::Outbound,
 };
 use thiserror::Error;
@@ -51,6 +52,7 @@ pub struct Foreign {
 struct Published {
     keys: ForeignKeys,
     jwks: JwkSet,
+    version: Version,
 }
 
 struct Issuer {
@@ -78,7 +80,11 @@ impl Source for Issuer {
         &self.settings.issuer.issuer
     }
 
-    async fn fetch(&self, _kid: Option<&str>) -> anyhow::Result<Published> {
+    async fn fetch(
+        &self,
+        _kid: Option<&str>,
+        _in_use: Option<Arc<Published>>,
+    ) -> anyhow::Result<Arc<Published>> {
         let request = Request::get(&self.settings.jwks_url)
             .header(header::ACCEPT, "application/json")
             .body(Vec::new())
@@ -88,7 +94,8 @@ impl Source for Issuer {
         let jwks = jose::read_key_set(answer.body()).context("this is no set of keys")?;
         let keys = ForeignKeys::from_jwks(&self.settings.issuer, &jwks);
         anyhow::ensure!(!keys.is_empty(), "no key of the issuer is for {:?}", self.settings.issuer.algorithm);
-        Ok(Published { keys, jwks })
+        let version = Version::of(&jwks);
+        Ok(Arc::new(Published { keys, jwks, version }))
     }
 }
 
@@ -168,8 +175,17 @@ impl Foreign {
         Ok(users)
     }
 
-    /// What gateways are told. `kid`: a key that one of them misses.
-    pub async fn published(&self, kid: Option<&str>) -> ForeignKeysAnswer {
+    pub fn issuer(&self) -> &ForeignIssuer {
+        &self.issuer
+    }
+
+    /// The version of the keys that are there, if some are.
+    pub fn version(&self) -> Option<Version> {
+        self.ring.current().map(|current| current.version.clone())
+    }
+
+    /// What gateways are told, and its version. `kid`: a key that one of them misses.
+    pub async fn published(&self, kid: Option<&str>) -> (ForeignKeysAnswer, Option<Version>) {
         let seen = self.ring.current();
         let missing = match (&seen, kid) {
             (None, _) => true,
@@ -179,7 +195,8 @@ impl Foreign {
         if missing {
             self.ring.ask_once(seen.as_ref(), kid).await;
         }
-        let jwks = self.ring.current().map(|current| current.jwks.clone());
-        ForeignKeysAnswer { issuer: self.issuer.clone(), jwks }
+        let current = self.ring.current();
+        let (jwks, version) = current.map(|current| (current.jwks.clone(), current.version.clone())).unzip();
+        (ForeignKeysAnswer { issuer: self.issuer.clone(), jwks }, version)
     }
 }

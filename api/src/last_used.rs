@@ -10,7 +10,7 @@ use std::{
     time::Duration,
 };
 
-use shared::ids::SessionId;
+use shared::feed::Login;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
@@ -30,7 +30,7 @@ const REMEMBERED: usize = 100_000;
 /// Where uses are noted.
 #[derive(Clone, Default)]
 pub struct LastUsed {
-    noted: Arc<Mutex<HashMap<SessionId, Note>>>,
+    noted: Arc<Mutex<HashMap<Login, Note>>>,
 }
 
 struct Note {
@@ -40,27 +40,27 @@ struct Note {
 
 impl LastUsed {
     /// Whether the session lives is not known yet, and is looked at when it is written.
-    pub fn note(&self, session: SessionId) {
+    pub fn note(&self, login: Login) {
         let mut noted = self.noted();
         if noted.len() < REMEMBERED {
-            noted.entry(session).or_insert(Note { at: Instant::now(), written: false });
+            noted.entry(login).or_insert(Note { at: Instant::now(), written: false });
         }
     }
 
     /// One round: writes what was noted since the last one, and forgets what was noted long ago. How many sessions had not
     /// been known to be in use.
     pub async fn write(&self, database: &Database) -> Result<u64, StoreError> {
-        let unwritten: Vec<SessionId> = {
+        let unwritten: Vec<Login> = {
             let mut noted = self.noted();
             noted.retain(|_, note| !note.written || note.at.elapsed() < AFTER);
-            noted.iter().filter(|(_, note)| !note.written).map(|(session, _)| *session).collect()
+            noted.iter().filter(|(_, note)| !note.written).map(|(login, _)| *login).collect()
         };
         let mut moved = 0;
         for batch in unwritten.chunks(BATCH) {
             moved += database.run(async |connection| sessions::used(connection, batch, COARSE).await).await?;
             let mut noted = self.noted();
-            for session in batch {
-                if let Some(note) = noted.get_mut(session) {
+            for login in batch {
+                if let Some(note) = noted.get_mut(login) {
                     note.written = true;
                 }
             }
@@ -68,7 +68,7 @@ impl LastUsed {
         Ok(moved)
     }
 
-    fn noted(&self) -> MutexGuard<'_, HashMap<SessionId, Note>> {
+    fn noted(&self) -> MutexGuard<'_, HashMap<Login, Note>> {
         self.noted.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -26,6 +26,12 @@ impl Channels {
         std::str::from_utf8(id).ok()?.parse().ok()
     }
 
+    /// Where the version of the public keys is announced: the first of these names that a node owns. They begin as the names of
+    /// users do, so they need no rights of their own.
+    pub fn keys(&self) -> impl Iterator<Item = String> {
+        (0..).map(|turn| format!("{}user:keys-{turn}", self.prefix))
+    }
+
     /// Where one gateway process hears its own beat.
     pub fn beat(&self, instance: &str) -> String {
         format!("{}beat:{instance}", self.prefix)
@@ -47,7 +53,10 @@ mod tests {
         assert_eq!(channels.user(UserId(7)), "t1:user:7");
         assert_eq!(channels.user_of(b"t1:user:7"), Some(UserId(7)));
         assert_eq!(channels.limit("send", "user", UserId(7)), "t1:limit:send:user:7");
-        for other in ["user:7", "t1:user:", "t1:user:07", "t1:beat:7", "t2:user:7", "t1:user:7x"] {
+        assert_eq!(channels.keys().next().as_deref(), Some("t1:user:keys-0"));
+        for other in
+            ["user:7", "t1:user:", "t1:user:07", "t1:beat:7", "t2:user:7", "t1:user:7x", "t1:user:keys-0"]
+        {
             assert_eq!(channels.user_of(other.as_bytes()), None, "{other}");
         }
     }

@@ -82,6 +82,14 @@ impl SigningKeys {
         &self.jwks
     }
 
+    /// The same by their thumbprints, in an order of their own: which of them signs makes no difference to others.
+    pub fn thumbprints(&self) -> Vec<&str> {
+        let mut names: Vec<_> =
+            self.jwks.keys.iter().filter_map(|jwk| jwk.common.key_id.as_deref()).collect();
+        names.sort_unstable();
+        names
+    }
+
     pub fn verifier(&self) -> KeySet {
         KeySet::from_jwks(&self.issuer, &self.jwks)
     }
@@ -110,10 +118,21 @@ pub enum TokenError {
     Invalid,
 }
 
+/// Names a key by what it is, in 8 bytes: the beginning of its thumbprint (RFC 7638). A `kid` is what its publisher likes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct KeyName(pub [u8; 8]);
+
+impl KeyName {
+    pub fn of(jwk: &Jwk) -> Option<Self> {
+        let thumbprint = jwk.thumbprint(ThumbprintHash::SHA256).ok()?;
+        thumbprint.as_bytes().first_chunk().copied().map(Self)
+    }
+}
+
 /// Public keys by `kid`.
 pub struct KeySet {
     validation: Validation,
-    keys: HashMap<String, DecodingKey>,
+    keys: HashMap<String, (KeyName, DecodingKey)>,
 }
 
 impl KeySet {
@@ -125,9 +144,13 @@ impl KeySet {
         validation.set_issuer(&[issuer]);
         validation.set_required_spec_claims(&["exp", "iss", "sub", "aud"]);
         validation.validate_aud = false; // The claim is one of ours by its type and compared below.
-        let keys =
-            jwks.keys.iter().filter_map(|jwk| Some((jwk.common.key_id.clone()?, ed25519(jwk)?))).collect();
-        Self { validation, keys }
+        let named = |jwk: &Jwk| Some((jwk.common.key_id.clone()?, (KeyName::of(jwk)?, ed25519(jwk)?)));
+        Self { validation, keys: jwks.keys.iter().filter_map(named).collect() }
+    }
+
+    /// The names of all keys.
+    pub fn names(&self) -> impl Iterator<Item = KeyName> {
+        self.keys.values().map(|(name, _)| *name)
     }
 
     pub fn is_empty(&self) -> bool {
@@ -135,11 +158,16 @@ impl KeySet {
     }
 
     pub fn verify(&self, token: &str, accepted: &[Audience]) -> Result<Claims, TokenError> {
+        self.verify_by_key(token, accepted).map(|(claims, _)| claims)
+    }
+
+    /// The same, and which key signed the token.
+    pub fn verify_by_key(&self, token: &str, accepted: &[Audience]) -> Result<(Claims, KeyName), TokenError> {
         let header = jsonwebtoken::decode_header(token).map_err(|_| TokenError::Invalid)?;
         if header.alg != Algorithm::EdDSA {
             return Err(TokenError::Invalid);
         }
-        let key = header.kid.and_then(|kid| self.keys.get(&kid)).ok_or(TokenError::UnknownKey)?;
+        let (name, key) = header.kid.and_then(|kid| self.keys.get(&kid)).ok_or(TokenError::UnknownKey)?;
         let claims = jsonwebtoken::decode::<Claims>(token, key, &self.validation)
             .map_err(|_| TokenError::Invalid)?
             .claims;
@@ -152,7 +180,7 @@ impl KeySet {
         if claims.aud == Audience::Api && claims.sid.is_none() {
             return Err(TokenError::Invalid); // It could not be revoked.
         }
-        Ok(claims)
+        Ok((claims, *name))
     }
 }
 

@@ -10,6 +10,7 @@ use crate::{
     event::Envelope,
     foreign::{ForeignClaims, ForeignIssuer},
     ids::{SessionId, UserId},
+    keys_version::KeysVersion,
 };
 
 /// The most `users`, `after`, `sessions` or `identities` in one question. More is a 400.
@@ -28,13 +29,24 @@ pub fn authorization(secret: &str) -> String {
     format!("Bearer {secret}")
 }
 
-/// `POST /internal/feed/heads`: whose head is not what I have? And which of these sessions have ended?
+/// `POST /internal/feed/heads`: whose head is not what I have? And which of these logins have ended?
 #[derive(Debug, Default, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct HeadsRequest {
     pub users: Vec<KnownHead>,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub logins: Vec<Login>,
+    /// The sessions of `logins`, for an `api` that does not know those yet. It goes with the release after this one.
     #[serde(default)]
     pub sessions: Vec<SessionId>,
+}
+
+/// A user and a session as a token names them. That the session is the user's is part of the question whether it lives.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Login {
+    pub user: UserId,
+    pub session: SessionId,
 }
 
 /// What the asker has. `None`: nothing yet, so an answer always comes.
@@ -57,8 +69,15 @@ pub struct Head {
 pub struct HeadsAnswer {
     /// Only those that differ from what the asker has, in any order.
     pub heads: Vec<UserHead>,
-    /// Those of the sessions asked about that are revoked or unknown.
+    /// Those of the logins asked about whose session is revoked, unknown or another user's. `None`: an `api` that was asked
+    /// for `sessions` only, or knows only those.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ended_logins: Option<Vec<Login>>,
+    /// Those of the sessions asked about that are revoked or unknown, where `ended_logins` is `None`.
     pub ended: Vec<SessionId>,
+    /// Of the keys of the replica that answers. `None`: an `api` of the release before this one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub keys: Option<KeysVersion>,
 }
 
 /// `head: None`: there is no such user.
@@ -110,6 +129,9 @@ pub struct Range {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct KeysAnswer {
+    /// `None`: an `api` of the release before this one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub version: Option<KeysVersion>,
     pub own: JwkSet,
     /// Whose tokens are accepted besides our own.
     #[serde(default, skip_serializing_if = "Option::is_none")]

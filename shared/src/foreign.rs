@@ -13,7 +13,7 @@ use jsonwebtoken::{
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    claims::{self, TokenError, ed25519},
+    claims::{self, KeyName, TokenError, ed25519},
     jose::{self, Audiences, NumericDate, Person, Unverified},
 };
 
@@ -25,7 +25,7 @@ const NOT_BEFORE_LEEWAY: i64 = 30;
 const KEYS_TRIED: usize = 8;
 
 /// What one must know to check an issuer's tokens.
-#[derive(Debug, Clone, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct ForeignIssuer {
     pub issuer: String,
@@ -135,15 +135,16 @@ struct Claims {
 pub struct ForeignKeys {
     issuer: ForeignIssuer,
     algorithm: Algorithm,
-    keys: Vec<(Option<String>, DecodingKey)>,
+    keys: Vec<(Option<String>, KeyName, DecodingKey)>,
 }
 
 impl ForeignKeys {
     /// Keys of other kinds or for other uses are passed over.
     pub fn from_jwks(issuer: &ForeignIssuer, jwks: &JwkSet) -> Self {
         let usable = jwks.keys.iter().filter(|jwk| jose::verifies(jwk));
-        let keys =
-            usable.filter_map(|jwk| Some((jwk.common.key_id.clone(), issuer.algorithm.key(jwk)?))).collect();
+        let key =
+            |jwk: &Jwk| Some((jwk.common.key_id.clone(), KeyName::of(jwk)?, issuer.algorithm.key(jwk)?));
+        let keys = usable.filter_map(key).collect();
         Self { issuer: issuer.clone(), algorithm: issuer.algorithm.pinned(), keys }
     }
 
@@ -151,27 +152,37 @@ impl ForeignKeys {
         self.keys.is_empty()
     }
 
+    /// The names of all keys.
+    pub fn names(&self) -> impl Iterator<Item = KeyName> {
+        self.keys.iter().map(|(_, name, _)| *name)
+    }
+
     pub fn knows(&self, kid: &str) -> bool {
-        self.keys.iter().any(|(name, _)| name.as_deref() == Some(kid))
+        self.keys.iter().any(|(name, ..)| name.as_deref() == Some(kid))
     }
 
     pub fn verify(&self, token: &str) -> Result<ForeignClaims, TokenError> {
+        self.verify_by_key(token).map(|(claims, _)| claims)
+    }
+
+    /// The same, and which key signed the token.
+    pub fn verify_by_key(&self, token: &str) -> Result<(ForeignClaims, KeyName), TokenError> {
         let token = Unverified::read(token).ok_or(TokenError::Invalid)?;
         if !token.is_for(self.algorithm) {
             return Err(TokenError::Invalid);
         }
         // The key that it names; where it names none, or keys have no names, those that may be meant.
         let named = token.kid().filter(|kid| self.knows(kid));
-        let fits = |name: &Option<String>| match named {
-            Some(kid) => name.as_deref() == Some(kid),
-            None => name.is_none() || token.kid().is_none(),
+        let fits = |kid: &Option<String>| match named {
+            Some(named) => kid.as_deref() == Some(named),
+            None => kid.is_none() || token.kid().is_none(),
         };
-        let mut fitting = self.keys.iter().filter(|(name, _)| fits(name)).take(KEYS_TRIED);
-        if !fitting.any(|(_, key)| token.is_signed_by(key, self.algorithm)) {
+        let mut fitting = self.keys.iter().filter(|(kid, ..)| fits(kid)).take(KEYS_TRIED);
+        let Some((_, name, _)) = fitting.find(|(.., key)| token.is_signed_by(key, self.algorithm)) else {
             // A newer key may fit.
             return Err(if named.is_some() { TokenError::Invalid } else { TokenError::UnknownKey });
-        }
-        self.judge(token.claims().ok_or(TokenError::Invalid)?)
+        };
+        Ok((self.judge(token.claims().ok_or(TokenError::Invalid)?)?, *name))
     }
 
     fn judge(&self, claims: Claims) -> Result<ForeignClaims, TokenError> {

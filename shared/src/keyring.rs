@@ -1,5 +1,5 @@
 //! Public keys that somebody else publishes: fetched at the start, renewed now and then, and asked for once more when a
-//! token names a key that is not known here.
+//! token names a key that is not known here, or somebody says that there are newer ones.
 //!
 //! It promises that strangers' tokens are no load on the source, and that whoever needs newer keys learns whether these are
 //! the newest there are.
@@ -20,8 +20,12 @@ pub trait Source: Send + Sync {
     /// Whose keys, for the log.
     fn name(&self) -> &str;
 
-    /// The newest keys. `kid`: the key that a token names and that is not known here.
-    fn fetch(&self, kid: Option<&str>) -> impl Future<Output = Result<Self::Keys, Self::Error>> + Send;
+    /// The newest keys; those that are in use, if they are. `kid`: the key that a token names and that is not known here.
+    fn fetch(
+        &self,
+        kid: Option<&str>,
+        in_use: Option<Arc<Self::Keys>>,
+    ) -> impl Future<Output = Result<Arc<Self::Keys>, Self::Error>> + Send;
 }
 
 const RENEW_EVERY: Duration = Duration::from_secs(300);
@@ -37,11 +41,18 @@ pub struct KeyRing<S: Source> {
     current: watch::Sender<Option<Arc<S::Keys>>>,
     /// When an unknown key was last asked about, and whether an answer came.
     last_asked: Mutex<Option<(Instant, bool)>>,
+    /// One at a time: of two answers the later one must know the earlier.
+    fetching: Mutex<()>,
 }
 
 impl<S: Source> KeyRing<S> {
     pub fn new(source: S) -> Self {
-        Self { source, current: watch::Sender::default(), last_asked: Mutex::default() }
+        Self {
+            source,
+            current: watch::Sender::default(),
+            last_asked: Mutex::default(),
+            fetching: Mutex::default(),
+        }
     }
 
     pub fn source(&self) -> &S {
@@ -53,7 +64,12 @@ impl<S: Source> KeyRing<S> {
         self.current.borrow().clone()
     }
 
-    /// The same, and if there are none yet, waits for the first ones for this long.
+    /// Notified when others take their place.
+    pub fn subscribe(&self) -> watch::Receiver<Option<Arc<S::Keys>>> {
+        self.current.subscribe()
+    }
+
+    /// The present ones, and if there are none yet, waits for the first ones for this long.
     pub async fn first_within(&self, patience: Duration) -> Option<Arc<S::Keys>> {
         let mut changes = self.current.subscribe();
         let first = timeout(patience, changes.wait_for(Option::is_some)).await;
@@ -103,9 +119,21 @@ impl<S: Source> KeyRing<S> {
         result.is_ok()
     }
 
+    /// Fetches now.
+    pub async fn renew(&self) {
+        if let Err(error) = self.fetch(None).await {
+            tracing::warn!(of = self.source.name(), %error, "cannot get newer public keys");
+        }
+    }
+
     async fn fetch(&self, kid: Option<&str>) -> Result<(), S::Error> {
-        let keys = self.source.fetch(kid).await?;
-        self.current.send_replace(Some(Arc::new(keys)));
+        let _one = self.fetching.lock().await;
+        let keys = self.source.fetch(kid, self.current()).await?;
+        self.current.send_if_modified(|current| {
+            let changes = current.as_ref().is_none_or(|current| !Arc::ptr_eq(current, &keys));
+            *current = Some(keys);
+            changes
+        });
         Ok(())
     }
 }

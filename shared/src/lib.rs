@@ -18,6 +18,7 @@ pub mod healthcheck;
 pub mod ids;
 pub mod jose;
 pub mod keyring;
+pub mod keys_version;
 pub mod lifecycle;
 pub mod limiter;
 pub mod ops;

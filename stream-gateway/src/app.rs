@@ -34,7 +34,7 @@ use crate::{
     backfill::Api,
     config::Config,
     descriptors,
-    engine::{self, Command, Inputs},
+    engine::{self, Command, Inputs, Rights},
     explain::explain,
     http::{self, Streams},
     identities::identities,
@@ -77,7 +77,7 @@ pub async fn run(config: Config, listeners: Listeners, stop: CancellationToken) 
     let stop_tracing = CancellationToken::new();
     let exporting = tasks.spawn("trace exporter", &stop_tracing, exporter.run(stop_tracing.clone()));
     let api = Api::new(&config.api_internal_url, config.internal_secrets, metrics.clone());
-    let keys = Arc::new(Keys::new(config.origin.as_str(), api.clone(), metrics.clone()));
+    let keys = Arc::new(Keys::new(config.origin.as_str(), api.asking_any_replica(), metrics.clone()));
     let (identities, asking) = identities(api.clone());
     let wishes = Wishes::new(config.channels.clone());
     let ended_sessions = EndedSessions::default();
@@ -90,8 +90,8 @@ pub async fn run(config: Config, listeners: Listeners, stop: CancellationToken) 
     engine::start(
         config.delivery,
         api.clone(),
+        Rights { keys: keys.clone(), ended_sessions: ended_sessions.clone() },
         wishes.clone(),
-        ended_sessions.clone(),
         tracer.clone(),
         metrics.clone(),
         inputs,
@@ -105,6 +105,7 @@ pub async fn run(config: Config, listeners: Listeners, stop: CancellationToken) 
     let subscriber = Subscriber {
         bus: config.redis.clone(),
         channels: config.channels.clone(),
+        keys: keys.clone(),
         wishes,
         news: news_in,
         tracer,

@@ -27,10 +27,11 @@ use shared::{
     cursor::Seq,
     event::Envelope,
     feed::{
-        self, Head, HeadsAnswer, HeadsRequest, KnownHead, MAX_PAIRS, Range, RangeAfter, RangesAnswer,
+        self, Head, HeadsAnswer, HeadsRequest, KnownHead, Login, MAX_PAIRS, Range, RangeAfter, RangesAnswer,
         RangesRequest,
     },
     ids::{SessionId, UserId},
+    keys_version::KeysVersion,
     secrets::Secrets,
     traces::Tracer,
 };
@@ -48,7 +49,9 @@ use crate::{
 
 /// How long a first question waits for others to share its request.
 const GATHER: Duration = Duration::from_millis(2);
-const MAX_REQUESTS: usize = 4;
+/// Requests of one kind that are under way at once. Each kind has its own, so that neither waits for the other: a session is
+/// checked while many feeds are read.
+const MAX_REQUESTS: usize = 3;
 const TIMEOUT: Duration = Duration::from_secs(5);
 /// An answer holds some 4,000 events of some 4 KiB at most.
 const MAX_ANSWER: usize = 32 << 20;
@@ -68,6 +71,18 @@ pub struct Api {
     metrics: Arc<Metrics>,
 }
 
+/// Keeps so many idle connections.
+fn client(idle: usize) -> Client<HttpConnector, Full<Bytes>> {
+    let mut connector = HttpConnector::new();
+    connector.set_nodelay(true);
+    connector.set_connect_timeout(Some(Duration::from_secs(2)));
+    Client::builder(TokioExecutor::new())
+        .pool_idle_timeout(Duration::from_secs(30))
+        .pool_timer(TokioTimer::new())
+        .pool_max_idle_per_host(idle)
+        .build(connector)
+}
+
 /// Whether `api` refuses us, and what of it was logged.
 #[derive(Default)]
 struct Refused {
@@ -77,15 +92,13 @@ struct Refused {
 
 impl Api {
     pub fn new(base: &str, secrets: Secrets, metrics: Arc<Metrics>) -> Self {
-        let mut connector = HttpConnector::new();
-        connector.set_nodelay(true);
-        connector.set_connect_timeout(Some(Duration::from_secs(2)));
-        let client = Client::builder(TokioExecutor::new())
-            .pool_idle_timeout(Duration::from_secs(30))
-            .pool_timer(TokioTimer::new())
-            .pool_max_idle_per_host(2 * MAX_REQUESTS)
-            .build(connector);
+        let client = client(2 * MAX_REQUESTS);
         Self { client, base: base.into(), secrets, refused: Arc::default(), metrics }
+    }
+
+    /// The same, with each request on a connection of its own: any replica may answer, not only those asked before.
+    pub fn asking_any_replica(&self) -> Self {
+        Self { client: client(0), ..self.clone() }
     }
 
     pub async fn get<A: DeserializeOwned>(&self, path: &str) -> anyhow::Result<A> {
@@ -177,8 +190,14 @@ pub struct HeadQuestion {
     pub user: UserId,
     pub asked_at: Option<Head>,
     pub why: WhyHead,
-    /// A session of this user, of which we want to know whether it has ended.
+    /// A session by which this user is said to be here: is it theirs, and does it live?
     pub session: Option<SessionId>,
+}
+
+impl HeadQuestion {
+    pub fn login(&self) -> Option<Login> {
+        self.session.map(|session| Login { user: self.user, session })
+    }
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -193,10 +212,14 @@ pub enum WhyHead {
 
 #[derive(Debug)]
 pub struct HeadsAnswered {
+    /// Which request this answers; see [`Backfill::head_requests`].
+    pub request: u32,
     pub questions: Vec<HeadQuestion>,
     /// Those that differ from what was asked about.
     pub heads: HashMap<UserId, Option<Head>>,
-    pub ended: HashSet<SessionId>,
+    pub ended: HashSet<Login>,
+    /// Which keys the replica has that answered.
+    pub keys: Option<KeysVersion>,
 }
 
 pub enum Answers<A> {
@@ -221,6 +244,10 @@ pub struct Backfill<A> {
     ranges: VecDeque<RangeQuestion<A>>,
     heads: VecDeque<HeadQuestion>,
     requests: FuturesUnordered<JoinHandle<Batch<A>>>,
+    ranges_under_way: usize,
+    heads_under_way: usize,
+    /// Requests about heads that were sent so far.
+    head_requests: u32,
     /// Until when questions gather to share a request.
     gather_until: Instant,
     /// Until when `api` is left alone after a failure.
@@ -238,6 +265,9 @@ impl<A: Copy + Send + 'static> Backfill<A> {
             ranges: VecDeque::new(),
             heads: VecDeque::new(),
             requests: FuturesUnordered::new(),
+            ranges_under_way: 0,
+            heads_under_way: 0,
+            head_requests: 0,
             gather_until: Instant::now(),
             paused_until: Instant::now(),
             backoff: Duration::ZERO,
@@ -252,6 +282,11 @@ impl<A: Copy + Send + 'static> Backfill<A> {
     pub fn ask_head(&mut self, question: HeadQuestion) {
         self.gather();
         self.heads.push_back(question);
+    }
+
+    /// How many requests about heads were sent so far. What is asked from now on is in a later one. The number wraps around.
+    pub fn head_requests(&self) -> u32 {
+        self.head_requests
     }
 
     /// Whether `api` fails to answer at present.
@@ -273,8 +308,7 @@ impl<A: Copy + Send + 'static> Backfill<A> {
     pub async fn next(&mut self) -> Answers<A> {
         loop {
             self.launch();
-            let waiting = !(self.ranges.is_empty() && self.heads.is_empty());
-            let may_launch = waiting && self.requests.len() < MAX_REQUESTS;
+            let may_launch = self.may_ask_ranges() || self.may_ask_heads();
             let not_before = self.not_before();
             tokio::select! {
                 Some(done) = self.requests.next() => {
@@ -283,6 +317,10 @@ impl<A: Copy + Send + 'static> Backfill<A> {
                         Err(error) if error.is_panic() => std::panic::resume_unwind(error.into_panic()),
                         Err(_) => pending().await, // Cancelled: the process is ending.
                     };
+                    match &result {
+                        Ok(Answers::Ranges(_)) | Err(Failed::Ranges(_)) => self.ranges_under_way -= 1,
+                        Ok(Answers::Heads(_)) | Err(Failed::Heads(_)) => self.heads_under_way -= 1,
+                    }
                     match result {
                         Ok(answers) => {
                             self.backoff = Duration::ZERO;
@@ -307,23 +345,39 @@ impl<A: Copy + Send + 'static> Backfill<A> {
         self.gather_until.max(self.paused_until)
     }
 
+    fn may_ask_ranges(&self) -> bool {
+        !self.ranges.is_empty() && self.ranges_under_way < MAX_REQUESTS
+    }
+
+    fn may_ask_heads(&self) -> bool {
+        !self.heads.is_empty() && self.heads_under_way < MAX_REQUESTS
+    }
+
     fn launch(&mut self) {
-        while self.requests.len() < MAX_REQUESTS && Instant::now() >= self.not_before() {
-            let (api, metrics, started) = (self.api.clone(), self.metrics.clone(), Instant::now());
-            let request = if !self.ranges.is_empty() {
-                let questions: Vec<_> = self.ranges.drain(..self.ranges.len().min(MAX_PAIRS)).collect();
-                self.count("ranges", questions.len());
-                let tracer = self.tracer.clone();
+        let started = Instant::now();
+        if started < self.not_before() {
+            return;
+        }
+        while self.may_ask_ranges() {
+            self.ranges_under_way += 1;
+            let questions: Vec<_> = self.ranges.drain(..self.ranges.len().min(MAX_PAIRS)).collect();
+            self.count("ranges", questions.len());
+            let (api, tracer, metrics) = (self.api.clone(), self.tracer.clone(), self.metrics.clone());
+            self.requests.push(
                 self.workers
-                    .spawn(async move { (ask_ranges(&api, questions, &tracer, &metrics).await, started) })
-            } else if !self.heads.is_empty() {
-                let questions: Vec<_> = self.heads.drain(..self.heads.len().min(MAX_PAIRS)).collect();
-                self.count("heads", questions.len());
-                self.workers.spawn(async move { (ask_heads(&api, questions).await, started) })
-            } else {
-                return;
-            };
-            self.requests.push(request);
+                    .spawn(async move { (ask_ranges(&api, questions, &tracer, &metrics).await, started) }),
+            );
+        }
+        while self.may_ask_heads() {
+            self.heads_under_way += 1;
+            self.head_requests = self.head_requests.wrapping_add(1);
+            let request = self.head_requests;
+            let questions: Vec<_> = self.heads.drain(..self.heads.len().min(MAX_PAIRS)).collect();
+            self.count("heads", questions.len());
+            let api = self.api.clone();
+            self.requests.push(
+                self.workers.spawn(async move { (ask_heads(&api, request, questions).await, started) }),
+            );
         }
     }
 
@@ -430,19 +484,27 @@ fn encode(
     (events, true)
 }
 
-async fn ask_heads<A>(api: &Api, questions: Vec<HeadQuestion>) -> Result<Answers<A>, Failed<A>> {
+async fn ask_heads<A>(api: &Api, number: u32, questions: Vec<HeadQuestion>) -> Result<Answers<A>, Failed<A>> {
+    let logins: Vec<_> = questions.iter().filter_map(HeadQuestion::login).collect();
     let request = HeadsRequest {
         users: questions.iter().map(|q| KnownHead { user: q.user, head: q.asked_at }).collect(),
-        sessions: questions.iter().filter_map(|q| q.session).collect(),
+        sessions: logins.iter().map(|login| login.session).collect(),
+        logins,
     };
     let answer = api.post::<HeadsAnswer>(feed::HEADS_PATH, &request).await.and_then(|answer| {
         let heads: HashMap<_, _> = answer.heads.into_iter().map(|head| (head.user, head.head)).collect();
         let whole = questions.iter().all(|q| q.asked_at.is_some() || heads.contains_key(&q.user));
         anyhow::ensure!(whole, "api left out heads that were asked for");
-        Ok((heads, answer.ended.into_iter().collect()))
+        let by_session = |login: &Login| answer.ended.contains(&login.session);
+        let ended = answer
+            .ended_logins
+            .unwrap_or_else(|| request.logins.iter().copied().filter(by_session).collect());
+        Ok((heads, ended.into_iter().collect(), answer.keys))
     });
     match answer {
-        Ok((heads, ended)) => Ok(Answers::Heads(HeadsAnswered { questions, heads, ended })),
+        Ok((heads, ended, keys)) => {
+            Ok(Answers::Heads(HeadsAnswered { request: number, questions, heads, ended, keys }))
+        }
         Err(error) => {
             tracing::warn!(
                 error = format!("{error:#}"),

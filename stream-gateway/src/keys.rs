@@ -1,19 +1,22 @@
 //! By which keys tokens are checked: our own and, if one is trusted, a foreign issuer's, as `api` tells both.
 //!
-//! It promises that a lack of keys is never mistaken for a bad token.
+//! It promises that a lack of keys is never mistaken for a bad token or a removed key, and that keys are up to date within
+//! seconds after somebody said that there are others.
 
 use std::{
-    sync::Arc,
+    sync::{Arc, Mutex, PoisonError},
     time::{Duration, Instant},
 };
 
 use form_urlencoded::byte_serialize;
 use shared::{
-    claims::{Audience, Claims, KeySet, TokenError},
-    feed::{KEYS_PATH, KeysAnswer},
-    foreign::{self, ForeignClaims, ForeignKeys},
+    claims::{Audience, Claims, KeyName, KeySet, TokenError},
+    feed::{ForeignKeysAnswer, KEYS_PATH, KeysAnswer},
+    foreign::{self, ForeignClaims, ForeignIssuer, ForeignKeys},
     keyring::{KeyRing, Source},
+    keys_version::KeysVersion,
 };
+use tokio::{sync::watch, time::sleep};
 use tokio_util::sync::CancellationToken;
 use url::form_urlencoded;
 
@@ -27,9 +30,15 @@ pub enum Refused {
     NoKeys,
 }
 
-/// A token whose signature, issuer, audience and time are good.
+/// A token whose signature, issuer, audience and time are good, and the key that signed it.
 #[derive(Debug)]
-pub enum Proof {
+pub struct Proof {
+    pub bearer: Bearer,
+    pub key: KeyName,
+}
+
+#[derive(Debug)]
+pub enum Bearer {
     Own(Claims),
     /// Who this is here is asked next.
     Foreign(ForeignClaims),
@@ -40,26 +49,40 @@ pub enum Proof {
 const STARTING: Duration = Duration::from_secs(10);
 const FIRST_KEYS_WITHIN: Duration = Duration::from_secs(2);
 
+/// Of two configurations the later one counts. If no replica has said for this long that it has the one in use, whatever `api`
+/// answers counts: the later one was taken back.
+const FORGOTTEN_AFTER: Duration = Duration::from_secs(30);
+/// Between two attempts to fetch keys of which somebody spoke: each asks a replica at random, perhaps one of the earlier
+/// configuration.
+const FETCH_AGAIN_AFTER: Duration = Duration::from_millis(500);
+/// Then the replica that spoke of them has probably gone. If not, it will speak again.
+const FETCHES: usize = 20;
+
 pub struct Keys {
     ring: KeyRing<FromApi>,
+    /// Another version than the one in use, that somebody spoke of and that is to be fetched.
+    spoken_of: watch::Sender<Option<KeysVersion>>,
     began: Instant,
 }
 
 /// What `api` told.
-struct Trusted {
+pub struct Trusted {
     own: KeySet,
     foreign: Option<Foreign>,
+    version: Option<KeysVersion>,
 }
 
 struct Foreign {
-    issuer: String,
+    issuer: ForeignIssuer,
     /// None: `api` has none yet.
-    keys: Option<ForeignKeys>,
+    keys: Option<Arc<ForeignKeys>>,
 }
 
 struct FromApi {
     issuer: String,
     api: Api,
+    /// When a replica last said that it has the keys in use.
+    heard_of: Mutex<Instant>,
     metrics: Arc<Metrics>,
 }
 
@@ -71,34 +94,103 @@ impl Source for FromApi {
         "api"
     }
 
-    async fn fetch(&self, kid: Option<&str>) -> anyhow::Result<Trusted> {
+    async fn fetch(&self, kid: Option<&str>, in_use: Option<Arc<Trusted>>) -> anyhow::Result<Arc<Trusted>> {
         let query = kid.map_or_else(String::new, |kid| {
             format!("?kid={}", byte_serialize(kid.as_bytes()).collect::<String>())
         });
         let answer: KeysAnswer = self.api.get(&format!("{KEYS_PATH}{query}")).await?;
         let own = KeySet::from_jwks(&self.issuer, &answer.own);
         anyhow::ensure!(!own.is_empty(), "api publishes no usable key");
+        if let Some(in_use) = &in_use
+            && let Some(mine) = &in_use.version
+        {
+            let agrees = answer.version.as_ref().is_some_and(|version| version.agrees_with(mine));
+            let replaces = answer.version.as_ref().is_some_and(|version| version.replaces(mine));
+            if agrees {
+                self.heard();
+            }
+            if !replaces && (agrees || !self.is_forgotten()) {
+                return Ok(in_use.clone());
+            }
+        }
+        self.heard();
         self.metrics.keys.set(i64::try_from(answer.own.keys.len()).unwrap_or(i64::MAX));
-        let foreign = answer.foreign.map(|foreign| Foreign {
-            keys: foreign.jwks.map(|jwks| ForeignKeys::from_jwks(&foreign.issuer, &jwks)),
-            issuer: foreign.issuer.issuer,
-        });
-        Ok(Trusted { own, foreign })
+        let trusted = Arc::new(Trusted::new(own, answer.foreign, answer.version, in_use.as_deref()));
+        if let Some(in_use) = in_use {
+            let removed = in_use.names().filter(|name| !trusted.accepts(*name)).count();
+            if removed > 0 {
+                tracing::warn!(removed, "public keys were removed; what they signed is refused");
+            }
+        }
+        Ok(trusted)
+    }
+}
+
+impl FromApi {
+    fn heard(&self) {
+        *self.heard_of.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
+    }
+
+    fn is_forgotten(&self) -> bool {
+        self.heard_of.lock().unwrap_or_else(PoisonError::into_inner).elapsed() > FORGOTTEN_AFTER
     }
 }
 
 impl Keys {
     pub fn new(issuer: &str, api: Api, metrics: Arc<Metrics>) -> Self {
-        Self { ring: KeyRing::new(FromApi { issuer: issuer.into(), api, metrics }), began: Instant::now() }
+        let began = Instant::now();
+        let source = FromApi { issuer: issuer.into(), api, heard_of: Mutex::new(began), metrics };
+        Self { ring: KeyRing::new(source), spoken_of: watch::Sender::default(), began }
     }
 
     pub fn known(&self) -> bool {
         self.ring.current().is_some()
     }
 
+    /// Notified when other keys take the place of these.
+    pub fn subscribe(&self) -> watch::Receiver<Option<Arc<Trusted>>> {
+        self.ring.subscribe()
+    }
+
+    /// Whether this key is one of those in use.
+    pub fn accepts(&self, key: KeyName) -> bool {
+        self.ring.current().is_some_and(|trusted| trusted.accepts(key))
+    }
+
     /// Keeps the keys fresh until `stop`.
     pub async fn follow(self: Arc<Self>, stop: CancellationToken) {
-        self.ring.follow(stop).await;
+        let fetching = stop.run_until_cancelled(self.fetch_what_is_spoken_of());
+        tokio::join!(self.ring.follow(stop.clone()), fetching);
+    }
+
+    /// A replica of `api` has keys of this version. Returns immediately.
+    pub fn hear_of(&self, version: &KeysVersion) {
+        let Some(in_use) = self.ring.current() else { return };
+        let source = self.ring.source();
+        match &in_use.version {
+            Some(mine) if version.agrees_with(mine) => source.heard(),
+            Some(mine) if !version.replaces(mine) && !source.is_forgotten() => {}
+            _ => _ = self.spoken_of.send_replace(Some(version.clone())),
+        }
+    }
+
+    async fn fetch_what_is_spoken_of(&self) {
+        let mut spoken_of = self.spoken_of.subscribe();
+        while spoken_of.changed().await.is_ok() {
+            for _ in 0..FETCHES {
+                self.ring.renew().await;
+                let wanted = spoken_of.borrow_and_update().clone();
+                let current = self.ring.current();
+                let mine = current.as_ref().and_then(|current| current.version.as_ref());
+                let here = |wanted: &KeysVersion| {
+                    mine.is_none_or(|mine| wanted.agrees_with(mine) || mine.replaces(wanted))
+                };
+                if wanted.as_ref().is_none_or(here) {
+                    break;
+                }
+                sleep(FETCH_AGAIN_AFTER.mul_f64(rand::random_range(0.8..1.2))).await;
+            }
+        }
     }
 
     /// The proofs of those tokens that are good for the stream: one at least. Newer keys are asked for only if none is.
@@ -144,14 +236,51 @@ impl Trusted {
         if proofs.is_empty() { Err(refusal) } else { Ok(proofs) }
     }
 
+    /// What was answered. A replica without the issuer's keys says nothing about those that are in use.
+    fn new(
+        own: KeySet,
+        foreign: Option<ForeignKeysAnswer>,
+        version: Option<KeysVersion>,
+        in_use: Option<&Self>,
+    ) -> Self {
+        let Some(ForeignKeysAnswer { issuer, jwks }) = foreign else {
+            return Self { own, foreign: None, version };
+        };
+        let keys = jwks.map(|jwks| Arc::new(ForeignKeys::from_jwks(&issuer, &jwks)));
+        let before = in_use.filter(|_| keys.is_none()).and_then(|in_use| {
+            let foreign = in_use.foreign.as_ref().filter(|foreign| foreign.issuer == issuer)?;
+            let external = in_use.version.as_ref().and_then(|version| version.external.clone());
+            Some((foreign.keys.clone()?, external))
+        });
+        let (keys, version) = match before {
+            Some((keys, external)) => {
+                (Some(keys), version.map(|version| KeysVersion { external, ..version }))
+            }
+            None => (keys, version),
+        };
+        Self { own, foreign: Some(Foreign { issuer, keys }), version }
+    }
+
+    fn names(&self) -> impl Iterator<Item = KeyName> {
+        let foreign = self.foreign.as_ref().and_then(|foreign| foreign.keys.as_ref());
+        self.own.names().chain(foreign.into_iter().flat_map(|keys| keys.names()))
+    }
+
+    /// Whether this is one of the keys.
+    pub fn accepts(&self, key: KeyName) -> bool {
+        self.names().any(|name| name == key)
+    }
+
     fn verify(&self, token: &str) -> Result<Proof, Refused> {
         if let Some(foreign) = &self.foreign
-            && foreign::issuer_of(token).is_some_and(|issuer| issuer == foreign.issuer)
+            && foreign::issuer_of(token).is_some_and(|issuer| issuer == foreign.issuer.issuer)
         {
             let keys = foreign.keys.as_ref().ok_or(Refused::NoKeys)?;
-            return keys.verify(token).map(Proof::Foreign).map_err(Refused::Token);
+            let (claims, key) = keys.verify_by_key(token).map_err(Refused::Token)?;
+            return Ok(Proof { bearer: Bearer::Foreign(claims), key });
         }
-        let claims = self.own.verify(token, &[Audience::Api, Audience::Stream]);
-        claims.map(Proof::Own).map_err(Refused::Token)
+        let verified = self.own.verify_by_key(token, &[Audience::Api, Audience::Stream]);
+        let (claims, key) = verified.map_err(Refused::Token)?;
+        Ok(Proof { bearer: Bearer::Own(claims), key })
     }
 }

@@ -13,8 +13,9 @@ use shared::{
     cookies::{self, Cookies},
     cursor::Cursor,
     ended::EndedSessions,
-    feed::Identity,
+    feed::{Identity, Login},
     ids::{SessionId, UserId},
+    keys_version::{KeysVersion, Version},
     origins::Origins,
 };
 
@@ -33,6 +34,8 @@ use crate::{
 pub struct Auth {
     keys: SigningKeys,
     verifier: KeySet,
+    /// Of what was configured.
+    version: Version,
     origins: Arc<Origins>,
     cookies: Cookies,
     lifetimes: Lifetimes,
@@ -84,15 +87,23 @@ impl Auth {
         used: LastUsed,
         context: Context,
     ) -> Self {
-        let verifier = keys.verifier();
+        let (verifier, version) = (keys.verifier(), Version::of(&keys.thumbprints()));
         let cookies = Cookies::new(origins.own());
         let ended = EndedSessions::default();
-        Self { keys, verifier, origins, cookies, lifetimes, used, ended, context, foreign: None }
+        Self { keys, verifier, version, origins, cookies, lifetimes, used, ended, context, foreign: None }
     }
 
     /// Accepts another issuer's tokens too.
     pub fn with_foreign(self, foreign: Option<Arc<Foreign>>) -> Self {
-        Self { foreign, ..self }
+        let issuer = foreign.as_ref().map(|foreign| foreign.issuer());
+        let version = Version::of(&(self.keys.thumbprints(), issuer));
+        Self { version, foreign, ..self }
+    }
+
+    /// Of the keys by which tokens are checked here.
+    pub fn keys_version(&self) -> KeysVersion {
+        let external = self.foreign.as_ref().and_then(|foreign| foreign.version());
+        KeysVersion { configured: self.version.clone(), external }
     }
 
     /// Where the use of sessions is noted.
@@ -164,7 +175,7 @@ impl Auth {
         };
         let Actor { user, session } = credential.actor;
         if let Some(session) = session {
-            self.used.note(session);
+            self.used.note(Login { user, session });
         }
         inbound.trace.note_caller(user, session);
         Ok(credential)

@@ -4,9 +4,12 @@
 use std::sync::Arc;
 
 use http::{StatusCode, header};
-use shared::feed::{
-    HeadsAnswer, HeadsRequest, IdentityAnswer, IdentityRequest, KeysAnswer, MAX_PAIRS, RangesAnswer,
-    RangesRequest, authorization,
+use shared::{
+    feed::{
+        HeadsAnswer, HeadsRequest, IdentityAnswer, IdentityRequest, KeysAnswer, MAX_PAIRS, RangesAnswer,
+        RangesRequest, authorization,
+    },
+    keys_version::KeysVersion,
 };
 use subtle::{Choice, ConstantTimeEq};
 use warp::Filter;
@@ -20,7 +23,7 @@ use super::{
 };
 use crate::store::{feed, sessions};
 
-/// The largest question: every pair and every session, with room for longer names of things.
+/// The largest question: every pair and every login, with room for longer names of things.
 const BODY_LIMIT: usize = 512 * 1024;
 /// Names and pictures are as long as their issuer likes, within a token that fits into a request's head.
 const IDENTITIES_LIMIT: usize = 16 * 1024 * 1024;
@@ -35,18 +38,26 @@ async fn post_heads(mut inbound: Inbound, api: Arc<Api>) -> Answer {
     require_secret(&inbound, &api)?;
     let asked: HeadsRequest = inbound.json(BODY_LIMIT).await?;
     require_few(asked.users.len())?;
+    require_few(asked.logins.len())?;
     require_few(asked.sessions.len())?;
     // An open stream is use.
-    asked.sessions.iter().for_each(|session| api.auth.used().note(*session));
-    let (heads, ended) = api
+    asked.logins.iter().for_each(|login| api.auth.used().note(*login));
+    let keys = Some(api.auth.keys_version());
+    let answer = api
         .context
         .database
         .run(async |connection| {
             let heads = feed::heads(connection, &asked.users).await?;
-            Ok((heads, sessions::ended(connection, &asked.sessions).await?))
+            if asked.logins.is_empty() {
+                // A gateway of the release before this one, or one that asks about no session.
+                let ended = sessions::ended(connection, &asked.sessions).await?;
+                return Ok(HeadsAnswer { heads, ended, keys, ..HeadsAnswer::default() });
+            }
+            let ended_logins = Some(sessions::ended_logins(connection, &asked.logins).await?);
+            Ok(HeadsAnswer { heads, ended_logins, keys, ..HeadsAnswer::default() })
         })
         .await?;
-    Ok(json(StatusCode::OK, &HeadsAnswer { heads, ended }))
+    Ok(json(StatusCode::OK, &answer))
 }
 
 pub(super) fn ranges(api: &Arc<Api>) -> Resource {
@@ -72,11 +83,15 @@ pub(super) fn keys(api: &Arc<Api>) -> Resource {
 
 async fn get_keys(inbound: Inbound, api: Arc<Api>) -> Answer {
     require_secret(&inbound, &api)?;
-    let foreign = match &api.foreign {
-        Some(foreign) => Some(foreign.published(inbound.query("kid").as_deref()).await),
-        None => None,
+    let (foreign, external) = match &api.foreign {
+        Some(foreign) => {
+            let (foreign, external) = foreign.published(inbound.query("kid").as_deref()).await;
+            (Some(foreign), external)
+        }
+        None => (None, None),
     };
-    Ok(json(StatusCode::OK, &KeysAnswer { own: api.auth.jwks().clone(), foreign }))
+    let version = Some(KeysVersion { external, ..api.auth.keys_version() });
+    Ok(json(StatusCode::OK, &KeysAnswer { version, own: api.auth.jwks().clone(), foreign }))
 }
 
 pub(super) fn identity(api: &Arc<Api>) -> Resource {

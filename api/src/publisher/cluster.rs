@@ -5,7 +5,9 @@ use std::{collections::HashMap, sync::Arc};
 
 use shared::{
     bus::{Bus, Map, Node},
+    channels::Channels,
     tasks::Tasks,
+    traces::Span,
 };
 use tokio::{sync::mpsc, task::JoinSet};
 use tokio_util::sync::{CancellationToken, DropGuard};
@@ -22,6 +24,7 @@ const MOST_MOVES: u8 = 3;
 
 struct Router {
     bus: Bus,
+    channels: Arc<Channels>,
     map: Arc<Map>,
     lanes: HashMap<Node, Running>,
     tasks: Tasks,
@@ -40,13 +43,14 @@ struct Running {
 
 /// Runs until `stop`, then sends what is still queued.
 pub(super) async fn run(worker: Worker, connected: Connected, tasks: Tasks, stop: CancellationToken) {
-    let Worker { mut queue, bus, metrics } = worker;
+    let Worker { mut queue, bus, channels, metrics } = worker;
     let (mut maps, following) = bus.follow();
     tokio::pin!(following);
     let (moved, mut sent_on) = mpsc::channel(QUEUE);
     let mut router = Router {
         map: maps.now(),
         bus,
+        channels,
         lanes: HashMap::new(),
         tasks,
         running: JoinSet::new(),
@@ -108,6 +112,16 @@ impl Router {
 
     fn route(&mut self, notice: Notice) {
         self.metrics.publish_queue.dec();
+        if notice.everywhere {
+            for (node, lane) in &self.lanes {
+                if let Some(channel) = self.map.name_of(node, self.channels.keys()) {
+                    let payload = notice.payload.clone();
+                    let notice = Notice { channel, payload, everywhere: false, moves: 0, span: Span::NONE };
+                    offer(&lane.queue, notice, &self.metrics);
+                }
+            }
+            return;
+        }
         match self.map.owner(&notice.channel).and_then(|node| self.lanes.get(node)) {
             Some(lane) => offer(&lane.queue, notice, &self.metrics),
             None => dropped("disconnected", [notice], &self.metrics),

@@ -310,8 +310,13 @@ mod tests {
             metrics.clone(),
         );
         let (offered, _queue) = mpsc::channel(8);
-        let notice =
-            |channel: &str| Notice { channel: channel.into(), payload: vec![], moves: 0, span: Span::NONE };
+        let notice = |channel: &str| Notice {
+            channel: channel.into(),
+            payload: vec![],
+            everywhere: false,
+            moves: 0,
+            span: Span::NONE,
+        };
         for channel in ["a", "b", "c", "d"] {
             offer(&offered, notice(channel), &metrics);
         }

@@ -14,6 +14,7 @@ use shared::{
     channels::Channels,
     event::Revoked,
     ids::{SessionId, UserId},
+    keys_version::KeysVersion,
     tasks::Tasks,
     traces::{Span, SpanKind, Tracer},
 };
@@ -46,6 +47,8 @@ pub struct Publisher {
 struct Notice {
     channel: String,
     payload: Vec<u8>,
+    /// Not for the node that owns the channel alone: for every node, on the first of [`Channels::keys`] that it owns.
+    everywhere: bool,
     /// How often a node of a cluster has said that it is for another one.
     moves: u8,
     /// Ends with the notice: when Redis has taken it, or it is dropped.
@@ -56,14 +59,15 @@ struct Notice {
 pub struct Worker {
     queue: mpsc::Receiver<Notice>,
     bus: Bus,
+    channels: Arc<Channels>,
     metrics: Metrics,
 }
 
 pub fn publisher(bus: Bus, channels: Channels, tracer: Tracer, metrics: Metrics) -> (Publisher, Worker) {
     let (sender, queue) = mpsc::channel(QUEUE);
-    let publisher =
-        Publisher { queue: sender, channels: Arc::new(channels), tracer, metrics: metrics.clone() };
-    (publisher, Worker { queue, bus, metrics })
+    let channels = Arc::new(channels);
+    let publisher = Publisher { queue: sender, channels: channels.clone(), tracer, metrics: metrics.clone() };
+    (publisher, Worker { queue, bus, channels, metrics })
 }
 
 impl Publisher {
@@ -93,8 +97,17 @@ impl Publisher {
         }
     }
 
+    /// Tells every gateway which keys this replica has.
+    pub fn publish_keys(&self, version: &KeysVersion) {
+        let channel = self.channels.keys().next().expect("they have no end");
+        let payload = serde_json::to_vec(version).expect("a version is strings and numbers");
+        let notice = Notice { channel, payload, everywhere: true, moves: 0, span: Span::NONE };
+        offer(&self.queue, notice, &self.metrics);
+    }
+
     fn offer(&self, receiver: UserId, payload: Vec<u8>, span: Span) {
-        let notice = Notice { channel: self.channels.user(receiver), payload, moves: 0, span };
+        let channel = self.channels.user(receiver);
+        let notice = Notice { channel, payload, everywhere: false, moves: 0, span };
         offer(&self.queue, notice, &self.metrics);
     }
 }

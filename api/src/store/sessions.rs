@@ -5,6 +5,7 @@ use std::time::Duration;
 use chrono::{DateTime, Utc};
 use shared::{
     cursor::{Cursor, Epoch},
+    feed::Login,
     ids::{SessionId, UserId},
 };
 use sqlx::PgConnection;
@@ -164,21 +165,19 @@ pub async fn end(
 /// Notes that these are in use: moves the time of those where it is older than `coarse`, and says how many.
 ///
 /// A row that somebody else holds is being refreshed or ended, and needs no note.
-pub async fn used(
-    connection: &mut PgConnection,
-    sessions: &[SessionId],
-    coarse: Duration,
-) -> sqlx::Result<u64> {
-    let ids: Vec<i64> = sessions.iter().map(|id| id.0).collect();
+pub async fn used(connection: &mut PgConnection, logins: &[Login], coarse: Duration) -> sqlx::Result<u64> {
+    let (ids, users) = columns(logins);
     let done = sqlx::query!(
         "UPDATE sessions SET last_used_at = now()
          WHERE id IN (
-             SELECT s.id FROM unnest($1::bigint[]) AS asked (id) JOIN sessions AS s ON s.id = asked.id
-             WHERE s.last_used_at < now() - make_interval(secs => $2)
+             SELECT s.id FROM unnest($1::bigint[], $2::bigint[]) AS asked (id, user_id)
+                 JOIN sessions AS s ON s.id = asked.id AND s.user_id = asked.user_id
+             WHERE s.last_used_at < now() - make_interval(secs => $3)
                AND s.revoked_at IS NULL AND s.expires_at > now()
              FOR NO KEY UPDATE OF s SKIP LOCKED
          )",
         &ids,
+        &users,
         coarse.as_secs_f64(),
     )
     .execute(connection)
@@ -232,6 +231,32 @@ pub async fn caller(
         Ok((User { id: user, username: row.username, avatar_url: row.avatar_url }, cursor))
     })
     .transpose()
+}
+
+/// Which of these have ended, never were, or are not of this user?
+pub async fn ended_logins(connection: &mut PgConnection, asked: &[Login]) -> sqlx::Result<Vec<Login>> {
+    let (ids, users) = columns(asked);
+    let ended = sqlx::query!(
+        r#"SELECT DISTINCT asked.id AS "id!", asked.user_id AS "user_id!"
+           FROM unnest($1::bigint[], $2::bigint[]) AS asked (id, user_id)
+           LEFT JOIN LATERAL (
+               SELECT * FROM sessions
+               WHERE sessions.id = asked.id AND sessions.user_id = asked.user_id
+                 AND revoked_at IS NULL AND expires_at > now()
+               LIMIT 1
+           ) AS s ON true
+           WHERE s.id IS NULL"#,
+        &ids,
+        &users,
+    )
+    .fetch_all(connection)
+    .await?;
+    Ok(ended.into_iter().map(|row| Login { user: UserId(row.user_id), session: SessionId(row.id) }).collect())
+}
+
+/// Of many logins: their sessions, and in the same order their users.
+fn columns(logins: &[Login]) -> (Vec<i64>, Vec<i64>) {
+    logins.iter().map(|login| (login.session.0, login.user.0)).unzip()
 }
 
 /// Which of these have ended, or never were?

@@ -12,7 +12,7 @@ use rand::{RngExt, SeedableRng, rngs::StdRng};
 use serde_json::{Value, json};
 use shared::{
     cursor::Epoch,
-    feed::{Head, HeadsRequest, KnownHead, MAX_PAIRS, RangeAfter},
+    feed::{Head, HeadsRequest, KnownHead, Login, MAX_PAIRS, RangeAfter},
     ids::{SessionId, UserId},
     test_support::{
         http::{Answer, Call},
@@ -267,14 +267,14 @@ async fn what_was_begun_is_published_though_the_client_hung_up(pool: PgPool) {
 }
 
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
-async fn heads_answers_those_that_differ_and_sessions_that_ended(pool: PgPool) {
+async fn heads_tells_what_differs_and_which_logins_ended(pool: PgPool) {
     let app = App::start(&pool).await;
     let (john, jane, conversation) = app.pair(&pool).await;
     john.say(&conversation, "hi").await;
     let unknown = |user| KnownHead { user, head: None };
     let question = HeadsRequest {
         users: vec![unknown(john.id), unknown(jane.id), unknown(UserId(99))],
-        sessions: vec![],
+        ..HeadsRequest::default()
     };
     let answer = app.heads(&question).await;
     assert_eq!(answer.heads.len(), 3);
@@ -284,15 +284,17 @@ async fn heads_answers_those_that_differ_and_sessions_that_ended(pool: PgPool) {
     assert_eq!(johns.seq, 2);
 
     let known = |head| KnownHead { user: john.id, head: Some(head) };
-    let same = app.heads(&HeadsRequest { users: vec![known(johns)], sessions: vec![] }).await;
+    let same = app.heads(&HeadsRequest { users: vec![known(johns)], ..HeadsRequest::default() }).await;
     assert!(same.heads.is_empty());
+    assert_eq!((same.ended_logins, same.ended), (None, vec![]));
     for other in [
         Head { seq: 1, ..johns },
         Head { seq: 3, ..johns },
         Head { seq: u64::MAX, ..johns },
         Head { epoch: Epoch(johns.epoch.0 ^ 1), ..johns },
     ] {
-        let answer = app.heads(&HeadsRequest { users: vec![known(other)], sessions: vec![] }).await;
+        let question = HeadsRequest { users: vec![known(other)], ..HeadsRequest::default() };
+        let answer = app.heads(&question).await;
         assert_eq!(answer.heads[0].head, Some(johns));
     }
 
@@ -307,10 +309,24 @@ async fn heads_answers_those_that_differ_and_sessions_that_ended(pool: PgPool) {
         .execute(&pool)
         .await
         .unwrap();
-    let sessions = vec![john.session(), revoked, expired, SessionId(999), jane.session()];
-    let mut ended = app.heads(&HeadsRequest { users: vec![], sessions }).await.ended;
+    let of = |user, session| Login { user, session };
+    let gone = [of(john.id, revoked), of(john.id, expired), of(john.id, SessionId(999))];
+    // Each of the two sessions lives, and is not the other's.
+    let of_another = [of(jane.id, john.session()), of(john.id, jane.session())];
+    let logins = [gone, [of(john.id, john.session()), of(jane.id, jane.session()), of_another[0]]].concat();
+    let logins = [logins, vec![of_another[1]]].concat();
+    let answer = app.heads(&HeadsRequest { logins, ..HeadsRequest::default() }).await;
+    let (mut told, mut ended) = (answer.ended_logins.unwrap(), [&gone[..], &of_another].concat());
+    told.sort();
     ended.sort();
-    assert_eq!(ended, [revoked, expired, SessionId(999)]);
+    assert_eq!((told, answer.ended), (ended, vec![]));
+
+    // A gateway of the release before asks about sessions alone.
+    let sessions = vec![john.session(), revoked, expired, SessionId(999), jane.session()];
+    let answer = app.heads(&HeadsRequest { sessions, ..HeadsRequest::default() }).await;
+    let mut ended = answer.ended;
+    ended.sort();
+    assert_eq!((ended, answer.ended_logins), (vec![revoked, expired, SessionId(999)], None));
     app.stop().await;
 }
 
@@ -367,10 +383,12 @@ async fn questions_have_a_largest_size(pool: PgPool) {
     let app = App::start(&pool).await;
     let users = |n: usize| json!({ "users": vec![json!({ "user": "1" }); n] });
     let sessions = |n: usize| json!({ "users": [], "sessions": vec!["1"; n] });
+    let logins = |n: usize| json!({ "users": [], "logins": vec![json!({ "user": "1", "session": "1" }); n] });
     let ranges = |n: usize| json!({ "ranges": vec![json!({ "user": "1", "after": 0 }); n] });
     for (path, fits, too_many) in [
         ("/internal/feed/heads", users(MAX_PAIRS), users(MAX_PAIRS + 1)),
         ("/internal/feed/heads", sessions(MAX_PAIRS), sessions(MAX_PAIRS + 1)),
+        ("/internal/feed/heads", logins(MAX_PAIRS), logins(MAX_PAIRS + 1)),
         ("/internal/feed/ranges", ranges(MAX_PAIRS), ranges(MAX_PAIRS + 1)),
     ] {
         app.ask(path, &fits).expect(200).await;

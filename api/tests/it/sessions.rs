@@ -16,7 +16,7 @@ use serde_json::{Value, json};
 use shared::{
     claims::{Audience, Claims},
     event::Revoked,
-    feed::HeadsRequest,
+    feed::{HeadsRequest, Login},
     ids::SessionId,
     test_support::http::Answer,
 };
@@ -46,6 +46,10 @@ async fn listed(user: &User) -> (Vec<(String, String)>, Option<usize>) {
 
 fn id(user: &User) -> String {
     user.session().to_string()
+}
+
+fn login(user: &User) -> Login {
+    Login { user: user.id, session: user.session() }
 }
 
 async fn is_refused(user: &User) -> bool {
@@ -226,6 +230,47 @@ async fn age(pool: &PgPool, by: Duration) {
 }
 
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
+async fn a_token_with_another_users_session_is_refused_everywhere(pool: PgPool) {
+    let app = App::start(&pool).await;
+    let (john, jane, conversation) = app.pair(&pool).await;
+    john.say(&conversation, "hi").await;
+    age(&pool, COARSE + Duration::from_secs(1)).await;
+    let before = last_used(&pool, &jane).await;
+    // Well signed: john by his id, and jane's session, which lives.
+    let token = john.forge(|claims| claims.sid = Some(jane.session()));
+    let of_conversation = |path: &str| format!("/api/conversations/{conversation}{path}");
+    let none = json!({});
+    for (method, path, body) in [
+        ("GET", "/api/auth_user".to_owned(), &none),
+        ("POST", "/api/refresh_token".into(), &none),
+        ("POST", "/api/stream_token".into(), &none),
+        ("POST", "/api/logout".into(), &none),
+        ("GET", "/api/sessions".into(), &none),
+        ("DELETE", "/api/sessions".into(), &none),
+        ("DELETE", format!("/api/sessions/{}", jane.session()), &none),
+        ("PUT", format!("/api/blocks/{}", jane.id), &none),
+        ("DELETE", format!("/api/blocks/{}", jane.id), &none),
+        ("GET", "/api/usernames?search=j".into(), &none),
+        ("GET", "/api/conversations".into(), &none),
+        ("POST", "/api/conversations".into(), &json!({ "username": "jane" })),
+        ("GET", of_conversation(""), &none),
+        ("GET", of_conversation("/other_participant"), &none),
+        ("GET", of_conversation("/messages"), &none),
+        ("POST", of_conversation("/messages"), &json!({ "content": "hi" })),
+        ("POST", of_conversation("/read_messages"), &none),
+    ] {
+        let call = app.call(method, &path).bearer(&token);
+        let call = if *body == none { call } else { call.json(body) };
+        let answer = call.send().await.unwrap();
+        assert_eq!(answer.status, 401, "{method} {path}: {}", answer.text());
+    }
+    // Neither of the two notices.
+    john.auth_user().expect(200).await;
+    app.stop().await;
+    assert_eq!(last_used(&pool, &jane).await, before, "another's token is no use of a session");
+}
+
+#[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
 async fn the_last_use_is_noted_without_a_write_per_request(pool: PgPool) {
     let app = App::start(&pool).await;
     let reader = app.user(&pool, "john").await;
@@ -237,7 +282,8 @@ async fn the_last_use_is_noted_without_a_write_per_request(pool: PgPool) {
         reader.auth_user().expect(200).await;
         writer.start_conversation("nobody").expect(404).await;
         // A gateway asks about the sessions of its streams.
-        app.heads(&HeadsRequest { users: vec![], sessions: vec![streamer.session()] }).await;
+        let logins = vec![login(&streamer)];
+        app.heads(&HeadsRequest { logins, ..HeadsRequest::default() }).await;
     }
     for user in [&reader, &writer, &streamer] {
         assert_eq!(last_used(&pool, user).await, before, "nothing was written yet");
@@ -254,16 +300,19 @@ async fn the_last_use_is_noted_without_a_write_per_request(pool: PgPool) {
 async fn the_last_use_moves_coarsely_and_only_for_what_lives(pool: PgPool) {
     let app = App::start(&pool).await;
     let (john, gone) = (app.user(&pool, "john").await, app.login("john").await);
+    let jane = app.user(&pool, "jane").await;
     gone.call("POST", "/api/logout").expect(204).await;
     let database = Database::new((*pool.connect_options()).clone(), 1, Counter::default());
     let moved = async || {
         let used = LastUsed::default();
-        used.note(john.session());
-        used.note(gone.session());
-        used.note(SessionId(999));
+        used.note(login(&john));
+        used.note(login(&gone));
+        used.note(Login { user: john.id, session: SessionId(999) });
+        // It is not theirs.
+        used.note(Login { user: john.id, session: jane.session() });
         let moved = used.write(&database).await.unwrap();
         // What was looked after is left alone for a while.
-        used.note(john.session());
+        used.note(login(&john));
         assert_eq!(used.write(&database).await.unwrap(), 0);
         moved
     };

@@ -1,7 +1,7 @@
 //! Whoever ends a session ends what it opened: REST at once, on every replica; streams as soon as they are told.
 
 use chrono::Utc;
-use e2e::{Service, User, World};
+use e2e::{Service, User, World, ledger::Feed};
 use shared::{
     claims::Claims,
     test_support::{servers::free_port, soon, sse::Stream, until},
@@ -66,6 +66,41 @@ async fn an_ended_session_is_refused_at_once_and_its_streams_end_within_two_seco
     for (who, browser) in [(&two.john, &kept), (&two.jane, &desk)] {
         e2e::ledger::assert_exact(&world.sql, who.id, &who.name, browser).await;
         assert_eq!(browser.record().opened, 1, "the streams of other sessions live on");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_ended_session_receives_nothing_while_api_is_away() {
+    let world = World::new().await;
+    let (mut one, other) = tokio::join!(world.api().ready(), world.api().ready());
+    let gateway = world.gateway(one.internal()).ready().await;
+    let two = Two::meet(&world, &one).await;
+    let (phone, tablet) = (world.login(&one, "jane").await, world.login(&one, "jane").await);
+    // Nobody listens for jane at this gateway, so it does not learn of the end.
+    call(&world, &other, &phone, "POST", "/api/logout", 204).await;
+    let desk = browser(gateway.stream(&two.jane));
+    desk.ready().await;
+    one.freeze();
+    let cursor = Feed::read(&world.sql, two.jane.id).await.head_cursor();
+    let mut late =
+        [gateway.stream(&phone).stream().await, gateway.stream(&phone).last_event_id(&cursor).stream().await];
+    let waiting = browser(gateway.stream(&tablet).last_event_id(&cursor));
+    until("the streams are open", || async { gateway.metric("gateway_streams").await == 4.0 }).await;
+    two.say(&world, &other, 3).await;
+    e2e::ledger::assert_exact(&world.sql, two.jane.id, "jane", &desk).await;
+    one.thaw();
+    for stream in &mut late {
+        let (events, _) = stream.rest().await;
+        let names: Vec<_> = events.iter().map(|event| event.name.as_deref()).collect();
+        assert_eq!(names, [Some("goodbye")], "{events:?}");
+        assert_eq!(events[0].json()["reason"], "revoked");
+    }
+    // Whoever only had to wait misses nothing.
+    waiting.ready().await;
+    two.say(&world, &other, 1).await;
+    for browser in [&desk, &waiting] {
+        e2e::ledger::assert_exact(&world.sql, two.jane.id, "jane", browser).await;
+        assert_eq!(browser.record().opened, 1);
     }
 }
 

@@ -10,13 +10,13 @@ use std::{
 
 use bytes::Bytes;
 use shared::{
+    claims::KeyName,
     cursor::{Cursor, Seq},
     feed::Head,
     ids::SessionId,
 };
 
 use crate::{
-    backfill::RangeAnswer,
     frame::{Chunk, Event, Framing, Goodbye, Heartbeat},
     limits::Place,
     sequencer::{Lost, Millis},
@@ -27,13 +27,6 @@ use crate::{
 pub struct Key {
     pub index: u32,
     pub generation: u32,
-}
-
-/// An answer to a connection's own question: its number, and what it asked about.
-pub struct Held {
-    pub number: NonZeroU32,
-    pub after: u64,
-    pub answer: RangeAnswer,
 }
 
 /// What a client says about its place.
@@ -62,6 +55,8 @@ pub struct Connection {
     pub user: u32,
     /// None: a foreign token, which nobody can revoke here.
     pub session: Option<SessionId>,
+    /// Which signed the token.
+    pub key: KeyName,
     pub stage: Stage,
     /// The last event that was written: in `Placed`, and from the start when the client brought a cursor.
     pub head: Head,
@@ -71,15 +66,14 @@ pub struct Connection {
     pub rest: Bytes,
     /// What follows the cursor, read from the feed because the ring does not hold it.
     pub page: VecDeque<Event>,
-    /// Whether the session is still good was asked when it could be.
-    pub inquired: bool,
+    /// Requests about heads that had been sent when this connection came. Only answers to later ones confirm its session: an
+    /// earlier one says nothing about a session that ended meanwhile.
+    pub came_after_request: u32,
+    pub session_asked: bool,
+    /// The session lives, or there is none. Until then the connection receives nothing.
+    pub session_confirmed: bool,
     /// A question about this connection's cursor is on its way.
     pub asked: Option<NonZeroU32>,
-    /// Its session was found to live, or there is none.
-    pub vouched: bool,
-    /// What follows its cursor, if that came before it was known whether the session lives: it is told to nobody
-    /// else. Bounded as the answer is, and by the time that `api` takes.
-    pub held: Option<Box<Held>>,
     /// `ready` is still to be written; whether it resumes.
     pub owes_ready: Option<bool>,
     /// The place is lost; a resync is still to be written.

@@ -79,7 +79,7 @@ impl Engine {
             }
             match connection.stage {
                 // The event proves the cursor, and nothing was missed.
-                Stage::Joining(Resume::After(_)) => {
+                Stage::Joining(Resume::After(_)) if connection.session_confirmed => {
                     Self::place_at_cursor(connection);
                     self.pull(key);
                 }
@@ -90,7 +90,12 @@ impl Engine {
         }
         let Some(entry) = self.hub.get_mut(user) else { return };
         let mut steps = Vec::new();
-        entry.sequencer.live(at, event, self.now, &mut steps);
+        if entry.sequencer.place().is_some() {
+            entry.sequencer.live(at, event, self.now, &mut steps);
+        } else {
+            // The answer that brings the place brings what comes before it: nothing is kept while `api` is away.
+            entry.sequencer.suspect(self.now);
+        }
         self.take(user, steps, Way::Redis);
     }
 

@@ -126,8 +126,8 @@ impl Engine {
 
 fn state(connection: &Connection, seq: Seq) -> &'static str {
     match connection.stage {
-        Stage::Joining(Resume::After(_)) if !connection.vouched => {
-            "It has just come: whether its session lives, and what follows its cursor, was asked"
+        Stage::Joining(_) if !connection.session_confirmed => {
+            "It has just come: whether its session lives was asked, and it receives nothing before that is answered"
         }
         Stage::Joining(Resume::After(_)) => {
             "It has just come: what follows its cursor was asked, or waits for Redis's confirmation"

@@ -18,14 +18,26 @@ use super::{
 use crate::{
     backfill::{HeadQuestion, WhyHead},
     frame::Goodbye,
+    keys::Trusted,
     metrics::Reason,
     sequencer::{Lost, Millis},
 };
 
 impl Engine {
     pub(super) fn admit(&mut self, admission: Admission) {
-        let Admission { socket, user, session, resume, heartbeat, framing, head, ends, ends_why, place } =
-            admission;
+        let Admission {
+            socket,
+            user,
+            session,
+            key: signed_by,
+            resume,
+            heartbeat,
+            framing,
+            head,
+            ends,
+            ends_why,
+            place,
+        } = admission;
         let options = socket2::SockRef::from(&socket);
         let prepared = socket.set_nonblocking(true).and_then(|()| {
             options.set_send_buffer_size(SEND_BUFFER)?;
@@ -56,6 +68,7 @@ impl Engine {
             generation: key.generation,
             user: at,
             session,
+            key: signed_by,
             stage: Stage::Joining(resume),
             head: match resume {
                 Resume::After(Cursor { epoch, seq }) => Head { epoch, seq },
@@ -67,10 +80,10 @@ impl Engine {
             },
             rest: Bytes::new(),
             page: VecDeque::new(),
-            inquired: false,
+            came_after_request: self.backfill.head_requests(),
+            session_asked: false,
+            session_confirmed: session.is_none(),
             asked: None,
-            vouched: session.is_none(),
-            held: None,
             owes_ready: None,
             lost: None,
             parting: None,
@@ -87,10 +100,10 @@ impl Engine {
         });
         self.metrics.streams.inc();
         self.metrics.streams_opened.inc();
-        self.make_room(at);
         if let Some(entry) = self.hub.get_mut(at) {
             entry.connections.push(key);
         }
+        self.keep_to_limit(at, session.is_none());
         tracing::debug!(user.id = %user, connection = key.generation, resumes = resume != Resume::Head, new, "stream opened");
         self.schedule(key);
         let now = self.now;
@@ -101,39 +114,51 @@ impl Engine {
         if self.drain.is_some() {
             return self.part(key, Goodbye::Drain);
         }
+        // Since the request was checked, the session may have ended, and the key may have been removed.
+        let ended = session.is_some_and(|session| self.ended.contains(user, session));
+        if ended || !self.keys.accepts(signed_by) {
+            return self.part(key, Goodbye::Revoked);
+        }
         self.join(key);
     }
 
-    /// One user's streams beyond the limit: the oldest goes.
-    fn make_room(&mut self, user: u32) {
+    /// One user's streams beyond the limit: the oldest goes. Those that are not confirmed count by themselves, so whoever comes
+    /// with the token of an ended session replaces nobody.
+    pub(super) fn keep_to_limit(&mut self, user: u32, confirmed: bool) {
         let limit = self.settings.streams_per_user;
         let Some(entry) = self.hub.get(user) else { return };
         let staying = entry.connections.iter().copied().filter(|key| {
-            self.connections.get(key.index as usize).is_some_and(|connection| connection.parting.is_none())
+            self.connections.get(key.index as usize).is_some_and(|connection| {
+                connection.parting.is_none() && connection.session_confirmed == confirmed
+            })
         });
         let staying: Vec<_> = staying.collect();
-        let over = (staying.len() + 1).saturating_sub(limit);
+        let over = staying.len().saturating_sub(limit);
         for key in staying.into_iter().take(over) {
             self.part(key, Goodbye::Replaced);
         }
     }
 
     /// Asks what must be known of a joining connection, as soon as asking makes sense: an answer given before Redis listens
-    /// for this user could miss what comes between the two.
+    /// for this user could miss what comes between the two. The session comes first: what follows a cursor is read, and a
+    /// place is given, only once it is confirmed.
     pub(super) fn join(&mut self, key: Key) {
         let trusted = self.trusted;
         let Some(connection) = self.connections.get_mut(key.index as usize) else { return };
         let Some(entry) = self.hub.get(connection.user) else { return };
         let place = entry.sequencer.place();
         let may_ask = entry.confirmed.is_some() || !trusted;
-        if !connection.inquired && (may_ask || place.is_some()) {
-            connection.inquired = true;
+        if !connection.session_asked && (may_ask || place.is_some()) {
+            connection.session_asked = true;
             self.backfill.ask_head(HeadQuestion {
                 user: entry.user,
                 asked_at: place,
                 why: WhyHead::Join,
                 session: connection.session,
             });
+        }
+        if !connection.session_confirmed {
+            return;
         }
         match connection.stage {
             Stage::Joining(Resume::After(cursor)) if may_ask && connection.asked.is_none() => {
@@ -151,6 +176,9 @@ impl Engine {
             return;
         };
         let Stage::Joining(resume) = connection.stage else { return };
+        if !connection.session_confirmed {
+            return;
+        }
         connection.stage = Stage::Placed;
         connection.head = place;
         connection.after = place.seq;
@@ -183,6 +211,20 @@ impl Engine {
         let due = connection.due;
         self.wheel.insert(key, due);
         self.pull(key);
+    }
+
+    /// Ends the streams whose token none of these keys signed.
+    pub(super) fn end_what_others_signed(&mut self, trusted: &Trusted) {
+        let signed = self.connections.iter().filter(|(_, connection)| !trusted.accepts(connection.key));
+        let ending: Vec<_> = signed
+            .map(|(index, connection)| Key { index: index as u32, generation: connection.generation })
+            .collect();
+        if !ending.is_empty() {
+            tracing::warn!(streams = ending.len(), "a key was removed; the streams that it opened end");
+        }
+        for key in ending {
+            self.part(key, Goodbye::Revoked);
+        }
     }
 
     pub(super) fn end(&mut self, key: Key, reason: &'static str) {
@@ -248,6 +290,7 @@ mod tests {
     use shared::{
         bus::Bus,
         channels::Channels,
+        claims::KeyName,
         ended::EndedSessions,
         limiter::{self, Limit, Limiter, Subject},
         secrets::Secrets,
@@ -259,8 +302,9 @@ mod tests {
     use crate::{
         backfill::{Api, Backfill},
         config::{self, Delivery, Opening},
-        engine::watch,
+        engine::{Rights, watch},
         frame::{Framing, Heartbeat},
+        keys::Keys,
         limits::Limits,
         metrics::Metrics,
         subscriber::Wishes,
@@ -282,9 +326,12 @@ mod tests {
         let mut engine = Engine::new(
             settings,
             watch(Poll::new().unwrap()).unwrap(),
-            Backfill::new(api, Handle::current(), Tracer::default(), metrics.clone()),
+            Backfill::new(api.clone(), Handle::current(), Tracer::default(), metrics.clone()),
+            Rights {
+                keys: Arc::new(Keys::new("http://localhost", api, metrics.clone())),
+                ended_sessions: EndedSessions::default(),
+            },
             Wishes::new(Channels::default()),
-            EndedSessions::default(),
             metrics.clone(),
         );
         let bus = Bus::single("redis://localhost").unwrap();
@@ -300,6 +347,7 @@ mod tests {
             socket: OwnedFd::from(File::open("/dev/null").unwrap()).into(),
             user: UserId(1),
             session: None,
+            key: KeyName([0; 8]),
             resume: Resume::Head,
             heartbeat: Heartbeat::default(),
             framing: Framing::Close,

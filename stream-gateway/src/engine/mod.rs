@@ -34,6 +34,7 @@ use mio::{Events, Poll};
 use prometheus_client::metrics::{counter::Counter, histogram::Histogram};
 use rand::RngExt;
 use shared::{
+    claims::KeyName,
     cursor::Seq,
     ended::EndedSessions,
     ids::{SessionId, UserId},
@@ -58,6 +59,7 @@ use crate::{
     explain::Explanation,
     frame::{Event, Framing, Goodbye, Heartbeat},
     hub::Hub,
+    keys::Keys,
     limits::Place,
     metrics::{Metrics, Path, Way},
     sequencer::Millis,
@@ -86,6 +88,8 @@ pub struct Admission {
     pub socket: std::net::TcpStream,
     pub user: UserId,
     pub session: Option<SessionId>,
+    /// Which signed the token.
+    pub key: KeyName,
     pub resume: Resume,
     pub heartbeat: Heartbeat,
     pub framing: Framing,
@@ -105,6 +109,12 @@ pub enum Command {
     Explain { user: UserId, seq: Seq, answer: oneshot::Sender<Explanation> },
 }
 
+/// What a stream's right to be open depends on.
+pub struct Rights {
+    pub keys: Arc<Keys>,
+    pub ended_sessions: EndedSessions,
+}
+
 /// The engine's inputs.
 pub struct Inputs {
     pub admissions: mpsc::Receiver<Admission>,
@@ -119,8 +129,8 @@ pub struct Inputs {
 pub fn start(
     settings: Delivery,
     api: Api,
+    rights: Rights,
     wishes: Wishes,
-    ended_sessions: EndedSessions,
     tracer: Tracer,
     metrics: Arc<Metrics>,
     inputs: Inputs,
@@ -131,7 +141,7 @@ pub fn start(
     let (tasks, stop) = (inputs.tasks.clone(), inputs.stop.clone());
     let run = async move {
         let backfill = Backfill::new(api, workers, tracer, metrics.clone());
-        let engine = |sockets| Engine::new(settings, sockets, backfill, wishes, ended_sessions, metrics);
+        let engine = |sockets| Engine::new(settings, sockets, backfill, rights, wishes, metrics);
         let ended = match watch(poll) {
             Ok(sockets) => engine(sockets).run(inputs).await,
             Err(error) => Err(error),
@@ -172,6 +182,7 @@ struct Engine {
     deliveries: [Deliveries; 3],
     sockets: AsyncFd<Poll>,
     backfill: Backfill<Asker>,
+    keys: Arc<Keys>,
     wishes: Wishes,
     ended: EndedSessions,
     hub: Hub,
@@ -208,8 +219,8 @@ impl Engine {
         settings: Delivery,
         sockets: AsyncFd<Poll>,
         backfill: Backfill<Asker>,
+        Rights { keys, ended_sessions }: Rights,
         wishes: Wishes,
-        ended: EndedSessions,
         metrics: Arc<Metrics>,
     ) -> Self {
         let deliveries = Way::ALL.map(|way| {
@@ -225,8 +236,9 @@ impl Engine {
             deliveries,
             sockets,
             backfill,
+            keys,
             wishes,
-            ended,
+            ended: ended_sessions,
             hub: Hub::default(),
             connections: Slab::new(),
             wheel: Wheel::new(0),
@@ -254,6 +266,7 @@ impl Engine {
         let mut events = Events::with_capacity(1_024);
         let mut news = Vec::with_capacity(NEWS_AT_ONCE);
         let mut admissions = Vec::with_capacity(ADMITTED_AT_ONCE);
+        let mut keys = self.keys.subscribe();
         loop {
             let wake = tokio::time::Instant::from_std(self.started + Duration::from_millis(self.next_wake()));
             tokio::select! {
@@ -290,6 +303,11 @@ impl Engine {
                     }
                 }
                 () = sleep_until(wake) => self.look_at_clock(),
+                Ok(()) = keys.changed() => {
+                    self.look_at_clock();
+                    let trusted = keys.borrow_and_update().clone();
+                    trusted.iter().for_each(|trusted| self.end_what_others_signed(trusted));
+                }
                 Some(command) = inputs.commands.recv() => {
                     self.look_at_clock();
                     match command {

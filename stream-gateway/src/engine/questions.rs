@@ -3,13 +3,13 @@
 use std::{collections::HashSet, num::NonZeroU32};
 
 use shared::{
-    feed::Head,
-    ids::{SessionId, UserId},
+    feed::{Head, Login},
+    ids::UserId,
 };
 
 use super::{
     Asker, Engine, bytes_of,
-    connection::{Held, Key, Resume, Stage},
+    connection::{Key, Resume, Stage},
     jittered,
 };
 use crate::{
@@ -78,10 +78,6 @@ impl Engine {
         if connection.asked != Some(number) {
             return; // Its place was lost since.
         }
-        if !connection.vouched {
-            connection.held = Some(Box::new(Held { number, after, answer }));
-            return;
-        }
         connection.asked = None;
         let cursor = Head { epoch: connection.head.epoch, seq: after };
         match judge(cursor, answer.head, answer.events.first().map(|event| event.head.seq)) {
@@ -117,14 +113,17 @@ impl Engine {
     }
 
     pub(super) fn on_heads(&mut self, answered: HeadsAnswered) {
-        let HeadsAnswered { questions, heads, ended } = answered;
+        let HeadsAnswered { request, questions, heads, ended, keys } = answered;
+        if let Some(version) = keys {
+            self.keys.hear_of(&version);
+        }
         for question in questions {
             if question.why == WhyHead::Reconcile {
                 self.reconciling = self.reconciling.saturating_sub(1);
             }
-            match question.session {
-                Some(session) if ended.contains(&session) => self.end_session(question.user, session),
-                Some(session) => self.vouch(question.user, session),
+            match question.login() {
+                Some(login) if ended.contains(&login) => self.end_session(login.user, login.session),
+                Some(login) => self.confirm_session(login, request),
                 None => {}
             }
             let Some(user) = self.hub.find(question.user) else { continue };
@@ -154,16 +153,16 @@ impl Engine {
         }
     }
 
-    /// The session lives: its connections may have what is there for them.
-    fn vouch(&mut self, user: UserId, session: SessionId) {
-        let Some(user) = self.hub.find(user) else { return };
+    /// The session lives, by the answer to this request: those of its connections that had come before may join.
+    fn confirm_session(&mut self, login: Login, request: u32) {
+        let Some(user) = self.hub.find(login.user) else { return };
         for key in self.connections_of(user) {
             let Some(connection) = self.connection(key) else { continue };
-            if connection.session == Some(session) && !connection.vouched {
-                connection.vouched = true;
-                if let Some(held) = connection.held.take() {
-                    self.on_page(key, held.number, held.after, held.answer);
-                }
+            let is_later = request.wrapping_sub(connection.came_after_request).cast_signed() > 0;
+            if connection.session == Some(login.session) && !connection.session_confirmed && is_later {
+                connection.session_confirmed = true;
+                self.keep_to_limit(user, true);
+                self.join(key);
             }
         }
     }
@@ -191,7 +190,7 @@ impl Engine {
         if let Some(place) = entry.sequencer.place() {
             let question = HeadQuestion { user, asked_at: Some(place), why: WhyHead::Join, session: None };
             self.backfill.ask_head(question);
-        } else if entry.connections.iter().any(|key| self.connections[key.index as usize].inquired) {
+        } else if entry.connections.iter().any(|key| self.connections[key.index as usize].session_asked) {
             // The answer that is on its way was asked for too early: look again after it.
             entry.sequencer.suspect(self.now);
             self.take(at, vec![], Way::Repair);

@@ -18,6 +18,7 @@ use chrono::Utc;
 use http::{HeaderMap, HeaderValue, Method, Response as HttpResponse, StatusCode, Version, header};
 use rand::RngExt;
 use shared::{
+    claims::KeyName,
     client_address::TrustedProxies,
     cookies::Cookies,
     cursor::Cursor,
@@ -45,7 +46,7 @@ use crate::{
     engine::{Admission, Resume},
     frame::{self, FIRST_RETRY, Framing, Goodbye},
     identities::Identities,
-    keys::{Keys, Proof, Refused},
+    keys::{self, Keys, Proof, Refused},
     limits::{Limits, Place},
     metrics::{Metrics, Reason},
 };
@@ -158,14 +159,25 @@ impl Streams {
         };
         let (lasts, ends_why) = lifetime(bearer.ends_at, SystemTime::now(), self.max_age);
         let ends = Instant::now() + lasts;
-        let session = bearer.session;
+        let (session, key) = (bearer.session, bearer.key);
         let heartbeat = heartbeat(query);
         bytes.extend(framing.bytes(&frame::retry(rand::rng().random_range(FIRST_RETRY))));
         let admissions = self.admissions.clone();
         let metrics = self.metrics.clone();
         let admit = move |socket: std::net::TcpStream, user: UserId, head: Bytes| {
-            let admission =
-                Admission { socket, user, session, resume, heartbeat, framing, head, ends, ends_why, place };
+            let admission = Admission {
+                socket,
+                user,
+                session,
+                key,
+                resume,
+                heartbeat,
+                framing,
+                head,
+                ends,
+                ends_why,
+                place,
+            };
             if let Err(refused) = admissions.try_send(admission) {
                 let (admission, limit, why) = match refused {
                     TrySendError::Full(admission) => (admission, "backlog", Goodbye::Busy),
@@ -215,15 +227,16 @@ impl Streams {
         self.ended.contains(*user, session).then_some((*user, session))
     }
 
-    fn bearer(&self, proof: Proof) -> Bearer {
-        match proof {
-            Proof::Own(claims) => {
-                Bearer { ends_at: claims.stream_ends_at(), who: Who::User(claims.sub), session: claims.sid }
+    fn bearer(&self, Proof { bearer, key }: Proof) -> Bearer {
+        match bearer {
+            keys::Bearer::Own(claims) => {
+                let ends_at = claims.stream_ends_at();
+                Bearer { who: Who::User(claims.sub), session: claims.sid, key, ends_at }
             }
-            Proof::Foreign(claims) => {
+            keys::Bearer::Foreign(claims) => {
                 let ends_at = claims.exp;
                 let who = self.identities.known(&claims).map_or(Who::Subject(claims), Who::User);
-                Bearer { who, session: None, ends_at }
+                Bearer { who, session: None, key, ends_at }
             }
         }
     }
@@ -301,6 +314,8 @@ impl Streams {
 struct Bearer {
     who: Who,
     session: Option<SessionId>,
+    /// Which signed the token.
+    key: KeyName,
     /// Seconds since 1970.
     ends_at: i64,
 }

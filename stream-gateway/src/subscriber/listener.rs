@@ -36,6 +36,7 @@ use super::{
 };
 use crate::{
     frame::MAX_ENVELOPE,
+    keys::Keys,
     metrics::{Metrics, Way},
     traced,
 };
@@ -57,6 +58,7 @@ pub(super) struct Listener {
     node: Node,
     maps: Maps,
     channels: Channels,
+    keys: Arc<Keys>,
     wishes: Wishes,
     news: mpsc::Sender<News>,
     board: Arc<Board>,
@@ -107,7 +109,7 @@ impl Marks {
                 asking.sent_away.push(user);
                 self.noticed.notify_one();
             }
-            // The answers are one behind from here on; or it is the beat's.
+            // The answers are one behind from here on; or it is the beat's or the keys'.
             _ => self.is_gone(),
         }
     }
@@ -160,6 +162,7 @@ impl Listener {
             node,
             maps,
             channels: of.channels.clone(),
+            keys: of.keys.clone(),
             wishes: of.wishes.clone(),
             news: of.news.clone(),
             board,
@@ -245,23 +248,33 @@ impl Listener {
         let names = (0..).map(|turn| self.channels.beat(&format!("{instance}-{turn}")));
         let map = self.maps.clone().now();
         let beat_channel = map.name_of(&self.node, names).context("it owns no slot")?;
+        let keys_channel = map.name_of(&self.node, self.channels.keys()).context("it owns no slot")?;
         let config = AsyncConnectionConfig::new()
             .set_connection_timeout(Some(ANSWER_WITHIN))
             .set_response_timeout(Some(ANSWER_WITHIN))
-            .set_push_sender(self.hears(&beat_channel, marks.clone()));
+            .set_push_sender(self.hears(&beat_channel, &keys_channel, marks.clone()));
         let mut connection = self.bus.connect(&self.node, &config).await.context("cannot connect")?;
-        let mut subscribe = redis::cmd(if self.bus.is_sharded() { "SSUBSCRIBE" } else { "SUBSCRIBE" });
-        subscribe.arg(&beat_channel);
-        subscribe.query_async::<()>(&mut connection).await.context("cannot subscribe")?;
+        for channel in [&beat_channel, &keys_channel] {
+            let mut subscribe = redis::cmd(if self.bus.is_sharded() { "SSUBSCRIBE" } else { "SUBSCRIBE" });
+            subscribe.arg(channel);
+            subscribe.query_async::<()>(&mut connection).await.context("cannot subscribe")?;
+        }
         self.metrics.redis_connects.inc();
         let (actual, refused) = Default::default();
         Ok(Ear { connection, link, marks, beat_channel, beats: 0, probe: None, actual, refused })
     }
 
     /// Runs where the connection is read; must not wait.
-    fn hears(&self, beat_channel: &str, marks: Arc<Marks>) -> impl Fn(PushInfo) -> Result<(), ()> + use<> {
+    fn hears(
+        &self,
+        beat_channel: &str,
+        keys_channel: &str,
+        marks: Arc<Marks>,
+    ) -> impl Fn(PushInfo) -> Result<(), ()> + use<> {
         let channels = self.channels.clone();
-        let beat_channel = beat_channel.as_bytes().to_vec();
+        let [beat_channel, keys_channel] =
+            [beat_channel, keys_channel].map(|channel| channel.as_bytes().to_vec());
+        let keys = self.keys.clone();
         let news = self.news.clone();
         let tracer = self.tracer.clone();
         let metrics = self.metrics.clone();
@@ -289,6 +302,13 @@ impl Listener {
                 if let Some(beat) = std::str::from_utf8(payload).ok().and_then(|text| text.parse().ok()) {
                     marks.beat.fetch_max(beat, Ordering::AcqRel);
                     marks.beat_noticed.notify_one();
+                }
+                return Ok(());
+            }
+            if *channel == keys_channel {
+                match serde_json::from_slice(payload) {
+                    Ok(version) => keys.hear_of(&version),
+                    Err(_) => _ = metrics.redis_bad_messages.inc(),
                 }
                 return Ok(());
             }
@@ -487,22 +507,26 @@ fn read(tracer: &Tracer, user: UserId, payload: &[u8]) -> Option<News> {
 #[cfg(test)]
 mod tests {
     use prometheus_client::registry::Registry;
-    use shared::{ids::SessionId, tasks::Tasks};
+    use shared::{ids::SessionId, secrets::Secrets, tasks::Tasks};
 
     use super::*;
+    use crate::backfill::Api;
 
     #[tokio::test]
     async fn a_listener_that_panics_leaves_redis_degraded() {
         let (news, _news) = mpsc::channel(1);
         let bus = Bus::single("redis://localhost").unwrap();
+        let metrics = Arc::new(Metrics::register(&mut Registry::default()));
+        let api = Api::new("http://localhost", Secrets::random(), metrics.clone());
         let subscriber = Subscriber {
             bus: bus.clone(),
             channels: Channels::default(),
+            keys: Arc::new(Keys::new("http://localhost", api, metrics.clone())),
             wishes: Wishes::new(Channels::default()),
             news,
             tracer: Tracer::default(),
             tasks: Tasks::default(),
-            metrics: Arc::new(Metrics::register(&mut Registry::default())),
+            metrics,
         };
         let board = Arc::new(Board::default());
         let listener = Listener::new(&subscriber, Node::Only, bus.follow().0, board.clone(), false);

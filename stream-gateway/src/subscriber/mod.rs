@@ -1,4 +1,4 @@
-//! Redis: listens to the channels of the users who have a stream here.
+//! Redis: listens to the channels of the users who have a stream here, and to what is said about public keys.
 //!
 //! One supervised connection of its own, or one to each node of a cluster, rebuilt for ever with capped, jittered back-off. Which
 //! channels are wanted is shared state, changed by the hub at any time; which are confirmed is known only to the connection, and
@@ -29,7 +29,7 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 
 use self::listener::Listener;
 pub use self::wishes::Wishes;
-use crate::{frame::Event, metrics::Metrics};
+use crate::{frame::Event, keys::Keys, metrics::Metrics};
 
 /// Messages from Redis that the engine has not taken yet.
 pub const QUEUE: usize = 16_384;
@@ -61,6 +61,8 @@ pub enum News {
 pub struct Subscriber {
     pub bus: Bus,
     pub channels: Channels,
+    /// Hears of changes of the public keys.
+    pub keys: Arc<Keys>,
     pub wishes: Wishes,
     pub news: mpsc::Sender<News>,
     pub tracer: Tracer,

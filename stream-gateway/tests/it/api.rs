@@ -19,12 +19,16 @@ use shared::{
     event::{self, Envelope},
     feed::{
         self, ForeignKeysAnswer, HEADS_PATH, Head, HeadsAnswer, HeadsRequest, IDENTITY_PATH, IdentityAnswer,
-        IdentityRequest, KEYS_PATH, KeysAnswer, RANGES_PATH, Range, RangeAfter, RangesAnswer, RangesRequest,
-        UserHead,
+        IdentityRequest, KEYS_PATH, KeysAnswer, Login, RANGES_PATH, Range, RangeAfter, RangesAnswer,
+        RangesRequest, UserHead,
     },
     ids::{SessionId, UserId},
+    keys_version::{KeysVersion, Version},
     server::{self, Limits, Metrics},
-    test_support::soon,
+    test_support::{
+        issuer::{IssuerKey, published},
+        soon,
+    },
 };
 use tokio::{sync::watch, time::sleep};
 use tokio_util::sync::{CancellationToken, DropGuard};
@@ -48,7 +52,7 @@ pub(crate) enum Mood {
 pub(crate) enum Asked {
     Heads {
         users: Vec<(UserId, Option<Head>)>,
-        sessions: Vec<SessionId>,
+        logins: Vec<Login>,
     },
     Ranges(Vec<RangeAfter>),
     Keys,
@@ -135,9 +139,14 @@ struct Feed {
 
 struct State {
     feeds: HashMap<UserId, Feed>,
+    owners: HashMap<SessionId, UserId>,
     ended: HashSet<SessionId>,
+    /// Whether it answers as the release before this one.
+    release_before: bool,
     jwks: JwkSet,
     foreign: Option<ForeignKeysAnswer>,
+    /// Of all these keys. None: as the release before this one.
+    version: Option<KeysVersion>,
     /// Who the subjects of the foreign issuer are.
     subjects: HashMap<String, UserId>,
     /// Events in one answer for one user, at most.
@@ -164,9 +173,12 @@ impl Api {
         let address = listener.local_addr().unwrap();
         let state = State {
             feeds: HashMap::new(),
+            owners: HashMap::new(),
             ended: HashSet::new(),
+            release_before: false,
             jwks,
             foreign: None,
+            version: None,
             subjects: HashMap::new(),
             page: 1_000,
             tricks: HashMap::new(),
@@ -266,14 +278,42 @@ impl Api {
         });
     }
 
+    pub(crate) fn add_session(&self, user: UserId, session: SessionId) {
+        self.state().owners.insert(session, user);
+    }
+
     pub(crate) fn end_session(&self, session: SessionId) {
         self.state().ended.insert(session);
     }
 
     // ---- Answers
 
+    /// From now on it answers as the release before this one.
+    pub(crate) fn be_of_the_release_before(&self) {
+        self.state().release_before = true;
+    }
+
     pub(crate) fn publish_keys(&self, jwks: JwkSet) {
         self.state().jwks = jwks;
+    }
+
+    /// The same by a replica that was configured at this time.
+    pub(crate) fn publish_keys_since(&self, jwks: JwkSet, since: i64) -> KeysVersion {
+        let mut state = self.state();
+        let version = KeysVersion { configured: Version { since, ..Version::of(&jwks) }, external: None };
+        state.jwks = jwks;
+        state.version = Some(version.clone());
+        version
+    }
+
+    /// The issuer's keys as they were fetched at this time. None: this replica has none yet.
+    pub(crate) fn fetched_since(&self, jwks: Option<JwkSet>, since: i64) -> KeysVersion {
+        let mut state = self.state();
+        let version = state.version.as_mut().expect("the test publishes own keys first");
+        version.external = jwks.as_ref().map(|jwks| Version { since, ..Version::of(jwks) });
+        let version = version.clone();
+        state.foreign = Some(ForeignKeysAnswer { jwks, ..published(&IssuerKey::number(0)) });
+        version
     }
 
     /// Tokens of this issuer are accepted too.
@@ -385,7 +425,7 @@ impl Shared {
                 let request: HeadsRequest = serde_json::from_slice(body).unwrap();
                 let answer = to_json(&state.heads(&request));
                 let users = request.users.iter().map(|known| (known.user, known.head)).collect();
-                (Asked::Heads { users, sessions: request.sessions }, answer)
+                (Asked::Heads { users, logins: request.logins }, answer)
             }
             RANGES_PATH => {
                 let request: RangesRequest = serde_json::from_slice(body).unwrap();
@@ -404,7 +444,11 @@ impl Shared {
             }
             _ => (
                 Asked::Keys,
-                to_json(&KeysAnswer { own: state.jwks.clone(), foreign: state.foreign.clone() }),
+                to_json(&KeysAnswer {
+                    version: state.version.clone(),
+                    own: state.jwks.clone(),
+                    foreign: state.foreign.clone(),
+                }),
             ),
         };
         match trick {
@@ -420,8 +464,16 @@ impl State {
             let head = self.feeds.get(&known.user).map(|feed| feed.head);
             (head.is_none() || head != known.head).then_some(UserHead { user: known.user, head })
         });
-        let ended = request.sessions.iter().copied().filter(|session| self.ended.contains(session));
-        HeadsAnswer { heads: differing.collect(), ended: ended.collect() }
+        let ended = |session: &SessionId| self.ended.contains(session);
+        let heads = differing.collect();
+        if self.release_before {
+            let ended = request.sessions.iter().copied().filter(ended);
+            return HeadsAnswer { heads, ended: ended.collect(), ..HeadsAnswer::default() };
+        }
+        let of_another = |login: &Login| self.owners.get(&login.session) != Some(&login.user);
+        let ended = request.logins.iter().copied().filter(|login| ended(&login.session) || of_another(login));
+        let (ended_logins, keys) = (Some(ended.collect()), self.version.clone());
+        HeadsAnswer { heads, ended_logins, ended: vec![], keys }
     }
 
     fn ranges(&self, request: &RangesRequest) -> RangesAnswer {

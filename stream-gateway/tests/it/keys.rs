@@ -1,15 +1,19 @@
 //! The public keys: not there yet, rotated, unknown, unreachable. A lack of keys is never mistaken for a bad token.
 
+use std::time::Duration;
+
 use futures_util::future::join_all;
 use shared::{
     claims::SigningKeys,
     feed::KEYS_PATH,
-    test_support::{sse::Opening, until},
+    test_support::{issuer::IssuerKey, sse::Opening, until},
 };
 
 use crate::{
     api::Mood,
-    support::{Setup, User, World, claims, goodbye, keys, now, ready, rotated_keys},
+    support::{
+        Setup, User, World, claims, goodbye, keys, new_keys, now, ready, receives, rotated_keys, silence,
+    },
 };
 
 impl World {
@@ -52,7 +56,7 @@ async fn who_comes_while_a_gateway_starts_waits_for_its_first_keys() {
     let user = world.user(3);
     let coming = world.stream(&user);
     let (stream, ()) = tokio::join!(coming.stream(), async {
-        tokio::time::sleep(std::time::Duration::from_millis(100)).await;
+        tokio::time::sleep(Duration::from_millis(100)).await;
         world.api.mood(KEYS_PATH, Mood::Well);
     });
     let mut stream = stream;
@@ -127,4 +131,136 @@ async fn an_empty_or_senseless_set_of_keys_does_not_take_the_place_of_good_ones(
         world.ends().await;
     }))
     .await;
+}
+
+/// A gateway that knows both keys, as replicas have them that were configured at time 1.
+async fn world_of_two_keys(setup: Setup) -> World {
+    let world = setup.no_keys().start().await;
+    world.api.publish_keys_since(rotated_keys().jwks().clone(), 1);
+    world.api.mood(KEYS_PATH, Mood::Well);
+    until("the gateway is ready", || async { world.readiness().await.status == 200 }).await;
+    world.api.forget_questions();
+    world
+}
+
+/// The usual key is removed, and whoever came by it goes, by whatever way the gateway is told.
+async fn a_removed_key_ends_what_it_opened(world: World, told: impl AsyncFnOnce(&World)) {
+    let (leaked, user) = (world.user(3), world.user(3));
+    let mut opened = [
+        world.stream(&leaked).stream().await,
+        world.stream_after(&leaked, 1).stream().await,
+        world.stream(&user).stream().await,
+    ];
+    for stream in &mut opened {
+        stream.named("ready").await;
+    }
+    let mut by_new_key = world.signed_by(&new_keys(), &user).stream().await;
+    ready(&mut by_new_key, &world.api.cursor(user.id, 3), false).await;
+    world.api.publish_keys_since(new_keys().jwks().clone(), 2);
+    told(&world).await;
+    for stream in &mut opened {
+        assert_eq!(goodbye(stream, "revoked").await["reconnect"], false);
+    }
+    assert_eq!(statuses(&world.stream(&user), 3).await, [401; 3]);
+    world.say(&user, 1).await;
+    receives(&mut by_new_key, 4..=4).await;
+    drop((opened, by_new_key));
+    world.ends().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_removed_key_is_learned_by_redis() {
+    let world = world_of_two_keys(Setup::default()).await;
+    a_removed_key_ends_what_it_opened(world, async |world| {
+        let version = world.api.publish_keys_since(new_keys().jwks().clone(), 2);
+        world.announce(&version).await;
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_removed_key_is_learned_by_the_reconcile() {
+    let setup = Setup::config(|config| config.delivery.reconcile = Duration::from_secs(1));
+    let world = world_of_two_keys(setup).await;
+    a_removed_key_ends_what_it_opened(world, async |_| {}).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn keys_of_an_older_configuration_do_not_come_back() {
+    let world = world_of_two_keys(Setup::default()).await;
+    let user = world.user(3);
+    let new = world.api.publish_keys_since(new_keys().jwks().clone(), 2);
+    // A replica of the older configuration answers first: it is asked again until the newer one does.
+    let old = world.api.publish_keys_since(rotated_keys().jwks().clone(), 1);
+    world.announce(&new).await;
+    world.api.until_asked("twice", |asked| asked.keys() >= 2).await;
+    assert_eq!(statuses(&world.stream(&user), 1).await, [200]);
+    world.api.publish_keys_since(new_keys().jwks().clone(), 2);
+    until("the key is removed", || async { world.stream(&user).open().await.unwrap().status == 401 }).await;
+
+    let mut stream = world.signed_by(&new_keys(), &user).stream().await;
+    ready(&mut stream, &world.api.cursor(user.id, 3), false).await;
+    let version = world.api.publish_keys_since(keys().jwks().clone(), 1);
+    for older in [&old, &version] {
+        world.announce(older).await;
+    }
+    world.announce(&new).await;
+    // Who asks for the removed key makes the gateway ask, too.
+    assert_eq!(statuses(&world.stream(&user), 3).await, [401; 3]);
+    silence(&mut stream).await;
+    assert_eq!(statuses(&world.signed_by(&new_keys(), &user), 1).await, [200]);
+    drop(stream);
+    world.ends().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_added_key_ends_no_stream() {
+    let world = world_of_two_keys(Setup::default()).await;
+    world.api.publish_keys_since(keys().jwks().clone(), 2);
+    let version = world.api.publish_keys_since(rotated_keys().jwks().clone(), 3);
+    let user = world.user(3);
+    let mut stream = world.stream(&user).stream().await;
+    ready(&mut stream, &world.api.cursor(user.id, 3), false).await;
+    world.announce(&version).await;
+    // Equal keys are not fetched, whoever configured them when.
+    silence(&mut stream).await;
+    assert_eq!(world.api.asked().keys(), 0);
+    assert_eq!(statuses(&world.signed_by(&new_keys(), &user), 1).await, [200]);
+    drop(stream);
+    world.ends().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_removed_key_of_an_external_issuer_ends_what_it_opened() {
+    let world = Setup::default().no_keys().start().await;
+    let [old, new] = [0, 1].map(IssuerKey::number);
+    world.api.publish_keys_since(keys().jwks().clone(), 1);
+    let both = jsonwebtoken::jwk::JwkSet { keys: [old.jwks().keys, new.jwks().keys].concat() };
+    world.api.fetched_since(Some(both), 1);
+    world.api.mood(KEYS_PATH, Mood::Well);
+    until("the gateway is ready", || async { world.readiness().await.status == 200 }).await;
+    let user = world.user(3);
+    world.api.identify("jane", user.id);
+    let open = |key: &IssuerKey| {
+        let opening = world.opening().bearer(&key.token("jane", now() + 3_600));
+        async move { opening.stream().await }
+    };
+    let (mut removed, mut stays) = (open(&old).await, open(&new).await);
+    let mut own = world.stream(&user).stream().await;
+    for stream in [&mut removed, &mut stays, &mut own] {
+        ready(stream, &world.api.cursor(user.id, 3), false).await;
+    }
+    // A replica that has not got the issuer's keys yet says nothing about them.
+    let none_yet = world.api.fetched_since(None, 2);
+    world.announce(&none_yet).await;
+    silence(&mut removed).await;
+    let version = world.api.fetched_since(Some(new.jwks()), 2);
+    world.announce(&version).await;
+    goodbye(&mut removed, "revoked").await;
+    world.say(&user, 1).await;
+    for stream in [&mut stays, &mut own] {
+        receives(stream, 4..=4).await;
+    }
+    drop((removed, stays, own));
+    world.ends().await;
 }

@@ -186,13 +186,16 @@ async fn a_user_who_opens_too_often_is_told_to_come_back_later_by_all_gateways()
         world.until_metric("gateway_limits_shared", 1).await;
     }
     let (user, other) = (one.user(3), one.user(3));
+    let phone = one.another_session(user.id);
     for user in [&user, &other] {
         two.api.add(user.id, EPOCH, 3);
+    }
+    for user in [&user, &other, &phone] {
+        two.api.add_session(user.id, user.session);
     }
     for world in [&one, &two, &two, &one] {
         assert!(world.stream(&user).stream().await.next().await.is("ready"));
     }
-    let phone = one.another_session(user.id);
     assert_busy(&mut one.stream(&user).stream().await).await;
     assert_busy(&mut two.stream(&phone).stream().await).await;
     assert!(two.stream(&other).stream().await.next().await.is("ready"));

@@ -17,6 +17,7 @@ mod origins;
 mod process;
 mod questions;
 mod readers;
+mod sessions;
 mod support;
 mod tls;
 mod wire;

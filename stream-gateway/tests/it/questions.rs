@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use futures_util::future::join_all;
 use shared::{
-    feed::{HEADS_PATH, Head, MAX_PAIRS, RANGES_PATH, Range, RangesAnswer},
+    feed::{HEADS_PATH, Head, Login, MAX_PAIRS, RANGES_PATH, Range, RangesAnswer},
     ids::UserId,
     test_support::sse::{Opening, Stream},
 };
@@ -53,7 +53,7 @@ async fn a_question_that_fails_is_asked_again_ever_more_rarely_and_not_multiplie
     let world = World::new().await;
     let (user, other) = (world.user(5), world.user(5));
     let mut well = world.joined(&other).await;
-    world.api.mood_of_feeds(Mood::Failing);
+    world.api.mood(RANGES_PATH, Mood::Failing);
     let began = Instant::now();
     let mut stream = world.stream_after(&user, 3).stream().await;
     world.api.until_asked("five times", |asked| asked.range_requests().count() >= 5).await;
@@ -134,7 +134,7 @@ async fn an_api_that_does_not_answer_is_given_up_and_asked_again() {
     let world = World::new().await;
     let (user, other) = (world.user(5), world.user(5));
     let mut well = world.joined(&other).await;
-    world.api.mood_of_feeds(Mood::Holding);
+    world.api.mood(RANGES_PATH, Mood::Holding);
     let mut stream = world.stream_after(&user, 3).stream().await;
     world.api.until_asked("once", |asked| asked.ranges(user.id) == [3]).await;
     world.say(&other, 1).await;
@@ -159,11 +159,12 @@ async fn a_reconcile_asks_once_for_each_user_and_session() {
     world.api.forget_questions();
     world.api.until_asked("three rounds", |asked| asked.requests().len() == 3).await;
     for asked in world.api.asked().requests() {
-        let Asked::Heads { users, sessions } = asked else { panic!("{asked:?}") };
+        let Asked::Heads { users, logins } = asked else { panic!("{asked:?}") };
         assert_eq!(users.len(), 2);
-        let mut sessions = sessions.clone();
-        sessions.sort();
-        assert_eq!(sessions, [user.session, phone.session]);
+        let mut logins = logins.clone();
+        logins.sort();
+        let of = |session| Login { user: user.id, session };
+        assert_eq!(logins, [of(user.session), of(phone.session)]);
     }
     drop(streams);
     world.ends().await;

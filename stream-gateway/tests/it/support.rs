@@ -16,6 +16,7 @@ use shared::{
     cursor::{Epoch, Seq},
     event::Envelope,
     ids::{SessionId, UserId},
+    keys_version::KeysVersion,
     test_support::{
         http::{Answer, Client},
         panics,
@@ -110,6 +111,11 @@ pub(crate) fn keys() -> SigningKeys {
     SigningKeys::from_pems(ORIGIN, PEM, &[]).unwrap()
 }
 
+/// The new key alone.
+pub(crate) fn new_keys() -> SigningKeys {
+    SigningKeys::from_pems(ORIGIN, ANOTHER_PEM, &[]).unwrap()
+}
+
 /// A new key signs, the usual one is still good.
 pub(crate) fn rotated_keys() -> SigningKeys {
     SigningKeys::from_pems(ORIGIN, ANOTHER_PEM, &[PEM.to_vec()]).unwrap()
@@ -199,6 +205,7 @@ impl World {
     pub(crate) fn another_session(&self, id: UserId) -> User {
         static SESSIONS: AtomicI64 = AtomicI64::new(1);
         let session = SessionId(SESSIONS.fetch_add(1, Ordering::Relaxed));
+        self.api.add_session(id, session);
         let token = self.signing.sign(&claims(id, session, now() + 3_600));
         User { id, session, token }
     }
@@ -232,6 +239,13 @@ impl World {
     pub(crate) async fn publish(&self, user: &User, payload: impl AsRef<[u8]>) {
         let mut redis = self.redis.clone();
         redis.publish::<_, _, ()>(self.channel(user), payload.as_ref()).await.unwrap();
+    }
+
+    /// As a replica of `api` with these keys does every few seconds.
+    pub(crate) async fn announce(&self, version: &KeysVersion) {
+        let channel = self.channels.keys().next().unwrap();
+        let mut redis = self.redis.clone();
+        redis.publish::<_, _, ()>(channel, serde_json::to_vec(version).unwrap()).await.unwrap();
     }
 
     /// So close together that they are one doubt.

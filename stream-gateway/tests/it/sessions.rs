@@ -1,0 +1,189 @@
+//! The session behind a stream: nothing is written before it is confirmed, and all of what it missed afterwards.
+
+use std::time::Duration;
+
+use futures_util::future::join_all;
+use shared::{
+    feed::{HEADS_PATH, RANGES_PATH},
+    test_support::sse::Stream,
+};
+
+use crate::{
+    api::Mood,
+    support::{Setup, User, World, claims, goodbye, keys, now, ready, receives, silence},
+};
+
+/// The goodbye is all that the stream ever wrote.
+async fn receives_only_a_goodbye(stream: &mut Stream, reason: &str) {
+    let (events, _) = stream.rest().await;
+    let [goodbye] = &events[..] else { panic!("{events:?}") };
+    assert!(goodbye.is("goodbye"), "{goodbye:?}");
+    assert_eq!(goodbye.json()["reason"], reason);
+}
+
+/// A stream of each kind: without a cursor, at the head, behind it, and with one that means nothing.
+async fn one_of_each(world: &World, user: &User, head: u64) -> Vec<Stream> {
+    let openings = [
+        world.stream(user),
+        world.stream_after(user, head),
+        world.stream_after(user, head - 2),
+        world.stream(user).last_event_id("nonsense"),
+    ];
+    join_all(openings.map(|opening| async move { opening.stream().await })).await
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn nothing_is_written_before_the_session_is_confirmed() {
+    let world = World::new().await;
+    let user = world.user(5);
+    let (ended, phone) = (world.another_session(user.id), world.another_session(user.id));
+    let mut confirmed = world.joined(&user).await;
+    world.api.end_session(ended.session);
+    world.api.mood(HEADS_PATH, Mood::Holding);
+    let mut of_ended = one_of_each(&world, &ended, 5).await;
+    let mut of_phone = one_of_each(&world, &phone, 5).await;
+    world.until_metric("gateway_streams", 9).await;
+    // The place is known, and the first of these directly follows the cursor.
+    world.say(&user, 3).await;
+    receives(&mut confirmed, 6..=8).await;
+    join_all(of_ended.iter_mut().chain(&mut of_phone).map(silence)).await;
+    assert!(world.api.asked().ranges(user.id).is_empty(), "nothing is read, so nothing is held");
+    world.api.mood(HEADS_PATH, Mood::Well);
+    for stream in &mut of_ended {
+        receives_only_a_goodbye(stream, "revoked").await;
+    }
+    let [at_head, at_cursor, behind, senseless] = &mut of_phone[..] else { panic!("four") };
+    ready(at_head, &world.api.cursor(user.id, 8), false).await;
+    ready(at_cursor, &world.api.cursor(user.id, 5), true).await;
+    receives(at_cursor, 6..=8).await;
+    ready(behind, &world.api.cursor(user.id, 3), true).await;
+    receives(behind, 4..=8).await;
+    senseless.named("ready").await;
+    senseless.named("resync").await;
+    world.say(&user, 1).await;
+    for stream in of_phone.iter_mut().chain([&mut confirmed]) {
+        receives(stream, 9..=9).await;
+    }
+    drop((confirmed, of_ended, of_phone));
+    world.leaves_nothing().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn streams_that_waited_for_api_are_whole_and_cost_no_memory() {
+    const USERS: usize = 40;
+    let world = Setup::config(|config| config.delivery.reconcile = Duration::from_secs(1)).start().await;
+    let users: Vec<_> = (0..USERS).map(|_| world.user(2)).collect();
+    let ended: Vec<_> = users.iter().map(|user| world.another_session(user.id)).collect();
+    ended.iter().for_each(|user| world.api.end_session(user.session));
+    world.api.mood(HEADS_PATH, Mood::Failing);
+    let open = async |users: &[User], after| {
+        join_all(users.iter().map(|user| world.stream_after(user, after)).map(async |it| it.stream().await))
+            .await
+    };
+    let mut waiting = open(&users, 0).await;
+    let mut refused = open(&ended, 0).await;
+    world.until_metric("gateway_subscriptions", USERS as u64).await;
+    // `api` fails for several rounds of the reconcile, and Redis brings much meanwhile.
+    for _ in 0..3 {
+        for user in &users {
+            let event = world.api.append_large(user.id, 10_000);
+            world.publish_event(user, &event).await;
+        }
+        world.api.forget_questions();
+        world.api.until_asked("another round", |asked| asked.requests().len() >= 3).await;
+        assert_eq!(world.api.asked().range_requests().count(), 0);
+        assert_eq!(world.metric("gateway_backlog_bytes").await, 0);
+    }
+    world.api.mood(HEADS_PATH, Mood::Well);
+    for (user, stream) in users.iter().zip(&mut waiting) {
+        ready(stream, &world.api.cursor(user.id, 0), true).await;
+        receives(stream, 1..=5).await;
+    }
+    for stream in &mut refused {
+        receives_only_a_goodbye(stream, "revoked").await;
+    }
+    drop((waiting, refused));
+    world.leaves_nothing().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_session_check_does_not_wait_for_ranges() {
+    let world = World::new().await;
+    let reading = world.user(5);
+    world.api.mood(RANGES_PATH, Mood::Holding);
+    let mut readers = Vec::new();
+    // More requests than there are places for; each is sent by itself.
+    for count in 1..=3 {
+        readers.push(world.stream_after(&reading, 1).stream().await);
+        world.api.until_asked("a range", |asked| asked.range_requests().count() >= count).await;
+    }
+    readers.push(world.stream_after(&reading, 1).stream().await);
+    readers.push(world.stream_after(&reading, 1).stream().await);
+    let (user, gone) = (world.user(3), world.user(3));
+    world.api.end_session(gone.session);
+    let mut stream = world.stream(&user).stream().await;
+    ready(&mut stream, &world.api.cursor(user.id, 3), false).await;
+    receives_only_a_goodbye(&mut world.stream(&gone).stream().await, "revoked").await;
+    world.api.mood(RANGES_PATH, Mood::Well);
+    for reader in &mut readers {
+        ready(reader, &world.api.cursor(reading.id, 1), true).await;
+        receives(reader, 2..=5).await;
+    }
+    drop((stream, readers));
+    world.leaves_nothing().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_older_answer_does_not_confirm_a_newer_stream() {
+    let world = Setup::config(|config| config.delivery.reconcile = Duration::from_secs(1)).start().await;
+    let user = world.user(5);
+    let mut early = world.joined(&user).await;
+    // The session lives as this is answered, and has ended when the answer arrives.
+    world.api.mood(HEADS_PATH, Mood::Holding);
+    world.api.forget_questions();
+    world.api.until_asked("the reconcile", |asked| asked.heads(user.id) > 0).await;
+    world.api.end_session(user.session);
+    let asked = world.api.asked().heads(user.id);
+    let mut late = world.stream_after(&user, 2).stream().await;
+    world.api.until_asked("the session", |record| record.heads(user.id) > asked).await;
+    world.api.mood(HEADS_PATH, Mood::Well);
+    receives_only_a_goodbye(&mut late, "revoked").await;
+    goodbye(&mut early, "revoked").await;
+    drop((early, late));
+    world.leaves_nothing().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_session_of_another_user_opens_nothing() {
+    let world = World::new().await;
+    let (user, thief) = (world.user(5), world.user(5));
+    let token = keys().sign(&claims(user.id, thief.session, now() + 3_600));
+    let (mut of_user, mut of_thief) = (world.joined(&user).await, world.joined(&thief).await);
+    for opening in [
+        world.opening().bearer(&token),
+        world.opening().bearer(&token).last_event_id(world.api.cursor(user.id, 2)),
+    ] {
+        receives_only_a_goodbye(&mut opening.stream().await, "revoked").await;
+    }
+    for (owner, stream) in [(&user, &mut of_user), (&thief, &mut of_thief)] {
+        world.say(owner, 1).await;
+        receives(stream, 6..=6).await;
+    }
+    drop((of_user, of_thief));
+    world.leaves_nothing().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_api_of_the_release_before_is_understood() {
+    let world = World::new().await;
+    world.api.be_of_the_release_before();
+    let user = world.user(5);
+    let ended = world.another_session(user.id);
+    world.api.end_session(ended.session);
+    let mut stream = world.joined(&user).await;
+    receives_only_a_goodbye(&mut world.stream_after(&ended, 2).stream().await, "revoked").await;
+    world.say(&user, 1).await;
+    receives(&mut stream, 6..=6).await;
+    drop(stream);
+    world.leaves_nothing().await;
+}
