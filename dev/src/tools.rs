@@ -20,10 +20,11 @@ struct Tool {
 /// Where it is to be had.
 enum From {
     Debian(&'static [&'static str]),
-    /// A Python package; tests need this path within it, or its folder.
+    /// A Python package; tests need this path within it, or its folder. What is in it may need packages of Debian.
     Pip {
         package: &'static str,
         path: &'static str,
+        debian: &'static [&'static str],
     },
     /// Not by us.
     Person(&'static str),
@@ -87,15 +88,20 @@ const TOOLS: [Tool; 9] = [
         what: "rotel, an OpenTelemetry collector",
         variable: "DEV_ROTEL",
         names: &["rotel-agent", "rotel"],
-        proof: &[],
-        from: From::Pip { package: "rotel==0.0.1a15", path: "rotel/rotel-agent" },
+        proof: &["--version"],
+        // It is linked with the library of the Python that it was installed by.
+        from: From::Pip {
+            package: "rotel==0.0.1a15",
+            path: "rotel/rotel-agent",
+            debian: &["libpython3-dev"],
+        },
     },
     Tool {
         what: "schemathesis, a fuzzer",
         variable: "DEV_SCHEMATHESIS",
         names: &[],
         proof: &[],
-        from: From::Pip { package: "schemathesis==4.32.5", path: "" },
+        from: From::Pip { package: "schemathesis==4.32.5", path: "", debian: &[] },
     },
 ];
 
@@ -129,8 +135,8 @@ pub(crate) async fn all(places: &Places) -> Found {
         .iter()
         .filter(|tool| tool.look(places).is_none())
         .filter_map(|tool| match tool.from {
-            From::Debian(packages) => Some(packages),
-            From::Pip { .. } | From::Person(_) => None,
+            From::Debian(packages) | From::Pip { debian: packages, .. } => Some(packages),
+            From::Person(_) => None,
         })
         .flatten()
         .copied()
@@ -169,10 +175,10 @@ impl Tool {
 
     fn look(&self, places: &Places) -> Option<PathBuf> {
         let private = match self.from {
-            From::Pip { package, path } => Some(install::pip_folder(&places.tools(), package).join(path)),
+            From::Pip { package, path, .. } => Some(install::pip_folder(&places.tools(), package).join(path)),
             From::Debian(_) | From::Person(_) => None,
         };
-        self.on_path().or(private.filter(|path| path.exists()))
+        self.on_path().or(private.filter(|path| path.exists() && self.is_proven(path)))
     }
 
     async fn program(&self, places: &Places, by_apt: &anyhow::Result<()>) -> anyhow::Result<PathBuf> {
@@ -184,8 +190,13 @@ impl Tool {
                 let why = by_apt.as_ref().err().map(|error| format!(" ({error:#})")).unwrap_or_default();
                 anyhow::bail!("install it (Debian: apt install {}){why}", packages.join(" "))
             }
-            From::Pip { package, .. } => {
-                install::install_with_pip(&places.tools(), self.what, package).await?
+            From::Pip { package, debian, .. } => {
+                if !install::pip_folder(&places.tools(), package).exists() {
+                    install::install_with_pip(&places.tools(), self.what, package).await?;
+                }
+                if !debian.is_empty() && self.look(places).is_none() {
+                    anyhow::bail!("it does not run (Debian: apt install {})", debian.join(" "));
+                }
             }
             From::Person(how) => anyhow::bail!("{how}"),
         }
