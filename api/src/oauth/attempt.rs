@@ -91,7 +91,7 @@ mod tests {
     use super::*;
 
     const SECRET: &str = "a secret for states that is long enough";
-    const NEWER: &str = "another secret, which is long enough too";
+    const NEWER: &str = "another secret that is long enough too";
 
     fn seal(list: &str) -> Seal {
         Seal::new(&Secrets::parse(list).unwrap())

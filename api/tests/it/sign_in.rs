@@ -257,7 +257,7 @@ async fn an_answer_counts_only_in_the_browser_that_asked(pool: PgPool) {
         let at_another = seal.seal(&at_another);
         let tampered = format!("{}A{}", &cookie[..9], &cookie[10..]);
         let by_another_secret =
-            Seal::new(&Secrets::parse("another secret, which is long enough").unwrap()).seal(&attempt);
+            Seal::new(&Secrets::parse("another secret that is long enough").unwrap()).seal(&attempt);
         let changed = |name, value: Option<&str>| with_parameter(&callback, name, value);
         for (what, cookie, callback) in [
             ("no cookie", None, callback.clone()),
