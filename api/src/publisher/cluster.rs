@@ -13,7 +13,7 @@ use tokio::{sync::mpsc, task::JoinSet};
 use tokio_util::sync::{CancellationToken, DropGuard};
 
 use super::{
-    BATCH, Connected, Notice, QUEUE, Worker, dropped,
+    BATCH, Connected, Kind, Notice, QUEUE, Worker, dropped,
     lane::{Lane, Others},
     offer,
 };
@@ -112,11 +112,11 @@ impl Router {
 
     fn route(&mut self, notice: Notice) {
         self.metrics.publish_queue.dec();
-        if notice.everywhere {
+        if notice.kind == Kind::KeysEverywhere {
             for (node, lane) in &self.lanes {
                 if let Some(channel) = self.map.name_of(node, self.channels.keys()) {
                     let payload = notice.payload.clone();
-                    let notice = Notice { channel, payload, everywhere: false, moves: 0, span: Span::NONE };
+                    let notice = Notice { channel, payload, kind: Kind::Keys, moves: 0, span: Span::NONE };
                     offer(&lane.queue, notice, &self.metrics);
                 }
             }

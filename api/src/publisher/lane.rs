@@ -13,7 +13,7 @@ use tokio::{
 };
 use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 
-use super::{BATCH, Connected, Notice, TIMEOUT, dropped};
+use super::{BATCH, Connected, Kind, Notice, TIMEOUT, dropped};
 use crate::metrics::Metrics;
 
 /// Between attempts to connect: doubled each time, up to the cap, and drawn at random so that replicas do not march in step. The cap
@@ -183,12 +183,13 @@ impl Lane {
     ) -> (bool, Option<RedisError>) {
         let sent = batch.len();
         let mut failed = None;
-        let mut taken = 0;
+        let (mut taken, mut events) = (false, 0);
         let mut answers = answers.into_iter();
         for mut notice in std::mem::take(batch) {
             let too_few = || Err(RedisError::from((ErrorKind::Parse, "fewer answers than events")));
             let Err(error) = answers.next().unwrap_or_else(too_few) else {
-                taken += 1;
+                taken = true;
+                events += u64::from(notice.kind == Kind::Event);
                 continue;
             };
             match (&self.others, bus::sent_to(&error, &self.node)) {
@@ -205,8 +206,8 @@ impl Lane {
             }
         }
         self.metrics.publish_queue.dec_by((sent - batch.len()) as i64);
-        self.metrics.published.inc_by(taken);
-        (taken > 0, failed)
+        self.metrics.published.inc_by(events);
+        (taken, failed)
     }
 
     fn renewal(&self) -> Renewal {
@@ -313,7 +314,7 @@ mod tests {
         let notice = |channel: &str| Notice {
             channel: channel.into(),
             payload: vec![],
-            everywhere: false,
+            kind: Kind::Event,
             moves: 0,
             span: Span::NONE,
         };

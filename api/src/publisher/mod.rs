@@ -47,12 +47,21 @@ pub struct Publisher {
 struct Notice {
     channel: String,
     payload: Vec<u8>,
-    /// Not for the node that owns the channel alone: for every node, on the first of [`Channels::keys`] that it owns.
-    everywhere: bool,
+    kind: Kind,
     /// How often a node of a cluster has said that it is for another one.
     moves: u8,
     /// Ends with the notice: when Redis has taken it, or it is dropped.
     span: Span,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    /// Something for one user. Metrics count these alone.
+    Event,
+    /// Which keys are good, for every node: on the first of [`Channels::keys`] that it owns.
+    KeysEverywhere,
+    /// The same, for one node of a cluster. The next one follows in seconds, so it is not missed.
+    Keys,
 }
 
 /// The task that sends them.
@@ -101,13 +110,13 @@ impl Publisher {
     pub fn publish_keys(&self, version: &KeysVersion) {
         let channel = self.channels.keys().next().expect("they have no end");
         let payload = serde_json::to_vec(version).expect("a version is strings and numbers");
-        let notice = Notice { channel, payload, everywhere: true, moves: 0, span: Span::NONE };
+        let notice = Notice { channel, payload, kind: Kind::KeysEverywhere, moves: 0, span: Span::NONE };
         offer(&self.queue, notice, &self.metrics);
     }
 
     fn offer(&self, receiver: UserId, payload: Vec<u8>, span: Span) {
         let channel = self.channels.user(receiver);
-        let notice = Notice { channel, payload, everywhere: false, moves: 0, span };
+        let notice = Notice { channel, payload, kind: Kind::Event, moves: 0, span };
         offer(&self.queue, notice, &self.metrics);
     }
 }
@@ -124,7 +133,9 @@ fn offer(queue: &mpsc::Sender<Notice>, notice: Notice, metrics: &Metrics) {
 fn dropped(reason: &'static str, notices: impl IntoIterator<Item = Notice>, metrics: &Metrics) {
     for mut notice in notices {
         notice.span.fail(reason);
-        metrics.publish_dropped.get_or_create(&Dropped { reason }).inc();
+        if notice.kind == Kind::Event {
+            metrics.publish_dropped.get_or_create(&Dropped { reason }).inc();
+        }
     }
 }
 
