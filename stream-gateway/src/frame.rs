@@ -212,13 +212,10 @@ pub fn resync(head: Cursor, why: Lost) -> Chunk {
 /// Why a connection ends by our will, as the client is told.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Goodbye {
-    /// This process is going away.
+    /// This process takes no streams now: it is going away, or it has no public keys yet. Both pass in seconds.
     Drain,
     /// Over a limit.
     Busy,
-    /// `api` could not be asked who this is, as when both start together. That passes in seconds, and is no limit that somebody
-    /// is over, but clients know it by the same name.
-    Unready,
     /// The right to be connected runs out with the token.
     Expired,
     /// The session has ended.
@@ -233,7 +230,7 @@ impl Goodbye {
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Drain => "drain",
-            Self::Busy | Self::Unready => "busy",
+            Self::Busy => "busy",
             Self::Expired => "expired",
             Self::Revoked => "revoked",
             Self::Rotate => "rotate",
@@ -251,7 +248,7 @@ impl Goodbye {
     pub fn retry(self) -> std::ops::RangeInclusive<u32> {
         match self {
             Self::Busy | Self::Replaced => 60_000..=120_000,
-            Self::Drain | Self::Rotate | Self::Unready => FIRST_RETRY,
+            Self::Drain | Self::Rotate => FIRST_RETRY,
             Self::Expired | Self::Revoked => AN_HOUR..=AN_HOUR,
         }
     }

@@ -204,9 +204,7 @@ impl Engine {
             + match why {
                 Goodbye::Expired => EXPIRED_WITHIN,
                 Goodbye::Revoked => REVOKED_WITHIN,
-                Goodbye::Busy | Goodbye::Drain | Goodbye::Replaced | Goodbye::Rotate | Goodbye::Unready => {
-                    GOODBYE_WITHIN
-                }
+                Goodbye::Busy | Goodbye::Drain | Goodbye::Replaced | Goodbye::Rotate => GOODBYE_WITHIN,
             };
         let due = connection.due;
         self.wheel.insert(key, due);

@@ -124,7 +124,7 @@ impl Streams {
         }
         let head = Head::new(version, request_id, origin);
         let Some(bearer) = bearer else {
-            return Ok(self.turn_away(head, "no_keys", Goodbye::Unready));
+            return Ok(self.turn_away(head, "no_keys", Goodbye::Drain));
         };
         if self.parting.load(Ordering::Relaxed) {
             return Ok(self.turn_away(head, "drain", Goodbye::Drain));
@@ -208,7 +208,7 @@ impl Streams {
                     Some(user) => admit(socket, user, Bytes::new()),
                     None => {
                         metrics.streams_refused.get_or_create(&Reason { reason: "no_identity" }).inc();
-                        say_at_once(&socket, b"", framing, Goodbye::Unready);
+                        say_at_once(&socket, b"", framing, Goodbye::Busy);
                     }
                 }
             });

@@ -96,7 +96,7 @@ async fn while_api_cannot_tell_who_it_is_the_head_comes_and_then_busy() {
     let mut stream = world.with_token(&token()).stream().await;
     let told = goodbye(&mut stream, "busy").await;
     assert_eq!(told["reconnect"], true);
-    assert!((2_000..=5_000).contains(&stream.retry.unwrap().as_millis()), "nobody is over a limit");
+    assert!((60_000..=120_000).contains(&stream.retry.unwrap().as_millis()));
     assert_eq!(world.metric("gateway_streams_refused_total{reason=\"no_identity\"}").await, 1);
     world.api.mood(IDENTITY_PATH, Mood::Well);
     let mut stream = world.with_token(&token()).stream().await;
@@ -164,7 +164,7 @@ async fn the_issuers_keys_are_rotated_and_may_be_late() {
     world.api.mood(KEYS_PATH, Mood::Well);
     until("the gateway is ready", || async { world.readiness().await.status == 200 }).await;
     let mut stream = world.with_token(&token).stream().await;
-    goodbye(&mut stream, "busy").await;
+    goodbye(&mut stream, "drain").await;
     drop(stream);
     world.ends().await;
 }

@@ -35,7 +35,7 @@ async fn without_keys_streams_are_told_to_come_back_and_no_token_is_called_bad()
     let user = world.user(3);
     for opening in [world.stream(&user), world.opening().bearer("nonsense")] {
         let mut stream = opening.stream().await;
-        let told = goodbye(&mut stream, "busy").await;
+        let told = goodbye(&mut stream, "drain").await;
         assert_eq!(told["reconnect"], true);
         let retry = stream.retry.unwrap().as_millis();
         assert!((2_000..=5_000).contains(&retry), "nobody is over a limit: {retry}");
@@ -100,7 +100,7 @@ async fn a_key_that_cannot_be_asked_about_is_not_a_bad_token() {
     world.api.mood(KEYS_PATH, Mood::Failing);
     for _ in 0..3 {
         let mut stream = world.signed_by(&rotated_keys(), &user).stream().await;
-        goodbye(&mut stream, "busy").await;
+        goodbye(&mut stream, "drain").await;
     }
     assert_eq!(world.api.asked().keys(), 1);
     // What is known stays good, and what is bad for another reason stays bad.
@@ -123,7 +123,7 @@ async fn an_empty_or_senseless_set_of_keys_does_not_take_the_place_of_good_ones(
         let user = world.user(3);
         world.api.next_answer(KEYS_PATH, text);
         let mut stream = world.signed_by(&rotated_keys(), &user).stream().await;
-        goodbye(&mut stream, "busy").await;
+        goodbye(&mut stream, "drain").await;
         assert_eq!(world.api.asked().keys(), 1);
         assert_eq!(statuses(&world.stream(&user), 1).await, [200]);
         assert_eq!(world.metric("gateway_keys").await, keys().jwks().keys.len() as u64);

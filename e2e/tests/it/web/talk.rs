@@ -1,7 +1,7 @@
 //! Two people talk, and one of them has another device.
 
 use e2e::{Browser, Front, World, browser::Context};
-use serde_json::json;
+use serde_json::{Value, json};
 use shared::test_support::until;
 
 use super::{
@@ -24,7 +24,9 @@ async fn log_in(context: &Context, name: &str) -> Messenger {
 /// As the server signs them, so that the logs can be searched for them.
 async fn known_to(world: &World, context: &Context) {
     let cookies = context.call(json!([["cookies"]])).await;
-    let session = cookies.as_array().unwrap().iter().find(|cookie| cookie["name"] == "session").unwrap();
+    let is_session = |cookie: &&Value| cookie["name"].as_str().unwrap().ends_with("messenger_session");
+    let session = cookies.as_array().unwrap().iter().find(is_session).unwrap();
+    assert_eq!(session["secure"], session["name"].as_str().unwrap().starts_with("__Host-"));
     assert_eq!(session["httpOnly"], true, "no script sees it");
     world.remember(session["value"].as_str().unwrap());
 }
