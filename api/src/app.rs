@@ -41,7 +41,7 @@ use crate::{
 
 /// For Postgres to be there when the service starts, and for its answer to the first question.
 const START_TIMEOUT: Duration = Duration::from_secs(30);
-/// For one try to connect, and to look at what is there.
+/// Bounds one attempt to connect and to inspect the server.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// For what is still queued for Redis when the service stops.
 pub const FLUSH_TIMEOUT: Duration = Duration::from_secs(2);

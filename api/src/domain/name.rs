@@ -12,7 +12,7 @@ use icu_properties::{
 
 /// Code points of a name from elsewhere, without the suffix that tells it from a taken one.
 const LONGEST: usize = 50;
-/// Whoever comes without a name that can be shown.
+/// The name of a new user whose issuer gives none that can be shown.
 const NAMELESS: &str = "user";
 
 const ZWNJ: char = '\u{200c}';

@@ -34,7 +34,7 @@ use crate::{
 pub struct Auth {
     keys: SigningKeys,
     verifier: KeySet,
-    /// Of what was configured.
+    /// Identifies the configured keys: gateways compare it to learn of a removed one.
     version: Version,
     origins: Arc<Origins>,
     cookies: Cookies,
@@ -262,8 +262,8 @@ impl Auth {
         input
     }
 
-    /// Sees every answer. A caller whose token was good and who is 401 all the same has a session that has ended: from now on
-    /// its token is refused before anything is counted, or whoever still has it could use up the limits of its user.
+    /// Inspects every answer. A 401 to a valid token means that its session has ended: from now on the token is refused before
+    /// anything is counted. Otherwise it could still use up the limits of its user.
     pub(super) fn answered(&self, trace: &Trace, status: StatusCode) {
         if let Some((user, session)) = trace.caller()
             && status == StatusCode::UNAUTHORIZED

@@ -34,7 +34,7 @@ struct Router {
     metrics: Metrics,
 }
 
-/// A lane that runs. When this is dropped, the lane sends what is queued and ends.
+/// A running lane. Dropping this makes the lane send its queue and end.
 struct Running {
     // Dropped before the sender: a lane without either has ended in order.
     _stop: DropGuard,

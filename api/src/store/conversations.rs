@@ -19,7 +19,7 @@ pub enum Started {
     NoSession,
 }
 
-/// SQL `start_conversation()`, which knows people by their exact names, with who is meant by `username`.
+/// Starts a conversation with the user that `find_user` returns for `username`: `start_conversation()` takes exact names only.
 pub async fn start(
     connection: &mut PgConnection,
     session: Option<SessionId>,

@@ -11,7 +11,7 @@ use crate::domain::user::{Profile, User};
 /// SHA-256 of something that was given out once.
 pub type Hash = [u8; 32];
 
-/// Somebody whom an issuer or a provider vouches for.
+/// A user as an issuer or a provider identified them.
 #[derive(Debug, Clone, Copy)]
 pub struct Arrived {
     pub user: UserId,
@@ -19,7 +19,7 @@ pub struct Arrived {
     pub created: bool,
 }
 
-/// The user of this profile, who is made at the first login.
+/// Returns the user of this profile; creates them at the first login.
 pub async fn provision(connection: &mut PgConnection, profile: &Profile) -> sqlx::Result<Arrived> {
     sqlx::query_as!(
         Arrived,
