@@ -23,20 +23,23 @@ COPY benches/Cargo.toml benches/
 COPY dev/Cargo.toml dev/
 COPY e2e/Cargo.toml e2e/
 COPY manifests/Cargo.toml manifests/
-COPY shared/Cargo.toml shared/
+COPY shared/protocol/Cargo.toml shared/protocol/
+COPY shared/service-kit/Cargo.toml shared/service-kit/
+COPY shared/testkit/Cargo.toml shared/testkit/
 COPY stream-gateway/Cargo.toml stream-gateway/
 # Every member of the workspace must be there for the lock file to hold, so each is an empty library here. What is built of
 # ours is thrown away again: it is newer than the real sources, and would be taken for them.
 RUN --mount=type=cache,target=/usr/local/cargo/registry,sharing=locked \
-    for member in */; do mkdir "${member}src" && touch "${member}src/lib.rs" || exit; done \
+    for member in */Cargo.toml shared/*/Cargo.toml; do mkdir "${member%Cargo.toml}src" && touch "${member%Cargo.toml}src/lib.rs" || exit; done \
     && cargo build --release --locked --package api --package stream-gateway \
-    && cargo clean --release --locked --package shared --package api --package stream-gateway
+    && cargo clean --release --locked --package protocol --package service-kit --package api --package stream-gateway
 
 
 # --- ours --------------------------------------------------------------------------------------------------------------
 # Both in one build: each alone would have the dependencies with other features.
 FROM dependencies AS build
-COPY shared/src shared/src
+COPY shared/protocol/src shared/protocol/src
+COPY shared/service-kit/src shared/service-kit/src
 COPY api api
 COPY stream-gateway/src stream-gateway/src
 COPY web web

@@ -88,5 +88,5 @@ export class Session {
 /** Who is logged in? Throws 401 when nobody is. @param {AbortSignal} signal */
 export async function whoAmI(signal) {
   const { body, headers } = await get("/api/auth_user", signal);
-  return { me: /** @type {import("./api.js").User} */ (body), cursor: headers.get("Stream-Cursor") };
+  return { me: /** @type {import("./api.js").User} */ (body), cursor: headers.get("Feed-Cursor") };
 }

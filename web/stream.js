@@ -46,7 +46,7 @@ const EVENTS = ["message", "message.sent", "conversation.created", "conversation
  * @typedef {"connecting" | "live" | "offline" | "signed-out"} State
  *
  * @typedef {object} Options
- * @property {string | null} [cursor] the `Stream-Cursor` of what was read by REST; without one, the stream begins now
+ * @property {string | null} [cursor] the `Feed-Cursor` of what was read by REST; without one, the stream begins now
  * @property {string} [url] by default `/api/messages`
  * @property {string} [scope] tabs of one scope share a stream: one per user, or per token where tabs have different ones
  * @property {boolean} [shared] false: a connection for this tab alone

@@ -4,7 +4,7 @@ use std::{sync::Arc, time::Duration};
 
 use anyhow::Context as _;
 use prometheus_client::metrics::counter::Counter;
-use shared::{
+use service_kit::{
     client_address::TrustedProxies,
     explain,
     limiter::Limiter,
@@ -23,7 +23,7 @@ use crate::{
     commands::Context,
     config::{Addresses, Config},
     explain::explain,
-    foreign::Foreign,
+    external::External,
     http::{self, Api, Cors, Edge, auth::Auth, oauth::SignIn},
     last_used::{self, LastUsed},
     metrics::Metrics,
@@ -187,8 +187,8 @@ pub async fn run(config: Config, listeners: Listeners, stop: CancellationToken) 
     let used = LastUsed::default();
     let providers = oauth::providers(config.providers, &config.origin, config.provider_time_limit)
         .context("cannot read whom this machine trusts (SSL_CERT_FILE, ca-certificates)")?;
-    let foreign = config.foreign.map(Foreign::new).transpose();
-    let foreign = foreign
+    let external = config.external.map(External::new).transpose();
+    let external = external
         .context("cannot read whom this machine trusts (SSL_CERT_FILE, ca-certificates)")?
         .map(Arc::new);
     let sign_in = SignIn::new(
@@ -203,9 +203,9 @@ pub async fn run(config: Config, listeners: Listeners, stop: CancellationToken) 
     let auth = Auth::new(config.keys, origins.clone(), config.lifetimes, used.clone(), context.clone());
     let api = Arc::new(Api {
         context,
-        auth: auth.with_foreign(foreign.clone()),
+        auth: auth.with_external(external.clone()),
         limits: http::limits::Limits::new(limiter, &config.limits),
-        foreign: foreign.clone(),
+        external: external.clone(),
         dev_login: config.dev_login,
         sign_in,
         internal_secrets: config.internal_secrets,
@@ -223,7 +223,8 @@ pub async fn run(config: Config, listeners: Listeners, stop: CancellationToken) 
     let pruning = tasks.spawn("pruner", &stop, pruning);
     let noting = last_used::run(used, database.clone(), stop.clone());
     let noting = tasks.spawn("last use of sessions", &stop, noting);
-    let following = foreign.map(|foreign| tasks.spawn("external keys", &stop, foreign.follow(stop.clone())));
+    let following =
+        external.map(|external| tasks.spawn("external keys", &stop, external.follow(stop.clone())));
     let announcing = tasks.spawn("announcements of keys", &stop, announce_keys(api.clone(), stop.clone()));
     let publishing = worker.run(tasks.clone(), stop_publishing.clone());
     let publishing = tasks.spawn("publisher", &stop_publishing, publishing);

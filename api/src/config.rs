@@ -3,13 +3,11 @@
 use std::{fs, net::SocketAddr, path::PathBuf, str::FromStr, time::Duration};
 
 use clap::{Args, Parser, Subcommand};
-use shared::{
+use protocol::{channels::Channels, claims::SigningKeys, external::ExternalIssuer};
+use service_kit::{
     bus::Bus,
-    channels::Channels,
-    claims::SigningKeys,
     client_address::TrustedProxies,
     config::{Origin, Problems},
-    foreign::ForeignIssuer,
     healthcheck::Probe,
     limiter::{self, Limit},
     secrets::Secrets,
@@ -21,7 +19,7 @@ use tracing_subscriber::EnvFilter;
 
 use crate::{
     app::FLUSH_TIMEOUT,
-    foreign::ForeignSettings,
+    external::ExternalSettings,
     http::auth::Lifetimes,
     oauth::{self, ProviderSettings},
     store::{feed::Keep, session},
@@ -162,16 +160,16 @@ pub struct Settings {
     /// Accept tokens of this issuer too (its `iss`, exactly), and make its users at first use: for a product with a login
     /// of its own
     #[arg(long, env, global = true, default_value = "", value_name = "URL")]
-    pub foreign_issuer: String,
+    pub external_issuer: String,
     /// Whom its tokens must be for: their `aud`
     #[arg(long, env, global = true, default_value = "", value_name = "TEXT")]
-    pub foreign_audience: String,
+    pub external_audience: String,
     /// Where its public keys are (JWKS)
     #[arg(long, env, global = true, default_value = "", value_name = "URL")]
-    pub foreign_jwks_url: String,
+    pub external_jwks_url: String,
     /// How it signs: RS256, PS256, ES256, EdDSA or a longer one of these. Nothing else is accepted
     #[arg(long, env, global = true, default_value = "RS256", value_name = "NAME")]
-    pub foreign_algorithm: String,
+    pub external_algorithm: String,
     /// How long a session lives from its last refresh, and the longest life of a token
     #[arg(long, env, global = true, default_value = "1209600", value_name = "SECONDS")]
     pub token_lifetime_seconds: String,
@@ -277,7 +275,7 @@ pub struct Config {
     /// For one question to a provider.
     pub provider_time_limit: Duration,
     pub callback_token_in_query: bool,
-    pub foreign: Option<ForeignSettings>,
+    pub external: Option<ExternalSettings>,
     pub lifetimes: Lifetimes,
     pub keep: Keep,
     pub limits: RateLimits,
@@ -361,7 +359,7 @@ impl Settings {
         };
         let callback_token_in_query =
             problems.parse::<bool>("CALLBACK_TOKEN_IN_QUERY", &self.callback_token_in_query);
-        let foreign = self.foreign(&mut problems, origin.as_ref());
+        let external = self.external(&mut problems, origin.as_ref());
         let token_lifetime =
             problems.seconds("TOKEN_LIFETIME_SECONDS", &self.token_lifetime_seconds, 60, LONGEST_TOKEN);
         let stream_token_lifetime =
@@ -404,7 +402,7 @@ impl Settings {
                 providers,
                 provider_time_limit: oauth::TIME_LIMIT,
                 callback_token_in_query: callback_token_in_query?,
-                foreign: foreign?,
+                external: external?,
                 lifetimes: Lifetimes { session: token_lifetime?, stream_token: stream_token_lifetime? },
                 keep: keep?,
                 limits: limits?,
@@ -517,28 +515,28 @@ impl Settings {
     }
 
     /// `Some(None)`: no other issuer is trusted.
-    fn foreign(&self, problems: &mut Problems, origin: Option<&Origin>) -> Option<Option<ForeignSettings>> {
+    fn external(&self, problems: &mut Problems, origin: Option<&Origin>) -> Option<Option<ExternalSettings>> {
         let given = [
-            ("FOREIGN_ISSUER", &self.foreign_issuer),
-            ("FOREIGN_AUDIENCE", &self.foreign_audience),
-            ("FOREIGN_JWKS_URL", &self.foreign_jwks_url),
+            ("EXTERNAL_ISSUER", &self.external_issuer),
+            ("EXTERNAL_AUDIENCE", &self.external_audience),
+            ("EXTERNAL_JWKS_URL", &self.external_jwks_url),
         ];
-        let algorithm = problems.parse("FOREIGN_ALGORITHM", &self.foreign_algorithm);
+        let algorithm = problems.parse("EXTERNAL_ALGORITHM", &self.external_algorithm);
         if given.iter().all(|(_, value)| value.is_empty()) {
             return algorithm.map(|_| None);
         }
         let [issuer, audience, jwks_url] =
             given.map(|(name, value)| problems.require(name, Some(value)).map(str::to_owned));
         if origin.is_some_and(|origin| issuer.as_deref() == Some(origin.as_str())) {
-            problems.add("FOREIGN_ISSUER is ORIGIN: our own tokens need no setting");
+            problems.add("EXTERNAL_ISSUER is ORIGIN: our own tokens need no setting");
         }
         // Whoever can change what is answered there can be anybody here.
         let jwks_url = jwks_url.and_then(|url| {
-            let unusable = |error| problems.add(format!("FOREIGN_JWKS_URL cannot be used: {error}"));
+            let unusable = |error| problems.add(format!("EXTERNAL_JWKS_URL cannot be used: {error}"));
             oauth::protected_url(&url).map_err(unusable).ok()
         });
-        let issuer = ForeignIssuer { issuer: issuer?, audience: audience?, algorithm: algorithm? };
-        Some(Some(ForeignSettings { issuer, jwks_url: jwks_url?.into() }))
+        let issuer = ExternalIssuer { issuer: issuer?, audience: audience?, algorithm: algorithm? };
+        Some(Some(ExternalSettings { issuer, jwks_url: jwks_url?.into() }))
     }
 
     fn keys(&self, problems: &mut Problems, origin: Option<&Origin>) -> Option<SigningKeys> {

@@ -1,13 +1,13 @@
 //! What the feed says about one event of one user, for an operator: was it written, when, by which request, is it still kept?
 
 use http::StatusCode;
-use serde::Serialize;
-use shared::{
-    cursor::{Epoch, Seq},
-    explain::{Event, Question, Refusal},
+use protocol::{
     feed::Head,
     ids::UserId,
+    position::{Epoch, Seq},
 };
+use serde::Serialize;
+use service_kit::explain::{Event, Question, Refusal};
 
 use crate::{
     metrics::Metrics,

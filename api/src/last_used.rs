@@ -10,7 +10,7 @@ use std::{
     time::Duration,
 };
 
-use shared::feed::Login;
+use protocol::feed::Login;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 

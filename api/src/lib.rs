@@ -7,7 +7,7 @@ pub mod commands;
 pub mod config;
 pub mod domain;
 pub mod explain;
-pub mod foreign;
+pub mod external;
 pub mod http;
 pub mod last_used;
 pub mod metrics;

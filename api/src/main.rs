@@ -7,7 +7,7 @@ use api::{
     config::{Cli, Command},
 };
 use clap::Parser;
-use shared::{
+use service_kit::{
     healthcheck::{self, Probe},
     lifecycle, telemetry,
 };

@@ -12,7 +12,7 @@ use prometheus_client::{
     },
     registry::{Registry, Unit},
 };
-use shared::{limiter, process_metrics, server, traces};
+use service_kit::{limiter, process_metrics, server, traces};
 
 #[derive(Clone)]
 pub struct Metrics {

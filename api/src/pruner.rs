@@ -7,7 +7,7 @@
 
 use std::time::Duration;
 
-use shared::ids::{SessionId, UserId};
+use protocol::ids::{SessionId, UserId};
 use tokio_util::sync::CancellationToken;
 
 use crate::{

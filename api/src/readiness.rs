@@ -6,7 +6,7 @@ use std::{
     time::Duration,
 };
 
-use shared::ops::Readiness;
+use service_kit::ops::Readiness;
 use sqlx::{Connection, PgConnection, postgres::PgConnectOptions};
 use tokio::time::{MissedTickBehavior, interval, timeout};
 use tokio_util::sync::CancellationToken;

@@ -12,7 +12,7 @@ use std::{
 
 use anyhow::Context as _;
 use nix::sys::resource::{Resource, getrlimit};
-use shared::test_support::process::{Process, Signal};
+use testkit::process::{Process, Signal};
 
 use crate::{http, settings, usage::Cpu};
 

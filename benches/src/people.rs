@@ -2,9 +2,9 @@
 
 use std::{fmt::Write as _, path::PathBuf};
 
-use shared::{
-    cursor::{Cursor, Epoch},
+use protocol::{
     ids::{ConversationId, SessionId, UserId},
+    position::{Epoch, Position},
 };
 
 use sqlx::AssertSqlSafe;
@@ -86,7 +86,7 @@ async fn settle(world: &World, tables: &'static str) -> anyhow::Result<()> {
 }
 
 /// Where all these feeds end, by what Postgres says.
-pub async fn heads(world: &World, people: &[Person]) -> anyhow::Result<Vec<(UserId, Cursor)>> {
+pub async fn heads(world: &World, people: &[Person]) -> anyhow::Result<Vec<(UserId, Position)>> {
     let ids: Vec<i64> = people.iter().map(|person| person.id.0).collect();
     let rows: Vec<(i64, i64, i64)> = sqlx::query_as(
         "SELECT user_id, epoch, head_seq FROM feed_heads WHERE user_id = ANY ($1) ORDER BY user_id",
@@ -95,7 +95,7 @@ pub async fn heads(world: &World, people: &[Person]) -> anyhow::Result<Vec<(User
     .fetch_all(&world.sql)
     .await?;
     let head = |(user, epoch, seq): (i64, i64, i64)| {
-        (UserId(user), Cursor { epoch: Epoch::from_sql(epoch), seq: seq.cast_unsigned() })
+        (UserId(user), Position { epoch: Epoch::from_sql(epoch), seq: seq.cast_unsigned() })
     };
     Ok(rows.into_iter().map(head).collect())
 }

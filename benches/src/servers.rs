@@ -10,8 +10,8 @@ use std::{
 };
 
 use anyhow::Context as _;
-use shared::test_support::process::Process;
 use tempfile::TempDir;
+use testkit::process::Process;
 
 use crate::settings;
 

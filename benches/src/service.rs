@@ -13,7 +13,7 @@ use std::{
 
 use anyhow::Context as _;
 use serde_json::Value;
-use shared::test_support::process::{Process, Signal};
+use testkit::process::{Process, Signal};
 
 use crate::{
     http,

@@ -13,12 +13,12 @@ use std::{
 
 use anyhow::Context as _;
 use chrono::{DateTime, Utc};
+use protocol::{
+    event::{self, Envelope, kind, rfc3339},
+    position::Seq,
+};
 use rand::seq::SliceRandom;
 use serde_json::{json, value::RawValue};
-use shared::{
-    cursor::Seq,
-    event::{self, Envelope, kind, rfc3339},
-};
 use sqlx::Connection;
 
 use crate::{

@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, net::SocketAddr};
 
 use anyhow::Context as _;
 use ed25519_dalek::pkcs8::{EncodePrivateKey as _, KeypairBytes, spki::der::pem::LineEnding};
-use shared::{
+use protocol::{
     channels::Channels,
     claims::{Audience, Claims, SigningKeys},
     ids::{SessionId, UserId},

@@ -1,4 +1,4 @@
-//! Every task that a service starts is watched by `shared::tasks`, or listed here with the reason why its end is noticed.
+//! Every task that a service starts is watched by `service_kit::tasks`, or listed here with the reason why its end is noticed.
 
 use std::{
     fs,
@@ -9,8 +9,8 @@ use std::{
 const NOT_WATCHED: [(&str, &str); 6] = [
     ("api/src/commands/mod.rs", "one command, awaited by its request"),
     ("api/src/publisher/lane.rs", "one connection attempt, awaited by its lane"),
-    ("shared/src/lifecycle.rs", "cancels the process's stop token when it ends"),
-    ("shared/src/server.rs", "one connection"),
+    ("shared/service-kit/src/lifecycle.rs", "cancels the process's stop token when it ends"),
+    ("shared/service-kit/src/server.rs", "one connection"),
     ("stream-gateway/src/backfill.rs", "one request; its panic becomes the delivery thread's"),
     ("stream-gateway/src/http/stream.rs", "one connection"),
 ];
@@ -18,7 +18,7 @@ const NOT_WATCHED: [(&str, &str); 6] = [
 fn sources(folder: &Path, found: &mut Vec<PathBuf>) {
     for entry in fs::read_dir(folder).expect("the folder is in the workspace") {
         let path = entry.expect("it can be read").path();
-        if path.is_dir() && !path.ends_with("test_support") {
+        if path.is_dir() {
             sources(&path, found);
         } else if path.extension().is_some_and(|extension| extension == "rs") && !path.ends_with("tests.rs") {
             found.push(path);
@@ -30,7 +30,7 @@ fn sources(folder: &Path, found: &mut Vec<PathBuf>) {
 fn every_long_lived_task_of_a_service_is_watched() {
     let workspace = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
     let mut files = Vec::new();
-    ["api/src", "shared/src", "stream-gateway/src"]
+    ["api/src", "shared/protocol/src", "shared/service-kit/src", "stream-gateway/src"]
         .iter()
         .for_each(|folder| sources(&workspace.join(folder), &mut files));
     let mut found = Vec::new();

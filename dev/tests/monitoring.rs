@@ -17,8 +17,8 @@ fn quoted_after<'a>(text: &'a str, before: &'a str) -> impl Iterator<Item = &'a 
 /// Names without the endings that a metric's type gives them.
 fn declared() -> BTreeSet<String> {
     let mut names = BTreeSet::new();
-    let shared =
-        ["limiter.rs", "server/metrics.rs", "traces.rs"].map(|file| read(&format!("shared/src/{file}")));
+    let shared = ["limiter.rs", "server/metrics.rs", "traces.rs"]
+        .map(|file| read(&format!("shared/service-kit/src/{file}")));
     let shared = shared.concat();
     for (prefix, source) in
         [("api", read("api/src/metrics.rs")), ("gateway", read("stream-gateway/src/metrics.rs"))]
@@ -32,7 +32,7 @@ fn declared() -> BTreeSet<String> {
             names.insert(format!("{prefix}_{name}_{}", unit.to_lowercase()));
         }
     }
-    let process = read("shared/src/process_metrics.rs");
+    let process = read("shared/service-kit/src/process_metrics.rs");
     let quoted = process.split('"').skip(1).step_by(2);
     names.extend(
         quoted

@@ -39,7 +39,9 @@ fn quoted(cell: &str) -> impl Iterator<Item = &str> {
 #[test]
 fn every_threat_is_met_somewhere_and_shown_by_tests_that_exist() {
     let mut tests = BTreeSet::new();
-    for member in ["api", "shared", "stream-gateway", "e2e", "dev"] {
+    for member in
+        ["api", "shared/protocol", "shared/service-kit", "shared/testkit", "stream-gateway", "e2e", "dev"]
+    {
         for folder in ["src", "tests"].map(|folder| workspace().join(member).join(folder)) {
             if folder.exists() {
                 tests_in(&folder, &mut tests);

@@ -22,8 +22,8 @@ use std::{
 };
 
 use serde_json::{Value, json};
-use shared::test_support::{PATIENCE, node, process::Process};
 use tempfile::TempDir;
+use testkit::{PATIENCE, node, process::Process};
 use tokio::sync::oneshot;
 
 use crate::{User, settings};

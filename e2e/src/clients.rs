@@ -10,7 +10,7 @@ use std::{
     sync::Arc,
 };
 
-use shared::test_support::{node, process::Process, sse::Event};
+use testkit::{node, process::Process, sse::Event};
 
 use crate::{service::Log, settings};
 

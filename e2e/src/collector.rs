@@ -16,10 +16,8 @@ use opentelemetry_proto::tonic::{
     trace::v1::span::SpanKind,
 };
 use prost::Message;
-use shared::{
-    server::{self, Limits, Metrics},
-    test_support::{process::Process, servers::free_port, soon, until},
-};
+use service_kit::server::{self, Limits, Metrics};
+use testkit::{process::Process, servers::free_port, soon, until};
 use tokio::sync::watch;
 use tokio_util::sync::{CancellationToken, DropGuard};
 use warp::Filter;

@@ -1,12 +1,12 @@
 //! The comparison that the whole suite is about: what a browser saw is exactly its user's feed.
 
-use shared::{
-    cursor::{Cursor, Epoch, Seq},
+use protocol::{
     event::kind,
     ids::UserId,
-    test_support::sse::{Browser, Event},
+    position::{Epoch, Position, Seq},
 };
 use sqlx::PgPool;
+use testkit::sse::{Browser, Event};
 
 /// One user's feed as the database has it.
 #[derive(Debug)]
@@ -33,7 +33,7 @@ impl Feed {
                 .await
                 .expect("the feed can be read");
         let event = |(seq, name, data): (i64, String, String)| Event {
-            id: Some(Cursor { epoch, seq: seq.cast_unsigned() }.to_string()),
+            id: Some(Position { epoch, seq: seq.cast_unsigned() }.to_string()),
             name: (name != kind::MESSAGE).then_some(name),
             data,
         };
@@ -52,7 +52,7 @@ impl Feed {
     }
 
     pub fn cursor(&self, seq: Seq) -> String {
-        Cursor { epoch: self.epoch, seq }.to_string()
+        Position { epoch: self.epoch, seq }.to_string()
     }
 
     /// Every event after `after`, once, in order, byte for byte.
@@ -82,7 +82,7 @@ impl Feed {
 
 fn number(event: &Event) -> Seq {
     let id = event.id.as_deref().expect("an event of the feed has an id");
-    id.parse::<Cursor>().expect("ids are cursors").seq
+    id.parse::<Position>().expect("ids are cursors").seq
 }
 
 /// Waits until a browser has all that there is now, then compares everything it ever saw with the feed after the place of

@@ -8,8 +8,8 @@ use std::{
     sync::Arc,
 };
 
-use shared::test_support::{process::Process, until};
 use tempfile::TempDir;
+use testkit::{process::Process, until};
 
 use crate::{Service, service::Log, settings};
 

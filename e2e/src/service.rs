@@ -13,7 +13,7 @@ use std::{
 };
 
 use serde_json::Value;
-use shared::test_support::{
+use testkit::{
     http::Client,
     process::{Process, Signal},
     soon,

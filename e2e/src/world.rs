@@ -11,22 +11,22 @@ use std::{
 
 use base64::{Engine, engine::general_purpose::STANDARD};
 use chrono::Utc;
-use serde_json::{Value, json};
-use shared::{
+use protocol::{
     channels::Channels,
     claims::{Audience, Claims, SigningKeys},
-    cookies::Cookies,
     ids::{ConversationId, UserId},
-    test_support::{
-        http::{Answer, Client},
-        issuer, panics, soon,
-    },
 };
+use serde_json::{Value, json};
+use service_kit::cookies::Cookies;
 use sqlx::{
     AssertSqlSafe, Connection, Executor, PgConnection, PgPool,
     postgres::{PgConnectOptions, PgPoolOptions},
 };
 use tempfile::TempDir;
+use testkit::{
+    http::{Answer, Client},
+    issuer, panics, soon,
+};
 
 use crate::{
     Service,
@@ -171,10 +171,10 @@ impl World {
     /// An api that trusts the foreign issuer of the tests, whose keys are served there.
     pub fn api_with_issuer(&self, jwks_url: &str) -> Plan {
         self.api()
-            .env("FOREIGN_ISSUER", issuer::ISSUER)
-            .env("FOREIGN_AUDIENCE", issuer::AUDIENCE)
-            .env("FOREIGN_ALGORITHM", "ES256")
-            .env("FOREIGN_JWKS_URL", jwks_url)
+            .env("EXTERNAL_ISSUER", issuer::ISSUER)
+            .env("EXTERNAL_AUDIENCE", issuer::AUDIENCE)
+            .env("EXTERNAL_ALGORITHM", "ES256")
+            .env("EXTERNAL_JWKS_URL", jwks_url)
     }
 
     fn key_file(&self, name: &str) -> String {
@@ -218,7 +218,7 @@ impl World {
             .env("CHANNEL_PREFIX", &self.prefix)
             .env("INTERNAL_SECRET", &self.internal_secret)
             .env("LOG_FORMAT", "json")
-            .env("LOG", "info,api=debug,stream_gateway=debug,shared=debug")
+            .env("LOG", "info,api=debug,stream_gateway=debug,protocol=debug,service_kit=debug")
             .env("RUST_BACKTRACE", 1)
     }
 

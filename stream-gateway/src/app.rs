@@ -11,7 +11,7 @@ use std::{
 
 use anyhow::Context as _;
 use prometheus_client::registry::Registry;
-use shared::{
+use service_kit::{
     cookies::Cookies,
     ended::EndedSessions,
     explain,

@@ -21,10 +21,7 @@ use hyper_util::{
     client::legacy::{Client, connect::HttpConnector},
     rt::{TokioExecutor, TokioTimer},
 };
-use rand::RngExt;
-use serde::{Serialize, de::DeserializeOwned};
-use shared::{
-    cursor::Seq,
+use protocol::{
     event::Envelope,
     feed::{
         self, Head, HeadsAnswer, HeadsRequest, KnownHead, Login, MAX_PAIRS, Range, RangeAfter, RangesAnswer,
@@ -32,9 +29,11 @@ use shared::{
     },
     ids::{SessionId, UserId},
     keys_version::KeysVersion,
-    secrets::Secrets,
-    traces::Tracer,
+    position::Seq,
 };
+use rand::RngExt;
+use serde::{Serialize, de::DeserializeOwned};
+use service_kit::{secrets::Secrets, traces::Tracer};
 use tokio::{
     runtime::Handle,
     task::JoinHandle,

@@ -3,9 +3,9 @@
 use std::{net::SocketAddr, time::Duration};
 
 use clap::{Args, Parser, Subcommand};
-use shared::{
+use protocol::channels::Channels;
+use service_kit::{
     bus::Bus,
-    channels::Channels,
     client_address::TrustedProxies,
     config::{Origin, Problems},
     healthcheck::Probe,

@@ -3,13 +3,13 @@
 
 use chrono::{DateTime, Utc};
 use http::StatusCode;
-use serde::Serialize;
-use shared::{
-    cursor::Seq,
-    explain::{Event, Question, Refusal},
+use protocol::{
     feed::Head,
     ids::{SessionId, UserId},
+    position::Seq,
 };
+use serde::Serialize;
+use service_kit::explain::{Event, Question, Refusal};
 use tokio::{
     sync::{mpsc, oneshot},
     time::{Duration, timeout},

@@ -18,12 +18,12 @@ use std::{
 use bytes::Bytes;
 use chrono::{DateTime, Utc};
 use http::Version;
-use serde_json::json;
-use shared::{
-    cursor::Cursor,
+use protocol::{
     event::{self, Envelope, kind, rfc3339},
     feed::Head,
+    position::Position,
 };
+use serde_json::json;
 use thiserror::Error;
 
 use crate::{sequencer::Lost, traced::Traced};
@@ -192,7 +192,7 @@ pub fn retry(millis: u32) -> Chunk {
 }
 
 /// The first event of a connection. Without an id when a resync follows, so that only the resync moves the cursor.
-pub fn ready(cursor: Cursor, resumed: bool, with_id: bool, heartbeat: Duration, now: SystemTime) -> Chunk {
+pub fn ready(cursor: Position, resumed: bool, with_id: bool, heartbeat: Duration, now: SystemTime) -> Chunk {
     let data = json!({
         "cursor": cursor.to_string(),
         "resumed": resumed,
@@ -204,7 +204,7 @@ pub fn ready(cursor: Cursor, resumed: bool, with_id: bool, heartbeat: Duration, 
 }
 
 /// The place is lost: reload by REST, go on from the head.
-pub fn resync(head: Cursor, why: Lost) -> Chunk {
+pub fn resync(head: Position, why: Lost) -> Chunk {
     let data = json!({ "cursor": head.to_string(), "reason": why.as_str() });
     Chunk::new(&format!("event: resync\ndata: {data}\nid: {head}\n\n"))
 }
@@ -270,8 +270,8 @@ mod tests {
     use eventsource_stream::Eventsource;
     use futures_util::{FutureExt, StreamExt, stream};
     use proptest::prelude::*;
+    use protocol::position::Epoch;
     use serde_json::value::RawValue;
-    use shared::cursor::Epoch;
 
     use super::*;
 

@@ -5,7 +5,7 @@
 
 use std::collections::{HashMap, VecDeque};
 
-use shared::{cursor::Seq, feed::Head, ids::UserId};
+use protocol::{feed::Head, ids::UserId, position::Seq};
 use slab::Slab;
 
 use crate::{
@@ -155,7 +155,7 @@ impl Ring {
 
 #[cfg(test)]
 mod tests {
-    use shared::cursor::Epoch;
+    use protocol::position::Epoch;
 
     use super::*;
     use crate::frame::Chunk;

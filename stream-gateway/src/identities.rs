@@ -1,13 +1,13 @@
-//! Which users the subjects of a foreign issuer are here: asked of `api`, many in one request, and remembered for a while.
+//! Which users the subjects of a external issuer are here: asked of `api`, many in one request, and remembered for a while.
 //!
 //! Fifty thousand of them who reconnect at once are a hundred requests. Who cannot be told in time is told to come back.
 
 use std::time::Duration;
 
 use moka::sync::Cache;
-use shared::{
+use protocol::{
+    external::ExternalClaims,
     feed::{IDENTITY_PATH, Identity, IdentityAnswer, IdentityRequest, MAX_PAIRS},
-    foreign::ForeignClaims,
     ids::UserId,
 };
 use tokio::{
@@ -52,12 +52,12 @@ pub fn identities(api: Api) -> (Identities, Worker) {
 
 impl Identities {
     /// Without asking.
-    pub fn known(&self, claims: &ForeignClaims) -> Option<UserId> {
+    pub fn known(&self, claims: &ExternalClaims) -> Option<UserId> {
         self.known.get(&claims.sub)
     }
 
     /// `None`: it cannot be told now.
-    pub async fn user_of(&self, claims: &ForeignClaims) -> Option<UserId> {
+    pub async fn user_of(&self, claims: &ExternalClaims) -> Option<UserId> {
         let (answer, told) = oneshot::channel();
         self.questions.try_send(Question { identity: claims.into(), answer }).ok()?;
         timeout(PATIENCE, told).await.ok()?.ok()
@@ -98,7 +98,7 @@ impl Worker {
                     tracing::warn!(
                         error = format!("{error:#}"),
                         streams,
-                        "cannot ask who a foreign issuer's subjects are; their streams are told to come back"
+                        "cannot ask who a external issuer's subjects are; their streams are told to come back"
                     );
                     batch.clear();
                 }

@@ -1,4 +1,4 @@
-//! By which keys tokens are checked: our own and, if one is trusted, a foreign issuer's, as `api` tells both.
+//! By which keys tokens are checked: our own and, if one is trusted, a external issuer's, as `api` tells both.
 //!
 //! It promises that a lack of keys is never mistaken for a bad token or a removed key, and that keys are up to date within
 //! seconds after somebody said that there are others.
@@ -9,13 +9,13 @@ use std::{
 };
 
 use form_urlencoded::byte_serialize;
-use shared::{
+use protocol::{
     claims::{Audience, Claims, KeyName, KeySet, TokenError},
-    feed::{ForeignKeysAnswer, KEYS_PATH, KeysAnswer},
-    foreign::{self, ForeignClaims, ForeignIssuer, ForeignKeys},
-    keyring::{KeyRing, Source},
+    external::{self, ExternalClaims, ExternalIssuer, ExternalKeys},
+    feed::{ExternalKeysAnswer, KEYS_PATH, KeysAnswer},
     keys_version::KeysVersion,
 };
+use service_kit::keyring::{KeyRing, Source};
 use tokio::{sync::watch, time::sleep};
 use tokio_util::sync::CancellationToken;
 use url::form_urlencoded;
@@ -41,7 +41,7 @@ pub struct Proof {
 pub enum Bearer {
     Own(Claims),
     /// Who this is here is asked next.
-    Foreign(ForeignClaims),
+    External(ExternalClaims),
 }
 
 /// Who comes in the moment in which a process starts waits for its first keys, instead of being sent away for minutes. Later, a
@@ -68,14 +68,14 @@ pub struct Keys {
 /// What `api` told.
 pub struct Trusted {
     own: KeySet,
-    foreign: Option<Foreign>,
+    external: Option<External>,
     version: Option<KeysVersion>,
 }
 
-struct Foreign {
-    issuer: ForeignIssuer,
+struct External {
+    issuer: ExternalIssuer,
     /// None: `api` has none yet.
-    keys: Option<Arc<ForeignKeys>>,
+    keys: Option<Arc<ExternalKeys>>,
 }
 
 struct FromApi {
@@ -115,7 +115,7 @@ impl Source for FromApi {
         }
         self.heard();
         self.metrics.keys.set(i64::try_from(answer.own.keys.len()).unwrap_or(i64::MAX));
-        let trusted = Arc::new(Trusted::new(own, answer.foreign, answer.version, in_use.as_deref()));
+        let trusted = Arc::new(Trusted::new(own, answer.external, answer.version, in_use.as_deref()));
         if let Some(in_use) = in_use {
             let removed = in_use.names().filter(|name| !trusted.accepts(*name)).count();
             if removed > 0 {
@@ -208,7 +208,7 @@ impl Keys {
         };
         tracing::debug!(?refused, "asking api for newer keys");
         // Without a name it misses a key all the same.
-        let kid = foreign::kid_of(unknown).unwrap_or_default();
+        let kid = external::kid_of(unknown).unwrap_or_default();
         let newest = self.ring.ask_once(Some(&trusted), Some(&kid)).await;
         let trusted = self.ring.current().ok_or(Refused::NoKeys)?;
         trusted.verify_each(tokens).map_err(|(refused, _)| match refused {
@@ -239,18 +239,18 @@ impl Trusted {
     /// What was answered. A replica without the issuer's keys says nothing about those that are in use.
     fn new(
         own: KeySet,
-        foreign: Option<ForeignKeysAnswer>,
+        external: Option<ExternalKeysAnswer>,
         version: Option<KeysVersion>,
         in_use: Option<&Self>,
     ) -> Self {
-        let Some(ForeignKeysAnswer { issuer, jwks }) = foreign else {
-            return Self { own, foreign: None, version };
+        let Some(ExternalKeysAnswer { issuer, jwks }) = external else {
+            return Self { own, external: None, version };
         };
-        let keys = jwks.map(|jwks| Arc::new(ForeignKeys::from_jwks(&issuer, &jwks)));
+        let keys = jwks.map(|jwks| Arc::new(ExternalKeys::from_jwks(&issuer, &jwks)));
         let before = in_use.filter(|_| keys.is_none()).and_then(|in_use| {
-            let foreign = in_use.foreign.as_ref().filter(|foreign| foreign.issuer == issuer)?;
+            let in_use_external = in_use.external.as_ref().filter(|external| external.issuer == issuer)?;
             let external = in_use.version.as_ref().and_then(|version| version.external.clone());
-            Some((foreign.keys.clone()?, external))
+            Some((in_use_external.keys.clone()?, external))
         });
         let (keys, version) = match before {
             Some((keys, external)) => {
@@ -258,12 +258,12 @@ impl Trusted {
             }
             None => (keys, version),
         };
-        Self { own, foreign: Some(Foreign { issuer, keys }), version }
+        Self { own, external: Some(External { issuer, keys }), version }
     }
 
     fn names(&self) -> impl Iterator<Item = KeyName> {
-        let foreign = self.foreign.as_ref().and_then(|foreign| foreign.keys.as_ref());
-        self.own.names().chain(foreign.into_iter().flat_map(|keys| keys.names()))
+        let external = self.external.as_ref().and_then(|external| external.keys.as_ref());
+        self.own.names().chain(external.into_iter().flat_map(|keys| keys.names()))
     }
 
     /// Whether this is one of the keys.
@@ -272,12 +272,12 @@ impl Trusted {
     }
 
     fn verify(&self, token: &str) -> Result<Proof, Refused> {
-        if let Some(foreign) = &self.foreign
-            && foreign::issuer_of(token).is_some_and(|issuer| issuer == foreign.issuer.issuer)
+        if let Some(external) = &self.external
+            && external::issuer_of(token).is_some_and(|issuer| issuer == external.issuer.issuer)
         {
-            let keys = foreign.keys.as_ref().ok_or(Refused::NoKeys)?;
+            let keys = external.keys.as_ref().ok_or(Refused::NoKeys)?;
             let (claims, key) = keys.verify_by_key(token).map_err(Refused::Token)?;
-            return Ok(Proof { bearer: Bearer::Foreign(claims), key });
+            return Ok(Proof { bearer: Bearer::External(claims), key });
         }
         let verified = self.own.verify_by_key(token, &[Audience::Api, Audience::Stream]);
         let (claims, key) = verified.map_err(Refused::Token)?;

@@ -12,7 +12,7 @@ use std::{
 };
 
 use governor::{DefaultDirectRateLimiter, Quota, RateLimiter};
-use shared::{
+use service_kit::{
     client_address::household,
     limiter::{Limiter, Over, Rule, Subject},
 };
@@ -132,9 +132,9 @@ impl Drop for Place {
 mod tests {
     use std::{net::Ipv4Addr, time::Duration};
 
-    use shared::{
+    use protocol::channels::Channels;
+    use service_kit::{
         bus::Bus,
-        channels::Channels,
         limiter::{Limit, Metrics},
     };
 

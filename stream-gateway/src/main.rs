@@ -2,7 +2,7 @@
 
 use anyhow::Context as _;
 use clap::Parser as _;
-use shared::{healthcheck, lifecycle, telemetry};
+use service_kit::{healthcheck, lifecycle, telemetry};
 use stream_gateway::{
     app::{self, Listeners},
     config::{Cli, Command},

@@ -10,9 +10,9 @@
 
 use std::collections::BTreeMap;
 
-use shared::{
-    cursor::{Epoch, Seq},
+use protocol::{
     feed::Head,
+    position::{Epoch, Seq},
 };
 
 /// Milliseconds on the caller's monotonic clock.

@@ -9,11 +9,8 @@ use std::sync::{
     atomic::{AtomicU64, Ordering},
 };
 
-use shared::{
-    event::Envelope,
-    ids::UserId,
-    traces::{Span, SpanKind, TraceContext, Tracer},
-};
+use protocol::{event::Envelope, ids::UserId};
+use service_kit::traces::{Span, SpanKind, TraceContext, Tracer};
 
 use crate::{
     frame::{BadEnvelope, Event},

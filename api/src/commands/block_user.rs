@@ -1,6 +1,6 @@
 //! A user does not want to hear from another one, or does again. Nobody else is told.
 
-use shared::ids::UserId;
+use protocol::ids::UserId;
 use thiserror::Error;
 
 use super::{Actor, CommandError, Context};

@@ -1,6 +1,6 @@
 //! A user has read a conversation, up to a message.
 
-use shared::ids::{ConversationId, MessageId};
+use protocol::ids::{ConversationId, MessageId};
 use thiserror::Error;
 
 use super::{Actor, CommandError, Context};

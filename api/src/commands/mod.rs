@@ -11,10 +11,8 @@ pub mod start_conversation;
 
 use std::sync::Arc;
 
-use shared::{
-    ids::{SessionId, UserId},
-    traces::{SpanKind, Tracer},
-};
+use protocol::ids::{SessionId, UserId};
+use service_kit::traces::{SpanKind, Tracer};
 use sqlx::PgConnection;
 use tokio::sync::Semaphore;
 use tracing::Instrument;
@@ -85,7 +83,7 @@ impl Context {
 #[derive(Debug, Clone, Copy)]
 pub struct Actor {
     pub user: UserId,
-    /// None: by a foreign issuer's token, which has no session here and is good until it expires.
+    /// None: by a external issuer's token, which has no session here and is good until it expires.
     pub session: Option<SessionId>,
 }
 

@@ -1,6 +1,6 @@
 //! A user writes in a conversation.
 
-use shared::ids::ConversationId;
+use protocol::ids::ConversationId;
 use thiserror::Error;
 
 use super::{Actor, CommandError, Context};

@@ -8,7 +8,7 @@ use crate::store::{
     sessions::{self, Session},
 };
 
-/// `None`: the session has ended, or there is none: a foreign token is renewed where it came from.
+/// `None`: the session has ended, or there is none: a external token is renewed where it came from.
 pub async fn refresh_session(
     context: &Context,
     actor: Actor,

@@ -1,7 +1,7 @@
 //! A user starts a conversation with another one.
 
+use protocol::ids::ConversationId;
 use serde_json::value::RawValue;
-use shared::ids::ConversationId;
 use thiserror::Error;
 
 use super::{Actor, CommandError, Context};

@@ -1,7 +1,7 @@
 //! A conversation, as one of its two people sees it.
 
+use protocol::ids::{ConversationId, MessageId};
 use serde::Serialize;
-use shared::ids::{ConversationId, MessageId};
 
 use super::{message::Message, user::User};
 

@@ -1,8 +1,8 @@
 //! A message: what may be said, and how it is tidied before it is kept.
 
 use chrono::{DateTime, Utc};
+use protocol::ids::{ConversationId, MessageId};
 use serde::Serialize;
-use shared::ids::{ConversationId, MessageId};
 use thiserror::Error;
 
 /// A message, as its reader sees it: `mine` is relative.

@@ -13,5 +13,5 @@ use serde::Serializer;
 
 /// For `#[serde(serialize_with)]`: the one form of a time in JSON.
 pub(crate) fn time<S: Serializer>(at: &DateTime<Utc>, serializer: S) -> Result<S::Ok, S::Error> {
-    serializer.serialize_str(&shared::event::rfc3339(*at))
+    serializer.serialize_str(&protocol::event::rfc3339(*at))
 }

@@ -1,8 +1,8 @@
 //! A login of a user that still lives, as its owner sees it in their list.
 
 use chrono::{DateTime, Utc};
+use protocol::ids::SessionId;
 use serde::Serialize;
-use shared::ids::SessionId;
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "camelCase")]

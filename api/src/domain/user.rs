@@ -1,7 +1,7 @@
 //! A person, as the others see one, and as an account elsewhere describes one.
 
+use protocol::ids::UserId;
 use serde::Serialize;
-use shared::ids::UserId;
 use url::Url;
 
 use super::name;

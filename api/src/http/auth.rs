@@ -8,14 +8,16 @@ use std::{sync::Arc, time::Duration};
 use chrono::{DateTime, Utc};
 use http::{HeaderMap, HeaderValue, StatusCode, header};
 use jsonwebtoken::jwk::JwkSet;
-use shared::{
+use protocol::{
     claims::{Audience, Claims, KeySet, SigningKeys},
-    cookies::{self, Cookies},
-    cursor::Cursor,
-    ended::EndedSessions,
     feed::{Identity, Login},
     ids::{SessionId, UserId},
     keys_version::{KeysVersion, Version},
+    position::Position,
+};
+use service_kit::{
+    cookies::{self, Cookies},
+    ended::EndedSessions,
     origins::Origins,
 };
 
@@ -23,7 +25,7 @@ use super::{error::ApiError, request::Inbound};
 use crate::{
     commands::{Actor, Context},
     domain::user::User,
-    foreign::Foreign,
+    external::External,
     last_used::LastUsed,
     store::{
         Database, Trace,
@@ -43,7 +45,7 @@ pub struct Auth {
     ended: EndedSessions,
     context: Context,
     /// Whose tokens are accepted besides our own.
-    foreign: Option<Arc<Foreign>>,
+    external: Option<Arc<External>>,
 }
 
 /// How long what we hand out is good.
@@ -70,7 +72,7 @@ pub(super) struct Caller {
     pub(super) actor: Actor,
     pub(super) user: User,
     /// Their place in their feed, before anything else was read.
-    pub(super) cursor: Cursor,
+    pub(super) cursor: Position,
 }
 
 /// What is handed out.
@@ -90,19 +92,19 @@ impl Auth {
         let (verifier, version) = (keys.verifier(), Version::of(&keys.thumbprints()));
         let cookies = Cookies::new(origins.own());
         let ended = EndedSessions::default();
-        Self { keys, verifier, version, origins, cookies, lifetimes, used, ended, context, foreign: None }
+        Self { keys, verifier, version, origins, cookies, lifetimes, used, ended, context, external: None }
     }
 
     /// Accepts another issuer's tokens too.
-    pub fn with_foreign(self, foreign: Option<Arc<Foreign>>) -> Self {
-        let issuer = foreign.as_ref().map(|foreign| foreign.issuer());
+    pub fn with_external(self, external: Option<Arc<External>>) -> Self {
+        let issuer = external.as_ref().map(|external| external.issuer());
         let version = Version::of(&(self.keys.thumbprints(), issuer));
-        Self { version, foreign, ..self }
+        Self { version, external, ..self }
     }
 
     /// Of the keys by which tokens are checked here.
     pub fn keys_version(&self) -> KeysVersion {
-        let external = self.foreign.as_ref().and_then(|foreign| foreign.version());
+        let external = self.external.as_ref().and_then(|external| external.version());
         KeysVersion { configured: self.version.clone(), external }
     }
 
@@ -213,9 +215,9 @@ impl Auth {
     }
 
     async fn verify(&self, token: &str, by_cookie: bool) -> Result<Credential, ApiError> {
-        if let Some(foreign) = self.foreign.as_ref().filter(|foreign| foreign.issued(token)) {
-            let claims = foreign.verify(token).await?;
-            let user = foreign.user_of(&self.context, &Identity::from(&claims)).await?;
+        if let Some(external) = self.external.as_ref().filter(|external| external.issued(token)) {
+            let claims = external.verify(token).await?;
+            let user = external.user_of(&self.context, &Identity::from(&claims)).await?;
             let actor = Actor { user, session: None };
             return Ok(Credential { actor, by_cookie, expires_at: claims.exp });
         }

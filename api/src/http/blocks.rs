@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use http::{Method, StatusCode};
-use shared::ids::UserId;
+use protocol::ids::UserId;
 use warp::Filter;
 
 use super::{

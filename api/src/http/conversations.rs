@@ -3,8 +3,8 @@
 use std::sync::Arc;
 
 use http::{HeaderValue, StatusCode, header};
+use protocol::ids::ConversationId;
 use serde::Deserialize;
-use shared::ids::ConversationId;
 use warp::Filter;
 
 use super::{

@@ -9,7 +9,7 @@ use std::{
 };
 
 use http::{Request, StatusCode};
-use shared::origins::{Origins, is_preflight};
+use service_kit::origins::{Origins, is_preflight};
 use tower_service::Service;
 use warp::reply::Response;
 

@@ -14,9 +14,9 @@ use std::{
 };
 
 use http::{HeaderMap, Request};
-use shared::{
+use protocol::problem::Problem;
+use service_kit::{
     client_address::{ClientAddress, TrustedProxies},
-    problem::Problem,
     server::{self, PeerAddr},
     traces::{SpanKind, TraceContext, Tracer},
 };

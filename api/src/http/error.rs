@@ -1,10 +1,11 @@
 //! How a failure is answered. Nothing else knows that a failure has a status, a code and a sentence.
 
 use http::{HeaderValue, StatusCode, header};
-use shared::{limiter::Over, origins::OriginNotAllowed, problem::Problem};
+use protocol::problem::Problem;
+use service_kit::{limiter::Over, origins::OriginNotAllowed};
 use warp::reply::Response;
 
-use crate::{commands::CommandError, foreign::ForeignError, store::StoreError};
+use crate::{commands::CommandError, external::ExternalError, store::StoreError};
 
 #[derive(Debug)]
 pub(super) enum ApiError {
@@ -23,8 +24,8 @@ pub(super) enum ApiError {
     BadBody(String),
     /// Field and sentence.
     Unacceptable(&'static str, String),
-    /// It cannot be told whether a foreign token is good.
-    NoForeignKeys,
+    /// It cannot be told whether a external token is good.
+    NoExternalKeys,
     Store(StoreError),
 }
 
@@ -69,7 +70,7 @@ impl ApiError {
             Self::Unacceptable(_, sentence) => {
                 (StatusCode::UNPROCESSABLE_ENTITY, "unacceptable", sentence.clone())
             }
-            Self::NoForeignKeys | Self::Store(StoreError::Unavailable(_)) => {
+            Self::NoExternalKeys | Self::Store(StoreError::Unavailable(_)) => {
                 (StatusCode::SERVICE_UNAVAILABLE, "unavailable", "Service unavailable, try again soon".into())
             }
             Self::Store(StoreError::Fault(_)) => {
@@ -89,7 +90,7 @@ impl ApiError {
             Self::Unacceptable(field, sentence) => {
                 problem.errors.insert(field.into(), sentence);
             }
-            Self::NoForeignKeys => extra = Some((header::RETRY_AFTER, HeaderValue::from_static("5"))), // Its source logs why.
+            Self::NoExternalKeys => extra = Some((header::RETRY_AFTER, HeaderValue::from_static("5"))), // Its source logs why.
             Self::Store(StoreError::Unavailable(reason)) => {
                 tracing::warn!(reason, "the database is not available");
                 extra = Some((header::RETRY_AFTER, HeaderValue::from_static("1")));
@@ -124,16 +125,16 @@ impl From<StoreError> for ApiError {
     }
 }
 
-impl From<ForeignError> for ApiError {
-    fn from(error: ForeignError) -> Self {
+impl From<ExternalError> for ApiError {
+    fn from(error: ExternalError) -> Self {
         match error {
-            ForeignError::Token(error) => {
-                tracing::debug!(reason = %error, "a foreign token was refused");
+            ExternalError::Token(error) => {
+                tracing::debug!(reason = %error, "a external token was refused");
                 Self::Unauthorized
             }
-            ForeignError::Subject => Self::Unauthorized,
-            ForeignError::NoKeys => Self::NoForeignKeys,
-            ForeignError::Store(error) => Self::Store(error),
+            ExternalError::Subject => Self::Unauthorized,
+            ExternalError::NoKeys => Self::NoExternalKeys,
+            ExternalError::Store(error) => Self::Store(error),
         }
     }
 }

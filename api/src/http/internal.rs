@@ -1,10 +1,10 @@
-//! What gateways ask: where feeds end, what follows a place, by which keys tokens are checked, who a foreign issuer's subjects
+//! What gateways ask: where feeds end, what follows a place, by which keys tokens are checked, who a external issuer's subjects
 //! are. On a listener of its own, behind a shared secret.
 
 use std::sync::Arc;
 
 use http::{StatusCode, header};
-use shared::{
+use protocol::{
     feed::{
         HeadsAnswer, HeadsRequest, IdentityAnswer, IdentityRequest, KeysAnswer, MAX_PAIRS, RangesAnswer,
         RangesRequest, authorization,
@@ -83,15 +83,15 @@ pub(super) fn keys(api: &Arc<Api>) -> Resource {
 
 async fn get_keys(inbound: Inbound, api: Arc<Api>) -> Answer {
     require_secret(&inbound, &api)?;
-    let (foreign, external) = match &api.foreign {
-        Some(foreign) => {
-            let (foreign, external) = foreign.published(inbound.query("kid").as_deref()).await;
-            (Some(foreign), external)
+    let (external_keys, external) = match &api.external {
+        Some(external) => {
+            let (keys, version) = external.published(inbound.query("kid").as_deref()).await;
+            (Some(keys), version)
         }
         None => (None, None),
     };
     let version = Some(KeysVersion { external, ..api.auth.keys_version() });
-    Ok(json(StatusCode::OK, &KeysAnswer { version, own: api.auth.jwks().clone(), foreign }))
+    Ok(json(StatusCode::OK, &KeysAnswer { version, own: api.auth.jwks().clone(), external: external_keys }))
 }
 
 pub(super) fn identity(api: &Arc<Api>) -> Resource {
@@ -104,8 +104,8 @@ async fn post_identity(mut inbound: Inbound, api: Arc<Api>) -> Answer {
     require_secret(&inbound, &api)?;
     let asked: IdentityRequest = inbound.json(IDENTITIES_LIMIT).await?;
     require_few(asked.identities.len())?;
-    let foreign = api.foreign.as_ref().ok_or(ApiError::NOT_FOUND)?;
-    let users = foreign.users_of(&api.context, &asked.identities).await?;
+    let external = api.external.as_ref().ok_or(ApiError::NOT_FOUND)?;
+    let users = external.users_of(&api.context, &asked.identities).await?;
     Ok(json(StatusCode::OK, &IdentityAnswer { users }))
 }
 

@@ -3,10 +3,8 @@
 //! A command asks whether the session lives only in its own statement, so who is over a limit by a session that has ended
 //! is told 401 by `Auth::or_unauthorized`, like everybody who is refused early.
 
-use shared::{
-    ids::UserId,
-    limiter::{Limiter, Over, Rule, Subject},
-};
+use protocol::ids::UserId;
+use service_kit::limiter::{Limiter, Over, Rule, Subject};
 
 use super::request::Inbound;
 use crate::config::RateLimits;

@@ -3,8 +3,8 @@
 use std::sync::Arc;
 
 use http::{HeaderValue, Method, StatusCode};
+use protocol::ids::{ConversationId, MessageId};
 use serde::Deserialize;
-use shared::ids::{ConversationId, MessageId};
 use warp::Filter;
 
 use super::{

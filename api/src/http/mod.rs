@@ -23,14 +23,15 @@ mod web;
 use std::sync::Arc;
 
 use http::{StatusCode, header};
+use protocol::feed;
 use serde::Serialize;
-use shared::{feed, secrets::Secrets};
+use service_kit::secrets::Secrets;
 use warp::{Filter, filters::BoxedFilter, reply::Response};
 
 pub use cors::Cors;
 pub use edge::Edge;
 
-use crate::{commands::Context, foreign::Foreign, store::Trace};
+use crate::{commands::Context, external::External, store::Trace};
 use auth::Auth;
 use error::ApiError;
 use limits::Limits;
@@ -44,7 +45,7 @@ pub struct Api {
     pub dev_login: bool,
     pub sign_in: SignIn,
     pub internal_secrets: Secrets,
-    pub foreign: Option<Arc<Foreign>>,
+    pub external: Option<Arc<External>>,
 }
 
 /// How every handler ends.
@@ -146,9 +147,9 @@ fn empty(status: StatusCode) -> Response {
 }
 
 /// The header that tells a reader's place in their feed before what they read.
-fn with_cursor(mut response: Response, cursor: shared::cursor::Cursor) -> Response {
+fn with_cursor(mut response: Response, cursor: protocol::position::Position) -> Response {
     let value =
         header::HeaderValue::from_str(&cursor.to_string()).expect("a cursor is digits, letters and a dash");
-    response.headers_mut().insert("stream-cursor", value);
+    response.headers_mut().insert("feed-cursor", value);
     response
 }

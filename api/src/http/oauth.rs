@@ -5,13 +5,13 @@
 //! Logging somebody in as somebody else is an attack too (login CSRF): whoever writes to whom they take for others, writes to the
 //! attacker. Three bonds prevent it. The state cookie ties the provider's answer to the browser that asked. The code that the
 //! callback gives is tied to a cookie of the same answer, so that a link with an attacker's code does nothing in another
-//! browser. And fetching needs a JSON body, which no foreign page can send without being asked about its origin first.
+//! browser. And fetching needs a JSON body, which no external page can send without being asked about its origin first.
 
 use std::{sync::Arc, time::Duration};
 
 use http::{HeaderMap, HeaderValue, StatusCode, header};
 use serde::Deserialize;
-use shared::{
+use service_kit::{
     config::Origin,
     cookies::{self, Cookies},
     secrets::Secrets,
@@ -228,7 +228,7 @@ async fn arrived(
         let (arrived, session) =
             log_in_by_profile(context, profile, inbound.device(), api.auth.lifetime()).await?;
         let token = api.auth.issue(arrived.user, session);
-        let expires_at = shared::event::rfc3339(token.expires_at);
+        let expires_at = protocol::event::rfc3339(token.expires_at);
         let mut response = sign_in.to_page(&[("token", &token.text), ("expires_at", &expires_at)]);
         response.headers_mut().append(header::SET_COOKIE, api.auth.cookie(&token));
         (arrived, response)

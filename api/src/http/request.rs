@@ -10,7 +10,7 @@ use serde::{
     Deserialize, Deserializer,
     de::{DeserializeOwned, MapAccess, Visitor, value::MapAccessDeserializer},
 };
-use shared::{client_address::ClientAddress, origins::is_cross_site, preference::essence};
+use service_kit::{client_address::ClientAddress, origins::is_cross_site, preference::essence};
 use tokio::time::timeout;
 use warp::Filter;
 

@@ -4,8 +4,8 @@ use std::sync::Arc;
 
 use chrono::{DateTime, Utc};
 use http::{StatusCode, header};
+use protocol::ids::SessionId;
 use serde::Serialize;
-use shared::ids::SessionId;
 use warp::Filter;
 
 use super::{
@@ -110,7 +110,7 @@ async fn post_stream_token(inbound: Inbound, api: Arc<Api>) -> Answer {
                 database.run(async |connection| store::find(connection, id, actor.user).await).await?;
             session.map(|session| session.expires_at)
         }
-        // What a foreign token allows ends with it.
+        // What a external token allows ends with it.
         None => {
             let exists =
                 database.run(async |connection| store::is_live(connection, None, actor.user).await).await?;

@@ -13,7 +13,7 @@ use bytes::Bytes;
 use flate2::{Compression, write::GzEncoder};
 use http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
 use rust_embed::{EmbeddedFile, RustEmbed};
-use shared::preference::{entries, weight};
+use service_kit::preference::{entries, weight};
 use warp::{Filter, path::FullPath, reply::Response};
 
 use super::{Resource, empty, otherwise, read};

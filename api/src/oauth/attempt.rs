@@ -11,8 +11,8 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
 use hmac::{Hmac, Mac};
 use serde::{Deserialize, Serialize};
+use service_kit::secrets::Secrets;
 use sha2::Sha256;
-use shared::secrets::Secrets;
 
 /// For a person to log in at the provider.
 pub const LIFETIME: Duration = Duration::from_secs(10 * 60);

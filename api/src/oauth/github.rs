@@ -1,9 +1,9 @@
 //! GitHub, and GitHub Enterprise under another address: an OAuth provider from before OpenID Connect.
 
 use oauth2::{AuthType, AuthUrl, TokenUrl};
+use protocol::jose;
 use serde::Deserialize;
 use serde_json::Value;
-use shared::jose;
 
 use super::{Endpoints, Failure, object, text};
 use crate::domain::user::Profile;

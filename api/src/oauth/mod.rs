@@ -16,11 +16,11 @@ use http::{Request, Response, StatusCode, header};
 use oauth2::{
     AuthType, AuthUrl, ClientId, ClientSecret, CsrfToken, PkceCodeChallenge, RedirectUrl, Scope, TokenUrl,
 };
+use protocol::jose::Person;
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
-use shared::{
+use service_kit::{
     config::Origin,
-    jose::Person,
     outbound::{NoAnswer, Outbound},
 };
 use subtle::ConstantTimeEq;

@@ -8,11 +8,9 @@ use std::{
 use chrono::Utc;
 use http::{Request, StatusCode, header};
 use oauth2::{AuthType, AuthUrl, TokenUrl};
+use protocol::jose::{self, Audiences, NumericDate, Person, Unverified};
 use serde::Deserialize;
-use shared::{
-    jose::{self, Audiences, NumericDate, Person, Unverified},
-    outbound::Outbound,
-};
+use service_kit::outbound::Outbound;
 use tokio::sync::Mutex;
 use url::Url;
 

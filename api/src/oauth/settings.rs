@@ -1,6 +1,6 @@
 //! Which providers there are. One without settings does not exist; one with half of its settings is a problem.
 
-use shared::config::{Problems, is_loopback};
+use service_kit::config::{Problems, is_loopback};
 use thiserror::Error;
 use url::Url;
 

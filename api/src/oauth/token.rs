@@ -11,7 +11,7 @@ use oauth2::{
 };
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
-use shared::{outbound::Outbound, preference::essence};
+use service_kit::{outbound::Outbound, preference::essence};
 
 use super::{Failure, ask, told};
 

@@ -3,9 +3,9 @@
 
 use std::{collections::HashMap, sync::Arc};
 
-use shared::{
+use protocol::channels::Channels;
+use service_kit::{
     bus::{Bus, Map, Node},
-    channels::Channels,
     tasks::Tasks,
     traces::Span,
 };

@@ -6,7 +6,7 @@
 use std::time::Duration;
 
 use redis::{AsyncConnectionConfig, ErrorKind, RedisError, RedisResult, Value, aio::MultiplexedConnection};
-use shared::bus::{self, Bus, Maps, Node};
+use service_kit::bus::{self, Bus, Maps, Node};
 use tokio::{
     sync::mpsc,
     time::{Instant, sleep, sleep_until, timeout},
@@ -285,7 +285,7 @@ async fn connect(bus: &Bus, node: &Node) -> RedisResult<MultiplexedConnection> {
 
 #[cfg(test)]
 mod tests {
-    use shared::traces::Span;
+    use service_kit::traces::Span;
     use tokio::sync::mpsc;
 
     use super::*;

@@ -9,12 +9,14 @@ use std::{
     time::Duration,
 };
 
-use shared::{
-    bus::{Bus, Node},
+use protocol::{
     channels::Channels,
     event::Revoked,
     ids::{SessionId, UserId},
     keys_version::KeysVersion,
+};
+use service_kit::{
+    bus::{Bus, Node},
     tasks::Tasks,
     traces::{Span, SpanKind, Tracer},
 };

@@ -1,7 +1,7 @@
 //! Blocks: who does not want to hear from whom. What they change is in `post_message()`, `start_conversation()` and in what
 //! readers of messages see.
 
-use shared::ids::{SessionId, UserId};
+use protocol::ids::{SessionId, UserId};
 use sqlx::PgConnection;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

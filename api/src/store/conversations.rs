@@ -1,8 +1,8 @@
 //! Conversations, as one of their two people sees them.
 
 use chrono::{DateTime, Utc};
+use protocol::ids::{ConversationId, MessageId, SessionId, UserId};
 use serde_json::value::RawValue;
-use shared::ids::{ConversationId, MessageId, SessionId, UserId};
 use sqlx::PgConnection;
 
 use super::{Appended, CommandRow, Settled, Trace};

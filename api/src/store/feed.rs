@@ -3,13 +3,13 @@
 use std::time::Duration;
 
 use chrono::{DateTime, Utc};
-use serde::Serialize;
-use shared::{
-    cursor::{Epoch, Seq},
-    explain::Event,
+use protocol::{
     feed::{Head, KnownHead, Range, RangeAfter, UserHead},
     ids::{MessageId, UserId},
+    position::{Epoch, Seq},
 };
+use serde::Serialize;
+use service_kit::explain::Event;
 use sqlx::PgConnection;
 
 use super::{envelope, number};

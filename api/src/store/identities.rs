@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use shared::ids::{SessionId, UserId};
+use protocol::ids::{SessionId, UserId};
 use sqlx::PgConnection;
 
 use super::sessions::Session;

@@ -1,7 +1,7 @@
 //! Messages of a conversation, and how far its people have read.
 
 use chrono::{DateTime, Utc};
-use shared::ids::{ConversationId, MessageId, SessionId, UserId};
+use protocol::ids::{ConversationId, MessageId, SessionId, UserId};
 use sqlx::PgConnection;
 
 use super::{Appended, CommandRow, Settled, Trace};

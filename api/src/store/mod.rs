@@ -22,12 +22,12 @@ use std::{
 
 use chrono::{DateTime, Utc};
 use prometheus_client::metrics::counter::Counter;
-use shared::{
-    cursor::{Epoch, Seq},
+use protocol::{
     event::{self, Envelope},
     ids::{SessionId, UserId},
-    traces::TraceContext,
+    position::{Epoch, Seq},
 };
+use service_kit::traces::TraceContext;
 use sqlx::{PgConnection, postgres::PgConnectOptions};
 use thiserror::Error;
 

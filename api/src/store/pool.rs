@@ -140,8 +140,8 @@ async fn answers(connection: &mut PgConnection) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use shared::test_support::proxy::Proxy;
     use sqlx::PgPool;
+    use testkit::proxy::Proxy;
 
     use super::*;
 

@@ -3,10 +3,10 @@
 use std::time::Duration;
 
 use chrono::{DateTime, Utc};
-use shared::{
-    cursor::{Cursor, Epoch},
+use protocol::{
     feed::Login,
     ids::{SessionId, UserId},
+    position::{Epoch, Position},
 };
 use sqlx::PgConnection;
 
@@ -216,7 +216,7 @@ pub async fn caller(
     connection: &mut PgConnection,
     session: Option<SessionId>,
     user: UserId,
-) -> sqlx::Result<Option<(User, Cursor)>> {
+) -> sqlx::Result<Option<(User, Position)>> {
     let row = sqlx::query!(
         "SELECT u.username, u.avatar_url, h.epoch, h.head_seq
          FROM users AS u JOIN feed_heads AS h ON h.user_id = u.id
@@ -227,7 +227,7 @@ pub async fn caller(
     .fetch_optional(connection)
     .await?;
     row.map(|row| {
-        let cursor = Cursor { epoch: Epoch::from_sql(row.epoch), seq: number(row.head_seq)? };
+        let cursor = Position { epoch: Epoch::from_sql(row.epoch), seq: number(row.head_seq)? };
         Ok((User { id: user, username: row.username, avatar_url: row.avatar_url }, cursor))
     })
     .transpose()

@@ -1,6 +1,6 @@
 //! People.
 
-use shared::ids::UserId;
+use protocol::ids::UserId;
 use sqlx::PgConnection;
 
 use crate::domain::user::User;

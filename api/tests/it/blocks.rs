@@ -5,7 +5,9 @@ use sqlx::PgPool;
 
 use crate::{
     failures::{Listener, with_redis},
-    support::{App, FOREIGN_ORIGIN, ORIGIN, User, assert_common_headers, assert_problem, redis_url, text},
+    support::{
+        App, ORIGIN, ORIGIN_NOT_ALLOWED, User, assert_common_headers, assert_problem, redis_url, text,
+    },
 };
 
 async fn block(user: &User, other: &User) {
@@ -56,7 +58,7 @@ async fn a_block_is_set_and_ended_any_number_of_times_and_needs_somebody_else(po
             let answer = foreign().header("cookie", &gone.cookie).send().await.unwrap();
             assert_problem(&answer, 401, "Unauthorized");
             let answer = foreign().header("cookie", &jane.cookie).send().await.unwrap();
-            assert_problem(&answer, 403, FOREIGN_ORIGIN);
+            assert_problem(&answer, 403, ORIGIN_NOT_ALLOWED);
         }
         // By cookie from a page of ours.
         let path = format!("/api/blocks/{}", john.id);

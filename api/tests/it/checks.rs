@@ -5,7 +5,7 @@ use sqlx::PgPool;
 
 use crate::{
     raw,
-    support::{App, FOREIGN_ORIGIN, ORIGIN, assert_common_headers, assert_problem},
+    support::{App, ORIGIN, ORIGIN_NOT_ALLOWED, assert_common_headers, assert_problem},
 };
 
 /// Method, path, what `Allow` says.
@@ -147,7 +147,7 @@ async fn each_check_goes_before_the_next(pool: PgPool) {
             }
             // 403 before the body.
             let answer = post("application/json", body, &[("cookie", &john.cookie), foreign]).await;
-            assert_problem(&answer, 403, FOREIGN_ORIGIN);
+            assert_problem(&answer, 403, ORIGIN_NOT_ALLOWED);
             // 413, 400, 422, all before 404.
             for content_type in ["application/json", "Application/JSON ; charset=utf-8"] {
                 for who in [

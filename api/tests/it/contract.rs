@@ -1,20 +1,20 @@
 //! Every endpoint: what it answers when all is well, and its particular errors.
 
 use chrono::{DateTime, Utc};
-use serde_json::{Value, json};
-use shared::{
+use protocol::{
     claims::{Audience, KeySet},
-    cursor::Cursor,
-    test_support::http::Answer,
+    position::Position,
 };
+use serde_json::{Value, json};
 use sqlx::PgPool;
+use testkit::http::Answer;
 
 use crate::support::{
     App, ORIGIN, assert_common_headers, assert_problem, assert_unacceptable, config, keys, text,
 };
 
-fn cursor(answer: &Answer) -> Cursor {
-    answer.header("stream-cursor").expect("the answer carries Stream-Cursor").parse().unwrap()
+fn cursor(answer: &Answer) -> Position {
+    answer.header("feed-cursor").expect("the answer carries Feed-Cursor").parse().unwrap()
 }
 
 #[track_caller]
@@ -108,7 +108,7 @@ async fn auth_user_says_who_one_is_and_where_ones_feed_ends(pool: PgPool) {
     app.user(&pool, "jane").await;
     john.start("jane").await;
     let after = john.auth_user().expect(200).await;
-    assert_eq!(cursor(&after), Cursor { seq: 1, ..cursor(&before) });
+    assert_eq!(cursor(&after), Position { seq: 1, ..cursor(&before) });
     app.stop().await;
 }
 
@@ -619,7 +619,7 @@ async fn the_request_id_is_in_the_answer_and_in_the_event(pool: PgPool) {
     let other = other.expect(201).await;
     let made = other.header("x-request-id").unwrap();
     assert_ne!(made, "not good");
-    let range = shared::feed::RangeAfter { user: jane.id, after: 1 };
+    let range = protocol::feed::RangeAfter { user: jane.id, after: 1 };
     let events = app.ranges(vec![range]).await.ranges.remove(0).events;
     assert_eq!(events[0].request_id.as_deref(), Some("my_request-1"));
     assert_eq!(events[0].traceparent.as_deref(), Some(traceparent));

@@ -14,13 +14,13 @@ use api::store::{
 use futures_util::future::join_all;
 use prometheus_client::metrics::counter::Counter;
 use serde_json::json;
-use shared::test_support::{
+use sqlx::{AssertSqlSafe, Connection, PgConnection, PgPool, Row, postgres::PgPoolOptions};
+use testkit::{
     http::{Call, Client},
     process::{Process, Signal},
     servers::free_port,
     soon, until,
 };
-use sqlx::{AssertSqlSafe, Connection, PgConnection, PgPool, Row, postgres::PgPoolOptions};
 
 use crate::{
     process::{database_url, run, serve_from},

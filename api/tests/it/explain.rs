@@ -7,8 +7,8 @@ use api::{
     store::{Database, feed::Keep},
 };
 use prometheus_client::metrics::counter::Counter;
+use protocol::ids::UserId;
 use serde_json::{Value, json};
-use shared::ids::UserId;
 use sqlx::PgPool;
 
 use crate::support::App;

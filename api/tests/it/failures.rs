@@ -2,14 +2,11 @@
 
 use api::config::Config;
 use futures_util::StreamExt;
+use protocol::{channels::Channels, event::Envelope};
 use serde::de::DeserializeOwned;
-use shared::{
-    bus::Bus,
-    channels::Channels,
-    event::Envelope,
-    test_support::{PATIENCE, proxy::Proxy, servers::Redis, soon, until},
-};
+use service_kit::bus::Bus;
 use sqlx::{PgPool, postgres::PgConnectOptions};
+use testkit::{PATIENCE, proxy::Proxy, servers::Redis, soon, until};
 
 use crate::support::{App, assert_problem, channel_prefix, config};
 
@@ -64,7 +61,7 @@ async fn every_event_is_published_to_its_receiver(pool: PgPool) {
     jane.read_messages(&conversation).expect(204).await;
     for (heard, user) in [(&mut johns, john.id), (&mut janes, jane.id)] {
         // The very envelopes that a range answers.
-        let range = app.ranges(vec![shared::feed::RangeAfter { user, after: 0 }]).await.ranges.remove(0);
+        let range = app.ranges(vec![protocol::feed::RangeAfter { user, after: 0 }]).await.ranges.remove(0);
         assert_eq!(range.events.len(), 3);
         let mut published = Vec::new();
         for _ in 0..3 {
@@ -130,7 +127,7 @@ async fn a_redis_restarted_while_idle_loses_nothing(pool: PgPool) {
 
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
 async fn without_redis_from_the_start_everything_but_the_bell_works(pool: PgPool) {
-    let port = shared::test_support::servers::free_port();
+    let port = testkit::servers::free_port();
     let (config, _) = with_redis(&pool, &format!("redis://127.0.0.1:{port}/"));
     let app = App::start_with(config).await;
     let (john, jane, conversation) = app.pair(&pool).await;
@@ -295,6 +292,6 @@ async fn sql_and_rust_write_times_alike(pool: PgPool) {
                 .fetch_one(&pool)
                 .await
                 .unwrap();
-        assert_eq!(sql, shared::event::rfc3339(at));
+        assert_eq!(sql, protocol::event::rfc3339(at));
     }
 }

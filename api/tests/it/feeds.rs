@@ -8,18 +8,18 @@ use api::{
 };
 use futures_util::future::join_all;
 use prometheus_client::metrics::counter::Counter;
-use rand::{RngExt, SeedableRng, rngs::StdRng};
-use serde_json::{Value, json};
-use shared::{
-    cursor::Epoch,
+use protocol::{
     feed::{Head, HeadsRequest, KnownHead, Login, MAX_PAIRS, RangeAfter},
     ids::{SessionId, UserId},
-    test_support::{
-        http::{Answer, Call},
-        until,
-    },
+    position::Epoch,
 };
+use rand::{RngExt, SeedableRng, rngs::StdRng};
+use serde_json::{Value, json};
 use sqlx::PgPool;
+use testkit::{
+    http::{Answer, Call},
+    until,
+};
 use tokio::io::AsyncWriteExt;
 
 use crate::{
@@ -250,7 +250,7 @@ async fn an_id_is_drawn_only_when_the_conversation_is_free(pool: PgPool) {
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
 async fn what_was_begun_is_published_though_the_client_hung_up(pool: PgPool) {
     let mut config = crate::support::config((*pool.connect_options()).clone());
-    let channels = shared::channels::Channels::new(crate::support::channel_prefix());
+    let channels = protocol::channels::Channels::new(crate::support::channel_prefix());
     config.channels = channels.clone();
     let app = App::start_with(config).await;
     let (john, jane, conversation) = app.pair(&pool).await;

@@ -6,8 +6,8 @@ use std::{
 };
 
 use rand::{RngExt, SeedableRng, rngs::StdRng};
-use shared::test_support::soon;
 use sqlx::PgPool;
+use testkit::soon;
 use tokio::io::AsyncWriteExt;
 
 use crate::{
@@ -15,7 +15,7 @@ use crate::{
     support::{App, User, assert_problem},
 };
 
-async fn post(app: &App, user: &User, body: impl AsRef<[u8]>) -> shared::test_support::http::Answer {
+async fn post(app: &App, user: &User, body: impl AsRef<[u8]>) -> testkit::http::Answer {
     let headers =
         [("content-type", "application/json"), ("authorization", &format!("Bearer {}", user.token))];
     raw::post(app, "/api/conversations/1/messages", &headers, body).await

@@ -4,20 +4,17 @@
 use std::time::Duration;
 
 use api::config::{Config, RateLimits};
+use protocol::channels::Channels;
 use serde_json::json;
-use shared::{
-    bus::Bus,
-    channels::Channels,
-    limiter::Limit,
-    test_support::{PATIENCE, http::Answer, servers::Redis, until},
-};
+use service_kit::{bus::Bus, limiter::Limit};
 use sqlx::PgPool;
+use testkit::{PATIENCE, http::Answer, servers::Redis, until};
 
 use crate::{
     failures::metric,
     providers::{Browser, Fake, begin, github_at, parameter},
     raw,
-    support::{App, FOREIGN_ORIGIN, ORIGIN, User, assert_problem, channel_prefix, config},
+    support::{App, ORIGIN, ORIGIN_NOT_ALLOWED, User, assert_problem, channel_prefix, config},
 };
 
 const HOUR: Duration = Duration::from_secs(3_600);
@@ -264,7 +261,7 @@ async fn who_is_over_a_limit_is_told_so_after_401_and_403_and_before_what_they_s
                 assert_problem(&answer, 401, "Unauthorized");
             }
             let foreign = [("cookie", john.cookie.as_str()), ("origin", "http://evil.example")];
-            assert_problem(&post("application/json", &foreign).await, 403, FOREIGN_ORIGIN);
+            assert_problem(&post("application/json", &foreign).await, 403, ORIGIN_NOT_ALLOWED);
             assert_limited(&post("application/json", &[("authorization", &over)]).await);
             let ours = [("cookie", john.cookie.as_str()), ("origin", ORIGIN)];
             assert_limited(&post("application/json", &ours).await);
@@ -341,8 +338,7 @@ async fn all_users_of_an_address_have_a_limit_together(pool: PgPool) {
     let behind = start(Config { trusted_proxies: proxies, ..limited(&pool, limits) }).await;
     let open = start(limited(&pool, limits)).await;
     let (john, jane) = (behind.user(&pool, "john").await, behind.user(&pool, "jane").await);
-    let from =
-        |call: shared::test_support::http::Call, from: &str| call.header("x-forwarded-for", from).send();
+    let from = |call: testkit::http::Call, from: &str| call.header("x-forwarded-for", from).send();
     let (home, work, neighbour) = ("2001:db8::1", "198.51.100.1", "2001:db8::2");
     let conversation = from(john.start_conversation("jane"), home).await.unwrap().json()["id"].clone();
     let conversation = conversation.as_str().unwrap();

@@ -1,12 +1,12 @@
 //! What people are called who come from elsewhere: by a login at a provider, or by a token of an external issuer, whose forms are
 //! read as the standards have them.
 
-use api::{config::Config, foreign::ForeignSettings};
+use api::{config::Config, external::ExternalSettings};
 use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
 use chrono::Utc;
 use serde_json::{Value, json};
-use shared::test_support::issuer::{self, AUDIENCE, ISSUER, Issuer, IssuerKey};
 use sqlx::PgPool;
+use testkit::issuer::{self, AUDIENCE, ISSUER, Issuer, IssuerKey};
 
 use crate::{
     providers::{Browser, CLIENT_ID, Fake, Say, oidc_at, ours, parameter},
@@ -29,9 +29,9 @@ const ALIKE: [(&str, &str); 8] = [
 async fn an_external_name_cannot_look_like_another(pool: PgPool) {
     let key = IssuerKey::number(0);
     let issuer = Issuer::start(Some(&key));
-    let settings = ForeignSettings { issuer: issuer::issuer(), jwks_url: issuer.url() };
+    let settings = ExternalSettings { issuer: issuer::issuer(), jwks_url: issuer.url() };
     let app =
-        App::start_with(Config { foreign: Some(settings), ..config((*pool.connect_options()).clone()) })
+        App::start_with(Config { external: Some(settings), ..config((*pool.connect_options()).clone()) })
             .await;
     for (number, (name, shown)) in ALIKE.into_iter().enumerate() {
         let claims = json!({
@@ -53,9 +53,9 @@ async fn every_legal_form_of_an_issuer_is_read(pool: PgPool) {
     own.as_object_mut().unwrap().remove("kid");
     issuer
         .publish_json(json!({ "keys": [{ "kty": "RSA", "n": 5 }, { "kty": "new" }, { "use": 5 }, 7, own] }));
-    let settings = ForeignSettings { issuer: issuer::issuer(), jwks_url: issuer.url() };
+    let settings = ExternalSettings { issuer: issuer::issuer(), jwks_url: issuer.url() };
     let app =
-        App::start_with(Config { foreign: Some(settings), ..config((*pool.connect_options()).clone()) })
+        App::start_with(Config { external: Some(settings), ..config((*pool.connect_options()).clone()) })
             .await;
     let now = Utc::now().timestamp() as f64;
     let claims = json!({

@@ -1,13 +1,13 @@
 //! Who is calling, and whose page: every rule of the contract about credentials and origins, and CORS.
 
 use api::config::Config;
-use shared::test_support::http::{Answer, Call};
 use sqlx::PgPool;
+use testkit::http::{Answer, Call};
 
 use crate::support::{App, LISTED, ORIGIN, User, assert_common_headers, assert_problem, config, text};
 
 const FOREIGN: &str = "https://evil.example";
-const EXPOSED: &str = "Stream-Cursor, X-Request-Id, Retry-After, Idempotent-Replayed";
+const EXPOSED: &str = "Feed-Cursor, X-Request-Id, Retry-After, Idempotent-Replayed";
 
 type Headers<'a> = &'a [(&'a str, &'a str)];
 

@@ -6,13 +6,13 @@ use std::{
 };
 
 use serde_json::Value;
-use shared::test_support::{
+use sqlx::PgPool;
+use testkit::{
     http::Client,
     panics,
     process::{Process, Signal},
     soon, until,
 };
-use sqlx::PgPool;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 use crate::{

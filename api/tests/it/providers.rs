@@ -10,7 +10,7 @@ use std::{
 
 use api::oauth::{ProviderSettings, Registration};
 use serde_json::{Value, json};
-use shared::test_support::{
+use testkit::{
     http::{Answer, Client},
     node::Server,
 };

@@ -1,7 +1,7 @@
 //! Requests byte by byte, for what a well-behaved client would not send.
 
 use http::{HeaderMap, HeaderName, HeaderValue};
-use shared::test_support::{http::Answer, soon};
+use testkit::{http::Answer, soon};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::TcpStream,

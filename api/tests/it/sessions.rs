@@ -12,15 +12,15 @@ use api::{
 use chrono::{DateTime, Utc};
 use futures_util::future::join_all;
 use prometheus_client::metrics::counter::Counter;
-use serde_json::{Value, json};
-use shared::{
+use protocol::{
     claims::{Audience, Claims},
     event::Revoked,
     feed::{HeadsRequest, Login},
     ids::SessionId,
-    test_support::http::Answer,
 };
+use serde_json::{Value, json};
 use sqlx::PgPool;
+use testkit::http::Answer;
 
 use crate::{
     failures::{Listener, with_redis},

@@ -12,13 +12,11 @@ use api::{
 use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
 use futures_util::future::join_all;
 use prometheus_client::metrics::counter::Counter;
+use protocol::claims::Audience;
 use serde_json::{Value, json};
-use shared::{
-    claims::Audience,
-    secrets::Secrets,
-    test_support::{http::Answer, process::Signal, soon, until},
-};
+use service_kit::secrets::Secrets;
 use sqlx::PgPool;
+use testkit::{http::Answer, process::Signal, soon, until};
 use tokio::io::AsyncWriteExt;
 
 use crate::{

@@ -14,24 +14,24 @@ use api::{
     http::auth::Lifetimes,
     store::feed::Keep,
 };
-use serde_json::{Value, json};
-use shared::{
-    bus::Bus,
+use protocol::{
     channels::Channels,
     claims::{Audience, Claims, SigningKeys},
-    client_address::TrustedProxies,
     event::kind,
     feed::{
         HEADS_PATH, HeadsAnswer, HeadsRequest, RANGES_PATH, RangeAfter, RangesAnswer, RangesRequest,
         authorization,
     },
     ids::{SessionId, UserId},
-    secrets::Secrets,
-    test_support::documented::Document,
-    test_support::http::{Answer, Call, Client},
-    test_support::{panics, until},
 };
+use serde_json::{Value, json};
+use service_kit::{bus::Bus, client_address::TrustedProxies, secrets::Secrets};
 use sqlx::{PgPool, postgres::PgConnectOptions};
+use testkit::{
+    documented::Document,
+    http::{Answer, Call, Client},
+    panics, until,
+};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
@@ -39,7 +39,7 @@ pub(crate) const ORIGIN: &str = "http://localhost:8080";
 /// Another origin whose pages may use us.
 pub(crate) const LISTED: &str = "https://shop.example:8443";
 /// What is said to a page of `http://evil.example` that uses the cookie.
-pub(crate) const FOREIGN_ORIGIN: &str =
+pub(crate) const ORIGIN_NOT_ALLOWED: &str =
     "Origin http://evil.example is not allowed; add it to ALLOWED_ORIGINS";
 pub(crate) const SECRET: &str = "the-internal-secret-of-these-tests";
 // Made for these tests alone.
@@ -87,7 +87,7 @@ pub(crate) fn config(database: PgConnectOptions) -> Config {
         providers: Vec::new(),
         provider_time_limit: Duration::from_secs(10),
         callback_token_in_query: false,
-        foreign: None,
+        external: None,
         lifetimes: Lifetimes { session: Duration::from_secs(3_600), stream_token: Duration::from_secs(60) },
         keep: Keep { age: Duration::from_secs(3_600), events: 1_000_000 },
         limits: RateLimits::OFF,

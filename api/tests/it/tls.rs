@@ -6,7 +6,8 @@ use std::{
     process::{Command, Stdio},
 };
 
-use shared::test_support::{
+use sqlx::{Connection, PgConnection};
+use testkit::{
     http::Client,
     process::{Process, Signal},
     servers::{Postgres, Redis},
@@ -14,7 +15,6 @@ use shared::test_support::{
     tls::{Authority, Door},
     until,
 };
-use sqlx::{Connection, PgConnection};
 
 use crate::process::{command, run, serve_from};
 

@@ -4,8 +4,8 @@ use std::{collections::BTreeSet, fs, io::Read, path::Path};
 
 use flate2::read::GzDecoder;
 use serde_json::json;
-use shared::test_support::http::Answer;
 use sqlx::PgPool;
+use testkit::http::Answer;
 
 use crate::support::{App, assert_problem};
 

@@ -16,12 +16,12 @@ use std::{
 };
 
 use anyhow::Context as _;
-use serde::{Deserialize, Serialize, de::DeserializeOwned};
-use shared::{
-    cursor::Cursor,
+use protocol::{
     ids::{ConversationId, UserId},
-    test_support::process::Process,
+    position::Position,
 };
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
+use testkit::process::Process;
 
 pub use self::{
     posts::{Posted, Posts, run as run_posts},
@@ -185,13 +185,13 @@ impl Streams {
 
 /// What a report must say for a figure to count: nothing lost, repeated or out of order, and every ledger ends where the
 /// feed in Postgres ends.
-pub fn check(report: &Report, heads: &[(UserId, Cursor)]) -> anyhow::Result<()> {
+pub fn check(report: &Report, heads: &[(UserId, Position)]) -> anyhow::Result<()> {
     let first = report.first_fault.as_deref().unwrap_or_default();
     anyhow::ensure!(report.faults == 0, "{} events did not follow: {first}", report.faults);
     anyhow::ensure!(report.resyncs == 0, "{} streams were told to reload", report.resyncs);
     let heads: BTreeMap<_, _> = heads.iter().copied().collect();
     for Place { user, newest, .. } in &report.places {
-        let head = heads.get(user).map(Cursor::to_string);
+        let head = heads.get(user).map(Position::to_string);
         anyhow::ensure!(*newest == head, "the stream of {user} ends at {newest:?}, the feed at {head:?}");
     }
     Ok(())

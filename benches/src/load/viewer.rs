@@ -3,7 +3,7 @@
 use std::hash::{DefaultHasher, Hash, Hasher};
 
 use chrono::DateTime;
-use shared::{cursor::Cursor, event::kind};
+use protocol::{event::kind, position::Position};
 
 use super::chunks::Chunks;
 
@@ -39,10 +39,10 @@ pub struct Told {
 /// One viewer's memory, over all its connections.
 #[derive(Debug, Default, Clone)]
 pub struct Ledger {
-    pub place: Option<Cursor>,
+    pub place: Option<Position>,
     pub retry_millis: Option<u32>,
     /// Where it began, and what followed: a [`digest`].
-    pub began: Option<Cursor>,
+    pub began: Option<Position>,
     pub digest: u64,
 }
 
@@ -188,7 +188,7 @@ impl Ledger {
                 _ => return Some(Said::Fault(format!("a line of no known form: {line:?}"))),
             }
         }
-        let cursor = match id.map(str::parse::<Cursor>) {
+        let cursor = match id.map(str::parse::<Position>) {
             Some(Err(_)) => return Some(Said::Fault(format!("an id that is no cursor: {id:?}"))),
             Some(Ok(cursor)) => Some(cursor),
             None => None,
@@ -319,7 +319,7 @@ mod tests {
 
     #[test]
     fn who_comes_back_must_be_where_they_were() {
-        let place: Cursor = id(7).parse().unwrap();
+        let place: Position = id(7).parse().unwrap();
         let back_at = |seq| {
             let mut ledger = Ledger { place: Some(place), ..Ledger::default() };
             read(&mut ledger, &format!("{HEAD}{}", ready(seq)))

@@ -6,7 +6,7 @@ use std::{net::SocketAddr, time::Duration};
 use e2e::{Service, User, World, ledger::assert_exact};
 use futures_util::future::join_all;
 use serde_json::json;
-use shared::test_support::{soon, sse::Browser, until};
+use testkit::{soon, sse::Browser, until};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::TcpStream,

@@ -16,12 +16,9 @@ use e2e::{
     clients::{Client, Language, block, event, strict},
     ledger::Feed,
 };
+use protocol::{ids::UserId, position::Seq};
 use serde_json::json;
-use shared::{
-    cursor::Seq,
-    ids::UserId,
-    test_support::{PATIENCE, proxy::Proxy, until},
-};
+use testkit::{PATIENCE, proxy::Proxy, until};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::TcpListener,

@@ -8,7 +8,7 @@ use e2e::{
 };
 use futures_util::future::join_all;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
-use shared::test_support::{
+use testkit::{
     proxy::Proxy,
     servers::{Postgres, Redis},
     sse::{Block, Browser, Resume},

@@ -10,7 +10,7 @@ use e2e::{
     ledger::{Feed, assert_exact},
 };
 use futures_util::future::join_all;
-use shared::test_support::{
+use testkit::{
     proxy::Proxy,
     servers::Redis,
     sse::{Browser, Opening, Resume},

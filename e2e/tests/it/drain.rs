@@ -4,7 +4,7 @@ use std::{sync::Arc, time::Duration};
 
 use e2e::World;
 use futures_util::future::join_all;
-use shared::test_support::{
+use testkit::{
     sse::{Browser, End, Resume},
     until,
 };

@@ -4,14 +4,14 @@ use std::{sync::Arc, time::Duration};
 
 use chrono::Utc;
 use e2e::World;
-use shared::{
+use protocol::{
     claims::{Audience, Claims},
     ids::SessionId,
-    test_support::{
-        servers::free_port,
-        sse::{End, Event, Stream},
-        until,
-    },
+};
+use testkit::{
+    servers::free_port,
+    sse::{End, Event, Stream},
+    until,
 };
 
 use crate::support::{Crowd, Traffic, Two, assert_all_exact, browser};

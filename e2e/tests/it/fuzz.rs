@@ -4,7 +4,7 @@
 use std::process::{Command, Stdio};
 
 use e2e::{World, program};
-use shared::test_support::documented::Document;
+use testkit::documented::Document;
 
 use crate::support::Two;
 

@@ -11,7 +11,7 @@ use e2e::{Service, World};
 use futures_util::future::join_all;
 use rand::{RngExt, SeedableRng, rngs::StdRng};
 use serde_json::Value;
-use shared::test_support::soon;
+use testkit::soon;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::{TcpSocket, TcpStream},

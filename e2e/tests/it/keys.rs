@@ -10,7 +10,7 @@ use std::{
 
 use e2e::{Service, World};
 use serde_json::json;
-use shared::test_support::{cluster::Cluster, http::Client, servers::free_port, soon, sse::Opening};
+use testkit::{cluster::Cluster, http::Client, servers::free_port, soon, sse::Opening};
 
 use crate::endings::{goodbye, ready};
 
@@ -88,7 +88,7 @@ async fn keys_are_rotated_under_load_and_no_request_is_rejected() {
     let rotate = async {
         let progress = async || {
             let before = (load.requests.load(Ordering::Relaxed), load.streams.load(Ordering::Relaxed));
-            shared::test_support::until("both kinds of clients went on", || async {
+            testkit::until("both kinds of clients went on", || async {
                 load.requests.load(Ordering::Relaxed) > before.0 + 50
                     && load.streams.load(Ordering::Relaxed) > before.1 + 20
             })

@@ -2,11 +2,9 @@
 
 use e2e::{Service, User, World};
 use futures_util::future::join_all;
+use protocol::ids::ConversationId;
 use serde_json::json;
-use shared::{
-    ids::ConversationId,
-    test_support::{servers::Redis, until},
-};
+use testkit::{servers::Redis, until};
 
 use crate::support::browser;
 

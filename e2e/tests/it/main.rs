@@ -10,7 +10,7 @@ mod crashes;
 mod delivery;
 mod drain;
 mod endings;
-mod foreign;
+mod external;
 mod fuzz;
 mod heads;
 mod keys;

@@ -10,7 +10,7 @@ use std::{
 
 use e2e::{Service, World, program};
 use serde_json::Value;
-use shared::test_support::{process::Process, soon, until};
+use testkit::{process::Process, soon, until};
 
 use crate::support::Two;
 

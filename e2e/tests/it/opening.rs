@@ -2,16 +2,16 @@
 
 use chrono::Utc;
 use e2e::{Service, World, ledger::Feed};
-use shared::{
+use protocol::{
     claims::{Audience, Claims, SigningKeys},
     problem::Problem,
-    test_support::{
-        http::Answer,
-        servers::{Redis, free_port},
-        soon,
-        sse::{Block, Opening},
-        until,
-    },
+};
+use testkit::{
+    http::Answer,
+    servers::{Redis, free_port},
+    soon,
+    sse::{Block, Opening},
+    until,
 };
 
 use crate::support::Two;
@@ -160,7 +160,7 @@ async fn a_token_is_taken_from_header_query_or_cookie_and_a_bad_one_is_not_made_
     let now = Utc::now().timestamp();
     let claims = world.claims(&jane);
     let expired = world.sign(&Claims { iat: now - 100, exp: now - 1, ..claims.clone() });
-    let foreign_issuer = world.sign(&Claims { iss: "http://elsewhere.example".into(), ..claims.clone() });
+    let external_issuer = world.sign(&Claims { iss: "http://elsewhere.example".into(), ..claims.clone() });
     let stranger =
         SigningKeys::from_pems(e2e::world::ORIGIN, &e2e::world::private_key(), &[]).unwrap().sign(&claims);
     let cut = &jane.token[..jane.token.len() - 2];
@@ -171,7 +171,7 @@ async fn a_token_is_taken_from_header_query_or_cookie_and_a_bad_one_is_not_made_
         plain().bearer(&expired),
         plain().query_token(&expired),
         plain().cookie(&world.cookie(&expired)),
-        plain().bearer(&foreign_issuer),
+        plain().bearer(&external_issuer),
         plain().bearer(&stranger),
         plain().bearer(cut),
         plain().query_token(""),

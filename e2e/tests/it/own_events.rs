@@ -2,7 +2,7 @@
 
 use e2e::World;
 use serde_json::{Value, json};
-use shared::test_support::sse::Stream;
+use testkit::sse::Stream;
 
 use crate::support::Two;
 
@@ -129,7 +129,7 @@ async fn the_cursor_of_a_rest_answer_is_a_place_from_which_nothing_is_missed() {
     ];
     for path in paths {
         let answer = world.client.get(api.url(&path)).bearer(&two.jane.token).expect(200).await;
-        let cursor = answer.header("stream-cursor").unwrap().to_owned();
+        let cursor = answer.header("feed-cursor").unwrap().to_owned();
         let posted = world.say(&api, &two.john, two.conversation).await;
         let mut stream = gateway.stream(&two.jane).last_event_id(&cursor).stream().await;
         assert_eq!(stream.named("ready").await.id, Some(cursor), "{path}");

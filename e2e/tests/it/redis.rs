@@ -6,7 +6,7 @@ use std::{
 };
 
 use e2e::{World, ledger::assert_exact};
-use shared::test_support::{proxy::Proxy, servers::Redis, until};
+use testkit::{proxy::Proxy, servers::Redis, until};
 
 use crate::support::{Busy, Crowd, PAUSE, Traffic, Two, assert_all_exact, browser};
 

@@ -4,7 +4,7 @@
 use std::path::Path;
 
 use e2e::World;
-use shared::test_support::{cluster::Cluster, servers::Redis, until};
+use testkit::{cluster::Cluster, servers::Redis, until};
 
 use crate::support::Busy;
 

@@ -2,7 +2,7 @@
 //! while people talk; it costs time, never a message, and afterwards Redis brings every event again.
 
 use e2e::World;
-use shared::test_support::{cluster::Cluster, until};
+use testkit::{cluster::Cluster, until};
 
 use crate::support::Busy;
 

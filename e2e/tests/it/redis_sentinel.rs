@@ -2,7 +2,7 @@
 //! down, everybody follows, and nothing is lost.
 
 use e2e::World;
-use shared::test_support::cluster::Watched;
+use testkit::cluster::Watched;
 
 use crate::support::Busy;
 

@@ -4,10 +4,8 @@ use e2e::{
     Service, World,
     ledger::{Feed, assert_exact},
 };
-use shared::{
-    cursor::{Cursor, Epoch},
-    test_support::sse::{Opening, Stream},
-};
+use protocol::position::{Epoch, Position};
+use testkit::sse::{Opening, Stream};
 
 use crate::support::{Two, browser};
 
@@ -62,7 +60,7 @@ impl Setting {
         let resync = stream.named("resync").await;
         assert_eq!(resync.json()["cursor"].as_str(), resync.id.as_deref(), "{what}");
         assert_eq!(resync.json()["reason"], reason, "{what}");
-        let place: Cursor = resync.id.unwrap().parse().unwrap();
+        let place: Position = resync.id.unwrap().parse().unwrap();
         // What was posted a moment ago may still be on its way to the gateway; it follows, then.
         assert_eq!(place.epoch, before.epoch, "{what}");
         assert!((before.head - 1..=before.head).contains(&place.seq), "{what}: {place:?} of {}", before.head);
@@ -127,7 +125,7 @@ async fn a_cursor_that_is_none_is_a_resync_and_never_an_error() {
     let setting = Setting::new().await;
     let feed = setting.feed().await;
     let john = Feed::read(&setting.world.sql, setting.two.john.id).await;
-    let other_epoch = Cursor { epoch: Epoch(feed.epoch.0 ^ 1), seq: 3 }.to_string();
+    let other_epoch = Position { epoch: Epoch(feed.epoch.0 ^ 1), seq: 3 }.to_string();
     let good = feed.cursor(3);
     let long = "a".repeat(2_000);
     let texts = [
@@ -232,10 +230,10 @@ async fn a_live_stream_whose_epoch_is_redrawn_is_told_to_reload_and_goes_on() {
     assert_eq!(quiet.next().await.id, Some(feed.cursor(feed.head - 1)));
     assert_eq!(quiet.next().await.id, Some(feed.head_cursor()));
     let resync = busy.named("resync").await;
-    let mut last: Cursor = resync.id.unwrap().parse().unwrap();
+    let mut last: Position = resync.id.unwrap().parse().unwrap();
     assert_eq!(last.epoch, epoch);
     while last.to_string() != feed.head_cursor() {
-        let next: Cursor = busy.next().await.id.unwrap().parse().unwrap();
+        let next: Position = busy.next().await.id.unwrap().parse().unwrap();
         assert_eq!((next.epoch, next.seq), (last.epoch, last.seq + 1));
         last = next;
     }

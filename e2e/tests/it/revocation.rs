@@ -2,10 +2,8 @@
 
 use chrono::Utc;
 use e2e::{Service, User, World, ledger::Feed};
-use shared::{
-    claims::Claims,
-    test_support::{servers::free_port, soon, sse::Stream, until},
-};
+use protocol::claims::Claims;
+use testkit::{servers::free_port, soon, sse::Stream, until};
 
 use crate::{
     endings::{goodbye, ready},

@@ -4,7 +4,7 @@
 use std::path::Path;
 
 use e2e::World;
-use shared::test_support::until;
+use testkit::until;
 
 use crate::support::{Busy, Two, browser};
 

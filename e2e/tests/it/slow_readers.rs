@@ -7,7 +7,7 @@ use e2e::{
     ledger::{Feed, assert_exact},
 };
 use serde_json::json;
-use shared::test_support::{
+use testkit::{
     soon,
     sse::{Event, Stream},
     until,

@@ -13,14 +13,12 @@ use e2e::{
     ledger::{Feed, assert_exact},
 };
 use futures_util::future::join_all;
-use shared::{
-    ids::ConversationId,
-    test_support::{
-        servers::Redis,
-        soon,
-        sse::{Browser, Opening, Resume},
-        until,
-    },
+use protocol::ids::ConversationId;
+use testkit::{
+    servers::Redis,
+    soon,
+    sse::{Browser, Opening, Resume},
+    until,
 };
 
 /// Browsers come back fast here: their patience is not what is tested.

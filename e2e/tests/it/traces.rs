@@ -16,7 +16,7 @@ use e2e::{
 };
 use opentelemetry_proto::tonic::trace::v1::span::SpanKind;
 use serde_json::json;
-use shared::test_support::{
+use testkit::{
     servers::{Redis, free_port},
     soon, until,
 };

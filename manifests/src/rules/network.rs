@@ -23,7 +23,7 @@ const PRIVATE: [&str; 5] =
     ["10.0.0.0/8", "100.64.0.0/10", "169.254.0.0/16", "172.16.0.0/12", "192.168.0.0/16"];
 
 /// Settings that make api call somebody whose address we do not know.
-const LOGINS: [&str; 3] = ["GITHUB_CLIENT_ID", "OIDC_ISSUER", "FOREIGN_JWKS_URL"];
+const LOGINS: [&str; 3] = ["GITHUB_CLIENT_ID", "OIDC_ISSUER", "EXTERNAL_JWKS_URL"];
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 enum Way {

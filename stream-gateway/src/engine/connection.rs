@@ -9,11 +9,11 @@ use std::{
 };
 
 use bytes::Bytes;
-use shared::{
+use protocol::{
     claims::KeyName,
-    cursor::{Cursor, Seq},
     feed::Head,
     ids::SessionId,
+    position::{Position, Seq},
 };
 
 use crate::{
@@ -34,7 +34,7 @@ pub struct Key {
 pub enum Resume {
     /// Nothing: start at the head.
     Head,
-    After(Cursor),
+    After(Position),
     /// Something that is no cursor of ours.
     Nonsense,
 }

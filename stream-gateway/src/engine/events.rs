@@ -1,6 +1,6 @@
 //! Events, from Redis or from an answer, through the sequencer to the connections of their user.
 
-use shared::ids::{SessionId, UserId};
+use protocol::ids::{SessionId, UserId};
 
 use super::{
     Asker, Engine,

@@ -3,9 +3,9 @@
 use std::collections::VecDeque;
 
 use chrono::{DateTime, Utc};
-use shared::{
-    cursor::{Epoch, Seq},
+use protocol::{
     ids::{SessionId, UserId},
+    position::{Epoch, Seq},
 };
 
 use super::{

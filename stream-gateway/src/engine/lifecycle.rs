@@ -4,10 +4,10 @@ use std::collections::VecDeque;
 
 use bytes::Bytes;
 use mio::{Interest, Token};
-use shared::{
-    cursor::{Cursor, Epoch},
+use protocol::{
     feed::Head,
     ids::UserId,
+    position::{Epoch, Position},
 };
 
 use super::{
@@ -71,7 +71,7 @@ impl Engine {
             key: signed_by,
             stage: Stage::Joining(resume),
             head: match resume {
-                Resume::After(Cursor { epoch, seq }) => Head { epoch, seq },
+                Resume::After(Position { epoch, seq }) => Head { epoch, seq },
                 Resume::Head | Resume::Nonsense => Head { epoch: Epoch(0), seq: 0 },
             },
             after: match resume {
@@ -285,10 +285,9 @@ mod tests {
 
     use mio::Poll;
     use prometheus_client::registry::Registry;
-    use shared::{
+    use protocol::{channels::Channels, claims::KeyName};
+    use service_kit::{
         bus::Bus,
-        channels::Channels,
-        claims::KeyName,
         ended::EndedSessions,
         limiter::{self, Limit, Limiter, Subject},
         secrets::Secrets,

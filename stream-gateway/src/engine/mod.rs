@@ -32,15 +32,13 @@ use anyhow::Context as _;
 use bytes::Bytes;
 use mio::{Events, Poll};
 use prometheus_client::metrics::{counter::Counter, histogram::Histogram};
-use rand::RngExt;
-use shared::{
+use protocol::{
     claims::KeyName,
-    cursor::Seq,
-    ended::EndedSessions,
     ids::{SessionId, UserId},
-    tasks::Tasks,
-    traces::Tracer,
+    position::Seq,
 };
+use rand::RngExt;
+use service_kit::{ended::EndedSessions, tasks::Tasks, traces::Tracer};
 use slab::Slab;
 use tokio::{
     io::{Interest as Readiness, unix::AsyncFd},

@@ -2,7 +2,7 @@
 
 use std::{collections::HashSet, num::NonZeroU32};
 
-use shared::{
+use protocol::{
     feed::{Head, Login},
     ids::UserId,
 };

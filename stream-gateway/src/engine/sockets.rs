@@ -2,8 +2,8 @@
 
 use std::{collections::VecDeque, io, time::SystemTime};
 
+use protocol::position::Position;
 use rand::RngExt;
-use shared::cursor::Cursor;
 
 use super::{
     Engine, bytes_of,
@@ -93,11 +93,11 @@ impl Engine {
             } else if !connection.is_placed() {
                 return;
             } else if let Some(resumed) = connection.owes_ready.take() {
-                let cursor = Cursor { epoch: connection.head.epoch, seq: connection.head.seq };
+                let cursor = Position { epoch: connection.head.epoch, seq: connection.head.seq };
                 let with_id = connection.lost.is_none();
                 let heartbeat = connection.heartbeat.every(self.settings.heartbeat);
                 let cursor = match (with_id, place) {
-                    (false, Some(head)) => Cursor { epoch: head.epoch, seq: head.seq },
+                    (false, Some(head)) => Position { epoch: head.epoch, seq: head.seq },
                     _ => cursor,
                 };
                 frame::ready(cursor, resumed && with_id, with_id, heartbeat, SystemTime::now())
@@ -110,7 +110,7 @@ impl Engine {
                 connection.page = VecDeque::new();
                 self.metrics.resyncs.get_or_create(&Reason { reason: why.as_str() }).inc();
                 tracing::info!(user.id = %entry.user, event.seq = head.seq, reason = why.as_str(), "a stream must resync");
-                frame::resync(Cursor { epoch: head.epoch, seq: head.seq }, why)
+                frame::resync(Position { epoch: head.epoch, seq: head.seq }, why)
             } else if let Some(event) = connection.page.pop_front() {
                 self.backlog -= event.frame.len();
                 if connection.page.is_empty() {

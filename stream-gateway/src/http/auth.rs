@@ -3,7 +3,7 @@
 use std::{borrow::Cow, num::NonZeroU8};
 
 use http::{HeaderMap, header};
-use shared::cookies::{self, Cookies};
+use service_kit::cookies::{self, Cookies};
 use url::form_urlencoded;
 
 use crate::frame::{Heartbeat, HeartbeatForm};

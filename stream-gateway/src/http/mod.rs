@@ -7,7 +7,7 @@ mod stream;
 use std::{convert::Infallible, sync::Arc};
 
 use http::Version;
-use shared::server::PeerAddr;
+use service_kit::server::PeerAddr;
 use warp::{Filter, Reply};
 
 pub use self::stream::Streams;

@@ -16,19 +16,21 @@ use std::{
 use bytes::Bytes;
 use chrono::Utc;
 use http::{HeaderMap, HeaderValue, Method, Response as HttpResponse, StatusCode, Version, header};
-use rand::RngExt;
-use shared::{
+use protocol::{
     claims::KeyName,
+    external::ExternalClaims,
+    ids::{SessionId, UserId},
+    position::Position,
+    problem::Problem,
+};
+use rand::RngExt;
+use service_kit::{
     client_address::TrustedProxies,
     cookies::Cookies,
-    cursor::Cursor,
     ended::EndedSessions,
-    foreign::ForeignClaims,
-    ids::{SessionId, UserId},
     limiter::Subject,
     origins::{EXPOSED_HEADERS, OriginNotAllowed, Origins, is_preflight},
     preference::weight,
-    problem::Problem,
     server,
 };
 use tokio::{
@@ -153,7 +155,7 @@ impl Streams {
         let resume = match last_event_id(headers, query) {
             None => Resume::Head,
             Some(text) => {
-                let cursor = std::str::from_utf8(&text).ok().and_then(|text| text.parse::<Cursor>().ok());
+                let cursor = std::str::from_utf8(&text).ok().and_then(|text| text.parse::<Position>().ok());
                 cursor.map_or(Resume::Nonsense, Resume::After)
             }
         };
@@ -233,7 +235,7 @@ impl Streams {
                 let ends_at = claims.stream_ends_at();
                 Bearer { who: Who::User(claims.sub), session: claims.sid, key, ends_at }
             }
-            keys::Bearer::Foreign(claims) => {
+            keys::Bearer::External(claims) => {
                 let ends_at = claims.exp;
                 let who = self.identities.known(&claims).map_or(Who::Subject(claims), Who::User);
                 Bearer { who, session: None, key, ends_at }
@@ -322,8 +324,8 @@ struct Bearer {
 
 enum Who {
     User(UserId),
-    /// Of the foreign issuer; which user that is is not known here yet.
-    Subject(ForeignClaims),
+    /// Of the external issuer; which user that is is not known here yet.
+    Subject(ExternalClaims),
 }
 
 impl Who {
@@ -340,7 +342,7 @@ impl fmt::Display for Who {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::User(user) => user.fmt(f),
-            Self::Subject(_) => f.write_str("a foreign issuer's"),
+            Self::Subject(_) => f.write_str("a external issuer's"),
         }
     }
 }
@@ -422,7 +424,7 @@ fn say_at_once(mut socket: &std::net::TcpStream, head: &[u8], framing: Framing, 
 
 #[cfg(test)]
 mod tests {
-    use shared::claims::{Audience, Claims};
+    use protocol::claims::{Audience, Claims};
 
     use super::*;
 

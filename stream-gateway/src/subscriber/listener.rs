@@ -15,13 +15,15 @@ use std::{
 };
 
 use anyhow::Context as _;
-use rand::RngExt;
-use redis::{AsyncConnectionConfig, PushInfo, PushKind, RedisResult, Value, aio::MultiplexedConnection};
-use shared::{
-    bus::{self, Bus, Maps, Node},
+use protocol::{
     channels::Channels,
     event::{Notice, Revoked},
     ids::UserId,
+};
+use rand::RngExt;
+use redis::{AsyncConnectionConfig, PushInfo, PushKind, RedisResult, Value, aio::MultiplexedConnection};
+use service_kit::{
+    bus::{self, Bus, Maps, Node},
     traces::Tracer,
 };
 use tokio::{
@@ -507,7 +509,8 @@ fn read(tracer: &Tracer, user: UserId, payload: &[u8]) -> Option<News> {
 #[cfg(test)]
 mod tests {
     use prometheus_client::registry::Registry;
-    use shared::{ids::SessionId, secrets::Secrets, tasks::Tasks};
+    use protocol::ids::SessionId;
+    use service_kit::{secrets::Secrets, tasks::Tasks};
 
     use super::*;
     use crate::backfill::Api;

@@ -14,10 +14,12 @@ use std::{
     sync::{Arc, Mutex, PoisonError},
 };
 
-use shared::{
-    bus::{Bus, Node},
+use protocol::{
     channels::Channels,
     ids::{SessionId, UserId},
+};
+use service_kit::{
+    bus::{Bus, Node},
     tasks::Tasks,
     traces::Tracer,
 };

@@ -9,11 +9,8 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
-use shared::{
-    bus::{Map, Node, Slot},
-    channels::Channels,
-    ids::UserId,
-};
+use protocol::{channels::Channels, ids::UserId};
+use service_kit::bus::{Map, Node, Slot};
 use tokio::sync::Notify;
 
 use super::Link;

@@ -12,23 +12,23 @@ use bytes::Bytes;
 use chrono::Utc;
 use http::{HeaderMap, Response, StatusCode, header};
 use jsonwebtoken::jwk::JwkSet;
-use serde::Serialize;
-use serde_json::{json, value::RawValue};
-use shared::{
-    cursor::{Cursor, Epoch, Seq},
+use protocol::{
     event::{self, Envelope},
     feed::{
-        self, ForeignKeysAnswer, HEADS_PATH, Head, HeadsAnswer, HeadsRequest, IDENTITY_PATH, IdentityAnswer,
+        self, ExternalKeysAnswer, HEADS_PATH, Head, HeadsAnswer, HeadsRequest, IDENTITY_PATH, IdentityAnswer,
         IdentityRequest, KEYS_PATH, KeysAnswer, Login, RANGES_PATH, Range, RangeAfter, RangesAnswer,
         RangesRequest, UserHead,
     },
     ids::{SessionId, UserId},
     keys_version::{KeysVersion, Version},
-    server::{self, Limits, Metrics},
-    test_support::{
-        issuer::{IssuerKey, published},
-        soon,
-    },
+    position::{Epoch, Position, Seq},
+};
+use serde::Serialize;
+use serde_json::{json, value::RawValue};
+use service_kit::server::{self, Limits, Metrics};
+use testkit::{
+    issuer::{IssuerKey, published},
+    soon,
 };
 use tokio::{sync::watch, time::sleep};
 use tokio_util::sync::{CancellationToken, DropGuard};
@@ -56,7 +56,7 @@ pub(crate) enum Asked {
     },
     Ranges(Vec<RangeAfter>),
     Keys,
-    /// These subjects of the foreign issuer.
+    /// These subjects of the external issuer.
     Identities(Vec<String>),
 }
 
@@ -144,10 +144,10 @@ struct State {
     /// Whether it answers as the release before this one.
     release_before: bool,
     jwks: JwkSet,
-    foreign: Option<ForeignKeysAnswer>,
+    external: Option<ExternalKeysAnswer>,
     /// Of all these keys. None: as the release before this one.
     version: Option<KeysVersion>,
-    /// Who the subjects of the foreign issuer are.
+    /// Who the subjects of the external issuer are.
     subjects: HashMap<String, UserId>,
     /// Events in one answer for one user, at most.
     page: usize,
@@ -177,7 +177,7 @@ impl Api {
             ended: HashSet::new(),
             release_before: false,
             jwks,
-            foreign: None,
+            external: None,
             version: None,
             subjects: HashMap::new(),
             page: 1_000,
@@ -262,7 +262,7 @@ impl Api {
 
     /// This place in this user's feed, as a client says it.
     pub(crate) fn cursor(&self, user: UserId, seq: Seq) -> String {
-        Cursor { epoch: self.head(user).epoch, seq }.to_string()
+        Position { epoch: self.head(user).epoch, seq }.to_string()
     }
 
     /// Events up to this one are no longer kept.
@@ -312,13 +312,13 @@ impl Api {
         let version = state.version.as_mut().expect("the test publishes own keys first");
         version.external = jwks.as_ref().map(|jwks| Version { since, ..Version::of(jwks) });
         let version = version.clone();
-        state.foreign = Some(ForeignKeysAnswer { jwks, ..published(&IssuerKey::number(0)) });
+        state.external = Some(ExternalKeysAnswer { jwks, ..published(&IssuerKey::number(0)) });
         version
     }
 
     /// Tokens of this issuer are accepted too.
-    pub(crate) fn trust(&self, foreign: ForeignKeysAnswer) {
-        self.state().foreign = Some(foreign);
+    pub(crate) fn trust(&self, external: ExternalKeysAnswer) {
+        self.state().external = Some(external);
     }
 
     /// This subject of the issuer is this user.
@@ -447,7 +447,7 @@ impl Shared {
                 to_json(&KeysAnswer {
                     version: state.version.clone(),
                     own: state.jwks.clone(),
-                    foreign: state.foreign.clone(),
+                    external: state.external.clone(),
                 }),
             ),
         };

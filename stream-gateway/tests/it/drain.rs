@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use futures_util::future::join_all;
-use shared::test_support::{PATIENCE, soon, until};
+use testkit::{PATIENCE, soon, until};
 
 use crate::support::{Setup, distinct, goodbye, receives};
 

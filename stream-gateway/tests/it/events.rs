@@ -2,8 +2,9 @@
 
 use std::time::Duration;
 
+use protocol::event::Envelope;
 use serde_json::{json, value::RawValue};
-use shared::{event::Envelope, test_support::until};
+use testkit::until;
 
 use crate::support::{ANOTHER_EPOCH, Setup, World, goodbye, receives, resync, silence};
 
@@ -309,7 +310,7 @@ async fn a_redis_that_is_no_longer_where_its_name_points_is_left() {
     let user = world.user(5);
     let mut stream = world.joined(&user).await;
     // The old one lives on with our connection to it, as after a failover; everybody publishes to the new one.
-    let promoted = shared::test_support::servers::Redis::start();
+    let promoted = testkit::servers::Redis::start();
     world.network.aim(promoted.address());
     let envelope = world.api.append(user.id);
     let payload = serde_json::to_string(&envelope).unwrap();

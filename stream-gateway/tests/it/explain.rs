@@ -1,7 +1,7 @@
 //! `GET /admin/explain`: what a gateway did with one event, asked by an operator.
 
+use protocol::position::Seq;
 use serde_json::{Value, json};
-use shared::cursor::Seq;
 
 use crate::{
     api::Mood,

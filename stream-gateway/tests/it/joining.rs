@@ -2,10 +2,8 @@
 
 use std::time::Duration;
 
-use shared::{
-    feed::RANGES_PATH,
-    test_support::{soon, sse::Block},
-};
+use protocol::feed::RANGES_PATH;
+use testkit::{soon, sse::Block};
 
 use crate::{
     api::Mood,

@@ -3,11 +3,8 @@
 use std::time::Duration;
 
 use futures_util::future::join_all;
-use shared::{
-    claims::SigningKeys,
-    feed::KEYS_PATH,
-    test_support::{issuer::IssuerKey, sse::Opening, until},
-};
+use protocol::{claims::SigningKeys, feed::KEYS_PATH};
+use testkit::{issuer::IssuerKey, sse::Opening, until};
 
 use crate::{
     api::Mood,

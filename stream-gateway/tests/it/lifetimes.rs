@@ -2,10 +2,8 @@
 
 use std::time::{Duration, Instant};
 
-use shared::{
-    claims::{Audience, Claims},
-    test_support::{soon, sse::Block, until},
-};
+use protocol::claims::{Audience, Claims};
+use testkit::{soon, sse::Block, until};
 use tokio::io::AsyncWriteExt;
 
 use crate::support::{Raw, Setup, World, claims, goodbye, keys, now, ready, receives};

@@ -3,15 +3,13 @@
 use std::time::{Duration, Instant};
 
 use futures_util::future::join_all;
-use shared::{
-    channels::Channels,
-    limiter::{self, Limit},
-    test_support::{
-        PATIENCE, soon,
-        sse::{self, End, Stream},
-    },
-};
+use protocol::channels::Channels;
+use service_kit::limiter::{self, Limit};
 use stream_gateway::config::Opening;
+use testkit::{
+    PATIENCE, soon,
+    sse::{self, End, Stream},
+};
 use tokio::{io::AsyncWriteExt, net::TcpStream};
 
 use crate::support::{EPOCH, Setup, World, distinct, goodbye, ready, receives};

@@ -8,7 +8,7 @@ mod api;
 mod drain;
 mod events;
 mod explain;
-mod foreign;
+mod external;
 mod joining;
 mod keys;
 mod lifetimes;

@@ -1,12 +1,12 @@
 //! Which credential opens a stream, and for whose page: every rule of the contract about that, and CORS.
 
-use shared::test_support::{http::Answer, sse::Opening};
+use testkit::{http::Answer, sse::Opening};
 
 use crate::support::{ORIGIN, Setup, World, claims, keys, now, ready, rotated_keys};
 
 const LISTED: &str = "https://shop.example:8443";
 const FOREIGN: &str = "https://evil.example";
-const EXPOSED: &str = "Stream-Cursor, X-Request-Id, Retry-After, Idempotent-Replayed";
+const EXPOSED: &str = "Feed-Cursor, X-Request-Id, Retry-After, Idempotent-Replayed";
 
 async fn start() -> World {
     Setup::config(|config| config.allowed_origins = vec![LISTED.parse().unwrap()]).start().await

@@ -2,7 +2,7 @@
 
 use std::process::Command;
 
-use shared::test_support::until;
+use testkit::until;
 
 use crate::support::Setup;
 

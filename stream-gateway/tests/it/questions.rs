@@ -4,11 +4,11 @@
 use std::time::{Duration, Instant};
 
 use futures_util::future::join_all;
-use shared::{
+use protocol::{
     feed::{HEADS_PATH, Head, Login, MAX_PAIRS, RANGES_PATH, Range, RangesAnswer},
     ids::UserId,
-    test_support::sse::{Opening, Stream},
 };
+use testkit::sse::{Opening, Stream};
 use tokio::time::sleep;
 
 use crate::{

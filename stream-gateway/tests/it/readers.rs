@@ -2,13 +2,11 @@
 
 use std::time::Duration;
 
+use protocol::position::Seq;
 use serde_json::json;
-use shared::{
-    cursor::Seq,
-    test_support::{
-        soon,
-        sse::{End, Stream},
-    },
+use testkit::{
+    soon,
+    sse::{End, Stream},
 };
 use tokio::time::sleep;
 

@@ -3,10 +3,8 @@
 use std::time::Duration;
 
 use futures_util::future::join_all;
-use shared::{
-    feed::{HEADS_PATH, RANGES_PATH},
-    test_support::sse::Stream,
-};
+use protocol::feed::{HEADS_PATH, RANGES_PATH};
+use testkit::sse::Stream;
 
 use crate::{
     api::Mood,

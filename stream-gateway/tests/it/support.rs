@@ -8,27 +8,27 @@ use std::{
 };
 
 use clap::Parser;
-use redis::{AsyncCommands, aio::MultiplexedConnection};
-use serde_json::Value;
-use shared::{
+use protocol::{
     channels::Channels,
     claims::{Audience, Claims, SigningKeys},
-    cursor::{Epoch, Seq},
     event::Envelope,
     ids::{SessionId, UserId},
     keys_version::KeysVersion,
-    test_support::{
-        http::{Answer, Client},
-        panics,
-        proxy::Proxy,
-        soon,
-        sse::{End, Opening, Stream},
-        until,
-    },
+    position::{Epoch, Seq},
 };
+use redis::{AsyncCommands, aio::MultiplexedConnection};
+use serde_json::Value;
 use stream_gateway::{
     app::{self, Listeners},
     config::{Cli, Config},
+};
+use testkit::{
+    http::{Answer, Client},
+    panics,
+    proxy::Proxy,
+    soon,
+    sse::{End, Opening, Stream},
+    until,
 };
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
@@ -137,7 +137,7 @@ impl World {
         let signing = keys();
         let api = Api::start(signing.jwks().clone());
         if setup.no_keys {
-            api.mood(shared::feed::KEYS_PATH, Mood::Failing);
+            api.mood(protocol::feed::KEYS_PATH, Mood::Failing);
         }
         let url = redis_url();
         let address = url.socket_addrs(|| Some(6379)).unwrap()[0];

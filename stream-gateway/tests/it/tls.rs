@@ -6,7 +6,7 @@ use std::{
     process::{Command, Stdio},
 };
 
-use shared::test_support::{
+use testkit::{
     http::Client,
     panics,
     process::Process,

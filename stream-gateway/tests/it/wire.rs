@@ -1,13 +1,11 @@
-//! The stream's bytes on the wire. The reader of all other tests ([`shared::test_support::sse`]) checks each block: the order of
+//! The stream's bytes on the wire. The reader of all other tests ([`testkit::sse`]) checks each block: the order of
 //! its lines, and data that is JSON in one line.
 
 use std::time::Duration;
 
+use protocol::feed::HEADS_PATH;
 use serde_json::json;
-use shared::{
-    feed::HEADS_PATH,
-    test_support::{soon, sse::Block},
-};
+use testkit::{soon, sse::Block};
 
 use crate::{
     api::Mood,

@@ -8,7 +8,7 @@ mod site;
 use std::{collections::BTreeMap, time::Duration};
 
 use anyhow::Context as _;
-use shared::cursor::Cursor;
+use protocol::position::Position;
 use sqlx::Row as _;
 use tokio::time::sleep;
 
@@ -158,7 +158,7 @@ async fn check_contents(world: &World, report: &Report) -> anyhow::Result<()> {
         feeds.entry(row.get("user_id")).or_default().push((seq.cast_unsigned(), kind, payload));
     }
     for place in &report.places {
-        let began: Cursor = place.began.as_ref().context("every stream was ready")?.parse()?;
+        let began: Position = place.began.as_ref().context("every stream was ready")?.parse()?;
         let events = feeds.get(&place.user.0).into_iter().flatten().filter(|(seq, ..)| *seq > began.seq);
         let told = events.fold(0, |before, (seq, kind, payload)| digest(before, *seq, kind, payload));
         anyhow::ensure!(

@@ -2,7 +2,7 @@
 
 use e2e::{Browser, Front, World};
 use serde_json::json;
-use shared::test_support::proxy::Proxy;
+use testkit::proxy::Proxy;
 
 use super::{
     messenger::{Messenger, assert_all_show},

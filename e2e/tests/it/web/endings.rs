@@ -2,8 +2,9 @@
 
 use e2e::{Browser, Front, User};
 use futures_util::future::join_all;
+use protocol::claims::Claims;
 use serde_json::json;
-use shared::{claims::Claims, test_support::until};
+use testkit::until;
 
 use super::{
     messenger::{Messenger, assert_all_show},

@@ -1,8 +1,8 @@
 //! How the pages look and read: for a person by screenshots, for an engine by its rules; and what a first visit weighs.
 
 use e2e::{Browser, Front, User, browser::Page};
+use protocol::ids::ConversationId;
 use serde_json::{Value, json};
-use shared::ids::ConversationId;
 
 use super::{
     messenger::{Messenger, path_of},

@@ -12,12 +12,10 @@ use e2e::{
     browser::{Context, Locator, POLL, Page},
 };
 use futures_util::future::join_all;
+use protocol::ids::ConversationId;
 use serde_json::{Value, json};
-use shared::{
-    ids::ConversationId,
-    test_support::{PATIENCE, soon, until},
-};
 use sqlx::PgPool;
+use testkit::{PATIENCE, soon, until};
 use tokio::sync::watch;
 
 /// One page of the messenger.

@@ -2,7 +2,7 @@
 
 use e2e::{Browser, Front, browser::Page};
 use serde_json::json;
-use shared::test_support::until;
+use testkit::until;
 
 use super::{
     messenger::{Messenger, assert_all_show, path_of},

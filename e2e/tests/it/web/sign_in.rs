@@ -4,7 +4,7 @@ use std::path::Path;
 
 use e2e::{Browser, Front};
 use serde_json::json;
-use shared::test_support::{http::Client, node::Server};
+use testkit::{http::Client, node::Server};
 
 use super::{messenger::Messenger, site::site};
 

@@ -10,13 +10,10 @@ use e2e::{
     ledger::Feed,
 };
 use futures_util::future::join_all;
+use protocol::{claims::Claims, ids::UserId};
 use rand::{RngExt, SeedableRng, rngs::StdRng};
 use serde_json::{Value, json};
-use shared::{
-    claims::Claims,
-    ids::UserId,
-    test_support::{proxy::Proxy, sse::Event, until},
-};
+use testkit::{proxy::Proxy, sse::Event, until};
 
 use super::site::{Site, site_of};
 use crate::support::{Traffic, Two};

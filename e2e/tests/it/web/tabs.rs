@@ -2,7 +2,7 @@
 
 use e2e::{Browser, Front};
 use futures_util::future::join_all;
-use shared::test_support::until;
+use testkit::until;
 
 use super::{
     messenger::{Messenger, assert_all_show},

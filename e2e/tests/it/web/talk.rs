@@ -2,7 +2,7 @@
 
 use e2e::{Browser, Front, World, browser::Context};
 use serde_json::{Value, json};
-use shared::test_support::until;
+use testkit::until;
 
 use super::{
     messenger::{Messenger, assert_all_show},
@@ -68,7 +68,7 @@ async fn two_people_and_a_third_device_talk(front: Front, protocol: &str) {
     john.role("button", "Start").click().await;
     john.role("heading", "jane").appears().await;
     let conversation = sqlx::query_scalar("SELECT id FROM conversations").fetch_one(&world.sql).await;
-    let conversation = shared::ids::ConversationId(conversation.unwrap());
+    let conversation = protocol::ids::ConversationId(conversation.unwrap());
     let hello = world.text();
     john.say(&hello).await;
     john.shows_last(&hello).await;

@@ -26,10 +26,8 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use super::{Metrics, Why};
-use crate::{
-    bus::{Bus, Map, Node, sent_to},
-    channels::Channels,
-};
+use crate::bus::{Bus, Map, Node, sent_to};
+use protocol::channels::Channels;
 
 /// GCRA: the key holds until when its subject owes, in microseconds. Answers for how long to wait; 0: it was counted.
 ///

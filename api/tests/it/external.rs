@@ -1,26 +1,26 @@
 //! A product with a login of its own: tokens of its issuer, whose keys are fetched from a server that can fail.
 
-use api::{config::Config, foreign::ForeignSettings};
+use api::{config::Config, external::ExternalSettings};
 use chrono::Utc;
 use futures_util::future::join_all;
-use serde_json::json;
-use shared::{
+use protocol::{
     claims::Audience,
     feed::{IDENTITY_PATH, Identity, IdentityAnswer, IdentityRequest, KEYS_PATH, KeysAnswer, authorization},
-    test_support::{
-        http::{Answer, Call},
-        issuer::{self, AUDIENCE, ISSUER, Issuer, IssuerKey},
-        until,
-    },
 };
+use serde_json::json;
 use sqlx::PgPool;
+use testkit::{
+    http::{Answer, Call},
+    issuer::{self, AUDIENCE, ISSUER, Issuer, IssuerKey},
+    until,
+};
 
 use crate::support::{App, ORIGIN, SECRET, assert_problem, config, keys, text};
 
 /// An api that trusts the issuer of the tests.
 fn trusting(issuer: &Issuer, pool: &PgPool) -> Config {
-    let settings = ForeignSettings { issuer: issuer::issuer(), jwks_url: issuer.url() };
-    Config { foreign: Some(settings), ..config((*pool.connect_options()).clone()) }
+    let settings = ExternalSettings { issuer: issuer::issuer(), jwks_url: issuer.url() };
+    Config { external: Some(settings), ..config((*pool.connect_options()).clone()) }
 }
 
 fn soon() -> i64 {
@@ -242,14 +242,14 @@ async fn gateways_are_told_the_issuers_keys_and_who_its_subjects_are(pool: PgPoo
     };
     let told = authorized("").await;
     assert!(!told.own.keys.is_empty());
-    let foreign = told.foreign.unwrap();
-    assert_eq!((foreign.issuer.issuer.as_str(), foreign.issuer.audience.as_str()), (ISSUER, AUDIENCE));
-    assert_eq!(foreign.jwks.unwrap(), key.jwks());
+    let external = told.external.unwrap();
+    assert_eq!((external.issuer.issuer.as_str(), external.issuer.audience.as_str()), (ISSUER, AUDIENCE));
+    assert_eq!(external.jwks.unwrap(), key.jwks());
     // A gateway that misses a key makes api ask.
     let rotated = IssuerKey::number(1);
     issuer.publish(&rotated);
     let kid = rotated.jwks().keys[0].common.key_id.clone().unwrap();
-    assert_eq!(authorized(&format!("?kid={kid}")).await.foreign.unwrap().jwks.unwrap(), rotated.jwks());
+    assert_eq!(authorized(&format!("?kid={kid}")).await.external.unwrap().jwks.unwrap(), rotated.jwks());
 
     let identity = |subject: &str| Identity { subject: subject.into(), username: None, picture: None };
     let identities = (0..50).map(|number| identity(&format!("s{}", number % 30))).collect();

@@ -19,11 +19,11 @@ use serde_json::{Value, json};
 use tokio_util::sync::{CancellationToken, DropGuard};
 use warp::Filter;
 
-use crate::{
-    feed::ForeignKeysAnswer,
-    foreign::{ForeignAlgorithm, ForeignIssuer},
-    server::{self, Limits, Metrics},
+use protocol::{
+    external::{ExternalAlgorithm, ExternalIssuer},
+    feed::ExternalKeysAnswer,
 };
+use service_kit::server::{self, Limits, Metrics};
 
 pub const ISSUER: &str = "https://login.example";
 pub const AUDIENCE: &str = "messenger";
@@ -80,13 +80,13 @@ impl IssuerKey {
 }
 
 /// How the issuer's tokens are checked.
-pub fn issuer() -> ForeignIssuer {
-    ForeignIssuer { issuer: ISSUER.into(), audience: AUDIENCE.into(), algorithm: ForeignAlgorithm::ES256 }
+pub fn issuer() -> ExternalIssuer {
+    ExternalIssuer { issuer: ISSUER.into(), audience: AUDIENCE.into(), algorithm: ExternalAlgorithm::ES256 }
 }
 
 /// As `api` tells it to gateways.
-pub fn published(key: &IssuerKey) -> ForeignKeysAnswer {
-    ForeignKeysAnswer { issuer: issuer(), jwks: Some(key.jwks()) }
+pub fn published(key: &IssuerKey) -> ExternalKeysAnswer {
+    ExternalKeysAnswer { issuer: issuer(), jwks: Some(key.jwks()) }
 }
 
 /// Where the issuer publishes its keys, until dropped.

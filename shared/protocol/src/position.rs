@@ -1,5 +1,5 @@
 //! A place in one user's feed, as clients carry it: `<epoch>-<seq>`. It is the `id:` of an event, the `Last-Event-ID` of a
-//! reconnect and the header `Stream-Cursor`; to clients it is opaque.
+//! reconnect and the header `Feed-Cursor`; to clients it is opaque.
 
 use std::{fmt, str::FromStr};
 
@@ -15,7 +15,7 @@ pub struct Epoch(pub u64);
 pub type Seq = u64;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub struct Cursor {
+pub struct Position {
     pub epoch: Epoch,
     pub seq: Seq,
 }
@@ -23,7 +23,7 @@ pub struct Cursor {
 /// The text is no cursor that we ever gave out.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
 #[error("not a cursor")]
-pub struct NotACursor;
+pub struct NotAPosition;
 
 impl Epoch {
     /// Postgres has no unsigned integers: the same 64 bits, read as signed.
@@ -49,14 +49,14 @@ impl fmt::Debug for Epoch {
 }
 
 impl FromStr for Epoch {
-    type Err = NotACursor;
+    type Err = NotAPosition;
 
-    fn from_str(text: &str) -> Result<Self, NotACursor> {
+    fn from_str(text: &str) -> Result<Self, NotAPosition> {
         let canonical = text.len() == 16 && text.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'));
         if !canonical {
-            return Err(NotACursor);
+            return Err(NotAPosition);
         }
-        u64::from_str_radix(text, 16).map(Self).map_err(|_| NotACursor)
+        u64::from_str_radix(text, 16).map(Self).map_err(|_| NotAPosition)
     }
 }
 
@@ -82,23 +82,23 @@ impl<'de> Deserialize<'de> for Epoch {
     }
 }
 
-impl fmt::Display for Cursor {
+impl fmt::Display for Position {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}-{}", self.epoch, self.seq)
     }
 }
 
-impl FromStr for Cursor {
-    type Err = NotACursor;
+impl FromStr for Position {
+    type Err = NotAPosition;
 
     /// Strict: whatever parses, prints the same again. A number that no database could hold is no cursor.
-    fn from_str(text: &str) -> Result<Self, NotACursor> {
-        let (epoch, seq) = text.split_once('-').ok_or(NotACursor)?;
+    fn from_str(text: &str) -> Result<Self, NotAPosition> {
+        let (epoch, seq) = text.split_once('-').ok_or(NotAPosition)?;
         let canonical = seq == "0" || !seq.starts_with('0') && seq.bytes().all(|b| b.is_ascii_digit());
         if !canonical {
-            return Err(NotACursor);
+            return Err(NotAPosition);
         }
-        let seq: i64 = seq.parse().map_err(|_| NotACursor)?;
+        let seq: i64 = seq.parse().map_err(|_| NotAPosition)?;
         Ok(Self { epoch: epoch.parse()?, seq: seq.cast_unsigned() })
     }
 }
@@ -112,7 +112,7 @@ mod tests {
     proptest! {
         #[test]
         fn a_cursor_survives_its_text(epoch: u64, seq in 0..=i64::MAX.cast_unsigned()) {
-            let cursor = Cursor { epoch: Epoch(epoch), seq };
+            let cursor = Position { epoch: Epoch(epoch), seq };
             let text = cursor.to_string();
             prop_assert!(text.len() <= 64);
             prop_assert!(text.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-'));
@@ -121,14 +121,14 @@ mod tests {
 
         #[test]
         fn what_parses_prints_the_same_again(text in "[0-9a-fA-F+ ]{0,17}-[0-9+ ]{0,20}") {
-            if let Ok(cursor) = text.parse::<Cursor>() {
+            if let Ok(cursor) = text.parse::<Position>() {
                 prop_assert_eq!(cursor.to_string(), text);
             }
         }
 
         #[test]
         fn any_text_is_judged_without_a_panic(text in ".*") {
-            let _ = text.parse::<Cursor>();
+            let _ = text.parse::<Position>();
         }
 
         #[test]

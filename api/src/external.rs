@@ -9,14 +9,16 @@ use anyhow::Context as _;
 use http::{Request, StatusCode, header};
 use jsonwebtoken::jwk::JwkSet;
 use moka::sync::Cache;
-use shared::{
+use protocol::{
     claims::TokenError,
-    feed::{ForeignKeysAnswer, Identity},
-    foreign::{self, ForeignClaims, ForeignIssuer, ForeignKeys},
+    external::{self, ExternalClaims, ExternalIssuer, ExternalKeys},
+    feed::{ExternalKeysAnswer, Identity},
     ids::UserId,
     jose,
-    keyring::{KeyRing, Source},
     keys_version::Version,
+};
+use service_kit::{
+    keyring::{KeyRing, Source},
     outbound::Outbound,
 };
 use thiserror::Error;
@@ -37,31 +39,31 @@ const TIME_LIMIT: Duration = Duration::from_secs(5);
 
 /// Whose tokens are accepted, and where their keys are.
 #[derive(Debug, Clone)]
-pub struct ForeignSettings {
-    pub issuer: ForeignIssuer,
+pub struct ExternalSettings {
+    pub issuer: ExternalIssuer,
     pub jwks_url: String,
 }
 
-pub struct Foreign {
-    issuer: ForeignIssuer,
+pub struct External {
+    issuer: ExternalIssuer,
     ring: KeyRing<Issuer>,
     users: Cache<String, UserId>,
 }
 
 /// The issuer's keys, and the form in which gateways are told.
 struct Published {
-    keys: ForeignKeys,
+    keys: ExternalKeys,
     jwks: JwkSet,
     version: Version,
 }
 
 struct Issuer {
-    settings: ForeignSettings,
+    settings: ExternalSettings,
     outbound: Outbound,
 }
 
 #[derive(Debug, Error)]
-pub enum ForeignError {
+pub enum ExternalError {
     #[error(transparent)]
     Token(#[from] TokenError),
     #[error("a subject of no usable form")]
@@ -88,19 +90,19 @@ impl Source for Issuer {
         let request = Request::get(&self.settings.jwks_url)
             .header(header::ACCEPT, "application/json")
             .body(Vec::new())
-            .context("FOREIGN_JWKS_URL")?;
+            .context("EXTERNAL_JWKS_URL")?;
         let answer = self.outbound.ask(request).await?;
         anyhow::ensure!(answer.status() == StatusCode::OK, "the issuer answered {}", answer.status());
         let jwks = jose::read_key_set(answer.body()).context("this is no set of keys")?;
-        let keys = ForeignKeys::from_jwks(&self.settings.issuer, &jwks);
+        let keys = ExternalKeys::from_jwks(&self.settings.issuer, &jwks);
         anyhow::ensure!(!keys.is_empty(), "no key of the issuer is for {:?}", self.settings.issuer.algorithm);
         let version = Version::of(&jwks);
         Ok(Arc::new(Published { keys, jwks, version }))
     }
 }
 
-impl Foreign {
-    pub fn new(settings: ForeignSettings) -> io::Result<Self> {
+impl External {
+    pub fn new(settings: ExternalSettings) -> io::Result<Self> {
         Ok(Self {
             issuer: settings.issuer.clone(),
             ring: KeyRing::new(Issuer { settings, outbound: Outbound::new(TIME_LIMIT)? }),
@@ -115,25 +117,25 @@ impl Foreign {
 
     /// It says that it is the issuer's. Then nobody else's keys are tried on it.
     pub fn issued(&self, token: &str) -> bool {
-        foreign::issuer_of(token).is_some_and(|issuer| issuer == self.issuer.issuer)
+        external::issuer_of(token).is_some_and(|issuer| issuer == self.issuer.issuer)
     }
 
-    pub async fn verify(&self, token: &str) -> Result<ForeignClaims, ForeignError> {
+    pub async fn verify(&self, token: &str) -> Result<ExternalClaims, ExternalError> {
         let seen = self.ring.current();
         let told = seen.as_ref().map(|seen| seen.keys.verify(token));
         let newest = match told {
             Some(Err(TokenError::UnknownKey)) | None => self.ring.ask_once(seen.as_ref(), None).await,
             Some(told) => return Ok(told?),
         };
-        let current = self.ring.current().ok_or(ForeignError::NoKeys)?;
+        let current = self.ring.current().ok_or(ExternalError::NoKeys)?;
         match current.keys.verify(token) {
-            Err(TokenError::UnknownKey) if !newest => Err(ForeignError::NoKeys),
+            Err(TokenError::UnknownKey) if !newest => Err(ExternalError::NoKeys),
             told => Ok(told?),
         }
     }
 
     /// Who this is here, made if need be.
-    pub async fn user_of(&self, context: &Context, identity: &Identity) -> Result<UserId, ForeignError> {
+    pub async fn user_of(&self, context: &Context, identity: &Identity) -> Result<UserId, ExternalError> {
         match self.users.get(&identity.subject) {
             Some(user) => Ok(user),
             None => Ok(self.users_of(context, std::slice::from_ref(identity)).await?[0]),
@@ -142,13 +144,17 @@ impl Foreign {
 
     /// Who these are here, in their order; those who are not there yet are made. Names and pictures are the issuer's wish: a
     /// name is for a new user only, a picture is taken over when there is one. Subjects come from tokens that were checked.
-    pub async fn users_of(&self, context: &Context, asked: &[Identity]) -> Result<Vec<UserId>, ForeignError> {
+    pub async fn users_of(
+        &self,
+        context: &Context,
+        asked: &[Identity],
+    ) -> Result<Vec<UserId>, ExternalError> {
         let issuer = &self.issuer.issuer;
         let mut profiles = Vec::with_capacity(asked.len());
         for Identity { subject, username, picture } in asked {
             let name = username.as_deref().unwrap_or(subject);
             let profile = Profile::new(issuer, subject, Some(name), picture.as_deref());
-            profiles.push(profile.ok_or(ForeignError::Subject)?);
+            profiles.push(profile.ok_or(ExternalError::Subject)?);
         }
         let subjects: Vec<_> = asked.iter().map(|identity| identity.subject.clone()).collect();
         let known = async |connection: &mut _| identities::known(connection, issuer, &subjects).await;
@@ -164,7 +170,7 @@ impl Foreign {
                 _ => {
                     let arrived = provision(context, profile.clone()).await?;
                     if arrived.created {
-                        tracing::info!(user.id = %arrived.user, %issuer, "a user came with a foreign token");
+                        tracing::info!(user.id = %arrived.user, %issuer, "a user came with a external token");
                     }
                     arrived.user
                 }
@@ -175,7 +181,7 @@ impl Foreign {
         Ok(users)
     }
 
-    pub fn issuer(&self) -> &ForeignIssuer {
+    pub fn issuer(&self) -> &ExternalIssuer {
         &self.issuer
     }
 
@@ -185,7 +191,7 @@ impl Foreign {
     }
 
     /// What gateways are told, and its version. `kid`: a key that one of them misses.
-    pub async fn published(&self, kid: Option<&str>) -> (ForeignKeysAnswer, Option<Version>) {
+    pub async fn published(&self, kid: Option<&str>) -> (ExternalKeysAnswer, Option<Version>) {
         let seen = self.ring.current();
         let missing = match (&seen, kid) {
             (None, _) => true,
@@ -197,6 +203,6 @@ impl Foreign {
         }
         let current = self.ring.current();
         let (jwks, version) = current.map(|current| (current.jwks.clone(), current.version.clone())).unzip();
-        (ForeignKeysAnswer { issuer: self.issuer.clone(), jwks }, version)
+        (ExternalKeysAnswer { issuer: self.issuer.clone(), jwks }, version)
     }
 }

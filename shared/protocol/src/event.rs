@@ -6,8 +6,8 @@ use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 
 use crate::{
-    cursor::{Cursor, Epoch, Seq},
     ids::SessionId,
+    position::{Epoch, Position, Seq},
 };
 
 /// The version of this form. A gateway cannot pass on one that it does not know: its readers are told to reload. So a new
@@ -45,8 +45,8 @@ pub struct Envelope {
 }
 
 impl Envelope {
-    pub fn cursor(&self) -> Cursor {
-        Cursor { epoch: self.epoch, seq: self.seq }
+    pub fn cursor(&self) -> Position {
+        Position { epoch: self.epoch, seq: self.seq }
     }
 }
 

@@ -11,7 +11,7 @@ use crate::config::Origin;
 const REQUEST_HEADERS: &str =
     "Authorization, Cache-Control, Content-Type, Idempotency-Key, Last-Event-ID, X-Request-Id";
 /// What it may read of an answer's head, beside what any page may.
-pub const EXPOSED_HEADERS: &str = "Stream-Cursor, X-Request-Id, Retry-After, Idempotent-Replayed";
+pub const EXPOSED_HEADERS: &str = "Feed-Cursor, X-Request-Id, Retry-After, Idempotent-Replayed";
 /// For how many seconds a browser need not ask again.
 const MAX_AGE: &str = "600";
 

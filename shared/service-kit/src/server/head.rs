@@ -8,7 +8,7 @@ use http::{
 };
 use uuid::Uuid;
 
-use crate::problem::Problem;
+use protocol::problem::Problem;
 
 pub(super) const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 

@@ -1,17 +1,15 @@
-//! Users who come with a token of a foreign issuer: checked here, known to `api`.
+//! Users who come with a token of a external issuer: checked here, known to `api`.
 
 use std::time::Duration;
 
 use futures_util::future::join_all;
-use shared::{
-    feed::{ForeignKeysAnswer, IDENTITY_PATH, KEYS_PATH},
-    limiter::Limit,
-    test_support::{
-        PATIENCE,
-        issuer::{AUDIENCE, ISSUER, IssuerKey, issuer, published},
-        sse::Opening,
-        until,
-    },
+use protocol::feed::{ExternalKeysAnswer, IDENTITY_PATH, KEYS_PATH};
+use service_kit::limiter::Limit;
+use testkit::{
+    PATIENCE,
+    issuer::{AUDIENCE, ISSUER, IssuerKey, issuer, published},
+    sse::Opening,
+    until,
 };
 
 use crate::{
@@ -160,7 +158,7 @@ async fn the_issuers_keys_are_rotated_and_may_be_late() {
     world.ends().await;
 
     let world = Setup::default().no_keys().start().await;
-    world.api.trust(ForeignKeysAnswer { issuer: issuer(), jwks: None });
+    world.api.trust(ExternalKeysAnswer { issuer: issuer(), jwks: None });
     world.api.mood(KEYS_PATH, Mood::Well);
     until("the gateway is ready", || async { world.readiness().await.status == 200 }).await;
     let mut stream = world.with_token(&token).stream().await;

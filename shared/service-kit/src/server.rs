@@ -49,7 +49,8 @@ pub use self::{
     head::request_id,
     metrics::{ListenerMetrics, Metrics},
 };
-use crate::{client_address::TrustedProxies, problem::Problem};
+use crate::client_address::TrustedProxies;
+use protocol::problem::Problem;
 
 /// Bounds of one listener.
 #[derive(Debug, Clone)]
@@ -348,5 +349,4 @@ where
 }
 
 #[cfg(test)]
-#[cfg(feature = "test-support")]
 mod tests;

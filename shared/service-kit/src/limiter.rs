@@ -7,7 +7,7 @@
 
 mod replicas;
 mod table;
-#[cfg(all(test, feature = "test-support"))]
+#[cfg(test)]
 mod tests;
 
 use std::{
@@ -38,7 +38,8 @@ use self::{
     replicas::{Question, Replicas},
     table::Table,
 };
-use crate::{bus::Bus, channels::Channels, client_address::household, ids::UserId};
+use crate::{bus::Bus, client_address::household};
+use protocol::{channels::Channels, ids::UserId};
 
 /// So many at once, refilled evenly over the period.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -6,7 +6,7 @@ use std::{
 };
 
 use super::*;
-use crate::test_support::{PATIENCE as LONG, servers::Redis, until};
+use testkit::{PATIENCE as LONG, servers::Redis, until};
 use tokio_util::sync::CancellationToken;
 
 const ALICE: Subject<'_> = Subject::User(UserId(1));

@@ -3,7 +3,7 @@
 use chrono::Utc;
 use e2e::World;
 use serde_json::json;
-use shared::test_support::{
+use testkit::{
     issuer::{Issuer, IssuerKey},
     sse::Opening,
     until,

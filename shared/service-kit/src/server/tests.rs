@@ -9,7 +9,7 @@ use tokio::{
 use warp::Filter;
 
 use super::*;
-use crate::test_support::{soon, until};
+use testkit::{soon, until};
 
 /// More than the kernel buffers for one connection.
 const BIG: usize = 32 << 20;

@@ -7,10 +7,10 @@ use http::StatusCode;
 use serde::Serialize;
 use warp::{Filter, Rejection, Reply};
 
-use crate::{
-    cursor::Seq,
+use crate::ops::{json, not_allowed, plain, read};
+use protocol::{
     ids::{MessageId, UserId},
-    ops::{json, not_allowed, plain, read},
+    position::Seq,
 };
 
 /// About one event of one user's feed.

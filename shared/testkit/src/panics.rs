@@ -30,7 +30,7 @@ pub fn watch() {
 
 /// Panics of a test, and of the servers that it plays, fail the test by themselves.
 fn is_of_a_service(file: &str) -> bool {
-    !file.split('/').any(|part| matches!(part, "tests" | "test_support"))
+    !file.split('/').any(|part| matches!(part, "tests" | "testkit"))
 }
 
 /// Notes every panic of a child, by its piped standard error, which is shown as well.
@@ -65,7 +65,7 @@ mod tests {
         for service in ["api/src/http/mod.rs", ".cargo/registry/src/a/warp-0.4.3/src/route.rs"] {
             assert!(is_of_a_service(service), "{service}");
         }
-        for test in ["api/tests/it/support.rs", "shared/src/test_support/mod.rs"] {
+        for test in ["api/tests/it/support.rs", "shared/testkit/src/lib.rs"] {
             assert!(!is_of_a_service(test), "{test}");
         }
         assert!(is_said_by_one("thread 'main' (7) panicked at src/main.rs:1:1:"));

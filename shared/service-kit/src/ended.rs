@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use moka::sync::Cache;
 
-use crate::ids::{SessionId, UserId};
+use protocol::ids::{SessionId, UserId};
 
 /// At some 100 bytes each, and only of those whose tokens were used after the end.
 const REMEMBERED: u64 = 100_000;

@@ -1,16 +1,16 @@
 //! What a gateway asks `api` on the internal listener: where feeds end, what follows a place, by which keys tokens are
-//! checked, and who a foreign issuer's subjects are. Many users in one question; every answer comes from one snapshot of the
+//! checked, and who a external issuer's subjects are. Many users in one question; every answer comes from one snapshot of the
 //! database, so a head and its rows agree.
 
 use jsonwebtoken::jwk::JwkSet;
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    cursor::{Epoch, Seq},
     event::Envelope,
-    foreign::{ForeignClaims, ForeignIssuer},
+    external::{ExternalClaims, ExternalIssuer},
     ids::{SessionId, UserId},
     keys_version::KeysVersion,
+    position::{Epoch, Seq},
 };
 
 /// The most `users`, `after`, `sessions` or `identities` in one question. More is a 400.
@@ -135,13 +135,13 @@ pub struct KeysAnswer {
     pub own: JwkSet,
     /// Whose tokens are accepted besides our own.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub foreign: Option<ForeignKeysAnswer>,
+    pub external: Option<ExternalKeysAnswer>,
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
-pub struct ForeignKeysAnswer {
-    pub issuer: ForeignIssuer,
+pub struct ExternalKeysAnswer {
+    pub issuer: ExternalIssuer,
     /// None: `api` could not get them yet.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub jwks: Option<JwkSet>,
@@ -154,7 +154,7 @@ pub struct IdentityRequest {
     pub identities: Vec<Identity>,
 }
 
-/// A subject of the foreign issuer, by a token that the asker has checked.
+/// A subject of the external issuer, by a token that the asker has checked.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Identity {
@@ -166,8 +166,8 @@ pub struct Identity {
     pub picture: Option<String>,
 }
 
-impl From<&ForeignClaims> for Identity {
-    fn from(claims: &ForeignClaims) -> Self {
+impl From<&ExternalClaims> for Identity {
+    fn from(claims: &ExternalClaims) -> Self {
         let person = &claims.person;
         let username = person.name().map(str::to_owned);
         Self { subject: claims.sub.clone(), username, picture: person.picture.clone() }

@@ -1,0 +1,222 @@
+//! Tokens of a external issuer: a product with a login of its own brings its users along. Algorithm, issuer and audience are
+//! pinned by settings of `api`; a gateway learns them, and the keys, from `api`'s internal listener.
+//!
+//! A external token has no session here: it is good until it expires.
+
+use std::fmt;
+
+use chrono::Utc;
+use jsonwebtoken::{
+    Algorithm, DecodingKey,
+    jwk::{AlgorithmParameters, EllipticCurve, Jwk, JwkSet},
+};
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    claims::{self, KeyName, TokenError, ed25519},
+    jose::{self, Audiences, NumericDate, Person, Unverified},
+};
+
+/// A subject's longest form, as OpenID Connect has it.
+const MAX_SUBJECT: usize = 255;
+/// How far the issuer's clock may be ahead of ours: many issuers say "not before now".
+const NOT_BEFORE_LEEWAY: i64 = 30;
+/// Keys that are tried on one token, at most.
+pub const KEYS_TRIED: usize = 8;
+
+/// What one must know to check an issuer's tokens.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct ExternalIssuer {
+    pub issuer: String,
+    pub audience: String,
+    pub algorithm: ExternalAlgorithm,
+}
+
+/// How the issuer signs: asymmetric algorithms only, so that no verifier could sign.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ExternalAlgorithm {
+    RS256,
+    RS384,
+    RS512,
+    PS256,
+    PS384,
+    PS512,
+    ES256,
+    ES384,
+    EdDSA,
+}
+
+impl ExternalAlgorithm {
+    const ALL: [(&'static str, Self); 9] = [
+        ("RS256", Self::RS256),
+        ("RS384", Self::RS384),
+        ("RS512", Self::RS512),
+        ("PS256", Self::PS256),
+        ("PS384", Self::PS384),
+        ("PS512", Self::PS512),
+        ("ES256", Self::ES256),
+        ("ES384", Self::ES384),
+        ("EdDSA", Self::EdDSA),
+    ];
+
+    fn pinned(self) -> Algorithm {
+        match self {
+            Self::RS256 => Algorithm::RS256,
+            Self::RS384 => Algorithm::RS384,
+            Self::RS512 => Algorithm::RS512,
+            Self::PS256 => Algorithm::PS256,
+            Self::PS384 => Algorithm::PS384,
+            Self::PS512 => Algorithm::PS512,
+            Self::ES256 => Algorithm::ES256,
+            Self::ES384 => Algorithm::ES384,
+            Self::EdDSA => Algorithm::EdDSA,
+        }
+    }
+
+    /// A key of the kind that this algorithm needs; `None` for all others.
+    fn key(self, jwk: &Jwk) -> Option<DecodingKey> {
+        let curve = match &jwk.algorithm {
+            AlgorithmParameters::EllipticCurve(key) => Some(&key.curve),
+            _ => None,
+        };
+        match self {
+            Self::ES256 => (curve == Some(&EllipticCurve::P256)).then(|| DecodingKey::from_jwk(jwk).ok())?,
+            Self::ES384 => (curve == Some(&EllipticCurve::P384)).then(|| DecodingKey::from_jwk(jwk).ok())?,
+            Self::EdDSA => ed25519(jwk),
+            _ => matches!(jwk.algorithm, AlgorithmParameters::RSA(_))
+                .then(|| DecodingKey::from_jwk(jwk).ok())?,
+        }
+    }
+}
+
+impl std::str::FromStr for ExternalAlgorithm {
+    type Err = NotAnAlgorithm;
+
+    fn from_str(text: &str) -> Result<Self, NotAnAlgorithm> {
+        Self::ALL.iter().find(|(name, _)| *name == text).map(|(_, it)| *it).ok_or(NotAnAlgorithm)
+    }
+}
+
+#[derive(Debug)]
+pub struct NotAnAlgorithm;
+
+impl fmt::Display for NotAnAlgorithm {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let names: Vec<_> = ExternalAlgorithm::ALL.iter().map(|(name, _)| *name).collect();
+        write!(f, "it must be one of {}", names.join(", "))
+    }
+}
+
+/// What is believed of a external token. Names and pictures are texts from outside.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ExternalClaims {
+    pub sub: String,
+    /// The whole second in which it ends.
+    pub exp: i64,
+    pub person: Person,
+}
+
+/// As an issuer writes them.
+#[derive(Deserialize)]
+struct Claims {
+    iss: String,
+    aud: Audiences,
+    #[serde(deserialize_with = "jose::subject")]
+    sub: String,
+    exp: NumericDate,
+    #[serde(default)]
+    nbf: Option<NumericDate>,
+    #[serde(flatten)]
+    person: Person,
+}
+
+/// An issuer's public keys, with their names if they have any.
+pub struct ExternalKeys {
+    issuer: ExternalIssuer,
+    algorithm: Algorithm,
+    keys: Vec<(Option<String>, KeyName, DecodingKey)>,
+}
+
+impl ExternalKeys {
+    /// Keys of other kinds or for other uses are passed over.
+    pub fn from_jwks(issuer: &ExternalIssuer, jwks: &JwkSet) -> Self {
+        let usable = jwks.keys.iter().filter(|jwk| jose::verifies(jwk));
+        let key =
+            |jwk: &Jwk| Some((jwk.common.key_id.clone(), KeyName::of(jwk)?, issuer.algorithm.key(jwk)?));
+        let keys = usable.filter_map(key).collect();
+        Self { issuer: issuer.clone(), algorithm: issuer.algorithm.pinned(), keys }
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.keys.is_empty()
+    }
+
+    /// The names of all keys.
+    pub fn names(&self) -> impl Iterator<Item = KeyName> {
+        self.keys.iter().map(|(_, name, _)| *name)
+    }
+
+    pub fn knows(&self, kid: &str) -> bool {
+        self.keys.iter().any(|(name, ..)| name.as_deref() == Some(kid))
+    }
+
+    pub fn verify(&self, token: &str) -> Result<ExternalClaims, TokenError> {
+        self.verify_by_key(token).map(|(claims, _)| claims)
+    }
+
+    /// The same, and which key signed the token.
+    pub fn verify_by_key(&self, token: &str) -> Result<(ExternalClaims, KeyName), TokenError> {
+        let token = Unverified::read(token).ok_or(TokenError::Invalid)?;
+        if !token.is_for(self.algorithm) {
+            return Err(TokenError::Invalid);
+        }
+        // The key that it names; where it names none, or keys have no names, those that may be meant.
+        let named = token.kid().filter(|kid| self.knows(kid));
+        let fits = |kid: &Option<String>| match named {
+            Some(named) => kid.as_deref() == Some(named),
+            None => kid.is_none() || token.kid().is_none(),
+        };
+        let mut fitting = self.keys.iter().filter(|(kid, ..)| fits(kid)).take(KEYS_TRIED);
+        let Some((_, name, _)) = fitting.find(|(.., key)| token.is_signed_by(key, self.algorithm)) else {
+            // A newer key may fit.
+            return Err(if named.is_some() { TokenError::Invalid } else { TokenError::UnknownKey });
+        };
+        Ok((self.judge(token.claims().ok_or(TokenError::Invalid)?)?, *name))
+    }
+
+    fn judge(&self, claims: Claims) -> Result<ExternalClaims, TokenError> {
+        let Claims { iss, aud, sub, exp, nbf, person } = claims;
+        let now = Utc::now().timestamp();
+        if iss != self.issuer.issuer {
+            return Err(TokenError::Invalid);
+        }
+        if !aud.as_slice().contains(&self.issuer.audience) {
+            return Err(TokenError::Audience);
+        }
+        if claims::has_ended(exp.second()) {
+            return Err(TokenError::Expired);
+        }
+        let begun = nbf.is_none_or(|nbf| nbf.second() <= now + NOT_BEFORE_LEEWAY);
+        let named = (1..=MAX_SUBJECT).contains(&sub.len()) && !sub.contains(char::is_control);
+        if begun && named {
+            Ok(ExternalClaims { sub, exp: exp.second(), person })
+        } else {
+            Err(TokenError::Invalid)
+        }
+    }
+}
+
+/// Whose token this says it is. Not believed: it only chooses by whose keys the token is checked.
+pub fn issuer_of(token: &str) -> Option<String> {
+    #[derive(Deserialize)]
+    struct Issuer {
+        iss: String,
+    }
+    Some(Unverified::read(token)?.claims::<Issuer>()?.iss)
+}
+
+/// The key that a token names.
+pub fn kid_of(token: &str) -> Option<String> {
+    Some(Unverified::read(token)?.kid()?.to_owned())
+}

@@ -1,0 +1,23 @@
+//! What both services run on: settings, logs, traces, the accept loop, the operators' listener, rate limits, Redis, cookies and
+//! origins, and the life of a process. No product rules.
+
+pub mod bus;
+pub mod client_address;
+pub mod config;
+pub mod cookies;
+pub mod ended;
+pub mod explain;
+pub mod healthcheck;
+pub mod keyring;
+pub mod lifecycle;
+pub mod limiter;
+pub mod ops;
+pub mod origins;
+pub mod outbound;
+pub mod preference;
+pub mod process_metrics;
+pub mod secrets;
+pub mod server;
+pub mod tasks;
+pub mod telemetry;
+pub mod traces;
