@@ -49,7 +49,7 @@ pub enum Command {
     Prune,
     /// Check the settings, and the database if it can be reached; report every problem, and exit
     CheckConfig,
-    /// Ask the service that runs here, at OPS_LISTEN: does it answer (livez), may it get traffic (readyz)? Then end
+    /// Ask the service that runs here, at `OPS_LISTEN`: does it answer (livez), may it get traffic (readyz)? Then end
     Healthcheck { probe: Probe },
 }
 
@@ -75,7 +75,7 @@ pub struct Settings {
     #[arg(long, env, global = true, default_value = "", value_name = "NETWORKS")]
     pub trusted_proxies: String,
     /// Connections of one client address (IPv6: of one /64) at each listener, and never more than half of a listener's; more are
-    /// closed. Addresses in TRUSTED_PROXIES have no such bound. 0: nobody has
+    /// closed. Addresses in `TRUSTED_PROXIES` have no such bound. 0: nobody has
     #[arg(long, env, global = true, default_value = "512", value_name = "NUMBER")]
     pub connections_per_address: String,
     /// Postgres, as `postgres://user:password@host:port/database`
@@ -141,7 +141,7 @@ pub struct Settings {
     /// Where that one has its API: `https://host/api/v3`
     #[arg(long, env, global = true, default_value = "https://api.github.com", value_name = "URL")]
     pub github_api_url: String,
-    /// An OpenID Connect provider, exactly as it calls itself; lets people log in by it
+    /// An `OpenID` Connect provider, exactly as it calls itself; lets people log in by it
     #[arg(long, env, global = true, default_value = "", value_name = "URL")]
     pub oidc_issuer: String,
     /// What we are registered as there, with the callback `{ORIGIN}/api/oauth/oidc/callback`
@@ -167,7 +167,7 @@ pub struct Settings {
     /// Where its public keys are (JWKS)
     #[arg(long, env, global = true, default_value = "", value_name = "URL")]
     pub external_jwks_url: String,
-    /// How it signs: RS256, PS256, ES256, EdDSA or a longer one of these. Nothing else is accepted
+    /// How it signs: RS256, PS256, ES256, `EdDSA` or a longer one of these. Nothing else is accepted
     #[arg(long, env, global = true, default_value = "RS256", value_name = "NAME")]
     pub external_algorithm: String,
     /// How long a session lives from its last refresh, and the longest life of a token

@@ -33,7 +33,7 @@ use crate::{
 /// Subjects that are remembered, at some 200 bytes each.
 const REMEMBERED: u64 = 100_000;
 /// A user who was deleted and comes back is another one.
-const REMEMBERED_FOR: Duration = Duration::from_secs(300);
+const REMEMBERED_FOR: Duration = Duration::from_mins(5);
 /// For the issuer's keys to arrive.
 const TIME_LIMIT: Duration = Duration::from_secs(5);
 

@@ -17,11 +17,11 @@ use tokio_util::sync::CancellationToken;
 use crate::store::{Database, StoreError, sessions};
 
 /// What was written is moved only when it is older than this.
-pub const COARSE: Duration = Duration::from_secs(10 * 60);
+pub const COARSE: Duration = Duration::from_mins(10);
 /// Between two rounds.
 const PAUSE: Duration = Duration::from_secs(30);
 /// A session that was looked after is not looked at again for this long.
-const AFTER: Duration = Duration::from_secs(2 * 60);
+const AFTER: Duration = Duration::from_mins(2);
 /// Sessions of one statement.
 const BATCH: usize = 1_000;
 /// Sessions that are remembered. Further ones are not noted until some are forgotten.

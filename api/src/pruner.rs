@@ -26,10 +26,10 @@ const ROWS: i64 = 1_000;
 /// Sessions looked at in one step.
 const SESSIONS: i64 = 1_000;
 /// How long a session that has ended stays, so that an operator can look back a little.
-const ENDED_KEEP: Duration = Duration::from_secs(7 * 24 * 60 * 60);
+const ENDED_KEEP: Duration = Duration::from_hours(168);
 /// Between two steps of a walk, and between two walks.
 const STEP_PAUSE: Duration = Duration::from_secs(1);
-const WALK_PAUSE: Duration = Duration::from_secs(10 * 60);
+const WALK_PAUSE: Duration = Duration::from_mins(10);
 
 /// What a step did.
 #[derive(Debug, PartialEq, Eq)]

@@ -17,7 +17,7 @@ use crate::settings;
 
 /// Debian's `nobody`: Postgres refuses to run as root.
 const NOBODY: u32 = 65_534;
-const START_WITHIN: Duration = Duration::from_secs(60);
+const START_WITHIN: Duration = Duration::from_mins(1);
 
 pub struct Server {
     pub url: String,

@@ -106,7 +106,7 @@ impl Log {
         let complaint = match parsed["level"].as_str() {
             None => line,
             Some("WARN" | "ERROR") => {
-                parsed["message"].as_str().unwrap_or(line).split("\n").next().unwrap_or_default()
+                parsed["message"].as_str().unwrap_or(line).split('\n').next().unwrap_or_default()
             }
             Some(_) => return,
         };

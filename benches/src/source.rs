@@ -261,20 +261,17 @@ fn publish(mut socket: TcpStream, bursts: &Receiver<Burst>, since: Micros) -> an
 
 /// Redis answers each PUBLISH with the number of those who heard it.
 fn count_heard(answers: TcpStream, total: &Receiver<u64>) -> anyhow::Result<u64> {
-    answers.set_read_timeout(Some(Duration::from_secs(60)))?;
+    answers.set_read_timeout(Some(Duration::from_mins(1)))?;
     let mut heard = 0;
     let (mut seen, mut wanted) = (0, u64::MAX);
     for line in BufReader::new(answers).lines() {
         let line = line.context("Redis does not answer")?;
-        match line.strip_prefix(':') {
-            Some(number) => {
-                seen += 1;
-                heard += number.parse::<u64>().context("Redis counts")?;
-            }
-            None => {
-                anyhow::ensure!(line == "+PONG", "Redis says {line}");
-                wanted = total.recv()?;
-            }
+        if let Some(number) = line.strip_prefix(':') {
+            seen += 1;
+            heard += number.parse::<u64>().context("Redis counts")?;
+        } else {
+            anyhow::ensure!(line == "+PONG", "Redis says {line}");
+            wanted = total.recv()?;
         }
         if seen >= wanted {
             return Ok(heard);

@@ -84,27 +84,25 @@ pub(crate) async fn reset(places: &Places) -> Result<()> {
 /// Becomes psql; comes back only with a reason why not.
 pub(crate) async fn psql(places: &Places, given: &Given, args: &[String]) -> Result<()> {
     let path = std::env::var_os("PATH").unwrap_or_default();
-    let program = match find::program(&path, &["psql"]) {
-        Some(program) => program,
-        None => {
-            let beside = postgres::programs(places).await?.bin_dir.join("psql");
-            if !beside.exists() {
-                bail!("no psql is installed (Debian: apt install postgresql-client)");
-            }
-            beside
+    let program = if let Some(program) = find::program(&path, &["psql"]) {
+        program
+    } else {
+        let beside = postgres::programs(places).await?.bin_dir.join("psql");
+        if !beside.exists() {
+            bail!("no psql is installed (Debian: apt install postgresql-client)");
         }
+        beside
     };
     let mut psql = Command::new(program);
-    match &given.database_url {
-        Some(url) => psql.arg(url),
-        None => {
-            let Some((_, port)) = postgres::running(&places.up()) else {
-                bail!("the dev database does not run: start it with `cargo dev up`");
-            };
-            // Not on the command line, where everybody could read it.
-            psql.env("PGPASSWORD", postgres::password(&places.up())?)
-                .arg(format!("postgres://postgres@127.0.0.1:{port}/{}", postgres::DATABASE))
-        }
+    if let Some(url) = &given.database_url {
+        psql.arg(url)
+    } else {
+        let Some((_, port)) = postgres::running(&places.up()) else {
+            bail!("the dev database does not run: start it with `cargo dev up`");
+        };
+        // Not on the command line, where everybody could read it.
+        psql.env("PGPASSWORD", postgres::password(&places.up())?)
+            .arg(format!("postgres://postgres@127.0.0.1:{port}/{}", postgres::DATABASE))
     };
     Err(psql.args(args).exec()).context("cannot start psql")
 }

@@ -20,7 +20,7 @@ use crate::{find, install, secrets, terminal};
 pub(crate) const DATABASE: &str = "messenger";
 const PROGRAMS: [&str; 2] = ["initdb", "postgres"];
 const OLDEST_VERSION: u32 = 14;
-const START_DEADLINE: Duration = Duration::from_secs(60);
+const START_DEADLINE: Duration = Duration::from_mins(1);
 const STOP_PATIENCE: Duration = Duration::from_secs(20);
 
 /// The programs of one Postgres version.

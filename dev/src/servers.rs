@@ -82,13 +82,12 @@ impl Servers {
     ) -> Result<Self> {
         fs::create_dir_all(dir)?;
         let (postgres, database_url) = start_postgres(places, given, dir, durability, life).await?;
-        let (redis, redis_url) = match &given.redis_url {
-            Some(url) => (None, url.clone()),
-            None => {
-                let redis = redis::start(&redis::program(places, given.valkey).await?, dir, life).await?;
-                let url = redis.url();
-                (Some(redis), url)
-            }
+        let (redis, redis_url) = if let Some(url) = &given.redis_url {
+            (None, url.clone())
+        } else {
+            let redis = redis::start(&redis::program(places, given.valkey).await?, dir, life).await?;
+            let url = redis.url();
+            (Some(redis), url)
         };
         Ok(Self { database_url, redis_url, postgres, redis })
     }

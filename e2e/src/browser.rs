@@ -435,7 +435,7 @@ impl Page {
         self.call(json!([["screenshot", { "path": path }]])).await;
     }
 
-    /// A command of the DevTools protocol.
+    /// A command of the `DevTools` protocol.
     pub async fn cdp(&self, method: &str, parameters: Value) -> Value {
         let page = json!({ "$": self.number });
         let chain = json!([["context"], ["newCDPSession", page], ["send", method, parameters]]);

@@ -49,7 +49,7 @@ pub struct World {
     origin: String,
     trusted_proxies: &'static str,
     database: Database,
-    /// REDIS_URL, and what else leads there.
+    /// `REDIS_URL`, and what else leads there.
     redis: Vec<(&'static str, String)>,
     prefix: String,
     keys: TempDir,
@@ -163,7 +163,7 @@ impl World {
         self.api().env("SIGNING_KEY_FILES", self.key_files(&["another.pem", "signing.pem"]))
     }
 
-    /// For SIGNING_KEY_FILES: of the world's keys, `signing.pem` and `another.pem`, the first signs.
+    /// For `SIGNING_KEY_FILES`: of the world's keys, `signing.pem` and `another.pem`, the first signs.
     pub fn key_files(&self, names: &[&str]) -> String {
         names.iter().map(|name| self.key_file(name)).collect::<Vec<_>>().join(",")
     }

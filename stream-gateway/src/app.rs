@@ -194,9 +194,10 @@ fn readiness(api: &Api, keys: &Keys, stopping: &AtomicBool, metrics: &Metrics) -
         return Readiness { ready: false, note: "stopping".into() };
     }
     if !keys.known() {
-        let note = match api.is_refused() {
-            true => "no public keys from api: it refuses INTERNAL_SECRET",
-            false => "no public keys from api yet",
+        let note = if api.is_refused() {
+            "no public keys from api: it refuses INTERNAL_SECRET"
+        } else {
+            "no public keys from api yet"
         };
         return Readiness { ready: false, note: note.into() };
     }

@@ -58,7 +58,7 @@ const FIRST_BACKOFF: Duration = Duration::from_millis(100);
 const MAX_BACKOFF: Duration = Duration::from_secs(2);
 
 /// While a rotation is half done, or done wrongly, each request may be refused.
-const REFUSALS_LOGGED_EVERY: Duration = Duration::from_secs(60);
+const REFUSALS_LOGGED_EVERY: Duration = Duration::from_mins(1);
 
 /// `api`'s internal listener.
 #[derive(Clone)]

@@ -38,7 +38,7 @@ pub enum Command {
     Serve,
     /// Say every problem with the settings, or that there is none, then end
     CheckConfig,
-    /// Ask the service that runs here, at OPS_LISTEN: does it answer (livez), may it get traffic (readyz)? Then end
+    /// Ask the service that runs here, at `OPS_LISTEN`: does it answer (livez), may it get traffic (readyz)? Then end
     Healthcheck { probe: Probe },
 }
 
@@ -51,7 +51,7 @@ pub struct Settings {
     /// The operators' listener: /livez, /readyz, /metrics. Never routed from outside
     #[arg(long, env, global = true, hide_env_values = true, default_value = "127.0.0.1:8092")]
     pub ops_listen: String,
-    /// Where browsers find the product: scheme://host[:port]. Also the issuer of tokens; the same as api's
+    /// Where browsers find the product: <scheme://host>[:port]. Also the issuer of tokens; the same as api's
     #[arg(long, env, global = true, hide_env_values = true)]
     origin: Option<String>,
     /// Other origins whose pages may open streams with the session cookie, separated by commas. The same as api's
@@ -61,7 +61,7 @@ pub struct Settings {
     #[arg(long, env, global = true, hide_env_values = true, default_value = "")]
     trusted_proxies: String,
     /// Connections of one client address (IPv6: of one /64) at each listener, streams not counted, and never more than half of a
-    /// listener's; more are closed. Addresses in TRUSTED_PROXIES have no such bound. 0: nobody has
+    /// listener's; more are closed. Addresses in `TRUSTED_PROXIES` have no such bound. 0: nobody has
     #[arg(long, env, global = true, hide_env_values = true, default_value = "512")]
     connections_per_address: String,
     /// api's internal listener: http://host:port
@@ -94,7 +94,7 @@ pub struct Settings {
     /// Before every Redis channel name. The same as api's
     #[arg(long, env, global = true, hide_env_values = true, default_value = "")]
     channel_prefix: String,
-    /// Log filter: info, debug, info,stream_gateway=debug
+    /// Log filter: info, debug, `info,stream_gateway=debug`
     #[arg(long, env, global = true, hide_env_values = true, default_value = "info")]
     log: String,
     /// human or json
@@ -136,7 +136,7 @@ pub struct Settings {
     /// Streams that one user opens: so many at once/refilled within so many seconds, or off. All gateways count together
     #[arg(long, env, global = true, hide_env_values = true, default_value = "240/60")]
     limit_open_per_user: String,
-    /// The same from one client address. Name the ingress in TRUSTED_PROXIES first
+    /// The same from one client address. Name the ingress in `TRUSTED_PROXIES` first
     #[arg(long, env, global = true, hide_env_values = true, default_value = "off")]
     limit_open_per_address: String,
     /// Bytes of events kept for readers that are behind, over all users. Beyond it they read from api again
@@ -151,7 +151,7 @@ pub struct Settings {
     /// Seconds from SIGTERM until the platform kills the process (terminationGracePeriodSeconds); 0: not known. Draining must fit
     #[arg(long, env, global = true, hide_env_values = true, default_value = "0")]
     termination_grace_seconds: String,
-    /// Where traces go: an OTLP/HTTP collector, http://host:4318; /v1/traces is put behind it. None: nothing is traced
+    /// Where traces go: an OTLP/HTTP collector, <http://host:4318>; /v1/traces is put behind it. None: nothing is traced
     #[arg(long, env, global = true, hide_env_values = true, default_value = "")]
     otel_exporter_otlp_endpoint: String,
     /// What is sent to it besides: name=value,name=value, percent-encoded

@@ -21,7 +21,7 @@ use crate::backfill::Api;
 /// Subjects that are remembered, at some 200 bytes each.
 const REMEMBERED: u64 = 100_000;
 /// A user who was deleted and comes back is another one.
-const REMEMBERED_FOR: Duration = Duration::from_secs(300);
+const REMEMBERED_FOR: Duration = Duration::from_mins(5);
 /// Subjects that wait for `api`; more are told to come back.
 const QUEUE: usize = 16_384;
 /// How long a stream waits to learn whose it is.

@@ -90,7 +90,7 @@ impl Source for FromApi {
     type Keys = Trusted;
     type Error = anyhow::Error;
 
-    fn name(&self) -> &str {
+    fn name(&self) -> &'static str {
         "api"
     }
 
@@ -227,7 +227,7 @@ impl Trusted {
             match self.verify(token) {
                 Ok(proof) => proofs.push(proof),
                 Err(refused @ (Refused::Token(TokenError::UnknownKey) | Refused::NoKeys)) => {
-                    refusal = (refused, token)
+                    refusal = (refused, token);
                 }
                 Err(refused) if refusal.1.is_empty() => refusal = (refused, token),
                 Err(_) => {}

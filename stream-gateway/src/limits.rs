@@ -141,7 +141,7 @@ mod tests {
     use super::*;
 
     fn limits(streams: usize, streams_per_address: usize, rate: u32) -> Arc<Limits> {
-        let admission = Admission { streams, streams_per_address, rate, max_age: Duration::from_secs(60) };
+        let admission = Admission { streams, streams_per_address, rate, max_age: Duration::from_mins(1) };
         let opening = Opening { per_user: Limit::Off, per_address: Limit::Off, patience: Duration::ZERO };
         // Nobody asks it.
         let redis = Bus::single("redis://localhost").unwrap();
@@ -149,7 +149,7 @@ mod tests {
         Limits::new(&admission, &opening, limiter)
     }
 
-    const A: IpAddr = IpAddr::V4(Ipv4Addr::new(127, 0, 0, 1));
+    const A: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
     const B: IpAddr = IpAddr::V4(Ipv4Addr::new(127, 0, 0, 2));
 
     #[test]

@@ -20,7 +20,7 @@ use crate::{
 };
 
 /// For a page to load and to fetch its token.
-pub const CODE_LIFETIME: Duration = Duration::from_secs(60);
+pub const CODE_LIFETIME: Duration = Duration::from_mins(1);
 
 /// As whoever has this name, without a proof: for development. `None`: nobody has it.
 pub async fn log_in_by_name(

@@ -24,7 +24,7 @@ pub struct Profile {
     pub avatar_url: Option<String>,
 }
 
-/// OpenID Connect's limit for a subject.
+/// `OpenID` Connect's limit for a subject.
 const LONGEST_SUBJECT: usize = 255;
 const LONGEST_URL: usize = 2_048;
 

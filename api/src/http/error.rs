@@ -82,10 +82,10 @@ impl ApiError {
         match self {
             Self::MethodNotAllowed(allow) => extra = Some((header::ALLOW, HeaderValue::from_static(allow))),
             Self::Unauthorized => {
-                extra = Some((header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer")))
+                extra = Some((header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer")));
             }
             Self::RateLimited(over) => {
-                extra = Some((header::RETRY_AFTER, HeaderValue::from(over.retry_after())))
+                extra = Some((header::RETRY_AFTER, HeaderValue::from(over.retry_after())));
             }
             Self::Unacceptable(field, sentence) => {
                 problem.errors.insert(field.into(), sentence);

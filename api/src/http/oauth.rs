@@ -83,9 +83,10 @@ impl SignIn {
     }
 
     fn failed(&self, provider: &'static str, failure: &Failure) -> Response {
-        match failure {
-            Failure::AccessDenied => tracing::info!(provider, "a login ended: {failure}"),
-            _ => tracing::warn!(provider, outcome = failure.code(), "a login failed: {failure}"),
+        if let Failure::AccessDenied = failure {
+            tracing::info!(provider, "a login ended: {failure}");
+        } else {
+            tracing::warn!(provider, outcome = failure.code(), "a login failed: {failure}");
         }
         self.metrics.sign_in(provider, failure.code());
         self.to_page(&[("error", failure.code())])

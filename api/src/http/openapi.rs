@@ -1,4 +1,4 @@
-//! The API as a document: OpenAPI 3.1, with the stream's events. Tests hold every answer that they see against it.
+//! The API as a document: `OpenAPI` 3.1, with the stream's events. Tests hold every answer that they see against it.
 
 use http::{HeaderValue, header};
 use warp::{Filter, reply::Response};

@@ -1,4 +1,4 @@
-//! GitHub, and GitHub Enterprise under another address: an OAuth provider from before OpenID Connect.
+//! GitHub, and GitHub Enterprise under another address: an OAuth provider from before `OpenID` Connect.
 
 use oauth2::{AuthType, AuthUrl, TokenUrl};
 use protocol::jose;

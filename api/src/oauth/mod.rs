@@ -1,5 +1,5 @@
 //! Logging in at a provider by OAuth 2.0: where a browser is sent, and who it is that comes back. GitHub, and any provider
-//! that speaks OpenID Connect. What comes from a provider is believed only as far as it was checked, and each way in which this
+//! that speaks `OpenID` Connect. What comes from a provider is believed only as far as it was checked, and each way in which this
 //! can go wrong has a name.
 //!
 //! Nothing here is remembered about a login under way: the browser carries it ([`attempt`]).

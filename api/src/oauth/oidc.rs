@@ -1,4 +1,4 @@
-//! Any provider that speaks OpenID Connect: it tells where it is asked for what, and who logged in.
+//! Any provider that speaks `OpenID` Connect: it tells where it is asked for what, and who logged in.
 
 use std::{
     sync::Arc,
@@ -18,9 +18,9 @@ use super::{Endpoints, Failure, ask, object, settings::protected_url};
 use crate::domain::user::Profile;
 
 /// A provider's endpoints are asked for again after this.
-const FRESH: Duration = Duration::from_secs(60 * 60);
+const FRESH: Duration = Duration::from_hours(1);
 /// While they cannot be had, those that were known go on for so long.
-const USABLE: Duration = Duration::from_secs(24 * 60 * 60);
+const USABLE: Duration = Duration::from_hours(24);
 /// After a failure nobody asks for so long: a provider that is down is not asked by everybody who wants to log in.
 const PAUSE: Duration = Duration::from_secs(2);
 /// How far the provider's clock may be off from ours.
@@ -172,7 +172,7 @@ struct IdClaims {
 }
 
 /// The id token says that this login was meant for us, and for this attempt; and what the person is called. It came from the
-/// provider itself, over a connection that proves who answers; then its signature need not be looked at (OpenID Connect Core
+/// provider itself, over a connection that proves who answers; then its signature need not be looked at (`OpenID` Connect Core
 /// 3.1.3.7, 6).
 pub(super) fn check_id_token(
     id_token: &str,
@@ -250,7 +250,7 @@ mod tests {
         };
         let asked = |discovery: &Discovery| discovery.known.try_lock().unwrap().failed.is_some();
 
-        let fresh = known_for(FRESH - Duration::from_secs(60));
+        let fresh = known_for(FRESH.checked_sub(Duration::from_mins(1)).unwrap());
         assert!(fresh.endpoints(&outbound).await.is_ok() && !asked(&fresh));
         let stale = known_for(FRESH);
         assert!(stale.endpoints(&outbound).await.is_ok() && asked(&stale));

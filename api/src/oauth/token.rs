@@ -30,7 +30,7 @@ pub(super) type Client = oauth2::Client<
     EndpointSet,
 >;
 
-/// OpenID Connect's addition to the answer.
+/// `OpenID` Connect's addition to the answer.
 #[derive(Clone, Serialize, Deserialize)]
 pub(super) struct IdToken {
     #[serde(default)]

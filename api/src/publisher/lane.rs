@@ -192,17 +192,14 @@ impl Lane {
                 events += u64::from(notice.kind == Kind::Event);
                 continue;
             };
-            match (&self.others, bus::sent_to(&error, &self.node)) {
-                (Some(others), Some(node)) => {
-                    notice.moves += 1;
-                    if let Err(error) = others.moved.try_send((notice, node)) {
-                        dropped("queue_full", [error.into_inner().0], &self.metrics);
-                    }
+            if let (Some(others), Some(node)) = (&self.others, bus::sent_to(&error, &self.node)) {
+                notice.moves += 1;
+                if let Err(error) = others.moved.try_send((notice, node)) {
+                    dropped("queue_full", [error.into_inner().0], &self.metrics);
                 }
-                _ => {
-                    batch.push(notice);
-                    failed = Some(error);
-                }
+            } else {
+                batch.push(notice);
+                failed = Some(error);
             }
         }
         self.metrics.publish_queue.dec_by((sent - batch.len()) as i64);

@@ -25,7 +25,7 @@ const TAKE_TIMEOUT: Duration = Duration::from_secs(2);
 /// A connection that has rested longer is tried before it is used, and must answer in as short a time.
 const RESTED: Duration = Duration::from_secs(1);
 /// A connection is not used for longer, so that a pool finds its way to where the name of the server leads by now.
-const LIFETIME: Duration = Duration::from_secs(30 * 60);
+const LIFETIME: Duration = Duration::from_mins(30);
 
 pub(super) struct Pool {
     options: PgConnectOptions,

@@ -137,10 +137,10 @@ const LOCK_TRIED_EVERY: Duration = Duration::from_millis(200);
 /// Holds off everybody else who calls this until the transaction ends. The lock belongs to a transaction, so that it holds, and
 /// ends, through a pooler as well. It is tried again and again rather than waited for: a statement that waits keeps a snapshot, and
 /// `CREATE INDEX CONCURRENTLY` under the lock would wait for that one in turn. For the same reason it is `READ COMMITTED`.
-pub(super) async fn lock<'c>(
-    connection: &'c mut PgConnection,
+pub(super) async fn lock(
+    connection: &mut PgConnection,
     key: i64,
-) -> sqlx::Result<sqlx::Transaction<'c, sqlx::Postgres>> {
+) -> sqlx::Result<sqlx::Transaction<'_, sqlx::Postgres>> {
     const BEGIN: &str = "
         BEGIN ISOLATION LEVEL READ COMMITTED;
         SET LOCAL statement_timeout = 0;

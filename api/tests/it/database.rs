@@ -27,7 +27,7 @@ use crate::{
     support::{App, config, text},
 };
 
-/// Debian's `nobody`: PgBouncer refuses to run as root.
+/// Debian's `nobody`: `PgBouncer` refuses to run as root.
 const NOBODY: u32 = 65_534;
 
 fn log_in(app: &App, name: &str) -> Call {
@@ -256,7 +256,7 @@ async fn both_normal_forms_of_a_name_are_one_persons(pool: PgPool) {
     app.stop().await;
 }
 
-/// A PgBouncer of this machine, and its version.
+/// A `PgBouncer` of this machine, and its version.
 struct Program(PathBuf, (u32, u32));
 
 /// Those that are found, and at most one of a version: on PATH, where Debian has it, and those that `DEV_PGBOUNCERS` names.
@@ -285,7 +285,7 @@ fn pgbouncers() -> Vec<Program> {
     found
 }
 
-/// A PgBouncer in front of the server of `url`.
+/// A `PgBouncer` in front of the server of `url`.
 struct Pooler {
     _process: Process,
     port: u16,

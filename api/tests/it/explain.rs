@@ -51,7 +51,7 @@ async fn an_operator_is_told_what_became_of_an_event(pool: PgPool) {
     assert!(none.contains("No event of this feed is about message 999999"), "{none}");
 
     let database = Database::new((*pool.connect_options()).clone(), 1, Counter::default());
-    let keep = Keep { age: Duration::from_secs(3_600), events: 1 };
+    let keep = Keep { age: Duration::from_hours(1), events: 1 };
     prune_after(&database, keep, UserId(0)).await.unwrap();
     let (_, pruned) = app.explain(&format!("user={}&seq=1", jane.id)).await;
     assert!(pruned.contains(&format!("is not kept any more: the feed begins at {head}")), "{pruned}");

@@ -410,7 +410,7 @@ async fn questions_have_a_largest_size(pool: PgPool) {
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
 async fn pruning_deletes_a_prefix_by_count_and_by_age_and_nothing_else(pool: PgPool) {
     let database = Database::new((*pool.connect_options()).clone(), 4, Counter::default());
-    let keep = Keep { age: Duration::from_secs(3_600), events: 10 };
+    let keep = Keep { age: Duration::from_hours(1), events: 10 };
     // (seq, age in seconds), and what is left.
     let fresh = |range: std::ops::RangeInclusive<i64>| range.map(|seq| (seq, 0)).collect::<Vec<_>>();
     let mut by_age = fresh(1..=8);
@@ -493,7 +493,7 @@ async fn a_new_epoch_makes_every_feed_another_one(pool: PgPool) {
     let mut all = epochs().await;
     api::app::new_epoch((*pool.connect_options()).clone()).await.unwrap();
     all.extend(epochs().await);
-    all.sort();
+    all.sort_unstable();
     all.dedup();
     assert_eq!(all.len(), 100, "all different");
 }

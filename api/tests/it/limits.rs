@@ -17,7 +17,7 @@ use crate::{
     support::{App, ORIGIN, ORIGIN_NOT_ALLOWED, User, assert_problem, channel_prefix, config},
 };
 
-const HOUR: Duration = Duration::from_secs(3_600);
+const HOUR: Duration = Duration::from_hours(1);
 
 /// Tests that count over all replicas wait for Redis as long as it takes.
 const OFF: RateLimits = RateLimits { patience: PATIENCE, ..RateLimits::OFF };

@@ -253,7 +253,7 @@ pub(crate) enum Say {
     HangUp,
 }
 
-/// A provider of OpenID Connect, and one like GitHub, at one address.
+/// A provider of `OpenID` Connect, and one like GitHub, at one address.
 pub(crate) struct Fake {
     pub(crate) url: String,
     says: Arc<Mutex<HashMap<String, Say>>>,

@@ -111,7 +111,7 @@ async fn crossing_sends_and_reads_do_not_deadlock(pool: PgPool) {
             _ => who.post_message(id, "hi"),
         }
     });
-    for answer in join_all(calls.map(|call| call.send())).await {
+    for answer in join_all(calls.map(testkit::http::Call::send)).await {
         let answer = answer.unwrap();
         assert!(answer.status < 300, "{}", answer.text());
     }

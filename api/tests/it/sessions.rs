@@ -316,7 +316,7 @@ async fn the_last_use_moves_coarsely_and_only_for_what_lives(pool: PgPool) {
         assert_eq!(used.write(&database).await.unwrap(), 0);
         moved
     };
-    age(&pool, COARSE - Duration::from_secs(60)).await;
+    age(&pool, COARSE.checked_sub(Duration::from_mins(1)).unwrap()).await;
     assert_eq!(moved().await, 0, "recent enough");
     age(&pool, COARSE + Duration::from_secs(1)).await;
     assert_eq!(moved().await, 1);
@@ -365,7 +365,7 @@ fn stream_claims(answer: &Answer) -> Claims {
 
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
 async fn a_stream_token_is_good_for_the_stream_alone_and_never_past_its_session(pool: PgPool) {
-    let lifetimes = Lifetimes { session: Duration::from_secs(3_600), stream_token: Duration::from_secs(120) };
+    let lifetimes = Lifetimes { session: Duration::from_hours(1), stream_token: Duration::from_mins(2) };
     let app = App::start_with(Config { lifetimes, ..config((*pool.connect_options()).clone()) }).await;
     let john = app.user(&pool, "john").await;
     let answer = john.call("POST", "/api/stream_token").expect(200).await;

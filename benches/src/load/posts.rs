@@ -38,7 +38,7 @@ pub struct Posts {
 /// Between two tries.
 const PAUSE: Duration = Duration::from_millis(250);
 /// Nothing that is killed here stays away for so long.
-const PATIENCE: Duration = Duration::from_secs(60);
+const PATIENCE: Duration = Duration::from_mins(1);
 
 /// What came of it.
 #[derive(Debug, Default, Serialize, Deserialize)]
@@ -73,7 +73,7 @@ pub fn run(order: &str) -> anyhow::Result<()> {
         let (posts, senders) = (&posts, &senders[..]);
         let clients: Vec<_> =
             (0..posts.clients).map(|number| scope.spawn(move || client(posts, senders, number))).collect();
-        let joined = clients.into_iter().map(|client| client.join());
+        let joined = clients.into_iter().map(thread::ScopedJoinHandle::join);
         joined.map(|result| result.unwrap_or_else(|_| anyhow::bail!("a client panicked"))).collect()
     });
     let mut all = Posted::default();

@@ -62,7 +62,7 @@ impl Sizes {
             streams,
             opened_per_second: 1_500,
             heartbeat: Duration::from_secs(15),
-            idling: Duration::from_secs(60),
+            idling: Duration::from_mins(1),
             fanout_rate: 5_000,
             fanout_length: Duration::from_secs(10),
             ceiling_rates: vec![10_000, 20_000, 40_000, 50_000, 60_000, 80_000, 100_000, 120_000],
@@ -121,7 +121,7 @@ impl Scenario {
 }
 
 /// For everything that must happen, and is not itself the figure.
-const PATIENCE: Duration = Duration::from_secs(60);
+const PATIENCE: Duration = Duration::from_mins(1);
 
 /// The usual start: everybody's stream is open and ready on one gateway.
 async fn open_streams(

@@ -17,7 +17,7 @@ use crate::{
 /// No limit on new streams a second: they come faster than any gateway as shipped lets them in.
 const UNLIMITED: u32 = 1_000_000;
 /// Those who are turned away stay away for up to two minutes.
-const BACK_WITHIN: Duration = Duration::from_secs(240);
+const BACK_WITHIN: Duration = Duration::from_mins(4);
 
 pub async fn run(sizes: &Sizes) -> anyhow::Result<()> {
     heading("  all at once, no limit on new streams a second");

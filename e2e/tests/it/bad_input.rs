@@ -21,7 +21,7 @@ async fn talk(address: SocketAddr, bytes: &[u8]) -> Vec<u8> {
     let mut answer = Vec::new();
     let sending = async {
         let _ = to.write_all(bytes).await; // It may be cut meanwhile.
-        std::future::pending::<()>().await
+        std::future::pending::<()>().await;
     };
     let reading = async {
         let _ = from.read_to_end(&mut answer).await; // A reset is an end, too.

@@ -168,9 +168,9 @@ async fn while_the_internal_listener_is_away_streams_stay_open_and_live_events_f
 
     for silent in [false, true] {
         if silent {
-            link.silence()
+            link.silence();
         } else {
-            link.refuse()
+            link.refuse();
         }
         // Contiguous events need nobody's answer.
         two.say(&world, &api, 5).await;

@@ -75,7 +75,7 @@ async fn a_stream_that_is_asked_for_while_draining_is_told_to_go_elsewhere() {
         held.push(stream);
     }
     gateway.terminate();
-    let ends = join_all(held.iter_mut().map(|stream| stream.rest())).await;
+    let ends = join_all(held.iter_mut().map(testkit::sse::Stream::rest)).await;
     for (events, end) in ends {
         assert_eq!(end, End::Clean);
         assert_eq!(events.last().unwrap().json()["reason"], "drain");

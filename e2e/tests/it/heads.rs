@@ -21,7 +21,7 @@ use tokio::{
 use crate::support::Two;
 
 /// All fuzzing together.
-const FUZZED_FOR: Duration = Duration::from_secs(60);
+const FUZZED_FOR: Duration = Duration::from_mins(1);
 /// Connections at the same time at each listener.
 const WORKERS: u64 = 3;
 /// A request that is not whole gets no answer, and nobody waits for one longer than this.

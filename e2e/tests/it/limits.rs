@@ -71,7 +71,7 @@ async fn everybody_may_come_back_at_once_through_one_address() {
     let mut gateway = as_shipped.without("LIMIT_OPEN_PER_ADDRESS").ready().await;
     let users = world.many(USERS).await;
     let watching: Vec<_> = users.iter().map(|user| browser(gateway.stream(user))).collect();
-    join_all(watching.iter().map(|browser| browser.ready())).await;
+    join_all(watching.iter().map(testkit::sse::Browser::ready)).await;
     gateway.restart().await;
     until("everybody is back", || async { gateway.metric("gateway_streams").await == USERS as f64 }).await;
     assert_eq!(gateway.metric("gateway_streams_refused_total").await, 0.0);

@@ -10,7 +10,7 @@ use crate::support::{Busy, Two, browser};
 
 const NEW: &str = "a-new-secret-between-the-services";
 
-/// The values of INTERNAL_SECRET in docs/runbook.md, in order.
+/// The values of `INTERNAL_SECRET` in docs/runbook.md, in order.
 fn steps(old: &str) -> Vec<String> {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/runbook.md");
     let text = std::fs::read_to_string(path).unwrap();

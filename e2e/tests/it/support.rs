@@ -131,7 +131,7 @@ impl Traffic {
         let wanted = self.accepted.load(Ordering::Relaxed) + messages;
         soon("the traffic goes on", async {
             while self.accepted.load(Ordering::Relaxed) < wanted {
-                assert!(!self.senders.iter().all(|sender| sender.is_finished()), "all senders failed");
+                assert!(!self.senders.iter().all(tokio::task::JoinHandle::is_finished), "all senders failed");
                 tokio::time::sleep(Duration::from_millis(5)).await;
             }
         })

@@ -175,7 +175,7 @@ fn listeners(
     findings
 }
 
-/// A key of a Secret or ConfigMap that something refers to; an empty key is all of it.
+/// A key of a Secret or `ConfigMap` that something refers to; an empty key is all of it.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 struct Reference {
     by: String,
@@ -226,7 +226,7 @@ fn references(installation: &Installation) -> Vec<Reference> {
     found
 }
 
-/// A pod's volumes that are made of a ConfigMap or a Secret: volume, kind, source, name.
+/// A pod's volumes that are made of a `ConfigMap` or a Secret: volume, kind, source, name.
 fn sources<'a>(pod: &Pod<'a>) -> Vec<(&'a Value, &'static str, &'a Value, &'a Value)> {
     let volumes = list(&pod.spec["volumes"]).iter();
     let sources = volumes.filter_map(|volume| {
@@ -240,7 +240,7 @@ fn sources<'a>(pod: &Pod<'a>) -> Vec<(&'a Value, &'static str, &'a Value, &'a Va
     sources.collect()
 }
 
-/// The keys of a ConfigMap or Secret: those in the set, or those that the operator provides.
+/// The keys of a `ConfigMap` or Secret: those in the set, or those that the operator provides.
 fn keys(installation: &Installation, kind: &str, name: &str) -> Option<Vec<String>> {
     if let Some(object) = installation.set.find(kind, name) {
         let keys = ["data", "stringData", "binaryData"].iter().flat_map(|part| entries(&object.body[*part]));

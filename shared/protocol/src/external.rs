@@ -17,7 +17,7 @@ use crate::{
     jose::{self, Audiences, NumericDate, Person, Unverified},
 };
 
-/// A subject's longest form, as OpenID Connect has it.
+/// A subject's longest form, as `OpenID` Connect has it.
 const MAX_SUBJECT: usize = 255;
 /// How far the issuer's clock may be ahead of ours: many issuers say "not before now".
 const NOT_BEFORE_LEEWAY: i64 = 30;

@@ -13,7 +13,7 @@ pub struct Problem {
     pub kind: String,
     pub title: String,
     pub status: u16,
-    /// Stable, snake_case, for programs.
+    /// Stable, `snake_case`, for programs.
     pub code: String,
     /// One sentence, for people.
     pub message: String,

@@ -1,4 +1,4 @@
-//! What a service answers, held against its OpenAPI document: every path, method, status, header and body that a test sees
+//! What a service answers, held against its `OpenAPI` document: every path, method, status, header and body that a test sees
 //! must be in there, and of the form that it says.
 
 use std::collections::HashMap;
@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 
 use super::http::Answer;
 
-/// An OpenAPI 3.1 document.
+/// An `OpenAPI` 3.1 document.
 pub struct Document {
     root: Value,
     /// By the place of the schema in the document.

@@ -18,7 +18,7 @@ pub mod tls;
 use std::{future::Future, time::Duration};
 
 /// How long a test waits for what must come. Generous: it only tells "late" from "never".
-pub const PATIENCE: Duration = Duration::from_secs(60);
+pub const PATIENCE: Duration = Duration::from_mins(1);
 
 /// Awaits what must happen; a panic says what did not.
 pub async fn soon<T>(what: &str, future: impl Future<Output = T>) -> T {

@@ -455,12 +455,12 @@ impl World {
                     self.on_their_way.remove(which);
                 }
                 self.act(|sequencer, now, steps| {
-                    sequencer.live(Head { epoch, seq }, (epoch, seq), now, steps)
+                    sequencer.live(Head { epoch, seq }, (epoch, seq), now, steps);
                 });
             }
             Happening::Pass { ms } => {
                 self.now += ms;
-                self.act(|sequencer, now, steps| sequencer.tick(now, steps));
+                self.act(Sequencer::tick);
             }
             Happening::Serve => {
                 if let (Some((asked_at, after)), None) = (self.question, &self.served) {

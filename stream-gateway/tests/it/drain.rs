@@ -71,7 +71,7 @@ async fn nothing_ends_while_load_balancers_learn_of_it_and_nobody_is_admitted_af
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_gateway_without_streams_ends_at_once() {
-    let world = Setup::config(|config| config.drain.window = Duration::from_secs(300)).start().await;
+    let world = Setup::config(|config| config.drain.window = Duration::from_mins(5)).start().await;
     world.stop();
     soon("it ends", world.stopped()).await;
 }

@@ -105,7 +105,7 @@ async fn while_api_cannot_tell_who_it_is_the_head_comes_and_then_busy() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_subject_who_opens_too_often_waits_although_nobody_knows_yet_who_it_is() {
-    let per_user = Limit::new(3, Duration::from_secs(3_600));
+    let per_user = Limit::new(3, Duration::from_hours(1));
     let (world, user) = world_with(Setup::config(move |config| {
         config.opening =
             stream_gateway::config::Opening { per_user, per_address: Limit::Off, patience: PATIENCE };

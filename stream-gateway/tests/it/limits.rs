@@ -143,7 +143,7 @@ async fn more_than_the_rate_must_wait() {
     let user = world.user(3);
     let began = Instant::now();
     let mut streams = join_all((0..30).map(|_| async { world.stream(&user).stream().await })).await;
-    let most = RATE as f64 * (1.0 + began.elapsed().as_secs_f64());
+    let most = f64::from(RATE) * (1.0 + began.elapsed().as_secs_f64());
     let mut admitted = 0;
     for stream in &mut streams {
         admitted += usize::from(stream.next().await.is("ready"));
@@ -158,7 +158,7 @@ async fn more_than_the_rate_must_wait() {
 
 /// So many at once, and no more within a test.
 fn once(burst: u32) -> Limit {
-    Limit::new(burst, Duration::from_secs(3_600))
+    Limit::new(burst, Duration::from_hours(1))
 }
 
 /// With a limit on opening, counted together with whoever has these channels; Redis may take as long as it likes.

@@ -423,7 +423,7 @@ pub(crate) async fn goodbye(stream: &mut Stream, reason: &str) -> Value {
     let data = last.json();
     assert_eq!((last.id.as_ref(), data["reason"].as_str()), (None, Some(reason)));
     if data["reconnect"] == false {
-        assert_eq!(stream.retry, Some(Duration::from_secs(3_600)), "most readers come back all the same");
+        assert_eq!(stream.retry, Some(Duration::from_hours(1)), "most readers come back all the same");
     }
     data
 }

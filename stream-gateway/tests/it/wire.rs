@@ -97,7 +97,7 @@ async fn a_refused_stream_is_whole_in_both_versions_of_http() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_client_chooses_how_often_it_gets_a_heartbeat() {
-    let world = Setup::config(|config| config.delivery.heartbeat = Duration::from_secs(600)).start().await;
+    let world = Setup::config(|config| config.delivery.heartbeat = Duration::from_mins(10)).start().await;
     let user = world.user(3);
     for (asked, told) in [("3", 4), ("30", 30), ("61", 60), ("event", 600), ("often", 600), ("", 600)] {
         let mut stream = world.stream(&user).heartbeat(asked).stream().await;

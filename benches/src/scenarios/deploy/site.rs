@@ -27,7 +27,7 @@ const GATEWAYS: u8 = 3;
 /// Longer than the shortest `retry`: some come back while there is nobody.
 const ALL_DOWN: Duration = Duration::from_secs(3);
 /// For a process that was told to go: more than its wait, its drain and its last goodbyes together.
-const ENDS_WITHIN: Duration = Duration::from_secs(120);
+const ENDS_WITHIN: Duration = Duration::from_mins(2);
 const PROXIES: &str = "127.0.0.0/8";
 
 /// Everything that runs, each process with an address of its own as pods have: a port that is only for a moment nobody's cannot

@@ -1,7 +1,7 @@
 //! The client of the application that this one rebuilds works against our two services without a changed line.
 //!
 //! Its files are not ours to keep here. What it asks and what it relies on is asked here by the same calls in a real browser; and
-//! whoever has its files can run the second test with them: ORIGINAL_CLIENT names a folder with `static/` of
+//! whoever has its files can run the second test with them: `ORIGINAL_CLIENT` names a folder with `static/` of
 //! nicolasparada/go-messenger-demo and, as `router.js`, version 0.8.0 of nicolasparada/js-router, which it loads from elsewhere.
 
 use std::path::PathBuf;

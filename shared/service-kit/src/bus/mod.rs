@@ -253,7 +253,7 @@ impl Maps {
     /// When there is another than [`Self::now`] has told.
     pub async fn changed(&mut self) {
         if self.maps.changed().await.is_err() {
-            std::future::pending().await
+            std::future::pending::<()>().await;
         }
     }
 
