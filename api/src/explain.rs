@@ -2,9 +2,8 @@
 
 use http::StatusCode;
 use protocol::{
-    feed::Head,
     ids::UserId,
-    position::{Epoch, Seq},
+    position::{Epoch, Position, Seq},
 };
 use serde::Serialize;
 use service_kit::explain::{Event, Question, Refusal};
@@ -72,7 +71,7 @@ pub async fn explain(
     })
 }
 
-fn sentence(event: Event, head: Head, first: Option<Seq>, written: Option<&Written>) -> String {
+fn sentence(event: Event, head: Position, first: Option<Seq>, written: Option<&Written>) -> String {
     match (event, written) {
         (_, Some(Written { seq, name, created_at, .. })) => format!(
             "Event {seq} ({name}) was written at {created_at:?} and is kept: whoever asks for what follows {} is told it",

@@ -24,12 +24,12 @@ use hyper_util::{
 use protocol::{
     event::Envelope,
     feed::{
-        self, Head, HeadsAnswer, HeadsRequest, KnownHead, Login, MAX_PAIRS, Range, RangeAfter, RangesAnswer,
+        self, HeadsAnswer, HeadsRequest, KnownHead, Login, MAX_PAIRS, Range, RangeAfter, RangesAnswer,
         RangesRequest,
     },
     ids::{SessionId, UserId},
     keys_version::KeysVersion,
-    position::Seq,
+    position::{Position, Seq},
 };
 use rand::RngExt;
 use serde::{Serialize, de::DeserializeOwned};
@@ -173,12 +173,12 @@ pub struct RangeQuestion<A> {
     /// By which way its events come to whoever gets them.
     pub way: Way,
     /// The user's place in this process when the question was asked.
-    pub asked_at: Option<Head>,
+    pub asked_at: Option<Position>,
 }
 
 #[derive(Debug)]
 pub struct RangeAnswer {
-    pub head: Option<Head>,
+    pub head: Option<Position>,
     pub events: Vec<Event>,
     pub more: bool,
 }
@@ -187,7 +187,7 @@ pub struct RangeAnswer {
 #[derive(Debug, Clone, Copy)]
 pub struct HeadQuestion {
     pub user: UserId,
-    pub asked_at: Option<Head>,
+    pub asked_at: Option<Position>,
     pub why: WhyHead,
     /// A session by which this user is said to be here: is it theirs, and does it live?
     pub session: Option<SessionId>,
@@ -215,7 +215,7 @@ pub struct HeadsAnswered {
     pub request: u32,
     pub questions: Vec<HeadQuestion>,
     /// Those that differ from what was asked about.
-    pub heads: HashMap<UserId, Option<Head>>,
+    pub heads: HashMap<UserId, Option<Position>>,
     pub ended: HashSet<Login>,
     /// Which keys the replica has that answered.
     pub keys: Option<KeysVersion>,

@@ -4,9 +4,8 @@
 use chrono::{DateTime, Utc};
 use http::StatusCode;
 use protocol::{
-    feed::Head,
     ids::{SessionId, UserId},
-    position::Seq,
+    position::{Position, Seq},
 };
 use serde::Serialize;
 use service_kit::explain::{Event, Question, Refusal};
@@ -29,7 +28,7 @@ pub struct Explanation {
     pub says: Vec<String>,
     /// Up to where this user's events were delivered here; absent without a stream, or before Postgres first answered.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub place: Option<Head>,
+    pub place: Option<Position>,
     /// Whether Redis brings what is published for this user.
     pub subscribed: bool,
     /// Oldest first.

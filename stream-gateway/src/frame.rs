@@ -20,7 +20,6 @@ use chrono::{DateTime, Utc};
 use http::Version;
 use protocol::{
     event::{self, Envelope, kind, rfc3339},
-    feed::Head,
     position::Position,
 };
 use serde_json::json;
@@ -123,7 +122,7 @@ impl Heartbeat {
 /// One event of one feed, encoded.
 #[derive(Debug, Clone)]
 pub struct Event {
-    pub head: Head,
+    pub head: Position,
     /// When it was made, in milliseconds since 1970, by the database's clock.
     pub created_at: i64,
     pub frame: Chunk,
@@ -168,7 +167,7 @@ impl Event {
             }
         }
         let _ = write!(block, "\nid: {}\n\n", envelope.cursor());
-        let head = Head { epoch: envelope.epoch, seq: envelope.seq };
+        let head = envelope.cursor();
         let created_at = envelope.created_at.timestamp_millis();
         Ok(Self { head, created_at, frame: Chunk::new(&block), traced: None })
     }

@@ -5,7 +5,10 @@
 
 use std::collections::{HashMap, VecDeque};
 
-use protocol::{feed::Head, ids::UserId, position::Seq};
+use protocol::{
+    ids::UserId,
+    position::{Position, Seq},
+};
 use slab::Slab;
 
 use crate::{
@@ -122,7 +125,7 @@ impl Ring {
     }
 
     /// The event after this place, if it is held.
-    pub fn after(&self, place: Head) -> Option<&Event> {
+    pub fn after(&self, place: Position) -> Option<&Event> {
         let first = self.events.front()?.head;
         if first.epoch != place.epoch {
             return None;
@@ -160,8 +163,8 @@ mod tests {
     use super::*;
     use crate::frame::Chunk;
 
-    fn at(seq: Seq) -> Head {
-        Head { epoch: Epoch(1), seq }
+    fn at(seq: Seq) -> Position {
+        Position { epoch: Epoch(1), seq }
     }
 
     fn event(seq: Seq) -> Event {
@@ -179,7 +182,7 @@ mod tests {
         (5..8).for_each(|seq| ring.push(event(seq)));
         let got: Vec<_> = (3..9).map(|seq| after(&ring, seq)).collect();
         assert_eq!(got, [None, Some(5), Some(6), Some(7), None, None]);
-        assert!(ring.after(Head { epoch: Epoch(2), seq: 5 }).is_none());
+        assert!(ring.after(Position { epoch: Epoch(2), seq: 5 }).is_none());
         ring.trim(6);
         assert_eq!((after(&ring, 5), after(&ring, 6), ring.bytes()), (None, Some(7), 100));
         ring.trim(7);

@@ -10,10 +10,7 @@
 
 use std::collections::BTreeMap;
 
-use protocol::{
-    feed::Head,
-    position::{Epoch, Seq},
-};
+use protocol::position::{Epoch, Position, Seq};
 
 /// Milliseconds on the caller's monotonic clock.
 pub type Millis = u64;
@@ -54,7 +51,7 @@ pub enum Step<E> {
     /// Ask Postgres where the feed ends (`None`) or what follows `after`, and bring the answer to [`Sequencer::answer`].
     Ask { after: Option<Seq> },
     /// The place is lost and is now the head. Everybody who was at the old one must reload.
-    Lost(Lost, Head),
+    Lost(Lost, Position),
     /// There is no such user any more.
     Gone,
 }
@@ -63,9 +60,9 @@ pub enum Step<E> {
 #[derive(Debug)]
 pub struct Answer<E> {
     /// The place that was known when the question was asked.
-    pub asked_at: Option<Head>,
+    pub asked_at: Option<Position>,
     /// `None`: there is no such user.
-    pub head: Option<Head>,
+    pub head: Option<Position>,
     /// What follows, ascending; empty when only the head was asked for.
     pub events: Vec<(Seq, E)>,
     /// The events follow this place. `None`: only the head was asked for.
@@ -76,7 +73,7 @@ pub struct Answer<E> {
 
 #[derive(Debug)]
 pub struct Sequencer<E> {
-    place: Option<Head>,
+    place: Option<Position>,
     doubt: Option<Box<Doubt<E>>>,
 }
 
@@ -120,7 +117,7 @@ impl<E> Default for Sequencer<E> {
 
 impl<E> Sequencer<E> {
     /// The place: everything up to it was delivered. `None` until Postgres first answered.
-    pub fn place(&self) -> Option<Head> {
+    pub fn place(&self) -> Option<Position> {
         self.place
     }
 
@@ -136,7 +133,7 @@ impl<E> Sequencer<E> {
     }
 
     /// An event came from Redis.
-    pub fn live(&mut self, at: Head, event: E, now: Millis, steps: &mut Vec<Step<E>>) {
+    pub fn live(&mut self, at: Position, event: E, now: Millis, steps: &mut Vec<Step<E>>) {
         match self.place {
             Some(place) if place.epoch != at.epoch => self.suspect(now),
             Some(place) if at.seq <= place.seq => {}
@@ -214,7 +211,7 @@ impl<E> Sequencer<E> {
         }
         for (seq, event) in answer.events {
             if self.place.is_some_and(|place| seq == place.seq + 1) {
-                self.deliver(Head { epoch: head.epoch, seq }, event, steps);
+                self.deliver(Position { epoch: head.epoch, seq }, event, steps);
             }
         }
         self.deliver_held(steps);
@@ -225,7 +222,7 @@ impl<E> Sequencer<E> {
         }
     }
 
-    fn adopt(&mut self, head: Head, steps: &mut Vec<Step<E>>) {
+    fn adopt(&mut self, head: Position, steps: &mut Vec<Step<E>>) {
         self.place = Some(head);
         if let Some(doubt) = self.doubt.as_deref_mut().filter(|doubt| doubt.epoch != Some(head.epoch)) {
             doubt.epoch = Some(head.epoch);
@@ -234,7 +231,7 @@ impl<E> Sequencer<E> {
         self.deliver_held(steps);
     }
 
-    fn lose(&mut self, why: Lost, head: Head, steps: &mut Vec<Step<E>>) {
+    fn lose(&mut self, why: Lost, head: Position, steps: &mut Vec<Step<E>>) {
         steps.push(Step::Lost(why, head));
         if let Some(doubt) = self.doubt.as_deref_mut().filter(|_| why != Lost::Expired) {
             doubt.forget(); // What was held belongs to the history that we lost. An expired feed goes on where it was.
@@ -242,7 +239,7 @@ impl<E> Sequencer<E> {
         self.adopt(head, steps);
     }
 
-    fn deliver(&mut self, at: Head, event: E, steps: &mut Vec<Step<E>>) {
+    fn deliver(&mut self, at: Position, event: E, steps: &mut Vec<Step<E>>) {
         self.place = Some(at);
         steps.push(Step::Deliver(at.seq, event));
     }
@@ -263,7 +260,7 @@ impl<E> Sequencer<E> {
         self.settle();
     }
 
-    fn hold(&mut self, at: Head, event: E, now: Millis) {
+    fn hold(&mut self, at: Position, event: E, now: Millis) {
         let doubt = self.open(now);
         if doubt.epoch != Some(at.epoch) {
             doubt.forget();
@@ -324,7 +321,7 @@ pub enum Verdict {
 }
 
 /// Judges a cursor by the answer to "what follows it?", asked after the cursor came. `first`: the first event of the answer.
-pub fn judge(cursor: Head, head: Option<Head>, first: Option<Seq>) -> Verdict {
+pub fn judge(cursor: Position, head: Option<Position>, first: Option<Seq>) -> Verdict {
     let Some(head) = head else { return Verdict::Gone };
     if head.epoch != cursor.epoch {
         return Verdict::Lost(Lost::Unknown);

@@ -4,9 +4,9 @@ use std::time::Duration;
 
 use chrono::{DateTime, Utc};
 use protocol::{
-    feed::{Head, KnownHead, Range, RangeAfter, UserHead},
+    feed::{KnownHead, Range, RangeAfter, UserHead},
     ids::{MessageId, UserId},
-    position::{Epoch, Seq},
+    position::{Epoch, Position, Seq},
 };
 use serde::Serialize;
 use service_kit::explain::Event;
@@ -99,7 +99,7 @@ pub async fn ranges(connection: &mut PgConnection, asked: &[RangeAfter]) -> sqlx
 /// A feed, and one event of it without what it says.
 pub struct LookedUp {
     pub username: String,
-    pub head: Head,
+    pub head: Position,
     /// The oldest event that is kept.
     pub first: Option<Seq>,
     pub event: Option<Written>,
@@ -160,7 +160,7 @@ pub async fn look_up(
     };
     Ok(Some(LookedUp {
         username: row.username,
-        head: Head { epoch: Epoch::from_sql(row.epoch), seq: number(row.head_seq)? },
+        head: Position { epoch: Epoch::from_sql(row.epoch), seq: number(row.head_seq)? },
         first: row.first_seq.map(number).transpose()?,
         event,
     }))
@@ -171,10 +171,10 @@ fn place(seq: u64) -> i64 {
     i64::try_from(seq).unwrap_or(i64::MAX)
 }
 
-fn head(epoch: Option<i64>, seq: Option<i64>) -> sqlx::Result<Option<Head>> {
+fn head(epoch: Option<i64>, seq: Option<i64>) -> sqlx::Result<Option<Position>> {
     epoch
         .zip(seq)
-        .map(|(epoch, seq)| Ok(Head { epoch: Epoch::from_sql(epoch), seq: number(seq)? }))
+        .map(|(epoch, seq)| Ok(Position { epoch: Epoch::from_sql(epoch), seq: number(seq)? }))
         .transpose()
 }
 

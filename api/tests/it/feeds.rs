@@ -9,9 +9,9 @@ use api::{
 use futures_util::future::join_all;
 use prometheus_client::metrics::counter::Counter;
 use protocol::{
-    feed::{Head, HeadsRequest, KnownHead, Login, MAX_PAIRS, RangeAfter},
+    feed::{HeadsRequest, KnownHead, Login, MAX_PAIRS, RangeAfter},
     ids::{SessionId, UserId},
-    position::Epoch,
+    position::{Epoch, Position},
 };
 use rand::{RngExt, SeedableRng, rngs::StdRng};
 use serde_json::{Value, json};
@@ -288,10 +288,10 @@ async fn heads_tells_what_differs_and_which_logins_ended(pool: PgPool) {
     assert!(same.heads.is_empty());
     assert_eq!((same.ended_logins, same.ended), (None, vec![]));
     for other in [
-        Head { seq: 1, ..johns },
-        Head { seq: 3, ..johns },
-        Head { seq: u64::MAX, ..johns },
-        Head { epoch: Epoch(johns.epoch.0 ^ 1), ..johns },
+        Position { seq: 1, ..johns },
+        Position { seq: 3, ..johns },
+        Position { seq: u64::MAX, ..johns },
+        Position { epoch: Epoch(johns.epoch.0 ^ 1), ..johns },
     ] {
         let question = HeadsRequest { users: vec![known(other)], ..HeadsRequest::default() };
         let answer = app.heads(&question).await;

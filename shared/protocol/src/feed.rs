@@ -10,7 +10,7 @@ use crate::{
     external::{ExternalClaims, ExternalIssuer},
     ids::{SessionId, UserId},
     keys_version::KeysVersion,
-    position::{Epoch, Seq},
+    position::{Position, Seq},
 };
 
 /// The most `users`, `after`, `sessions` or `identities` in one question. More is a 400.
@@ -55,13 +55,7 @@ pub struct Login {
 pub struct KnownHead {
     pub user: UserId,
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub head: Option<Head>,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Head {
-    pub epoch: Epoch,
-    pub seq: Seq,
+    pub head: Option<Position>,
 }
 
 #[derive(Debug, Default, Serialize, Deserialize)]
@@ -85,7 +79,7 @@ pub struct HeadsAnswer {
 #[serde(rename_all = "camelCase")]
 pub struct UserHead {
     pub user: UserId,
-    pub head: Option<Head>,
+    pub head: Option<Position>,
 }
 
 /// `POST /internal/feed/ranges`: what follows these places?
@@ -117,7 +111,7 @@ pub struct Range {
     pub user: UserId,
     pub after: Seq,
     /// `None`: there is no such user, and no events.
-    pub head: Option<Head>,
+    pub head: Option<Position>,
     /// Ascending, without holes.
     pub events: Vec<Envelope>,
     /// The range was cut: ask again after the last event.

@@ -1,20 +1,21 @@
-//! A place in one user's feed, as clients carry it: `<epoch>-<seq>`. It is the `id:` of an event, the `Last-Event-ID` of a
-//! reconnect and the header `Feed-Cursor`; to clients it is opaque.
+//! A position in one user's feed. Clients carry it as the text `<epoch>-<seq>`, a cursor: the `id:` of an event, the
+//! `Last-Event-ID` of a reconnect and the header `Feed-Cursor`. It is opaque to them.
 
 use std::{fmt, str::FromStr};
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 use thiserror::Error;
 
-/// The name of one user's feed: random, drawn when the user is made and redrawn when a database is restored to an
-/// earlier point. Two places are comparable only within one epoch. Written as 16 hexadecimal digits.
+/// Names one history of a user's feed: random, drawn when the user is created and again when the database is restored to an
+/// earlier point. Positions are comparable only within one epoch. Written as 16 hexadecimal digits.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Epoch(pub u64);
 
-/// The number of an event in its user's feed: 1, 2, 3, … without holes. 0 is the place before the first.
+/// The number of an event in its user's feed: 1, 2, 3, … without gaps. 0 is the position before the first event.
 pub type Seq = u64;
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+/// A point in a feed: everything up to and including `seq`. The newest one is the feed's head.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Position {
     pub epoch: Epoch,
     pub seq: Seq,

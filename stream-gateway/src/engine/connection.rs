@@ -11,7 +11,6 @@ use std::{
 use bytes::Bytes;
 use protocol::{
     claims::KeyName,
-    feed::Head,
     ids::SessionId,
     position::{Position, Seq},
 };
@@ -59,7 +58,7 @@ pub struct Connection {
     pub key: KeyName,
     pub stage: Stage,
     /// The last event that was written: in `Placed`, and from the start when the client brought a cursor.
-    pub head: Head,
+    pub head: Position,
     /// The place after which it began, or began anew.
     pub after: Seq,
     /// What the socket did not take. Nothing else is written before it.

@@ -5,7 +5,6 @@ use std::collections::VecDeque;
 use bytes::Bytes;
 use mio::{Interest, Token};
 use protocol::{
-    feed::Head,
     ids::UserId,
     position::{Epoch, Position},
 };
@@ -71,8 +70,8 @@ impl Engine {
             key: signed_by,
             stage: Stage::Joining(resume),
             head: match resume {
-                Resume::After(Position { epoch, seq }) => Head { epoch, seq },
-                Resume::Head | Resume::Nonsense => Head { epoch: Epoch(0), seq: 0 },
+                Resume::After(cursor) => cursor,
+                Resume::Head | Resume::Nonsense => Position { epoch: Epoch(0), seq: 0 },
             },
             after: match resume {
                 Resume::After(cursor) => cursor.seq,

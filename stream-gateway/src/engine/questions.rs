@@ -2,10 +2,7 @@
 
 use std::{collections::HashSet, num::NonZeroU32};
 
-use protocol::{
-    feed::{Head, Login},
-    ids::UserId,
-};
+use protocol::{feed::Login, ids::UserId, position::Position};
 
 use super::{
     Asker, Engine, bytes_of,
@@ -79,7 +76,7 @@ impl Engine {
             return; // Its place was lost since.
         }
         connection.asked = None;
-        let cursor = Head { epoch: connection.head.epoch, seq: after };
+        let cursor = Position { epoch: connection.head.epoch, seq: after };
         match judge(cursor, answer.head, answer.events.first().map(|event| event.head.seq)) {
             Verdict::Gone => self.part(key, Goodbye::Revoked),
             Verdict::Lost(why) => {
@@ -168,7 +165,7 @@ impl Engine {
     }
 
     /// After an answer: if it told the user's place for the first time, those who waited for it go on.
-    fn go_on_from(&mut self, before: Option<Head>, user: u32) {
+    fn go_on_from(&mut self, before: Option<Position>, user: u32) {
         let known = self.hub.get(user).is_some_and(|entry| entry.sequencer.place().is_some());
         if before.is_some() || !known {
             return;

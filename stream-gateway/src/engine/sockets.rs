@@ -2,7 +2,6 @@
 
 use std::{collections::VecDeque, io, time::SystemTime};
 
-use protocol::position::Position;
 use rand::RngExt;
 
 use super::{
@@ -93,11 +92,11 @@ impl Engine {
             } else if !connection.is_placed() {
                 return;
             } else if let Some(resumed) = connection.owes_ready.take() {
-                let cursor = Position { epoch: connection.head.epoch, seq: connection.head.seq };
+                let cursor = connection.head;
                 let with_id = connection.lost.is_none();
                 let heartbeat = connection.heartbeat.every(self.settings.heartbeat);
                 let cursor = match (with_id, place) {
-                    (false, Some(head)) => Position { epoch: head.epoch, seq: head.seq },
+                    (false, Some(head)) => head,
                     _ => cursor,
                 };
                 frame::ready(cursor, resumed && with_id, with_id, heartbeat, SystemTime::now())
@@ -110,7 +109,7 @@ impl Engine {
                 connection.page = VecDeque::new();
                 self.metrics.resyncs.get_or_create(&Reason { reason: why.as_str() }).inc();
                 tracing::info!(user.id = %entry.user, event.seq = head.seq, reason = why.as_str(), "a stream must resync");
-                frame::resync(Position { epoch: head.epoch, seq: head.seq }, why)
+                frame::resync(head, why)
             } else if let Some(event) = connection.page.pop_front() {
                 self.backlog -= event.frame.len();
                 if connection.page.is_empty() {

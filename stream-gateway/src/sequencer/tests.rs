@@ -8,11 +8,11 @@ use super::*;
 const E: Epoch = Epoch(1);
 const OTHER: Epoch = Epoch(2);
 
-fn at(seq: Seq) -> Head {
-    Head { epoch: E, seq }
+fn at(seq: Seq) -> Position {
+    Position { epoch: E, seq }
 }
 
-fn answer(asked_at: Option<Head>, head: Head, events: impl IntoIterator<Item = Seq>) -> Answer<Seq> {
+fn answer(asked_at: Option<Position>, head: Position, events: impl IntoIterator<Item = Seq>) -> Answer<Seq> {
     let events: Vec<_> = events.into_iter().map(|seq| (seq, seq)).collect();
     Answer { asked_at, head: Some(head), events, after: asked_at.map(|head| head.seq), more: false }
 }
@@ -142,7 +142,7 @@ fn what_was_held_of_a_history_that_was_lost_is_not_delivered_in_the_next() {
 
 #[test]
 fn what_was_held_of_another_epoch_is_forgotten_when_the_place_or_an_event_of_ours_comes() {
-    let stranger = Head { epoch: OTHER, seq: 900 };
+    let stranger = Position { epoch: OTHER, seq: 900 };
     let mut sequencer = Sequencer::default();
     sequencer.live(stranger, 900, 0, &mut vec![]);
     assert_eq!(observed(&mut sequencer, answer(None, at(5), []), 0), []);
@@ -159,10 +159,10 @@ fn what_was_held_of_another_epoch_is_forgotten_when_the_place_or_an_event_of_our
 fn another_epoch_is_another_feed_and_redis_alone_cannot_say_so() {
     let mut sequencer = placed(5);
     let mut steps = Vec::new();
-    sequencer.live(Head { epoch: OTHER, seq: 6 }, 6, 0, &mut steps);
+    sequencer.live(Position { epoch: OTHER, seq: 6 }, 6, 0, &mut steps);
     assert_eq!((steps, sequencer.place()), (vec![], Some(at(5))));
     assert_eq!(tick(&mut sequencer, REORDER_WAIT), [Step::Ask { after: Some(5) }]);
-    let head = Head { epoch: OTHER, seq: 2 };
+    let head = Position { epoch: OTHER, seq: 2 };
     assert_eq!(
         answered(&mut sequencer, answer(Some(at(5)), head, []), 40),
         [Step::Lost(Lost::Unknown, head)]
@@ -175,7 +175,7 @@ fn a_foreign_epoch_during_a_question_needs_another_question() {
     let mut sequencer = placed(5);
     sequencer.suspect(0);
     let mut steps = tick(&mut sequencer, REORDER_WAIT);
-    sequencer.live(Head { epoch: OTHER, seq: 1 }, 1, 1, &mut steps);
+    sequencer.live(Position { epoch: OTHER, seq: 1 }, 1, 1, &mut steps);
     answered(&mut sequencer, answer(Some(at(5)), at(5), []), 2);
     assert!(sequencer.due().is_some());
 }
@@ -183,8 +183,8 @@ fn a_foreign_epoch_during_a_question_needs_another_question() {
 #[test]
 fn an_old_answer_of_an_old_epoch_changes_nothing_but_asks_again() {
     let mut sequencer = placed(5);
-    let head = Head { epoch: OTHER, seq: 9 };
-    let asked_at = Some(Head { epoch: OTHER, seq: 8 });
+    let head = Position { epoch: OTHER, seq: 9 };
+    let asked_at = Some(Position { epoch: OTHER, seq: 8 });
     assert_eq!(observed(&mut sequencer, answer(asked_at, head, []), 0), []);
     assert_eq!(sequencer.place(), Some(at(5)));
     assert!(sequencer.due().is_some());
@@ -268,10 +268,10 @@ fn questions_that_bring_nothing_come_ever_more_rarely() {
     let mut now = 0;
     for _ in 0..10 {
         let mut steps = Vec::new();
-        sequencer.live(Head { epoch: OTHER, seq: 1 }, 1, now, &mut steps);
+        sequencer.live(Position { epoch: OTHER, seq: 1 }, 1, now, &mut steps);
         let due = sequencer.due().unwrap();
         tick(&mut sequencer, due);
-        sequencer.live(Head { epoch: OTHER, seq: 1 }, 1, now, &mut steps);
+        sequencer.live(Position { epoch: OTHER, seq: 1 }, 1, now, &mut steps);
         answered(&mut sequencer, answer(Some(at(0)), at(0), []), now);
         waits.push(sequencer.due().unwrap() - now);
         now += 100_000;
@@ -306,8 +306,8 @@ fn a_cursor_is_judged_by_epoch_head_and_first_row() {
     use Verdict::{Follows, Gone, Lost as L};
     for (head, first, verdict) in [
         (None, None, Gone),
-        (Some(Head { epoch: OTHER, seq: 5 }), None, L(Lost::Unknown)),
-        (Some(Head { epoch: OTHER, seq: 9 }), Some(6), L(Lost::Unknown)),
+        (Some(Position { epoch: OTHER, seq: 5 }), None, L(Lost::Unknown)),
+        (Some(Position { epoch: OTHER, seq: 9 }), Some(6), L(Lost::Unknown)),
         (Some(at(4)), None, L(Lost::Future)),
         (Some(at(5)), None, Follows),
         (Some(at(9)), Some(6), Follows),
@@ -369,16 +369,16 @@ type Event = (Epoch, Seq);
 
 struct World {
     now: Millis,
-    head: Head,
+    head: Position,
     first_kept: Seq,
     on_their_way: Vec<Event>,
     /// The open question, and its answer once served.
-    question: Option<(Option<Head>, Option<Seq>)>,
+    question: Option<(Option<Position>, Option<Seq>)>,
     served: Option<Answer<Event>>,
     reconcile: Option<Answer<Event>>,
     sequencer: Sequencer<Event>,
     /// What a client of this gateway has: its place, by what was delivered.
-    client: Option<Head>,
+    client: Option<Position>,
     questions: usize,
 }
 
@@ -386,7 +386,7 @@ impl World {
     fn new() -> Self {
         Self {
             now: 0,
-            head: Head { epoch: Epoch(7), seq: 3 },
+            head: Position { epoch: Epoch(7), seq: 3 },
             first_kept: 1,
             on_their_way: vec![],
             question: None,
@@ -404,8 +404,10 @@ impl World {
         act(&mut self.sequencer, self.now, &mut steps);
         if before.is_none() {
             let delivered = steps.iter().filter(|step| matches!(step, Step::Deliver(..))).count() as Seq;
-            self.client =
-                self.sequencer.place().map(|place| Head { epoch: place.epoch, seq: place.seq - delivered });
+            self.client = self
+                .sequencer
+                .place()
+                .map(|place| Position { epoch: place.epoch, seq: place.seq - delivered });
         }
         for step in steps {
             match step {
@@ -427,7 +429,7 @@ impl World {
         assert_eq!(self.client, self.sequencer.place(), "the place is what was delivered");
     }
 
-    fn answer(&self, asked_at: Option<Head>, after: Option<Seq>) -> Answer<Event> {
+    fn answer(&self, asked_at: Option<Position>, after: Option<Seq>) -> Answer<Event> {
         const PAGE: usize = 4;
         let all: Vec<_> = match after {
             Some(after) => (after + 1..=self.head.seq).filter(|seq| *seq >= self.first_kept).collect(),
@@ -455,7 +457,7 @@ impl World {
                     self.on_their_way.remove(which);
                 }
                 self.act(|sequencer, now, steps| {
-                    sequencer.live(Head { epoch, seq }, (epoch, seq), now, steps);
+                    sequencer.live(Position { epoch, seq }, (epoch, seq), now, steps);
                 });
             }
             Happening::Pass { ms } => {
@@ -483,7 +485,7 @@ impl World {
                 self.first_kept = self.first_kept.max((self.head.seq + 1).saturating_sub(kept as Seq));
             }
             Happening::Restore { back } => {
-                self.head = Head {
+                self.head = Position {
                     epoch: Epoch(self.head.epoch.0 + 1),
                     seq: self.head.seq.saturating_sub(back as Seq).max(1),
                 };

@@ -15,7 +15,7 @@ use jsonwebtoken::jwk::JwkSet;
 use protocol::{
     event::{self, Envelope},
     feed::{
-        self, ExternalKeysAnswer, HEADS_PATH, Head, HeadsAnswer, HeadsRequest, IDENTITY_PATH, IdentityAnswer,
+        self, ExternalKeysAnswer, HEADS_PATH, HeadsAnswer, HeadsRequest, IDENTITY_PATH, IdentityAnswer,
         IdentityRequest, KEYS_PATH, KeysAnswer, Login, RANGES_PATH, Range, RangeAfter, RangesAnswer,
         RangesRequest, UserHead,
     },
@@ -51,7 +51,7 @@ pub(crate) enum Mood {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Asked {
     Heads {
-        users: Vec<(UserId, Option<Head>)>,
+        users: Vec<(UserId, Option<Position>)>,
         logins: Vec<Login>,
     },
     Ranges(Vec<RangeAfter>),
@@ -133,7 +133,7 @@ struct Row {
 }
 
 struct Feed {
-    head: Head,
+    head: Position,
     rows: Vec<Row>,
 }
 
@@ -217,7 +217,7 @@ impl Api {
 
     /// A new user whose feed ends at `head`, all of its events kept.
     pub(crate) fn add(&self, user: UserId, epoch: Epoch, head: Seq) {
-        let mut feed = Feed { head: Head { epoch, seq: 0 }, rows: vec![] };
+        let mut feed = Feed { head: Position { epoch, seq: 0 }, rows: vec![] };
         (0..head).for_each(|_| _ = feed.append(None));
         assert!(self.state().feeds.insert(user, feed).is_none(), "a user of this id exists");
     }
@@ -256,7 +256,7 @@ impl Api {
         envelope(crate::support::EPOCH, &Row { seq, name: event::kind::MESSAGE.into(), data })
     }
 
-    pub(crate) fn head(&self, user: UserId) -> Head {
+    pub(crate) fn head(&self, user: UserId) -> Position {
         self.change(user, |feed| feed.head)
     }
 
@@ -274,7 +274,7 @@ impl Api {
     pub(crate) fn restore(&self, user: UserId, epoch: Epoch, head: Seq) {
         self.change(user, |feed| {
             feed.rows.retain(|row| row.seq <= head);
-            feed.head = Head { epoch, seq: head };
+            feed.head = Position { epoch, seq: head };
         });
     }
 

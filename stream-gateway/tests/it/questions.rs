@@ -5,8 +5,9 @@ use std::time::{Duration, Instant};
 
 use futures_util::future::join_all;
 use protocol::{
-    feed::{HEADS_PATH, Head, Login, MAX_PAIRS, RANGES_PATH, Range, RangesAnswer},
+    feed::{HEADS_PATH, Login, MAX_PAIRS, RANGES_PATH, Range, RangesAnswer},
     ids::UserId,
+    position::Position,
 };
 use testkit::sse::{Opening, Stream};
 use tokio::time::sleep;
@@ -178,7 +179,7 @@ const HALF_TRUTHS: [(&str, Falsify); 7] = [
     ("with an event twice", |answer| answer.ranges[0].events[1].seq -= 1),
     ("beyond the head", |answer| {
         let head = answer.ranges[0].head.unwrap();
-        answer.ranges[0].head = Some(Head { seq: head.seq - 1, ..head });
+        answer.ranges[0].head = Some(Position { seq: head.seq - 1, ..head });
     }),
     ("about somebody else", |answer| answer.ranges[0].user = UserId(i64::MAX)),
     ("about another place", |answer| answer.ranges[0].after += 1),
