@@ -15,4 +15,5 @@ pub mod oauth;
 pub mod pruner;
 pub mod publisher;
 pub mod readiness;
+pub mod request_context;
 pub mod store;

@@ -4,9 +4,9 @@ use protocol::ids::{ConversationId, MessageId};
 use thiserror::Error;
 
 use super::{Actor, CommandError, Context};
-use crate::store::{
-    Trace,
-    messages::{self, Read},
+use crate::{
+    request_context::RequestContext,
+    store::messages::{self, Read},
 };
 
 #[derive(Debug, Error)]
@@ -19,13 +19,13 @@ pub async fn mark_read(
     actor: Actor,
     conversation: ConversationId,
     to: Option<MessageId>,
-    trace: Trace,
+    request: RequestContext,
 ) -> Result<(), CommandError<NoConversation>> {
     let commands = context.clone();
     let work = async move {
         let read = commands
-            .commit(actor, trace, async |connection, trace| {
-                messages::mark_read(connection, actor.session, actor.user, conversation, to, trace).await
+            .commit(actor, request, async |connection, request| {
+                messages::mark_read(connection, actor.session, actor.user, conversation, to, request).await
             })
             .await?;
         Ok(match read {

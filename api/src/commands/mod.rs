@@ -19,7 +19,8 @@ use tracing::Instrument;
 
 use crate::{
     publisher::Publisher,
-    store::{Database, StoreError, Trace},
+    request_context::RequestContext,
+    store::{Database, StoreError},
 };
 
 /// Commands under way at once. Requests beyond it wait, as part of their connections.
@@ -43,14 +44,14 @@ impl Context {
     async fn commit<T>(
         &self,
         actor: Actor,
-        mut trace: Trace,
-        change: impl AsyncFnOnce(&mut PgConnection, &Trace) -> sqlx::Result<T> + Clone,
+        mut request: RequestContext,
+        change: impl AsyncFnOnce(&mut PgConnection, &RequestContext) -> sqlx::Result<T> + Clone,
     ) -> Result<T, StoreError> {
-        let mut span = self.tracer.child(trace.context, "commit", SpanKind::Client);
+        let mut span = self.tracer.child(request.trace, "commit", SpanKind::Client);
         span.text("db.system.name", "postgresql");
         span.text("user.id", actor.user);
-        trace.context = span.context().or(trace.context);
-        let done = self.database.run(async |connection| change(connection, &trace).await).await;
+        request.trace = span.context().or(request.trace);
+        let done = self.database.run(async |connection| change(connection, &request).await).await;
         match &done {
             Ok(_) => {}
             // What the database says stays in the log.

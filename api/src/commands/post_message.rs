@@ -6,10 +6,8 @@ use thiserror::Error;
 use super::{Actor, CommandError, Context};
 use crate::{
     domain::message::{Content, IdempotencyKey, Message},
-    store::{
-        Trace,
-        messages::{self, Posted},
-    },
+    request_context::RequestContext,
+    store::messages::{self, Posted},
 };
 
 #[derive(Debug)]
@@ -38,15 +36,15 @@ pub async fn post_message(
     context: &Context,
     actor: Actor,
     draft: Draft,
-    trace: Trace,
+    request: RequestContext,
 ) -> Result<Sent, CommandError<Refusal>> {
     let commands = context.clone();
     let work = async move {
         let Draft { conversation, content, key } = draft;
         let posted = commands
-            .commit(actor, trace, async |connection, trace| {
+            .commit(actor, request, async |connection, request| {
                 let Actor { session, user } = actor;
-                messages::post(connection, session, user, conversation, &content, key.as_ref(), trace).await
+                messages::post(connection, session, user, conversation, &content, key.as_ref(), request).await
             })
             .await?;
         let message = |id, created_at| Message {

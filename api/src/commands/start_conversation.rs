@@ -5,9 +5,9 @@ use serde_json::value::RawValue;
 use thiserror::Error;
 
 use super::{Actor, CommandError, Context};
-use crate::store::{
-    Trace,
-    conversations::{self, Started},
+use crate::{
+    request_context::RequestContext,
+    store::conversations::{self, Started},
 };
 
 #[derive(Debug)]
@@ -29,13 +29,13 @@ pub async fn start_conversation(
     context: &Context,
     actor: Actor,
     username: String,
-    trace: Trace,
+    request: RequestContext,
 ) -> Result<Outcome, CommandError<Refusal>> {
     let commands = context.clone();
     let work = async move {
         let started = commands
-            .commit(actor, trace, async |connection, trace| {
-                conversations::start(connection, actor.session, actor.user, &username, trace).await
+            .commit(actor, request, async |connection, request| {
+                conversations::start(connection, actor.session, actor.user, &username, request).await
             })
             .await?;
         Ok(match started {

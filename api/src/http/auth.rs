@@ -27,8 +27,9 @@ use crate::{
     domain::user::User,
     external::External,
     last_used::LastUsed,
+    request_context::RequestContext,
     store::{
-        Database, Trace,
+        Database,
         sessions::{self, Session},
     },
 };
@@ -179,7 +180,7 @@ impl Auth {
         if let Some(session) = session {
             self.used.note(Login { user, session });
         }
-        inbound.trace.note_caller(user, session);
+        inbound.context.note_caller(user, session);
         Ok(credential)
     }
 
@@ -266,8 +267,8 @@ impl Auth {
 
     /// Inspects every answer. A 401 to a valid token means that its session has ended: from now on the token is refused before
     /// anything is counted. Otherwise it could still use up the limits of its user.
-    pub(super) fn answered(&self, trace: &Trace, status: StatusCode) {
-        if let Some((user, session)) = trace.caller()
+    pub(super) fn answered(&self, context: &RequestContext, status: StatusCode) {
+        if let Some((user, session)) = context.caller()
             && status == StatusCode::UNAUTHORIZED
         {
             self.remember_ended(user, session);

@@ -67,7 +67,7 @@ async fn post_conversation(mut inbound: Inbound, api: Arc<Api>) -> Answer {
     };
     let input = input.await;
     let username = api.auth.or_unauthorized(&api.context.database, credential, input).await?;
-    match start_conversation(&api.context, credential.actor, username, inbound.trace).await? {
+    match start_conversation(&api.context, credential.actor, username, inbound.context).await? {
         Outcome::Created(id, seen) => {
             let mut response = json(StatusCode::CREATED, &seen);
             response.headers_mut().insert(header::LOCATION, location(id));

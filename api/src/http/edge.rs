@@ -27,7 +27,7 @@ use warp::reply::Response;
 use super::Label;
 use crate::{
     metrics::{self, Metrics},
-    store::Trace,
+    request_context::RequestContext,
 };
 
 /// The routes, as the accept loop serves them.
@@ -83,8 +83,8 @@ where
         let request_id = server::request_id(request.headers());
         let given = traceparent(request.headers());
         let mut traced = self.tracer.begin(given, "request", SpanKind::Server);
-        let context = traced.context().or_else(|| self.tracer.pass_on(given));
-        let trace = Trace::new(request_id.clone(), context);
+        let trace = traced.context().or_else(|| self.tracer.pass_on(given));
+        let context = RequestContext::new(request_id.clone(), trace);
         let method = request.method().clone();
         let PeerAddr(peer) = *request.extensions().get().expect("the accept loop tells the peer's address");
         let client = self.proxies.client(peer, request.headers());
@@ -93,10 +93,10 @@ where
         let span = tracing::info_span!(
             "request", request.id = %request_id, %client, %method, path, user.id = Empty, trace.id = Empty
         );
-        if let Some(context) = traced.context() {
-            span.record("trace.id", context.trace_id());
+        if let Some(trace) = traced.context() {
+            span.record("trace.id", trace.trace_id());
         }
-        request.extensions_mut().insert(trace.clone());
+        request.extensions_mut().insert(context.clone());
         request.extensions_mut().insert(ClientAddress(client));
         let answer = span.in_scope(|| self.routes.call(request));
         let metrics = self.metrics.clone();
@@ -112,7 +112,7 @@ where
             traced.text("http.route", route);
             traced.number("http.response.status_code", status.into());
             traced.text("request.id", &request_id);
-            if let Some((user, _)) = trace.caller() {
+            if let Some((user, _)) = context.caller() {
                 traced.text("user.id", user);
             }
             if status >= 500 {

@@ -50,7 +50,7 @@ async fn post_in_conversation(id: InPath, mut inbound: Inbound, api: Arc<Api>) -
     let input = read_draft(id, &api, credential, &mut inbound).await;
     let draft = api.auth.or_unauthorized(&api.context.database, credential, input).await?;
     let Sent { message, replayed } =
-        post_message(&api.context, credential.actor, draft, inbound.trace).await?;
+        post_message(&api.context, credential.actor, draft, inbound.context).await?;
     let mut response = json(StatusCode::CREATED, &message);
     if replayed {
         response.headers_mut().insert("idempotent-replayed", HeaderValue::from_static("true"));
@@ -113,7 +113,7 @@ async fn get_messages(id: InPath, inbound: Inbound, api: Arc<Api>) -> Answer {
         .ok_or(ApiError::NO_CONVERSATION)?;
     let newest = page.messages.iter().map(|message| message.id).max();
     if marks && newest > page.last_read {
-        mark_read(&api.context, caller.actor, id, newest, inbound.trace).await?;
+        mark_read(&api.context, caller.actor, id, newest, inbound.context).await?;
     }
     Ok(with_cursor(json(StatusCode::OK, &page.messages), caller.cursor))
 }
@@ -152,7 +152,7 @@ async fn post_read_messages(id: InPath, inbound: Inbound, api: Arc<Api>) -> Answ
     let credential = api.auth.credential(&inbound).await?;
     let input = api.auth.check_origin(credential, &inbound).and_then(|()| id.or(ApiError::NO_CONVERSATION));
     let id = api.auth.or_unauthorized(&api.context.database, credential, input).await?;
-    mark_read(&api.context, credential.actor, id, None, inbound.trace).await?;
+    mark_read(&api.context, credential.actor, id, None, inbound.context).await?;
     Ok(empty(StatusCode::NO_CONTENT))
 }
 

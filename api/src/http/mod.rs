@@ -31,7 +31,7 @@ use warp::{Filter, filters::BoxedFilter, reply::Response};
 pub use cors::Cors;
 pub use edge::Edge;
 
-use crate::{commands::Context, external::External, store::Trace};
+use crate::{commands::Context, external::External, request_context::RequestContext};
 use auth::Auth;
 use error::ApiError;
 use limits::Limits;
@@ -104,10 +104,10 @@ struct Label(&'static str);
 fn at(api: &Arc<Api>, label: &'static str, resource: Resource) -> BoxedFilter<(Response,)> {
     let api = api.clone();
     resource
-        .and(warp::ext::get::<Trace>())
-        .map(move |answer: Answer, trace: Trace| {
+        .and(warp::ext::get::<RequestContext>())
+        .map(move |answer: Answer, context: RequestContext| {
             let mut response = answer.unwrap_or_else(ApiError::into_response);
-            api.auth.answered(&trace, response.status());
+            api.auth.answered(&context, response.status());
             response.extensions_mut().insert(Label(label));
             response
         })

@@ -15,7 +15,7 @@ use tokio::time::timeout;
 use warp::Filter;
 
 use super::error::ApiError;
-use crate::{domain::device, store::Trace};
+use crate::{domain::device, request_context::RequestContext};
 
 /// The contract's limit for a client's body.
 pub(super) const BODY_LIMIT: usize = 16 * 1024;
@@ -31,7 +31,7 @@ type Chunks = Pin<Box<dyn Stream<Item = Result<Bytes, warp::Error>> + Send + Syn
 pub(super) struct Inbound {
     pub(super) method: Method,
     pub(super) headers: HeaderMap,
-    pub(super) trace: Trace,
+    pub(super) context: RequestContext,
     pub(super) client: IpAddr,
     query: String,
     body: Chunks,
@@ -41,14 +41,14 @@ pub(super) fn inbound() -> impl Filter<Extract = (Inbound,), Error = warp::Rejec
     let query = warp::query::raw().or(warp::any().map(String::new)).unify();
     warp::method()
         .and(warp::header::headers_cloned())
-        .and(warp::ext::get::<Trace>())
+        .and(warp::ext::get::<RequestContext>())
         .and(warp::ext::get::<ClientAddress>())
         .and(query)
         .and(warp::body::stream())
-        .map(|method, headers, trace, ClientAddress(client), query, body| Inbound {
+        .map(|method, headers, context, ClientAddress(client), query, body| Inbound {
             method,
             headers,
-            trace,
+            context,
             client,
             query,
             body: boxed(body),

@@ -5,8 +5,11 @@ use protocol::ids::{ConversationId, MessageId, SessionId, UserId};
 use serde_json::value::RawValue;
 use sqlx::PgConnection;
 
-use super::{Appended, CommandRow, Settled, Trace};
-use crate::domain::{conversation::Conversation, message::Message, user::User};
+use super::{Appended, CommandRow, Settled};
+use crate::{
+    domain::{conversation::Conversation, message::Message, user::User},
+    request_context::RequestContext,
+};
 
 #[derive(Debug)]
 pub enum Started {
@@ -25,7 +28,7 @@ pub async fn start(
     session: Option<SessionId>,
     user: UserId,
     username: &str,
-    trace: &Trace,
+    request: &RequestContext,
 ) -> sqlx::Result<Started> {
     let rows = sqlx::query_as!(
         CommandRow,
@@ -35,12 +38,12 @@ pub async fn start(
         session.map(|session| session.0),
         user.0,
         username,
-        trace.request_id,
-        trace.traceparent(),
+        request.request_id,
+        request.traceparent(),
     )
     .fetch_all(connection)
     .await?;
-    let settled = Settled::from_rows(rows, trace)?;
+    let settled = Settled::from_rows(rows, request)?;
     match (settled.outcome.as_str(), settled.subject) {
         ("created", Some(id)) => {
             let mine =

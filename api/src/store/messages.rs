@@ -4,8 +4,11 @@ use chrono::{DateTime, Utc};
 use protocol::ids::{ConversationId, MessageId, SessionId, UserId};
 use sqlx::PgConnection;
 
-use super::{Appended, CommandRow, Settled, Trace};
-use crate::domain::message::{Content, IdempotencyKey, Message};
+use super::{Appended, CommandRow, Settled};
+use crate::{
+    domain::message::{Content, IdempotencyKey, Message},
+    request_context::RequestContext,
+};
 
 #[derive(Debug)]
 pub enum Posted {
@@ -26,7 +29,7 @@ pub async fn post(
     conversation: ConversationId,
     content: &Content,
     key: Option<&IdempotencyKey>,
-    trace: &Trace,
+    request: &RequestContext,
 ) -> sqlx::Result<Posted> {
     let rows = sqlx::query_as!(
         CommandRow,
@@ -38,12 +41,12 @@ pub async fn post(
         conversation.0,
         content.as_str(),
         key.map(IdempotencyKey::as_str),
-        trace.request_id,
-        trace.traceparent(),
+        request.request_id,
+        request.traceparent(),
     )
     .fetch_all(connection)
     .await?;
-    let settled = Settled::from_rows(rows, trace)?;
+    let settled = Settled::from_rows(rows, request)?;
     match (settled.outcome.as_str(), settled.subject.zip(settled.subject_at)) {
         ("posted", Some((id, at))) => Ok(Posted::New(MessageId(id), at, settled.events)),
         ("replayed", Some((id, at))) => Ok(Posted::Replayed(MessageId(id), at)),
@@ -69,7 +72,7 @@ pub async fn mark_read(
     reader: UserId,
     conversation: ConversationId,
     to: Option<MessageId>,
-    trace: &Trace,
+    request: &RequestContext,
 ) -> sqlx::Result<Read> {
     let rows = sqlx::query_as!(
         CommandRow,
@@ -80,12 +83,12 @@ pub async fn mark_read(
         reader.0,
         conversation.0,
         to.map(|id| id.0),
-        trace.request_id,
-        trace.traceparent(),
+        request.request_id,
+        request.traceparent(),
     )
     .fetch_all(connection)
     .await?;
-    let settled = Settled::from_rows(rows, trace)?;
+    let settled = Settled::from_rows(rows, request)?;
     match settled.outcome.as_str() {
         "moved" => Ok(Read::Moved(settled.events)),
         "unmoved" => Ok(Read::Unmoved),

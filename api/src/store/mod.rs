@@ -14,23 +14,19 @@ pub mod session;
 pub mod sessions;
 pub mod users;
 
-use std::{
-    borrow::Cow,
-    sync::{Arc, OnceLock},
-    time::Duration,
-};
+use std::{borrow::Cow, sync::Arc, time::Duration};
 
 use chrono::{DateTime, Utc};
 use prometheus_client::metrics::counter::Counter;
 use protocol::{
     event::{self, Envelope},
-    ids::{SessionId, UserId},
+    ids::UserId,
     position::{Epoch, Seq},
 };
-use service_kit::traces::TraceContext;
 use sqlx::{PgConnection, postgres::PgConnectOptions};
 use thiserror::Error;
 
+use crate::request_context::RequestContext;
 use pool::Pool;
 
 #[derive(Debug, Error)]
@@ -136,38 +132,6 @@ fn sql_state(error: &sqlx::Error) -> Option<Cow<'_, str>> {
     error.as_database_error()?.code()
 }
 
-/// Who causes a change, and what its events carry so that it can be followed.
-#[derive(Debug, Clone)]
-pub struct Trace {
-    pub request_id: String,
-    /// What hangs below the request, in a trace, hangs below this.
-    pub context: Option<TraceContext>,
-    /// Whose request it is, and of which session, once that is known.
-    caller: Arc<OnceLock<(UserId, Option<SessionId>)>>,
-}
-
-impl Trace {
-    /// Of a request whose caller is not known yet. Its clones learn it together.
-    pub fn new(request_id: String, context: Option<TraceContext>) -> Self {
-        Self { request_id, context, caller: Arc::default() }
-    }
-
-    /// From now on the log's lines about the request, and its span, name its user.
-    pub fn note_caller(&self, user: UserId, session: Option<SessionId>) {
-        if self.caller.set((user, session)).is_ok() {
-            tracing::Span::current().record("user.id", tracing::field::display(user));
-        }
-    }
-
-    pub fn caller(&self) -> Option<(UserId, Option<SessionId>)> {
-        self.caller.get().copied()
-    }
-
-    fn traceparent(&self) -> Option<String> {
-        self.context.map(|context| context.to_string())
-    }
-}
-
 /// An event that was committed to the feed of `receiver`.
 #[derive(Debug)]
 pub struct Appended {
@@ -197,7 +161,7 @@ struct Settled {
 }
 
 impl Settled {
-    fn from_rows(rows: Vec<CommandRow>, trace: &Trace) -> Result<Self, sqlx::Error> {
+    fn from_rows(rows: Vec<CommandRow>, request: &RequestContext) -> Result<Self, sqlx::Error> {
         let first = rows.first().ok_or(sqlx::Error::RowNotFound)?;
         let mut settled = Self {
             outcome: first.outcome.clone(),
@@ -211,8 +175,8 @@ impl Settled {
             else {
                 continue;
             };
-            let request_id = Some(trace.request_id.clone());
-            let envelope = envelope(epoch, seq, kind, payload, at, request_id, trace.traceparent())?;
+            let request_id = Some(request.request_id.clone());
+            let envelope = envelope(epoch, seq, kind, payload, at, request_id, request.traceparent())?;
             settled.events.push(Appended { receiver: UserId(receiver), envelope });
         }
         Ok(settled)

@@ -1,0 +1,36 @@
+//! What a request carries through the layers: its id, its trace and, once known, its caller.
+
+use std::sync::{Arc, OnceLock};
+
+use protocol::ids::{SessionId, UserId};
+use service_kit::traces::TraceContext;
+
+/// Clones share the caller.
+#[derive(Debug, Clone)]
+pub struct RequestContext {
+    pub request_id: String,
+    /// The parent of the spans that the request causes.
+    pub trace: Option<TraceContext>,
+    caller: Arc<OnceLock<(UserId, Option<SessionId>)>>,
+}
+
+impl RequestContext {
+    pub fn new(request_id: String, trace: Option<TraceContext>) -> Self {
+        Self { request_id, trace, caller: Arc::default() }
+    }
+
+    /// From now on the request's log lines and its span carry `user.id`.
+    pub fn note_caller(&self, user: UserId, session: Option<SessionId>) {
+        if self.caller.set((user, session)).is_ok() {
+            tracing::Span::current().record("user.id", tracing::field::display(user));
+        }
+    }
+
+    pub fn caller(&self) -> Option<(UserId, Option<SessionId>)> {
+        self.caller.get().copied()
+    }
+
+    pub fn traceparent(&self) -> Option<String> {
+        self.trace.map(|trace| trace.to_string())
+    }
+}
