@@ -218,7 +218,7 @@ pub struct HeadsAnswered {
     pub heads: HashMap<UserId, Option<Position>>,
     pub ended: HashSet<Login>,
     /// Which keys the replica has that answered.
-    pub keys: Option<KeysVersion>,
+    pub keys: KeysVersion,
 }
 
 pub enum Answers<A> {
@@ -484,21 +484,15 @@ fn encode(
 }
 
 async fn ask_heads<A>(api: &Api, number: u32, questions: Vec<HeadQuestion>) -> Result<Answers<A>, Failed<A>> {
-    let logins: Vec<_> = questions.iter().filter_map(HeadQuestion::login).collect();
     let request = HeadsRequest {
         users: questions.iter().map(|q| KnownHead { user: q.user, head: q.asked_at }).collect(),
-        sessions: logins.iter().map(|login| login.session).collect(),
-        logins,
+        logins: questions.iter().filter_map(HeadQuestion::login).collect(),
     };
     let answer = api.post::<HeadsAnswer>(feed::HEADS_PATH, &request).await.and_then(|answer| {
         let heads: HashMap<_, _> = answer.heads.into_iter().map(|head| (head.user, head.head)).collect();
         let whole = questions.iter().all(|q| q.asked_at.is_some() || heads.contains_key(&q.user));
         anyhow::ensure!(whole, "api left out heads that were asked for");
-        let by_session = |login: &Login| answer.ended.contains(&login.session);
-        let ended = answer
-            .ended_logins
-            .unwrap_or_else(|| request.logins.iter().copied().filter(by_session).collect());
-        Ok((heads, ended.into_iter().collect(), answer.keys))
+        Ok((heads, answer.ended_logins.into_iter().collect(), answer.keys))
     });
     match answer {
         Ok((heads, ended, keys)) => {

@@ -69,7 +69,7 @@ pub struct Keys {
 pub struct Trusted {
     own: KeySet,
     external: Option<External>,
-    version: Option<KeysVersion>,
+    version: KeysVersion,
 }
 
 struct External {
@@ -101,15 +101,12 @@ impl Source for FromApi {
         let answer: KeysAnswer = self.api.get(&format!("{KEYS_PATH}{query}")).await?;
         let own = KeySet::from_jwks(&self.issuer, &answer.own);
         anyhow::ensure!(!own.is_empty(), "api publishes no usable key");
-        if let Some(in_use) = &in_use
-            && let Some(mine) = &in_use.version
-        {
-            let agrees = answer.version.as_ref().is_some_and(|version| version.agrees_with(mine));
-            let replaces = answer.version.as_ref().is_some_and(|version| version.replaces(mine));
+        if let Some(in_use) = &in_use {
+            let agrees = answer.version.agrees_with(&in_use.version);
             if agrees {
                 self.heard();
             }
-            if !replaces && (agrees || !self.is_forgotten()) {
+            if !answer.version.replaces(&in_use.version) && (agrees || !self.is_forgotten()) {
                 return Ok(in_use.clone());
             }
         }
@@ -167,10 +164,10 @@ impl Keys {
     pub fn hear_of(&self, version: &KeysVersion) {
         let Some(in_use) = self.ring.current() else { return };
         let source = self.ring.source();
-        match &in_use.version {
-            Some(mine) if version.agrees_with(mine) => source.heard(),
-            Some(mine) if !version.replaces(mine) && !source.is_forgotten() => {}
-            _ => _ = self.spoken_of.send_replace(Some(version.clone())),
+        if version.agrees_with(&in_use.version) {
+            source.heard();
+        } else if version.replaces(&in_use.version) || source.is_forgotten() {
+            self.spoken_of.send_replace(Some(version.clone()));
         }
     }
 
@@ -181,7 +178,7 @@ impl Keys {
                 self.ring.renew().await;
                 let wanted = spoken_of.borrow_and_update().clone();
                 let current = self.ring.current();
-                let mine = current.as_ref().and_then(|current| current.version.as_ref());
+                let mine = current.as_ref().map(|current| &current.version);
                 let here = |wanted: &KeysVersion| {
                     mine.is_none_or(|mine| wanted.agrees_with(mine) || mine.replaces(wanted))
                 };
@@ -240,7 +237,7 @@ impl Trusted {
     fn new(
         own: KeySet,
         external: Option<ExternalKeysAnswer>,
-        version: Option<KeysVersion>,
+        version: KeysVersion,
         in_use: Option<&Self>,
     ) -> Self {
         let Some(ExternalKeysAnswer { issuer, jwks }) = external else {
@@ -249,13 +246,11 @@ impl Trusted {
         let keys = jwks.map(|jwks| Arc::new(ExternalKeys::from_jwks(&issuer, &jwks)));
         let before = in_use.filter(|_| keys.is_none()).and_then(|in_use| {
             let in_use_external = in_use.external.as_ref().filter(|external| external.issuer == issuer)?;
-            let external = in_use.version.as_ref().and_then(|version| version.external.clone());
+            let external = in_use.version.external.clone();
             Some((in_use_external.keys.clone()?, external))
         });
         let (keys, version) = match before {
-            Some((keys, external)) => {
-                (Some(keys), version.map(|version| KeysVersion { external, ..version }))
-            }
+            Some((keys, external)) => (Some(keys), KeysVersion { external, ..version }),
             None => (keys, version),
         };
         Self { own, external: Some(External { issuer, keys }), version }

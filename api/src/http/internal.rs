@@ -39,25 +39,18 @@ async fn post_heads(mut inbound: Inbound, api: Arc<Api>) -> Answer {
     let asked: HeadsRequest = inbound.json(BODY_LIMIT).await?;
     require_few(asked.users.len())?;
     require_few(asked.logins.len())?;
-    require_few(asked.sessions.len())?;
     // An open stream is use.
     asked.logins.iter().for_each(|login| api.auth.used().note(*login));
-    let keys = Some(api.auth.keys_version());
-    let answer = api
+    let keys = api.auth.keys_version();
+    let (heads, ended_logins) = api
         .context
         .database
         .run(async |connection| {
             let heads = feed::heads(connection, &asked.users).await?;
-            if asked.logins.is_empty() {
-                // A gateway of the release before this one, or one that asks about no session.
-                let ended = sessions::ended(connection, &asked.sessions).await?;
-                return Ok(HeadsAnswer { heads, ended, keys, ..HeadsAnswer::default() });
-            }
-            let ended_logins = Some(sessions::ended_logins(connection, &asked.logins).await?);
-            Ok(HeadsAnswer { heads, ended_logins, keys, ..HeadsAnswer::default() })
+            Ok((heads, sessions::ended_logins(connection, &asked.logins).await?))
         })
         .await?;
-    Ok(json(StatusCode::OK, &answer))
+    Ok(json(StatusCode::OK, &HeadsAnswer { heads, ended_logins, keys }))
 }
 
 pub(super) fn ranges(api: &Arc<Api>) -> Resource {
@@ -90,7 +83,7 @@ async fn get_keys(inbound: Inbound, api: Arc<Api>) -> Answer {
         }
         None => (None, None),
     };
-    let version = Some(KeysVersion { external, ..api.auth.keys_version() });
+    let version = KeysVersion { external, ..api.auth.keys_version() };
     Ok(json(StatusCode::OK, &KeysAnswer { version, own: api.auth.jwks().clone(), external: external_keys }))
 }
 

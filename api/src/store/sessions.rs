@@ -233,8 +233,11 @@ pub async fn caller(
     .transpose()
 }
 
-/// Which of these have ended, never were, or are not of this user?
+/// The logins whose session is revoked, expired, unknown or another user's.
 pub async fn ended_logins(connection: &mut PgConnection, asked: &[Login]) -> sqlx::Result<Vec<Login>> {
+    if asked.is_empty() {
+        return Ok(Vec::new());
+    }
     let (ids, users) = columns(asked);
     let ended = sqlx::query!(
         r#"SELECT DISTINCT asked.id AS "id!", asked.user_id AS "user_id!"
@@ -257,24 +260,4 @@ pub async fn ended_logins(connection: &mut PgConnection, asked: &[Login]) -> sql
 /// Of many logins: their sessions, and in the same order their users.
 fn columns(logins: &[Login]) -> (Vec<i64>, Vec<i64>) {
     logins.iter().map(|login| (login.session.0, login.user.0)).unzip()
-}
-
-/// Which of these have ended, or never were?
-pub async fn ended(connection: &mut PgConnection, asked: &[SessionId]) -> sqlx::Result<Vec<SessionId>> {
-    if asked.is_empty() {
-        return Ok(Vec::new());
-    }
-    let ids: Vec<i64> = asked.iter().map(|id| id.0).collect();
-    let ended = sqlx::query_scalar!(
-        r#"SELECT DISTINCT asked.id AS "id!"
-           FROM unnest($1::bigint[]) AS asked (id)
-           LEFT JOIN LATERAL (
-               SELECT * FROM sessions WHERE sessions.id = asked.id AND revoked_at IS NULL AND expires_at > now() LIMIT 1
-           ) AS s ON true
-           WHERE s.id IS NULL"#,
-        &ids,
-    )
-    .fetch_all(connection)
-    .await?;
-    Ok(ended.into_iter().map(SessionId).collect())
 }

@@ -13,7 +13,7 @@ use crate::{
     position::{Position, Seq},
 };
 
-/// The most `users`, `after`, `sessions` or `identities` in one question. More is a 400.
+/// The most users, logins, ranges or identities in one request. More is a 400.
 pub const MAX_PAIRS: usize = 1_000;
 
 pub const HEADS_PATH: &str = "/internal/feed/heads";
@@ -36,9 +36,6 @@ pub struct HeadsRequest {
     pub users: Vec<KnownHead>,
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub logins: Vec<Login>,
-    /// The sessions of `logins`, for an `api` that does not know those yet. It goes with the release after this one.
-    #[serde(default)]
-    pub sessions: Vec<SessionId>,
 }
 
 /// A user and a session as a token names them. That the session is the user's is part of the question whether it lives.
@@ -58,20 +55,15 @@ pub struct KnownHead {
     pub head: Option<Position>,
 }
 
-#[derive(Debug, Default, Serialize, Deserialize)]
+#[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct HeadsAnswer {
     /// Only those that differ from what the asker has, in any order.
     pub heads: Vec<UserHead>,
-    /// Those of the logins asked about whose session is revoked, unknown or another user's. `None`: an `api` that was asked
-    /// for `sessions` only, or knows only those.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub ended_logins: Option<Vec<Login>>,
-    /// Those of the sessions asked about that are revoked or unknown, where `ended_logins` is `None`.
-    pub ended: Vec<SessionId>,
-    /// Of the keys of the replica that answers. `None`: an `api` of the release before this one.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub keys: Option<KeysVersion>,
+    /// The logins in the request whose session is revoked, expired, unknown or another user's.
+    pub ended_logins: Vec<Login>,
+    /// The keys of the replica that answers.
+    pub keys: KeysVersion,
 }
 
 /// `head: None`: there is no such user.
@@ -123,9 +115,7 @@ pub struct Range {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct KeysAnswer {
-    /// `None`: an `api` of the release before this one.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub version: Option<KeysVersion>,
+    pub version: KeysVersion,
     pub own: JwkSet,
     /// Whose tokens are accepted besides our own.
     #[serde(default, skip_serializing_if = "Option::is_none")]

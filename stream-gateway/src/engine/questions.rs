@@ -111,9 +111,7 @@ impl Engine {
 
     pub(super) fn on_heads(&mut self, answered: HeadsAnswered) {
         let HeadsAnswered { request, questions, heads, ended, keys } = answered;
-        if let Some(version) = keys {
-            self.keys.hear_of(&version);
-        }
+        self.keys.hear_of(&keys);
         for question in questions {
             if question.why == WhyHead::Reconcile {
                 self.reconciling = self.reconciling.saturating_sub(1);

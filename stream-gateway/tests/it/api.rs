@@ -141,12 +141,9 @@ struct State {
     feeds: HashMap<UserId, Feed>,
     owners: HashMap<SessionId, UserId>,
     ended: HashSet<SessionId>,
-    /// Whether it answers as the release before this one.
-    release_before: bool,
     jwks: JwkSet,
     external: Option<ExternalKeysAnswer>,
-    /// Of all these keys. None: as the release before this one.
-    version: Option<KeysVersion>,
+    version: KeysVersion,
     /// Who the subjects of the external issuer are.
     subjects: HashMap<String, UserId>,
     /// Events in one answer for one user, at most.
@@ -175,10 +172,9 @@ impl Api {
             feeds: HashMap::new(),
             owners: HashMap::new(),
             ended: HashSet::new(),
-            release_before: false,
+            version: configuration(&jwks, 0),
             jwks,
             external: None,
-            version: None,
             subjects: HashMap::new(),
             page: 1_000,
             tricks: HashMap::new(),
@@ -288,37 +284,33 @@ impl Api {
 
     // ---- Answers
 
-    /// From now on it answers as the release before this one.
-    pub(crate) fn be_of_the_release_before(&self) {
-        self.state().release_before = true;
-    }
-
     pub(crate) fn publish_keys(&self, jwks: JwkSet) {
-        self.state().jwks = jwks;
+        let mut state = self.state();
+        state.jwks = jwks;
+        state.reconfigure();
     }
 
     /// The same by a replica that was configured at this time.
     pub(crate) fn publish_keys_since(&self, jwks: JwkSet, since: i64) -> KeysVersion {
         let mut state = self.state();
-        let version = KeysVersion { configured: Version { since, ..Version::of(&jwks) }, external: None };
+        state.version = configuration(&jwks, since);
         state.jwks = jwks;
-        state.version = Some(version.clone());
-        version
+        state.version.clone()
     }
 
     /// The issuer's keys as they were fetched at this time. None: this replica has none yet.
     pub(crate) fn fetched_since(&self, jwks: Option<JwkSet>, since: i64) -> KeysVersion {
         let mut state = self.state();
-        let version = state.version.as_mut().expect("the test publishes own keys first");
-        version.external = jwks.as_ref().map(|jwks| Version { since, ..Version::of(jwks) });
-        let version = version.clone();
+        state.version.external = jwks.as_ref().map(|jwks| Version { since, ..Version::of(jwks) });
         state.external = Some(ExternalKeysAnswer { jwks, ..published(&IssuerKey::number(0)) });
-        version
+        state.version.clone()
     }
 
     /// Tokens of this issuer are accepted too.
     pub(crate) fn trust(&self, external: ExternalKeysAnswer) {
-        self.state().external = Some(external);
+        let mut state = self.state();
+        state.external = Some(external);
+        state.reconfigure();
     }
 
     /// This subject of the issuer is this user.
@@ -464,16 +456,20 @@ impl State {
             let head = self.feeds.get(&known.user).map(|feed| feed.head);
             (head.is_none() || head != known.head).then_some(UserHead { user: known.user, head })
         });
-        let ended = |session: &SessionId| self.ended.contains(session);
-        let heads = differing.collect();
-        if self.release_before {
-            let ended = request.sessions.iter().copied().filter(ended);
-            return HeadsAnswer { heads, ended: ended.collect(), ..HeadsAnswer::default() };
+        let ended = |login: &Login| {
+            self.ended.contains(&login.session) || self.owners.get(&login.session) != Some(&login.user)
+        };
+        HeadsAnswer {
+            heads: differing.collect(),
+            ended_logins: request.logins.iter().copied().filter(ended).collect(),
+            keys: self.version.clone(),
         }
-        let of_another = |login: &Login| self.owners.get(&login.session) != Some(&login.user);
-        let ended = request.logins.iter().copied().filter(|login| ended(&login.session) || of_another(login));
-        let (ended_logins, keys) = (Some(ended.collect()), self.version.clone());
-        HeadsAnswer { heads, ended_logins, ended: vec![], keys }
+    }
+
+    /// A newer configuration takes the place of the last one, whatever its keys.
+    fn reconfigure(&mut self) {
+        let since = self.version.configured.since + 1;
+        self.version = configuration(&since, since);
     }
 
     fn ranges(&self, request: &RangesRequest) -> RangesAnswer {
@@ -496,6 +492,10 @@ impl State {
         });
         RangesAnswer { ranges: ranges.collect() }
     }
+}
+
+fn configuration(content: &impl Serialize, since: i64) -> KeysVersion {
+    KeysVersion { configured: Version { since, ..Version::of(content) }, external: None }
 }
 
 fn to_json(value: &impl Serialize) -> Bytes {

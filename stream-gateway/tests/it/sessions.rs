@@ -170,18 +170,3 @@ async fn a_session_of_another_user_opens_nothing() {
     drop((of_user, of_thief));
     world.leaves_nothing().await;
 }
-
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn an_api_of_the_release_before_is_understood() {
-    let world = World::new().await;
-    world.api.be_of_the_release_before();
-    let user = world.user(5);
-    let ended = world.another_session(user.id);
-    world.api.end_session(ended.session);
-    let mut stream = world.joined(&user).await;
-    receives_only_a_goodbye(&mut world.stream_after(&ended, 2).stream().await, "revoked").await;
-    world.say(&user, 1).await;
-    receives(&mut stream, 6..=6).await;
-    drop(stream);
-    world.leaves_nothing().await;
-}
