@@ -1,7 +1,7 @@
 //! Every connection is an open file to the kernel. Here is what this process may hold besides its streams, so that
 //! there may be enough: a process without descriptors cannot even answer its liveness probe.
 
-use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
 /// Connections inside HTTP: requests that are no streams yet.
 pub const HTTP: usize = 2_048;
@@ -19,11 +19,11 @@ pub fn needed(streams: u64) -> u64 {
 
 /// Open files that this process may have, at most.
 pub fn allowed() -> u64 {
-    getrlimit(Resource::Nofile).maximum.unwrap_or(u64::MAX)
+    getrlimit(Resource::RLIMIT_NOFILE).map_or(u64::MAX, |(_, hard)| hard)
 }
 
 /// Raises the soft limit as far as is allowed. That it is far enough is a matter of the settings.
-pub fn raise() -> std::io::Result<()> {
-    let Rlimit { maximum, .. } = getrlimit(Resource::Nofile);
-    Ok(setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum })?)
+pub fn raise() -> nix::Result<()> {
+    let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
+    setrlimit(Resource::RLIMIT_NOFILE, hard, hard)
 }

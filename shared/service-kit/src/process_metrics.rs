@@ -3,16 +3,16 @@
 
 use std::{fmt, fs, sync::atomic::AtomicU64, time::SystemTime};
 
+use nix::{
+    sys::resource::{RLIM_INFINITY, Resource, getrlimit},
+    time::{ClockId, clock_gettime},
+    unistd::{SysconfVar, sysconf},
+};
 use prometheus_client::{
     collector::Collector,
     encoding::{DescriptorEncoder, EncodeMetric},
     metrics::{counter::ConstCounter, family::Family, gauge::ConstGauge, gauge::Gauge},
     registry::Registry,
-};
-use rustix::{
-    param::page_size,
-    process::{Resource, getrlimit},
-    time::{ClockId, clock_gettime},
 };
 
 /// `name`, `version`: of the program.
@@ -34,8 +34,8 @@ struct Process {
 
 impl Collector for Process {
     fn encode(&self, mut encoder: DescriptorEncoder) -> Result<(), fmt::Error> {
-        let cpu = clock_gettime(ClockId::ProcessCPUTime);
-        let cpu = ConstCounter::new(cpu.tv_sec as f64 + cpu.tv_nsec as f64 / 1e9);
+        let cpu = clock_gettime(ClockId::CLOCK_PROCESS_CPUTIME_ID).map_err(|_| fmt::Error)?;
+        let cpu = ConstCounter::new(cpu.tv_sec() as f64 + cpu.tv_nsec() as f64 / 1e9);
         let metric_type = EncodeMetric::metric_type(&cpu);
         let name = "process_cpu_seconds";
         cpu.encode(encoder.encode_descriptor(name, "User and system time spent", None, metric_type)?)?;
@@ -49,7 +49,8 @@ impl Collector for Process {
         gauge("process_start_time_seconds", "When the process started, since 1970", Some(self.started))?;
         gauge("process_resident_memory_bytes", "Memory in RAM", resident_bytes())?;
         gauge("process_open_fds", "Open file descriptors", open_files())?;
-        let most_files = getrlimit(Resource::Nofile).current.map(|most| most as f64);
+        let most_files = getrlimit(Resource::RLIMIT_NOFILE).ok().map(|(soft, _)| soft);
+        let most_files = most_files.filter(|most| *most != RLIM_INFINITY).map(|most| most as f64);
         gauge("process_max_fds", "Open file descriptors that are allowed", most_files)
     }
 }
@@ -57,7 +58,7 @@ impl Collector for Process {
 fn resident_bytes() -> Option<f64> {
     let statm = fs::read_to_string("/proc/self/statm").ok()?;
     let pages: f64 = statm.split(' ').nth(1)?.parse().ok()?;
-    Some(pages * page_size() as f64)
+    Some(pages * sysconf(SysconfVar::PAGE_SIZE).ok()?? as f64)
 }
 
 fn open_files() -> Option<f64> {
