@@ -1,4 +1,4 @@
-// Requests to the REST API: JSON in and out, one kind of error, a limit in time; and how to go on after an error that passes.
+// Requests to the REST API: JSON in and out, one kind of error, a time limit, and retries of temporary errors.
 
 /**
  * @typedef {{ id: string, username: string, avatarURL: string | null }} User
@@ -8,10 +8,9 @@
  * @typedef {{ id: string, device: string, createdAt: string, lastUsedAt: string, current: boolean }} Session
  */
 
-/** How long a request may take before it counts as lost. */
 const PATIENCE_MS = 20_000;
 
-/** A request that was not answered as hoped. `status` is 0 when there was no answer at all. */
+/** `status` is 0 when there was no answer. */
 export class ApiError extends Error {
   /**
    * @param {number} status
@@ -26,7 +25,7 @@ export class ApiError extends Error {
     this.retryAfterMs = retryAfterMs;
   }
 
-  /** Whether the same request may well succeed later. */
+  /** Whether the same request may succeed later. */
   get passes() {
     return this.status === 0 || this.status === 408 || this.status === 429 || this.status >= 500;
   }
@@ -39,8 +38,7 @@ export const passes = (error) => error instanceof ApiError && error.passes;
 export const sentence = (error) => (error instanceof ApiError ? error.message : "Something went wrong.");
 
 /**
- * `unauthorized`: a request was refused because nobody is logged in. `again`: a good moment to try again what failed, because
- * the network or the server is back.
+ * `unauthorized`: a request got 401. `again`: a good moment to retry, because the network or the server is back.
  */
 export const weather = new EventTarget();
 addEventListener("online", () => weather.dispatchEvent(new Event("again")));
@@ -71,7 +69,7 @@ export async function request(path, { method = "GET", body, headers = {}, signal
     const text = await response.text();
     /** @type {any} */
     let json = null;
-    // What stands between us and the server may answer in another language.
+    // A proxy may answer anything.
     try { json = JSON.parse(text); } catch { /* not JSON */ }
     if (response.ok && (json !== null || response.status === 204)) return { body: json, headers: response.headers };
     if (response.status === 401) weather.dispatchEvent(new Event("unauthorized"));
@@ -93,15 +91,15 @@ export const get = (path, signal) => request(path, { signal });
 /** @param {string} path @param {unknown} [body] @param {Omit<Options, "method" | "body">} [options] */
 export const post = (path, body, options) => request(path, { ...options, method: "POST", body });
 
-/** The wait after a try, counted from 0: doubling, at most 15 s, and not in step with everybody else. @param {number} attempt */
+/** The wait after an attempt, counted from 0: doubling, at most 15 s, with jitter. @param {number} attempt */
 export const backOff = (attempt) => Math.min(15_000, 500 * 2 ** attempt) * (0.75 + Math.random() / 2);
 
 /**
- * Waits, but no longer than to a good moment.
+ * Waits, at most until `again`.
  *
  * @param {number} ms
  * @param {AbortSignal} [signal]
- * @returns {Promise<boolean>} Whether a good moment has come.
+ * @returns {Promise<boolean>} Whether `again` came.
  */
 export function pause(ms, signal) {
   return new Promise((resolve, reject) => {
@@ -120,12 +118,12 @@ export function pause(ms, signal) {
 }
 
 /**
- * Reads until it succeeds or fails for good.
+ * Reads until it succeeds or fails permanently.
  *
  * @template T
  * @param {() => Promise<T>} read
  * @param {AbortSignal} signal
- * @param {(error: ApiError) => void} waiting Told before each wait.
+ * @param {(error: ApiError) => void} waiting Called before each wait.
  * @returns {Promise<T>}
  */
 export async function keepTrying(read, signal, waiting) {

@@ -1,5 +1,4 @@
-// Where the application begins: finds out who is logged in, shows the page that the address names, and takes care that all
-// tabs agree on who that is.
+// The entry point: finds out who is logged in, shows the page of the address, and keeps all tabs on the same user.
 
 import { ApiError, keepTrying, weather } from "./api.js";
 import { showBadge } from "./badge.js";
@@ -17,18 +16,18 @@ import { onWho, who } from "./storage.js";
 /**
  * @typedef {{ name: string, title: string, element: HTMLElement, focus: () => void, open?: string }} Page
  * @typedef {{ session: Session, signal: AbortSignal, go: (path: string) => void, setTitle: (title: string) => void,
- *   fail: (name: string) => void }} Context What a page is given. `signal` ends with the page.
+ *   fail: (name: string) => void }} Context Of a page; `signal` ends with it.
  */
 
 /** @type {{ session: Session, shell: ReturnType<typeof makeShell> } | null} */
 let inside = null;
-/** Ends what shows the present page. */
+/** Ends the present page. */
 let shown = new AbortController();
-/** Ends the question who is logged in; the latest one counts. @type {AbortController | null} */
+/** Ends the request for who is logged in; the latest one counts. @type {AbortController | null} */
 let asking = null;
 const forever = new AbortController().signal;
 
-/** Asks who is logged in and shows them their page. @param {string} [said] What to say when it is nobody. */
+/** @param {string} [said] What to say when nobody is logged in. */
 async function begin(said = "") {
   asking?.abort();
   const mine = (asking = new AbortController());
@@ -59,14 +58,14 @@ async function begin(said = "") {
 
 const ENDED = "Your session has ended. Please log in again.";
 
-/** Ends the session in this tab. What it has not sent and its drafts stay where they are kept. */
+/** Ends the session in this tab. Unsent messages and drafts stay stored. */
 function leave() {
   shown.abort();
   inside?.session.end();
   inside = null;
 }
 
-/** @param {string} said @param {boolean} [forgets] Whether the next one begins at the beginning. */
+/** @param {string} said @param {boolean} [forgets] Whether the next user starts at `/`. */
 function showAccess(said, forgets = false) {
   if (forgets) history.replaceState(null, "", "/");
   asking?.abort();
@@ -93,7 +92,6 @@ function go(path) {
   route();
 }
 
-/** Shows the page of the present address. */
 function route() {
   if (!inside) return;
   const { session, shell } = inside;
@@ -141,11 +139,10 @@ document.addEventListener("click", (event) => {
   go(link.pathname);
 });
 
-// The question itself may be answered so.
+// The request of `begin` itself may be the one that got 401.
 weather.addEventListener("unauthorized", () => inside && !asking && begin(ENDED));
 
-// One cookie for all tabs: when another one logs out, or somebody else logs in there, this one follows. A tab that slept
-// through it looks when it is back.
+// All tabs share one cookie: when another tab logs out or changes the user, this one follows, at once or when it wakes.
 function follow() {
   const now = who.get();
   if (inside && now !== null && now !== inside.session.me.id) {

@@ -1,4 +1,4 @@
-// How much is unread, shown where one sees it without looking at the page: in the title, in the icon, on the installed app.
+// The unread count in the title, the icon and the badge of the installed app.
 
 const SIZE = 64;
 const BUBBLE =
@@ -6,7 +6,7 @@ const BUBBLE =
 
 let drawn = 0;
 
-/** @param {number} unread @param {string} page What this page is, or "" for the application itself. */
+/** @param {number} unread @param {string} page Its title, or "" for the application. */
 export function showBadge(unread, page) {
   const title = `${unread ? `(${unread}) ` : ""}${page ? `${page} – ` : ""}Messenger`;
   if (document.title !== title) document.title = title;
@@ -16,8 +16,8 @@ export function showBadge(unread, page) {
   const link = document.querySelector("link[rel=icon]");
   if (link) link.href = unread ? picture(unread) : "/icon.svg";
   // Only for installed apps, and not in every browser.
-  const told = unread ? navigator.setAppBadge?.(unread) : navigator.clearAppBadge?.();
-  told?.catch(() => {});
+  const shown = unread ? navigator.setAppBadge?.(unread) : navigator.clearAppBadge?.();
+  shown?.catch(() => {});
 }
 
 /** @param {number} unread */

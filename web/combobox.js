@@ -1,10 +1,8 @@
-// A text field that suggests usernames: the pattern "editable combobox with list autocomplete" of WAI-ARIA. The focus stays in
-// the field; choosing fills it and does nothing else.
+// A field that suggests usernames: WAI-ARIA's "editable combobox with list autocomplete". The focus stays in the field.
 
 import { get } from "./api.js";
 import { h, reconcile, setAttribute } from "./dom.js";
 
-/** Typing is not asked about at every letter. */
 const DEBOUNCE_MS = 150;
 
 /**
@@ -44,7 +42,7 @@ export function usernameField({ id, label, placeholder, signal }) {
     setAttribute(field, "aria-activedescendant", active < 0 ? null : `${listId}-${active}`);
     reconcile(list, names.map((name, index) => ({ key: name, index })), ({ key }) => {
       const option = h("li", { role: "option", dir: "auto" }, key);
-      // Before the field loses the focus to it.
+      // Keeps the focus in the field.
       option.addEventListener("pointerdown", (event) => event.preventDefault());
       option.addEventListener("click", () => choose(key));
       return option;
@@ -70,7 +68,7 @@ export function usernameField({ id, label, placeholder, signal }) {
       asked = new AbortController();
       try {
         const { body } = await get(`/api/usernames?search=${encodeURIComponent(search)}`, asked.signal);
-        // The only suggestion is what stands there already.
+        // The only suggestion is what the field contains.
         show(body.length === 1 && body[0] === search ? [] : body);
       } catch {
         // A field without suggestions is good enough.

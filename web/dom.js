@@ -1,11 +1,9 @@
-// Elements from script. Text only ever becomes text nodes, and attributes are set by name: there is no way from a string to
-// markup in here.
+// Elements from script. Text becomes text nodes and attributes are set by name: no string becomes markup.
 
 /** @typedef {Node | string | null | undefined | false} Child */
 
 /**
- * An element. A property that is a function listens to the event of that name; `true` and `false` set and leave out an
- * attribute.
+ * An element. A property that is a function listens to that event; `true` and `false` set and omit an attribute.
  *
  * @template {keyof HTMLElementTagNameMap} T
  * @param {T} tag
@@ -24,7 +22,7 @@ export function h(tag, properties = {}, ...children) {
 }
 
 /**
- * Writes only what differs, because a screen reader may read again what is written again.
+ * Writes only what differs, because a screen reader may repeat what is written again.
  *
  * @param {Element} element
  * @param {string} name
@@ -45,7 +43,7 @@ export function setText(element, text) {
   if (element.textContent !== text) element.textContent = text;
 }
 
-/** A picture that says nothing by itself. `d` is drawn by a line on a grid of 24. @param {string} d */
+/** A decorative icon; `d` is a path on a grid of 24. @param {string} d */
 export function icon(d) {
   const NS = "http://www.w3.org/2000/svg";
   const svg = document.createElementNS(NS, "svg");
@@ -62,8 +60,8 @@ export function icon(d) {
 const keyed = new WeakMap();
 
 /**
- * Makes the children of `parent` those that `items` name by their keys, in that order. An element stays the same as long
- * as its key is there, so focus, selection and place survive.
+ * Makes the children of `parent` match `items` by key and order. An element lives as long as its key, so focus, selection and
+ * scroll position survive.
  *
  * @template {{ key: string }} T
  * @param {Element} parent
@@ -87,17 +85,17 @@ export function reconcile(parent, items, make, update) {
   }
   for (const item of items) update(/** @type {HTMLElement} */ (now.get(item.key)), item);
   keyed.set(parent, now);
-  // An element that was moved has lost the focus.
+  // A moved element loses the focus.
   if (focused instanceof HTMLElement && focused !== document.activeElement && parent.contains(focused)) {
     focused.focus({ preventScroll: true });
   }
 }
 
-/** Tells its listeners once, however often it is told within one turn of the event loop. */
+/** Notifies its listeners at most once per turn of the event loop. */
 export class Changes {
   /** @type {Set<() => void>} */
   #listeners = new Set();
-  #told = false;
+  #pending = false;
 
   /** @param {() => void} listener @param {AbortSignal} signal */
   listen(listener, signal) {
@@ -107,11 +105,11 @@ export class Changes {
   }
 
   tell() {
-    if (this.#told) return;
-    this.#told = true;
-    // Not an animation frame: those stop in tabs that are not looked at, and their titles count too.
+    if (this.#pending) return;
+    this.#pending = true;
+    // Not an animation frame: hidden tabs have none, and their titles count too.
     queueMicrotask(() => {
-      this.#told = false;
+      this.#pending = false;
       for (const listener of [...this.#listeners]) listener();
     });
   }

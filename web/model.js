@@ -1,11 +1,9 @@
-// What one user knows: conversations in their order, their unread counts, and the messages of those that were opened. REST
-// pages and stream events are joined here; nothing here knows the screen. Ids are compared for equality only, and order is the
-// order in which the server tells.
+// A user's data: conversations in order, unread counts, and the messages of opened conversations. It joins REST pages and
+// stream events and knows no screen. Ids are compared for equality only; the order is the server's.
 //
-// The stream starts at a place that was taken before any page is read, so a page can only be ahead of the stream, never behind
-// it. Events that come while the list is on its way are held and applied to it afterwards. Some of them may be in it already.
-// The page shows which: it says the last message of a conversation, and when the stream tells that very message, all before it
-// was in the page, whose count stands again.
+// The stream starts at a position taken before any page is read, so a page is never behind the stream. Events that arrive
+// while the list loads are buffered and applied to it; some may be in it already. The page names the last message of each
+// conversation: when the stream delivers that message, all before it was in the page, and the page's count holds again.
 
 import { ApiError, get, keepTrying } from "./api.js";
 import { Changes } from "./dom.js";
@@ -18,10 +16,10 @@ import { Thread, lastIndex } from "./thread.js";
  * @typedef {{ held: [string, any][], read: Promise<Conversation | null> }} Coming
  */
 
-/** What the server gives at most. */
+/** The server's largest page. */
 const PAGE = 25;
 const MOST_PAGES = 8;
-/** Opened conversations whose messages are kept for coming back. */
+/** Opened conversations whose messages stay in memory. */
 const THREADS = 10;
 
 /** @param {string} name */
@@ -35,25 +33,25 @@ export class Model {
   order = [];
   listed = false;
   hasMore = false;
-  /** Whether a read of the list failed and will be tried again. */
+  /** A read of the list failed and is retried. */
   waiting = false;
-  /** @type {string | null} The conversation whose newest message somebody is looking at: nothing in it is unread to them. */
+  /** @type {string | null} The conversation whose newest message is in view: it counts as read. */
   attended = null;
   /** @type {(message: Message & { conversationId: string }, conversation: Conversation | undefined) => void} */
   onMessage = () => {};
 
   #outbox;
   #signal;
-  /** @type {Map<string, Thread>} The one opened last is the last. */
+  /** @type {Map<string, Thread>} In the order of opening. */
   #threads = new Map();
-  /** @type {[string, any][] | null} What the stream told while the list was on its way. */
+  /** @type {[string, any][] | null} Events buffered while the list loads. */
   #held = null;
-  /** @type {Map<string, Conversation>} By conversation: as a page told it, until the stream has told its last message. */
+  /** @type {Map<string, Conversation>} As a page described it, until the stream delivers its last message. */
   #pages = new Map();
-  /** @type {Map<string, Coming>} Conversations on their way, each with the events that came meanwhile. */
+  /** @type {Map<string, Coming>} Conversations that load, with the events that arrived meanwhile. */
   #coming = new Map();
   #load = 0;
-  /** @type {[string, any][] | null} What the stream told while a further page of the list was on its way. */
+  /** @type {[string, any][] | null} Events buffered while a further page of the list loads. */
   #more = null;
 
   /** @param {User} me @param {import("./outbox.js").Outbox} outbox @param {AbortSignal} signal Ends it. */
@@ -68,7 +66,6 @@ export class Model {
     return conversation.id === this.attended ? 0 : conversation.unreadCount;
   }
 
-  /** In all conversations that are known. */
   get unread() {
     let sum = 0;
     for (const conversation of this.conversations.values()) sum += this.unreadOf(conversation);
@@ -83,7 +80,7 @@ export class Model {
   }
 
   /**
-   * Reads the list; and again, after the stream has lost its place, also the conversation on screen.
+   * Reads the list; after a `resync` also the conversation on screen.
    *
    * @param {() => string | null} open
    */
@@ -92,7 +89,7 @@ export class Model {
     for (const thread of this.#threads.values()) void this.#loadThread(thread);
     const load = (this.#load += 1);
     const wanted = Math.min(this.order.length, PAGE * MOST_PAGES);
-    // What was told before now is in the pages, because they are asked for only now.
+    // Earlier events are in the pages, which are requested only now.
     this.#held = [];
     this.#coming.clear();
     /** @type {Conversation[]} */
@@ -106,7 +103,7 @@ export class Model {
     }
     for (const conversation of list) this.#put(conversation);
     const paged = new Set(list.map((conversation) => conversation.id));
-    // Two pages overlap when the list has moved between them.
+    // Pages overlap when the list moved between them.
     this.order = [...paged];
     this.hasMore = hasMore;
     this.listed = true;
@@ -117,7 +114,7 @@ export class Model {
       if (isMessage(name)) this.#toTop(data.conversationId);
       if (paged.has(data.conversationId)) this.#change(name, data);
     }
-    // What is known in another way than by these pages may have missed events.
+    // Conversations outside these pages may have missed events.
     for (const id of this.conversations.keys()) {
       if (paged.has(id) || load === 1) continue;
       if (id === open() || this.order.includes(id)) this.#readOnce(id).catch(() => {});
@@ -134,7 +131,7 @@ export class Model {
     try {
       const page = await this.#readList(this.order.at(-1));
       if (load !== this.#load) return;
-      // What has a place already has come by the stream.
+      // The stream already placed the others.
       const found = page.filter((conversation) => !this.order.includes(conversation.id));
       for (const conversation of found) this.#put(conversation);
       this.order.push(...found.map((conversation) => conversation.id));
@@ -158,20 +155,20 @@ export class Model {
     });
   }
 
-  /** Takes a conversation as REST tells it. @param {Conversation} conversation */
+  /** Stores a conversation from REST. @param {Conversation} conversation */
   #put(conversation) {
     this.conversations.set(conversation.id, { ...conversation });
     this.#pages.set(conversation.id, conversation);
   }
 
-  /** A conversation that was just made by this tab. @param {Conversation} conversation */
+  /** A conversation that this tab made. @param {Conversation} conversation */
   add(conversation) {
     if (!this.conversations.has(conversation.id)) this.#put(conversation);
     this.changes.tell();
   }
 
   /**
-   * A conversation, known or read now; `null` when there is none.
+   * A conversation, from memory or the server; `null` when it does not exist.
    *
    * @param {string} id
    * @returns {Promise<Conversation | null>}
@@ -180,7 +177,7 @@ export class Model {
     return this.conversations.get(id) ?? this.#readOnce(id);
   }
 
-  /** @param {string} id @param {[string, any][]} held Events that it may lack. */
+  /** @param {string} id @param {[string, any][]} held Events that the answer may lack. */
   #readOnce(id, held = []) {
     let coming = this.#coming.get(id);
     if (!coming) {
@@ -198,7 +195,7 @@ export class Model {
     const path = `/api/conversations/${encodeURIComponent(id)}`;
     try {
       const { body } = await keepTrying(() => get(path, this.#signal), this.#signal, () => {});
-      // Read before the stream lost its place.
+      // Requested before the `resync`.
       if (isLate()) return this.conversation(id);
       this.#put(body);
     } catch (error) {
@@ -216,7 +213,7 @@ export class Model {
     return this.conversations.get(id) ?? null;
   }
 
-  /** The messages of a conversation; reading them begins at the first call. @param {string} id */
+  /** The messages of a conversation, which load from the first call on. @param {string} id */
   thread(id) {
     let thread = this.#threads.get(id);
     if (thread?.state === "gone") thread = undefined;
@@ -236,7 +233,7 @@ export class Model {
 
   /** @param {Thread} thread */
   async #loadThread(thread) {
-    // These were answered before the page is asked for, so they are in it, or older than it.
+    // Answered before the page is requested: they are in it, or older.
     const sent = this.#outbox.of(thread.id).filter((entry) => entry.state === "sent");
     try {
       if (!(await thread.load())) return;
@@ -249,7 +246,7 @@ export class Model {
     }
   }
 
-  /** Takes an event of the stream. @param {string} name @param {any} data */
+  /** Applies an event of the stream. @param {string} name @param {any} data */
   apply(name, data) {
     if (isMessage(name)) {
       const { conversationId, ...message } = data;
@@ -260,7 +257,6 @@ export class Model {
     this.#coming.get(data.conversationId)?.held.push([name, data]);
     this.#held?.push([name, data]);
     this.#more?.push([name, data]);
-    // A list that is being read again is still shown.
     this.#applyToList(name, data);
     this.changes.tell();
   }
@@ -272,10 +268,10 @@ export class Model {
       return;
     }
     const id = data.conversationId;
-    // At once, even when nothing else is known of it yet: others may come before that is.
+    // Immediately, although the conversation may be unknown: other events may come before it is read.
     if (isMessage(name)) this.#toTop(id);
     if (this.conversations.has(id)) this.#change(name, data);
-    // What else is said of a conversation that nobody here knows will be in what is read when it is opened.
+    // Other events of unknown conversations will be in what is read when they are opened.
     else if (isMessage(name)) this.#readOnce(id, [[name, data]]).catch(() => {});
   }
 
@@ -284,7 +280,7 @@ export class Model {
     this.order = [id, ...this.order.filter((other) => other !== id)];
   }
 
-  /** @param {string} name @param {any} data Of a conversation that is known. */
+  /** @param {string} name @param {any} data Of a known conversation. */
   #change(name, data) {
     const id = data.conversationId;
     const conversation = /** @type {Conversation} */ (this.conversations.get(id));

@@ -1,38 +1,37 @@
-// What this user wants to send. Promises that a text is on disk before anything is tried, so that a reload or a crash loses
-// nothing; that it is sent once, because all tries carry one idempotency key; and that what one tab writes in a conversation
-// arrives in that order.
+// Messages to send. A text is stored before the first attempt, so a reload or a crash loses nothing; it is sent once, because all
+// attempts carry one idempotency key; and what one tab writes in a conversation arrives in that order.
 //
-// All tabs see all entries. The tab that made one sends it; when that tab does nothing about it for long, another one takes
-// over. Two that send at once do no harm: the server knows the key.
+// All tabs see all entries. The tab that made one sends it; after a long silence another tab takes over. Two that send at the
+// same time do no harm: the server knows the key.
 
 import { ApiError, backOff, passes, pause, post, sentence, weather } from "./api.js";
 import { Changes } from "./dom.js";
 import { who } from "./storage.js";
 
 /**
- * `waiting` is to be sent, `sent` was answered but not yet told by the stream, `failed` waits for the user.
+ * `waiting` is to be sent, `sent` was answered but not yet streamed, `failed` waits for the user.
  *
  * @typedef {{ key: string, conversationId: string, content: string, createdAt: number, state: "waiting" | "sent" | "failed",
  *   error: string, owner: string, touched: number, tried: boolean, messageId: string | null, sent: string | null }} Entry
  */
 
-/** About a minute with the waits between them. */
+/** About a minute, waits included. */
 const TRIES = 8;
-/** Without a sign of its owner for so long, an entry is taken over. Longer than a try and the wait after it. */
+/** An entry is taken over after this silence of its owner; longer than an attempt and the wait after it. */
 const ABANDONED_MS = 45_000;
 const PREFIX = "outbox:";
-/** So long it is not shown what the server may have had before this page was loaded: it may stand among the messages. */
+/** How long entries of earlier attempts stay hidden after a load: they may be among the messages. */
 const UNSURE_MS = 3_000;
 
 export class Outbox {
   changes = new Changes();
   /** @type {Map<string, Entry>} */
   #entries = new Map();
-  /** @type {Set<string>} Keys that are done with. What other tabs write comes in any order, and must not bring them back. */
+  /** @type {Set<string>} Finished keys: late writes of other tabs must not bring them back. */
   #done = new Set();
-  /** @type {Set<string>} Keys of which nobody knows here whether the server has had them. */
+  /** @type {Set<string>} Keys that the server may have. */
   #unsure = new Set();
-  /** @type {Set<string>} Conversations that are being worked on. */
+  /** @type {Set<string>} Conversations with a send under way. */
   #busy = new Set();
   #user;
   #drawer;
@@ -46,7 +45,7 @@ export class Outbox {
     this.#signal = signal;
     for (const name of drawer.names(PREFIX)) {
       const entry = parse(drawer.get(name));
-      // What was sent comes with the messages.
+      // Sent entries are among the messages.
       if (!entry || entry.state === "sent") drawer.set(name, null);
       else {
         this.#entries.set(entry.key, entry);
@@ -60,7 +59,7 @@ export class Outbox {
     drawer.listen((name) => {
       if (!name.startsWith(PREFIX)) return;
       const key = name.slice(PREFIX.length);
-      // As it is now, which may be later than what this is about.
+      // The present value, which may be newer than the event's.
       const entry = parse(drawer.get(name));
       if (entry && this.#done.has(key)) drawer.set(name, null);
       else if (entry) this.#entries.set(key, entry);
@@ -73,7 +72,7 @@ export class Outbox {
     this.#go();
   }
 
-  /** What is not yet told by the stream, in the order of writing. @param {string} conversationId */
+  /** Entries that the stream has not delivered, in the order of writing. @param {string} conversationId */
   of(conversationId) {
     return [...this.#entries.values()]
       .filter((entry) => entry.conversationId === conversationId)
@@ -85,7 +84,6 @@ export class Outbox {
     return this.of(conversationId).filter((entry) => !this.#unsure.has(entry.key));
   }
 
-  /** Whether anything here is known to nobody else. */
   get hasUnsent() {
     return [...this.#entries.values()].some((entry) => entry.state !== "sent");
   }
@@ -95,7 +93,7 @@ export class Outbox {
     const last = this.of(conversationId).at(-1)?.createdAt ?? 0;
     this.#keep({
       key: randomId(), conversationId, content, state: "waiting", error: "", tried: false, messageId: null, sent: null,
-      // Two within a millisecond keep their order.
+      // Distinct, so that two within a millisecond keep their order.
       createdAt: Math.max(Date.now(), last + 1), owner: this.#tab, touched: Date.now(),
     });
     this.#go();
@@ -109,7 +107,7 @@ export class Outbox {
     this.#go();
   }
 
-  /** The stream has told it, a page holds it, or the user does not want it any more. @param {string} key */
+  /** Removes an entry that was delivered, is in a page, or was discarded. @param {string} key */
   drop(key) {
     this.#done.add(key);
     this.#drawer.set(PREFIX + key, null);
@@ -124,7 +122,6 @@ export class Outbox {
     this.changes.tell();
   }
 
-  /** Starts what is to be done. */
   #go() {
     if (this.#signal.aborted) return;
     for (const entry of this.#entries.values()) {
@@ -154,9 +151,9 @@ export class Outbox {
   async #send(key) {
     for (let tries = 1; ; tries += 1) {
       const entry = this.#entries.get(key);
-      // Told by the stream, discarded or taken over meanwhile.
+      // Streamed, discarded or taken over meanwhile.
       if (!entry || entry.state !== "waiting" || entry.owner !== this.#tab) return true;
-      // The cookie may be somebody else's by now.
+      // The cookie may be another user's by now.
       if (this.#signal.aborted || (who.get() ?? this.#user) !== this.#user) return false;
       this.#keep({ ...entry, tried: true, touched: Date.now() });
       /** @type {ApiError} */
@@ -167,7 +164,7 @@ export class Outbox {
         const { body, headers: answer } = await post(path, { content: entry.content }, { headers, signal: this.#signal });
         const now = this.#entries.get(key);
         if (!now) return true;
-        // A repeat: the stream may have told it long ago, and then it is among the messages.
+        // A repeat: the stream may have delivered it long ago.
         this.#unsure.delete(key);
         if (answer.get("Idempotent-Replayed")) this.drop(key);
         else this.#keep({ ...now, state: "sent", messageId: body.id, sent: body.createdAt, error: "" });
@@ -177,7 +174,7 @@ export class Outbox {
         error = thrown instanceof ApiError ? thrown : new ApiError(0);
       }
       this.#unsure.delete(key);
-      // Nobody is logged in: it stays for when this user is back.
+      // Nobody is logged in: it waits for this user.
       if (error.status === 401) return false;
       const now = this.#entries.get(key);
       if (!now || now.state !== "waiting") return true;
@@ -188,7 +185,7 @@ export class Outbox {
       this.#keep({ ...now, touched: Date.now(), error: sentence(error) });
       const offline = navigator.onLine === false;
       const good = await pause(Math.max(backOff(tries - 1), error.retryAfterMs), this.#signal).catch(() => false);
-      // Without a network no try counts.
+      // Attempts without a network do not count.
       if (good || offline) tries = 0;
     }
   }
@@ -204,7 +201,7 @@ function parse(text) {
   }
 }
 
-/** A tab is the same one after a reload. */
+/** The same after a reload. */
 function tabId() {
   try {
     const id = sessionStorage.getItem("messenger:tab") ?? randomId();

@@ -1,5 +1,4 @@
-// One user in one tab, from the moment they are known to the moment they are not any more: stream, model, outbox and drafts,
-// wired. Ending it ends all that it began.
+// A user in a tab: stream, model, outbox and drafts, wired together. `end` stops all of them.
 
 import { get, post, weather } from "./api.js";
 import { Model } from "./model.js";
@@ -17,15 +16,15 @@ export class Session {
   /** @type {import("./stream.js").MessengerStream["state"]} */
   state = "connecting";
   reason = "";
-  /** Told of each new state of the stream. */
+  /** Called at each change of state. */
   onState = () => {};
 
   /**
    * @param {import("./api.js").User} me
-   * @param {string | null} cursor Taken before anything else is read.
-   * @param {() => void} doubt Told when it seems that nobody is logged in any more.
+   * @param {string | null} cursor Taken before anything is read.
+   * @param {() => void} signedOut Called when the stream says that nobody is logged in any more.
    */
-  constructor(me, cursor, doubt) {
+  constructor(me, cursor, signedOut) {
     this.me = me;
     this.drawer = new Drawer(me.id);
     this.outbox = new Outbox(me.id, this.drawer, this.signal);
@@ -40,9 +39,8 @@ export class Session {
       const { state, reason } = /** @type {any} */ (event);
       this.state = state;
       this.reason = reason ?? "";
-      // What waits to be tried again need not wait longer.
       if (state === "live") weather.dispatchEvent(new Event("again"));
-      if (state === "signed-out") doubt();
+      if (state === "signed-out") signedOut();
       this.onState();
     });
     this.stream.start();
@@ -59,11 +57,11 @@ export class Session {
     this.model.reload(() => this.open).catch(() => {});
   }
 
-  /** Once a day of use, so that who comes every week stays logged in. */
+  /** Once per day of use, so that regular users stay logged in. */
   async #refresh() {
     const last = Number(this.drawer.get("refreshed"));
     if (document.visibilityState === "hidden" || Date.now() - last < DAY_MS) return;
-    // Said before, so that the other tabs do not ask too.
+    // Before the request, so that other tabs do not repeat it.
     this.drawer.set("refreshed", String(Date.now()));
     await post("/api/refresh_token").catch(() => this.drawer.set("refreshed", last ? String(last) : null));
   }
@@ -73,19 +71,19 @@ export class Session {
     this.stream.close();
   }
 
-  /** Ends the session on the server too, and leaves nothing of this user here. */
+  /** Ends the session on the server too, and deletes this user's data here. */
   async logOut() {
     await post("/api/logout").catch((error) => {
       if (error.status !== 401) throw error;
     });
     this.end();
-    // First, so that no other tab keeps anything any more.
+    // First, so that no other tab stores anything any more.
     who.set("");
     this.drawer.clear();
   }
 }
 
-/** Who is logged in? Throws 401 when nobody is. @param {AbortSignal} signal */
+/** Throws 401 when nobody is logged in. @param {AbortSignal} signal */
 export async function whoAmI(signal) {
   const { body, headers } = await get("/api/auth_user", signal);
   return { me: /** @type {import("./api.js").User} */ (body), cursor: headers.get("Feed-Cursor") };

@@ -1,5 +1,4 @@
-// The frame of every page of somebody who is logged in: their name and ways out, the state of the connection, the list of
-// their conversations, and room for the page itself.
+// The frame of every page of a logged-in user: header, connection state, list of conversations, and the page itself.
 
 import { post, sentence, weather } from "./api.js";
 import { showBadge } from "./badge.js";
@@ -9,8 +8,7 @@ import { when } from "./text.js";
 
 /** @typedef {import("./api.js").User} User */
 
-
-/** A picture of somebody, or the beginning of their name. @param {User} user */
+/** A picture, or the initial of the name. @param {User} user */
 export function avatar(user) {
   const face = h("span", { class: "avatar", "aria-hidden": "true" });
   let hash = 0;
@@ -27,7 +25,7 @@ export function avatar(user) {
   return face;
 }
 
-/** Said aloud by screen readers, and seen by nobody. */
+/** For screen readers alone. */
 const announcer = h("div", { class: "unseen", "aria-live": "polite" });
 
 /** @param {string} text */
@@ -37,7 +35,7 @@ export function announce(text) {
 
 /**
  * @param {import("./session.js").Session} session
- * @param {{ go: (path: string) => void, leave: () => void }} ways `leave` after the session was ended by the user.
+ * @param {{ go: (path: string) => void, leave: () => void }} ways `leave` is called after a logout.
  */
 export function makeShell(session, { go, leave }) {
   const { me, model, signal } = session;
@@ -157,7 +155,7 @@ export function makeShell(session, { go, leave }) {
       const last = conversation.lastMessage;
       setText(time, last ? when(last.createdAt) : "");
       setAttribute(time, "datetime", last?.createdAt);
-      // One line of it is seen, and no more than that is laid out.
+      // One line is visible: a short text is cheaper to lay out.
       setText(preview, last ? `${last.mine ? "You: " : ""}${last.content.slice(0, 200)}` : "");
       const unread = model.unreadOf(conversation);
       let badge = link.querySelector(".unread");
@@ -174,7 +172,7 @@ export function makeShell(session, { go, leave }) {
     empty.hidden = !model.listed || items.length > 0;
     setAttribute(scroller, "aria-busy", model.listed ? null : "true");
     showBadge(model.unread, page.title);
-    // It tells only changes, and the end of the list may be in sight still.
+    // It reports changes only, and the end of the list may still be in view.
     loadMore.unobserve(more);
     if (model.hasMore && !model.waiting) loadMore.observe(more);
   };
@@ -193,14 +191,12 @@ export function makeShell(session, { go, leave }) {
   return {
     element,
     /**
-     * Shows a page.
-     *
      * @param {string} name
      * @param {string} title
      * @param {HTMLElement} content
      */
     show(name, title, content) {
-      // What is not displayed loses its place.
+      // A hidden list loses its scroll position.
       if (page.name === "home") scrolled = scroller.scrollTop;
       page.name = name;
       page.title = title;
@@ -226,7 +222,7 @@ function words(state, reason, wasAway) {
   return wasAway ? "Reconnecting…" : "Connecting…";
 }
 
-/** A link that leads back to the list, where there is no room for both. */
+/** Back to the list, where there is no room for both. */
 export function backLink() {
   return h("a", { class: "back", href: "/", "aria-label": "Conversations" }, icon("M15 5l-7 7 7 7"));
 }

@@ -1,5 +1,5 @@
-// What outlives a reload: kept in localStorage, by user, so that nobody finds what another has left. And who is logged in in this
-// browser, since all its tabs share one cookie. Storage that is full or forbidden makes nothing fail; it only keeps nothing.
+// localStorage, separated by user, and who is logged in, since all tabs share one cookie. Full or forbidden storage fails
+// silently: it only keeps nothing.
 
 const ROOT = "messenger:";
 const WHO = `${ROOT}user`;
@@ -20,12 +20,12 @@ export const who = {
   set: (id) => attempt(() => localStorage.setItem(WHO, id), undefined),
 };
 
-/** Told when another tab changes who is logged in. @param {() => void} listener @param {AbortSignal} signal */
+/** Calls `listener` when another tab changes the user. @param {() => void} listener @param {AbortSignal} signal */
 export function onWho(listener, signal) {
   addEventListener("storage", (event) => (event.key === WHO || event.key === null) && listener(), { signal });
 }
 
-/** The things that one user keeps in this browser. */
+/** The stored values of one user. */
 export class Drawer {
   #user;
   #prefix;
@@ -41,14 +41,14 @@ export class Drawer {
     return attempt(() => localStorage.getItem(this.#prefix + name), null);
   }
 
-  /** For a user who has logged out nothing is kept. @param {string} name @param {string | null} value `null` or "" removes it. */
+  /** Stores nothing for a user who has logged out. @param {string} name @param {string | null} value `null` or "" removes it. */
   set(name, value) {
     const key = this.#prefix + name;
     if (!value) attempt(() => localStorage.removeItem(key), undefined);
     else if ((who.get() ?? this.#user) === this.#user) attempt(() => localStorage.setItem(key, value), undefined);
   }
 
-  /** All whose names begin so. @param {string} start @returns {string[]} */
+  /** Names with this prefix. @param {string} start @returns {string[]} */
   names(start) {
     const keys = attempt(() => Object.keys(localStorage), /** @type {string[]} */ ([]));
     return keys.filter((key) => key.startsWith(this.#prefix + start)).map((key) => key.slice(this.#prefix.length));
@@ -59,7 +59,7 @@ export class Drawer {
   }
 
   /**
-   * Told when another tab changes something here.
+   * Calls `listener` when another tab changes a value.
    *
    * @param {(name: string, value: string | null) => void} listener
    * @param {AbortSignal} signal

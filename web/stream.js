@@ -1,42 +1,41 @@
 // @ts-check
 /**
- * The messenger's stream for web pages: each event once to each tab, in the order in which the server tells them, whatever
- * happens to networks, servers, credentials, tabs and laptops. It imports nothing. `docs/stream-client.md` says how to use it.
+ * The messenger's stream for web pages: each event once per tab, in order, whatever happens to networks, servers, credentials,
+ * tabs and laptops. No imports. `docs/stream-client.md` says how to use it.
  *
- * One connection for all tabs. A browser opens only six HTTP/1.1 connections to a host, so tabs share a stream. The tab that
- * holds a Web Lock leads: it has the connection, and tells the others by a BroadcastChannel. When it closes, is frozen or
- * enters the back/forward cache, the lock goes to the next tab, which connects from the last event that it has itself.
+ * Tabs share one stream, because a browser opens only six HTTP/1.1 connections to a host. The tab that holds a Web Lock leads:
+ * it has the connection and sends events to the others by a BroadcastChannel. When it closes, freezes or enters the
+ * back/forward cache, the next tab gets the lock and connects from its own last event.
  *
- * What tabs say to each other:
+ * Messages between tabs:
  *   event   leader to all: an event, and the id of the one before it (`prev`)
- *   status  leader to all: the state, and the id of its last event. Said when it begins to lead, when the state changes, at
- *           each heartbeat of the server, and in answer to a question; then with the events that follow the asker's last one
+ *   status  leader to all: the state and the id of its last event; sent when it starts to lead, at each change of state and
+ *           each heartbeat, and in answer to `ask`, then with the events that follow the follower's last one
  *   ask     follower to leader: "I have all up to this id, what follows?"
  *
  * Ids are opaque: compared for equality, never by order. Each tab keeps its recent events. An event whose `prev` is the tab's
- * last id is the next one; one that the tab knows is dropped; any other shows that something is missing, and the tab asks.
- * If the leader does not know the tab's last id, one of the two is ahead: a page that was just loaded, or the leader. The tab
- * waits shortly, then reads what it misses from the server by a connection of its own, until the leader knows its last
- * id. Tabs do so one at a time, so that all of them together need two connections at most.
+ * last id is the next one; a known one is dropped; any other shows a gap, and the tab asks. If the leader does not know the
+ * tab's last id, one of the two is ahead. The tab waits shortly, then reads from the server by a connection of its own until
+ * the leader knows its last id. Tabs do so one at a time, so all of them need two connections at most.
  *
- * What the leader says has its `term`, a number that grows from leader to leader. So nobody listens to a tab that hung, lost
- * the lock meanwhile, and wakes with much to say. A follower takes the lock from a leader that does not answer.
+ * `term` grows from leader to leader, so nobody listens to a tab that hung, lost the lock and wakes with old messages. A
+ * follower takes the lock from a leader that does not answer.
  */
 
-/** Kept for tabs that missed something: at most so many events, of so many characters. */
+/** Kept for tabs that missed something: events, and their characters. */
 const KEPT_EVENTS = 256;
 const KEPT_SIZE = 256 * 1024;
 
-// Times are in milliseconds. Timers of background tabs may run once a minute: that makes things slower, and nothing worse.
+// In milliseconds. Timers of background tabs may run once a minute, which makes things slower and nothing worse.
 const TICK = 2_500;
-/** Without a sign of life for so long, something is wrong. What the server says about its heartbeat counts first. */
+/** The longest silence, unless the server announces another interval of heartbeats. */
 const SILENCE = 40_000;
-/** The longest time for which a busy server sends us away. */
+/** The longest `retry` of a busy server. */
 const BUSY = 120_000;
 const LONGEST_RETRY = 30_000;
-/** A stream that lived so long was a success: what fails next is a first failure. */
+/** A stream that lasted this long resets the back-off. */
 const STEADY = 10_000;
-/** How long a tab and its leader may differ before the tab asks the server, and how long that may take. */
+/** How long a tab and its leader may differ before the tab reads from the server, and how long that may take. */
 const SHORTLY = 1_000;
 const CATCH_UP = 30_000;
 
@@ -50,10 +49,10 @@ const EVENTS = ["message", "message.sent", "conversation.created", "conversation
  * @property {string} [url] by default `/api/messages`
  * @property {string} [scope] tabs of one scope share a stream: one per user, or per token where tabs have different ones
  * @property {boolean} [shared] false: a connection for this tab alone
- * @property {() => Promise<string | null>} [token] asked before each connection and sent as `?token=`; null: nobody is logged
- *   in; if it throws, it is asked again later. By default the browser's cookie counts
- * @property {() => Promise<boolean>} [refresh] asked when the credential has ended or was refused: true, try again; false, signed
- *   out; if it throws, it is asked again later. By default `POST refresh_token` beside `url`; with `token`, that is asked again
+ * @property {() => Promise<string | null>} [token] called before each connection and sent as `?token=`; null: nobody is logged
+ *   in; if it throws, it is called again later. By default the browser's cookie counts
+ * @property {() => Promise<boolean>} [refresh] called when the credential has ended or was refused: true, try again; false,
+ *   signed out; if it throws, it is called again later. By default `POST refresh_token` beside `url`, or `token` again
  * @property {string[]} [events] names of more events than the messenger's
  * @property {boolean} [withCredentials] sends the cookie to another origin
  *
@@ -63,14 +62,14 @@ const EVENTS = ["message", "message.sent", "conversation.created", "conversation
  *   | { kind: "event", term: number, entry: Entry }
  *   | { kind: "status", term: number, state: State, reason: string, cursor: string | null, answer?: Answer }} Note
  *
- * @typedef {object} Hears what a connection tells
- * @property {(cursor: string) => void} begin where a stream that had no cursor begins
+ * @typedef {object} Handlers of a connection
+ * @property {(cursor: string) => void} begin the first position of a stream without a cursor
  * @property {(entry: Entry) => void} event
  * @property {(state: State, reason: string) => void} state
- * @property {() => void} beat
+ * @property {() => void} heartbeat
  */
 
-/** What the server told; `type` is the event's name. */
+/** An event of the feed; `type` is its name. */
 export class StreamEvent extends Event {
   /** @param {string} name @param {string} id @param {any} data */
   constructor(name, id, data) {
@@ -80,13 +79,12 @@ export class StreamEvent extends Event {
   }
 }
 
-/** The state has changed. */
 export class StateEvent extends Event {
   /** @param {State} state @param {string} reason */
   constructor(state, reason) {
     super("state");
     this.state = state;
-    /** Why it is not live: `network`, `silent`, `refused`, or what the server said: `drain`, `busy`, `expired`, …; or empty. */
+    /** Why it is not live: `network`, `silent`, `refused`, or the server's: `drain`, `busy`, `expired`, …; or empty. */
     this.reason = reason;
   }
 }
@@ -103,21 +101,21 @@ export class MessengerStream extends EventTarget {
 
   /** From `start()` to `close()`. @type {AbortController | null} */
   #run = null;
-  /** While the page is not put away. @type {number | undefined} */
+  /** While the page is active. @type {number | undefined} */
   #ticking;
   /** @type {BroadcastChannel | null} */
   #channel = null;
-  /** Our place in the queue for the lock; once it is our turn, the lock. @type {AbortController | null} */
-  #place = null;
+  /** Our turn in the queue for the lock, then the lock. @type {AbortController | null} */
+  #turn = null;
   /** Of a tab that leads. @type {Connection | null} */
   #connection = null;
-  /** Of a tab that reads by itself what it misses. @type {AbortController | null} */
+  /** Of a tab that catches up by itself. @type {AbortController | null} */
   #reading = null;
 
-  /** The newest leader's, as far as we heard. */
+  /** Of the newest leader that we know. */
   #term = 0;
   #heardAt = 0;
-  /** When we asked what was not answered yet, and how many ticks ago. */
+  /** When we sent the unanswered `ask`, and how many ticks ago. */
   #askedAt = 0;
   #unanswered = 0;
   /** Since when the leader does not know our last id. */
@@ -129,7 +127,7 @@ export class MessengerStream extends EventTarget {
     const url = new URL(options.url ?? "/api/messages", document.baseURI);
     this.#options = { ...options, url };
     this.#shared = options.shared !== false && "locks" in navigator && "BroadcastChannel" in globalThis;
-    // Pages of before and after a deploy may listen to different events; then they do not share.
+    // Pages from before and after a deploy may listen to different events; then they do not share.
     this.#name = ["messenger-stream/1", url, options.scope ?? "messenger", ...(options.events ?? [])].join(" ");
     this.#history = new History(options.cursor || null);
   }
@@ -157,18 +155,18 @@ export class MessengerStream extends EventTarget {
     super.addEventListener(name, /** @type {EventListener} */ (listener), options);
   }
 
-  /** Goes on from the cursor, until `close()` or until nobody is logged in. */
+  /** Continues from the cursor, until `close()` or until nobody is logged in. */
   start() {
     if (this.#run) return;
     this.#run = new AbortController();
     const { signal } = this.#run;
-    // A page that is put away must let go of lock and channel, or the browser would end it instead of keeping it.
+    // The back/forward cache takes no page that holds a lock or a channel.
     document.addEventListener("freeze", () => this.#leave(), { signal });
     document.addEventListener("resume", () => this.#join(), { signal });
     addEventListener("pagehide", () => this.#leave(), { signal });
     addEventListener("pageshow", (event) => event.persisted && this.#join(), { signal });
     addEventListener("online", () => this.#connection?.connect("network"), { signal });
-    // The browser may be wrong about it: what arrives nevertheless makes it live again.
+    // The browser may be wrong: an event that arrives makes it live again.
     addEventListener("offline", () => this.#connection && this.#setState("offline", "network"), { signal });
     const looked = () => document.visibilityState === "visible" && this.#hurry();
     document.addEventListener("visibilitychange", looked, { signal });
@@ -176,7 +174,7 @@ export class MessengerStream extends EventTarget {
     this.#join();
   }
 
-  /** Ends the stream for this tab, at once and silently. */
+  /** Ends the stream of this tab immediately, without an event. */
   close() {
     this.#run?.abort();
     this.#run = null;
@@ -188,7 +186,7 @@ export class MessengerStream extends EventTarget {
   #join() {
     if (this.#ticking !== undefined || !this.#run) return;
     this.#heardAt = Date.now();
-    // Not all tabs at once.
+    // Jitter, so that tabs do not act together.
     this.#ticking = setInterval(() => this.#tick(), TICK * (1 + Math.random() / 5));
     if (!this.#shared) return this.#lead();
     this.#channel = new BroadcastChannel(this.#name);
@@ -203,17 +201,17 @@ export class MessengerStream extends EventTarget {
     this.#agree();
     this.#connection?.close();
     this.#connection = null;
-    this.#place?.abort();
-    this.#place = null;
+    this.#turn?.abort();
+    this.#turn = null;
     this.#channel?.close();
     this.#channel = null;
   }
 
-  /** Waits for the lock, or takes it away, and leads until we give it up or another tab takes it. */
+  /** Waits for the lock, or steals it, and leads until we release it or another tab steals it. */
   #queue(steal = false) {
     this.#unanswered = 0;
-    this.#place?.abort();
-    const { signal } = (this.#place = new AbortController());
+    this.#turn?.abort();
+    const { signal } = (this.#turn = new AbortController());
     const lead = () => {
       if (signal.aborted) return;
       const held = new Promise((release) => signal.addEventListener("abort", release));
@@ -223,7 +221,7 @@ export class MessengerStream extends EventTarget {
     navigator.locks.request(this.#name, steal ? { steal } : { signal }, lead).catch((error) => {
       if (signal.aborted) return;
       if (error.name === "AbortError") return this.#follow();
-      // There are no locks here, as in a sandboxed frame.
+      // No locks here, as in a sandboxed frame.
       this.#shared = false;
       this.#leave();
       this.#join();
@@ -237,14 +235,13 @@ export class MessengerStream extends EventTarget {
       begin: (cursor) => this.#history.restart(cursor),
       event: (entry) => this.#take(entry),
       state: (state, reason) => this.#setState(state, reason),
-      beat: () => this.#tell(),
+      heartbeat: () => this.#tell(),
     }));
-    // The state stays as it was, unless this fails: that another tab leads is nothing to worry people with.
+    // A change of leader alone does not change the state.
     this.#tell();
     connection.connect();
   }
 
-  /** Another tab leads now. */
   #follow() {
     this.#connection?.close();
     this.#connection = null;
@@ -257,14 +254,14 @@ export class MessengerStream extends EventTarget {
     this.#channel?.postMessage(note);
   }
 
-  /** Says to all how it is, if we lead. @param {Answer} [answer] */
+  /** Sends our status, if we lead. @param {Answer} [answer] */
   #tell(answer) {
     if (!this.#connection) return;
     this.#post({ kind: "status", term: this.#term, state: this.#state, reason: this.#reason, cursor: this.cursor, answer });
   }
 
   #ask(hurry = false) {
-    // One question at a time: its answer may be long.
+    // One at a time: an answer may be long.
     if (!hurry && !isOver(this.#askedAt, SHORTLY)) return;
     this.#askedAt = Date.now();
     this.#post({ kind: "ask", from: this.#tab, after: this.cursor, hurry });
@@ -280,7 +277,7 @@ export class MessengerStream extends EventTarget {
     }
     if (note.term < this.#term || (this.#connection && note.term === this.#term)) return;
     if (this.#connection) this.#follow();
-    // The leader before will not answer any more.
+    // The previous leader will not answer any more.
     if (note.term > this.#term) this.#askedAt = 0;
     this.#term = note.term;
     this.#heardAt = Date.now();
@@ -296,7 +293,7 @@ export class MessengerStream extends EventTarget {
   }
 
   /**
-   * Have we all that the leader has? Without a cursor we begin where it is.
+   * Compares our position with the leader's. Without a cursor we begin at its position.
    * @param {string | null} cursor
    * @param {Answer} [answer]
    */
@@ -320,7 +317,7 @@ export class MessengerStream extends EventTarget {
     this.#reading = null;
   }
 
-  /** The leader does not know our last id. If it is not about to learn it, we read on by ourselves. */
+  /** The leader does not know our last id. If that lasts, we read from the server. */
   #differ() {
     if (this.#state !== "live" || this.#reading) return;
     if (this.#apartSince && isOver(this.#apartSince, SHORTLY)) return this.#catchUp();
@@ -344,9 +341,9 @@ export class MessengerStream extends EventTarget {
           this.#ask();
         },
         state: (state) => (state === "offline" || state === "signed-out") && end(),
-        beat: () => this.#ask(),
+        heartbeat: () => this.#ask(),
       });
-      // Others wait for their turn. What is still missing then is asked for again.
+      // Other tabs wait for their turn.
       const late = setTimeout(end, CATCH_UP);
       const ended = new Promise((release) => signal.addEventListener("abort", release));
       connection.connect();
@@ -358,10 +355,10 @@ export class MessengerStream extends EventTarget {
     navigator.locks.request(`${this.#name} catch-up`, { signal }, read).catch(() => {});
   }
 
-  /** Gives an event to the page, and to the other tabs if we lead, if it is the next one. @param {Entry} entry */
+  /** Passes the next event to the page, and to the other tabs if we lead; drops any other. @param {Entry} entry */
   #take(entry) {
     if (!this.#run || entry.prev !== this.cursor) return;
-    // A database that was restored gives the same ids again.
+    // A restored database reuses ids.
     if (entry.name === "resync") this.#history.restart(entry.prev);
     this.#history.add(entry);
     if (this.#connection) this.#post({ kind: "event", term: this.#term, entry });
@@ -382,7 +379,6 @@ export class MessengerStream extends EventTarget {
     this.dispatchEvent(new StateEvent(state, reason));
   }
 
-  /** Somebody looks at this tab. */
   #hurry() {
     if (this.#connection) this.#connection.hurry();
     else this.#ask(true);
@@ -390,7 +386,7 @@ export class MessengerStream extends EventTarget {
 
   #tick() {
     if (this.#connection) return this.#connection.check();
-    // Counted in ticks: if it was this tab that hung, then the answer is heard before the next one.
+    // In ticks and not by the clock: if this tab hung, the answer arrives before the next tick.
     if (this.#askedAt && ++this.#unanswered > 2) return this.#queue(true);
     if (this.#askedAt || this.#apartSince || isOver(this.#heardAt, SILENCE)) this.#ask();
   }
@@ -401,7 +397,7 @@ class History {
   /** @type {Entry[]} */
   #entries = [];
   #size = 0;
-  /** The id that the first of them follows. */
+  /** The id before the first one. */
   #base;
 
   /** @param {string | null} base */
@@ -413,7 +409,7 @@ class History {
     return this.#entries.at(-1)?.id ?? this.#base;
   }
 
-  /** All that follows this id; null if it is not known. @param {string} id */
+  /** The events after this id; null if it is unknown. @param {string} id */
   after(id) {
     const at = this.#entries.map((entry) => entry.id).lastIndexOf(id);
     return at < 0 && id !== this.#base ? null : this.#entries.slice(at + 1);
@@ -443,32 +439,32 @@ class History {
 class Connection {
   #options;
   #cursor;
-  #hears;
+  #handlers;
   #isClosed = false;
   /** @type {EventSource | null} */
   #source = null;
   #attempt = new AbortController();
   /** @type {number | undefined} */
   #timer;
-  /** Doubtful: there was an answer, but no stream, and an EventSource does not say why. @type {"good" | "doubtful" | "ended"} */
+  /** Uncertain: the answer was no stream, and an EventSource does not say why. @type {"good" | "uncertain" | "ended"} */
   #credential = "good";
   #failures = 0;
   /** 0: there is no stream. */
   #readyAt = 0;
-  /** Why the server will end this stream, once it said so. */
+  /** The reason of the server's `goodbye`. */
   #goodbye = "";
-  /** Why the last one ended. */
+  /** Why the last stream ended. */
   #reason = "";
-  /** When something happened, and within which time something must happen again. */
+  /** The last sign of life, and how long the next one may take. */
   #heardAt = 0;
   #patience = SILENCE;
   #silence = SILENCE;
 
-  /** @param {Omit<Options, "url"> & { url: URL }} options @param {string | null} cursor @param {Hears} hears */
-  constructor(options, cursor, hears) {
+  /** @param {Omit<Options, "url"> & { url: URL }} options @param {string | null} cursor @param {Handlers} handlers */
+  constructor(options, cursor, handlers) {
     this.#options = options;
     this.#cursor = cursor;
-    this.#hears = hears;
+    this.#handlers = handlers;
   }
 
   close() {
@@ -476,7 +472,7 @@ class Connection {
     this.#drop();
   }
 
-  /** Makes a new connection now; if there is one, it is given up for this reason. @param {string} [reason] */
+  /** Connects now; `reason` says why an open connection is abandoned. @param {string} [reason] */
   async connect(reason) {
     if (reason) this.#end(reason);
     if (this.#isClosed) return;
@@ -487,19 +483,19 @@ class Connection {
       const address = await this.#address(signal);
       if (signal.aborted) return;
       if (address) this.#listen(address);
-      else this.#hears.state("signed-out", this.#reason);
+      else this.#handlers.state("signed-out", this.#reason);
     } catch (error) {
       if (!signal.aborted) this.#retry(error instanceof TypeError ? "network" : "refused");
     }
   }
 
-  /** Somebody is waiting. What has just begun, and a server that is busy, are left alone. */
+  /** The user is waiting: connects now, unless an attempt has just begun or the server is busy. */
   hurry() {
     this.check();
     if (!this.#readyAt && !isBusy(this.#reason) && isOver(this.#heardAt, SHORTLY)) this.connect();
   }
 
-  /** Gives up what has fallen silent: the network swallows everything, or the laptop slept. */
+  /** Replaces a silent connection: a dead network, or a laptop that slept. */
   check() {
     if (isOver(this.#heardAt, this.#patience)) this.connect("silent");
   }
@@ -517,11 +513,11 @@ class Connection {
     this.#source = null;
   }
 
-  /** Makes a new connection soon; after each failure, later. @param {string} reason */
+  /** Connects later, with back-off. @param {string} reason */
   #retry(reason) {
     this.#end(reason);
     this.#drop();
-    // A credential that is about to end can be renewed now, and not a second later.
+    // A credential that is about to end is renewed without a delay.
     const isUrgent = this.#credential === "ended" && this.#failures === 0;
     const longest = Math.min(LONGEST_RETRY, 1_000 * 2 ** this.#failures++);
     const delay = isUrgent ? 0 : longest * (0.5 + Math.random() / 2);
@@ -529,7 +525,7 @@ class Connection {
     this.#expectWithin(delay + SILENCE);
   }
 
-  /** A stream has ended, which is usual, or there was none, which is being offline. @param {string} reason */
+  /** A stream ended, which is usual, or none came, which means offline. @param {string} reason */
   #end(reason) {
     if (this.#isClosed) return;
     const readyAt = this.#readyAt;
@@ -537,10 +533,10 @@ class Connection {
     this.#readyAt = 0;
     this.#goodbye = "";
     this.#reason = reason;
-    this.#hears.state(readyAt && !isBusy(reason) ? "connecting" : "offline", reason);
+    this.#handlers.state(readyAt && !isBusy(reason) ? "connecting" : "offline", reason);
   }
 
-  /** Where to connect, with a credential that may be good; null when nobody is logged in. @param {AbortSignal} signal */
+  /** The address with a credential; null when nobody is logged in. @param {AbortSignal} signal */
   async #address(signal) {
     const { token, withCredentials } = this.#options;
     const url = new URL(this.#options.url);
@@ -553,7 +549,7 @@ class Connection {
       return text !== null;
     };
 
-    if (this.#credential === "doubtful") {
+    if (this.#credential === "uncertain") {
       if (!(await addToken())) return null;
       const headers = { Accept: "text/event-stream" };
       const credentials = withCredentials ? "include" : "same-origin";
@@ -588,25 +584,25 @@ class Connection {
     const on = (name, handle) =>
       source.addEventListener(name, (event) => {
         this.#expectWithin(this.#silence);
-        if (this.#readyAt) this.#hears.state("live", "");
+        if (this.#readyAt) this.#handlers.state("live", "");
         handle(event);
       });
 
     on("ready", ({ data }) => {
       const { cursor, heartbeatSeconds } = JSON.parse(data);
       if (heartbeatSeconds > 0) this.#silence = heartbeatSeconds * 2_500;
-      if (this.#cursor === null) this.#hears.begin((this.#cursor = cursor));
+      if (this.#cursor === null) this.#handlers.begin((this.#cursor = cursor));
       this.#readyAt = Date.now();
-      this.#hears.state("live", "");
+      this.#handlers.state("live", "");
     });
     for (const name of [...EVENTS, ...events]) {
       on(name, ({ lastEventId: id, data: text }) => {
         const prev = this.#cursor;
         this.#cursor = id;
-        this.#hears.event({ prev, id, name, text });
+        this.#handlers.event({ prev, id, name, text });
       });
     }
-    on("heartbeat", () => this.#hears.beat());
+    on("heartbeat", () => this.#handlers.heartbeat());
     on("goodbye", ({ data }) => {
       const { reason, reconnect } = JSON.parse(data);
       this.#goodbye = reason;
@@ -616,10 +612,10 @@ class Connection {
     });
     source.onerror = () => {
       if (source.readyState === EventSource.CLOSED) {
-        this.#credential = "doubtful";
+        this.#credential = "uncertain";
         this.#retry("refused");
       } else {
-        // The browser connects again by itself, when the server said.
+        // The browser reconnects by itself after the server's `retry`.
         const reason = this.#goodbye || "network";
         this.#expectWithin(SILENCE + (isBusy(reason) ? BUSY : 0));
         this.#end(reason);
@@ -628,7 +624,7 @@ class Connection {
   }
 }
 
-/** The server has no room for the stream, or gave it to a newer one; it says when to come back. @param {string} reason */
+/** Over a limit: the server's `retry` is minutes. @param {string} reason */
 const isBusy = (reason) => reason === "busy" || reason === "replaced";
 
 /** Clocks may be set back. @param {number} since @param {number} time */

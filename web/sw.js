@@ -1,5 +1,5 @@
-// The original client of this protocol left a service worker of this name in browsers, which goes on serving its old
-// files. This one takes its place at the browser's next look, removes what that one kept, and then itself.
+// The original client left a service worker of this name in browsers, which still serves its old files. This one replaces
+// it, deletes its caches, and unregisters itself.
 
 self.addEventListener("install", () => self.skipWaiting());
 

@@ -1,9 +1,9 @@
-// What people write, and how it is shown: measured as the server measures it, links found in it, times in words. All pure.
+// Texts and times for display: measured as the server does, with links, times in words. Pure functions.
 
-/** Unicode code points that a message may have. */
+/** Code points. */
 export const LONGEST = 480;
 
-/** What the server will make of a text before it measures it. @param {string} text */
+/** As the server normalises a text before it measures it. @param {string} text */
 export function normalise(text) {
   return text
     // Half a character cannot be sent.
@@ -17,14 +17,13 @@ export function normalise(text) {
 /** @param {string} text */
 export const codePoints = (text) => [...text].length;
 
-// An address ends at white space, at what cannot be in one, and at marks that turn the direction of writing: those could make it
-// look like another.
+// An address ends at white space, invalid characters, and direction marks, which could make it look like another.
 const ADDRESS = /\bhttps?:\/\/[^\s<>"\p{Cc}\u200e\u200f\u202a-\u202e\u2066-\u2069]+/giu;
 const PUNCTUATION = /[.,;:!?'*_~\u2026\u3001\u3002\uff01\uff0c\uff1f]$/u;
 const BRACKETS = new Map([[")", "("], ["]", "["], ["}", "{"], ["\uff09", "\uff08"], ["\u300d", "\u300c"]]);
 
 /**
- * A text in parts: each is plain or an address to link to. Together they are the text, unchanged: nothing is decoded.
+ * Splits a text into plain parts and links, which together are the text, unchanged.
  *
  * @param {string} text
  * @returns {{ text: string, link: boolean }[]}
@@ -43,7 +42,7 @@ export function parts(text) {
   return found;
 }
 
-/** "(see https://example.org/a_(b))." ends with what belongs to the sentence. @param {string} address */
+/** Of "(see https://example.org/a_(b))." the last two characters belong to the sentence. @param {string} address */
 function withoutTail(address) {
   for (;;) {
     const last = address.at(-1) ?? "";
@@ -57,7 +56,7 @@ function withoutTail(address) {
 /** @param {string} text @param {string} character */
 const count = (text, character) => text.split(character).length - 1;
 
-/** With a user in it, an address can pretend to lead elsewhere: `https://bank.example@evil.example`. @param {string} address */
+/** A user name can disguise an address: `https://bank.example@evil.example`. @param {string} address */
 function isSafe(address) {
   try {
     const url = new URL(address);
@@ -83,7 +82,7 @@ export const clock = (time) => CLOCK.format(new Date(time));
 /** @param {string | number} time */
 export const moment = (time) => MOMENT.format(new Date(time));
 
-/** Days from that day to today, by the calendar here. @param {Date} date */
+/** Calendar days from that day to today. @param {Date} date */
 function daysAgo(date) {
   const midnight = (/** @type {Date} */ d) => Date.UTC(d.getFullYear(), d.getMonth(), d.getDate());
   return Math.round((midnight(new Date()) - midnight(date)) / 86_400_000);

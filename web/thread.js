@@ -1,13 +1,13 @@
-// The messages of one conversation as far as they are known: pages read by REST, joined with what the stream tells. Promises
-// that they stand in the server's order, each once, without a hole. Ids are compared for equality only.
+// The known messages of a conversation: REST pages joined with stream events, in the server's order, each once, without a gap.
+// Ids are compared for equality only.
 
 /** @typedef {import("./api.js").Message} Message */
 
 export const PAGE = 50;
-/** More pages than this are not read again to restore what was on screen. */
+/** At most so many pages are read again to restore the screen. */
 const MOST_PAGES = 10;
 
-/** The index of the last that fits, or -1. @template T @param {T[]} list @param {(item: T) => boolean} fits */
+/** The index of the last match, or -1. @template T @param {T[]} list @param {(item: T) => boolean} fits */
 export function lastIndex(list, fits) {
   for (let index = list.length - 1; index >= 0; index -= 1) if (fits(/** @type {T} */ (list[index]))) return index;
   return -1;
@@ -19,26 +19,26 @@ export class Thread {
   /** @type {"loading" | "ready" | "gone"} */
   state = "loading";
   hasOlder = false;
-  /** Whether older messages are being read right now. */
+  /** Whether older messages are loading. */
   older = false;
-  /** Whether a read failed and will be tried again. */
+  /** A read failed and is retried. */
   waiting = false;
 
   #read;
   #tell;
-  /** So many messages at the front came in pages; the others were told by the stream after those. */
+  /** How many messages at the front came in pages; the stream delivered the others. */
   #paged = 0;
-  /** @type {Message[] | null} What the stream told while the newest page was on its way. */
+  /** @type {Message[] | null} Messages buffered while the newest page loads. */
   #held = null;
   /** @type {string | null} */
   #readByOther = null;
-  /** Counts loads: an answer to an earlier one is too late. */
+  /** Counts loads: answers to earlier ones are dropped. */
   #load = 0;
 
   /**
    * @param {string} id
    * @param {(query: string, waiting: () => void) => Promise<Message[]>} read Reads a page, newest first, until it succeeds.
-   * @param {() => void} tell Something has changed.
+   * @param {() => void} tell Called at each change.
    */
   constructor(id, read, tell) {
     this.id = id;
@@ -47,15 +47,14 @@ export class Thread {
   }
 
   /**
-   * Reads the newest messages, and, when there were some before, as many as there were. Until then the old ones stay and new ones
-   * are still shown.
+   * Reads the newest messages, as many as there were. Until then the old ones stay, and new ones are added.
    *
-   * @returns {Promise<boolean>} Whether this load was the last one, and succeeded.
+   * @returns {Promise<boolean>} Whether this was the last load, and succeeded.
    */
   async load() {
     const load = (this.#load += 1);
     const wanted = Math.min(this.messages.length, PAGE * MOST_PAGES);
-    // What was told before now is in the page, because it is asked for only now.
+    // Earlier messages are in the page, which is requested only now.
     this.#held = [];
     this.older = false;
     /** @type {Message[]} */
@@ -78,7 +77,7 @@ export class Thread {
     }
     const paged = newestFirst.reverse();
     const known = new Set(paged.map((message) => message.id));
-    // What was told before a message of the page is in it or older than it.
+    // Messages before one of the page are in it, or older.
     const after = this.#held.slice(lastIndex(this.#held, (message) => known.has(message.id)) + 1);
     this.messages = paged.concat(after);
     this.#paged = paged.length;
@@ -90,7 +89,6 @@ export class Thread {
     return true;
   }
 
-  /** Reads the page before the oldest message. */
   async loadOlder() {
     if (this.state !== "ready" || this.older || !this.hasOlder || this.#held) return;
     const load = this.#load;
@@ -118,13 +116,13 @@ export class Thread {
     });
   }
 
-  /** Takes a message that the stream tells. @param {Message} message */
+  /** Adds a message from the stream. @param {Message} message */
   append(message) {
     this.#held?.push(message);
     const at = lastIndex(this.messages, (known) => known.id === message.id);
     if (at >= this.#paged) return;
     if (at >= 0) {
-      // The page was ahead of the stream. So all that the stream told since is in the page too, or older.
+      // The page was ahead of the stream, so all that the stream added is in the page too, or older.
       this.messages.length = this.#paged;
     } else {
       this.messages.push(message);
@@ -138,8 +136,8 @@ export class Thread {
   }
 
   /**
-   * How many messages, from the oldest known one on, the other has read, given the newest id that they are said to have
-   * read. It never gets less: an id that is not here says nothing.
+   * How many messages, from the oldest known one on, the other has read up to this id. It never decreases: an unknown id is
+   * ignored.
    *
    * @param {string | null} id
    */

@@ -1,4 +1,4 @@
-// How to log in: the ways that this server offers.
+// The login page.
 
 import { get, keepTrying, post, sentence } from "../api.js";
 import { h } from "../dom.js";

@@ -1,4 +1,4 @@
-// Where the provider sends people back to: turns the code in the address into a session, or the error there into a sentence.
+// The provider's callback: turns the code in the address into a session, or the error into a sentence.
 
 import { ApiError, passes, pause, post, sentence } from "../api.js";
 import { who } from "../storage.js";
@@ -26,7 +26,7 @@ export async function exchange(query) {
       who.set(body.authUser.id);
       return "";
     } catch (thrown) {
-      // An answer that was lost may have used the code up; then the next try is refused, and the cookie tells who is logged in.
+      // A lost answer may have used up the code; then the next attempt is refused, and the cookie decides.
       if (passes(thrown) && tries < 2) await pause(1000);
       else if (!(thrown instanceof ApiError && thrown.status === 401)) return sentence(thrown);
       else return tries > 0 ? "" : "That login link was used already or is too old. Please try again.";

@@ -1,5 +1,5 @@
-// One conversation: its messages, and the field to write one. Promises that what one looks at stays where it is, whatever
-// comes above or below it, and that the newest stays in view for whoever is at the end.
+// A conversation and its composer. What the reader looks at stays in place whatever is added above or below; at the end, the
+// newest message stays in view.
 
 import { post, weather } from "../api.js";
 import { h, icon, reconcile, setAttribute, setText } from "../dom.js";
@@ -13,15 +13,15 @@ import { lastIndex } from "../thread.js";
  * @typedef {MessageItem | { kind: "day" | "new" | "top", key: string, text: string }} Item
  */
 
-/** So near to the end is at the end. */
+/** This near to the end counts as the end. */
 const NEAR = 32;
-/** So near to the beginning, what is before it is read. */
+/** This near to the beginning, older messages are loaded. */
 const AHEAD = 800;
 /** Glancing at a conversation is not reading it. */
 const READ_AFTER_MS = 250;
 /** Messages of one person within this time belong together. */
 const TOGETHER_MS = 5 * 60_000;
-/** From here on one is told how much room is left. */
+/** From here on the remaining room is shown. */
 const NEARLY_FULL = LONGEST - 60;
 
 const MARKS = {
@@ -37,8 +37,7 @@ export function conversationPage({ session, signal, setTitle, fail }, id) {
   const face = h("span", { class: "avatar", "aria-hidden": "true" });
   const heading = h("h1", { tabindex: -1, dir: "auto" });
   const bar = h("div", { class: "bar" }, backLink(), face, heading);
-  // A log tells screen readers all that is added; history and one's own words need no telling, so the shell announces what is
-  // new.
+  // Not a log: it would announce history and own messages too. The shell announces what is new.
   const list = h("ol", { class: "messages scroll", role: "log", "aria-label": "Messages", "aria-live": "off", tabindex: 0 });
   const fresh = h("span", { class: "count" });
   const jump = h("button", { type: "button", class: "jump", hidden: true },
@@ -56,7 +55,7 @@ export function conversationPage({ session, signal, setTitle, fail }, id) {
   let rows = [];
   /** @type {WeakMap<HTMLElement, string>} What they show. */
   const drawn = new WeakMap();
-  /** Whether the end is in view and is to stay so. */
+  /** Whether to stay at the end. */
   let stick = true;
   let size = { inner: 0, outer: 0 };
   /** @type {string | null | undefined} The newest message that was in view; `undefined` before there was any view. */
@@ -65,7 +64,7 @@ export function conversationPage({ session, signal, setTitle, fail }, id) {
   let divider = null;
   let named = "";
 
-  // --- Where one looks -----------------------------------------------------------------------------------------------------
+  // --- Scroll position -----------------------------------------------------------------------------------------------------
 
   const atEnd = () => list.scrollHeight - list.scrollTop - list.clientHeight < NEAR;
 
@@ -92,7 +91,7 @@ export function conversationPage({ session, signal, setTitle, fail }, id) {
     showDay();
   }
 
-  /** Days stick to the top while one is in them. Of those that stick, the last one is seen. */
+  /** Days are sticky; of those at the top only the last is visible. */
   function showDay() {
     /** @type {NodeListOf<HTMLElement>} */
     const days = list.querySelectorAll(".day");
@@ -126,14 +125,13 @@ export function conversationPage({ session, signal, setTitle, fail }, id) {
     if (list.scrollTop < AHEAD && list.clientHeight > 0) thread.loadOlder().catch(() => {});
   }
 
-  // --- What one has read ---------------------------------------------------------------------------------------------------
+  // --- Read position -------------------------------------------------------------------------------------------------------
 
   let timer = 0;
   let reading = false;
-  /** @type {string | undefined} The newest message when the server was told last. */
-  let told;
+  /** @type {string | undefined} The newest message when the read mark was sent last. */
+  let marked;
 
-  /** Somebody looks at the newest message, or does not. */
   function attend() {
     if (signal.aborted) return;
     const looks = document.visibilityState === "visible" && stick && thread.state === "ready";
@@ -143,22 +141,22 @@ export function conversationPage({ session, signal, setTitle, fail }, id) {
     if (looks && isUnread()) timer = setTimeout(tell, READ_AFTER_MS);
   }
 
-  const isUnread = () => (model.conversations.get(id)?.unreadCount ?? 0) > 0 && thread.messages.at(-1)?.id !== told;
+  const isUnread = () => (model.conversations.get(id)?.unreadCount ?? 0) > 0 && thread.messages.at(-1)?.id !== marked;
 
   async function tell() {
     if (reading || signal.aborted) return;
     reading = true;
     const newest = thread.messages.at(-1)?.id;
     try {
-      // Goes on when one leaves: it was read all the same.
+      // Continues after the page is left: it was read all the same.
       await post(`/api/conversations/${encodeURIComponent(id)}/read_messages`, undefined, { signal: session.signal });
-      told = newest;
+      marked = newest;
     } catch {
-      // The next good moment, message or look tries again.
+      // The next message, visit or `again` retries.
     } finally {
       reading = false;
     }
-    if (told === newest) attend();
+    if (marked === newest) attend();
   }
   document.addEventListener("visibilitychange", attend, { signal });
   weather.addEventListener("again", attend, { signal });
@@ -175,7 +173,7 @@ export function conversationPage({ session, signal, setTitle, fail }, id) {
     setText(fresh, count ? `${count} new` : "");
   }
 
-  // --- What is on screen ---------------------------------------------------------------------------------------------------
+  // --- Messages ------------------------------------------------------------------------------------------------------------
 
   /** @returns {Item[]} */
   function items() {
@@ -188,7 +186,7 @@ export function conversationPage({ session, signal, setTitle, fail }, id) {
       state: !message.mine ? "" : index < read ? "read" : "sent", error: "",
     }));
     for (const entry of outbox.shown(id)) {
-      // Told by a page before the stream could tell it.
+      // In a page before the stream delivered it.
       if (entry.messageId && thread.has(entry.messageId)) continue;
       all.push({
         kind: "message", key: entry.key, id: entry.messageId,
@@ -254,7 +252,7 @@ export function conversationPage({ session, signal, setTitle, fail }, id) {
       divider = thread.messages[first]?.id ?? null;
       seen = thread.messages[first - 1]?.id ?? null;
     }
-    // Somebody may have scrolled since, and not have been heard yet.
+    // A scroll event may be pending.
     if (list.scrollHeight === size.inner && list.clientHeight === size.outer) stick = atEnd();
     attend();
     if (model.attended !== id) {
@@ -302,7 +300,7 @@ export function conversationPage({ session, signal, setTitle, fail }, id) {
       return;
     }
     if (item.kind !== "message") return setText(/** @type {Element} */ (row.firstElementChild), item.text);
-    // Most are as they were, and there may be thousands.
+    // Most are unchanged, and there may be thousands.
     const now = JSON.stringify(item);
     if (drawn.get(row) === now) return;
     drawn.set(row, now);
@@ -335,7 +333,7 @@ export function conversationPage({ session, signal, setTitle, fail }, id) {
     /** @param {() => void} action */
     const then = (action) => () => {
       action();
-      // The button is gone.
+      // The focused button is gone.
       field.focus();
     };
     row.append(h("div", { class: "failure" }, h("span", { role: "alert" }, `Not sent. ${item.error}`),
@@ -343,7 +341,7 @@ export function conversationPage({ session, signal, setTitle, fail }, id) {
       h("button", { type: "button", class: "plain", click: then(() => outbox.drop(item.key)) }, "Discard")));
   }
 
-  // --- What one writes -----------------------------------------------------------------------------------------------------
+  // --- Composer ------------------------------------------------------------------------------------------------------------
 
   const grows = CSS.supports("field-sizing", "content");
 
@@ -363,7 +361,7 @@ export function conversationPage({ session, signal, setTitle, fail }, id) {
     drawer.set(draft, field.value);
     measure();
   });
-  // Another tab has sent its draft; this one is still to be kept.
+  // Another tab sent its draft; this one is still stored.
   drawer.listen((name, value) => name === draft && !value && drawer.set(draft, field.value), signal);
   field.addEventListener("keydown", (event) => {
     if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;

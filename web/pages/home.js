@@ -1,4 +1,4 @@
-// The list alone, or beside it, where there is room, a word of welcome.
+// The list, and where there is room a welcome beside it.
 
 import { h } from "../dom.js";
 

@@ -1,5 +1,3 @@
-// For addresses that lead nowhere.
-
 import { h } from "../dom.js";
 import { backLink } from "../shell.js";
 

@@ -1,4 +1,4 @@
-// Where this user is logged in, and how to end that.
+// The user's sessions.
 
 import { ApiError, get, keepTrying, request, sentence } from "../api.js";
 import { h, icon, reconcile, setText } from "../dom.js";
@@ -71,7 +71,7 @@ export function sessionsPage({ signal }) {
     }
     announce(done);
     await load();
-    // The button is gone, and the focus must be somewhere.
+    // The focused button is gone.
     if (document.activeElement === document.body) heading.focus();
   };
   others.addEventListener("click", () => act("/api/sessions", "All other devices are logged out"));
