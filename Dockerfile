@@ -1,16 +1,16 @@
 # The images of both services, a target each: `docker build --target api .`, `docker build --target stream-gateway .`.
-# What they promise to k8s/ and docker-compose.yml: the entry point is the binary, it runs as user 65532, needs no shell, writes
-# nowhere, and finds public certificates in /etc/ssl/certs.
+# k8s/ and docker-compose.yml rely on this: the entry point is the binary, it runs as user 65532, needs no shell, writes nowhere,
+# and finds public certificates in /etc/ssl/certs.
 #
-# Nothing here needs more than BuildKit as Docker 20.10 has it.
+# BuildKit of Docker 20.10 suffices.
 
-# Where either comes from: by digest where a build must be the same next year, from a mirror where there is no way out.
+# By digest where builds must be reproducible, from a mirror where there is no internet.
 ARG RUST=rust:1.95-bookworm
 # libc, libgcc, certificates, time zones, and no shell. The same Debian as above, for the same libc.
 ARG RUNTIME=gcr.io/distroless/cc-debian12:nonroot
 
 
-# --- all that others wrote: built again only when a manifest or the lock file changes ----------------------------------
+# --- dependencies: built again only when a manifest or the lock file changes -------------------------------------------
 FROM ${RUST} AS dependencies
 WORKDIR /src
 # No line tables, which are two thirds of a binary; the names of functions stay, for backtraces.
@@ -27,8 +27,8 @@ COPY shared/protocol/Cargo.toml shared/protocol/
 COPY shared/service-kit/Cargo.toml shared/service-kit/
 COPY shared/testkit/Cargo.toml shared/testkit/
 COPY stream-gateway/Cargo.toml stream-gateway/
-# Every member of the workspace must be there for the lock file to hold, so each is an empty library here. What is built of
-# ours is thrown away again: it is newer than the real sources, and would be taken for them.
+# The lock file needs every workspace member, so each is an empty library here. Our part of the build is deleted again: it is newer
+# than the real sources and would replace them.
 RUN --mount=type=cache,target=/usr/local/cargo/registry,sharing=locked \
     for member in */Cargo.toml shared/*/Cargo.toml; do mkdir "${member%Cargo.toml}src" && touch "${member%Cargo.toml}src/lib.rs" || exit; done \
     && cargo build --release --locked --package api --package stream-gateway \
@@ -36,14 +36,14 @@ RUN --mount=type=cache,target=/usr/local/cargo/registry,sharing=locked \
 
 
 # --- ours --------------------------------------------------------------------------------------------------------------
-# Both in one build: each alone would have the dependencies with other features.
+# Both in one build: alone, each would build the dependencies with other features.
 FROM dependencies AS build
 COPY shared/protocol/src shared/protocol/src
 COPY shared/service-kit/src shared/service-kit/src
 COPY api api
 COPY stream-gateway/src stream-gateway/src
 COPY web web
-# A layer holds the times of the binaries: from the same sources the same bytes, whenever they were built.
+# Fixed times: the same sources give the same layer.
 RUN --mount=type=cache,target=/usr/local/cargo/registry,sharing=locked \
     cargo build --release --locked --package api --package stream-gateway \
     && install -D --target-directory=/out target/release/api target/release/stream-gateway \
@@ -56,11 +56,11 @@ COPY --from=build /out/stream-gateway /usr/local/bin/stream-gateway
 USER 65532:65532
 # Streams; operators.
 EXPOSE 8090 8092
-# Only that the process answers: what restarts unhealthy containers must not do it because a dependency is away.
+# Liveness only: no container may be restarted because a dependency is away.
 HEALTHCHECK --interval=10s --timeout=3s --start-period=30s --retries=3 \
     CMD ["/usr/local/bin/stream-gateway", "healthcheck", "livez"]
 ENTRYPOINT ["/usr/local/bin/stream-gateway"]
-# Last, so that a new revision is no new layer.
+# Last, so that a new revision makes no new layer.
 ARG VERSION=dev
 ARG REVISION=unknown
 ARG SOURCE=
