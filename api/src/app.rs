@@ -125,7 +125,7 @@ pub async fn prune(postgres: PgConnectOptions, keep: Keep) -> anyhow::Result<()>
 /// Serves until `stop`, then ends in order: unready, still serving while the word spreads; then no new connections, requests
 /// in progress finish; then what they caused is published.
 pub async fn run(config: Config, listeners: Listeners, stop: CancellationToken) -> anyhow::Result<()> {
-    let (metrics, registry) = Metrics::new();
+    let (metrics, registry) = Metrics::of_service();
     let judgement = Judgement::new();
     let tasks = Tasks::default();
     let limits = Limits {
@@ -140,7 +140,7 @@ pub async fn run(config: Config, listeners: Listeners, stop: CancellationToken) 
     let _stop_ops_on_failure = stop_ops.clone().drop_guard();
     let conflicts = metrics.database_conflicts.clone();
     let database = Database::new(config.database.clone(), config.database_pool_size, conflicts);
-    let operators = ops::routes(registry, tasks.clone(), {
+    let operators = ops::routes(registry.into(), tasks.clone(), {
         let judgement = judgement.clone();
         move || judgement.get()
     });
@@ -173,7 +173,7 @@ pub async fn run(config: Config, listeners: Listeners, stop: CancellationToken) 
         }
     }
 
-    metrics.pool_most.set(i64::try_from(config.database_pool_size).unwrap_or(i64::MAX));
+    metrics.database_connections_limit.set(i64::try_from(config.database_pool_size).unwrap_or(i64::MAX));
     let (limiter, counting) = Limiter::new(
         config.redis.clone(),
         config.channels.clone(),

@@ -111,7 +111,7 @@ pub async fn run(database: Database, keep: Keep, metrics: Metrics, stop: Cancell
         loop {
             let step = prune_after(&database, keep, after).await;
             let more = step.map(|Step { deleted, next }| {
-                metrics.feed_pruned.inc_by(deleted);
+                metrics.pruned_events.inc_by(deleted);
                 after = next.unwrap_or(UserId(0));
                 next.is_some()
             });
@@ -123,7 +123,7 @@ pub async fn run(database: Database, keep: Keep, metrics: Metrics, stop: Cancell
         loop {
             let step = prune_sessions_after(&database, after).await;
             let more = step.map(|(deleted, next)| {
-                metrics.sessions_pruned.inc_by(deleted);
+                metrics.pruned_sessions.inc_by(deleted);
                 after = next.unwrap_or(SessionId(0));
                 next.is_some()
             });

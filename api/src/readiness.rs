@@ -69,8 +69,8 @@ pub async fn watch(
             connection = None;
         }
         let (in_use, idle) = database.connections();
-        metrics.pool_in_use.set(i64::try_from(in_use).unwrap_or(i64::MAX));
-        metrics.pool_idle.set(i64::try_from(idle).unwrap_or(i64::MAX));
+        metrics.database_connections_used.set(i64::try_from(in_use).unwrap_or(i64::MAX));
+        metrics.database_connections_idle.set(i64::try_from(idle).unwrap_or(i64::MAX));
         let redis = metrics.redis_connected.get() == 1;
         match (answers, redis) {
             (false, _) => judgement.set(false, "Postgres does not answer"),

@@ -1,74 +1,143 @@
-//! Each alert has its entry in the runbook, and neither alerts nor dashboard speak of metrics that no service has.
+//! docs/metrics.md is made from the metrics that the services register, and everything that reads metrics reads ones that exist.
 
-use std::collections::BTreeSet;
-use std::fs;
-use std::path::Path;
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fmt::Write,
+    fs,
+    path::{Path, PathBuf},
+};
 
-fn read(path: &str) -> String {
-    fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("..").join(path))
-        .expect("the file is in the workspace")
+use prometheus_client::{encoding::text, registry::Registry};
+use service_kit::metrics::Sample;
+
+const UPDATE: &str = "run: UPDATE_REFERENCE=1 cargo test --workspace --test monitoring";
+
+fn path(file: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("..").join(file)
 }
 
-/// The texts between double quotes that follow this one.
-fn quoted_after<'a>(text: &'a str, before: &'a str) -> impl Iterator<Item = &'a str> {
-    text.split(before).skip(1).filter_map(|rest| rest.trim_start().strip_prefix('"')?.split('"').next())
+fn read(file: &str) -> String {
+    fs::read_to_string(path(file)).expect("the file is in the workspace")
 }
 
-/// Names without the endings that a metric's type gives them.
-fn declared() -> BTreeSet<String> {
-    let mut names = BTreeSet::new();
-    let shared = ["limiter.rs", "server/metrics.rs", "traces.rs"]
-        .map(|file| read(&format!("shared/service-kit/src/{file}")));
-    let shared = shared.concat();
-    for (prefix, source) in
-        [("api", read("api/src/metrics.rs")), ("gateway", read("stream-gateway/src/metrics.rs"))]
-    {
-        let own = quoted_after(&source, ".register(");
-        names.extend(own.chain(quoted_after(&shared, ".register(")).map(|name| format!("{prefix}_{name}")));
-        for (name, call) in
-            quoted_after(&source, ".register_with_unit(").zip(source.split(".register_with_unit(").skip(1))
+struct Metric {
+    name: String,
+    kind: String,
+    labels: String,
+    help: String,
+}
+
+/// What `/metrics` of a service contains once everything has been counted.
+fn exposed(metrics: &impl Sample, registry: &Registry) -> Vec<Metric> {
+    metrics.sample();
+    let mut text = String::new();
+    text::encode(&mut text, registry).expect("writing to a string does not fail");
+    let mut helps = BTreeMap::new();
+    let mut exposed = Vec::new();
+    for line in text.lines() {
+        if let Some((name, help)) = line.strip_prefix("# HELP ").and_then(|rest| rest.split_once(' ')) {
+            helps.insert(name, help.trim_end_matches('.'));
+        } else if let Some((name, kind)) = line.strip_prefix("# TYPE ").and_then(|rest| rest.split_once(' '))
         {
-            let unit = call.split("Unit::").nth(1).and_then(|rest| rest.split(',').next()).expect("a unit");
-            names.insert(format!("{prefix}_{name}_{}", unit.to_lowercase()));
+            let sample = text.lines().find(|line| {
+                line.strip_prefix(name).is_some_and(|rest| {
+                    ["{", " ", "_total", "_bucket"].iter().any(|next| rest.starts_with(next))
+                })
+            });
+            let labels =
+                sample.and_then(|line| line.split_once('{')?.1.split_once('}')).map_or("", |(set, _)| set);
+            let labels = labels.split(',').filter_map(|label| Some(label.split_once('=')?.0));
+            let labels: Vec<_> =
+                labels.filter(|label| *label != "le").map(|label| format!("`{label}`")).collect();
+            let suffix = if kind == "counter" { "_total" } else { "" };
+            exposed.push(Metric {
+                name: format!("{name}{suffix}"),
+                kind: kind.to_owned(),
+                labels: labels.join(", "),
+                help: helps[name].to_owned(),
+            });
         }
     }
-    let process = read("shared/service-kit/src/process_metrics.rs");
-    let quoted = process.split('"').skip(1).step_by(2);
-    names.extend(
-        quoted
-            .filter(|text| text.starts_with("process_") || text.starts_with("messenger_"))
-            .map(str::to_owned),
-    );
-    assert!(names.len() > 40, "metrics are declared in another way: {names:?}");
-    names
+    assert!(exposed.len() > 20, "{text}");
+    exposed
 }
 
-/// Every name in an expression that looks like one of ours.
+fn of_api() -> Vec<Metric> {
+    let (metrics, registry) = api::metrics::Metrics::of_service();
+    exposed(&metrics, &registry)
+}
+
+fn of_gateway() -> Vec<Metric> {
+    let (metrics, registry) = stream_gateway::metrics::Metrics::of_service();
+    exposed(&metrics, &registry)
+}
+
+fn of_both() -> impl Iterator<Item = Metric> {
+    of_api().into_iter().chain(of_gateway())
+}
+
+#[test]
+fn metrics_table_is_up_to_date() {
+    let mut table = String::from(
+        "# Metrics\n\nBoth services expose these at `/metrics` on `OPS_LISTEN`. The table is generated from the code.\n\
+         `monitoring/` has alerts and a dashboard for them; [the runbook](runbook.md) says what to do.\n",
+    );
+    let own = |prefix: &'static str| move |metric: &Metric| metric.name.starts_with(prefix);
+    let sections = [
+        ("api", of_api().into_iter().filter(own("messenger_api_")).collect::<Vec<_>>()),
+        ("stream-gateway", of_gateway().into_iter().filter(own("messenger_gateway_")).collect()),
+        ("Both", of_api().into_iter().filter(|m| !own("messenger_api_")(m)).collect()),
+    ];
+    for (title, metrics) in sections {
+        write!(table, "\n## {title}\n\n| Metric | Type | Labels | Meaning |\n|---|---|---|---|\n").unwrap();
+        for Metric { name, kind, labels, help } in metrics {
+            writeln!(table, "| `{name}` | {kind} | {labels} | {help} |").unwrap();
+        }
+    }
+    if std::env::var_os("UPDATE_REFERENCE").is_some() {
+        fs::write(path("docs/metrics.md"), &table).unwrap();
+    }
+    assert_eq!(fs::read_to_string(path("docs/metrics.md")).unwrap_or_default(), table, "{UPDATE}");
+}
+
+/// The words in this text that are names of metrics.
 fn used(text: &str) -> BTreeSet<&str> {
     let words = text.split(|c: char| !c.is_ascii_alphanumeric() && c != '_');
-    let ours = ["api_", "gateway_", "process_", "messenger_"];
-    words.filter(|word| ours.iter().any(|prefix| word.starts_with(prefix))).collect()
+    let ours = ["messenger_api_", "messenger_gateway_", "messenger_build", "process_", "api_", "gateway_"];
+    words
+        .filter(|word| ours.iter().any(|prefix| word.len() > prefix.len() && word.starts_with(prefix)))
+        .collect()
 }
 
 #[test]
-fn alerts_and_dashboard_ask_for_metrics_that_exist() {
-    let declared = declared();
-    for file in ["monitoring/alerts.yml", "monitoring/alerts.test.yml", "monitoring/dashboard.json"] {
+fn alerts_dashboard_autoscaler_and_docs_use_metrics_that_exist() {
+    let mut exist = BTreeSet::new();
+    for Metric { name, kind, .. } in of_both() {
+        if kind == "histogram" {
+            exist.extend(["_bucket", "_count", "_sum"].map(|series| format!("{name}{series}")));
+        }
+        exist.insert(name);
+    }
+    for file in [
+        "monitoring/alerts.yml",
+        "monitoring/alerts.test.yml",
+        "monitoring/dashboard.json",
+        "k8s/prometheus-adapter/values.yaml",
+        "k8s/components/autoscaling/stream-gateway.yaml",
+        "docs/runbook.md",
+        "docs/deploy.md",
+    ] {
         let text = read(file);
         let names = used(&text);
-        assert!(!names.is_empty());
+        assert!(!names.is_empty(), "{file}");
         for name in names {
-            let endings = ["", "_total", "_bucket", "_count", "_sum"];
-            let known = endings
-                .iter()
-                .any(|ending| name.strip_suffix(ending).is_some_and(|base| declared.contains(base)));
-            assert!(known, "{file} asks for {name}, which no service has");
+            assert!(exist.contains(name), "{file} uses {name}, which no service exposes");
         }
     }
 }
 
 #[test]
-fn each_alert_is_in_the_runbook_and_each_one_there_is_an_alert() {
+fn each_alert_is_tested_and_in_the_runbook() {
     let rules = read("monitoring/alerts.yml");
     let alerts: BTreeSet<_> =
         rules.lines().filter_map(|line| line.trim().strip_prefix("- alert: ")).collect();

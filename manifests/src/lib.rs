@@ -55,7 +55,7 @@ impl Installation {
                 &read("api/src/config.rs")?,
                 &read("stream-gateway/src/config.rs")?,
             ),
-            gateway_metrics: settings::gateway_metrics(&read("stream-gateway/src/metrics.rs")?),
+            gateway_metrics: settings::gateway_metrics(&read("docs/metrics.md")?),
         })
     }
 

@@ -306,7 +306,7 @@ fn numbers_of_replicas_that_make_no_sense() {
         json!("streams"),
         "no rule of prometheus-adapter offers streams",
     );
-    scaler("spec/metrics", json!([]), "gateways are scaled by gateway_streams");
+    scaler("spec/metrics", json!([]), "gateways are scaled by messenger_gateway_streams");
     found(
         "production",
         GATEWAY,
@@ -347,7 +347,7 @@ fn numbers_of_replicas_that_make_no_sense() {
     installation.gateway_metrics.clear();
     assert_found(
         &installation,
-        "k8s/prometheus-adapter/values.yaml: gateways have no metric gateway_streams",
+        "k8s/prometheus-adapter/values.yaml: gateways have no metric messenger_gateway_streams",
     );
 }
 

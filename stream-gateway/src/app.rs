@@ -10,7 +10,6 @@ use std::{
 };
 
 use anyhow::Context as _;
-use prometheus_client::registry::Registry;
 use service_kit::{
     cookies::Cookies,
     ended::EndedSessions,
@@ -66,10 +65,10 @@ impl Listeners {
 
 /// Runs until `stop`, then drains.
 pub async fn run(config: Config, listeners: Listeners, stop: CancellationToken) -> anyhow::Result<()> {
-    let mut registry = Registry::default();
-    let metrics = Arc::new(Metrics::register(&mut registry));
-    metrics.most_streams.set(config.admission.streams as i64);
-    metrics.most_backlog_bytes.set(config.delivery.backlog_bytes as i64);
+    let (metrics, registry) = Metrics::of_service();
+    let metrics = Arc::new(metrics);
+    metrics.streams_limit.set(config.admission.streams as i64);
+    metrics.replay_buffer_limit_bytes.set(config.delivery.backlog_bytes as i64);
     let (tracer, exporter) =
         traces::start(config.traces, "stream-gateway", env!("CARGO_PKG_VERSION"), metrics.traces.clone())
             .context("cannot read whom this machine trusts (SSL_CERT_FILE, ca-certificates)")?;
@@ -201,7 +200,7 @@ fn readiness(api: &Api, keys: &Keys, stopping: &AtomicBool, metrics: &Metrics) -
         };
         return Readiness { ready: false, note: note.into() };
     }
-    let note = match (api.is_refused(), metrics.redis_suspect.get()) {
+    let note = match (api.is_refused(), metrics.redis_degraded.get()) {
         (true, _) => "ready, degraded: api refuses INTERNAL_SECRET, streams that open or lag wait",
         (false, 0) => "ready",
         (false, _) => "ready; Redis is away or in doubt, events arrive by reconcile",

@@ -42,7 +42,7 @@ use tokio::{
 
 use crate::{
     frame::Event,
-    metrics::{Metrics, Question, Way},
+    metrics::{DeliveryPath, Kind, Metrics},
     traced,
 };
 
@@ -171,7 +171,7 @@ pub struct RangeQuestion<A> {
     /// Who gets the answer.
     pub asker: A,
     /// By which way its events come to whoever gets them.
-    pub way: Way,
+    pub way: DeliveryPath,
     /// The user's place in this process when the question was asked.
     pub asked_at: Option<Position>,
 }
@@ -380,13 +380,13 @@ impl<A: Copy + Send + 'static> Backfill<A> {
         }
     }
 
-    fn count(&self, question: &'static str, users: usize) {
-        self.metrics.questions.get_or_create(&Question { question }).inc_by(users as u64);
+    fn count(&self, kind: &'static str, users: usize) {
+        self.metrics.backfill_requests.get_or_create(&Kind { kind }).inc_by(users as u64);
     }
 
     /// Several requests that fail together count as one failure: those that began before the pause prove nothing new.
     fn put_back(&mut self, failed: Failed<A>, started: Instant) {
-        let (question, users) = match failed {
+        let (kind, users) = match failed {
             Failed::Ranges(questions) => {
                 let users = questions.len();
                 questions.into_iter().rev().for_each(|question| self.ranges.push_front(question));
@@ -398,7 +398,7 @@ impl<A: Copy + Send + 'static> Backfill<A> {
                 ("heads", users)
             }
         };
-        self.metrics.questions_failed.get_or_create(&Question { question }).inc_by(users as u64);
+        self.metrics.backfill_requests_failed.get_or_create(&Kind { kind }).inc_by(users as u64);
         if started >= self.paused_until {
             self.backoff = (self.backoff * 2).clamp(FIRST_BACKOFF, MAX_BACKOFF);
         }
@@ -465,7 +465,7 @@ fn possible(range: &Range) -> usize {
 fn encode(
     user: UserId,
     envelopes: Vec<Envelope>,
-    way: Way,
+    way: DeliveryPath,
     tracer: &Tracer,
     metrics: &Metrics,
 ) -> (Vec<Event>, bool) {
@@ -474,7 +474,7 @@ fn encode(
         match traced::receive(tracer, user, &envelope, way) {
             Ok(event) => events.push(event),
             Err(error) => {
-                metrics.questions_failed.get_or_create(&Question { question: "encode" }).inc();
+                metrics.backfill_requests_failed.get_or_create(&Kind { kind: "encode" }).inc();
                 tracing::error!(%error, user.id = %user, event.seq = envelope.seq, "an event of the feed cannot be sent");
                 return (events, false);
             }

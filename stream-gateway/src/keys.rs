@@ -111,7 +111,7 @@ impl Source for FromApi {
             }
         }
         self.heard();
-        self.metrics.keys.set(i64::try_from(answer.own.keys.len()).unwrap_or(i64::MAX));
+        self.metrics.public_keys.set(i64::try_from(answer.own.keys.len()).unwrap_or(i64::MAX));
         let trusted = Arc::new(Trusted::new(own, answer.external, answer.version, in_use.as_deref()));
         if let Some(in_use) = in_use {
             let removed = in_use.names().filter(|name| !trusted.accepts(*name)).count();

@@ -6,6 +6,7 @@
 pub mod app;
 pub mod config;
 pub mod descriptors;
+pub mod metrics;
 
 mod backfill;
 mod drain;
@@ -17,7 +18,6 @@ mod hub;
 mod identities;
 mod keys;
 mod limits;
-mod metrics;
 mod sequencer;
 mod subscriber;
 mod traced;

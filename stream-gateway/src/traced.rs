@@ -14,14 +14,19 @@ use service_kit::traces::{Span, SpanKind, TraceContext, Tracer};
 
 use crate::{
     frame::{BadEnvelope, Event},
-    metrics::Way,
+    metrics::DeliveryPath,
 };
 
 /// Of one event to one user, so many flushes are recorded at most.
 pub const FLUSHES: usize = 8;
 
 /// An envelope that came here, encoded, and traced where its request is.
-pub fn receive(tracer: &Tracer, user: UserId, envelope: &Envelope, way: Way) -> Result<Event, BadEnvelope> {
+pub fn receive(
+    tracer: &Tracer,
+    user: UserId,
+    envelope: &Envelope,
+    way: DeliveryPath,
+) -> Result<Event, BadEnvelope> {
     let event = Event::encode(envelope)?;
     let traced = Traced::begin(tracer, user, envelope, way);
     tracing::debug!(
@@ -38,7 +43,7 @@ pub fn receive(tracer: &Tracer, user: UserId, envelope: &Envelope, way: Way) -> 
 #[derive(Debug)]
 pub struct Traced {
     span: Span,
-    way: Way,
+    way: DeliveryPath,
     /// Which flush of a group is the one that is recorded: drawn per event, so that each has the same chance.
     drawn: u64,
     flushes: AtomicU64,
@@ -53,11 +58,11 @@ pub struct Flush {
 
 impl Traced {
     /// `None`, mostly: the event belongs to no trace that is recorded.
-    fn begin(tracer: &Tracer, user: UserId, envelope: &Envelope, way: Way) -> Option<Arc<Self>> {
+    fn begin(tracer: &Tracer, user: UserId, envelope: &Envelope, way: DeliveryPath) -> Option<Arc<Self>> {
         let given: TraceContext = envelope.traceparent.as_deref()?.parse().ok()?;
         let mut span = tracer.begin(Some(given), "deliver", SpanKind::Consumer);
         span.context()?;
-        span.text("messaging.system", if way == Way::Redis { "redis" } else { "feed" });
+        span.text("messaging.system", if way == DeliveryPath::Redis { "redis" } else { "feed" });
         span.text("path", way.as_str());
         span.text("user.id", user);
         span.number("event.seq", envelope.seq);

@@ -88,7 +88,7 @@ impl SignIn {
         } else {
             tracing::warn!(provider, outcome = failure.code(), "a login failed: {failure}");
         }
-        self.metrics.sign_in(provider, failure.code());
+        self.metrics.login(provider, failure.code());
         self.to_page(&[("error", failure.code())])
     }
 
@@ -100,7 +100,7 @@ impl SignIn {
         };
         // Says in the log what it is.
         let _ = ApiError::from(error).into_response();
-        self.metrics.sign_in(provider, code);
+        self.metrics.login(provider, code);
         self.to_page(&[("error", code)])
     }
 
@@ -174,7 +174,7 @@ async fn get_start(provider: Arc<Provider>, inbound: Inbound, api: Arc<Api>) -> 
         Ok(begun) => begun,
         Err(failure) => return Ok(sign_in.failed(provider.name(), &failure)),
     };
-    sign_in.metrics.sign_in(provider.name(), "begun");
+    sign_in.metrics.login(provider.name(), "started");
     let attempt = [&*begun.attempt.state, &*sign_in.seal.seal(&begun.attempt)];
     let mut response = redirect(&begun.url);
     sign_in.carry(&mut response, &inbound.headers, ATTEMPT, attempt, attempt::LIFETIME);
@@ -241,7 +241,7 @@ async fn arrived(
         (arrived, response)
     };
     tracing::info!(user.id = %user, provider, created, "logged in at a provider");
-    sign_in.metrics.sign_in(provider, "signed_in");
+    sign_in.metrics.login(provider, "succeeded");
     Ok(response)
 }
 

@@ -111,7 +111,7 @@ impl Router {
     }
 
     fn route(&mut self, notice: Notice) {
-        self.metrics.publish_queue.dec();
+        self.metrics.publish_queued_events.dec();
         if notice.kind == Kind::KeysEverywhere {
             for (node, lane) in &self.lanes {
                 if let Some(channel) = self.map.name_of(node, self.channels.keys()) {

@@ -202,8 +202,8 @@ impl Lane {
                 failed = Some(error);
             }
         }
-        self.metrics.publish_queue.dec_by((sent - batch.len()) as i64);
-        self.metrics.published.inc_by(events);
+        self.metrics.publish_queued_events.dec_by((sent - batch.len()) as i64);
+        self.metrics.published_events.inc_by(events);
         (taken, failed)
     }
 
@@ -262,7 +262,7 @@ impl Lane {
     }
 
     fn dropped(&self, reason: &'static str, batch: &mut Vec<Notice>) {
-        self.metrics.publish_queue.dec_by(batch.len() as i64);
+        self.metrics.publish_queued_events.dec_by(batch.len() as i64);
         dropped(reason, batch.drain(..), &self.metrics);
     }
 }
@@ -297,7 +297,7 @@ mod tests {
 
     #[test]
     fn each_event_of_a_batch_is_done_sent_on_or_kept_by_its_own_answer() {
-        let (metrics, _) = Metrics::new();
+        let (metrics, _) = Metrics::of_service();
         let (moved, mut elsewhere) = mpsc::channel(QUEUE);
         let lane = Lane::new(
             mpsc::channel(1).1,
@@ -327,7 +327,7 @@ mod tests {
             .map(|(notice, node)| (notice.channel, notice.moves, node.to_string()))
             .collect();
         assert_eq!(sent, [("b".into(), 1, "two:2".into()), ("d".into(), 1, "one:3".into())]);
-        assert_eq!((metrics.published.get(), metrics.publish_queue.get()), (1, 1));
+        assert_eq!((metrics.published_events.get(), metrics.publish_queued_events.get()), (1, 1));
         assert!(bus::is_answer(&answer("-MISCONF no disk\r\n").unwrap_err()));
 
         // An event without an answer is sent again or dropped, and counted either way.
@@ -340,7 +340,7 @@ mod tests {
         assert_eq!(batch.iter().map(|notice| &*notice.channel).collect::<Vec<_>>(), ["f", "g"]);
         lane.dropped("disconnected", &mut batch);
         let reason = "disconnected";
-        assert_eq!(metrics.publish_dropped.get_or_create(&Dropped { reason }).get(), 2);
-        assert_eq!((metrics.published.get(), metrics.publish_queue.get()), (2, 1));
+        assert_eq!(metrics.publish_dropped_events.get_or_create(&Dropped { reason }).get(), 2);
+        assert_eq!((metrics.published_events.get(), metrics.publish_queued_events.get()), (2, 1));
     }
 }

@@ -126,7 +126,7 @@ impl Publisher {
 /// Into a queue, or dropped and counted.
 fn offer(queue: &mpsc::Sender<Notice>, notice: Notice, metrics: &Metrics) {
     match queue.try_send(notice) {
-        Ok(()) => _ = metrics.publish_queue.inc(),
+        Ok(()) => _ = metrics.publish_queued_events.inc(),
         Err(TrySendError::Full(notice)) => dropped("queue_full", [notice], metrics),
         Err(TrySendError::Closed(notice)) => dropped("stopping", [notice], metrics),
     }
@@ -136,7 +136,7 @@ fn dropped(reason: &'static str, notices: impl IntoIterator<Item = Notice>, metr
     for mut notice in notices {
         notice.span.fail(reason);
         if notice.kind == Kind::Event {
-            metrics.publish_dropped.get_or_create(&Dropped { reason }).inc();
+            metrics.publish_dropped_events.get_or_create(&Dropped { reason }).inc();
         }
     }
 }

@@ -72,7 +72,7 @@ async fn every_event_is_published_to_its_receiver(pool: PgPool) {
             range.events.iter().map(|event| serde_json::to_value(event).unwrap()).collect::<Vec<_>>()
         );
     }
-    assert_eq!(metric(&app, "api_published_events_total").await, Some(6));
+    assert_eq!(metric(&app, "messenger_api_published_events_total").await, Some(6));
     app.stop().await;
 }
 
@@ -83,7 +83,7 @@ async fn a_killed_redis_costs_no_answer_and_is_found_again(pool: PgPool) {
     let app = App::start_with(config).await;
     let (john, jane, conversation) = app.pair(&pool).await;
     redis.kill();
-    let dropped = r#"api_publish_dropped_events_total{reason="disconnected"}"#;
+    let dropped = r#"messenger_api_publish_dropped_events_total{reason="disconnected"}"#;
     let mut sent = 0;
     until("events are dropped", || {
         sent += 1;
@@ -115,7 +115,7 @@ async fn a_redis_restarted_while_idle_loses_nothing(pool: PgPool) {
     let app = App::start_with(config).await;
     let (john, jane, conversation) = app.pair(&pool).await;
     until("the first events are out", || async {
-        metric(&app, "api_published_events_total").await == Some(2)
+        metric(&app, "messenger_api_published_events_total").await == Some(2)
     })
     .await;
     redis.restart();
@@ -212,8 +212,10 @@ async fn a_silent_postgres_is_503_and_is_found_again(pool: PgPool) {
     proxy.silence();
     assert_unavailable(&app, &john, &conversation).await;
     // Connections that hang are given up, so that there is room for good ones.
-    until("no connection is in use", || async { metric(&app, "api_pool_used_connections").await == Some(0) })
-        .await;
+    until("no connection is in use", || async {
+        metric(&app, "messenger_api_database_connections_used").await == Some(0)
+    })
+    .await;
     proxy.resume();
     proxy.cut();
     until("the service is ready again", || async { readiness(&app).await.0 == 200 }).await;

@@ -33,8 +33,10 @@ async fn start(config: Config) -> App {
 }
 
 async fn until_shared(app: &App, value: u64) {
-    until("limits are shared as wanted", || async { metric(app, "api_limits_shared").await == Some(value) })
-        .await;
+    until("limits are shared as wanted", || async {
+        metric(app, "messenger_api_rate_limits_shared").await == Some(value)
+    })
+    .await;
 }
 
 /// 429, with all that belongs to it; how many seconds to wait.
@@ -78,7 +80,7 @@ async fn two_replicas_share_one_budget_and_nobody_else_is_touched(pool: PgPool) 
     let phone = one.login("john").await;
     assert_eq!((send(&phone, &conversation, 4).await, send(&there, &conversation, 2).await), (2, 0));
     assert_eq!(send(&jane.at(&two), &conversation, 12).await, 10);
-    let refusals = r#"api_limited_total{rule="send",by="user"}"#;
+    let refusals = r#"messenger_api_rate_limited_total{rule="send",by="user"}"#;
     assert_eq!((metric(&one, refusals).await, metric(&two, refusals).await), (Some(2), Some(4)));
     // What is not limited goes on.
     john.messages(&conversation, "").expect(200).await;
@@ -199,7 +201,9 @@ async fn without_redis_each_replica_limits_alone_and_no_send_fails(pool: PgPool)
     redis.freeze();
     assert_eq!(send(&jane, &conversation, 30).await, 20);
     let decided_alone = async |reason: &str| {
-        metric(&app, &format!("api_limits_alone_total{{reason=\"{reason}\"}}")).await.unwrap_or_default()
+        metric(&app, &format!("messenger_api_rate_limit_local_decisions_total{{reason=\"{reason}\"}}"))
+            .await
+            .unwrap_or_default()
     };
     let alone = decided_alone("failed").await + decided_alone("slow").await + decided_alone("away").await;
     assert!(alone >= 35, "{alone}");
@@ -221,8 +225,9 @@ async fn a_frozen_redis_is_not_felt_by_who_sends(pool: PgPool) {
         john.say(&conversation, "hi").await;
     }
     // The first one waits for an answer, for as short a time as a limit may take. The others do not even ask.
-    let alone =
-        async |reason: &str| metric(&app, &format!("api_limits_alone_total{{reason=\"{reason}\"}}")).await;
+    let alone = async |reason: &str| {
+        metric(&app, &format!("messenger_api_rate_limit_local_decisions_total{{reason=\"{reason}\"}}")).await
+    };
     assert_eq!((alone("slow").await, alone("away").await), (Some(1), Some(99)));
     redis.thaw();
     app.stop().await;

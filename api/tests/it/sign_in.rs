@@ -41,7 +41,8 @@ async fn count(pool: &PgPool, sql: &'static str) -> i64 {
 
 async fn sign_ins(app: &App, provider: &str, outcome: &str) -> u64 {
     let metrics = app.client.get(format!("{}/metrics", app.ops)).expect(200).await.text();
-    let line = format!("api_sign_ins_total{{provider=\"{provider}\",outcome=\"{outcome}\"}} ");
+    let line =
+        format!("messenger_api_provider_logins_total{{provider=\"{provider}\",outcome=\"{outcome}\"}} ");
     metrics.lines().find_map(|text| text.strip_prefix(&line)).map_or(0, |number| number.parse().unwrap())
 }
 
@@ -150,8 +151,8 @@ async fn a_person_logs_in_at_a_real_provider_and_is_known_the_next_time(pool: Pg
                 .await
                 .unwrap();
         assert_eq!(&found, issuer);
-        assert_eq!(sign_ins(&app, provider, "begun").await, 3);
-        assert_eq!(sign_ins(&app, provider, "signed_in").await, 2);
+        assert_eq!(sign_ins(&app, provider, "started").await, 3);
+        assert_eq!(sign_ins(&app, provider, "succeeded").await, 2);
     }
     // Another one's form of the same answer.
     providers.answer_by_forms().await;

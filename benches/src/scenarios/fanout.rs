@@ -133,7 +133,7 @@ impl Scene<'_> {
 
     /// Events that did not come straight from Redis.
     fn detours(&self) -> anyhow::Result<u64> {
-        let by = |path| self.gateway.metric("gateway_events_delivered_total", path);
+        let by = |path| self.gateway.metric("messenger_gateway_events_delivered_total", path);
         Ok(by("path=\"repair\"")? + by("path=\"replay\"")?)
     }
 }

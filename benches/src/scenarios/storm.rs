@@ -67,7 +67,7 @@ async fn storm(sizes: &Sizes, as_browsers: bool, settings: impl Fn(Plan) -> Plan
     let told = status.last_event_at.saturating_sub(began) as f64 / 1e3;
     figure("all told what they missed", format_args!("{told:.0} ms; none lost or repeated"));
     figure("requests to api", format_args!("{requests}"));
-    let users = |question| gateway.metric("gateway_questions_total", question);
+    let users = |question| gateway.metric("messenger_gateway_backfill_requests_total", question);
     let (heads, ranges) = (users("question=\"heads\"")?, users("question=\"ranges\"")?);
     figure("questions in them", format_args!("{} heads, {} ranges", count(heads), count(ranges)));
     let ended: Vec<_> = status.ended.iter().map(|(reason, times)| format!("{times} {reason}")).collect();
@@ -82,5 +82,5 @@ async fn storm(sizes: &Sizes, as_browsers: bool, settings: impl Fn(Plan) -> Plan
 
 /// Answered requests of the internal listener about feeds.
 fn questions(api: &Service) -> anyhow::Result<u64> {
-    api.metric("api_http_requests_total", "/internal/feed/")
+    api.metric("messenger_api_http_requests_total", "/internal/feed/")
 }

@@ -330,12 +330,14 @@ async fn connections_that_come_and_go_all_the_time_leave_nothing_behind() {
         });
         join_all(openings).await;
     }
-    until("only the neighbour's stream is left", || async { gateway.metric("gateway_streams").await == 1.0 })
-        .await;
+    until("only the neighbour's stream is left", || async {
+        gateway.metric("messenger_gateway_streams").await == 1.0
+    })
+    .await;
     until("only the neighbour is left, and subscribed", || async {
-        gateway.metric("gateway_users").await == 1.0
-            && gateway.metric("gateway_subscriptions").await
-                == gateway.metric("gateway_subscriptions_wanted").await
+        gateway.metric("messenger_gateway_users").await == 1.0
+            && gateway.metric("messenger_gateway_actual_subscriptions").await
+                == gateway.metric("messenger_gateway_desired_subscriptions").await
     })
     .await;
     neighbours.assert_unharmed(&world, &api).await;

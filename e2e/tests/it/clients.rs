@@ -134,7 +134,8 @@ async fn documented_clients_receive_exactly_the_feed() {
     let script = format!("{PAGE}\n{}", block("Browser"));
     page.call(json!([["addScriptTag", { "content": script }]])).await;
     let readers = documented.len() + strict.len() + 1;
-    until("all streams are open", || async { a.metric("gateway_streams").await == readers as f64 }).await;
+    until("all streams are open", || async { a.metric("messenger_gateway_streams").await == readers as f64 })
+        .await;
     let begin = Feed::read(&world.sql, jane).await.head;
     let traffic = Traffic::start(&world, &[&api], &[(two.john.clone(), two.conversation)], PAUSE);
     traffic.more(30).await;
@@ -167,7 +168,7 @@ async fn documented_clients_receive_exactly_the_feed() {
     let url = api.url(&format!("/api/conversations/{}/messages", two.conversation));
     let text = format!("{} {CUT_HERE} and not before", world.text());
     world.client.post(url).bearer(&two.john.token).json(&json!({ "content": text })).expect(201).await;
-    until("all are cut off", || async { a.metric("gateway_streams").await == 0.0 }).await;
+    until("all are cut off", || async { a.metric("messenger_gateway_streams").await == 0.0 }).await;
     door.resume();
     strict_door.resume();
     traffic.more(30).await;

@@ -35,7 +35,10 @@ async fn a_message_whose_api_died_between_commit_and_publish_still_arrives() {
 
     assert_exact(&world.sql, two.jane.id, "jane", &jane).await;
     assert_eq!(jane.record().ledger().next_back().unwrap().json()["id"], posted["id"]);
-    assert!(gateway.metric("gateway_reconcile_found_total").await >= 1.0, "Redis did not bring it");
+    assert!(
+        gateway.metric("messenger_gateway_reconcile_recovered_feeds_total").await >= 1.0,
+        "Redis did not bring it"
+    );
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -133,10 +136,10 @@ async fn more_users_than_fit_in_one_batch_are_subscribed_reconciled_and_resumed(
     };
     let subscribed = async |gateway: &Service| {
         until("all are subscribed", || async {
-            gateway.metric("gateway_users").await == USERS as f64
-                && gateway.metric("gateway_redis_suspect").await == 0.0
-                && gateway.metric("gateway_subscriptions").await
-                    == gateway.metric("gateway_subscriptions_wanted").await
+            gateway.metric("messenger_gateway_users").await == USERS as f64
+                && gateway.metric("messenger_gateway_redis_degraded").await == 0.0
+                && gateway.metric("messenger_gateway_actual_subscriptions").await
+                    == gateway.metric("messenger_gateway_desired_subscriptions").await
         })
         .await;
     };
@@ -182,9 +185,9 @@ async fn while_the_internal_listener_is_away_streams_stay_open_and_live_events_f
         lossy.silence();
         world.say(&unheard, &two.john, two.conversation).await;
         two.say(&world, &api, 3).await;
-        let questions = gateway.metric("gateway_questions_failed_total").await;
+        let questions = gateway.metric("messenger_gateway_backfill_requests_failed_total").await;
         until("the gateway asks in vain", || async {
-            gateway.metric("gateway_questions_failed_total").await > questions
+            gateway.metric("messenger_gateway_backfill_requests_failed_total").await > questions
         })
         .await;
         assert_eq!(jane.record().opened, 1, "the stream stays open");
@@ -285,7 +288,7 @@ async fn while_the_link_to_postgres_hangs_or_breaks_streams_stay_open_and_nothin
     let mut new = gateway.stream(&crowd.users[0]).stream().await;
     assert!(matches!(new.block().await, Ok(Block::Retry(_))), "the head needs no database");
     until("somebody asked in vain", || async {
-        gateway.metric("gateway_questions_failed_total").await >= 1.0
+        gateway.metric("messenger_gateway_backfill_requests_failed_total").await >= 1.0
     })
     .await;
     link.resume();

@@ -104,7 +104,7 @@ async fn while_all_is_well_every_event_comes_by_redis_at_once_and_none_by_reconc
     let jane = browser(gateway.stream(&two.jane));
     jane.ready().await;
     until("Redis confirmed the subscription", || async {
-        gateway.metric("gateway_subscriptions").await >= 1.0
+        gateway.metric("messenger_gateway_actual_subscriptions").await >= 1.0
     })
     .await;
     let mut slowest = Duration::ZERO;
@@ -118,10 +118,11 @@ async fn while_all_is_well_every_event_comes_by_redis_at_once_and_none_by_reconc
         slowest = slowest.max(began.elapsed());
     }
     println!("post to screen, all well: {slowest:?} at the slowest of 50");
-    let by = async |label: &str| gateway.metric_where("gateway_events_delivered_total", label).await;
+    let by =
+        async |label: &str| gateway.metric_where("messenger_gateway_events_delivered_total", label).await;
     assert_eq!(by(r#"path="redis""#).await, 50.0);
-    assert_eq!(gateway.metric("gateway_events_delivered_total").await, 50.0);
-    assert_eq!(gateway.metric("gateway_reconcile_found_total").await, 0.0);
+    assert_eq!(gateway.metric("messenger_gateway_events_delivered_total").await, 50.0);
+    assert_eq!(gateway.metric("messenger_gateway_reconcile_recovered_feeds_total").await, 0.0);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -164,7 +165,8 @@ async fn a_single_message_posted_at_the_moment_of_joining_is_not_missed() {
     // No reconcile comes to the rescue, and no later event shows a gap.
     let plan = world.gateway(api.internal()).env("RECONCILE_SECONDS", 300);
     let gateway = plan.env("REDIS_URL", format!("redis://{}/", link.address())).ready().await;
-    until("Redis is trusted", || async { gateway.metric("gateway_redis_suspect").await == 0.0 }).await;
+    until("Redis is trusted", || async { gateway.metric("messenger_gateway_redis_degraded").await == 0.0 })
+        .await;
     link.slow(Duration::from_millis(25));
     let john = world.user(&api, "john").await;
     let mut joining = Vec::new();

@@ -105,7 +105,7 @@ async fn a_client_that_reads_nothing_does_not_hold_up_a_drain() {
     // More than the kernel takes for it.
     until("its socket is full", || async {
         two.say(&world, &api, 20).await;
-        gateway.metric("gateway_readers_behind").await == 1.0
+        gateway.metric("messenger_gateway_slow_consumers").await == 1.0
     })
     .await;
     gateway.terminate();

@@ -174,9 +174,10 @@ async fn an_address_that_has_all_its_connections_hurts_no_other() {
         elsewhere.write_all(format!("{half}Host: x\r\n\r\n").as_bytes()).await.unwrap();
         assert!([200, 401].contains(&answer(&mut elsewhere).await.status));
     }
-    for (service, metric) in
-        [(&api, "api_http_connections_cut_total"), (&gateway, "gateway_http_connections_cut_total")]
-    {
+    for (service, metric) in [
+        (&api, "messenger_api_http_connections_closed_total"),
+        (&gateway, "messenger_gateway_http_connections_closed_total"),
+    ] {
         assert!(service.metric_where(metric, r#"reason="address_limit""#).await >= 1.0, "{metric}");
     }
 }

@@ -31,7 +31,8 @@ async fn send(
 }
 
 async fn alone(apis: &[&Service]) -> usize {
-    let counts = join_all(apis.iter().map(|api| api.metric("api_limits_alone_total"))).await;
+    let counts =
+        join_all(apis.iter().map(|api| api.metric("messenger_api_rate_limit_local_decisions_total"))).await;
     counts.iter().sum::<f64>() as usize
 }
 
@@ -44,7 +45,8 @@ async fn two_processes_share_one_budget_and_have_one_each_while_redis_is_away() 
     let (one, two) = tokio::join!(plan().ready(), plan().ready());
     let apis = [&one, &two];
     for api in apis {
-        until("limits are shared", || async { api.metric("api_limits_shared").await == 1.0 }).await;
+        until("limits are shared", || async { api.metric("messenger_api_rate_limits_shared").await == 1.0 })
+            .await;
     }
     let (john, jane) = (world.user(&one, "john").await, world.user(&one, "jane").await);
     let conversation = world.conversation(&one, &john, &jane).await;
@@ -58,7 +60,10 @@ async fn two_processes_share_one_budget_and_have_one_each_while_redis_is_away() 
     assert_eq!(send(&world, &apis, &jane, conversation, 4 * BUDGET).await, 2 * BUDGET);
     redis.restart();
     for api in apis {
-        until("limits are shared again", || async { api.metric("api_limits_shared").await == 1.0 }).await;
+        until("limits are shared again", || async {
+            api.metric("messenger_api_rate_limits_shared").await == 1.0
+        })
+        .await;
     }
 }
 
@@ -73,6 +78,9 @@ async fn everybody_may_come_back_at_once_through_one_address() {
     let watching: Vec<_> = users.iter().map(|user| browser(gateway.stream(user))).collect();
     join_all(watching.iter().map(testkit::sse::Browser::ready)).await;
     gateway.restart().await;
-    until("everybody is back", || async { gateway.metric("gateway_streams").await == USERS as f64 }).await;
-    assert_eq!(gateway.metric("gateway_streams_refused_total").await, 0.0);
+    until("everybody is back", || async {
+        gateway.metric("messenger_gateway_streams").await == USERS as f64
+    })
+    .await;
+    assert_eq!(gateway.metric("messenger_gateway_streams_rejected_total").await, 0.0);
 }

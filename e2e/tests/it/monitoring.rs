@@ -51,7 +51,8 @@ async fn a_real_prometheus_understands_all_that_the_services_tell() {
 
     let prometheus = Prometheus::start(&api, &gateway);
     until("one delivery is known there", async || {
-        let delivered = prometheus.ask(&world, r#"gateway_events_delivered_total{path="redis"}"#).await;
+        let delivered =
+            prometheus.ask(&world, r#"messenger_gateway_events_delivered_total{path="redis"}"#).await;
         delivered.is_some_and(|values| values == ["1"])
     })
     .await;
@@ -59,7 +60,7 @@ async fn a_real_prometheus_understands_all_that_the_services_tell() {
         prometheus.ask(&world, "sum(up)").await.is_some_and(|values| values == ["2"])
     })
     .await;
-    let lag = "sum(gateway_delivery_lag_seconds_count)";
+    let lag = "sum(messenger_gateway_delivery_lag_seconds_count)";
     assert_eq!(prometheus.ask(&world, lag).await.as_deref(), Some(["1".to_owned()].as_slice()));
 
     until("each rule was evaluated", async || {

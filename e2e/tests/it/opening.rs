@@ -255,5 +255,6 @@ async fn keys_can_be_rotated_without_a_gateway_noticing_late() {
     let jane = world.user(&new, "jane").await;
     gateway.stream(&jane).stream().await.named("ready").await;
     gateway.stream(&john).stream().await.named("ready").await;
-    until("both keys are there", || async { gateway.metric("gateway_keys").await >= 2.0 }).await;
+    until("both keys are there", || async { gateway.metric("messenger_gateway_public_keys").await >= 2.0 })
+        .await;
 }

@@ -35,7 +35,10 @@ async fn a_redis_that_is_silently_dead_for_a_while_loses_nothing() {
     traffic.more(80).await;
     redis.freeze();
     for gateway in &busy.gateways {
-        until("the gateway notices", || async { gateway.metric("gateway_redis_suspect").await == 1.0 }).await;
+        until("the gateway notices", || async {
+            gateway.metric("messenger_gateway_redis_degraded").await == 1.0
+        })
+        .await;
     }
     traffic.more(80).await;
     redis.thaw();
@@ -71,7 +74,10 @@ async fn with_a_redis_that_never_started_all_arrives_a_tick_later_and_at_once_wh
     traffic.more(100).await;
     // It starts at last.
     redis.restart();
-    until("the gateway trusts it", || async { gateway.metric("gateway_redis_suspect").await == 0.0 }).await;
+    until("the gateway trusts it", || async {
+        gateway.metric("messenger_gateway_redis_degraded").await == 0.0
+    })
+    .await;
     traffic.more(100).await;
     traffic.stop().await;
     assert_all_exact(&world, &api, &crowd.lines, &watching).await;
@@ -95,7 +101,10 @@ async fn subscribers_killed_again_and_again_lose_nothing() {
     busy.until_redis_is_trusted().await;
     busy.assert_exact().await;
     for gateway in &busy.gateways {
-        assert!(gateway.metric("gateway_redis_connects_total").await > 1.0, "the subscribers were killed");
+        assert!(
+            gateway.metric("messenger_gateway_redis_connections_opened_total").await > 1.0,
+            "the subscribers were killed"
+        );
     }
 }
 
@@ -112,10 +121,16 @@ async fn a_half_open_link_between_gateway_and_redis_loses_nothing() {
     let traffic = Traffic::start(&world, &[&api], &crowd.lines, PAUSE);
     traffic.more(50).await;
     proxy.silence();
-    until("the gateway notices", || async { gateway.metric("gateway_redis_suspect").await == 1.0 }).await;
+    until("the gateway notices", || async {
+        gateway.metric("messenger_gateway_redis_degraded").await == 1.0
+    })
+    .await;
     traffic.more(50).await;
     proxy.resume();
-    until("it trusts Redis again", || async { gateway.metric("gateway_redis_suspect").await == 0.0 }).await;
+    until("it trusts Redis again", || async {
+        gateway.metric("messenger_gateway_redis_degraded").await == 0.0
+    })
+    .await;
     proxy.slow(Duration::from_millis(60));
     traffic.more(50).await;
     proxy.cut_after(700);
@@ -140,7 +155,8 @@ async fn redis_whose_disk_is_full_still_brings_events() {
     let busy = Busy::new(World::with_redis(redis.url()).await).await;
     busy.until_redis_is_trusted().await;
     let connects = async || {
-        let [a, b] = [0, 1].map(|index| busy.gateways[index].metric("gateway_redis_connects_total"));
+        let [a, b] = [0, 1]
+            .map(|index| busy.gateways[index].metric("messenger_gateway_redis_connections_opened_total"));
         a.await + b.await
     };
     let before = connects().await;

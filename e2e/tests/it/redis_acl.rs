@@ -73,7 +73,7 @@ async fn assert_all_is_well(busy: &Busy) {
     busy.until_events_come_by_redis().await;
     for (service, name) in busy.apis.iter().zip(["api"; 2]).chain(busy.gateways.iter().zip(["gateway"; 2])) {
         until("limits are counted together", || async {
-            service.metric(&format!("{name}_limits_shared")).await == 1.0
+            service.metric(&format!("messenger_{name}_rate_limits_shared")).await == 1.0
         })
         .await;
         let lines = service.log().lines();

@@ -40,7 +40,7 @@ async fn every_channel_is_heard_at_the_node_that_owns_it_and_at_no_other() {
     {
         let (service, name) = service;
         until("limits are counted together", || async {
-            service.metric(&format!("{name}_limits_shared")).await == 1.0
+            service.metric(&format!("messenger_{name}_rate_limits_shared")).await == 1.0
         })
         .await;
     }
@@ -51,7 +51,7 @@ async fn slots_that_move_under_traffic_lose_nothing_and_are_heard_where_they_go(
     let cluster = Cluster::start();
     let busy = busy_on(&cluster).await;
     let traffic = busy.traffic();
-    let connects = busy.gateways[0].metric("gateway_redis_connects_total").await;
+    let connects = busy.gateways[0].metric("messenger_gateway_redis_connections_opened_total").await;
     for _ in 0..2 {
         for user in &busy.crowd.users {
             traffic.more(15).await;
@@ -67,7 +67,8 @@ async fn slots_that_move_under_traffic_lose_nothing_and_are_heard_where_they_go(
     busy.until_redis_is_trusted().await;
     busy.assert_exact().await;
     busy.until_events_come_by_redis().await;
-    let connects = busy.gateways[0].metric("gateway_redis_connects_total").await - connects;
+    let connects =
+        busy.gateways[0].metric("messenger_gateway_redis_connections_opened_total").await - connects;
     println!("8 slots moved: gateway 0 made {connects} connections anew");
 }
 

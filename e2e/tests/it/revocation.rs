@@ -83,7 +83,8 @@ async fn an_ended_session_receives_nothing_while_api_is_away() {
     let mut late =
         [gateway.stream(&phone).stream().await, gateway.stream(&phone).last_event_id(&cursor).stream().await];
     let waiting = browser(gateway.stream(&tablet).last_event_id(&cursor));
-    until("the streams are open", || async { gateway.metric("gateway_streams").await == 4.0 }).await;
+    until("the streams are open", || async { gateway.metric("messenger_gateway_streams").await == 4.0 })
+        .await;
     two.say(&world, &other, 3).await;
     e2e::ledger::assert_exact(&world.sql, two.jane.id, "jane", &desk).await;
     one.thaw();

@@ -44,7 +44,7 @@ async fn internal_secret_is_rotated_under_traffic_without_a_refusal() {
             traffic.more(20).await;
             busy.until_all_is_seen().await;
             for gateway in &busy.gateways {
-                assert_eq!(gateway.metric("gateway_api_unauthorized_total").await, 0.0);
+                assert_eq!(gateway.metric("messenger_gateway_api_unauthorized_total").await, 0.0);
             }
         }
     }
@@ -60,7 +60,7 @@ async fn gateway_that_api_refuses_says_so_and_recovers() {
 
     // Steps that are mixed up: the first secret of the list is not accepted, the second is.
     let gateway = world.gateway(api.internal()).env("INTERNAL_SECRET", format!("{NEW},{old}")).ready().await;
-    assert!(gateway.metric("gateway_api_unauthorized_total").await > 0.0);
+    assert!(gateway.metric("messenger_gateway_api_unauthorized_total").await > 0.0);
     let two = Two::meet(&world, &api).await;
     let jane = browser(gateway.stream(&two.jane));
     jane.ready().await;

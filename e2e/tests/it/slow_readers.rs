@@ -51,7 +51,7 @@ async fn a_stalled_reader_harms_nobody_and_catches_up_exactly_when_it_reads_agai
 
     say_much(&world, &api, &two).await;
     assert_exact(&world.sql, two.jane.id, "the healthy reader", &well).await;
-    assert_eq!(gateway.metric("gateway_readers_behind").await, 1.0);
+    assert_eq!(gateway.metric("messenger_gateway_slow_consumers").await, 1.0);
 
     let feed = Feed::read(&world.sql, two.jane.id).await;
     let mut seen = Vec::new();
@@ -62,7 +62,8 @@ async fn a_stalled_reader_harms_nobody_and_catches_up_exactly_when_it_reads_agai
     // And it is live again.
     let posted = world.say(&api, &two.john, two.conversation).await;
     assert_eq!(stalled.next().await.json()["id"], posted["id"]);
-    until("nobody is behind", || async { gateway.metric("gateway_readers_behind").await == 0.0 }).await;
+    until("nobody is behind", || async { gateway.metric("messenger_gateway_slow_consumers").await == 0.0 })
+        .await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -75,11 +76,11 @@ async fn a_reader_that_takes_nothing_is_cut_by_the_write_deadline_and_resumes_ex
     let mut stalled = stalled(&gateway, &two.jane).await;
     let well = browser(gateway.stream(&two.jane));
     well.ready().await;
-    assert_eq!(gateway.metric("gateway_streams").await, 2.0);
+    assert_eq!(gateway.metric("messenger_gateway_streams").await, 2.0);
 
     say_much(&world, &api, &two).await;
     assert_exact(&world.sql, two.jane.id, "the healthy reader", &well).await;
-    until("it is cut", || async { gateway.metric("gateway_streams").await == 1.0 }).await;
+    until("it is cut", || async { gateway.metric("messenger_gateway_streams").await == 1.0 }).await;
 
     // What it was given before is a true beginning of the feed, and its last id is where it goes on.
     let feed = Feed::read(&world.sql, two.jane.id).await;
@@ -119,7 +120,7 @@ async fn a_slow_reader_among_fast_ones_sees_everything_while_more_and_more_comes
     let feed = Feed::read(&world.sql, two.jane.id).await;
     feed.assert_is("the slow one", &seen, after);
     assert_exact(&world.sql, two.jane.id, "the healthy reader", &well).await;
-    assert!(gateway.metric("gateway_readers_fell_behind_total").await > 1.0, "it was slow");
+    assert!(gateway.metric("messenger_gateway_slow_consumer_episodes_total").await > 1.0, "it was slow");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -204,9 +204,9 @@ impl Busy {
     pub(crate) async fn until_redis_is_trusted(&self) {
         for gateway in &self.gateways {
             until("the gateway trusts Redis", || async {
-                gateway.metric("gateway_redis_suspect").await == 0.0
-                    && gateway.metric("gateway_subscriptions").await
-                        == gateway.metric("gateway_subscriptions_wanted").await
+                gateway.metric("messenger_gateway_redis_degraded").await == 0.0
+                    && gateway.metric("messenger_gateway_actual_subscriptions").await
+                        == gateway.metric("messenger_gateway_desired_subscriptions").await
             })
             .await;
         }
@@ -214,8 +214,10 @@ impl Busy {
 
     pub(crate) async fn until_redis_is_doubted(&self) {
         for gateway in &self.gateways {
-            until("the gateway notices", || async { gateway.metric("gateway_redis_suspect").await == 1.0 })
-                .await;
+            until("the gateway notices", || async {
+                gateway.metric("messenger_gateway_redis_degraded").await == 1.0
+            })
+            .await;
         }
     }
 
@@ -240,7 +242,7 @@ impl Busy {
         let events = async |label: &str| {
             let mut sum = 0.0;
             for gateway in &self.gateways {
-                sum += gateway.metric_where("gateway_events_delivered_total", label).await;
+                sum += gateway.metric_where("messenger_gateway_events_delivered_total", label).await;
             }
             sum
         };

@@ -218,7 +218,7 @@ async fn a_flush_ends_when_the_socket_has_taken_the_last_byte() {
     let mut traces = Vec::new();
     let long = format!("{} {}", world.text(), "😀".repeat(450));
     soon("the socket takes no more", async {
-        while gateway.metric("gateway_readers_behind").await == 0.0 {
+        while gateway.metric("messenger_gateway_slow_consumers").await == 0.0 {
             traces.push(new_trace());
             say_text(&world, &api, &two, traces.last().unwrap(), &long).await;
         }
@@ -295,13 +295,13 @@ async fn a_collector_that_is_away_or_hangs_costs_spans_and_nothing_else() {
     traffic.more(200).await;
     until("the hanging collector was asked", async || asked.load(Ordering::Relaxed) > 0).await;
     until("spans were dropped", async || {
-        api.metric_where("api_dropped_spans_total", "reason=\"failed\"").await > 0.0
+        api.metric_where("messenger_api_dropped_spans_total", "reason=\"failed\"").await > 0.0
     })
     .await;
     traffic.more(200).await;
     traffic.stop().await;
     assert_all_exact(&world, &api, &crowd.lines, &watching).await;
-    assert_eq!(gateway.metric("gateway_exported_spans_total").await, 0.0);
+    assert_eq!(gateway.metric("messenger_gateway_exported_spans_total").await, 0.0);
     drop(watching);
     for service in [&mut gateway, &mut api] {
         service.terminate();

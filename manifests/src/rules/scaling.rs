@@ -95,10 +95,11 @@ pub fn autoscalers_measure_what_exists(installation: &Installation) -> Vec<Strin
         if container.program() != "stream-gateway" {
             continue;
         }
-        let streams = metrics.iter().find(|metric| at(metric, "pods/metric/name") == "gateway_streams");
+        let streams =
+            metrics.iter().find(|metric| at(metric, "pods/metric/name") == "messenger_gateway_streams");
         let Some(streams) = streams else {
             findings.push(format!(
-                "{id}: gateways are scaled by gateway_streams: CPU says nothing about idle streams"
+                "{id}: gateways are scaled by messenger_gateway_streams: CPU says nothing about idle streams"
             ));
             continue;
         };

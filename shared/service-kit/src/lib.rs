@@ -11,6 +11,7 @@ pub mod healthcheck;
 pub mod keyring;
 pub mod lifecycle;
 pub mod limiter;
+pub mod metrics;
 pub mod ops;
 pub mod origins;
 pub mod outbound;

@@ -25,11 +25,7 @@ use governor::{
     clock::{Clock, DefaultClock},
     middleware::NoOpMiddleware,
 };
-use prometheus_client::{
-    encoding::EncodeLabelSet,
-    metrics::{counter::Counter, family::Family, gauge::Gauge},
-    registry::Registry,
-};
+use prometheus_client::metrics::{counter::Counter, family::Family, gauge::Gauge};
 use sha2::{Digest, Sha256};
 use thiserror::Error;
 
@@ -38,7 +34,7 @@ use self::{
     replicas::{Question, Replicas},
     table::Table,
 };
-use crate::{bus::Bus, client_address::household};
+use crate::{bus::Bus, client_address::household, labels, metrics};
 use protocol::{channels::Channels, ids::UserId};
 
 /// So many at once, refilled evenly over the period.
@@ -136,43 +132,16 @@ impl Over {
     }
 }
 
-#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
-struct Limited {
-    rule: &'static str,
-    by: &'static str,
-}
+labels!(Limited { rule, by });
 
-#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
-struct Why {
-    reason: &'static str,
-}
+labels!(Reason { reason });
 
-#[derive(Clone, Default)]
-pub struct Metrics {
-    limited: Family<Limited, Counter>,
-    alone: Family<Why, Counter>,
-    shared: Gauge,
-}
-
-impl Metrics {
-    pub fn register(registry: &mut Registry) -> Self {
-        let metrics = Self::default();
-        registry.register(
-            "limited",
-            "Refusals by rate limits, by rule and who is counted",
-            metrics.limited.clone(),
-        );
-        registry.register(
-            "limits_alone",
-            "Decisions on rate limits without the other replicas, by why Redis was not asked or heard",
-            metrics.alone.clone(),
-        );
-        registry.register(
-            "limits_shared",
-            "1 while rate limits are counted together with the other replicas",
-            metrics.shared.clone(),
-        );
-        metrics
+metrics! {
+    pub struct Metrics {
+        rate_limited: Family<Limited, Counter> = "Requests rejected by a rate limit, by rule and by whom it counts";
+        rate_limit_local_decisions: Family<Reason, Counter> =
+            "Rate limit decisions of this process alone, by why Redis was not used";
+        rate_limits_shared: Gauge = "1 while rate limits are shared with the other replicas through Redis";
     }
 }
 
@@ -260,7 +229,7 @@ impl Limiter {
 
     fn longest(&self, waits: impl Iterator<Item = Over>) -> Result<(), Over> {
         let Some(over) = waits.max_by_key(|over| over.wait) else { return Ok(()) };
-        self.metrics.limited.get_or_create(&Limited { rule: over.rule, by: over.by }).inc();
+        self.metrics.rate_limited.get_or_create(&Limited { rule: over.rule, by: over.by }).inc();
         tracing::debug!(rule = over.rule, by = over.by, wait = ?over.wait, "over a limit");
         Err(over)
     }

@@ -157,7 +157,7 @@ pub async fn serve<S, B>(
             () = stop.cancelled() => break,
         };
         let Some(permit) = permit else {
-            metrics.cut("address_limit");
+            metrics.closed("address_limit");
             tracing::debug!(listener = metrics.name, %peer, "connection refused: CONNECTIONS_PER_ADDRESS reached");
             continue;
         };
@@ -249,7 +249,7 @@ async fn drive<S, B>(
     match outcome {
         Outcome::Ended(clean) => tracing::trace!(%peer, clean, "connection ended"),
         Outcome::Cut(reason) => {
-            metrics.cut(reason);
+            metrics.closed(reason);
             tracing::debug!(listener = metrics.name, %peer, reason, "connection cut");
         }
         Outcome::HandOff => {

@@ -23,11 +23,7 @@ use opentelemetry_proto::tonic::{
     common::v1::{AnyValue, KeyValue, any_value::Value},
     trace::v1::{self as proto, Status, status::StatusCode},
 };
-use prometheus_client::{
-    encoding::EncodeLabelSet,
-    metrics::{counter::Counter, family::Family},
-    registry::Registry,
-};
+use prometheus_client::metrics::{counter::Counter, family::Family};
 use tokio::sync::mpsc::{self, error::TrySendError};
 
 pub use self::{
@@ -35,38 +31,26 @@ pub use self::{
     export::Exporter,
     settings::{Settings, Texts},
 };
-use crate::outbound::Outbound;
+use crate::{labels, metrics, outbound::Outbound};
 
 /// Spans that wait for the collector, of about half a KB each; more are dropped.
 const QUEUE: usize = 4_096;
 /// How long a process that ends may take for the last ones.
 pub const LAST_SPANS: Duration = Duration::from_secs(1);
 
-#[derive(Debug, Clone)]
-pub struct Metrics {
-    exported: Counter,
-    dropped: Family<Dropped, Counter>,
-}
+labels!(Dropped { reason });
 
-#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
-struct Dropped {
-    reason: &'static str,
+metrics! {
+    pub struct Metrics {
+        exported_spans: Counter = "Spans that the collector accepted";
+        dropped_spans: Family<Dropped, Counter> =
+            "Spans that the collector did not get: the queue was full, it was unreachable, or it rejected them";
+    }
 }
 
 impl Metrics {
-    pub fn register(registry: &mut Registry) -> Self {
-        let metrics = Self { exported: Counter::default(), dropped: Family::default() };
-        registry.register("exported_spans", "Spans that the collector took", metrics.exported.clone());
-        registry.register(
-            "dropped_spans",
-            "Spans that the collector did not get: the queue was full, or it could not be reached, or it refused them",
-            metrics.dropped.clone(),
-        );
-        metrics
-    }
-
     fn drop(&self, spans: u64, reason: &'static str) {
-        self.dropped.get_or_create(&Dropped { reason }).inc_by(spans);
+        self.dropped_spans.get_or_create(&Dropped { reason }).inc_by(spans);
     }
 }
 
@@ -263,7 +247,7 @@ mod tests {
     const GIVEN: &str = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01";
 
     fn metrics() -> Metrics {
-        Metrics::register(&mut Registry::default())
+        Metrics::default()
     }
 
     fn tracer(ratio: f64, per_second: u32, queue: usize) -> (Tracer, mpsc::Receiver<proto::Span>, Metrics) {
@@ -348,6 +332,6 @@ mod tests {
             drop(tracer.begin(None, "request", SpanKind::Server));
         }
         assert_eq!(std::iter::from_fn(|| ended.try_recv().ok()).count(), 3);
-        assert_eq!(metrics.dropped.get_or_create(&Dropped { reason: "queue_full" }).get(), 7);
+        assert_eq!(metrics.dropped_spans.get_or_create(&Dropped { reason: "queue_full" }).get(), 7);
     }
 }

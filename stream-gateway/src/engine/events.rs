@@ -10,7 +10,7 @@ use super::{
 use crate::{
     backfill::{HeadQuestion, RangeQuestion, WhyHead},
     frame::{Event, Goodbye},
-    metrics::Way,
+    metrics::DeliveryPath,
     sequencer::Step,
     subscriber::News,
 };
@@ -38,7 +38,7 @@ impl Engine {
             News::Trusted(trusted) if trusted == self.trusted => {}
             News::Trusted(trusted) => {
                 self.trusted = trusted;
-                self.metrics.redis_suspect.set(i64::from(!trusted));
+                self.metrics.redis_degraded.set(i64::from(!trusted));
                 if !trusted {
                     // Nobody will confirm now; answers are all there is.
                     let joining = self.connections.iter().filter(|(_, connection)| !connection.is_placed());
@@ -57,7 +57,7 @@ impl Engine {
                     && let Some(entry) = self.hub.get_mut(at)
                 {
                     entry.sequencer.suspect(self.now);
-                    self.take(at, vec![], Way::Repair);
+                    self.take(at, vec![], DeliveryPath::Repair);
                 }
             }
             News::Missed => self.reconcile_soon(),
@@ -86,7 +86,7 @@ impl Engine {
                 Stage::Joining(_) => continue,
                 Stage::Placed => {}
             }
-            self.write_next(key, &event, Way::Redis);
+            self.write_next(key, &event, DeliveryPath::Redis);
         }
         let Some(entry) = self.hub.get_mut(user) else { return };
         let mut steps = Vec::new();
@@ -96,11 +96,11 @@ impl Engine {
             // The answer that brings the place brings what comes before it: nothing is kept while `api` is away.
             entry.sequencer.suspect(self.now);
         }
-        self.take(user, steps, Way::Redis);
+        self.take(user, steps, DeliveryPath::Redis);
     }
 
     /// Writes an event to a connection that has the one before it, if its socket is free.
-    fn write_next(&mut self, key: Key, event: &Event, way: Way) {
+    fn write_next(&mut self, key: Key, event: &Event, way: DeliveryPath) {
         let now = self.now;
         let Some(connection) = self.connections.get_mut(key.index as usize) else { return };
         if connection.generation != key.generation {
@@ -118,20 +118,20 @@ impl Engine {
     }
 
     /// Does what a sequencer says.
-    pub(super) fn take(&mut self, user: u32, steps: Vec<Step<Event>>, way: Way) {
+    pub(super) fn take(&mut self, user: u32, steps: Vec<Step<Event>>, way: DeliveryPath) {
         let Some(entry) = self.hub.get(user) else { return };
         let id = entry.user;
         for step in steps {
             match step {
                 Step::Deliver(_, event) => self.deliver(user, event, way),
                 Step::Ask { after: Some(after) } => {
-                    self.metrics.gaps.inc();
+                    self.metrics.pending_gaps.inc();
                     let asked_at = self.hub.get(user).and_then(|entry| entry.sequencer.place());
                     self.backfill.ask_range(RangeQuestion {
                         user: id,
                         after,
                         asker: Asker::User,
-                        way: Way::Repair,
+                        way: DeliveryPath::Repair,
                         asked_at,
                     });
                 }
@@ -174,7 +174,7 @@ impl Engine {
     }
 
     /// The next event of a feed: to every socket that is free and has the one before; for the others it is kept.
-    fn deliver(&mut self, user: u32, event: Event, way: Way) {
+    fn deliver(&mut self, user: u32, event: Event, way: DeliveryPath) {
         let at = event.head;
         let mut behind = false;
         let count = self.hub.get(user).map_or(0, |entry| entry.connections.len());

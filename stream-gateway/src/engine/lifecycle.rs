@@ -54,7 +54,7 @@ impl Engine {
         if let Err(error) = registered {
             tracing::warn!(%error, user.id = %user, "a stream could not be taken over");
             // It was not opened, so it does not end either.
-            self.metrics.streams_refused.get_or_create(&Reason { reason: "error" }).inc();
+            self.metrics.streams_rejected.get_or_create(&Reason { reason: "error" }).inc();
             return;
         }
         let (at, new) = self.hub.enter(user);
@@ -241,10 +241,10 @@ impl Engine {
                 flush.fail(reason);
             }
             if !connection.rest.is_empty() {
-                self.metrics.readers_behind.dec();
+                self.metrics.slow_consumers.dec();
             }
             self.metrics.streams.dec();
-            self.metrics.ended(reason);
+            self.metrics.closed(reason);
             if let Some(entry) = self.hub.get_mut(connection.user) {
                 entry.connections.retain(|other| *other != key);
                 self.endings.note(entry.user, &connection, reason);
@@ -256,7 +256,7 @@ impl Engine {
             }
             self.trim(connection.user);
         }
-        self.metrics.backlog_bytes.set(self.backlog as i64);
+        self.metrics.replay_buffer_bytes.set(self.backlog as i64);
     }
 
     pub(super) fn connection(&mut self, key: Key) -> Option<&mut Connection> {
@@ -283,7 +283,6 @@ mod tests {
     use std::{fs::File, net::Ipv4Addr, os::fd::OwnedFd, sync::Arc, time::Duration, time::Instant};
 
     use mio::Poll;
-    use prometheus_client::registry::Registry;
     use protocol::{channels::Channels, claims::KeyName};
     use service_kit::{
         bus::Bus,
@@ -309,7 +308,7 @@ mod tests {
     #[tokio::test]
     async fn admission_that_fails_early_is_neither_opened_nor_ended() {
         let second = Duration::from_secs(1);
-        let metrics = Arc::new(Metrics::register(&mut Registry::default()));
+        let metrics = Arc::new(Metrics::default());
         let api = Api::new("http://127.0.0.1:9", Secrets::random(), metrics.clone());
         let settings = Delivery {
             heartbeat: second,
@@ -331,7 +330,7 @@ mod tests {
             metrics.clone(),
         );
         let bus = Bus::single("redis://localhost").unwrap();
-        let of_limiter = limiter::Metrics::register(&mut Registry::default());
+        let of_limiter = limiter::Metrics::default();
         let (limiter, _worker) = Limiter::new(bus, Channels::default(), second, of_limiter);
         let admission = config::Admission { streams: 1, streams_per_address: 0, rate: 1, max_age: second };
         let opening = Opening { per_user: Limit::Off, per_address: Limit::Off, patience: second };
@@ -353,8 +352,8 @@ mod tests {
             place: place.ok().unwrap(),
         });
         engine.bury();
-        let ended = metrics.streams_ended.get_or_create(&Reason { reason: "error" }).get();
+        let ended = metrics.streams_closed.get_or_create(&Reason { reason: "error" }).get();
         assert_eq!((metrics.streams_opened.get(), ended, metrics.streams.get()), (0, 0, 0));
-        assert_eq!(metrics.streams_refused.get_or_create(&Reason { reason: "error" }).get(), 1);
+        assert_eq!(metrics.streams_rejected.get_or_create(&Reason { reason: "error" }).get(), 1);
     }
 }

@@ -59,7 +59,7 @@ use crate::{
     hub::Hub,
     keys::Keys,
     limits::Place,
-    metrics::{Metrics, Path, Way},
+    metrics::{DeliveryPath, Metrics, Path},
     sequencer::Millis,
     subscriber::{News, Wishes},
     traced::Flush,
@@ -221,7 +221,7 @@ impl Engine {
         wishes: Wishes,
         metrics: Arc<Metrics>,
     ) -> Self {
-        let deliveries = Way::ALL.map(|way| {
+        let deliveries = DeliveryPath::ALL.map(|way| {
             let path = way.as_str();
             Deliveries {
                 counter: metrics.events_delivered.get_or_create_owned(&Path { path }),
@@ -352,7 +352,7 @@ impl Engine {
                 entry.tick_at = 0;
                 let mut steps = Vec::new();
                 entry.sequencer.tick(self.now, &mut steps);
-                self.take(user, steps, Way::Repair);
+                self.take(user, steps, DeliveryPath::Repair);
             }
         }
         while let Some((at, user)) = self.lingering.front().copied()
@@ -377,7 +377,7 @@ impl Engine {
             return self.end(key, why.as_str());
         }
         if !connection.rest.is_empty() && now >= connection.blocked_since + write_deadline {
-            return self.end(key, "stalled");
+            return self.end(key, "slow_consumer");
         }
         if now >= connection.ends_at {
             let why = connection.ends_why;

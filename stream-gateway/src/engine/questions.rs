@@ -12,7 +12,7 @@ use super::{
 use crate::{
     backfill::{HeadQuestion, HeadsAnswered, RangeAnswer, RangeQuestion, WhyHead},
     frame::Goodbye,
-    metrics::Way,
+    metrics::DeliveryPath,
     sequencer::{Answer, Verdict, judge},
     subscriber::Link,
 };
@@ -29,7 +29,7 @@ impl Engine {
             user: entry.user,
             after,
             asker: Asker::Connection(key, question),
-            way: Way::Replay,
+            way: DeliveryPath::Replay,
             asked_at: entry.sequencer.place(),
         });
     }
@@ -50,7 +50,7 @@ impl Engine {
                     more: answer.more,
                 };
                 entry.sequencer.answer(answer, self.now, &mut steps);
-                self.take(user, steps, Way::Repair);
+                self.take(user, steps, DeliveryPath::Repair);
             }
             Asker::Connection(key, number) => {
                 let head_only = Answer {
@@ -61,7 +61,7 @@ impl Engine {
                     more: false,
                 };
                 entry.sequencer.observe(head_only, self.now, &mut steps);
-                self.take(user, steps, Way::Repair);
+                self.take(user, steps, DeliveryPath::Repair);
                 self.on_page(key, number, question.after, answer);
             }
         }
@@ -133,13 +133,13 @@ impl Engine {
                 (Some(head), WhyHead::Reconcile) => {
                     let beyond =
                         head.zip(place).is_some_and(|(head, place)| head != place && head.seq >= place.seq);
-                    self.metrics.reconcile_found.inc_by(u64::from(beyond));
+                    self.metrics.reconcile_recovered_feeds.inc_by(u64::from(beyond));
                     entry.sequencer.observe(answer(head), self.now, &mut steps);
                 }
                 // Only what differs is answered.
                 (None, _) => {}
             }
-            self.take(user, steps, Way::Repair);
+            self.take(user, steps, DeliveryPath::Repair);
             self.go_on_from(place, user);
         }
         if self.reconciling == 0 && self.reconcile_again {
@@ -188,7 +188,7 @@ impl Engine {
         } else if entry.connections.iter().any(|key| self.connections[key.index as usize].session_asked) {
             // The answer that is on its way was asked for too early: look again after it.
             entry.sequencer.suspect(self.now);
-            self.take(at, vec![], Way::Repair);
+            self.take(at, vec![], DeliveryPath::Repair);
         }
         for key in self.connections_of(at) {
             self.join(key);

@@ -11,7 +11,7 @@ use super::{
 use crate::{
     frame::{self, Event, Goodbye},
     hub::Hub,
-    metrics::{Reason, Way},
+    metrics::{DeliveryPath, Reason},
     traced::Flush,
 };
 
@@ -45,8 +45,8 @@ impl Engine {
         match written {
             Ok(Written::All) => true,
             Ok(Written::Short) => {
-                self.metrics.readers_behind.inc();
-                self.metrics.readers_fell_behind.inc();
+                self.metrics.slow_consumers.inc();
+                self.metrics.slow_consumer_episodes.inc();
                 let parting = self.connection(key).is_some_and(|connection| connection.parting.is_some());
                 if !parting {
                     self.schedule(key);
@@ -72,7 +72,7 @@ impl Engine {
             if !connection.rest.is_empty() {
                 match connection.flush(now) {
                     Ok(Written::All) => {
-                        self.metrics.readers_behind.dec();
+                        self.metrics.slow_consumers.dec();
                         self.flushes.remove(&key);
                     }
                     Ok(Written::Short) => return,
@@ -120,12 +120,12 @@ impl Engine {
                 }
                 connection.head = event.head;
                 let flush = begin_flush(&self.hub, connection, &event);
-                delivered = Some((event.created_at, Way::Replay, flush));
+                delivered = Some((event.created_at, DeliveryPath::Replay, flush));
                 event.frame
             } else if let Some(event) = entry.ring.after(connection.head) {
                 connection.head = event.head;
                 let flush = begin_flush(&self.hub, connection, event);
-                delivered = Some((event.created_at, Way::Redis, flush));
+                delivered = Some((event.created_at, DeliveryPath::Redis, flush));
                 event.frame.clone()
             } else {
                 let head = connection.head;
@@ -159,7 +159,7 @@ impl Engine {
         }
     }
 
-    pub(super) fn note_delivery(&self, created_at: i64, way: Way) {
+    pub(super) fn note_delivery(&self, created_at: i64, way: DeliveryPath) {
         let delivery = &self.deliveries[way as usize];
         delivery.counter.inc();
         delivery.lag.observe((self.wall - created_at).max(0) as f64 / 1_000.0);
@@ -175,5 +175,5 @@ pub(super) fn begin_flush(hub: &Hub, connection: &Connection, event: &Event) -> 
 
 /// The kernel gives up on a peer that acknowledges nothing for the write deadline; all else is the client's doing.
 fn why_broken(error: &io::Error) -> &'static str {
-    if error.kind() == io::ErrorKind::TimedOut { "stalled" } else { "client" }
+    if error.kind() == io::ErrorKind::TimedOut { "slow_consumer" } else { "client" }
 }

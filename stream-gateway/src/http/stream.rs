@@ -50,7 +50,7 @@ use crate::{
     identities::Identities,
     keys::{self, Keys, Proof, Refused},
     limits::{Limits, Place},
-    metrics::{Metrics, Reason},
+    metrics::{Code, Metrics, Reason},
 };
 
 /// For a head into an empty socket.
@@ -182,10 +182,10 @@ impl Streams {
             };
             if let Err(refused) = admissions.try_send(admission) {
                 let (admission, limit, why) = match refused {
-                    TrySendError::Full(admission) => (admission, "backlog", Goodbye::Busy),
+                    TrySendError::Full(admission) => (admission, "queue_full", Goodbye::Busy),
                     TrySendError::Closed(admission) => (admission, "drain", Goodbye::Drain),
                 };
-                metrics.streams_refused.get_or_create(&Reason { reason: limit }).inc();
+                metrics.streams_rejected.get_or_create(&Reason { reason: limit }).inc();
                 say_at_once(&admission.socket, &admission.head, framing, why);
             }
         };
@@ -209,7 +209,7 @@ impl Streams {
                 if let Some(user) = user {
                     admit(socket, user, Bytes::new());
                 } else {
-                    metrics.streams_refused.get_or_create(&Reason { reason: "no_identity" }).inc();
+                    metrics.streams_rejected.get_or_create(&Reason { reason: "no_identity" }).inc();
                     say_at_once(&socket, b"", framing, Goodbye::Busy);
                 }
             });
@@ -244,7 +244,7 @@ impl Streams {
 
     /// 200, and the end: one write, no stream.
     fn turn_away(&self, Head { mut bytes, framing }: Head, limit: &'static str, why: Goodbye) -> Response {
-        self.metrics.streams_refused.get_or_create(&Reason { reason: limit }).inc();
+        self.metrics.streams_rejected.get_or_create(&Reason { reason: limit }).inc();
         let place = self.turning_away.clone().try_acquire_owned();
         server::hand_off(move |mut socket| {
             let Ok(place) = place else {
@@ -287,7 +287,7 @@ impl Streams {
                 "This endpoint requires an EventSource connection".into(),
             ),
         };
-        self.metrics.requests_rejected.get_or_create(&Reason { reason: code }).inc();
+        self.metrics.stream_request_errors.get_or_create(&Code { code }).inc();
         let mut problem = Problem::new(status, code, message, request_id);
         if let Refusal::NotAcceptable = refusal {
             problem.detail = Some("Send the header Accept: text/event-stream".into());

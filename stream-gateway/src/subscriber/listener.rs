@@ -39,7 +39,7 @@ use super::{
 use crate::{
     frame::MAX_ENVELOPE,
     keys::Keys,
-    metrics::{Metrics, Way},
+    metrics::{DeliveryPath, Metrics},
     traced,
 };
 
@@ -261,7 +261,7 @@ impl Listener {
             subscribe.arg(channel);
             subscribe.query_async::<()>(&mut connection).await.context("cannot subscribe")?;
         }
-        self.metrics.redis_connects.inc();
+        self.metrics.redis_connections_opened.inc();
         let (actual, refused) = Default::default();
         Ok(Ear { connection, link, marks, beat_channel, beats: 0, probe: None, actual, refused })
     }
@@ -297,7 +297,7 @@ impl Listener {
                 _ => return Ok(()),
             }
             let [Value::BulkString(channel), Value::BulkString(payload)] = push.data.as_slice() else {
-                metrics.redis_bad_messages.inc();
+                metrics.redis_invalid_messages.inc();
                 return Ok(());
             };
             if *channel == beat_channel {
@@ -310,21 +310,21 @@ impl Listener {
             if *channel == keys_channel {
                 match serde_json::from_slice(payload) {
                     Ok(version) => keys.hear_of(&version),
-                    Err(_) => _ = metrics.redis_bad_messages.inc(),
+                    Err(_) => _ = metrics.redis_invalid_messages.inc(),
                 }
                 return Ok(());
             }
             let Some(user) = channels.user_of(channel) else {
-                metrics.redis_bad_messages.inc();
+                metrics.redis_invalid_messages.inc();
                 return Ok(());
             };
             let message = read(&tracer, user, payload).unwrap_or_else(|| {
                 // Of a newer api, or a stranger's: the feed has it if it is an event.
-                metrics.redis_bad_messages.inc();
+                metrics.redis_invalid_messages.inc();
                 News::Doubted(user)
             });
             if news.try_send(message).is_err() {
-                metrics.redis_overflows.inc();
+                metrics.redis_dropped_messages.inc();
                 marks.overflows.fetch_add(1, Ordering::AcqRel);
                 marks.noticed.notify_one();
             }
@@ -436,8 +436,8 @@ impl Listener {
 
     fn count(&self, actual: usize) {
         let actual = i64::try_from(actual).unwrap_or(i64::MAX);
-        self.metrics.subscriptions.inc_by(actual - self.counted.swap(actual, Ordering::Relaxed));
-        self.metrics.subscriptions_wanted.set(i64::try_from(self.wishes.count()).unwrap_or(i64::MAX));
+        self.metrics.actual_subscriptions.inc_by(actual - self.counted.swap(actual, Ordering::Relaxed));
+        self.metrics.desired_subscriptions.set(i64::try_from(self.wishes.count()).unwrap_or(i64::MAX));
     }
 
     /// Whether a message published now, to wherever the address points now, comes back to us. Fails when this connection is
@@ -486,7 +486,7 @@ impl Listener {
             .set_connection_timeout(Some(ANSWER_WITHIN))
             .set_response_timeout(Some(ANSWER_WITHIN));
         let connection = self.bus.connect(&self.node, &config).await?;
-        self.metrics.redis_probe_connects.inc();
+        self.metrics.redis_probe_connections_opened.inc();
         let renew_at =
             Instant::now() + Duration::from_secs_f64(rand::rng().random_range(PROBE_RENEWED_AFTER));
         let probe = ear.probe.insert(Probe { connection, renew_at });
@@ -499,16 +499,15 @@ fn read(tracer: &Tracer, user: UserId, payload: &[u8]) -> Option<News> {
         return None;
     }
     match Notice::from_json(payload).ok()? {
-        Notice::Event(envelope) => {
-            traced::receive(tracer, user, &envelope, Way::Redis).ok().map(|event| News::Event(user, event))
-        }
+        Notice::Event(envelope) => traced::receive(tracer, user, &envelope, DeliveryPath::Redis)
+            .ok()
+            .map(|event| News::Event(user, event)),
         Notice::Revoked(Revoked { revoked }) => Some(News::Revoked(user, revoked)),
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use prometheus_client::registry::Registry;
     use protocol::ids::SessionId;
     use service_kit::{secrets::Secrets, tasks::Tasks};
 
@@ -519,7 +518,7 @@ mod tests {
     async fn a_listener_that_panics_leaves_redis_degraded() {
         let (news, _news) = mpsc::channel(1);
         let bus = Bus::single("redis://localhost").unwrap();
-        let metrics = Arc::new(Metrics::register(&mut Registry::default()));
+        let metrics = Arc::new(Metrics::default());
         let api = Api::new("http://localhost", Secrets::random(), metrics.clone());
         let subscriber = Subscriber {
             bus: bus.clone(),

@@ -138,7 +138,7 @@ impl Subscriber {
             // Until the map changes, that is how it is.
             loop {
                 let health = board.of(map.nodes());
-                self.metrics.redis_up.set(i64::from(health.connected && !map.nodes().is_empty()));
+                self.metrics.redis_connected.set(i64::from(health.connected && !map.nodes().is_empty()));
                 if trusted != (health.trusted && map.is_whole()) {
                     trusted = !trusted;
                     if self.news.send(News::Trusted(trusted)).await.is_err() {

@@ -60,7 +60,7 @@ async fn nothing_ends_while_load_balancers_learn_of_it_and_nobody_is_admitted_af
     goodbye(&mut late, "drain").await;
     let retry = late.retry.unwrap().as_millis();
     assert!((2_000..=5_000).contains(&retry), "{retry}");
-    assert!(world.metric("gateway_streams_refused_total{reason=\"drain\"}").await >= 1);
+    assert!(world.metric("messenger_gateway_streams_rejected_total{reason=\"drain\"}").await >= 1);
     // Whoever stays gets events to the last.
     world.say(&user, 1).await;
     receives(&mut streams[1], 5..=5).await;
@@ -92,7 +92,7 @@ async fn readers_that_take_no_goodbye_do_not_hold_it_up() {
         let event = world.api.append_large(user.id, 15_000);
         world.publish_event(&user, &event).await;
     }
-    world.until_metric("gateway_readers_behind", 3).await;
+    world.until_metric("messenger_gateway_slow_consumers", 3).await;
     world.stop();
     soon("it ends", world.stopped()).await;
     drop(streams);
@@ -104,7 +104,7 @@ async fn a_gateway_stops_while_everything_else_is_away() {
     world.api.mood_of_feeds(crate::api::Mood::Holding);
     let user = world.user(3);
     let mut streams = [world.stream(&user).stream().await, world.stream_after(&user, 1).stream().await];
-    world.until_metric("gateway_streams", 2).await;
+    world.until_metric("messenger_gateway_streams", 2).await;
     world.stop();
     for stream in &mut streams {
         goodbye(stream, "drain").await;

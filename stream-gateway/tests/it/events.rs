@@ -61,7 +61,7 @@ async fn what_redis_never_said_is_found_by_the_reconcile() {
     receives(&mut stream, 6..=8).await;
     silence(&mut another).await;
     world.until_delivered("repair", 3).await;
-    assert_eq!(world.metric("gateway_reconcile_found_total").await, 1);
+    assert_eq!(world.metric("messenger_gateway_reconcile_recovered_feeds_total").await, 1);
     drop((stream, another));
     world.ends().await;
 }
@@ -151,7 +151,7 @@ async fn garbage_on_a_channel_harms_nobody() {
     for payload in payloads {
         world.publish(&user, payload).await;
     }
-    world.until_metric("gateway_redis_bad_messages_total", payloads.len() as u64).await;
+    world.until_metric("messenger_gateway_redis_invalid_messages_total", payloads.len() as u64).await;
     world.say(&user, 2).await;
     receives(&mut stream, 6..=7).await;
     world.say(&other, 1).await;
@@ -269,7 +269,8 @@ async fn events_go_on_when_redis_dies_and_when_it_is_back() {
     let users = [world.user(5), world.user(5)];
     let mut streams = [world.joined(&users[0]).await, world.joined(&users[1]).await];
     world.network.refuse();
-    until("Redis is in doubt", || async { world.metric("gateway_redis_suspect").await == 1 }).await;
+    until("Redis is in doubt", || async { world.metric("messenger_gateway_redis_degraded").await == 1 })
+        .await;
     assert!(world.readiness().await.text().starts_with("ready; Redis is away"));
     assert_eq!(world.readiness().await.status, 200);
     for (user, stream) in users.iter().zip(&mut streams) {
@@ -277,7 +278,7 @@ async fn events_go_on_when_redis_dies_and_when_it_is_back() {
         receives(stream, 6..=6).await;
     }
     world.network.resume();
-    world.until_metric("gateway_redis_suspect", 0).await;
+    world.until_metric("messenger_gateway_redis_degraded", 0).await;
     for (user, stream) in users.iter().zip(&mut streams) {
         world.until_subscribed(user).await;
         world.say(user, 1).await;
@@ -299,7 +300,7 @@ async fn a_redis_that_is_silently_dead_is_found_by_the_beat() {
     receives(&mut stream, 6..=6).await;
     world.until_delivered("repair", 1).await;
     world.network.resume();
-    world.until_metric("gateway_redis_suspect", 0).await;
+    world.until_metric("messenger_gateway_redis_degraded", 0).await;
     drop(stream);
     world.ends().await;
 }

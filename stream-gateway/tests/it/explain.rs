@@ -86,7 +86,7 @@ async fn an_operator_is_told_who_is_to_blame_for_an_event_that_does_not_come() {
         let event = world.api.append_large(slow.id, 3_000);
         world.publish_event(&slow, &event).await;
     }
-    world.until_metric("gateway_readers_behind", 1).await;
+    world.until_metric("messenger_gateway_slow_consumers", 1).await;
     let told = world.explain(&slow, 200).await;
     assert_eq!(
         says(&told["streams"]),
@@ -120,7 +120,7 @@ async fn an_operator_is_told_who_is_to_blame_for_an_event_that_does_not_come() {
     // Redis: it is away.
     world.network.refuse();
     world.network.cut();
-    world.until_metric("gateway_redis_suspect", 1).await;
+    world.until_metric("messenger_gateway_redis_degraded", 1).await;
     let told = world.explain(&user, 3).await;
     assert!(
         told["says"].to_string().contains("Redis is away or in doubt") && told["subscribed"] == false,

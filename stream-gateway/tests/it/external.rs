@@ -95,7 +95,7 @@ async fn while_api_cannot_tell_who_it_is_the_head_comes_and_then_busy() {
     let told = goodbye(&mut stream, "busy").await;
     assert_eq!(told["reconnect"], true);
     assert!((60_000..=120_000).contains(&stream.retry.unwrap().as_millis()));
-    assert_eq!(world.metric("gateway_streams_refused_total{reason=\"no_identity\"}").await, 1);
+    assert_eq!(world.metric("messenger_gateway_streams_rejected_total{reason=\"no_identity\"}").await, 1);
     world.api.mood(IDENTITY_PATH, Mood::Well);
     let mut stream = world.with_token(&token()).stream().await;
     ready(&mut stream, &world.api.cursor(user.id, 3), false).await;
@@ -117,7 +117,7 @@ async fn a_subject_who_opens_too_often_waits_although_nobody_knows_yet_who_it_is
         waiting.push(world.with_token(&token()).stream().await);
     }
     goodbye(&mut world.with_token(&token()).stream().await, "busy").await;
-    assert_eq!(world.metric("gateway_streams_refused_total{reason=\"user_rate\"}").await, 1);
+    assert_eq!(world.metric("messenger_gateway_streams_rejected_total{reason=\"user_rate\"}").await, 1);
     world.api.mood(IDENTITY_PATH, Mood::Well);
     for stream in &mut waiting {
         ready(stream, &world.api.cursor(user.id, 3), false).await;

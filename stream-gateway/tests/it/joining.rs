@@ -105,7 +105,7 @@ async fn a_cursor_that_cannot_be_followed_is_a_resync_to_the_head() {
         receives(stream, 21..=21).await;
     }
     for (reason, times) in [("unknown", 6), ("future", 2), ("expired", 2)] {
-        let name = format!("gateway_resyncs_total{{reason=\"{reason}\"}}");
+        let name = format!("messenger_gateway_resyncs_total{{reason=\"{reason}\"}}");
         assert_eq!(world.metric(&name).await, times, "{reason}");
     }
     drop(streams);
@@ -280,9 +280,9 @@ async fn a_user_who_comes_back_while_the_leaving_is_under_way_joins() {
     // The next beat will hang, and with it whatever is to be told to Redis: for less than it takes to distrust it.
     tokio::time::sleep(Duration::from_millis(1_200)).await;
     drop(stream);
-    world.until_metric("gateway_streams", 0).await;
+    world.until_metric("messenger_gateway_streams", 0).await;
     world.network.silence();
-    world.until_metric("gateway_users", 0).await;
+    world.until_metric("messenger_gateway_users", 0).await;
     world.api.append(user.id);
     let mut again = world.stream_after(&user, 3).stream().await;
     world.network.resume();
@@ -298,7 +298,7 @@ async fn a_client_that_leaves_before_it_is_ready_leaves_nothing() {
     let user = world.user(3);
     world.api.mood_of_feeds(Mood::Holding);
     let streams = [world.stream(&user).stream().await, world.stream_after(&user, 1).stream().await];
-    world.until_metric("gateway_streams", 2).await;
+    world.until_metric("messenger_gateway_streams", 2).await;
     world.api.until_asked("both", |asked| asked.heads(user.id) >= 2).await;
     drop(streams);
     world.until_ended("client", 2).await;
@@ -317,7 +317,7 @@ async fn half_an_end_is_an_end() {
         user.token
     );
     socket.write_all(head.as_bytes()).await.unwrap();
-    world.until_metric("gateway_streams", 1).await;
+    world.until_metric("messenger_gateway_streams", 1).await;
     socket.shutdown().await.unwrap();
     let mut all = Vec::new();
     socket.read_to_end(&mut all).await.unwrap();

@@ -58,7 +58,7 @@ async fn who_comes_while_a_gateway_starts_waits_for_its_first_keys() {
     });
     let mut stream = stream;
     ready(&mut stream, &world.api.cursor(user.id, 3), false).await;
-    assert_eq!(world.metric("gateway_streams_refused_total{reason=\"no_keys\"}").await, 0);
+    assert_eq!(world.metric("messenger_gateway_streams_rejected_total{reason=\"no_keys\"}").await, 0);
     drop(stream);
     world.ends().await;
 }
@@ -72,7 +72,10 @@ async fn a_key_that_nobody_publishes_is_asked_about_once_and_then_refused() {
     assert_eq!(world.api.asked().keys(), 1);
     assert_eq!(statuses(&opening, 20).await, [401; 20]);
     assert_eq!(world.api.asked().keys(), 1, "a stranger's tokens are no load on api");
-    assert_eq!(world.metric("gateway_requests_rejected_total{reason=\"unauthorized\"}").await, 40);
+    assert_eq!(
+        world.metric("messenger_gateway_stream_request_errors_total{code=\"unauthorized\"}").await,
+        40
+    );
     world.ends().await;
 }
 
@@ -123,7 +126,7 @@ async fn an_empty_or_senseless_set_of_keys_does_not_take_the_place_of_good_ones(
         goodbye(&mut stream, "drain").await;
         assert_eq!(world.api.asked().keys(), 1);
         assert_eq!(statuses(&world.stream(&user), 1).await, [200]);
-        assert_eq!(world.metric("gateway_keys").await, keys().jwks().keys.len() as u64);
+        assert_eq!(world.metric("messenger_gateway_public_keys").await, keys().jwks().keys.len() as u64);
         drop(stream);
         world.ends().await;
     }))

@@ -143,7 +143,7 @@ async fn a_client_that_does_not_leave_after_the_goodbye_is_left() {
     stays.until("event: goodbye").await;
     stays.until_end().await; // Our half of it ends at once.
     world.until_ended("revoked", 1).await; // The rest a little later, though this client keeps its half open.
-    world.until_metric("gateway_streams", 0).await;
+    world.until_metric("messenger_gateway_streams", 0).await;
     drop(stays);
     world.ends().await;
 }

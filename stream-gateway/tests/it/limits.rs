@@ -76,7 +76,7 @@ async fn a_full_process_says_busy_until_a_place_is_given_back() {
         retries.push(refused.retry);
     }
     assert!(distinct(retries) > 5, "those who were refused together do not come back together");
-    assert_eq!(world.metric("gateway_streams_refused_total{reason=\"streams\"}").await, 10);
+    assert_eq!(world.metric("messenger_gateway_streams_rejected_total{reason=\"streams\"}").await, 10);
     for _ in 0..3 {
         drop(streams.remove(0));
         streams.push(until_admitted(&world.stream(&user)).await);
@@ -95,7 +95,7 @@ async fn one_address_has_so_many_places() {
     let users = [world.user(3), world.user(3), world.user(3)];
     let streams = [world.joined(&users[0]).await, world.joined(&users[1]).await];
     assert_busy(&mut world.stream(&users[2]).stream().await).await;
-    assert_eq!(world.metric("gateway_streams_refused_total{reason=\"address\"}").await, 1);
+    assert_eq!(world.metric("messenger_gateway_streams_rejected_total{reason=\"address\"}").await, 1);
     drop(streams);
     let stream = until_admitted(&world.stream(&users[2])).await;
     drop(stream);
@@ -120,7 +120,7 @@ async fn clients_behind_a_trusted_proxy_are_told_apart() {
     for client in ["198.51.100.1:4711", "203.0.113.7, 198.51.100.2", "[2001:db8::2]:80"] {
         assert_busy(&mut from(client).stream().await).await;
     }
-    assert_eq!(world.metric("gateway_streams_refused_total{reason=\"address\"}").await, 3);
+    assert_eq!(world.metric("messenger_gateway_streams_rejected_total{reason=\"address\"}").await, 3);
     drop(streams);
     world.ends().await;
 }
@@ -149,7 +149,7 @@ async fn more_than_the_rate_must_wait() {
         admitted += usize::from(stream.next().await.is("ready"));
     }
     assert!(admitted >= RATE as usize && admitted as f64 <= most, "{admitted} of at most {most}");
-    let refused = world.metric("gateway_streams_refused_total{reason=\"rate\"}").await;
+    let refused = world.metric("messenger_gateway_streams_rejected_total{reason=\"rate\"}").await;
     assert_eq!(refused as usize, streams.len() - admitted);
     let stream = until_admitted(&world.stream(&user)).await;
     drop((streams, stream));
@@ -181,7 +181,7 @@ async fn a_user_who_opens_too_often_is_told_to_come_back_later_by_all_gateways()
     let one = opens(once(4), Limit::Off, &channels).start().await;
     let two = opens(once(4), Limit::Off, &channels).start().await;
     for world in [&one, &two] {
-        world.until_metric("gateway_limits_shared", 1).await;
+        world.until_metric("messenger_gateway_rate_limits_shared", 1).await;
     }
     let (user, other) = (one.user(3), one.user(3));
     let phone = one.another_session(user.id);
@@ -198,8 +198,8 @@ async fn a_user_who_opens_too_often_is_told_to_come_back_later_by_all_gateways()
     assert_busy(&mut two.stream(&phone).stream().await).await;
     assert!(two.stream(&other).stream().await.next().await.is("ready"));
     for world in [one, two] {
-        assert_eq!(world.metric("gateway_streams_refused_total{reason=\"user_rate\"}").await, 1);
-        assert_eq!(world.metric("gateway_limited_total{rule=\"open\",by=\"user\"}").await, 1);
+        assert_eq!(world.metric("messenger_gateway_streams_rejected_total{reason=\"user_rate\"}").await, 1);
+        assert_eq!(world.metric("messenger_gateway_rate_limited_total{rule=\"open\",by=\"user\"}").await, 1);
         world.ends().await;
     }
 }
@@ -243,7 +243,7 @@ async fn an_address_that_opens_too_often_is_told_to_come_back_later() {
     }
     assert_busy(&mut from(&users[2], "203.0.113.7, 198.51.100.1").stream().await).await;
     assert!(from(&users[2], "198.51.100.2").stream().await.next().await.is("ready"));
-    assert_eq!(world.metric("gateway_streams_refused_total{reason=\"address_rate\"}").await, 1);
+    assert_eq!(world.metric("messenger_gateway_streams_rejected_total{reason=\"address_rate\"}").await, 1);
     world.ends().await;
 }
 
@@ -255,7 +255,7 @@ async fn a_silent_redis_neither_keeps_a_head_waiting_nor_lets_everybody_in() {
             Opening { per_user: once(MANY as u32), per_address: Limit::Off, patience: limiter::PATIENCE }
     });
     let world = setup.start().await;
-    world.until_metric("gateway_limits_shared", 1).await;
+    world.until_metric("messenger_gateway_rate_limits_shared", 1).await;
     let user = world.user(3);
     world.network.silence();
     let mut streams = Vec::new();
@@ -264,13 +264,15 @@ async fn a_silent_redis_neither_keeps_a_head_waiting_nor_lets_everybody_in() {
     }
     // The first one asks Redis, and waits for as short a time as a limit may take. The others that nothing here refuses do not ask.
     let alone = async |reason: &str| {
-        world.metric(&format!("gateway_limits_alone_total{{reason=\"{reason}\"}}")).await
+        world
+            .metric(&format!("messenger_gateway_rate_limit_local_decisions_total{{reason=\"{reason}\"}}"))
+            .await
     };
     assert_eq!((alone("slow").await, alone("away").await), (1, MANY - 1));
-    world.until_metric("gateway_streams_opened_total", MANY).await;
-    assert_eq!(world.metric("gateway_streams_refused_total{reason=\"user_rate\"}").await, MANY);
+    world.until_metric("messenger_gateway_streams_opened_total", MANY).await;
+    assert_eq!(world.metric("messenger_gateway_streams_rejected_total{reason=\"user_rate\"}").await, MANY);
     world.network.resume();
-    world.until_metric("gateway_limits_shared", 1).await;
+    world.until_metric("messenger_gateway_rate_limits_shared", 1).await;
     assert_busy(&mut world.stream(&user).stream().await).await;
     drop(streams);
     world.ends().await;
@@ -293,7 +295,7 @@ async fn clients_that_vanish_at_any_moment_keep_no_place() {
         }
         drop(socket);
     }
-    world.until_metric("gateway_streams", 0).await;
+    world.until_metric("messenger_gateway_streams", 0).await;
     let mut streams = Vec::new();
     for _ in 0..3 {
         streams.push(until_admitted(&world.stream(&user)).await);
@@ -316,7 +318,7 @@ async fn many_come_and_go_and_nothing_is_left() {
             }
         }
     }
-    world.until_metric("gateway_streams_opened_total", 200).await;
+    world.until_metric("messenger_gateway_streams_opened_total", 200).await;
     world.until_ended("client", 200).await;
     world.leaves_nothing().await;
 }

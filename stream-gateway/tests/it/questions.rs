@@ -33,8 +33,8 @@ async fn many_who_join_at_once_share_requests_of_bounded_size() {
         let opened = open_all(users.iter().map(|user| world.stream_after(user, after))).await;
         streams.extend(users.iter().zip(opened).map(|(user, stream)| (user, after, stream)));
     }
-    world.until_metric("gateway_streams", 2 * USERS as u64).await;
-    world.until_metric("gateway_subscriptions", USERS as u64).await;
+    world.until_metric("messenger_gateway_streams", 2 * USERS as u64).await;
+    world.until_metric("messenger_gateway_actual_subscriptions", USERS as u64).await;
     world.api.mood_of_feeds(Mood::Well);
     for (user, after, stream) in &mut streams {
         ready(stream, &world.api.cursor(user.id, *after), true).await;
@@ -111,7 +111,7 @@ async fn those_who_come_and_go_while_api_is_down_leave_no_questions_behind() {
         .until_asked("everything", |asked| asked.requests().iter().any(|asked| asked.size() >= 60))
         .await;
     drop(streams);
-    world.until_metric("gateway_users", 1).await;
+    world.until_metric("messenger_gateway_users", 1).await;
     // Two ticks later all of it is forgotten.
     world
         .api

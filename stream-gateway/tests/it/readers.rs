@@ -32,7 +32,7 @@ async fn flood(world: &World, user: &User, events: usize, bytes: usize) -> Seq {
 
 /// Until the stream's socket takes no more.
 async fn until_behind(world: &World, readers: u64) {
-    world.until_metric("gateway_readers_behind", readers).await;
+    world.until_metric("messenger_gateway_slow_consumers", readers).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -62,7 +62,7 @@ async fn a_reader_that_stops_costs_others_nothing_and_reads_on_exactly() {
     world.say(&user, 1).await;
     receives(&mut slow, 401..=401).await;
     receives(&mut same, 401..=401).await;
-    world.until_metric("gateway_backlog_bytes", 0).await;
+    world.until_metric("messenger_gateway_replay_buffer_bytes", 0).await;
     drop((slow, same, others));
     world.leaves_nothing().await;
 }
@@ -80,15 +80,15 @@ async fn what_is_kept_for_slow_readers_is_bounded_over_all_of_them() {
         for user in &users {
             flood(&world, user, 20, 3_000).await;
         }
-        assert!(world.metric("gateway_backlog_bytes").await <= BACKLOG as u64);
+        assert!(world.metric("messenger_gateway_replay_buffer_bytes").await <= BACKLOG as u64);
     }
     until_behind(&world, 3).await;
     for stream in &mut slow {
         receives(stream, 1..=200).await;
         // A page that is being read counts; one event may be more than there is room for.
-        assert!(world.metric("gateway_backlog_bytes").await <= BACKLOG as u64 + 3 * 4_000);
+        assert!(world.metric("messenger_gateway_replay_buffer_bytes").await <= BACKLOG as u64 + 3 * 4_000);
     }
-    world.until_metric("gateway_backlog_bytes", 0).await;
+    world.until_metric("messenger_gateway_replay_buffer_bytes", 0).await;
     drop(slow);
     world.leaves_nothing().await;
 }
@@ -103,7 +103,7 @@ async fn a_reader_that_makes_no_progress_is_cut_at_the_write_deadline() {
         flood(&world, &user, 10, 5_000).await;
         receives(&mut well, round * 10 + 1..=round * 10 + 10).await;
     }
-    world.until_ended("stalled", 1).await;
+    world.until_ended("slow_consumer", 1).await;
     until_behind(&world, 0).await;
     let (events, _) = slow.rest().await;
     assert!(events.len() < 100, "cut before everything was sent");
@@ -165,7 +165,7 @@ async fn a_goodbye_that_nobody_reads_is_not_waited_for() {
     until_behind(&world, 1).await;
     world.publish(&user, json!({ "revoked": user.session }).to_string()).await;
     world.until_ended("revoked", 1).await;
-    world.until_metric("gateway_streams", 0).await;
+    world.until_metric("messenger_gateway_streams", 0).await;
     drop(slow);
     world.leaves_nothing().await;
 }
@@ -199,7 +199,7 @@ async fn a_slow_reader_whose_feed_was_lost_gets_the_begun_frame_and_a_resync() {
         world.say(user, 1).await;
         receives(stream, 301..=301).await;
     }
-    world.until_metric("gateway_backlog_bytes", 0).await;
+    world.until_metric("messenger_gateway_replay_buffer_bytes", 0).await;
     drop((a, b));
     world.ends().await;
 }
@@ -211,7 +211,7 @@ async fn a_reader_that_leaves_while_it_is_behind_leaves_nothing() {
     let slow = [stalled(&world, &user).await, stalled(&world, &user).await];
     flood(&world, &user, 100, 5_000).await;
     until_behind(&world, 2).await;
-    assert!(world.metric("gateway_backlog_bytes").await > 0);
+    assert!(world.metric("messenger_gateway_replay_buffer_bytes").await > 0);
     drop(slow);
     world.until_ended("client", 2).await;
     world.leaves_nothing().await;

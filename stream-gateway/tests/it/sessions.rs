@@ -40,7 +40,7 @@ async fn nothing_is_written_before_the_session_is_confirmed() {
     world.api.mood(HEADS_PATH, Mood::Holding);
     let mut of_ended = one_of_each(&world, &ended, 5).await;
     let mut of_phone = one_of_each(&world, &phone, 5).await;
-    world.until_metric("gateway_streams", 9).await;
+    world.until_metric("messenger_gateway_streams", 9).await;
     // The place is known, and the first of these directly follows the cursor.
     world.say(&user, 3).await;
     receives(&mut confirmed, 6..=8).await;
@@ -80,7 +80,7 @@ async fn streams_that_waited_for_api_are_whole_and_cost_no_memory() {
     };
     let mut waiting = open(&users, 0).await;
     let mut refused = open(&ended, 0).await;
-    world.until_metric("gateway_subscriptions", USERS as u64).await;
+    world.until_metric("messenger_gateway_actual_subscriptions", USERS as u64).await;
     // `api` fails for several rounds of the reconcile, and Redis brings much meanwhile.
     for _ in 0..3 {
         for user in &users {
@@ -90,7 +90,7 @@ async fn streams_that_waited_for_api_are_whole_and_cost_no_memory() {
         world.api.forget_questions();
         world.api.until_asked("another round", |asked| asked.requests().len() >= 3).await;
         assert_eq!(world.api.asked().range_requests().count(), 0);
-        assert_eq!(world.metric("gateway_backlog_bytes").await, 0);
+        assert_eq!(world.metric("messenger_gateway_replay_buffer_bytes").await, 0);
     }
     world.api.mood(HEADS_PATH, Mood::Well);
     for (user, stream) in users.iter().zip(&mut waiting) {

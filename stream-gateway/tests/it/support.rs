@@ -186,7 +186,7 @@ impl World {
         })
         .await;
         if !setup.redis_is_away {
-            world.until_metric("gateway_redis_suspect", 0).await;
+            world.until_metric("messenger_gateway_redis_degraded", 0).await;
         }
         world.api.forget_questions();
         world
@@ -315,7 +315,7 @@ impl World {
     }
 
     pub(crate) async fn ended(&self, reason: &str) -> u64 {
-        self.metric(&format!("gateway_streams_ended_total{{reason=\"{reason}\"}}")).await
+        self.metric(&format!("messenger_gateway_streams_closed_total{{reason=\"{reason}\"}}")).await
     }
 
     pub(crate) async fn until_ended(&self, reason: &str, times: u64) {
@@ -325,7 +325,8 @@ impl World {
 
     /// Events are counted just after they are written, so a client may be a little ahead.
     pub(crate) async fn until_delivered(&self, path: &str, times: u64) {
-        self.until_metric(&format!("gateway_events_delivered_total{{path=\"{path}\"}}"), times).await;
+        self.until_metric(&format!("messenger_gateway_events_delivered_total{{path=\"{path}\"}}"), times)
+            .await;
     }
 
     // ---- The end
@@ -345,7 +346,11 @@ impl World {
     /// Each test ends with this or the next, its streams closed: nothing is left of them, and the gateway stops in good
     /// order.
     pub(crate) async fn ends(self) {
-        for gauge in ["gateway_streams", "gateway_readers_behind", "gateway_backlog_bytes"] {
+        for gauge in [
+            "messenger_gateway_streams",
+            "messenger_gateway_slow_consumers",
+            "messenger_gateway_replay_buffer_bytes",
+        ] {
             self.until_metric(gauge, 0).await;
         }
         self.stop();
@@ -354,9 +359,9 @@ impl World {
 
     /// Nor of their users, who are remembered for a second.
     pub(crate) async fn leaves_nothing(self) {
-        self.until_metric("gateway_users", 0).await;
-        if self.metric("gateway_redis_up").await == 1 {
-            self.until_metric("gateway_subscriptions", 0).await;
+        self.until_metric("messenger_gateway_users", 0).await;
+        if self.metric("messenger_gateway_redis_connected").await == 1 {
+            self.until_metric("messenger_gateway_actual_subscriptions", 0).await;
         }
         self.ends().await;
     }

@@ -60,12 +60,14 @@ async fn redis_is_listened_to_behind_tls_and_not_behind_anybody_elses_certificat
     // Also a beat, which comes by a connection made anew, has come back by then.
     until("Redis is trusted to bring events", || async {
         let metrics = metrics(&trusts).await;
-        metrics.contains("gateway_redis_up 1\n") && metrics.contains("gateway_redis_suspect 0\n")
+        metrics.contains("messenger_gateway_redis_connected 1\n")
+            && metrics.contains("messenger_gateway_redis_degraded 0\n")
     })
     .await;
     let metrics = metrics(&trusts_not).await;
     assert!(
-        metrics.contains("gateway_redis_up 0\n") && metrics.contains("gateway_redis_connects_total 0\n"),
+        metrics.contains("messenger_gateway_redis_connected 0\n")
+            && metrics.contains("messenger_gateway_redis_connections_opened_total 0\n"),
         "{metrics}"
     );
     panics::assert_none();

@@ -136,7 +136,7 @@ async fn a_stream_that_ends_before_it_is_ready_is_whole() {
     let user = world.user(3);
     world.api.mood(HEADS_PATH, Mood::Holding);
     let mut stream = world.stream(&user).stream().await;
-    world.until_metric("gateway_streams", 1).await;
+    world.until_metric("messenger_gateway_streams", 1).await;
     world.publish(&user, json!({ "revoked": user.session }).to_string()).await;
     assert_eq!(goodbye(&mut stream, "revoked").await["reconnect"], false);
     world.api.mood(HEADS_PATH, Mood::Well);

@@ -142,7 +142,7 @@ impl<'a> Site<'a> {
     pub(super) async fn roll(&mut self) -> anyhow::Result<()> {
         for number in 0..self.gateways.len() {
             let began = now();
-            let streams = self.gateways[number].metric("gateway_streams", "")?;
+            let streams = self.gateways[number].metric("messenger_gateway_streams", "")?;
             self.replace_in_order(Kind::Gateway, number).await?;
             sleep(self.pace.pause).await;
             self.drains.push(Drain { streams, began, ended: now() });

@@ -60,7 +60,7 @@ impl Typists {
 async fn opened(gateways: &[Service]) -> f64 {
     let mut opened = 0.0;
     for gateway in gateways {
-        opened += gateway.metric("gateway_streams_opened_total").await;
+        opened += gateway.metric("messenger_gateway_streams_opened_total").await;
     }
     opened
 }

@@ -29,7 +29,7 @@ async fn a_login_goes_on_while_it_is_used() {
         let ended = site
             .gateways
             .iter()
-            .map(|gateway| gateway.metric_where("gateway_streams_ended_total", "expired"));
+            .map(|gateway| gateway.metric_where("messenger_gateway_streams_closed_total", "expired"));
         join_all(ended).await.iter().sum::<f64>() >= 1.0
     })
     .await;

@@ -133,7 +133,7 @@ impl Scene {
     }
 
     async fn open_streams(&self) -> f64 {
-        join_all(self.site.gateways.iter().map(|gateway| gateway.metric("gateway_streams")))
+        join_all(self.site.gateways.iter().map(|gateway| gateway.metric("messenger_gateway_streams")))
             .await
             .iter()
             .sum()

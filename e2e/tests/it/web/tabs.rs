@@ -11,7 +11,8 @@ use super::{
 use crate::support::Two;
 
 async fn streams(site: &Site) -> f64 {
-    site.gateways[0].metric("gateway_streams").await + site.gateways[1].metric("gateway_streams").await
+    site.gateways[0].metric("messenger_gateway_streams").await
+        + site.gateways[1].metric("messenger_gateway_streams").await
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

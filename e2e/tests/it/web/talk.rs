@@ -34,7 +34,7 @@ async fn known_to(world: &World, context: &Context) {
 async fn streams(site: &Site) -> Vec<f64> {
     let mut streams = Vec::new();
     for gateway in &site.gateways {
-        streams.push(gateway.metric("gateway_streams").await);
+        streams.push(gateway.metric("messenger_gateway_streams").await);
     }
     streams
 }

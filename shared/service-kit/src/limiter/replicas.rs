@@ -25,7 +25,7 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
-use super::{Metrics, Why};
+use super::{Metrics, Reason};
 use crate::bus::{Bus, Map, Node, sent_to};
 use protocol::channels::Channels;
 
@@ -132,7 +132,7 @@ impl Replicas {
     }
 
     fn alone<T>(&self, reason: &'static str) -> Option<T> {
-        self.metrics.alone.get_or_create(&Why { reason }).inc();
+        self.metrics.rate_limit_local_decisions.get_or_create(&Reason { reason }).inc();
         None
     }
 
@@ -142,7 +142,7 @@ impl Replicas {
             .link
             .send_if_modified(|current| current.take_if(|current| current.number == link.number).is_some());
         if left {
-            self.metrics.shared.set(0);
+            self.metrics.rate_limits_shared.set(0);
             tracing::warn!(
                 reason,
                 "Redis does not count for rate limits; each process does so alone until it is back"
@@ -203,7 +203,7 @@ impl Worker {
         for number in 1.. {
             match self.connect(number).await {
                 Ok(found) => {
-                    metrics.shared.set(1);
+                    metrics.rate_limits_shared.set(1);
                     tracing::info!("rate limits are counted together with the other replicas");
                     told = true; // Whoever ends it tells it.
                     let began = Instant::now();

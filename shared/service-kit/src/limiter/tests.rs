@@ -43,7 +43,8 @@ impl Replica {
     }
 
     async fn until_shared(&self, value: i64) {
-        until("limits are shared as wanted", || async { self.metrics.shared.get() == value }).await;
+        until("limits are shared as wanted", || async { self.metrics.rate_limits_shared.get() == value })
+            .await;
     }
 
     async fn allowed(&self, rule: &Rule, subject: Subject<'_>, tries: u32) -> u32 {
@@ -55,7 +56,7 @@ impl Replica {
     }
 
     fn alone(&self, reason: &'static str) -> u64 {
-        self.metrics.alone.get_or_create(&Why { reason }).get()
+        self.metrics.rate_limit_local_decisions.get_or_create(&Reason { reason }).get()
     }
 }
 
@@ -71,7 +72,7 @@ async fn replicas_share_one_budget_and_subjects_do_not() {
     assert_eq!((one.allowed(&at_one, ALICE, 6).await, two.allowed(&at_two, BOB, 12).await), (0, 10));
     let other_rule = two.limiter.rule("search", limit);
     assert_eq!(two.allowed(&other_rule, ALICE, 12).await, 10);
-    let refused = one.metrics.limited.get_or_create(&Limited { rule: "send", by: "user" }).get();
+    let refused = one.metrics.rate_limited.get_or_create(&Limited { rule: "send", by: "user" }).get();
     assert_eq!(refused, 6);
     let name = Subject::Name("somebody's name");
     assert_eq!(two.allowed(&at_two, name, 1).await, 1);
@@ -181,7 +182,7 @@ async fn a_forgotten_script_is_told_again() {
     redis.command(&["SCRIPT", "FLUSH"]).unwrap();
     assert_eq!(replica.allowed(&rule, ALICE, 5).await, 2);
     assert_eq!(redis.command(&["EXISTS", "t:limit:send:user:1"]).unwrap(), ":1");
-    assert_eq!(replica.metrics.shared.get(), 1);
+    assert_eq!(replica.metrics.rate_limits_shared.get(), 1);
 }
 
 /// What one check took, at most, and how many were allowed.
@@ -205,7 +206,7 @@ async fn without_redis_each_process_limits_alone_and_at_once_until_it_is_back() 
     let (_, allowed) = hurry(&replica, &rule, 1_000).await;
     assert_eq!(allowed, 400, "its own count goes on");
     assert_eq!(replica.alone("failed") + replica.alone("away"), 400);
-    assert_eq!(replica.metrics.shared.get(), 0);
+    assert_eq!(replica.metrics.rate_limits_shared.get(), 0);
     redis.restart();
     replica.until_shared(1).await;
     assert_eq!(replica.allowed(&rule, ALICE, 1).await, 1);
@@ -262,7 +263,7 @@ async fn a_redis_without_memory_left_does_not_count() {
     assert_eq!((replica.alone("failed"), replica.alone("away")), (1, 9));
     // It is not asked again and again: a trial shows that it does not count yet.
     tokio::time::sleep(Duration::from_millis(300)).await;
-    assert_eq!(replica.metrics.shared.get(), 0);
+    assert_eq!(replica.metrics.rate_limits_shared.get(), 0);
     redis.command(&["CONFIG", "SET", "maxmemory", "0"]).unwrap();
     replica.until_shared(1).await;
 }

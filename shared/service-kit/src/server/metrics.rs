@@ -1,61 +1,28 @@
 //! What a listener counts.
 
-use prometheus_client::{
-    encoding::EncodeLabelSet,
-    metrics::{counter::Counter, family::Family, gauge::Gauge},
-    registry::Registry,
-};
+use prometheus_client::metrics::{counter::Counter, family::Family, gauge::Gauge};
 
-/// Of all listeners of one service.
-#[derive(Clone, Default)]
-pub struct Metrics {
-    connections: Family<Name, Gauge>,
-    cut: Family<Reason, Counter>,
-    malformed: Family<Reason, Counter>,
-    panics: Family<Name, Counter>,
-}
+use crate::{labels, metrics};
 
-#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
-struct Name {
-    listener: &'static str,
-}
+labels!(Name { listener });
+labels!(Reason { listener, reason });
 
-#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
-struct Reason {
-    listener: &'static str,
-    reason: &'static str,
+metrics! {
+    /// Of all listeners of a service.
+    pub struct Metrics {
+        http_connections: Family<Name, Gauge> = "HTTP connections open, without streams";
+        http_connections_closed: Family<Reason, Counter> = "HTTP connections that the server closed, by reason";
+        http_malformed_requests: Family<Reason, Counter> =
+            "Requests answered with 400 before routing, by the part that is invalid";
+        http_handler_panics: Family<Name, Counter> = "Requests answered with 500 because their handler panicked";
+    }
 }
 
 impl Metrics {
-    pub fn register(registry: &mut Registry) -> Self {
-        let metrics = Self::default();
-        registry.register(
-            "http_connections",
-            "Connections inside HTTP, streams not included",
-            metrics.connections.clone(),
-        );
-        registry.register(
-            "http_connections_cut",
-            "Connections that this side ended, by reason",
-            metrics.cut.clone(),
-        );
-        registry.register(
-            "http_requests_malformed",
-            "Requests answered with 400 before any route, by what is wrong",
-            metrics.malformed.clone(),
-        );
-        registry.register(
-            "http_handler_panics",
-            "Requests answered with 500 because their handler panicked",
-            metrics.panics.clone(),
-        );
-        metrics
-    }
-
     /// For the listener of this name.
     pub fn listener(&self, name: &'static str) -> ListenerMetrics {
         // So that a first panic is an increase.
-        self.panics.get_or_create(&Name { listener: name }).inc_by(0);
+        self.http_handler_panics.get_or_create(&Name { listener: name }).inc_by(0);
         ListenerMetrics { metrics: self.clone(), name }
     }
 }
@@ -68,18 +35,18 @@ pub struct ListenerMetrics {
 
 impl ListenerMetrics {
     pub(super) fn connections(&self) -> Gauge {
-        self.metrics.connections.get_or_create(&Name { listener: self.name }).clone()
+        self.metrics.http_connections.get_or_create_owned(&Name { listener: self.name })
     }
 
-    pub(super) fn cut(&self, reason: &'static str) {
-        self.metrics.cut.get_or_create(&Reason { listener: self.name, reason }).inc();
+    pub(super) fn closed(&self, reason: &'static str) {
+        self.metrics.http_connections_closed.get_or_create(&Reason { listener: self.name, reason }).inc();
     }
 
     pub(super) fn malformed(&self, reason: &'static str) {
-        self.metrics.malformed.get_or_create(&Reason { listener: self.name, reason }).inc();
+        self.metrics.http_malformed_requests.get_or_create(&Reason { listener: self.name, reason }).inc();
     }
 
     pub(super) fn panicked(&self) {
-        self.metrics.panics.get_or_create(&Name { listener: self.name }).inc();
+        self.metrics.http_handler_panics.get_or_create(&Name { listener: self.name }).inc();
     }
 }

@@ -48,12 +48,12 @@ impl Running {
         values.next().map_or(0, |value| value.parse().unwrap())
     }
 
-    fn cut(&self, reason: &str) -> u64 {
-        self.metric(&format!(r#"http_connections_cut_total{{listener="test",reason="{reason}"}}"#))
+    fn closed(&self, reason: &str) -> u64 {
+        self.metric(&format!(r#"http_connections_closed_total{{listener="test",reason="{reason}"}}"#))
     }
 
     async fn until_cut(&self, reason: &str) {
-        until(reason, || async { self.cut(reason) > 0 }).await;
+        until(reason, || async { self.closed(reason) > 0 }).await;
     }
 }
 
@@ -252,14 +252,14 @@ async fn half_of_a_pipelined_head_has_the_time_of_a_head() {
             let text = soon(&name, rest(send(halves.address, &[request, half].concat()).await)).await;
             assert_eq!(text.matches("HTTP/1.1 200").count(), 1, "{text}");
         }
-        assert_eq!((halves.cut("slow_head"), halves.cut("idle")), (2, 0), "{name}");
+        assert_eq!((halves.closed("slow_head"), halves.closed("idle")), (2, 0), "{name}");
         // Nothing followed, or only whole requests: the connection is idle.
         let wholes = start_with(Limits { head: NEVER, idle: Duration::from_millis(50), ..limits() });
         for more in [&b""[..], request, HELLO] {
             let text = soon(&name, rest(send(wholes.address, &[request, more].concat()).await)).await;
             assert_eq!(text.matches("HTTP/1.1 200").count(), 2 - usize::from(more.is_empty()), "{text}");
         }
-        assert_eq!((wholes.cut("slow_head"), wholes.cut("idle")), (0, 3), "{name}");
+        assert_eq!((wholes.closed("slow_head"), wholes.closed("idle")), (0, 3), "{name}");
     }
 }
 
@@ -272,7 +272,7 @@ async fn half_a_head_that_came_while_a_request_was_served_is_one() {
     socket.write_all(b"bodyGET /hel").await.unwrap();
     let text = soon("the end", rest(socket)).await;
     assert!(text.ends_with("hello") && !text.contains("connection: close"), "{text}");
-    assert_eq!(server.cut("slow_head"), 1);
+    assert_eq!(server.closed("slow_head"), 1);
 }
 
 #[tokio::test]
@@ -372,8 +372,8 @@ async fn malformed_heads_are_refused_and_the_connection_goes_on() {
         socket.write_all(HELLO).await.unwrap();
         assert_eq!(answer(&mut socket).await.1, "hello", "{request}");
     }
-    assert_eq!(server.metric(r#"http_requests_malformed_total{listener="test",reason="host"}"#), 3);
-    assert_eq!(server.metric(r#"http_requests_malformed_total{listener="test",reason="target"}"#), 4);
+    assert_eq!(server.metric(r#"http_malformed_requests_total{listener="test",reason="host"}"#), 3);
+    assert_eq!(server.metric(r#"http_malformed_requests_total{listener="test",reason="target"}"#), 4);
     let old = rest(send(server.address, b"GET /hello HTTP/1.0\r\n\r\n").await).await;
     assert!(old.ends_with("hello"), "{old}");
 }

@@ -124,7 +124,7 @@ impl Sending {
             Ok(refused) => {
                 // A number from outside.
                 let refused = u64::try_from(refused).unwrap_or(0).min(count);
-                self.metrics.exported.inc_by(count - refused);
+                self.metrics.exported_spans.inc_by(count - refused);
                 if refused > 0 {
                     self.tell(refused, "refused", "it refused some of them");
                 }
