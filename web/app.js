@@ -142,7 +142,7 @@ document.addEventListener("click", (event) => {
 // The request of `begin` itself may be the one that got 401.
 weather.addEventListener("unauthorized", () => inside && !asking && begin(ENDED));
 
-// All tabs share one cookie: when another tab logs out or changes the user, this one follows, at once or when it wakes.
+// All tabs share one cookie: when another tab logs out or changes the user, this one follows, immediately or when it wakes.
 function follow() {
   const now = who.get();
   if (inside && now !== null && now !== inside.session.me.id) {

@@ -20,7 +20,7 @@ export function sessionsPage({ signal }) {
   const element = h("section", { class: "page" },
     h("div", { class: "bar" }, backLink(), heading),
     h("div", { class: "body scroll" },
-      h("p", { class: "quiet" }, "These devices are logged in as you. Ending a session logs that device out at once."),
+      h("p", { class: "quiet" }, "These devices are logged in as you. Ending a session logs that device out immediately."),
       others, problem, status, list));
 
   /** @param {Device[]} devices */
