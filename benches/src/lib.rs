@@ -5,6 +5,8 @@
 //! Everything runs on one machine, so load and servers share its cores: rates are a lower bound, CPU per delivery and bytes
 //! per stream are not disturbed by it.
 
+#![allow(clippy::disallowed_methods, reason = "a tool, whose user notices")]
+
 mod clock;
 mod http;
 pub mod load;

@@ -1,5 +1,7 @@
 //! `cargo run --release -p benches -- <scenario>…`: measures, and prints what it saw.
 
+#![allow(clippy::disallowed_methods, reason = "a tool, whose user notices")]
+
 use std::{
     process::{Command, ExitCode},
     sync::mpsc::{RecvTimeoutError, SyncSender, sync_channel},

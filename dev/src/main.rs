@@ -2,6 +2,8 @@
 //!
 //! What it keeps is under `.dev/`; what it starts, it stops. It knows the services only by their settings.
 
+#![allow(clippy::disallowed_methods, reason = "a tool, whose user notices")]
+
 mod cargo;
 mod demo;
 mod find;

@@ -1,6 +1,8 @@
 //! The harness of the end-to-end suite: the real binaries as child processes, a database and a channel prefix for each
 //! test, a real browser and a real nginx, and the comparison of what a browser saw with what the feed says. The promises themselves are in `tests/it`.
 
+#![allow(clippy::disallowed_methods, reason = "tests notice the end of what they start")]
+
 pub mod browser;
 pub mod clients;
 pub mod collector;

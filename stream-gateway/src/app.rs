@@ -64,6 +64,7 @@ impl Listeners {
 }
 
 /// Runs until `stop`, then drains.
+#[expect(clippy::disallowed_methods, reason = "each is watched")]
 pub async fn run(config: Config, listeners: Listeners, stop: CancellationToken) -> anyhow::Result<()> {
     let (metrics, registry) = Metrics::of_service();
     let metrics = Arc::new(metrics);

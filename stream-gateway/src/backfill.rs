@@ -352,6 +352,7 @@ impl<A: Copy + Send + 'static> Backfill<A> {
         !self.heads.is_empty() && self.heads_under_way < MAX_REQUESTS
     }
 
+    #[expect(clippy::disallowed_methods, reason = "the delivery thread awaits it")]
     fn launch(&mut self) {
         let started = Instant::now();
         if started < self.not_before() {

@@ -62,6 +62,7 @@ impl Context {
     }
 
     /// Runs `work` apart from the request, so that a client who goes away does not stop it half way.
+    #[expect(clippy::disallowed_methods, reason = "its request awaits it")]
     async fn to_its_end<T: Send + 'static>(
         &self,
         work: impl Future<Output = Result<T, StoreError>> + Send + 'static,

@@ -91,6 +91,7 @@ impl Router {
         self.map = map;
     }
 
+    #[expect(clippy::disallowed_methods, reason = "the lane is watched")]
     fn lane(&mut self, node: &Node) -> &mpsc::Sender<Notice> {
         let lane = self.lanes.entry(node.clone()).or_insert_with(|| {
             let (sender, queue) = mpsc::channel(QUEUE);

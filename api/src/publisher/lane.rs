@@ -207,6 +207,7 @@ impl Lane {
         (taken, failed)
     }
 
+    #[expect(clippy::disallowed_methods, reason = "its lane awaits it")]
     fn renewal(&self) -> Renewal {
         let (bus, node) = (self.bus.clone(), self.node.clone());
         AbortOnDropHandle::new(tokio::spawn(async move {

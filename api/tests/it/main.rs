@@ -1,6 +1,7 @@
 //! The API over real HTTP, against a real Postgres (`DATABASE_URL`, a database per test) and a real Redis (`REDIS_URL`, a
 //! channel prefix per test). Names say what is promised.
 
+#![allow(clippy::disallowed_methods, reason = "tests notice the end of what they start")]
 #![expect(clippy::unwrap_used, reason = "a helper that fails is a test that fails")]
 
 mod blocks;

@@ -2,6 +2,7 @@
 //! order, from the cursor on; whatever fails in between costs time, never a message.
 //!
 //! One module a kind of trouble. Waits are for what must happen, with a generous limit that only tells late from never.
+#![allow(clippy::disallowed_methods, reason = "tests notice the end of what they start")]
 #![allow(clippy::unwrap_used, reason = "a test fails where an assumption does not hold")]
 
 mod bad_input;

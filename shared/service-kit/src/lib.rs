@@ -1,6 +1,8 @@
 //! What both services run on: settings, logs, traces, the accept loop, the operators' listener, rate limits, Redis, cookies and
 //! origins, and the life of a process. No product rules.
 
+#![cfg_attr(test, allow(clippy::disallowed_methods, reason = "tests notice the end of what they start"))]
+
 pub mod bus;
 pub mod client_address;
 pub mod config;

@@ -119,6 +119,7 @@ pub fn hand_off<B: Default>(takeover: impl FnOnce(TcpStream) + Send + 'static) -
 }
 
 /// Serves until `stop` is cancelled, then lets requests in progress finish, and cuts them after `limits.stop`.
+#[expect(clippy::disallowed_methods, reason = "one connection, whose panic is counted")]
 pub async fn serve<S, B>(
     listener: TcpListener,
     service: S,

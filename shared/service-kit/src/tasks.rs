@@ -24,6 +24,7 @@ pub struct Tasks {
 
 impl Tasks {
     /// Runs `future` on the runtime as [`Self::watch`] does.
+    #[expect(clippy::disallowed_methods, reason = "it is watched")]
     pub fn spawn(
         &self,
         task: impl Into<Cow<'static, str>>,

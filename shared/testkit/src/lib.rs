@@ -1,6 +1,8 @@
 //! What tests of several crates share: a browser's view of the stream, a plain HTTP client, a faulty network, servers
 //! that may be killed, and TLS in front of them. Everything here fails by a panic with a sentence, because only tests use it.
 
+#![allow(clippy::disallowed_methods, reason = "tests notice the end of what they start")]
+
 pub mod cluster;
 pub mod documented;
 pub mod http;

@@ -124,6 +124,7 @@ pub struct Inputs {
 }
 
 /// Starts the engine's thread. It ends after a drain, or when its inputs are gone; before `stop`, that is a failure.
+#[expect(clippy::disallowed_methods, reason = "the thread is watched")]
 pub fn start(
     settings: Delivery,
     api: Api,

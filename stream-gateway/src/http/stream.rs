@@ -144,6 +144,7 @@ impl Streams {
         }
     }
 
+    #[expect(clippy::disallowed_methods, reason = "one connection, for a few seconds at most")]
     fn hand_off(
         &self,
         bearer: Bearer,
@@ -243,6 +244,7 @@ impl Streams {
     }
 
     /// 200, and the end: one write, no stream.
+    #[expect(clippy::disallowed_methods, reason = "one connection, for a few seconds at most")]
     fn turn_away(&self, Head { mut bytes, framing }: Head, limit: &'static str, why: Goodbye) -> Response {
         self.metrics.streams_rejected.get_or_create(&Reason { reason: limit }).inc();
         let place = self.turning_away.clone().try_acquire_owned();

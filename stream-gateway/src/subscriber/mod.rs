@@ -112,6 +112,7 @@ impl Subscriber {
     }
 
     /// One listener for each node that owns something.
+    #[expect(clippy::disallowed_methods, reason = "each listener is watched")]
     async fn supervise(&self) {
         let (mut maps, following) = self.bus.follow();
         tokio::pin!(following);

@@ -2,6 +2,7 @@
 //! test wants it, and an `api` that answers what a test says. What the whole product cannot be steered into is shown here.
 //! Names say what is promised.
 
+#![allow(clippy::disallowed_methods, reason = "tests notice the end of what they start")]
 #![allow(clippy::unwrap_used, reason = "a helper that fails is a test that fails")]
 
 mod api;
