@@ -5,11 +5,11 @@ use std::{fs, net::SocketAddr, path::PathBuf, str::FromStr, time::Duration};
 use clap::{Args, Parser, Subcommand};
 use protocol::{channels::Channels, claims::SigningKeys, external::ExternalIssuer};
 use service_kit::{
-    bus::Bus,
     client_address::TrustedProxies,
     config::{Origin, Problems},
     healthcheck::Probe,
     limiter::{self, Limit},
+    redis_topology::RedisTopology,
     secrets::Secrets,
     telemetry::LogFormat,
     traces,
@@ -265,7 +265,7 @@ pub struct Config {
     pub connections_per_address: usize,
     pub database: PgConnectOptions,
     pub database_pool_size: usize,
-    pub redis: Bus,
+    pub redis: RedisTopology,
     pub channels: Channels,
     pub keys: SigningKeys,
     pub internal_secrets: Secrets,
@@ -482,14 +482,14 @@ impl Settings {
         options.map(session::options)
     }
 
-    fn redis(&self, problems: &mut Problems) -> Option<Bus> {
+    fn redis(&self, problems: &mut Problems) -> Option<RedisTopology> {
         let url = problems.value_or_file("REDIS_URL", self.redis_url.as_deref(), &self.redis_url_file);
         let sentinels = problems.value_or_file(
             "REDIS_SENTINELS",
             Some(&self.redis_sentinels),
             &self.redis_sentinels_file,
         );
-        Bus::from_settings(
+        RedisTopology::from_settings(
             problems,
             &self.redis_topology,
             url.as_deref(),

@@ -103,7 +103,7 @@ pub async fn run(config: Config, listeners: Listeners, stop: CancellationToken) 
     running.spawn(tasks.watch("keys", &end, following));
     running.spawn(tasks.watch("external identities", &end, asking.run(end.clone())));
     let subscriber = Subscriber {
-        bus: config.redis.clone(),
+        topology: config.redis.clone(),
         channels: config.channels.clone(),
         keys: keys.clone(),
         wishes,

@@ -31,9 +31,8 @@ use protocol::{
     keys_version::KeysVersion,
     position::{Position, Seq},
 };
-use rand::RngExt;
 use serde::{Serialize, de::DeserializeOwned};
-use service_kit::{secrets::Secrets, traces::Tracer};
+use service_kit::{backoff::Backoff, secrets::Secrets, traces::Tracer};
 use tokio::{
     runtime::Handle,
     task::JoinHandle,
@@ -54,8 +53,8 @@ const MAX_REQUESTS: usize = 3;
 const TIMEOUT: Duration = Duration::from_secs(5);
 /// An answer holds some 4,000 events of some 4 KiB at most.
 const MAX_ANSWER: usize = 32 << 20;
-const FIRST_BACKOFF: Duration = Duration::from_millis(100);
-const MAX_BACKOFF: Duration = Duration::from_secs(2);
+/// The first pause after a failure, and the longest.
+const BACKOFF: [Duration; 2] = [Duration::from_millis(100), Duration::from_secs(2)];
 
 /// While a rotation is half done, or done wrongly, each request may be refused.
 const REFUSALS_LOGGED_EVERY: Duration = Duration::from_mins(1);
@@ -251,7 +250,9 @@ pub struct Backfill<A> {
     gather_until: Instant,
     /// Until when `api` is left alone after a failure.
     paused_until: Instant,
-    backoff: Duration,
+    /// Zero while `api` answers.
+    pause: Duration,
+    backoff: Backoff,
 }
 
 impl<A: Copy + Send + 'static> Backfill<A> {
@@ -269,7 +270,8 @@ impl<A: Copy + Send + 'static> Backfill<A> {
             head_requests: 0,
             gather_until: Instant::now(),
             paused_until: Instant::now(),
-            backoff: Duration::ZERO,
+            pause: Duration::ZERO,
+            backoff: Backoff::new(BACKOFF[0], BACKOFF[1]),
         }
     }
 
@@ -290,7 +292,7 @@ impl<A: Copy + Send + 'static> Backfill<A> {
 
     /// Whether `api` fails to answer at present.
     pub fn failing(&self) -> bool {
-        self.backoff > Duration::ZERO
+        self.pause > Duration::ZERO
     }
 
     /// Drops waiting questions that nobody wants answered any more.
@@ -322,7 +324,8 @@ impl<A: Copy + Send + 'static> Backfill<A> {
                     }
                     match result {
                         Ok(answers) => {
-                            self.backoff = Duration::ZERO;
+                            self.pause = Duration::ZERO;
+                            self.backoff.reset();
                             return answers;
                         }
                         Err(failed) => self.put_back(failed, started),
@@ -401,9 +404,9 @@ impl<A: Copy + Send + 'static> Backfill<A> {
         };
         self.metrics.backfill_requests_failed.get_or_create(&Kind { kind }).inc_by(users as u64);
         if started >= self.paused_until {
-            self.backoff = (self.backoff * 2).clamp(FIRST_BACKOFF, MAX_BACKOFF);
+            self.pause = self.backoff.next_delay();
         }
-        self.paused_until = Instant::now() + self.backoff.mul_f64(rand::rng().random_range(0.5..1.0));
+        self.paused_until = Instant::now() + self.pause;
     }
 }
 

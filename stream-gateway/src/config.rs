@@ -5,11 +5,11 @@ use std::{net::SocketAddr, time::Duration};
 use clap::{Args, Parser, Subcommand};
 use protocol::channels::Channels;
 use service_kit::{
-    bus::Bus,
     client_address::TrustedProxies,
     config::{Origin, Problems},
     healthcheck::Probe,
     limiter::{self, Limit},
+    redis_topology::RedisTopology,
     secrets::Secrets,
     telemetry::LogFormat,
     traces,
@@ -178,7 +178,7 @@ pub struct Config {
     /// Without a slash at the end.
     pub api_internal_url: String,
     pub internal_secrets: Secrets,
-    pub redis: Bus,
+    pub redis: RedisTopology,
     pub channels: Channels,
     pub log: String,
     pub log_format: LogFormat,
@@ -333,11 +333,16 @@ impl Settings {
         })
     }
 
-    fn redis(&self, p: &mut Problems) -> Option<Bus> {
+    fn redis(&self, p: &mut Problems) -> Option<RedisTopology> {
         let url = p.value_or_file("REDIS_URL", self.redis_url.as_deref(), &self.redis_url_file);
         let sentinels =
             p.value_or_file("REDIS_SENTINELS", Some(&self.redis_sentinels), &self.redis_sentinels_file);
-        Bus::from_settings(p, &self.redis_topology, url.as_deref(), sentinels.as_deref().unwrap_or_default())
+        RedisTopology::from_settings(
+            p,
+            &self.redis_topology,
+            url.as_deref(),
+            sentinels.as_deref().unwrap_or_default(),
+        )
     }
 }
 

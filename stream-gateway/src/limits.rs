@@ -134,8 +134,8 @@ mod tests {
 
     use protocol::channels::Channels;
     use service_kit::{
-        bus::Bus,
         limiter::{Limit, Metrics},
+        redis_topology::RedisTopology,
     };
 
     use super::*;
@@ -144,7 +144,7 @@ mod tests {
         let admission = Admission { streams, streams_per_address, rate, max_age: Duration::from_mins(1) };
         let opening = Opening { per_user: Limit::Off, per_address: Limit::Off, patience: Duration::ZERO };
         // Nobody asks it.
-        let redis = Bus::single("redis://localhost").unwrap();
+        let redis = RedisTopology::single("redis://localhost").unwrap();
         let (limiter, _) = Limiter::new(redis, Channels::default(), opening.patience, Metrics::default());
         Limits::new(&admission, &opening, limiter)
     }

@@ -5,7 +5,7 @@ use std::{collections::HashMap, sync::Arc};
 
 use protocol::channels::Channels;
 use service_kit::{
-    bus::{Bus, Map, Node},
+    redis_topology::{Node, RedisTopology, SlotMap},
     tasks::Tasks,
     traces::Span,
 };
@@ -23,9 +23,9 @@ use crate::metrics::Metrics;
 const MOST_MOVES: u8 = 3;
 
 struct Router {
-    bus: Bus,
+    topology: RedisTopology,
     channels: Arc<Channels>,
-    map: Arc<Map>,
+    map: Arc<SlotMap>,
     lanes: HashMap<Node, Running>,
     tasks: Tasks,
     running: JoinSet<()>,
@@ -43,18 +43,18 @@ struct Running {
 
 /// Runs until `stop`, then sends what is still queued.
 pub(super) async fn run(worker: Worker, connected: Connected, tasks: Tasks, stop: CancellationToken) {
-    let Worker { mut queue, bus, channels, metrics } = worker;
-    let (mut maps, following) = bus.follow();
+    let Worker { mut queue, topology, channels, metrics } = worker;
+    let (mut slot_maps, following) = topology.watch_slot_map();
     tokio::pin!(following);
     let (moved, mut sent_on) = mpsc::channel(QUEUE);
     let mut router = Router {
-        map: maps.now(),
-        bus,
+        map: slot_maps.now(),
+        topology,
         channels,
         lanes: HashMap::new(),
         tasks,
         running: JoinSet::new(),
-        others: Others { moved, maps: maps.clone() },
+        others: Others { moved, slot_maps: slot_maps.clone() },
         connected,
         metrics,
     };
@@ -62,7 +62,7 @@ pub(super) async fn run(worker: Worker, connected: Connected, tasks: Tasks, stop
     loop {
         tokio::select! {
             never = &mut following => match never {},
-            () = maps.changed() => router.follow(maps.now()),
+            () = slot_maps.changed() => router.follow(slot_maps.now()),
             Some((notice, node)) = sent_on.recv() => router.send_on(notice, node),
             // While no slot has an owner yet, events wait.
             taken = queue.recv_many(&mut batch, BATCH), if !router.lanes.is_empty() || queue.is_closed() => {
@@ -83,7 +83,7 @@ pub(super) async fn run(worker: Worker, connected: Connected, tasks: Tasks, stop
 
 impl Router {
     /// Lanes to those who own slots, and to nobody else.
-    fn follow(&mut self, map: Arc<Map>) {
+    fn follow(&mut self, map: Arc<SlotMap>) {
         self.lanes.retain(|node, _| map.nodes().contains(node));
         for node in map.nodes() {
             self.lane(node);
@@ -97,7 +97,7 @@ impl Router {
             let (sender, queue) = mpsc::channel(QUEUE);
             let lane = Lane::new(
                 queue,
-                self.bus.clone(),
+                self.topology.clone(),
                 node.clone(),
                 Some(self.others.clone()),
                 self.connected.clone(),
@@ -115,7 +115,7 @@ impl Router {
         self.metrics.publish_queued_events.dec();
         if notice.kind == Kind::KeysEverywhere {
             for (node, lane) in &self.lanes {
-                if let Some(channel) = self.map.name_of(node, self.channels.keys()) {
+                if let Some(channel) = self.map.first_name_on(node, self.channels.keys()) {
                     let payload = notice.payload.clone();
                     let notice = Notice { channel, payload, kind: Kind::Keys, moves: 0, span: Span::NONE };
                     offer(&lane.queue, notice, &self.metrics);
@@ -123,7 +123,7 @@ impl Router {
             }
             return;
         }
-        match self.map.owner(&notice.channel).and_then(|node| self.lanes.get(node)) {
+        match self.map.node_of(&notice.channel).and_then(|node| self.lanes.get(node)) {
             Some(lane) => offer(&lane.queue, notice, &self.metrics),
             None => dropped("disconnected", [notice], &self.metrics),
         }
@@ -131,7 +131,7 @@ impl Router {
 
     /// The node that was asked says whose it is; the whole map follows.
     fn send_on(&mut self, notice: Notice, node: Node) {
-        self.others.maps.doubt();
+        self.others.slot_maps.refresh();
         if notice.moves > MOST_MOVES {
             return dropped("disconnected", [notice], &self.metrics);
         }

@@ -6,7 +6,10 @@
 use std::time::Duration;
 
 use redis::{AsyncConnectionConfig, ErrorKind, RedisError, RedisResult, Value, aio::MultiplexedConnection};
-use service_kit::bus::{self, Bus, Maps, Node};
+use service_kit::{
+    backoff::Backoff,
+    redis_topology::{self, Node, RedisTopology, SlotMapWatch},
+};
 use tokio::{
     sync::mpsc,
     time::{Instant, sleep, sleep_until, timeout},
@@ -16,10 +19,9 @@ use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 use super::{BATCH, Connected, Kind, Notice, TIMEOUT, dropped};
 use crate::metrics::Metrics;
 
-/// Between attempts to connect: doubled each time, up to the cap, and drawn at random so that replicas do not march in step. The cap
-/// is shorter than gateways take to trust a Redis that has come back: what is dropped until then is asked for.
-const BACKOFF: Duration = Duration::from_millis(100);
-const BACKOFF_CAP: Duration = Duration::from_secs(1);
+/// Between attempts to connect: the first delay and the longest. The longest is shorter than gateways take to rely on a Redis that
+/// has come back: they reconcile events that are dropped until then.
+const BACKOFF: [Duration; 2] = [Duration::from_millis(100), Duration::from_secs(1)];
 /// The age at which a connection is replaced, at most.
 const RENEW_AFTER: Duration = Duration::from_secs(5);
 
@@ -28,12 +30,12 @@ const RENEW_AFTER: Duration = Duration::from_secs(5);
 pub(super) struct Others {
     /// Where an event goes that a node says is for another one.
     pub(super) moved: mpsc::Sender<(Notice, Node)>,
-    pub(super) maps: Maps,
+    pub(super) slot_maps: SlotMapWatch,
 }
 
 pub(super) struct Lane {
     queue: mpsc::Receiver<Notice>,
-    bus: Bus,
+    topology: RedisTopology,
     node: Node,
     others: Option<Others>,
     connected: Connected,
@@ -56,26 +58,26 @@ type Renewal = AbortOnDropHandle<RedisResult<MultiplexedConnection>>;
 impl Lane {
     pub(super) fn new(
         queue: mpsc::Receiver<Notice>,
-        bus: Bus,
+        topology: RedisTopology,
         node: Node,
         others: Option<Others>,
         connected: Connected,
         metrics: Metrics,
     ) -> Self {
         connected.change(|(all, _)| *all += 1);
-        Self { queue, bus, node, others, connected, metrics }
+        Self { queue, topology, node, others, connected, metrics }
     }
 
     /// Runs until `stop`, or nobody is left who offers; then sends what is still queued, if Redis takes it.
     pub(super) async fn run(mut self, stop: CancellationToken) {
         let mut batch = Vec::with_capacity(BATCH);
-        let mut backoff = BACKOFF;
+        let mut backoff = Backoff::new(BACKOFF[0], BACKOFF[1]);
         let mut second_chance = true;
         let mut kept = None;
         loop {
             let connected = match kept.take() {
                 Some(connection) => Ok(connection),
-                None => connect(&self.bus, &self.node).await.inspect(|_| {
+                None => connect(&self.topology, &self.node).await.inspect(|_| {
                     tracing::info!(node = %self.node, "publishing to Redis");
                 }),
             };
@@ -94,7 +96,7 @@ impl Lane {
                             if worked || second_chance {
                                 // It was restarted, most likely, and this batch is how we learn it: once, it is sent
                                 // again on a new connection.
-                                backoff = BACKOFF;
+                                backoff.reset();
                                 second_chance = worked;
                                 continue;
                             }
@@ -102,25 +104,24 @@ impl Lane {
                         }
                     }
                 }
-                Err(error) if bus::is_refusal(&error) => {
-                    tracing::error!(%error, node = %self.node, retry_in = ?backoff, "Redis refuses us: see the user, the password and the rights");
+                Err(error) if redis_topology::is_access_denied(&error) => {
+                    tracing::error!(%error, node = %self.node, "Redis refuses us: see the user, the password and the rights");
                     "refused"
                 }
                 Err(error) => {
-                    tracing::warn!(%error, node = %self.node, retry_in = ?backoff, "cannot connect to Redis");
+                    tracing::warn!(%error, node = %self.node, "cannot connect to Redis");
                     "cannot connect"
                 }
             };
             tracing::debug!(reason = failed, "dropping events until Redis is back");
             // A replica may have taken over.
             if let Some(others) = &self.others {
-                others.maps.doubt();
+                others.slot_maps.refresh();
             }
             self.dropped("disconnected", &mut batch);
-            if self.drop_for(rand::random_range(backoff / 2..=backoff), &mut batch, &stop).await.is_err() {
+            if self.drop_for(backoff.next_delay(), &mut batch, &stop).await.is_err() {
                 return;
             }
-            backoff = (backoff * 2).min(BACKOFF_CAP);
             second_chance = true;
         }
     }
@@ -140,7 +141,7 @@ impl Lane {
             }
             let mut pipeline = redis::Pipeline::with_capacity(batch.len());
             for Notice { channel, payload, .. } in batch.iter() {
-                let mut publish = self.bus.publish();
+                let mut publish = self.topology.publish_command();
                 publish.arg(channel).arg(payload);
                 pipeline.add_command(publish);
             }
@@ -156,18 +157,18 @@ impl Lane {
             };
             worked |= taken;
             let Some(error) = error else { continue };
-            if bus::is_refusal(&error) {
+            if redis_topology::is_access_denied(&error) {
                 tracing::error!(%error, node = %self.node, "Redis refuses events: see the user, the password and the rights");
             } else {
                 tracing::warn!(%error, node = %self.node, "Redis did not take events");
             }
-            if !bus::is_answer(&error) {
+            if !redis_topology::is_server_error(&error) {
                 return Ended::Failed { worked };
             }
             // To send it again would be refused again.
             self.dropped("refused", batch);
             if let Some(others) = &self.others {
-                others.maps.doubt();
+                others.slot_maps.refresh();
             }
             if !taken {
                 return Ended::Refused(connection);
@@ -192,7 +193,9 @@ impl Lane {
                 events += u64::from(notice.kind == Kind::Event);
                 continue;
             };
-            if let (Some(others), Some(node)) = (&self.others, bus::sent_to(&error, &self.node)) {
+            if let (Some(others), Some(node)) =
+                (&self.others, redis_topology::redirect_target(&error, &self.node))
+            {
                 notice.moves += 1;
                 if let Err(error) = others.moved.try_send((notice, node)) {
                     dropped("queue_full", [error.into_inner().0], &self.metrics);
@@ -209,10 +212,10 @@ impl Lane {
 
     #[expect(clippy::disallowed_methods, reason = "its lane awaits it")]
     fn renewal(&self) -> Renewal {
-        let (bus, node) = (self.bus.clone(), self.node.clone());
+        let (topology, node) = (self.topology.clone(), self.node.clone());
         AbortOnDropHandle::new(tokio::spawn(async move {
             sleep(RENEW_AFTER.mul_f64(rand::random_range(0.5..1.0))).await;
-            connect(&bus, &node).await
+            connect(&topology, &node).await
         }))
     }
 
@@ -274,11 +277,11 @@ impl Drop for Lane {
     }
 }
 
-async fn connect(bus: &Bus, node: &Node) -> RedisResult<MultiplexedConnection> {
+async fn connect(topology: &RedisTopology, node: &Node) -> RedisResult<MultiplexedConnection> {
     let config = AsyncConnectionConfig::new()
         .set_connection_timeout(Some(TIMEOUT))
         .set_response_timeout(Some(TIMEOUT));
-    bus.connect(node, &config).await
+    topology.connect(node, &config).await
 }
 
 #[cfg(test)]
@@ -302,9 +305,12 @@ mod tests {
         let (moved, mut elsewhere) = mpsc::channel(QUEUE);
         let lane = Lane::new(
             mpsc::channel(1).1,
-            Bus::single("redis://localhost").unwrap(),
+            RedisTopology::single("redis://localhost").unwrap(),
             Node::At("one".into(), 1),
-            Some(Others { moved, maps: Bus::single("redis://localhost").unwrap().follow().0 }),
+            Some(Others {
+                moved,
+                slot_maps: RedisTopology::single("redis://localhost").unwrap().watch_slot_map().0,
+            }),
             Connected::new(&metrics),
             metrics.clone(),
         );
@@ -329,7 +335,7 @@ mod tests {
             .collect();
         assert_eq!(sent, [("b".into(), 1, "two:2".into()), ("d".into(), 1, "one:3".into())]);
         assert_eq!((metrics.published_events.get(), metrics.publish_queued_events.get()), (1, 1));
-        assert!(bus::is_answer(&answer("-MISCONF no disk\r\n").unwrap_err()));
+        assert!(redis_topology::is_server_error(&answer("-MISCONF no disk\r\n").unwrap_err()));
 
         // An event without an answer is sent again or dropped, and counted either way.
         for channel in ["e", "f", "g"] {
@@ -337,7 +343,7 @@ mod tests {
         }
         let mut batch = ["e", "f", "g"].map(notice).into();
         let (taken, error) = lane.settle(&mut batch, vec![answer(":1\r\n")]);
-        assert!(taken && !bus::is_answer(&error.unwrap()), "the connection is out of step");
+        assert!(taken && !redis_topology::is_server_error(&error.unwrap()), "the connection is out of step");
         assert_eq!(batch.iter().map(|notice| &*notice.channel).collect::<Vec<_>>(), ["f", "g"]);
         lane.dropped("disconnected", &mut batch);
         let reason = "disconnected";

@@ -16,7 +16,7 @@ use protocol::{
     keys_version::KeysVersion,
 };
 use service_kit::{
-    bus::{Bus, Node},
+    redis_topology::{Node, RedisTopology},
     tasks::Tasks,
     traces::{Span, SpanKind, Tracer},
 };
@@ -69,16 +69,21 @@ enum Kind {
 /// The task that sends them.
 pub struct Worker {
     queue: mpsc::Receiver<Notice>,
-    bus: Bus,
+    topology: RedisTopology,
     channels: Arc<Channels>,
     metrics: Metrics,
 }
 
-pub fn publisher(bus: Bus, channels: Channels, tracer: Tracer, metrics: Metrics) -> (Publisher, Worker) {
+pub fn publisher(
+    topology: RedisTopology,
+    channels: Channels,
+    tracer: Tracer,
+    metrics: Metrics,
+) -> (Publisher, Worker) {
     let (sender, queue) = mpsc::channel(QUEUE);
     let channels = Arc::new(channels);
     let publisher = Publisher { queue: sender, channels: channels.clone(), tracer, metrics: metrics.clone() };
-    (publisher, Worker { queue, bus, channels, metrics })
+    (publisher, Worker { queue, topology, channels, metrics })
 }
 
 impl Publisher {
@@ -145,10 +150,10 @@ impl Worker {
     /// Runs until `stop`, then sends what is still queued, if Redis takes it.
     pub async fn run(self, tasks: Tasks, stop: CancellationToken) {
         let connected = Connected::new(&self.metrics);
-        if self.bus.is_sharded() {
+        if self.topology.is_sharded() {
             cluster::run(self, connected, tasks, stop.clone()).await;
         } else {
-            let lane = Lane::new(self.queue, self.bus, Node::Only, None, connected, self.metrics);
+            let lane = Lane::new(self.queue, self.topology, Node::Only, None, connected, self.metrics);
             lane.run(stop.clone()).await;
         }
         // During a stop, commands may be gone before this is told to stop.

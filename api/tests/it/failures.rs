@@ -4,7 +4,7 @@ use api::config::Config;
 use futures_util::StreamExt;
 use protocol::{channels::Channels, event::Envelope};
 use serde::de::DeserializeOwned;
-use service_kit::bus::Bus;
+use service_kit::redis_topology::RedisTopology;
 use sqlx::{PgPool, postgres::PgConnectOptions};
 use testkit::{PATIENCE, proxy::Proxy, servers::Redis, soon, until};
 
@@ -44,7 +44,7 @@ async fn readiness(app: &App) -> (u16, String) {
 
 pub(crate) fn with_redis(pool: &PgPool, url: &str) -> (Config, Channels) {
     let channels = Channels::new(channel_prefix());
-    let redis = Bus::single(url).unwrap();
+    let redis = RedisTopology::single(url).unwrap();
     (Config { redis, channels: channels.clone(), ..config((*pool.connect_options()).clone()) }, channels)
 }
 

@@ -6,7 +6,7 @@ use std::time::Duration;
 use api::config::{Config, RateLimits};
 use protocol::channels::Channels;
 use serde_json::json;
-use service_kit::{bus::Bus, limiter::Limit};
+use service_kit::{limiter::Limit, redis_topology::RedisTopology};
 use sqlx::PgPool;
 use testkit::{PATIENCE, http::Answer, servers::Redis, until};
 
@@ -189,7 +189,7 @@ async fn without_redis_each_replica_limits_alone_and_no_send_fails(pool: PgPool)
     let mut redis = Redis::start();
     let limits = RateLimits { send_per_user: Limit::new(20, HOUR), ..RateLimits::OFF };
     let config = limited(&pool, limits);
-    let app = start(Config { redis: Bus::single(redis.url()).unwrap(), ..config }).await;
+    let app = start(Config { redis: RedisTopology::single(redis.url()).unwrap(), ..config }).await;
     let (john, jane, conversation) = app.pair(&pool).await;
     assert_eq!(send(&john, &conversation, 5).await, 5);
     redis.kill();
@@ -217,7 +217,7 @@ async fn a_frozen_redis_is_not_felt_by_who_sends(pool: PgPool) {
     let mut redis = Redis::start();
     let limits = RateLimits { send_per_user: Limit::new(10_000, HOUR), ..RateLimits::OFF };
     let config = limited(&pool, limits);
-    let app = start(Config { redis: Bus::single(redis.url()).unwrap(), ..config }).await;
+    let app = start(Config { redis: RedisTopology::single(redis.url()).unwrap(), ..config }).await;
     let (john, _, conversation) = app.pair(&pool).await;
     until_shared(&app, 1).await;
     redis.freeze();

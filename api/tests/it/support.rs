@@ -25,7 +25,7 @@ use protocol::{
     ids::{SessionId, UserId},
 };
 use serde_json::{Value, json};
-use service_kit::{bus::Bus, client_address::TrustedProxies, secrets::Secrets};
+use service_kit::{client_address::TrustedProxies, redis_topology::RedisTopology, secrets::Secrets};
 use sqlx::{PgPool, postgres::PgConnectOptions};
 use testkit::{
     documented::Document,
@@ -78,7 +78,7 @@ pub(crate) fn config(database: PgConnectOptions) -> Config {
         connections_per_address: 0,
         database,
         database_pool_size: 8,
-        redis: Bus::single(redis_url()).unwrap(),
+        redis: RedisTopology::single(redis_url()).unwrap(),
         channels: Channels::new(channel_prefix()),
         keys: keys(),
         internal_secrets: Secrets::parse(SECRET).unwrap(),

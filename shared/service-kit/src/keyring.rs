@@ -12,6 +12,8 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
+use crate::backoff::Backoff;
+
 /// Where keys come from.
 pub trait Source: Send + Sync {
     type Keys: Send + Sync;
@@ -31,8 +33,8 @@ pub trait Source: Send + Sync {
 const RENEW_EVERY: Duration = Duration::from_secs(300);
 /// After a failure, while there are keys to go on with.
 const RENEW_AGAIN: Duration = Duration::from_secs(30);
-/// After a failure, while there are none.
-const RETRY: std::ops::RangeInclusive<u64> = 200..=2_000;
+/// After a failure, while there are none: the first delay and the longest.
+const RETRY: [Duration; 2] = [Duration::from_millis(200), Duration::from_secs(2)];
 /// Between two questions about unknown keys.
 const ASK_AGAIN_AFTER: Duration = Duration::from_secs(5);
 
@@ -78,17 +80,14 @@ impl<S: Source> KeyRing<S> {
 
     /// Keeps the keys fresh until `stop`.
     pub async fn follow(&self, stop: CancellationToken) {
+        let mut backoff = Backoff::new(RETRY[0], RETRY[1]);
         loop {
             let wait = match self.fetch(None).await {
                 Ok(()) => RENEW_EVERY.mul_f64(jitter()),
                 Err(error) => {
                     let have = self.current().is_some();
                     tracing::warn!(of = self.source.name(), %error, have, "cannot get public keys; trying again");
-                    if have {
-                        RENEW_AGAIN.mul_f64(jitter())
-                    } else {
-                        Duration::from_millis(rand::random_range(RETRY))
-                    }
+                    if have { RENEW_AGAIN.mul_f64(jitter()) } else { backoff.next_delay() }
                 }
             };
             tokio::select! {

@@ -3,7 +3,7 @@
 
 #![cfg_attr(test, allow(clippy::disallowed_methods, reason = "tests notice the end of what they start"))]
 
-pub mod bus;
+pub mod backoff;
 pub mod client_address;
 pub mod config;
 pub mod cookies;
@@ -19,6 +19,7 @@ pub mod origins;
 pub mod outbound;
 pub mod preference;
 pub mod process_metrics;
+pub mod redis_topology;
 pub mod secrets;
 pub mod server;
 pub mod tasks;

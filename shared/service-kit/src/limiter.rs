@@ -34,7 +34,7 @@ use self::{
     replicas::{Question, Replicas},
     table::Table,
 };
-use crate::{bus::Bus, client_address::household, labels, metrics};
+use crate::{client_address::household, labels, metrics, redis_topology::RedisTopology};
 use protocol::{channels::Channels, ids::UserId};
 
 /// So many at once, refilled evenly over the period.
@@ -160,8 +160,13 @@ pub struct Limiter {
 
 impl Limiter {
     /// With the task that keeps up the connection to Redis, one of its own.
-    pub fn new(bus: Bus, channels: Channels, patience: Duration, metrics: Metrics) -> (Self, Worker) {
-        let (replicas, worker) = replicas::new(bus, channels.clone(), patience, metrics.clone());
+    pub fn new(
+        topology: RedisTopology,
+        channels: Channels,
+        patience: Duration,
+        metrics: Metrics,
+    ) -> (Self, Worker) {
+        let (replicas, worker) = replicas::new(topology, channels.clone(), patience, metrics.clone());
         let limiter = Self {
             table: Table::default(),
             hasher: RandomState::new(),

@@ -285,9 +285,9 @@ mod tests {
     use mio::Poll;
     use protocol::{channels::Channels, claims::KeyName};
     use service_kit::{
-        bus::Bus,
         ended::EndedSessions,
         limiter::{self, Limit, Limiter, Subject},
+        redis_topology::RedisTopology,
         secrets::Secrets,
         traces::Tracer,
     };
@@ -329,9 +329,9 @@ mod tests {
             Wishes::new(Channels::default()),
             metrics.clone(),
         );
-        let bus = Bus::single("redis://localhost").unwrap();
+        let topology = RedisTopology::single("redis://localhost").unwrap();
         let of_limiter = limiter::Metrics::default();
-        let (limiter, _worker) = Limiter::new(bus, Channels::default(), second, of_limiter);
+        let (limiter, _worker) = Limiter::new(topology, Channels::default(), second, of_limiter);
         let admission = config::Admission { streams: 1, streams_per_address: 0, rate: 1, max_age: second };
         let opening = Opening { per_user: Limit::Off, per_address: Limit::Off, patience: second };
         let limits = Limits::new(&admission, &opening, limiter);

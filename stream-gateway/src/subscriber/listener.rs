@@ -23,7 +23,8 @@ use protocol::{
 use rand::RngExt;
 use redis::{AsyncConnectionConfig, PushInfo, PushKind, RedisResult, Value, aio::MultiplexedConnection};
 use service_kit::{
-    bus::{self, Bus, Maps, Node},
+    backoff::Backoff,
+    redis_topology::{self, Node, RedisTopology, SlotMapWatch},
     traces::Tracer,
 };
 use tokio::{
@@ -53,12 +54,12 @@ const PROBE_RENEWED_AFTER: std::ops::Range<f64> = 10.0..20.0;
 /// until then: the reconcile that goes with trust finds those.
 const BEATS_TO_TRUST_AGAIN: u64 = 2;
 const ANSWER_WITHIN: Duration = Duration::from_secs(2);
-const BACKOFF: std::ops::Range<f64> = 0.05..2.0;
+const BACKOFF: [Duration; 2] = [Duration::from_millis(50), Duration::from_secs(2)];
 
 pub(super) struct Listener {
-    bus: Bus,
+    topology: RedisTopology,
     node: Node,
-    maps: Maps,
+    slot_maps: SlotMapWatch,
     channels: Channels,
     keys: Arc<Keys>,
     wishes: Wishes,
@@ -158,11 +159,17 @@ struct Probe {
 
 impl Listener {
     /// `again`: it takes the place of another one.
-    pub(super) fn new(of: &Subscriber, node: Node, maps: Maps, board: Arc<Board>, again: bool) -> Self {
+    pub(super) fn new(
+        of: &Subscriber,
+        node: Node,
+        slot_maps: SlotMapWatch,
+        board: Arc<Board>,
+        again: bool,
+    ) -> Self {
         Self {
-            bus: of.bus.clone(),
+            topology: of.topology.clone(),
             node,
-            maps,
+            slot_maps,
             channels: of.channels.clone(),
             keys: of.keys.clone(),
             wishes: of.wishes.clone(),
@@ -178,6 +185,7 @@ impl Listener {
     /// Listens until `stop`.
     pub(super) async fn run(self, stop: CancellationToken) {
         let mut failures = 0;
+        let mut backoff = Backoff::new(BACKOFF[0], BACKOFF[1]);
         while !stop.is_cancelled() {
             static LINKS: AtomicU64 = AtomicU64::new(1);
             let link = Link(LINKS.fetch_add(1, Ordering::Relaxed));
@@ -189,12 +197,15 @@ impl Listener {
             let lost = self.news.send(News::Lost(link)).await;
             let (Some(Err(error)), Ok(())) = (ended, lost) else { break };
             self.again.store(true, Ordering::Relaxed);
-            self.maps.doubt();
-            failures = if began.elapsed() > Duration::from_secs(10) { 0 } else { failures + 1 };
-            let longest = (BACKOFF.start * f64::from(1 << failures.min(10))).min(BACKOFF.end);
-            let wait = Duration::from_secs_f64(rand::rng().random_range(longest / 2.0..longest));
+            self.slot_maps.refresh();
+            if began.elapsed() > Duration::from_secs(10) {
+                failures = 0;
+                backoff.reset();
+            }
+            failures += 1;
+            let wait = backoff.next_delay();
             let why = format!("{error:#}");
-            if error.downcast_ref().is_some_and(bus::is_refusal) {
+            if error.downcast_ref().is_some_and(redis_topology::is_access_denied) {
                 tracing::error!(error = why, node = %self.node, failures, ?wait,
                     "Redis refuses us: see the user, the password and the rights; events arrive by reconcile, a little later");
             } else {
@@ -248,16 +259,17 @@ impl Listener {
         let marks = Arc::new(Marks::default());
         let instance = uuid::Uuid::new_v4();
         let names = (0..).map(|turn| self.channels.beat(&format!("{instance}-{turn}")));
-        let map = self.maps.clone().now();
-        let beat_channel = map.name_of(&self.node, names).context("it owns no slot")?;
-        let keys_channel = map.name_of(&self.node, self.channels.keys()).context("it owns no slot")?;
+        let map = self.slot_maps.clone().now();
+        let beat_channel = map.first_name_on(&self.node, names).context("it owns no slot")?;
+        let keys_channel = map.first_name_on(&self.node, self.channels.keys()).context("it owns no slot")?;
         let config = AsyncConnectionConfig::new()
             .set_connection_timeout(Some(ANSWER_WITHIN))
             .set_response_timeout(Some(ANSWER_WITHIN))
             .set_push_sender(self.hears(&beat_channel, &keys_channel, marks.clone()));
-        let mut connection = self.bus.connect(&self.node, &config).await.context("cannot connect")?;
+        let mut connection = self.topology.connect(&self.node, &config).await.context("cannot connect")?;
         for channel in [&beat_channel, &keys_channel] {
-            let mut subscribe = redis::cmd(if self.bus.is_sharded() { "SSUBSCRIBE" } else { "SUBSCRIBE" });
+            let mut subscribe =
+                redis::cmd(if self.topology.is_sharded() { "SSUBSCRIBE" } else { "SUBSCRIBE" });
             subscribe.arg(channel);
             subscribe.query_async::<()>(&mut connection).await.context("cannot subscribe")?;
         }
@@ -353,7 +365,7 @@ impl Listener {
 
     /// Those that Redis confirms: all, or on a cluster those whose slot is here.
     async fn subscribe(&self, ear: &mut Ear, users: Vec<UserId>) -> anyhow::Result<Vec<UserId>> {
-        if !self.bus.is_sharded() {
+        if !self.topology.is_sharded() {
             ear.connection.subscribe(self.names(&users)).await.context("cannot subscribe")?;
             return Ok(users);
         }
@@ -375,10 +387,10 @@ impl Listener {
             }
         }
         match failed {
-            Some(error) if bus::is_refusal(&error) => Err(error).context("cannot subscribe"),
+            Some(error) if redis_topology::is_access_denied(&error) => Err(error).context("cannot subscribe"),
             Some(error) => {
                 tracing::info!(%error, node = %self.node, refused = ear.refused.len(), "channels are not to be had here");
-                self.maps.doubt();
+                self.slot_maps.refresh();
                 Ok(joined)
             }
             None => Ok(joined),
@@ -387,7 +399,7 @@ impl Listener {
 
     async fn unsubscribe(&self, ear: &mut Ear, users: &[UserId]) -> anyhow::Result<()> {
         let names = self.names(users);
-        if !self.bus.is_sharded() {
+        if !self.topology.is_sharded() {
             return ear.connection.unsubscribe(names).await.context("cannot unsubscribe");
         }
         let leaving = names.into_iter().map(String::into_bytes).collect();
@@ -422,7 +434,7 @@ impl Listener {
             return Ok(());
         }
         tracing::info!(node = %self.node, users = users.len(), "a slot has left the node");
-        self.maps.doubt();
+        self.slot_maps.refresh();
         users.iter().for_each(|user| _ = ear.actual.remove(user));
         ear.refused.extend(&users);
         self.count(ear.actual.len());
@@ -449,7 +461,7 @@ impl Listener {
         match ping {
             Ok(()) => {}
             // As when its disk is full: messages go through all the same, which the beat shows.
-            Err(error) if bus::is_answer(&error) => {
+            Err(error) if redis_topology::is_server_error(&error) => {
                 tracing::debug!(%error, node = %self.node, "redis answered a ping with an error");
             }
             Err(error) => return Err(error).context("Redis does not answer a ping"),
@@ -457,7 +469,7 @@ impl Listener {
         ear.beats += 1;
         if let Err(error) = self.publish_beat(ear).await {
             tracing::warn!(%error, node = %self.node, "no beat can be published to Redis");
-            self.maps.doubt();
+            self.slot_maps.refresh();
             return Ok(false);
         }
         let heard = async {
@@ -470,14 +482,14 @@ impl Listener {
     }
 
     async fn publish_beat(&self, ear: &mut Ear) -> RedisResult<()> {
-        let mut beat = self.bus.publish();
+        let mut beat = self.topology.publish_command();
         beat.arg(&ear.beat_channel).arg(ear.beats);
         if let Some(probe) = &mut ear.probe
             && Instant::now() < probe.renew_at
         {
             match beat.query_async(&mut probe.connection).await {
                 // It was closed, most likely: a new connection tells whether Redis is well.
-                Err(error) if !bus::is_answer(&error) => {}
+                Err(error) if !redis_topology::is_server_error(&error) => {}
                 answered => return answered,
             }
         }
@@ -485,7 +497,7 @@ impl Listener {
         let config = AsyncConnectionConfig::new()
             .set_connection_timeout(Some(ANSWER_WITHIN))
             .set_response_timeout(Some(ANSWER_WITHIN));
-        let connection = self.bus.connect(&self.node, &config).await?;
+        let connection = self.topology.connect(&self.node, &config).await?;
         self.metrics.redis_probe_connections_opened.inc();
         let renew_at =
             Instant::now() + Duration::from_secs_f64(rand::rng().random_range(PROBE_RENEWED_AFTER));
@@ -517,11 +529,11 @@ mod tests {
     #[tokio::test]
     async fn a_listener_that_panics_leaves_redis_degraded() {
         let (news, _news) = mpsc::channel(1);
-        let bus = Bus::single("redis://localhost").unwrap();
+        let topology = RedisTopology::single("redis://localhost").unwrap();
         let metrics = Arc::new(Metrics::default());
         let api = Api::new("http://localhost", Secrets::random(), metrics.clone());
         let subscriber = Subscriber {
-            bus: bus.clone(),
+            topology: topology.clone(),
             channels: Channels::default(),
             keys: Arc::new(Keys::new("http://localhost", api, metrics.clone())),
             wishes: Wishes::new(Channels::default()),
@@ -531,7 +543,8 @@ mod tests {
             metrics,
         };
         let board = Arc::new(Board::default());
-        let listener = Listener::new(&subscriber, Node::Only, bus.follow().0, board.clone(), false);
+        let listener =
+            Listener::new(&subscriber, Node::Only, topology.watch_slot_map().0, board.clone(), false);
         let (link, panicked) = (Link(1), CancellationToken::new());
         let run = {
             let panicked = panicked.clone();

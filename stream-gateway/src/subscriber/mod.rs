@@ -19,7 +19,7 @@ use protocol::{
     ids::{SessionId, UserId},
 };
 use service_kit::{
-    bus::{Bus, Node},
+    redis_topology::{Node, RedisTopology},
     tasks::Tasks,
     traces::Tracer,
 };
@@ -61,7 +61,7 @@ pub enum News {
 }
 
 pub struct Subscriber {
-    pub bus: Bus,
+    pub topology: RedisTopology,
     pub channels: Channels,
     /// Hears of changes of the public keys.
     pub keys: Arc<Keys>,
@@ -114,13 +114,13 @@ impl Subscriber {
     /// One listener for each node that owns something.
     #[expect(clippy::disallowed_methods, reason = "each listener is watched")]
     async fn supervise(&self) {
-        let (mut maps, following) = self.bus.follow();
+        let (mut slot_maps, following) = self.topology.watch_slot_map();
         tokio::pin!(following);
         let board = Arc::new(Board::default());
         let mut listeners: HashMap<Node, DropGuard> = HashMap::new();
         let mut running = JoinSet::new();
         let mut trusted = false;
-        let mut map = maps.now();
+        let mut map = slot_maps.now();
         let mut known_before = false;
         loop {
             listeners.retain(|node, _| map.nodes().contains(node));
@@ -128,7 +128,7 @@ impl Subscriber {
                 listeners.entry(node.clone()).or_insert_with(|| {
                     let stop = CancellationToken::new();
                     let listener =
-                        Listener::new(self, node.clone(), maps.clone(), board.clone(), known_before);
+                        Listener::new(self, node.clone(), slot_maps.clone(), board.clone(), known_before);
                     let run = listener.run(stop.clone());
                     running.spawn(self.tasks.watch(format!("redis listener of {node}"), &stop, run));
                     stop.drop_guard()
@@ -140,7 +140,7 @@ impl Subscriber {
             loop {
                 let health = board.of(map.nodes());
                 self.metrics.redis_connected.set(i64::from(health.connected && !map.nodes().is_empty()));
-                if trusted != (health.trusted && map.is_whole()) {
+                if trusted != (health.trusted && map.covers_all_slots()) {
                     trusted = !trusted;
                     if self.news.send(News::Trusted(trusted)).await.is_err() {
                         return;
@@ -148,13 +148,13 @@ impl Subscriber {
                 }
                 tokio::select! {
                     never = &mut following => match never {},
-                    () = maps.changed() => break,
+                    () = slot_maps.changed() => break,
                     () = board.changed.notified() => {}
                     () = self.wishes.changed() => self.wishes.take_over(),
                     Some(_) = running.join_next() => {}
                 }
             }
-            map = maps.now();
+            map = slot_maps.now();
         }
     }
 }

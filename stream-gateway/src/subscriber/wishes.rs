@@ -10,7 +10,7 @@ use std::{
 };
 
 use protocol::{channels::Channels, ids::UserId};
-use service_kit::bus::{Map, Node, Slot};
+use service_kit::redis_topology::{Node, Slot, SlotMap};
 use tokio::sync::Notify;
 
 use super::Link;
@@ -31,7 +31,7 @@ pub struct Wishes {
 struct State {
     /// With their slots, so that to ask for a channel's owner takes no name.
     wanted: HashMap<UserId, Slot>,
-    map: Arc<Map>,
+    map: Arc<SlotMap>,
     /// Connections that listen.
     links: HashMap<Node, Ear>,
 }
@@ -92,7 +92,7 @@ impl Wishes {
             } else {
                 wanted.remove(&user).is_some()
             };
-            if noted && let Some(ear) = map.owner_of(slot).and_then(|node| links.get_mut(node)) {
+            if noted && let Some(ear) = map.node_of_slot(slot).and_then(|node| links.get_mut(node)) {
                 ear.note(user);
             }
         }
@@ -103,11 +103,11 @@ impl Wishes {
     }
 
     /// From now on this map says who is to listen to whom.
-    pub(super) fn share_by(&self, new: Arc<Map>) {
+    pub(super) fn share_by(&self, new: Arc<SlotMap>) {
         let mut state = self.lock();
         let State { wanted, map, links } = &mut *state;
         for (user, slot) in wanted.iter() {
-            let (from, to) = (map.owner_of(*slot), new.owner_of(*slot));
+            let (from, to) = (map.node_of_slot(*slot), new.node_of_slot(*slot));
             if from != to {
                 for node in [from, to].into_iter().flatten() {
                     if let Some(ear) = links.get_mut(node) {
@@ -123,7 +123,7 @@ impl Wishes {
     pub(super) fn start(&self, node: &Node, link: Link) -> Arc<Notify> {
         let mut state = self.lock();
         let State { wanted, map, links } = &mut *state;
-        let mine = wanted.iter().filter(|(_, slot)| map.owner_of(**slot) == Some(node));
+        let mine = wanted.iter().filter(|(_, slot)| map.node_of_slot(**slot) == Some(node));
         let changed = mine.map(|(user, _)| *user).collect();
         let notify = Arc::new(Notify::new());
         notify.notify_one();
@@ -144,7 +144,7 @@ impl Wishes {
         let mut state = self.lock();
         let State { wanted, map, links } = &mut *state;
         let Some(ear) = links.get_mut(node) else { return 0 };
-        let here = |user: &UserId| wanted.get(user).is_some_and(|slot| map.owner_of(*slot) == Some(node));
+        let here = |user: &UserId| wanted.get(user).is_some_and(|slot| map.node_of_slot(*slot) == Some(node));
         users.filter(here).map(|user| ear.note(user)).count()
     }
 
@@ -157,7 +157,7 @@ impl Wishes {
         let some: Vec<_> = ear.changed.iter().copied().take(BATCH).collect();
         for user in some {
             ear.changed.remove(&user);
-            let wanted = wanted.get(&user).is_some_and(|slot| map.owner_of(*slot) == Some(node));
+            let wanted = wanted.get(&user).is_some_and(|slot| map.node_of_slot(*slot) == Some(node));
             match (wanted, actual.contains(&user)) {
                 (true, false) => batch.join.push(user),
                 (false, true) => batch.leave.push(user),
@@ -201,7 +201,7 @@ mod tests {
     /// Of a single server.
     fn wishes() -> Wishes {
         let wishes = Wishes::new(Channels::default());
-        wishes.share_by(Arc::new(Map::of_one()));
+        wishes.share_by(Arc::new(SlotMap::single_node()));
         wishes
     }
 
@@ -296,7 +296,7 @@ mod tests {
     fn each_node_is_told_of_its_own_and_a_moved_slot_is_left_here_and_joined_there() {
         let [one, two] = [1, 2].map(|port| Node::At("host".into(), port));
         let map = |second_from| {
-            Arc::new(Map::of_ranges(vec![
+            Arc::new(SlotMap::from_ranges(vec![
                 (0, second_from - 1, one.clone()),
                 (second_from, 16_383, two.clone()),
             ]))

@@ -26,7 +26,10 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use super::{Metrics, Reason};
-use crate::bus::{Bus, Map, Node, sent_to};
+use crate::{
+    backoff::Backoff,
+    redis_topology::{Node, RedisTopology, SlotMap, redirect_target},
+};
 use protocol::channels::Channels;
 
 /// GCRA: the key holds until when its subject owes, in microseconds. Answers for how long to wait; 0: it was counted.
@@ -52,9 +55,8 @@ return 0
 const QUESTIONS: usize = 512;
 /// For connecting, and for the first answer.
 const CONNECT_WITHIN: Duration = Duration::from_secs(1);
-/// Between attempts: doubled each time, up to the cap, and drawn at random so that replicas do not march in step.
-const BACKOFF: Duration = Duration::from_millis(100);
-const BACKOFF_CAP: Duration = Duration::from_secs(5);
+/// Between attempts to connect: the first delay and the longest.
+const BACKOFF: [Duration; 2] = [Duration::from_millis(100), Duration::from_secs(5)];
 /// A Redis that was well for so long is looked for eagerly again. One that is slow every other moment is left alone.
 const STEADY: Duration = Duration::from_secs(10);
 
@@ -78,7 +80,7 @@ pub(super) struct Replicas {
 #[derive(Clone)]
 struct Link {
     nodes: Arc<BTreeMap<Node, MultiplexedConnection>>,
-    map: Arc<Map>,
+    map: Arc<SlotMap>,
     /// The script's name at Redis.
     script: Arc<str>,
     /// Tells it from those before and after.
@@ -87,13 +89,13 @@ struct Link {
 
 /// The task that looks for Redis.
 pub struct Worker {
-    bus: Bus,
+    topology: RedisTopology,
     channels: Channels,
     replicas: Arc<Replicas>,
 }
 
 pub(super) fn new(
-    bus: Bus,
+    topology: RedisTopology,
     channels: Channels,
     patience: Duration,
     metrics: Metrics,
@@ -105,7 +107,7 @@ pub(super) fn new(
         patience,
         metrics,
     });
-    (replicas.clone(), Worker { bus, channels, replicas })
+    (replicas.clone(), Worker { topology, channels, replicas })
 }
 
 impl Replicas {
@@ -154,7 +156,7 @@ impl Replicas {
 impl Link {
     async fn ask(&self, question: &Question) -> RedisResult<u64> {
         let absent = || RedisError::from((ErrorKind::Io, "nobody owns the key"));
-        let node = self.map.owner(&question.key).ok_or_else(absent)?;
+        let node = self.map.node_of(&question.key).ok_or_else(absent)?;
         let mut connection = self.nodes.get(node).ok_or_else(absent)?.clone();
         match question.run("EVALSHA", &self.script).query_async(&mut connection).await {
             // Redis has forgotten it: this tells it again.
@@ -163,7 +165,7 @@ impl Link {
             }
             // The slot is on its way to another node, and there the key is or will be.
             Err(error) if error.kind() == ErrorKind::Server(ServerErrorKind::Ask) => {
-                let other = sent_to(&error, node).and_then(|node| self.nodes.get(&node));
+                let other = redirect_target(&error, node).and_then(|node| self.nodes.get(&node));
                 let mut other = other.ok_or(error)?.clone();
                 let mut asking = redis::pipe();
                 asking.cmd("ASKING").ignore().add_command(question.run("EVAL", SCRIPT));
@@ -198,7 +200,7 @@ impl Worker {
     async fn look_for_redis(&self) {
         let Replicas { link, metrics, .. } = &*self.replicas;
         let mut links = link.subscribe();
-        let mut backoff = BACKOFF;
+        let mut backoff = Backoff::new(BACKOFF[0], BACKOFF[1]);
         let mut told = false;
         for number in 1.. {
             match self.connect(number).await {
@@ -210,7 +212,7 @@ impl Worker {
                     link.send_replace(Some(found));
                     let _ = links.wait_for(Option::is_none).await;
                     if began.elapsed() >= STEADY {
-                        backoff = BACKOFF;
+                        backoff.reset();
                     }
                 }
                 Err(error) if told => tracing::debug!(%error, "Redis does not answer yet"),
@@ -219,13 +221,12 @@ impl Worker {
                     tracing::warn!(%error, "Redis does not count for rate limits; each process does so alone until it is there");
                 }
             }
-            sleep(rand::random_range(backoff / 2..=backoff)).await;
-            backoff = (backoff * 2).min(BACKOFF_CAP);
+            sleep(backoff.next_delay()).await;
         }
     }
 
     async fn connect(&self, number: u64) -> RedisResult<Link> {
-        let map = self.bus.look(&Map::default()).await?;
+        let map = self.topology.fetch_slot_map(&SlotMap::default()).await?;
         let connect = async |node: &Node| Ok::<_, RedisError>((node.clone(), self.connect_to(node).await?));
         let nodes = try_join_all(map.nodes().iter().map(connect)).await?;
         let script = nodes.first().map(|(_, (_, script))| script.as_str().into()).unwrap_or_default();
@@ -235,7 +236,7 @@ impl Worker {
         for node in link.map.nodes() {
             let keys =
                 (0..).map(|turn| self.channels.limit("none", "trial", format_args!("{number}-{turn}")));
-            let Some(key) = link.map.name_of(node, keys) else { continue };
+            let Some(key) = link.map.first_name_on(node, keys) else { continue };
             link.ask(&Question { key, interval: Duration::from_millis(1), burst: 1 }).await?;
         }
         Ok(link)
@@ -248,7 +249,7 @@ impl Worker {
             .set_response_timeout(Some(CONNECT_WITHIN))
             .set_pipeline_buffer_size(QUESTIONS)
             .set_concurrency_limit(QUESTIONS);
-        let mut connection = self.bus.connect(node, &config).await?;
+        let mut connection = self.topology.connect(node, &config).await?;
         let mut load = redis::cmd("SCRIPT");
         load.arg("LOAD").arg(SCRIPT);
         let script = load.query_async(&mut connection).await?;

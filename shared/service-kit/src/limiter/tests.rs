@@ -28,8 +28,8 @@ impl Drop for Replica {
 impl Replica {
     fn start(redis: &Redis, patience: Duration) -> Self {
         let metrics = Metrics::default();
-        let bus = Bus::single(redis.url()).expect("the URL is good");
-        let (limiter, worker) = Limiter::new(bus, Channels::new("t:"), patience, metrics.clone());
+        let topology = RedisTopology::single(redis.url()).expect("the URL is good");
+        let (limiter, worker) = Limiter::new(topology, Channels::new("t:"), patience, metrics.clone());
         limiter.rule("any", Limit::new(1, HOUR));
         let stop = CancellationToken::new();
         tokio::spawn(worker.run(stop.clone()));

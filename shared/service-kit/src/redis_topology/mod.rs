@@ -1,0 +1,388 @@
+//! The Redis that both services use: a single server, the primary that Sentinel names, or Redis Cluster.
+//!
+//! Every connection goes to where the settings point *now*: names are resolved and sentinels are queried again. The holder of a
+//! connection must find out by itself that it has become the wrong one. On a cluster a [`SlotMap`] says which node owns which
+//! slots; it is fetched every few seconds and on [`SlotMapWatch::refresh`]. A single server is one node that owns every slot.
+
+mod slot_map;
+
+use std::{fmt, sync::Arc, time::Duration};
+
+use futures_util::future::join_all;
+use rand::seq::SliceRandom;
+use redis::{
+    AsyncConnectionConfig, Client, ConnectionAddr, ConnectionInfo, ErrorKind, IntoConnectionInfo,
+    ProtocolVersion, RedisError, RedisResult, TlsMode,
+    aio::MultiplexedConnection,
+    sentinel::{SentinelClient, SentinelNodeConnectionInfo, SentinelServerType},
+};
+use thiserror::Error;
+use tokio::{
+    sync::{Notify, watch},
+    time::{Instant, sleep, sleep_until},
+};
+
+use self::slot_map::ReportedSlotMap;
+pub use self::slot_map::{Slot, SlotMap};
+use crate::config::Problems;
+
+/// Limit for connecting to a cluster node that is queried for the slot map, and for its answer.
+const QUERY_TIMEOUT: Duration = Duration::from_secs(1);
+/// Nodes that are queried for the slot map at the same time; the newest answer counts.
+const QUERIED_AT_ONCE: usize = 3;
+/// Nodes that are queried before the fetch fails.
+const MAX_QUERIED: usize = 12;
+/// Between two fetches of the slot map, plus up to half as much again.
+const FETCH_EVERY: Duration = Duration::from_secs(4);
+/// Between two fetches of the slot map, however often a refresh is requested.
+const MIN_FETCH_INTERVAL: Duration = Duration::from_millis(200);
+
+/// `REDIS_TOPOLOGY`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum TopologyKind {
+    Single,
+    Sentinel,
+    Cluster,
+}
+
+#[derive(Debug, Error)]
+#[error("it must be single, sentinel or cluster")]
+pub struct UnknownTopology;
+
+impl std::str::FromStr for TopologyKind {
+    type Err = UnknownTopology;
+
+    fn from_str(text: &str) -> Result<Self, UnknownTopology> {
+        match text {
+            "single" => Ok(Self::Single),
+            "sentinel" => Ok(Self::Sentinel),
+            "cluster" => Ok(Self::Cluster),
+            _ => Err(UnknownTopology),
+        }
+    }
+}
+
+/// A Redis server to connect to.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Node {
+    /// The single server, or the primary that Sentinel names.
+    Only,
+    /// A node of a cluster, by the address that the cluster announces.
+    At(Arc<str>, u16),
+}
+
+impl fmt::Display for Node {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Only => f.write_str("redis"),
+            Self::At(host, port) => write!(f, "{host}:{port}"),
+        }
+    }
+}
+
+/// How to reach Redis. Cheap to clone.
+#[derive(Clone)]
+pub struct RedisTopology(Arc<Kind>);
+
+enum Kind {
+    Single(Client),
+    Sentinel { service: String, primary: SentinelNodeConnectionInfo, sentinels: Vec<ConnectionInfo> },
+    Cluster { seeds: Vec<ConnectionInfo> },
+}
+
+impl fmt::Debug for RedisTopology {
+    /// Without the URLs, which hold passwords.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match *self.0 {
+            Kind::Single(_) => "Single",
+            Kind::Sentinel { .. } => "Sentinel",
+            Kind::Cluster { .. } => "Cluster",
+        })
+    }
+}
+
+impl RedisTopology {
+    /// From `REDIS_TOPOLOGY`, `REDIS_URL` and `REDIS_SENTINELS`.
+    pub fn from_settings(
+        p: &mut Problems,
+        topology: &str,
+        url: Option<&str>,
+        sentinels: &str,
+    ) -> Option<Self> {
+        let topology = p.parse("REDIS_TOPOLOGY", topology);
+        let urls = p.require("REDIS_URL", url).map(str::to_owned);
+        let urls = servers(p, "REDIS_URL", &urls?);
+        let sentinels = servers(p, "REDIS_SENTINELS", sentinels)?;
+        let (kind, mut urls) = (topology?, urls?);
+        if kind != TopologyKind::Cluster && urls.len() != 1 {
+            p.add(format!(
+                "REDIS_URL names {} servers; only REDIS_TOPOLOGY=cluster takes several",
+                urls.len()
+            ));
+            return None;
+        }
+        if (kind == TopologyKind::Sentinel) == sentinels.is_empty() {
+            p.add("REDIS_SENTINELS must be set if REDIS_TOPOLOGY is sentinel, and only then");
+            return None;
+        }
+        if kind == TopologyKind::Cluster && urls.iter().any(|url| url.redis_settings().db() != 0) {
+            p.add("REDIS_URL names a database; Redis Cluster has only database 0");
+            return None;
+        }
+        Some(match kind {
+            TopologyKind::Single => Self::single(urls.remove(0)).ok()?,
+            TopologyKind::Sentinel => {
+                let (service, primary) = sentinel_service(&urls[0]);
+                Self(Arc::new(Kind::Sentinel { service, primary, sentinels }))
+            }
+            TopologyKind::Cluster => Self(Arc::new(Kind::Cluster { seeds: urls })),
+        })
+    }
+
+    /// A single server at this URL.
+    pub fn single(url: impl IntoConnectionInfo) -> RedisResult<Self> {
+        Ok(Self(Arc::new(Kind::Single(Client::open(with_resp3(url.into_connection_info()?))?))))
+    }
+
+    /// Whether channels belong to slots: `SSUBSCRIBE` and `SPUBLISH` in place of `SUBSCRIBE` and `PUBLISH`.
+    pub fn is_sharded(&self) -> bool {
+        matches!(*self.0, Kind::Cluster { .. })
+    }
+
+    /// The command that publishes to a channel.
+    pub fn publish_command(&self) -> redis::Cmd {
+        redis::cmd(if self.is_sharded() { "SPUBLISH" } else { "PUBLISH" })
+    }
+
+    /// A new connection.
+    pub async fn connect(
+        &self,
+        node: &Node,
+        config: &AsyncConnectionConfig,
+    ) -> RedisResult<MultiplexedConnection> {
+        match &*self.0 {
+            Kind::Single(client) => client.get_multiplexed_async_connection_with_config(config).await,
+            // A client per connection: a cached one would serialize callers, and try sentinel connections that have broken.
+            Kind::Sentinel { service, primary, sentinels } => {
+                let (sentinels, primary) = (sentinels.clone(), Some(primary.clone()));
+                SentinelClient::build(sentinels, service, primary, SentinelServerType::Master)?
+                    .get_async_connection_with_config(config)
+                    .await
+            }
+            Kind::Cluster { seeds } => {
+                let info = match node {
+                    Node::Only => seeds[0].clone(),
+                    Node::At(host, port) => with_address(&seeds[0], host, *port),
+                };
+                Client::open(info)?.get_multiplexed_async_connection_with_config(config).await
+            }
+        }
+    }
+
+    /// The slot map as the cluster reports it now. Nodes of `known` are queried first, then those in the settings.
+    pub async fn fetch_slot_map(&self, known: &SlotMap) -> RedisResult<SlotMap> {
+        let Kind::Cluster { seeds } = &*self.0 else { return Ok(SlotMap::single_node()) };
+        let mut queried: Vec<ConnectionInfo> = known
+            .nodes()
+            .iter()
+            .filter_map(|node| match node {
+                Node::Only => None,
+                Node::At(host, port) => Some(with_address(&seeds[0], host, *port)),
+            })
+            .collect();
+        let mut seeds = seeds.clone();
+        for list in [&mut queried, &mut seeds] {
+            list.shuffle(&mut rand::rng());
+            list.truncate(MAX_QUERIED / 2);
+        }
+        queried.append(&mut seeds);
+        let mut failed = None;
+        for some in queried.chunks(QUERIED_AT_ONCE) {
+            let mut newest: Option<ReportedSlotMap> = None;
+            for answer in join_all(some.iter().map(ReportedSlotMap::fetch)).await {
+                match answer {
+                    Ok(map) if newest.as_ref().is_none_or(|newest| newest.version() < map.version()) => {
+                        newest = Some(map);
+                    }
+                    Ok(_) => {}
+                    Err(error) => failed = Some(error),
+                }
+            }
+            if let Some(newest) = newest {
+                return Ok(newest.map);
+            }
+        }
+        Err(failed.unwrap_or_else(|| RedisError::from((ErrorKind::Io, "no node of the cluster answers"))))
+    }
+
+    /// The slot map, and the future that keeps it current while it is polled.
+    pub fn watch_slot_map(
+        &self,
+    ) -> (SlotMapWatch, impl Future<Output = std::convert::Infallible> + Send + use<>) {
+        let first = if self.is_sharded() { SlotMap::default() } else { SlotMap::single_node() };
+        let (sender, receiver) = watch::channel(Arc::new(first));
+        let refresh = Arc::new(Notify::new());
+        let slot_maps = SlotMapWatch { slot_maps: receiver, refresh: refresh.clone() };
+        let topology = self.clone();
+        let following = async move {
+            if !topology.is_sharded() {
+                return std::future::pending().await;
+            }
+            loop {
+                let known = sender.borrow().clone();
+                match topology.fetch_slot_map(&known).await {
+                    Ok(map) if map == *known => {}
+                    Ok(map) => {
+                        tracing::info!(
+                            nodes = map.nodes().len(),
+                            covers_all_slots = map.covers_all_slots(),
+                            "redis cluster slot map changed"
+                        );
+                        sender.send_replace(Arc::new(map));
+                    }
+                    Err(error) => tracing::warn!(%error, "failed to refresh the redis cluster slot map"),
+                }
+                sleep(MIN_FETCH_INTERVAL).await;
+                let next = Instant::now() + FETCH_EVERY.mul_f64(rand::random_range(1.0..1.5));
+                tokio::select! {
+                    () = sleep_until(next) => {}
+                    () = refresh.notified() => {}
+                }
+            }
+        };
+        (slot_maps, following)
+    }
+}
+
+/// The slot map as it is known now.
+#[derive(Clone)]
+pub struct SlotMapWatch {
+    slot_maps: watch::Receiver<Arc<SlotMap>>,
+    refresh: Arc<Notify>,
+}
+
+impl SlotMapWatch {
+    pub fn now(&mut self) -> Arc<SlotMap> {
+        self.slot_maps.borrow_and_update().clone()
+    }
+
+    /// Returns when there is a newer map than [`Self::now`] returned.
+    pub async fn changed(&mut self) {
+        if self.slot_maps.changed().await.is_err() {
+            std::future::pending::<()>().await;
+        }
+    }
+
+    /// After a redirect or a failure: fetches the slot map again soon.
+    pub fn refresh(&self) {
+        self.refresh.notify_one();
+    }
+}
+
+/// The node that a `MOVED` or `ASK` answer of `by` points to.
+pub fn redirect_target(error: &RedisError, by: &Node) -> Option<Node> {
+    let (address, _) = error.redirect_node()?;
+    let (host, port) = address.rsplit_once(':')?;
+    let port = port.parse().ok()?;
+    match (host, by) {
+        // The node does not know its own name.
+        ("", Node::At(same, _)) => Some(Node::At(same.clone(), port)),
+        ("", Node::Only) => None,
+        (host, _) => Some(Node::At(host.into(), port)),
+    }
+}
+
+/// Whether Redis refuses our user, password or permissions, which a retry does not fix.
+pub fn is_access_denied(error: &RedisError) -> bool {
+    use redis::ServerErrorKind::NoPerm;
+    matches!(error.kind(), ErrorKind::AuthenticationFailed | ErrorKind::Server(NoPerm))
+        || matches!(error.code(), Some("WRONGPASS" | "NOAUTH" | "NOPERM"))
+}
+
+/// Whether the server answered with an error, so that the connection still works.
+pub fn is_server_error(error: &RedisError) -> bool {
+    matches!(error.kind(), ErrorKind::Server(_) | ErrorKind::Extension)
+}
+
+fn servers(p: &mut Problems, name: &str, list: &str) -> Option<Vec<ConnectionInfo>> {
+    let urls = list.split(',').map(str::trim).filter(|url| !url.is_empty());
+    // The error may hold the URL, and that a password.
+    let infos = urls.map(|url| url.into_connection_info().map(with_resp3)).collect::<RedisResult<_>>();
+    infos
+        .map_err(|_| {
+            p.add(format!(
+                "{name} must have the form redis://[user:password@]host:port, or rediss:// for TLS"
+            ));
+        })
+        .ok()
+}
+
+/// RESP3, so that published messages and command replies share a connection.
+fn with_resp3(info: ConnectionInfo) -> ConnectionInfo {
+    let settings = info.redis_settings().clone().set_protocol(ProtocolVersion::RESP3);
+    info.set_redis_settings(settings)
+}
+
+/// The same TLS mode, user and password for another address.
+fn with_address(info: &ConnectionInfo, host: &str, port: u16) -> ConnectionInfo {
+    let addr = match info.addr().clone() {
+        ConnectionAddr::TcpTls { insecure, tls_params, .. } => {
+            ConnectionAddr::TcpTls { host: host.to_owned(), port, insecure, tls_params }
+        }
+        _ => ConnectionAddr::Tcp(host.to_owned(), port),
+    };
+    info.clone().set_addr(addr)
+}
+
+/// The service name of Sentinel, which is the host of the URL, and how to connect to its primary.
+fn sentinel_service(url: &ConnectionInfo) -> (String, SentinelNodeConnectionInfo) {
+    let primary =
+        SentinelNodeConnectionInfo::default().set_redis_connection_info(url.redis_settings().clone());
+    match url.addr() {
+        ConnectionAddr::TcpTls { host, insecure, .. } => {
+            let mode = if *insecure { TlsMode::Insecure } else { TlsMode::Secure };
+            (host.clone(), primary.set_tls_mode(mode))
+        }
+        ConnectionAddr::Tcp(host, _) => (host.clone(), primary),
+        other => (other.to_string(), primary),
+    }
+}
+
+async fn connect_for_query(info: ConnectionInfo) -> RedisResult<MultiplexedConnection> {
+    let config = AsyncConnectionConfig::new()
+        .set_connection_timeout(Some(QUERY_TIMEOUT))
+        .set_response_timeout(Some(QUERY_TIMEOUT));
+    Client::open(info)?.get_multiplexed_async_connection_with_config(&config).await
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn problem(topology: &str, url: &str, sentinels: &str) -> Option<String> {
+        let mut problems = Problems::default();
+        let topology = RedisTopology::from_settings(&mut problems, topology, Some(url), sentinels);
+        problems.finish(|| topology.map(drop)).err().map(|problems| problems.to_string())
+    }
+
+    #[test]
+    fn invalid_settings_are_reported_without_passwords() {
+        assert_eq!(problem("single", "redis://a", ""), None);
+        assert_eq!(problem("cluster", "rediss://u:p@a:1,rediss://u:p@b:2", ""), None);
+        assert_eq!(problem("sentinel", "redis://u:p@main", "redis://s1:26379,redis://s2:26379"), None);
+        for (topology, url, sentinels) in [
+            ("ring", "redis://hunter2@a", ""),
+            ("single", "redis://a,redis://b", ""),
+            ("single", "http://x:hunter2@a", ""),
+            ("single", "redis://a", "redis://s1"),
+            ("sentinel", "redis://main", ""),
+            ("sentinel", "redis://main,redis://other", "redis://s1"),
+            ("cluster", "redis://a", "redis://s1"),
+            ("cluster", "redis://a/1", ""),
+            ("cluster", "", ""),
+        ] {
+            let said = problem(topology, url, sentinels).unwrap_or_default();
+            assert!(said.contains("REDIS_") && !said.contains("hunter2"), "{topology} {url}: {said}");
+        }
+    }
+}
