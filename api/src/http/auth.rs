@@ -6,7 +6,7 @@
 use std::{sync::Arc, time::Duration};
 
 use chrono::{DateTime, Utc};
-use http::{HeaderMap, HeaderValue, StatusCode, header};
+use http::{HeaderValue, StatusCode};
 use jsonwebtoken::jwk::JwkSet;
 use protocol::{
     claims::{Audience, Claims, KeySet, SigningKeys},
@@ -15,11 +15,7 @@ use protocol::{
     keys_version::{KeysVersion, Version},
     position::Position,
 };
-use service_kit::{
-    cookies::{self, Cookies},
-    ended::EndedSessions,
-    origins::Origins,
-};
+use service_kit::{cookies::Cookies, ended::EndedSessions, http::PresentedTokens, origins::Origins};
 
 use super::{error::ApiError, request::Inbound};
 use crate::{
@@ -62,7 +58,7 @@ pub struct Lifetimes {
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Credential {
     pub(super) actor: Actor,
-    by_cookie: bool,
+    from_cookie: bool,
     /// Of the token, in seconds since 1970.
     pub(super) expires_at: i64,
 }
@@ -172,10 +168,9 @@ impl Auth {
 
     /// What can be said of the caller without asking the database. A bad credential is not made up for by another one.
     pub(super) async fn credential(&self, inbound: &Inbound) -> Result<Credential, ApiError> {
-        let credential = match bearer(&inbound.headers)? {
-            Some(token) => self.verify(token, false).await?,
-            None => self.cookie_credential(&inbound.headers).await?,
-        };
+        let PresentedTokens { tokens, from_cookie } =
+            PresentedTokens::find(&inbound.headers, None, &self.cookies).ok_or(ApiError::Unauthorized)?;
+        let credential = self.first_good(&tokens, from_cookie).await?;
         let Actor { user, session } = credential.actor;
         if let Some(session) = session {
             self.used.note(Login { user, session });
@@ -185,11 +180,11 @@ impl Auth {
     }
 
     /// Beside our cookie may be others of its name, of other programs or of other times: the first good one counts.
-    async fn cookie_credential(&self, headers: &HeaderMap) -> Result<Credential, ApiError> {
+    async fn first_good(&self, tokens: &[String], from_cookie: bool) -> Result<Credential, ApiError> {
         let mut good = Vec::new();
         let mut refusal = ApiError::Unauthorized;
-        for token in cookies::values(headers, self.cookies.session()) {
-            match self.verify(token, true).await {
+        for token in tokens {
+            match self.verify(token, from_cookie).await {
                 Ok(credential) => good.push(credential),
                 Err(ApiError::Unauthorized) => {}
                 Err(cannot_be_told) => refusal = cannot_be_told,
@@ -215,12 +210,12 @@ impl Auth {
         Err(ApiError::Unauthorized)
     }
 
-    async fn verify(&self, token: &str, by_cookie: bool) -> Result<Credential, ApiError> {
+    async fn verify(&self, token: &str, from_cookie: bool) -> Result<Credential, ApiError> {
         if let Some(external) = self.external.as_ref().filter(|external| external.issued(token)) {
             let claims = external.verify(token).await?;
             let user = external.user_of(&self.context, &Identity::from(&claims)).await?;
             let actor = Actor { user, session: None };
-            return Ok(Credential { actor, by_cookie, expires_at: claims.exp });
+            return Ok(Credential { actor, from_cookie, expires_at: claims.exp });
         }
         let claims = self.verifier.verify(token, &[Audience::Api]).map_err(|error| {
             tracing::debug!(reason = %error, "token refused");
@@ -230,7 +225,7 @@ impl Auth {
             return Err(ApiError::Unauthorized);
         }
         let actor = Actor { user: claims.sub, session: claims.sid };
-        Ok(Credential { actor, by_cookie, expires_at: claims.exp })
+        Ok(Credential { actor, from_cookie, expires_at: claims.exp })
     }
 
     /// 401, then 403: the whole question, in one query.
@@ -283,46 +278,9 @@ impl Auth {
 
     /// 403: a cookie proves who sends, not who meant it.
     pub(super) fn check_origin(&self, credential: Credential, inbound: &Inbound) -> Result<(), ApiError> {
-        if credential.by_cookie {
+        if credential.from_cookie {
             self.origins.check_cookie(&inbound.method, &inbound.headers)?;
         }
         Ok(())
-    }
-}
-
-/// The token of the `Authorization` header. A header of another form is a bad credential, not an absent one.
-fn bearer(headers: &HeaderMap) -> Result<Option<&str>, ApiError> {
-    let mut values = headers.get_all(header::AUTHORIZATION).iter();
-    let Some(value) = values.next() else { return Ok(None) };
-    let only = values.next().is_none();
-    let value = value.to_str().ok().filter(|_| only).ok_or(ApiError::Unauthorized)?;
-    let (scheme, token) = value.split_once(' ').ok_or(ApiError::Unauthorized)?;
-    if !scheme.eq_ignore_ascii_case("bearer") {
-        return Err(ApiError::Unauthorized);
-    }
-    Ok(Some(token.trim()))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn headers(name: header::HeaderName, values: &[&str]) -> HeaderMap {
-        values.iter().map(|value| (name.clone(), HeaderValue::from_str(value).unwrap())).collect()
-    }
-
-    #[test]
-    fn only_a_bearer_header_names_a_token() {
-        let bearer_of = |values: &[&str]| {
-            bearer(&headers(header::AUTHORIZATION, values))
-                .map(|token| token.map(str::to_owned))
-                .map_err(|_| ())
-        };
-        assert_eq!(bearer_of(&[]), Ok(None));
-        assert_eq!(bearer_of(&["Bearer a.b.c"]), Ok(Some("a.b.c".into())));
-        assert_eq!(bearer_of(&["bEARER  a.b.c"]), Ok(Some("a.b.c".into())));
-        for bad in [&["Basic a"][..], &["Bearer"], &[""], &["a.b.c"], &["Bearer a", "Bearer b"]] {
-            assert_eq!(bearer_of(bad), Err(()), "{bad:?}");
-        }
     }
 }

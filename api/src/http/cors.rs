@@ -8,12 +8,12 @@ use std::{
     task::{Context, Poll},
 };
 
-use http::{Request, StatusCode};
+use http::Request;
 use service_kit::origins::{Origins, is_preflight};
 use tower_service::Service;
 use warp::reply::Response;
 
-use super::{Label, empty};
+use super::Label;
 
 /// All that any path takes.
 const METHODS: &str = "GET, HEAD, POST, PUT, DELETE";
@@ -46,8 +46,7 @@ where
 
     fn call(&mut self, request: Request<B>) -> Self::Future {
         if is_preflight(request.method(), request.headers()) {
-            let mut response = empty(StatusCode::NO_CONTENT);
-            *response.headers_mut() = self.origins.answer_preflight(METHODS, request.headers());
+            let mut response: Response = self.origins.answer_preflight(METHODS, request.headers());
             response.extensions_mut().insert(Label("preflight"));
             return Box::pin(std::future::ready(Ok(response)));
         }

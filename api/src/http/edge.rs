@@ -17,7 +17,8 @@ use http::{HeaderMap, Request};
 use protocol::problem::Problem;
 use service_kit::{
     client_address::{ClientAddress, TrustedProxies},
-    server::{self, PeerAddr},
+    http::request_id,
+    server::PeerAddr,
     traces::{SpanKind, TraceContext, Tracer},
 };
 use tower_service::Service;
@@ -80,7 +81,7 @@ where
 
     fn call(&mut self, mut request: Request<B>) -> Self::Future {
         let began = Instant::now();
-        let request_id = server::request_id(request.headers());
+        let request_id = request_id(request.headers());
         let given = traceparent(request.headers());
         let mut traced = self.tracer.begin(given, "request", SpanKind::Server);
         let trace = traced.context().or_else(|| self.tracer.pass_on(given));

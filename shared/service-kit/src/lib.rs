@@ -10,6 +10,7 @@ pub mod cookies;
 pub mod ended;
 pub mod explain;
 pub mod healthcheck;
+pub mod http;
 pub mod keyring;
 pub mod lifecycle;
 pub mod limiter;

@@ -2,7 +2,7 @@
 //! whichever page asks, so the page must be one of these; and by CORS only these may read the answers. Both services say the
 //! same.
 
-use http::{HeaderMap, HeaderValue, Method, header};
+use http::{HeaderMap, HeaderValue, Method, Response, StatusCode, header};
 use thiserror::Error;
 
 use crate::config::Origin;
@@ -11,7 +11,7 @@ use crate::config::Origin;
 const REQUEST_HEADERS: &str =
     "Authorization, Cache-Control, Content-Type, Idempotency-Key, Last-Event-ID, X-Request-Id";
 /// What it may read of an answer's head, beside what any page may.
-pub const EXPOSED_HEADERS: &str = "Feed-Cursor, X-Request-Id, Retry-After, Idempotent-Replayed";
+const EXPOSED_HEADERS: &str = "Feed-Cursor, X-Request-Id, Retry-After, Idempotent-Replayed";
 /// For how many seconds a browser need not ask again.
 const MAX_AGE: &str = "600";
 
@@ -95,19 +95,21 @@ impl Origins {
         answer.insert(header::ACCESS_CONTROL_EXPOSE_HEADERS, HeaderValue::from_static(EXPOSED_HEADERS));
     }
 
-    /// The head of the answer to a preflight, which is 204. A page that is not ours learns nothing from it.
-    pub fn answer_preflight(&self, methods: &'static str, asked: &HeaderMap) -> HeaderMap {
-        let mut answer = HeaderMap::new();
-        answer.append(header::VARY, HeaderValue::from_static("Origin"));
+    /// Answers a preflight. A page that is not ours learns nothing from it.
+    pub fn answer_preflight<B: Default>(&self, methods: &'static str, asked: &HeaderMap) -> Response<B> {
+        let mut answer = Response::new(B::default());
+        *answer.status_mut() = StatusCode::NO_CONTENT;
+        let headers = answer.headers_mut();
+        headers.append(header::VARY, HeaderValue::from_static("Origin"));
         let Some(page) = self.named(asked) else { return answer };
-        answer.insert(header::ACCESS_CONTROL_ALLOW_ORIGIN, page.clone());
+        headers.insert(header::ACCESS_CONTROL_ALLOW_ORIGIN, page.clone());
         for (name, value) in [
             (header::ACCESS_CONTROL_ALLOW_CREDENTIALS, "true"),
             (header::ACCESS_CONTROL_ALLOW_METHODS, methods),
             (header::ACCESS_CONTROL_ALLOW_HEADERS, REQUEST_HEADERS),
             (header::ACCESS_CONTROL_MAX_AGE, MAX_AGE),
         ] {
-            answer.insert(name, HeaderValue::from_static(value));
+            headers.insert(name, HeaderValue::from_static(value));
         }
         answer
     }

@@ -41,15 +41,17 @@ use tower_service::Service;
 use self::{
     body::AnswerBody,
     connections::Connections,
-    head::{Malformed, REQUEST_ID, finish},
+    head::Malformed,
     watch::{Phase, Watch, Watched},
 };
 pub use self::{
     body::RequestBody,
-    head::request_id,
     metrics::{ListenerMetrics, Metrics},
 };
-use crate::client_address::TrustedProxies;
+use crate::{
+    client_address::TrustedProxies,
+    http::{REQUEST_ID, request_id, set_common_headers},
+};
 use protocol::problem::Problem;
 
 /// Bounds of one listener.
@@ -337,7 +339,7 @@ where
                 // Hyper never gets an answer: the driver takes the connection apart.
                 return std::future::pending().await;
             }
-            finish(answer.headers_mut(), id_header);
+            set_common_headers(answer.headers_mut(), id_header);
             match rest.read().await {
                 Some(end) => watch.answered(end),
                 None => {

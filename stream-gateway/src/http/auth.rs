@@ -2,41 +2,15 @@
 
 use std::{borrow::Cow, num::NonZeroU8};
 
-use http::{HeaderMap, header};
-use service_kit::cookies::{self, Cookies};
+use http::HeaderMap;
+use service_kit::{cookies::Cookies, http::PresentedTokens};
 use url::form_urlencoded;
 
 use crate::frame::{Heartbeat, HeartbeatForm};
 
-#[derive(Debug, PartialEq, Eq)]
-pub struct Credential {
-    /// One of these must be good. Several only from cookies: others of our cookie's name may be beside it.
-    pub tokens: Vec<String>,
-    /// From the cookie, which browsers send by themselves: the page's origin must be ours.
-    pub ambient: bool,
-}
-
-/// The one credential that counts: the header, else the query, else the session cookie, as `api` calls it. A present but
-/// unusable one hides the others, and is an empty token here.
-pub fn credential(headers: &HeaderMap, query: &str, cookies: &Cookies) -> Option<Credential> {
-    let mut given = headers.get_all(header::AUTHORIZATION).iter();
-    if let Some(value) = given.next() {
-        // Two of them name no one token.
-        let only = given.next().is_none();
-        let token = value.to_str().ok().filter(|_| only).and_then(bearer).unwrap_or_default();
-        return Some(Credential { tokens: vec![token.into()], ambient: false });
-    }
-    if let Some(token) = parameter(query, "token") {
-        return Some(Credential { tokens: vec![token.into_owned()], ambient: false });
-    }
-    let tokens = cookies::values(headers, cookies.session());
-    let tokens: Vec<_> = tokens.into_iter().map(str::to_owned).collect();
-    (!tokens.is_empty()).then_some(Credential { tokens, ambient: true })
-}
-
-fn bearer(value: &str) -> Option<&str> {
-    let (scheme, token) = value.split_once(' ')?;
-    scheme.eq_ignore_ascii_case("bearer").then(|| token.trim_matches(' '))
+/// The credential that counts; on the stream, a token in the query may stand for the header.
+pub fn presented(headers: &HeaderMap, query: &str, cookies: &Cookies) -> Option<PresentedTokens> {
+    PresentedTokens::find(headers, parameter(query, "token").map(Cow::into_owned), cookies)
 }
 
 /// What the query says about the client's place. The header wins; an empty one is an absent one.
@@ -74,36 +48,16 @@ mod tests {
         pairs.iter().map(|(name, value)| (name.parse().unwrap(), value.parse().unwrap())).collect()
     }
 
-    fn cookies() -> Cookies {
-        Cookies::new(&"http://localhost:8080".parse().unwrap())
-    }
-
-    fn token(pairs: &[(&'static str, &str)], query: &str) -> Option<(String, bool)> {
-        credential(&headers(pairs), query, &cookies())
-            .map(|credential| (credential.tokens.join(" "), credential.ambient))
-    }
-
     #[test]
-    fn the_header_hides_the_query_and_the_query_the_cookie() {
-        let all = [
-            ("authorization", "Bearer a"),
-            ("cookie", "session=x; messenger_session=c; messenger_session=d"),
-        ];
-        assert_eq!(token(&all, "token=b"), Some(("a".into(), false)));
-        assert_eq!(token(&all[1..], "token=b%2E"), Some(("b.".into(), false)));
-        assert_eq!(token(&all[1..], "other=b"), Some(("c d".into(), true)));
-        assert_eq!(token(&[], "token=old&token=new"), Some(("new".into(), false)));
-        assert_eq!(token(&[], ""), None);
-    }
-
-    #[test]
-    fn a_bad_credential_is_not_passed_over() {
-        let cookie = ("cookie", "messenger_session=c");
-        assert_eq!(token(&[("authorization", "Basic abc"), cookie], "token=b"), Some((String::new(), false)));
-        assert_eq!(token(&[cookie], "token="), Some((String::new(), false)));
-        let mut two = headers(&[("authorization", "Bearer a"), cookie]);
-        two.append(header::AUTHORIZATION, "Bearer a".parse().unwrap());
-        assert_eq!(credential(&two, "", &cookies()).unwrap().tokens, [""]);
+    fn last_token_of_the_query_is_decoded_and_presented() {
+        let cookies = Cookies::new(&"http://localhost:8080".parse().unwrap());
+        let token = |query: &str| {
+            presented(&HeaderMap::new(), query, &cookies).map(|presented| presented.tokens.join(" "))
+        };
+        assert_eq!(token("token=b%2E").as_deref(), Some("b."));
+        assert_eq!(token("token=old&token=new").as_deref(), Some("new"));
+        assert_eq!(token("token=").as_deref(), Some(""));
+        assert_eq!(token("other=b"), None);
     }
 
     #[test]

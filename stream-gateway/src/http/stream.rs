@@ -15,7 +15,7 @@ use std::{
 
 use bytes::Bytes;
 use chrono::Utc;
-use http::{HeaderMap, HeaderValue, Method, Response as HttpResponse, StatusCode, Version, header};
+use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, Version, header};
 use protocol::{
     claims::KeyName,
     external::ExternalClaims,
@@ -28,8 +28,9 @@ use service_kit::{
     client_address::TrustedProxies,
     cookies::Cookies,
     ended::EndedSessions,
+    http::{request_id, set_common_headers},
     limiter::Subject,
-    origins::{EXPOSED_HEADERS, OriginNotAllowed, Origins, is_preflight},
+    origins::{OriginNotAllowed, Origins, is_preflight},
     preference::weight,
     server,
 };
@@ -43,7 +44,7 @@ use tokio::{
 };
 use warp::reply::Response;
 
-use super::auth::{credential, heartbeat, last_event_id};
+use super::auth::{heartbeat, last_event_id, presented};
 use crate::{
     engine::{Admission, Resume},
     frame::{self, FIRST_RETRY, Framing, Goodbye},
@@ -83,10 +84,10 @@ impl Streams {
         query: &str,
         peer: IpAddr,
     ) -> Response {
-        let request_id = server::request_id(headers);
+        let request_id = request_id(headers);
         let client = self.trusted_proxies.client(peer, headers);
         if is_preflight(&method, headers) {
-            return self.preflight(headers);
+            return self.origins.answer_preflight("GET", headers);
         }
         let origin = self.origins.named(headers);
         let mut response = match method {
@@ -109,8 +110,8 @@ impl Streams {
         request_id: &str,
         origin: Option<&HeaderValue>,
     ) -> Result<Response, Refusal> {
-        let credential = credential(headers, query, &self.cookies).ok_or(Refusal::Unauthorized)?;
-        let bearer = match self.keys.verify(&credential.tokens).await {
+        let presented = presented(headers, query, &self.cookies).ok_or(Refusal::Unauthorized)?;
+        let bearer = match self.keys.verify(&presented.tokens).await {
             Ok(proofs) => self.first_live(proofs),
             Err(Refused::Token(reason)) => {
                 tracing::debug!(%client, request.id = request_id, %reason, "a stream was refused");
@@ -118,13 +119,13 @@ impl Streams {
             }
             Err(Refused::NoKeys) => None,
         };
-        if credential.ambient {
+        if presented.from_cookie {
             self.origins.check_cookie(&Method::GET, headers).map_err(Refusal::Origin)?;
         }
         if !accepts_event_stream(headers) {
             return Err(Refusal::NotAcceptable);
         }
-        let head = Head::new(version, request_id, origin);
+        let head = self.head(version, request_id, origin);
         let Some(bearer) = bearer else {
             return Ok(self.turn_away(head, "no_keys", Goodbye::Drain));
         };
@@ -305,11 +306,31 @@ impl Streams {
         response
     }
 
-    fn preflight(&self, asked: &HeaderMap) -> Response {
-        let mut response = HttpResponse::new(String::new().into());
-        *response.status_mut() = StatusCode::NO_CONTENT;
-        *response.headers_mut() = self.origins.answer_preflight("GET", asked);
-        response
+    /// The head of every stream, as it goes to the socket.
+    fn head(&self, version: Version, request_id: &str, origin: Option<&HeaderValue>) -> Head {
+        let framing = Framing::of(version);
+        let mut headers = HeaderMap::new();
+        for (name, value) in [
+            (header::CONTENT_TYPE, "text/event-stream; charset=utf-8"),
+            (header::CACHE_CONTROL, "no-cache, no-transform"),
+            (HeaderName::from_static("x-accel-buffering"), "no"),
+            (header::CONNECTION, "close"),
+        ] {
+            headers.insert(name, HeaderValue::from_static(value));
+        }
+        if let Framing::Chunked = framing {
+            headers.insert(header::TRANSFER_ENCODING, HeaderValue::from_static("chunked"));
+        }
+        let ascii = |text: &str| HeaderValue::from_str(text).expect("ids and dates are visible ASCII");
+        headers.insert(header::DATE, ascii(&Utc::now().format("%a, %d %b %Y %H:%M:%S GMT").to_string()));
+        set_common_headers(&mut headers, ascii(request_id));
+        self.origins.let_read(origin, &mut headers);
+        let mut bytes = b"HTTP/1.1 200 OK\r\n".to_vec();
+        for (name, value) in &headers {
+            bytes.extend([name.as_str().as_bytes(), b": ", value.as_bytes(), b"\r\n"].concat());
+        }
+        bytes.extend(b"\r\n");
+        Head { bytes, framing }
     }
 }
 
@@ -357,7 +378,7 @@ enum Refusal {
 
 /// Whatever is no route of ours.
 pub(super) fn not_found(headers: &HeaderMap) -> Response {
-    Problem::new(StatusCode::NOT_FOUND, "not_found", "Not found", server::request_id(headers)).into_response()
+    Problem::new(StatusCode::NOT_FOUND, "not_found", "Not found", request_id(headers)).into_response()
 }
 
 fn accepts_event_stream(headers: &HeaderMap) -> bool {
@@ -368,30 +389,6 @@ fn accepts_event_stream(headers: &HeaderMap) -> bool {
 struct Head {
     bytes: Vec<u8>,
     framing: Framing,
-}
-
-impl Head {
-    fn new(version: Version, request_id: &str, origin: Option<&HeaderValue>) -> Self {
-        let framing = Framing::of(version);
-        let encoding = match framing {
-            Framing::Chunked => "Transfer-Encoding: chunked\r\n",
-            Framing::Close => "",
-        };
-        let date = Utc::now().format("%a, %d %b %Y %H:%M:%S GMT");
-        let origin = origin.and_then(|origin| origin.to_str().ok()).map_or_else(String::new, |origin| {
-            format!(
-                "Access-Control-Allow-Origin: {origin}\r\nAccess-Control-Allow-Credentials: true\r\n\
-                 Access-Control-Expose-Headers: {EXPOSED_HEADERS}\r\n"
-            )
-        });
-        let text = format!(
-            "HTTP/1.1 200 OK\r\nContent-Type: text/event-stream; charset=utf-8\r\n\
-             Cache-Control: no-cache, no-transform\r\nX-Accel-Buffering: no\r\n\
-             X-Content-Type-Options: nosniff\r\nReferrer-Policy: no-referrer\r\nX-Request-Id: {request_id}\r\n\
-             {origin}Vary: Origin\r\nDate: {date}\r\n{encoding}Connection: close\r\n\r\n"
-        );
-        Self { bytes: text.into(), framing }
-    }
 }
 
 /// How long a stream may last: until the last minute before its token expires, or a random age, whichever comes first.

@@ -1,16 +1,9 @@
-//! What every request and every answer of every listener has in common, whatever the routes are: a request whose head is
-//! wrong in itself is refused before any route sees it, each request has an id, and each answer the same headers.
+//! Rejects malformed request heads before any route sees them.
 
 use std::str::FromStr;
 
-use http::{
-    HeaderMap, HeaderName, HeaderValue, Request, Response, StatusCode, Uri, Version, header, uri::Authority,
-};
-use uuid::Uuid;
-
+use http::{HeaderMap, Request, Response, StatusCode, Uri, Version, header, uri::Authority};
 use protocol::problem::Problem;
-
-pub(super) const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
 /// Why a request head is refused.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -65,28 +58,10 @@ fn names_one_host(version: Version, headers: &HeaderMap) -> bool {
     }
 }
 
-/// The id that came with a request, if it is well-formed, so that a request can be followed through proxies; else a new one.
-/// The accept loop has seen to it that every request that it passes on has one.
-pub fn request_id(headers: &HeaderMap) -> String {
-    let given = headers.get(REQUEST_ID).and_then(|id| id.to_str().ok()).filter(|id| is_request_id(id));
-    given.map_or_else(|| Uuid::new_v4().simple().to_string(), str::to_owned)
-}
-
-fn is_request_id(text: &str) -> bool {
-    (1..=64).contains(&text.len())
-        && text.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'_' | b'-'))
-}
-
-/// The headers that every answer has.
-pub(super) fn finish(answer: &mut HeaderMap, request_id: HeaderValue) {
-    answer.insert(REQUEST_ID, request_id);
-    answer.insert(header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
-    answer.insert(header::REFERRER_POLICY, HeaderValue::from_static("no-referrer"));
-    answer.entry(header::CACHE_CONTROL).or_insert(HeaderValue::from_static("no-store"));
-}
-
 #[cfg(test)]
 mod tests {
+    use http::HeaderValue;
+
     use super::*;
 
     fn found(version: Version, target: &str, hosts: &[&str]) -> Option<Malformed> {
@@ -119,22 +94,6 @@ mod tests {
         assert_eq!(found(Version::HTTP_10, "/", &[]), None);
         for version in [Version::HTTP_10, Version::HTTP_11] {
             assert_eq!(found(version, "/", &["a", "a"]), Some(Malformed::Host));
-        }
-    }
-
-    #[test]
-    fn a_well_formed_request_id_is_kept_and_any_other_replaced() {
-        let id_for = |given: &str| {
-            let mut headers = HeaderMap::new();
-            headers.insert(REQUEST_ID, HeaderValue::from_bytes(given.as_bytes()).unwrap());
-            request_id(&headers)
-        };
-        for good in ["a", "A-b_9", &"x".repeat(64)] {
-            assert_eq!(id_for(good), good);
-        }
-        for bad in ["", "a b", "a.b", "é", &"x".repeat(65)] {
-            assert_ne!(id_for(bad), bad);
-            assert!(is_request_id(&id_for(bad)));
         }
     }
 }
