@@ -3,6 +3,7 @@
 //! ask the internal listener for what they have not heard.
 
 pub mod app;
+pub mod cli;
 pub mod commands;
 pub mod config;
 pub mod domain;
@@ -10,6 +11,7 @@ pub mod explain;
 pub mod external;
 pub mod http;
 pub mod last_used;
+pub mod maintenance;
 pub mod metrics;
 pub mod oauth;
 pub mod pruner;

@@ -4,6 +4,7 @@
 //! fails in between costs time, never an event. `docs/architecture.md` walks one message through the modules.
 
 pub mod app;
+pub mod cli;
 pub mod config;
 pub mod descriptors;
 pub mod metrics;

@@ -259,7 +259,8 @@ async fn a_server_refuses_to_start_on_a_schema_that_is_not_its_own(pool: PgPool)
     };
     let all = api::store::schema::MIGRATIONS.iter().count();
     assert!(refused().await.contains(&format!("0 of {all} migrations are applied; run `api migrate`")));
-    let (one, other) = tokio::join!(api::app::migrate(options()), api::app::migrate(options()));
+    let (one, other) =
+        tokio::join!(api::maintenance::migrate(options()), api::maintenance::migrate(options()));
     one.unwrap();
     other.unwrap();
     sqlx::query("UPDATE _sqlx_migrations SET success = false WHERE version = 3")

@@ -482,7 +482,7 @@ async fn a_new_epoch_makes_every_feed_another_one(pool: PgPool) {
     let epochs =
         async || sqlx::query_scalar::<_, i64>("SELECT epoch FROM feed_heads").fetch_all(&pool).await.unwrap();
     let mut all = epochs().await;
-    api::app::new_epoch((*pool.connect_options()).clone()).await.unwrap();
+    api::maintenance::new_epoch((*pool.connect_options()).clone()).await.unwrap();
     all.extend(epochs().await);
     all.sort_unstable();
     all.dedup();

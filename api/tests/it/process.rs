@@ -378,7 +378,7 @@ fn settings_can_be_checked_without_serving() {
     let key = folder.path().join("key.pem");
     std::fs::write(&key, PEM).unwrap();
     let good = [
-        // Nobody is there; the settings are good all the same.
+        // Nobody is there; the configuration is valid all the same.
         ("DATABASE_URL", "postgres://nobody@127.0.0.1:1/nothing"),
         ("REDIS_URL", "redis://127.0.0.1:1"),
         ("INTERNAL_SECRET", SECRET),
@@ -386,8 +386,8 @@ fn settings_can_be_checked_without_serving() {
         ("TERMINATION_GRACE_SECONDS", "20"),
     ];
     let (success, said) = run(&["check-config"], &good);
-    assert!(success && said.ends_with("api: the settings are good\n"), "{said}");
-    assert!(said.contains("Postgres cannot be reached from here, so the database was not checked"), "{said}");
+    assert!(success && said.ends_with("api: the configuration is valid\n"), "{said}");
+    assert!(said.contains("Postgres is unreachable; the database was not checked"), "{said}");
     let (success, said) = run(&["check-config"], &[&good[..], &[("SHUTDOWN_WAIT_SECONDS", "6")]].concat());
     assert!(!success);
     assert!(said.contains("TERMINATION_GRACE_SECONDS is 20") && said.contains("takes up to 21"), "{said}");

@@ -6,7 +6,7 @@ use std::{any::Any, borrow::Cow, panic::AssertUnwindSafe};
 use futures_util::FutureExt;
 use thiserror::Error;
 use tokio::{sync::watch, task::JoinHandle};
-use tokio_util::sync::CancellationToken;
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 /// Why the process cannot continue.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
@@ -74,6 +74,48 @@ impl Tasks {
     }
 }
 
+/// Tasks of the process that stop together. Dropping the stage tells them to stop, too.
+pub struct Stage {
+    tasks: Tasks,
+    stop: CancellationToken,
+    running: TaskTracker,
+}
+
+impl Stage {
+    pub fn new(tasks: &Tasks) -> Self {
+        Self::stopped_by(tasks, CancellationToken::new())
+    }
+
+    /// A stage that begins to stop with `stop`.
+    pub fn stopped_by(tasks: &Tasks, stop: CancellationToken) -> Self {
+        Self { tasks: tasks.clone(), stop, running: TaskTracker::new() }
+    }
+
+    /// Runs the task until it is told to stop by the token that it gets.
+    #[expect(clippy::disallowed_methods, reason = "it is watched")]
+    pub fn spawn<F: Future<Output = ()> + Send + 'static>(
+        &self,
+        task: impl Into<Cow<'static, str>>,
+        run: impl FnOnce(CancellationToken) -> F,
+    ) {
+        let task: Cow<'static, str> = task.into();
+        self.running.spawn(self.tasks.watch(task, &self.stop, run(self.stop.clone())));
+    }
+
+    /// Tells the tasks to stop and waits until they have.
+    pub async fn stop(self) {
+        self.stop.cancel();
+        self.running.close();
+        self.running.wait().await;
+    }
+}
+
+impl Drop for Stage {
+    fn drop(&mut self) {
+        self.stop.cancel();
+    }
+}
+
 fn message_of(panic: &(dyn Any + Send)) -> &str {
     let text = panic.downcast_ref::<&str>().copied();
     text.or_else(|| panic.downcast_ref::<String>().map(String::as_str)).unwrap_or("no message")
@@ -81,7 +123,13 @@ fn message_of(panic: &(dyn Any + Send)) -> &str {
 
 #[cfg(test)]
 mod tests {
-    use std::future::pending;
+    use std::{
+        future::pending,
+        sync::{
+            Arc,
+            atomic::{AtomicUsize, Ordering},
+        },
+    };
 
     use super::*;
 
@@ -113,6 +161,24 @@ mod tests {
         assert_eq!(tasks.failure(), None);
         tasks.spawn("late", &stop, async { panic!("at the end") }).await.unwrap();
         assert_eq!(tasks.failed().await.task, "late");
+    }
+
+    #[tokio::test]
+    async fn stage_stops_its_tasks_and_waits_for_them() {
+        let (tasks, ended) = (Tasks::default(), Arc::new(AtomicUsize::new(0)));
+        let stage = Stage::new(&tasks);
+        for _ in 0..2 {
+            let ended = ended.clone();
+            stage.spawn("regular", async move |stop: CancellationToken| {
+                stop.cancelled().await;
+                ended.fetch_add(1, Ordering::Relaxed);
+            });
+        }
+        stage.stop().await;
+        assert_eq!((ended.load(Ordering::Relaxed), tasks.failure()), (2, None));
+        let stop = CancellationToken::new();
+        drop(Stage::stopped_by(&tasks, stop.clone()));
+        assert!(stop.is_cancelled(), "a dropped stage stops");
     }
 
     #[tokio::test]

@@ -19,8 +19,10 @@ async fn a_container_without_other_programs_can_ask_how_its_service_is() {
     };
     until("it is ready", || async { asked("readyz") == (Some(0), "stream-gateway: ready\n".into()) }).await;
     world.stop();
-    until("it says that it goes", || async { asked("readyz") == (Some(1), "Error: stopping\n".into()) })
-        .await;
+    until("it says that it goes", || async {
+        asked("readyz") == (Some(1), "stream-gateway: stopping\n".into())
+    })
+    .await;
     assert_eq!(asked("livez"), (Some(0), "stream-gateway: alive\n".into()));
     world.stopped().await;
     let (code, said) = asked("livez");
