@@ -30,17 +30,17 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use warp::Filter;
 
 use crate::{
-    backfill::Api,
+    backfill::ApiClient,
     config::Config,
     descriptors,
-    engine::{self, Command, Inputs, Rights},
+    engine::{self, EngineCommand, Inputs, Rights},
     explain::explain,
     http::{self, Streams},
     identities::identities,
     keys::Keys,
-    limits::Limits,
+    limits::StreamLimits,
     metrics::Metrics,
-    subscriber::{self, Subscriber, Wishes},
+    subscriber::{self, DesiredSubscriptions, Subscriber},
 };
 
 /// For goodbyes that are still on their way when the drain's window is over.
@@ -76,22 +76,22 @@ pub async fn run(config: Config, listeners: Listeners, stop: CancellationToken) 
     let tasks = Tasks::default();
     let stop_tracing = CancellationToken::new();
     let exporting = tasks.spawn("trace exporter", &stop_tracing, exporter.run(stop_tracing.clone()));
-    let api = Api::new(&config.api_internal_url, config.internal_secrets, metrics.clone());
+    let api = ApiClient::new(&config.api_internal_url, config.internal_secrets, metrics.clone());
     let keys = Arc::new(Keys::new(config.origin.as_str(), api.asking_any_replica(), metrics.clone()));
     let (identities, asking) = identities(api.clone());
-    let wishes = Wishes::new(config.channels.clone());
+    let desired = DesiredSubscriptions::new(config.channels.clone());
     let ended_sessions = EndedSessions::default();
-    let (news_in, news) = mpsc::channel(subscriber::QUEUE);
-    let (admissions_in, admissions) = mpsc::channel(engine::ADMISSIONS);
+    let (updates_in, updates) = mpsc::channel(subscriber::QUEUE);
+    let (new_streams_in, new_streams) = mpsc::channel(engine::NEW_STREAMS);
     let (commands_in, commands) = mpsc::channel(4);
 
     let stop_delivery = CancellationToken::new();
-    let inputs = Inputs { admissions, news, commands, tasks: tasks.clone(), stop: stop_delivery.clone() };
+    let inputs = Inputs { new_streams, updates, commands, tasks: tasks.clone(), stop: stop_delivery.clone() };
     engine::start(
         config.delivery,
         api.clone(),
         Rights { keys: keys.clone(), ended_sessions: ended_sessions.clone() },
-        wishes.clone(),
+        desired.clone(),
         tracer.clone(),
         metrics.clone(),
         inputs,
@@ -106,8 +106,8 @@ pub async fn run(config: Config, listeners: Listeners, stop: CancellationToken) 
         topology: config.redis.clone(),
         channels: config.channels.clone(),
         keys: keys.clone(),
-        wishes,
-        news: news_in,
+        desired,
+        updates: updates_in,
         tracer,
         tasks: tasks.clone(),
         metrics: metrics.clone(),
@@ -140,7 +140,7 @@ pub async fn run(config: Config, listeners: Listeners, stop: CancellationToken) 
 
     let (limiter, counting) =
         Limiter::new(config.redis, config.channels, config.opening.patience, metrics.limits.clone());
-    let limits = Limits::new(&config.admission, &config.opening, limiter);
+    let limits = StreamLimits::new(&config.admission, &config.opening, limiter);
     running.spawn(tasks.watch("shared rate limits", &end, counting.run(end.clone())));
 
     let counted = metrics.http.listener("public");
@@ -154,9 +154,9 @@ pub async fn run(config: Config, listeners: Listeners, stop: CancellationToken) 
         origins: Origins::new(config.origin, config.allowed_origins),
         trusted_proxies: config.trusted_proxies,
         max_age: config.admission.max_age,
-        admissions: admissions_in,
-        turning_away: Arc::new(Semaphore::new(descriptors::TURNED_AWAY)),
-        parting: AtomicBool::new(false),
+        new_streams: new_streams_in,
+        rejecting: Arc::new(Semaphore::new(descriptors::REJECTED)),
+        draining: AtomicBool::new(false),
     });
     let routes = warp::service(http::routes(streams.clone()));
     let bounds = ServerLimits { connections: descriptors::HTTP, ..bounds };
@@ -171,11 +171,11 @@ pub async fn run(config: Config, listeners: Listeners, stop: CancellationToken) 
     stopping.store(true, Ordering::Relaxed);
     tracing::info!(wait = ?config.drain.wait, "not ready any more; waiting for load balancers to notice");
     sleep(config.drain.wait).await;
-    streams.parting.store(true, Ordering::Relaxed);
+    streams.draining.store(true, Ordering::Relaxed);
     let (done_in, done) = oneshot::channel();
     stop_delivery.cancel();
     let window = config.drain.window;
-    if commands_in.send(Command::Drain { window, done: done_in }).await.is_ok() {
+    if commands_in.send(EngineCommand::Drain { window, done: done_in }).await.is_ok() {
         let _ = timeout(window + LAST_GOODBYES, done).await;
     }
     end.cancel();
@@ -189,7 +189,7 @@ pub async fn run(config: Config, listeners: Listeners, stop: CancellationToken) 
 
 /// A gateway without Redis is degraded and still of use; one without keys can admit nobody. One that `api` refuses from its
 /// start on has no keys; one that it refuses later keeps its streams, which no other gateway could serve better.
-fn readiness(api: &Api, keys: &Keys, stopping: &AtomicBool, metrics: &Metrics) -> Readiness {
+fn readiness(api: &ApiClient, keys: &Keys, stopping: &AtomicBool, metrics: &Metrics) -> Readiness {
     if stopping.load(Ordering::Relaxed) {
         return Readiness { ready: false, note: "stopping".into() };
     }

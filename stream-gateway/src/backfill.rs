@@ -1,8 +1,8 @@
 //! Questions to Postgres, by way of `api`'s internal listener: where does a feed end, and what follows a place?
 //!
-//! Questions of many users are put into one request, so fifty thousand reconnects are a hundred requests. Every question is
+//! Questions of many users are put into one request, so fifty thousand reconnects are a hundred requests. Every request is
 //! answered in the end: while `api` cannot be reached they wait here and are retried. What may wait is bounded by the
-//! asker, who has one question per connection and one per user; [`Backfill::retain`] drops those whose asker is gone.
+//! requester, who has one request per connection and one per user; [`Backfill::retain`] drops those whose requester is gone.
 
 use std::{
     collections::{HashMap, HashSet, VecDeque},
@@ -42,14 +42,14 @@ use tokio::{
 use crate::{
     frame::Event,
     metrics::{DeliveryPath, Kind, Metrics},
-    traced,
+    trace,
 };
 
-/// How long a first question waits for others to share its request.
+/// How long a first request waits for others to share its request.
 const GATHER: Duration = Duration::from_millis(2);
 /// Requests of one kind that are under way at once. Each kind has its own, so that neither waits for the other: a session is
 /// checked while many feeds are read.
-const MAX_REQUESTS: usize = 3;
+const MAX_BATCHES: usize = 3;
 const TIMEOUT: Duration = Duration::from_secs(5);
 /// An answer holds some 4,000 events of some 4 KiB at most.
 const MAX_ANSWER: usize = 32 << 20;
@@ -61,11 +61,11 @@ const REFUSALS_LOGGED_EVERY: Duration = Duration::from_mins(1);
 
 /// `api`'s internal listener.
 #[derive(Clone)]
-pub struct Api {
+pub struct ApiClient {
     client: Client<HttpConnector, Full<Bytes>>,
     base: String,
     secrets: Secrets,
-    refused: Arc<Mutex<Refused>>,
+    refused: Arc<Mutex<RefusedState>>,
     metrics: Arc<Metrics>,
 }
 
@@ -83,14 +83,14 @@ fn client(idle: usize) -> Client<HttpConnector, Full<Bytes>> {
 
 /// Whether `api` refuses us, and what of it was logged.
 #[derive(Default)]
-struct Refused {
+struct RefusedState {
     now: bool,
     logged: Option<Instant>,
 }
 
-impl Api {
+impl ApiClient {
     pub fn new(base: &str, secrets: Secrets, metrics: Arc<Metrics>) -> Self {
-        let client = client(2 * MAX_REQUESTS);
+        let client = client(2 * MAX_BATCHES);
         Self { client, base: base.into(), secrets, refused: Arc::default(), metrics }
     }
 
@@ -164,15 +164,15 @@ impl Api {
 
 /// What follows a place?
 #[derive(Debug, Clone, Copy)]
-pub struct RangeQuestion<A> {
+pub struct RangeRequest<A> {
     pub user: UserId,
     pub after: Seq,
     /// Who gets the answer.
-    pub asker: A,
+    pub requester: A,
     /// By which way its events come to whoever gets them.
-    pub way: DeliveryPath,
-    /// The user's place in this process when the question was asked.
-    pub asked_at: Option<Position>,
+    pub path: DeliveryPath,
+    /// The user's place in this process when the request was asked.
+    pub requested_at: Option<Position>,
 }
 
 #[derive(Debug)]
@@ -184,24 +184,24 @@ pub struct RangeAnswer {
 
 /// Where does a feed end?
 #[derive(Debug, Clone, Copy)]
-pub struct HeadQuestion {
+pub struct HeadRequest {
     pub user: UserId,
-    pub asked_at: Option<Position>,
-    pub why: WhyHead,
+    pub requested_at: Option<Position>,
+    pub why: HeadReason,
     /// A session by which this user is said to be here: is it theirs, and does it live?
     pub session: Option<SessionId>,
 }
 
-impl HeadQuestion {
+impl HeadRequest {
     pub fn login(&self) -> Option<Login> {
         self.session.map(|session| Login { user: self.user, session })
     }
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum WhyHead {
+pub enum HeadReason {
     /// The sequencer does not know its place.
-    Place,
+    Position,
     /// A connection came: is its session still good?
     Join,
     /// The regular look at everybody, or the one after a doubt.
@@ -211,8 +211,8 @@ pub enum WhyHead {
 #[derive(Debug)]
 pub struct HeadsAnswered {
     /// Which request this answers; see [`Backfill::head_requests`].
-    pub request: u32,
-    pub questions: Vec<HeadQuestion>,
+    pub batch: u32,
+    pub requests: Vec<HeadRequest>,
     /// Those that differ from what was asked about.
     pub heads: HashMap<UserId, Option<Position>>,
     pub ended: HashSet<Login>,
@@ -221,32 +221,32 @@ pub struct HeadsAnswered {
 }
 
 pub enum Answers<A> {
-    Ranges(Vec<(RangeQuestion<A>, RangeAnswer)>),
+    Ranges(Vec<(RangeRequest<A>, RangeAnswer)>),
     Heads(HeadsAnswered),
 }
 
-type Batch<A> = (Result<Answers<A>, Failed<A>>, Instant);
+type Finished<A> = (Result<Answers<A>, Failed<A>>, Instant);
 
-/// The questions come back, to be asked again.
+/// The requests_ come back, to be asked again.
 enum Failed<A> {
-    Ranges(Vec<RangeQuestion<A>>),
-    Heads(Vec<HeadQuestion>),
+    Ranges(Vec<RangeRequest<A>>),
+    Heads(Vec<HeadRequest>),
 }
 
 pub struct Backfill<A> {
-    api: Api,
+    api: ApiClient,
     /// Requests and the parsing of answers run there, not where events are delivered.
     workers: Handle,
     tracer: Tracer,
     metrics: Arc<Metrics>,
-    ranges: VecDeque<RangeQuestion<A>>,
-    heads: VecDeque<HeadQuestion>,
-    requests: FuturesUnordered<JoinHandle<Batch<A>>>,
-    ranges_under_way: usize,
-    heads_under_way: usize,
+    ranges: VecDeque<RangeRequest<A>>,
+    heads: VecDeque<HeadRequest>,
+    in_flight: FuturesUnordered<JoinHandle<Finished<A>>>,
+    range_batches_in_flight: usize,
+    head_batches_in_flight: usize,
     /// Requests about heads that were sent so far.
-    head_requests: u32,
-    /// Until when questions gather to share a request.
+    head_batches: u32,
+    /// Until when requests_ gather to share a request.
     gather_until: Instant,
     /// Until when `api` is left alone after a failure.
     paused_until: Instant,
@@ -256,7 +256,7 @@ pub struct Backfill<A> {
 }
 
 impl<A: Copy + Send + 'static> Backfill<A> {
-    pub fn new(api: Api, workers: Handle, tracer: Tracer, metrics: Arc<Metrics>) -> Self {
+    pub fn new(api: ApiClient, workers: Handle, tracer: Tracer, metrics: Arc<Metrics>) -> Self {
         Self {
             api,
             workers,
@@ -264,10 +264,10 @@ impl<A: Copy + Send + 'static> Backfill<A> {
             metrics,
             ranges: VecDeque::new(),
             heads: VecDeque::new(),
-            requests: FuturesUnordered::new(),
-            ranges_under_way: 0,
-            heads_under_way: 0,
-            head_requests: 0,
+            in_flight: FuturesUnordered::new(),
+            range_batches_in_flight: 0,
+            head_batches_in_flight: 0,
+            head_batches: 0,
             gather_until: Instant::now(),
             paused_until: Instant::now(),
             pause: Duration::ZERO,
@@ -275,19 +275,19 @@ impl<A: Copy + Send + 'static> Backfill<A> {
         }
     }
 
-    pub fn ask_range(&mut self, question: RangeQuestion<A>) {
+    pub fn request_range(&mut self, request: RangeRequest<A>) {
         self.gather();
-        self.ranges.push_back(question);
+        self.ranges.push_back(request);
     }
 
-    pub fn ask_head(&mut self, question: HeadQuestion) {
+    pub fn request_head(&mut self, request: HeadRequest) {
         self.gather();
-        self.heads.push_back(question);
+        self.heads.push_back(request);
     }
 
     /// How many requests about heads were sent so far. What is asked from now on is in a later one. The number wraps around.
-    pub fn head_requests(&self) -> u32 {
-        self.head_requests
+    pub fn head_batches(&self) -> u32 {
+        self.head_batches
     }
 
     /// Whether `api` fails to answer at present.
@@ -295,11 +295,11 @@ impl<A: Copy + Send + 'static> Backfill<A> {
         self.pause > Duration::ZERO
     }
 
-    /// Drops waiting questions that nobody wants answered any more.
+    /// Drops waiting requests_ that nobody wants answered any more.
     pub fn retain(
         &mut self,
-        range: impl FnMut(&RangeQuestion<A>) -> bool,
-        head: impl FnMut(&HeadQuestion) -> bool,
+        range: impl FnMut(&RangeRequest<A>) -> bool,
+        head: impl FnMut(&HeadRequest) -> bool,
     ) {
         self.ranges.retain(range);
         self.heads.retain(head);
@@ -309,18 +309,18 @@ impl<A: Copy + Send + 'static> Backfill<A> {
     pub async fn next(&mut self) -> Answers<A> {
         loop {
             self.launch();
-            let may_launch = self.may_ask_ranges() || self.may_ask_heads();
+            let may_launch = self.may_request_ranges() || self.may_request_heads();
             let not_before = self.not_before();
             tokio::select! {
-                Some(done) = self.requests.next() => {
+                Some(done) = self.in_flight.next() => {
                     let (result, started) = match done {
                         Ok(done) => done,
                         Err(error) if error.is_panic() => std::panic::resume_unwind(error.into_panic()),
                         Err(_) => pending().await, // Cancelled: the process is ending.
                     };
                     match &result {
-                        Ok(Answers::Ranges(_)) | Err(Failed::Ranges(_)) => self.ranges_under_way -= 1,
-                        Ok(Answers::Heads(_)) | Err(Failed::Heads(_)) => self.heads_under_way -= 1,
+                        Ok(Answers::Ranges(_)) | Err(Failed::Ranges(_)) => self.range_batches_in_flight -= 1,
+                        Ok(Answers::Heads(_)) | Err(Failed::Heads(_)) => self.head_batches_in_flight -= 1,
                     }
                     match result {
                         Ok(answers) => {
@@ -332,7 +332,7 @@ impl<A: Copy + Send + 'static> Backfill<A> {
                     }
                 }
                 () = sleep_until(not_before), if may_launch => {}
-                () = pending(), if !may_launch && self.requests.is_empty() => {}
+                () = pending(), if !may_launch && self.in_flight.is_empty() => {}
             }
         }
     }
@@ -347,12 +347,12 @@ impl<A: Copy + Send + 'static> Backfill<A> {
         self.gather_until.max(self.paused_until)
     }
 
-    fn may_ask_ranges(&self) -> bool {
-        !self.ranges.is_empty() && self.ranges_under_way < MAX_REQUESTS
+    fn may_request_ranges(&self) -> bool {
+        !self.ranges.is_empty() && self.range_batches_in_flight < MAX_BATCHES
     }
 
-    fn may_ask_heads(&self) -> bool {
-        !self.heads.is_empty() && self.heads_under_way < MAX_REQUESTS
+    fn may_request_heads(&self) -> bool {
+        !self.heads.is_empty() && self.head_batches_in_flight < MAX_BATCHES
     }
 
     #[expect(clippy::disallowed_methods, reason = "the delivery thread awaits it")]
@@ -361,26 +361,25 @@ impl<A: Copy + Send + 'static> Backfill<A> {
         if started < self.not_before() {
             return;
         }
-        while self.may_ask_ranges() {
-            self.ranges_under_way += 1;
-            let questions: Vec<_> = self.ranges.drain(..self.ranges.len().min(MAX_PAIRS)).collect();
-            self.count("ranges", questions.len());
+        while self.may_request_ranges() {
+            self.range_batches_in_flight += 1;
+            let batch: Vec<_> = self.ranges.drain(..self.ranges.len().min(MAX_PAIRS)).collect();
+            self.count("ranges", batch.len());
             let (api, tracer, metrics) = (self.api.clone(), self.tracer.clone(), self.metrics.clone());
-            self.requests.push(
+            self.in_flight.push(
                 self.workers
-                    .spawn(async move { (ask_ranges(&api, questions, &tracer, &metrics).await, started) }),
+                    .spawn(async move { (request_ranges(&api, batch, &tracer, &metrics).await, started) }),
             );
         }
-        while self.may_ask_heads() {
-            self.heads_under_way += 1;
-            self.head_requests = self.head_requests.wrapping_add(1);
-            let request = self.head_requests;
-            let questions: Vec<_> = self.heads.drain(..self.heads.len().min(MAX_PAIRS)).collect();
-            self.count("heads", questions.len());
+        while self.may_request_heads() {
+            self.head_batches_in_flight += 1;
+            self.head_batches = self.head_batches.wrapping_add(1);
+            let number = self.head_batches;
+            let batch: Vec<_> = self.heads.drain(..self.heads.len().min(MAX_PAIRS)).collect();
+            self.count("heads", batch.len());
             let api = self.api.clone();
-            self.requests.push(
-                self.workers.spawn(async move { (ask_heads(&api, request, questions).await, started) }),
-            );
+            self.in_flight
+                .push(self.workers.spawn(async move { (request_heads(&api, number, batch).await, started) }));
         }
     }
 
@@ -391,14 +390,14 @@ impl<A: Copy + Send + 'static> Backfill<A> {
     /// Several requests that fail together count as one failure: those that began before the pause prove nothing new.
     fn put_back(&mut self, failed: Failed<A>, started: Instant) {
         let (kind, users) = match failed {
-            Failed::Ranges(questions) => {
-                let users = questions.len();
-                questions.into_iter().rev().for_each(|question| self.ranges.push_front(question));
+            Failed::Ranges(batch) => {
+                let users = batch.len();
+                batch.into_iter().rev().for_each(|request| self.ranges.push_front(request));
                 ("ranges", users)
             }
-            Failed::Heads(questions) => {
-                let users = questions.len();
-                questions.into_iter().rev().for_each(|question| self.heads.push_front(question));
+            Failed::Heads(batch) => {
+                let users = batch.len();
+                batch.into_iter().rev().for_each(|request| self.heads.push_front(request));
                 ("heads", users)
             }
         };
@@ -410,42 +409,41 @@ impl<A: Copy + Send + 'static> Backfill<A> {
     }
 }
 
-async fn ask_ranges<A: Copy>(
-    api: &Api,
-    questions: Vec<RangeQuestion<A>>,
+async fn request_ranges<A: Copy>(
+    api: &ApiClient,
+    batch: Vec<RangeRequest<A>>,
     tracer: &Tracer,
     metrics: &Metrics,
 ) -> Result<Answers<A>, Failed<A>> {
-    let pairs =
-        questions.iter().map(|question| RangeAfter { user: question.user, after: question.after }).collect();
+    let pairs = batch.iter().map(|request| RangeAfter { user: request.user, after: request.after }).collect();
     let answer = api.post::<RangesAnswer>(feed::RANGES_PATH, &RangesRequest { ranges: pairs }).await;
     let answer = answer.and_then(|answer| {
-        let matches = answer.ranges.len() == questions.len()
-            && questions.iter().zip(&answer.ranges).all(|(q, a)| (q.user, q.after) == (a.user, a.after));
+        let matches = answer.ranges.len() == batch.len()
+            && batch.iter().zip(&answer.ranges).all(|(q, a)| (q.user, q.after) == (a.user, a.after));
         anyhow::ensure!(matches, "api answered other ranges than were asked for");
         Ok(answer)
     });
     match answer {
         Ok(answer) => {
-            let answers = questions.into_iter().zip(answer.ranges).map(|(question, mut range)| {
+            let answers = batch.into_iter().zip(answer.ranges).map(|(request, mut range)| {
                 let possible = possible(&range);
                 if possible < range.events.len() {
                     tracing::error!(user.id = %range.user, after = range.after, "api answered a range that cannot be");
                     range.events.truncate(possible);
                     range.more = true;
                 }
-                let (events, whole) = encode(range.user, range.events, question.way, tracer, metrics);
-                (question, RangeAnswer { head: range.head, events, more: range.more || !whole })
+                let (events, whole) = encode(range.user, range.events, request.path, tracer, metrics);
+                (request, RangeAnswer { head: range.head, events, more: range.more || !whole })
             });
             Ok(Answers::Ranges(answers.collect()))
         }
         Err(error) => {
             tracing::warn!(
                 error = format!("{error:#}"),
-                users = questions.len(),
+                users = batch.len(),
                 "cannot read feeds; trying again"
             );
-            Err(Failed::Ranges(questions))
+            Err(Failed::Ranges(batch))
         }
     }
 }
@@ -469,13 +467,13 @@ fn possible(range: &Range) -> usize {
 fn encode(
     user: UserId,
     envelopes: Vec<Envelope>,
-    way: DeliveryPath,
+    path: DeliveryPath,
     tracer: &Tracer,
     metrics: &Metrics,
 ) -> (Vec<Event>, bool) {
     let mut events = Vec::with_capacity(envelopes.len());
     for envelope in envelopes {
-        match traced::receive(tracer, user, &envelope, way) {
+        match trace::receive(tracer, user, &envelope, path) {
             Ok(event) => events.push(event),
             Err(error) => {
                 metrics.backfill_requests_failed.get_or_create(&Kind { kind: "encode" }).inc();
@@ -487,28 +485,32 @@ fn encode(
     (events, true)
 }
 
-async fn ask_heads<A>(api: &Api, number: u32, questions: Vec<HeadQuestion>) -> Result<Answers<A>, Failed<A>> {
+async fn request_heads<A>(
+    api: &ApiClient,
+    number: u32,
+    batch: Vec<HeadRequest>,
+) -> Result<Answers<A>, Failed<A>> {
     let request = HeadsRequest {
-        users: questions.iter().map(|q| KnownHead { user: q.user, head: q.asked_at }).collect(),
-        logins: questions.iter().filter_map(HeadQuestion::login).collect(),
+        users: batch.iter().map(|q| KnownHead { user: q.user, head: q.requested_at }).collect(),
+        logins: batch.iter().filter_map(HeadRequest::login).collect(),
     };
     let answer = api.post::<HeadsAnswer>(feed::HEADS_PATH, &request).await.and_then(|answer| {
         let heads: HashMap<_, _> = answer.heads.into_iter().map(|head| (head.user, head.head)).collect();
-        let whole = questions.iter().all(|q| q.asked_at.is_some() || heads.contains_key(&q.user));
+        let whole = batch.iter().all(|q| q.requested_at.is_some() || heads.contains_key(&q.user));
         anyhow::ensure!(whole, "api left out heads that were asked for");
         Ok((heads, answer.ended_logins.into_iter().collect(), answer.keys))
     });
     match answer {
         Ok((heads, ended, keys)) => {
-            Ok(Answers::Heads(HeadsAnswered { request: number, questions, heads, ended, keys }))
+            Ok(Answers::Heads(HeadsAnswered { batch: number, requests: batch, heads, ended, keys }))
         }
         Err(error) => {
             tracing::warn!(
                 error = format!("{error:#}"),
-                users = questions.len(),
+                users = batch.len(),
                 "cannot read heads; trying again"
             );
-            Err(Failed::Heads(questions))
+            Err(Failed::Heads(batch))
         }
     }
 }

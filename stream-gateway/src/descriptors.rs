@@ -8,13 +8,13 @@ pub const HTTP: usize = 2_048;
 /// Connections of operators.
 pub const OPS: usize = 64;
 /// Refused streams that are still being said goodbye to.
-pub const TURNED_AWAY: usize = 1_000;
+pub const REJECTED: usize = 1_000;
 /// Redis, `api`, logs, the runtime's own.
 const REST: usize = 500;
 
 /// Open files that this many streams need.
 pub fn needed(streams: u64) -> u64 {
-    streams.saturating_add((HTTP + OPS + TURNED_AWAY + REST) as u64)
+    streams.saturating_add((HTTP + OPS + REJECTED + REST) as u64)
 }
 
 /// Open files that this process may have, at most.

@@ -6,12 +6,12 @@ use crate::sequencer::Millis;
 /// Between two steps, in milliseconds.
 const STEP: Millis = 250;
 
-pub struct Drain {
+pub struct DrainSchedule {
     end: Millis,
     next: Millis,
 }
 
-impl Drain {
+impl DrainSchedule {
     pub fn new(now: Millis, window: Millis) -> Self {
         Self { end: now + window, next: now }
     }
@@ -39,7 +39,7 @@ mod tests {
 
     #[test]
     fn the_rate_is_steady_and_nobody_is_left_at_the_end() {
-        let mut drain = Drain::new(1_000, 10_000);
+        let mut drain = DrainSchedule::new(1_000, 10_000);
         let (mut staying, mut shares) = (10_000, Vec::new());
         while drain.next() < drain.end() {
             let share = drain.step(staying, drain.next());
@@ -53,6 +53,6 @@ mod tests {
 
     #[test]
     fn without_a_window_all_go_at_once() {
-        assert_eq!(Drain::new(5, 0).step(7, 5), 7);
+        assert_eq!(DrainSchedule::new(5, 0).step(7, 5), 7);
     }
 }

@@ -14,7 +14,7 @@ use tokio::{
     time::{Duration, timeout},
 };
 
-use crate::engine::Command;
+use crate::engine::EngineCommand;
 
 /// For the delivery thread, which looks when it has a moment.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -28,7 +28,7 @@ pub struct Explanation {
     pub says: Vec<String>,
     /// Up to where this user's events were delivered here; absent without a stream, or before Postgres first answered.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub place: Option<Position>,
+    pub position: Option<Position>,
     /// Whether Redis brings what is published for this user.
     pub subscribed: bool,
     /// Oldest first.
@@ -64,7 +64,10 @@ pub struct EndedStream {
     pub says: &'static str,
 }
 
-pub async fn explain(engine: &mpsc::Sender<Command>, question: Question) -> Result<Explanation, Refusal> {
+pub async fn explain(
+    engine: &mpsc::Sender<EngineCommand>,
+    question: Question,
+) -> Result<Explanation, Refusal> {
     let Question { user, event } = question;
     let Event::Seq(seq) = event else {
         let sentence = "A gateway knows events by seq; api tells the seq of a message's event";
@@ -72,7 +75,7 @@ pub async fn explain(engine: &mpsc::Sender<Command>, question: Question) -> Resu
     };
     let (answer, answered) = oneshot::channel();
     let asked = async {
-        engine.send(Command::Explain { user, seq, answer }).await.ok()?;
+        engine.send(EngineCommand::Explain { user, seq, answer }).await.ok()?;
         answered.await.ok()
     };
     let busy = || Refusal(StatusCode::SERVICE_UNAVAILABLE, "The delivery thread does not answer now".into());

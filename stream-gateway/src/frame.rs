@@ -25,7 +25,7 @@ use protocol::{
 use serde_json::json;
 use thiserror::Error;
 
-use crate::{sequencer::Lost, traced::Traced};
+use crate::{sequencer::ResyncReason, trace::DeliveryTrace};
 
 /// The largest envelope that is taken from Redis, in bytes. A message of 480 code points makes some 4 KiB at most.
 pub const MAX_ENVELOPE: usize = 16 * 1024;
@@ -122,12 +122,12 @@ impl Heartbeat {
 /// One event of one feed, encoded.
 #[derive(Debug, Clone)]
 pub struct Event {
-    pub head: Position,
+    pub position: Position,
     /// When it was made, in milliseconds since 1970, by the database's clock.
     pub created_at: i64,
     pub frame: Chunk,
     /// None, mostly: its trace is not recorded.
-    pub traced: Option<Arc<Traced>>,
+    pub trace: Option<Arc<DeliveryTrace>>,
 }
 
 /// The envelope is of no form that this build may pass on.
@@ -167,9 +167,9 @@ impl Event {
             }
         }
         let _ = write!(block, "\nid: {}\n\n", envelope.cursor());
-        let head = envelope.cursor();
+        let position = envelope.cursor();
         let created_at = envelope.created_at.timestamp_millis();
-        Ok(Self { head, created_at, frame: Chunk::new(&block), traced: None })
+        Ok(Self { position, created_at, frame: Chunk::new(&block), trace: None })
     }
 }
 
@@ -203,7 +203,7 @@ pub fn ready(cursor: Position, resumed: bool, with_id: bool, heartbeat: Duration
 }
 
 /// The place is lost: reload by REST, go on from the head.
-pub fn resync(head: Position, why: Lost) -> Chunk {
+pub fn resync(head: Position, why: ResyncReason) -> Chunk {
     let data = json!({ "cursor": head.to_string(), "reason": why.as_str() });
     Chunk::new(&format!("event: resync\ndata: {data}\nid: {head}\n\n"))
 }
@@ -320,7 +320,7 @@ mod tests {
         );
         assert!(!text(&ready(cursor, false, false, every, SystemTime::UNIX_EPOCH)).contains("id: "));
         assert_eq!(
-            text(&resync(cursor, Lost::Expired)),
+            text(&resync(cursor, ResyncReason::Expired)),
             "event: resync\ndata: {\"cursor\":\"00000000000000ff-3\",\"reason\":\"expired\"}\nid: 00000000000000ff-3\n\n"
         );
         assert_eq!(

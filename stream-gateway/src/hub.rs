@@ -1,6 +1,6 @@
 //! Who is connected, and what was lately delivered to them. Memory only: all of it may be lost.
 //!
-//! One entry per user with a live connection. The ring holds encoded frames that some connection has not taken yet, and
+//! One entry per user with a live connection. The replay holds encoded frames that some connection has not taken yet, and
 //! nothing when all are up to date; it is bounded per user here and per process by the engine.
 
 use std::collections::{HashMap, VecDeque};
@@ -15,23 +15,23 @@ use crate::{
     engine::Key,
     frame::Event,
     sequencer::{Millis, Sequencer},
-    subscriber::Link,
+    subscriber::RedisConnectionId,
 };
 
 /// Of one user's frames, as many and as long are kept for readers that are behind.
-const RING_FRAMES: usize = 256;
-const RING_BYTES: usize = 256 * 1024;
+const REPLAY_FRAMES: usize = 256;
+const REPLAY_BYTES: usize = 256 * 1024;
 
-pub struct Entry {
+pub struct UserEntry {
     pub user: UserId,
     pub sequencer: Sequencer<Event>,
-    pub ring: Ring,
+    pub replay: ReplayBuffer,
     /// Oldest first.
     pub connections: Vec<Key>,
     /// The connection on which Redis has confirmed the subscription.
-    pub confirmed: Option<Link>,
+    pub subscribed_on: Option<RedisConnectionId>,
     /// When the last connection left. The entry stays for a moment, because people reload pages.
-    pub left_at: Option<Millis>,
+    pub empty_since: Option<Millis>,
     /// When the sequencer is next looked at; 0: never.
     pub tick_at: Millis,
 }
@@ -39,7 +39,7 @@ pub struct Entry {
 #[derive(Default)]
 pub struct Hub {
     by_user: HashMap<UserId, u32>,
-    entries: Slab<Entry>,
+    entries: Slab<UserEntry>,
 }
 
 impl Hub {
@@ -51,56 +51,56 @@ impl Hub {
         self.by_user.get(&user).copied()
     }
 
-    pub fn get(&self, at: u32) -> Option<&Entry> {
+    pub fn get(&self, at: u32) -> Option<&UserEntry> {
         self.entries.get(at as usize)
     }
 
-    pub fn get_mut(&mut self, at: u32) -> Option<&mut Entry> {
+    pub fn get_mut(&mut self, at: u32) -> Option<&mut UserEntry> {
         self.entries.get_mut(at as usize)
     }
 
     /// The entry of this user, and whether it is new.
     pub fn enter(&mut self, user: UserId) -> (u32, bool) {
         if let Some(at) = self.find(user) {
-            self.entries[at as usize].left_at = None;
+            self.entries[at as usize].empty_since = None;
             return (at, false);
         }
-        let at = self.entries.insert(Entry {
+        let at = self.entries.insert(UserEntry {
             user,
             sequencer: Sequencer::default(),
-            ring: Ring::default(),
+            replay: ReplayBuffer::default(),
             connections: Vec::new(),
-            confirmed: None,
-            left_at: None,
+            subscribed_on: None,
+            empty_since: None,
             tick_at: 0,
         }) as u32;
         self.by_user.insert(user, at);
         (at, true)
     }
 
-    pub fn remove(&mut self, at: u32) -> Option<Entry> {
+    pub fn remove(&mut self, at: u32) -> Option<UserEntry> {
         let entry = self.entries.try_remove(at as usize)?;
         self.by_user.remove(&entry.user);
         Some(entry)
     }
 
-    pub fn iter(&self) -> impl Iterator<Item = (u32, &Entry)> {
+    pub fn iter(&self) -> impl Iterator<Item = (u32, &UserEntry)> {
         self.entries.iter().map(|(at, entry)| (at as u32, entry))
     }
 
-    pub fn iter_mut(&mut self) -> impl Iterator<Item = &mut Entry> {
+    pub fn iter_mut(&mut self) -> impl Iterator<Item = &mut UserEntry> {
         self.entries.iter_mut().map(|(_, entry)| entry)
     }
 }
 
 /// Contiguous frames of one feed, the newest last.
 #[derive(Default)]
-pub struct Ring {
+pub struct ReplayBuffer {
     events: VecDeque<Event>,
     bytes: usize,
 }
 
-impl Ring {
+impl ReplayBuffer {
     pub fn bytes(&self) -> usize {
         self.bytes
     }
@@ -110,23 +110,22 @@ impl Ring {
     }
 
     pub fn push(&mut self, event: Event) {
-        let follows = self
-            .events
-            .back()
-            .is_none_or(|last| last.head.epoch == event.head.epoch && last.head.seq + 1 == event.head.seq);
+        let follows = self.events.back().is_none_or(|last| {
+            last.position.epoch == event.position.epoch && last.position.seq + 1 == event.position.seq
+        });
         if !follows {
             self.clear();
         }
         self.bytes += event.frame.len();
         self.events.push_back(event);
-        while self.events.len() > RING_FRAMES || self.bytes > RING_BYTES {
+        while self.events.len() > REPLAY_FRAMES || self.bytes > REPLAY_BYTES {
             self.pop();
         }
     }
 
     /// The event after this place, if it is held.
     pub fn after(&self, place: Position) -> Option<&Event> {
-        let first = self.events.front()?.head;
+        let first = self.events.front()?.position;
         if first.epoch != place.epoch {
             return None;
         }
@@ -136,7 +135,7 @@ impl Ring {
 
     /// Drops what everybody has passed.
     pub fn trim(&mut self, passed: Seq) {
-        while self.events.front().is_some_and(|first| first.head.seq <= passed) {
+        while self.events.front().is_some_and(|first| first.position.seq <= passed) {
             self.pop();
         }
         if self.events.is_empty() {
@@ -144,7 +143,7 @@ impl Ring {
         }
     }
 
-    /// An empty ring holds no memory.
+    /// An empty replay holds no memory.
     pub fn clear(&mut self) {
         *self = Self::default();
     }
@@ -168,37 +167,37 @@ mod tests {
     }
 
     fn event(seq: Seq) -> Event {
-        Event { head: at(seq), created_at: 0, frame: Chunk::new(&"x".repeat(94)), traced: None }
+        Event { position: at(seq), created_at: 0, frame: Chunk::new(&"x".repeat(94)), trace: None }
     }
 
-    fn after(ring: &Ring, seq: Seq) -> Option<Seq> {
-        ring.after(at(seq)).map(|event| event.head.seq)
+    fn after(replay: &ReplayBuffer, seq: Seq) -> Option<Seq> {
+        replay.after(at(seq)).map(|event| event.position.seq)
     }
 
     #[test]
     fn the_ring_gives_what_follows_or_nothing() {
-        let mut ring = Ring::default();
-        assert_eq!(after(&ring, 0), None);
-        (5..8).for_each(|seq| ring.push(event(seq)));
-        let got: Vec<_> = (3..9).map(|seq| after(&ring, seq)).collect();
+        let mut replay = ReplayBuffer::default();
+        assert_eq!(after(&replay, 0), None);
+        (5..8).for_each(|seq| replay.push(event(seq)));
+        let got: Vec<_> = (3..9).map(|seq| after(&replay, seq)).collect();
         assert_eq!(got, [None, Some(5), Some(6), Some(7), None, None]);
-        assert!(ring.after(Position { epoch: Epoch(2), seq: 5 }).is_none());
-        ring.trim(6);
-        assert_eq!((after(&ring, 5), after(&ring, 6), ring.bytes()), (None, Some(7), 100));
-        ring.trim(7);
-        assert!(ring.is_empty() && ring.bytes() == 0 && ring.events.capacity() == 0);
+        assert!(replay.after(Position { epoch: Epoch(2), seq: 5 }).is_none());
+        replay.trim(6);
+        assert_eq!((after(&replay, 5), after(&replay, 6), replay.bytes()), (None, Some(7), 100));
+        replay.trim(7);
+        assert!(replay.is_empty() && replay.bytes() == 0 && replay.events.capacity() == 0);
     }
 
     #[test]
     fn a_jump_starts_anew_and_the_size_is_bounded() {
-        let mut ring = Ring::default();
-        (1..4).for_each(|seq| ring.push(event(seq)));
-        ring.push(event(9));
-        assert_eq!((after(&ring, 1), after(&ring, 8)), (None, Some(9)));
-        (10..2_000).for_each(|seq| ring.push(event(seq)));
-        assert_eq!(ring.events.len(), RING_FRAMES);
-        assert_eq!(ring.bytes(), RING_FRAMES * 100);
-        assert_eq!(after(&ring, 1_998), Some(1_999));
+        let mut replay = ReplayBuffer::default();
+        (1..4).for_each(|seq| replay.push(event(seq)));
+        replay.push(event(9));
+        assert_eq!((after(&replay, 1), after(&replay, 8)), (None, Some(9)));
+        (10..2_000).for_each(|seq| replay.push(event(seq)));
+        assert_eq!(replay.events.len(), REPLAY_FRAMES);
+        assert_eq!(replay.bytes(), REPLAY_FRAMES * 100);
+        assert_eq!(after(&replay, 1_998), Some(1_999));
     }
 
     #[test]

@@ -16,7 +16,7 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
-use crate::backfill::Api;
+use crate::backfill::ApiClient;
 
 /// Subjects that are remembered, at some 200 bytes each.
 const REMEMBERED: u64 = 100_000;
@@ -25,29 +25,29 @@ const REMEMBERED_FOR: Duration = Duration::from_mins(5);
 /// Subjects that wait for `api`; more are told to come back.
 const QUEUE: usize = 16_384;
 /// How long a stream waits to learn whose it is.
-const PATIENCE: Duration = Duration::from_secs(5);
+const LOOKUP_TIMEOUT: Duration = Duration::from_secs(5);
 
 pub struct Identities {
     known: Cache<String, UserId>,
-    questions: mpsc::Sender<Question>,
+    lookups: mpsc::Sender<PendingLookup>,
 }
 
-struct Question {
+struct PendingLookup {
     identity: Identity,
     answer: oneshot::Sender<UserId>,
 }
 
 /// The task that asks.
 pub struct Worker {
-    api: Api,
+    api: ApiClient,
     known: Cache<String, UserId>,
-    questions: mpsc::Receiver<Question>,
+    lookups: mpsc::Receiver<PendingLookup>,
 }
 
-pub fn identities(api: Api) -> (Identities, Worker) {
+pub fn identities(api: ApiClient) -> (Identities, Worker) {
     let known = Cache::builder().max_capacity(REMEMBERED).time_to_live(REMEMBERED_FOR).build();
-    let (sender, questions) = mpsc::channel(QUEUE);
-    (Identities { known: known.clone(), questions: sender }, Worker { api, known, questions })
+    let (sender, lookups) = mpsc::channel(QUEUE);
+    (Identities { known: known.clone(), lookups: sender }, Worker { api, known, lookups })
 }
 
 impl Identities {
@@ -59,8 +59,8 @@ impl Identities {
     /// `None`: it cannot be told now.
     pub async fn user_of(&self, claims: &ExternalClaims) -> Option<UserId> {
         let (answer, told) = oneshot::channel();
-        self.questions.try_send(Question { identity: claims.into(), answer }).ok()?;
-        timeout(PATIENCE, told).await.ok()?.ok()
+        self.lookups.try_send(PendingLookup { identity: claims.into(), answer }).ok()?;
+        timeout(LOOKUP_TIMEOUT, told).await.ok()?.ok()
     }
 }
 
@@ -69,15 +69,15 @@ impl Worker {
         let mut batch = Vec::new();
         loop {
             tokio::select! {
-                count = self.questions.recv_many(&mut batch, MAX_PAIRS) => if count == 0 { return },
+                count = self.lookups.recv_many(&mut batch, MAX_PAIRS) => if count == 0 { return },
                 () = stop.cancelled() => return,
             }
             // Nobody waits any more for some of these.
-            batch.retain(|question| !question.answer.is_closed());
+            batch.retain(|lookup| !lookup.answer.is_closed());
             if batch.is_empty() {
                 continue;
             }
-            let identities: Vec<_> = batch.iter().map(|question| question.identity.clone()).collect();
+            let identities: Vec<_> = batch.iter().map(|lookup| lookup.identity.clone()).collect();
             let answer =
                 self.api.post::<IdentityAnswer>(IDENTITY_PATH, &IdentityRequest { identities }).await;
             match answer.and_then(|answer| {
@@ -88,7 +88,7 @@ impl Worker {
                 Ok(answer.users)
             }) {
                 Ok(users) => {
-                    for (Question { identity, answer }, user) in batch.drain(..).zip(users) {
+                    for (PendingLookup { identity, answer }, user) in batch.drain(..).zip(users) {
                         self.known.insert(identity.subject, user);
                         let _ = answer.send(user); // Or its stream has gone.
                     }

@@ -20,10 +20,10 @@ use tokio::{sync::watch, time::sleep};
 use tokio_util::sync::CancellationToken;
 use url::form_urlencoded;
 
-use crate::{backfill::Api, metrics::Metrics};
+use crate::{backfill::ApiClient, metrics::Metrics};
 
 #[derive(Debug, PartialEq, Eq)]
-pub enum Refused {
+pub enum VerifyError {
     /// The token is not good.
     Token(TokenError),
     /// It cannot be told yet: there are no keys.
@@ -32,13 +32,13 @@ pub enum Refused {
 
 /// A token whose signature, issuer, audience and time are good, and the key that signed it.
 #[derive(Debug)]
-pub struct Proof {
-    pub bearer: Bearer,
+pub struct VerifiedToken {
+    pub claims: VerifiedClaims,
     pub key: KeyName,
 }
 
 #[derive(Debug)]
-pub enum Bearer {
+pub enum VerifiedClaims {
     Own(Claims),
     /// Who this is here is asked next.
     External(ExternalClaims),
@@ -46,27 +46,27 @@ pub enum Bearer {
 
 /// Who comes in the moment in which a process starts waits for its first keys, instead of being sent away for minutes. Later, a
 /// lack of keys is an outage, and nobody waits.
-const STARTING: Duration = Duration::from_secs(10);
-const FIRST_KEYS_WITHIN: Duration = Duration::from_secs(2);
+const START_UP: Duration = Duration::from_secs(10);
+const FIRST_KEYS_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// Of two configurations the later one counts. If no replica has said for this long that it has the one in use, whatever `api`
 /// answers counts: the later one was taken back.
-const FORGOTTEN_AFTER: Duration = Duration::from_secs(30);
+const STALE_AFTER: Duration = Duration::from_secs(30);
 /// Between two attempts to fetch keys of which somebody spoke: each asks a replica at random, perhaps one of the earlier
 /// configuration.
-const FETCH_AGAIN_AFTER: Duration = Duration::from_millis(500);
+const FETCH_RETRY_WAIT: Duration = Duration::from_millis(500);
 /// Then the replica that spoke of them has probably gone. If not, it will speak again.
-const FETCHES: usize = 20;
+const FETCH_ATTEMPTS: usize = 20;
 
 pub struct Keys {
     ring: KeyRing<FromApi>,
     /// Another version than the one in use, that somebody spoke of and that is to be fetched.
-    spoken_of: watch::Sender<Option<KeysVersion>>,
-    began: Instant,
+    announced: watch::Sender<Option<KeysVersion>>,
+    started_at: Instant,
 }
 
 /// What `api` told.
-pub struct Trusted {
+pub struct TrustedKeys {
     own: KeySet,
     external: Option<External>,
     version: KeysVersion,
@@ -80,21 +80,25 @@ struct External {
 
 struct FromApi {
     issuer: String,
-    api: Api,
+    api: ApiClient,
     /// When a replica last said that it has the keys in use.
-    heard_of: Mutex<Instant>,
+    confirmed_at: Mutex<Instant>,
     metrics: Arc<Metrics>,
 }
 
 impl Source for FromApi {
-    type Keys = Trusted;
+    type Keys = TrustedKeys;
     type Error = anyhow::Error;
 
     fn name(&self) -> &'static str {
         "api"
     }
 
-    async fn fetch(&self, kid: Option<&str>, in_use: Option<Arc<Trusted>>) -> anyhow::Result<Arc<Trusted>> {
+    async fn fetch(
+        &self,
+        kid: Option<&str>,
+        in_use: Option<Arc<TrustedKeys>>,
+    ) -> anyhow::Result<Arc<TrustedKeys>> {
         let query = kid.map_or_else(String::new, |kid| {
             format!("?kid={}", byte_serialize(kid.as_bytes()).collect::<String>())
         });
@@ -104,15 +108,15 @@ impl Source for FromApi {
         if let Some(in_use) = &in_use {
             let agrees = answer.version.agrees_with(&in_use.version);
             if agrees {
-                self.heard();
+                self.confirm_version();
             }
-            if !answer.version.replaces(&in_use.version) && (agrees || !self.is_forgotten()) {
+            if !answer.version.replaces(&in_use.version) && (agrees || !self.version_is_stale()) {
                 return Ok(in_use.clone());
             }
         }
-        self.heard();
+        self.confirm_version();
         self.metrics.public_keys.set(i64::try_from(answer.own.keys.len()).unwrap_or(i64::MAX));
-        let trusted = Arc::new(Trusted::new(own, answer.external, answer.version, in_use.as_deref()));
+        let trusted = Arc::new(TrustedKeys::new(own, answer.external, answer.version, in_use.as_deref()));
         if let Some(in_use) = in_use {
             let removed = in_use.names().filter(|name| !trusted.accepts(*name)).count();
             if removed > 0 {
@@ -124,20 +128,20 @@ impl Source for FromApi {
 }
 
 impl FromApi {
-    fn heard(&self) {
-        *self.heard_of.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
+    fn confirm_version(&self) {
+        *self.confirmed_at.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
     }
 
-    fn is_forgotten(&self) -> bool {
-        self.heard_of.lock().unwrap_or_else(PoisonError::into_inner).elapsed() > FORGOTTEN_AFTER
+    fn version_is_stale(&self) -> bool {
+        self.confirmed_at.lock().unwrap_or_else(PoisonError::into_inner).elapsed() > STALE_AFTER
     }
 }
 
 impl Keys {
-    pub fn new(issuer: &str, api: Api, metrics: Arc<Metrics>) -> Self {
-        let began = Instant::now();
-        let source = FromApi { issuer: issuer.into(), api, heard_of: Mutex::new(began), metrics };
-        Self { ring: KeyRing::new(source), spoken_of: watch::Sender::default(), began }
+    pub fn new(issuer: &str, api: ApiClient, metrics: Arc<Metrics>) -> Self {
+        let started_at = Instant::now();
+        let source = FromApi { issuer: issuer.into(), api, confirmed_at: Mutex::new(started_at), metrics };
+        Self { ring: KeyRing::new(source), announced: watch::Sender::default(), started_at }
     }
 
     pub fn known(&self) -> bool {
@@ -145,7 +149,7 @@ impl Keys {
     }
 
     /// Notified when other keys take the place of these.
-    pub fn subscribe(&self) -> watch::Receiver<Option<Arc<Trusted>>> {
+    pub fn subscribe(&self) -> watch::Receiver<Option<Arc<TrustedKeys>>> {
         self.ring.subscribe()
     }
 
@@ -156,27 +160,27 @@ impl Keys {
 
     /// Keeps the keys fresh until `stop`.
     pub async fn follow(self: Arc<Self>, stop: CancellationToken) {
-        let fetching = stop.run_until_cancelled(self.fetch_what_is_spoken_of());
+        let fetching = stop.run_until_cancelled(self.fetch_announced());
         tokio::join!(self.ring.follow(stop.clone()), fetching);
     }
 
     /// A replica of `api` has keys of this version. Returns immediately.
-    pub fn hear_of(&self, version: &KeysVersion) {
+    pub fn notice_version(&self, version: &KeysVersion) {
         let Some(in_use) = self.ring.current() else { return };
         let source = self.ring.source();
         if version.agrees_with(&in_use.version) {
-            source.heard();
-        } else if version.replaces(&in_use.version) || source.is_forgotten() {
-            self.spoken_of.send_replace(Some(version.clone()));
+            source.confirm_version();
+        } else if version.replaces(&in_use.version) || source.version_is_stale() {
+            self.announced.send_replace(Some(version.clone()));
         }
     }
 
-    async fn fetch_what_is_spoken_of(&self) {
-        let mut spoken_of = self.spoken_of.subscribe();
-        while spoken_of.changed().await.is_ok() {
-            for _ in 0..FETCHES {
+    async fn fetch_announced(&self) {
+        let mut announced = self.announced.subscribe();
+        while announced.changed().await.is_ok() {
+            for _ in 0..FETCH_ATTEMPTS {
                 self.ring.renew().await;
-                let wanted = spoken_of.borrow_and_update().clone();
+                let wanted = announced.borrow_and_update().clone();
                 let current = self.ring.current();
                 let mine = current.as_ref().map(|current| &current.version);
                 let here = |wanted: &KeysVersion| {
@@ -185,20 +189,20 @@ impl Keys {
                 if wanted.as_ref().is_none_or(here) {
                     break;
                 }
-                sleep(FETCH_AGAIN_AFTER.mul_f64(rand::random_range(0.8..1.2))).await;
+                sleep(FETCH_RETRY_WAIT.mul_f64(rand::random_range(0.8..1.2))).await;
             }
         }
     }
 
     /// The proofs of those tokens that are good for the stream: one at least. Newer keys are asked for only if none is.
-    pub async fn verify(&self, tokens: &[String]) -> Result<Vec<Proof>, Refused> {
+    pub async fn verify(&self, tokens: &[String]) -> Result<Vec<VerifiedToken>, VerifyError> {
         let trusted = match self.ring.current() {
-            None if self.began.elapsed() < STARTING => self.ring.first_within(FIRST_KEYS_WITHIN).await,
+            None if self.started_at.elapsed() < START_UP => self.ring.first_within(FIRST_KEYS_TIMEOUT).await,
             current => current,
         };
-        let trusted = trusted.ok_or(Refused::NoKeys)?;
+        let trusted = trusted.ok_or(VerifyError::NoKeys)?;
         let (refused, unknown) = match trusted.verify_each(tokens) {
-            Err((refused @ (Refused::Token(TokenError::UnknownKey) | Refused::NoKeys), token)) => {
+            Err((refused @ (VerifyError::Token(TokenError::UnknownKey) | VerifyError::NoKeys), token)) => {
                 (refused, token)
             }
             told => return told.map_err(|(refused, _)| refused),
@@ -207,23 +211,23 @@ impl Keys {
         // Without a name it misses a key all the same.
         let kid = external::kid_of(unknown).unwrap_or_default();
         let newest = self.ring.ask_once(Some(&trusted), Some(&kid)).await;
-        let trusted = self.ring.current().ok_or(Refused::NoKeys)?;
+        let trusted = self.ring.current().ok_or(VerifyError::NoKeys)?;
         trusted.verify_each(tokens).map_err(|(refused, _)| match refused {
-            Refused::Token(TokenError::UnknownKey) if !newest => Refused::NoKeys,
+            VerifyError::Token(TokenError::UnknownKey) if !newest => VerifyError::NoKeys,
             refused => refused,
         })
     }
 }
 
-impl Trusted {
+impl TrustedKeys {
     /// If none is good: why not, and of which token; of one that newer keys could make good, if there is such a one.
-    fn verify_each<'a>(&self, tokens: &'a [String]) -> Result<Vec<Proof>, (Refused, &'a str)> {
+    fn verify_each<'a>(&self, tokens: &'a [String]) -> Result<Vec<VerifiedToken>, (VerifyError, &'a str)> {
         let mut proofs = Vec::new();
-        let mut refusal = (Refused::Token(TokenError::Invalid), "");
+        let mut refusal = (VerifyError::Token(TokenError::Invalid), "");
         for token in tokens {
             match self.verify(token) {
                 Ok(proof) => proofs.push(proof),
-                Err(refused @ (Refused::Token(TokenError::UnknownKey) | Refused::NoKeys)) => {
+                Err(refused @ (VerifyError::Token(TokenError::UnknownKey) | VerifyError::NoKeys)) => {
                     refusal = (refused, token);
                 }
                 Err(refused) if refusal.1.is_empty() => refusal = (refused, token),
@@ -266,16 +270,16 @@ impl Trusted {
         self.names().any(|name| name == key)
     }
 
-    fn verify(&self, token: &str) -> Result<Proof, Refused> {
+    fn verify(&self, token: &str) -> Result<VerifiedToken, VerifyError> {
         if let Some(external) = &self.external
             && external::issuer_of(token).is_some_and(|issuer| issuer == external.issuer.issuer)
         {
-            let keys = external.keys.as_ref().ok_or(Refused::NoKeys)?;
-            let (claims, key) = keys.verify_by_key(token).map_err(Refused::Token)?;
-            return Ok(Proof { bearer: Bearer::External(claims), key });
+            let keys = external.keys.as_ref().ok_or(VerifyError::NoKeys)?;
+            let (claims, key) = keys.verify_by_key(token).map_err(VerifyError::Token)?;
+            return Ok(VerifiedToken { claims: VerifiedClaims::External(claims), key });
         }
         let verified = self.own.verify_by_key(token, &[Audience::Api, Audience::Stream]);
-        let (claims, key) = verified.map_err(Refused::Token)?;
-        Ok(Proof { bearer: Bearer::Own(claims), key })
+        let (claims, key) = verified.map_err(VerifyError::Token)?;
+        Ok(VerifiedToken { claims: VerifiedClaims::Own(claims), key })
     }
 }

@@ -21,4 +21,4 @@ mod keys;
 mod limits;
 mod sequencer;
 mod subscriber;
-mod traced;
+mod trace;

@@ -19,7 +19,7 @@ use service_kit::{
 
 use crate::config::{Admission, Opening};
 
-pub struct Limits {
+pub struct StreamLimits {
     streams: usize,
     streams_per_address: usize,
     rate: DefaultDirectRateLimiter,
@@ -32,14 +32,14 @@ pub struct Limits {
 }
 
 /// The right to one open stream, given back when dropped.
-pub struct Place {
-    limits: Arc<Limits>,
+pub struct Permit {
+    limits: Arc<StreamLimits>,
     address: IpAddr,
 }
 
 /// Which limit refused a stream.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Full {
+pub enum LimitReached {
     Process,
     Address,
     Rate,
@@ -47,7 +47,7 @@ pub enum Full {
     AddressRate,
 }
 
-impl Full {
+impl LimitReached {
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Process => "streams",
@@ -59,13 +59,13 @@ impl Full {
     }
 }
 
-impl From<Over> for Full {
+impl From<Over> for LimitReached {
     fn from(over: Over) -> Self {
         if over.by == "address" { Self::AddressRate } else { Self::UserRate }
     }
 }
 
-impl Limits {
+impl StreamLimits {
     pub fn new(admission: &Admission, opening: &Opening, limiter: Limiter) -> Arc<Self> {
         let rate = NonZeroU32::new(admission.rate).unwrap_or(NonZeroU32::MIN);
         Arc::new(Self {
@@ -82,37 +82,37 @@ impl Limits {
 
     /// A stream of this user may open. The others of this address and of this process are not made to wait by who opens too
     /// many; and Redis is asked last, for those only whom nothing here refuses.
-    pub async fn admit(self: &Arc<Self>, user: Subject<'_>, client: IpAddr) -> Result<Place, Full> {
+    pub async fn admit(self: &Arc<Self>, user: Subject<'_>, client: IpAddr) -> Result<Permit, LimitReached> {
         let charges = [(&self.opened_per_user, user), (&self.opened_per_address, Subject::Address(client))];
         self.limiter.check_here(&charges)?;
-        let place = self.take(client)?;
+        let permit = self.take(client)?;
         self.limiter.check_together(&charges).await?;
-        Ok(place)
+        Ok(permit)
     }
 
-    fn take(self: &Arc<Self>, address: IpAddr) -> Result<Place, Full> {
+    fn take(self: &Arc<Self>, address: IpAddr) -> Result<Permit, LimitReached> {
         let address = household(address);
         if self.rate.check().is_err() {
-            return Err(Full::Rate);
+            return Err(LimitReached::Rate);
         }
         if self.open.fetch_add(1, Ordering::Relaxed) >= self.streams {
             self.open.fetch_sub(1, Ordering::Relaxed);
-            return Err(Full::Process);
+            return Err(LimitReached::Process);
         }
         if self.streams_per_address > 0 {
             let mut by_address = self.by_address.lock().unwrap_or_else(PoisonError::into_inner);
             let count = by_address.entry(address).or_default();
             if *count >= self.streams_per_address {
                 self.open.fetch_sub(1, Ordering::Relaxed);
-                return Err(Full::Address);
+                return Err(LimitReached::Address);
             }
             *count += 1;
         }
-        Ok(Place { limits: self.clone(), address })
+        Ok(Permit { limits: self.clone(), address })
     }
 }
 
-impl Drop for Place {
+impl Drop for Permit {
     fn drop(&mut self) {
         let limits = &self.limits;
         limits.open.fetch_sub(1, Ordering::Relaxed);
@@ -140,13 +140,13 @@ mod tests {
 
     use super::*;
 
-    fn limits(streams: usize, streams_per_address: usize, rate: u32) -> Arc<Limits> {
+    fn limits(streams: usize, streams_per_address: usize, rate: u32) -> Arc<StreamLimits> {
         let admission = Admission { streams, streams_per_address, rate, max_age: Duration::from_mins(1) };
         let opening = Opening { per_user: Limit::Off, per_address: Limit::Off, patience: Duration::ZERO };
         // Nobody asks it.
         let redis = RedisTopology::single("redis://localhost").unwrap();
         let (limiter, _) = Limiter::new(redis, Channels::default(), opening.patience, Metrics::default());
-        Limits::new(&admission, &opening, limiter)
+        StreamLimits::new(&admission, &opening, limiter)
     }
 
     const A: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
@@ -157,9 +157,9 @@ mod tests {
         let limits = limits(3, 2, 1_000);
         let first = limits.take(A).ok().unwrap();
         let _second = limits.take(A).ok().unwrap();
-        assert_eq!(limits.take(A).err(), Some(Full::Address));
+        assert_eq!(limits.take(A).err(), Some(LimitReached::Address));
         let _third = limits.take(B).ok().unwrap();
-        assert_eq!(limits.take(B).err(), Some(Full::Process));
+        assert_eq!(limits.take(B).err(), Some(LimitReached::Process));
         drop(first);
         assert!(limits.take(A).is_ok());
         assert_eq!(limits.open.load(Ordering::Relaxed), 2);
@@ -171,6 +171,6 @@ mod tests {
         let limits = limits(100, 0, 5);
         let taken: Vec<_> = (0..10).map_while(|_| limits.take(A).ok()).collect();
         assert_eq!(taken.len(), 5);
-        assert_eq!(limits.take(A).err(), Some(Full::Rate));
+        assert_eq!(limits.take(A).err(), Some(LimitReached::Rate));
     }
 }

@@ -1,12 +1,12 @@
 //! The order of one user's feed, as this process knows it: pure, no I/O and no clock of its own.
 //!
-//! It promises that what it delivers is contiguous: each event once, in order, from its place on, or else it says that the
-//! place is lost. Only answers from Postgres, and what follows them without a hole, move the place. Whatever is in doubt (a
-//! hole, an event of a foreign epoch, a head beyond ours) waits a moment for reordering and is then asked about; while
-//! nothing is in doubt a sequencer costs the size of its place.
+//! It delivers each event once, in order, without gaps, from its position on; or it reports that the feed must resync. Only
+//! answers from Postgres, and events that follow them without a gap, move the position. A gap, an event of another epoch or a
+//! head beyond the position makes the feed uncertain: it waits a moment for reordered events and then requests what is missing.
+//! A sequencer that is certain costs the size of its position.
 //!
-//! An answer is judged by what was known when its question was asked: it may be older than live events that came since, so
-//! only a head below the place *at the time of asking* means that the feed went back.
+//! An answer may be older than live events that came after its request. So only a head below the position *at the time of
+//! the request* means that the feed went back.
 
 use std::collections::BTreeMap;
 
@@ -15,25 +15,25 @@ use protocol::position::{Epoch, Position, Seq};
 /// Milliseconds on the caller's monotonic clock.
 pub type Millis = u64;
 
-/// How long a hole may be a mere reordering before it is asked about.
+/// How long a gap may be a mere reordering before a request.
 pub const REORDER_WAIT: Millis = 30;
-/// Questions that brought nothing are repeated with doubling waits up to `REORDER_WAIT << MAX_PATIENCE`, about 4 s.
-const MAX_PATIENCE: u32 = 7;
-/// Live events kept beyond a hole. More are dropped: the answer brings them.
-pub const MAX_HELD: usize = 64;
+/// Requests that brought nothing are repeated with doubling waits up to `REORDER_WAIT << MAX_BACKOFF`, about 4 s.
+const MAX_BACKOFF: u32 = 7;
+/// Live events buffered beyond a gap. More are dropped: the answer brings them.
+pub const MAX_BUFFERED: usize = 64;
 
-/// Why a place is lost, in the contract's words.
+/// Why a client must reload, in the contract's words.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum Lost {
+pub enum ResyncReason {
     /// The feed is another one: a foreign or redrawn epoch.
     Unknown,
-    /// Events after the place are no longer kept.
+    /// Events after the position are no longer kept.
     Expired,
-    /// The place is beyond the head: the database went back.
+    /// The position is beyond the head: the database went back.
     Future,
 }
 
-impl Lost {
+impl ResyncReason {
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Unknown => "unknown",
@@ -48,24 +48,24 @@ impl Lost {
 pub enum Step<E> {
     /// The next event of the feed.
     Deliver(Seq, E),
-    /// Ask Postgres where the feed ends (`None`) or what follows `after`, and bring the answer to [`Sequencer::answer`].
-    Ask { after: Option<Seq> },
-    /// The place is lost and is now the head. Everybody who was at the old one must reload.
-    Lost(Lost, Position),
+    /// Request the head of the feed (`None`) or the events after `after`, and bring the answer to [`Sequencer::answer`].
+    Request { after: Option<Seq> },
+    /// The position jumped to this head. Every stream that was at the old one must reload.
+    Resync(ResyncReason, Position),
     /// There is no such user any more.
     Gone,
 }
 
-/// Postgres's answer to one question.
+/// Postgres's answer to one request.
 #[derive(Debug)]
 pub struct Answer<E> {
-    /// The place that was known when the question was asked.
-    pub asked_at: Option<Position>,
+    /// The position at the time of the request.
+    pub requested_at: Option<Position>,
     /// `None`: there is no such user.
     pub head: Option<Position>,
-    /// What follows, ascending; empty when only the head was asked for.
+    /// Ascending; empty when only the head was requested.
     pub events: Vec<(Seq, E)>,
-    /// The events follow this place. `None`: only the head was asked for.
+    /// The events follow this one. `None`: only the head was requested.
     pub after: Option<Seq>,
     /// The range was cut short.
     pub more: bool,
@@ -73,239 +73,235 @@ pub struct Answer<E> {
 
 #[derive(Debug)]
 pub struct Sequencer<E> {
-    place: Option<Position>,
-    doubt: Option<Box<Doubt<E>>>,
+    position: Option<Position>,
+    pending: Option<Box<Pending<E>>>,
 }
 
-/// What is known beyond the place. Exists only while something is open.
+/// What is known beyond the position, while the feed is uncertain.
 #[derive(Debug)]
-struct Doubt<E> {
-    /// Live events of `epoch` beyond the place.
+struct Pending<E> {
+    /// Of the buffered events.
     epoch: Option<Epoch>,
-    held: BTreeMap<Seq, E>,
+    buffered: BTreeMap<Seq, E>,
     /// The feed is said to reach this far, by Redis or by Postgres.
     target: Seq,
-    /// The furthest head that Postgres told: no older answer takes it back.
-    told: Seq,
-    /// Something is wrong that a hole does not show: ask in any case.
-    suspicion: bool,
+    /// The furthest head in an answer: no older answer takes it back.
+    known_head: Seq,
+    /// Request even without a gap.
+    must_check: bool,
     since: Millis,
-    patience: u32,
-    /// A question is on its way, asked when the held events reached this far.
-    asked: Option<Asked>,
+    attempts: u32,
+    /// A request is in flight; when it was made, the buffered events reached this far.
+    requested: Option<Seq>,
 }
 
-#[derive(Debug)]
-struct Asked {
-    held_to: Seq,
-}
-
-impl<E> Doubt<E> {
-    /// Nothing that was said of the feed holds any more.
+impl<E> Pending<E> {
+    /// Everything known belongs to another history.
     fn forget(&mut self) {
-        self.held.clear();
+        self.buffered.clear();
         self.target = 0;
-        self.told = 0;
+        self.known_head = 0;
     }
 }
 
 impl<E> Default for Sequencer<E> {
     fn default() -> Self {
-        Self { place: None, doubt: None }
+        Self { position: None, pending: None }
     }
 }
 
 impl<E> Sequencer<E> {
-    /// The place: everything up to it was delivered. `None` until Postgres first answered.
-    pub fn place(&self) -> Option<Position> {
-        self.place
+    /// Everything up to here was delivered. `None` until Postgres first answered.
+    pub fn position(&self) -> Option<Position> {
+        self.position
     }
 
-    /// Whether something is open: held beyond a hole, said to exist, or asked about.
-    pub fn in_doubt(&self) -> bool {
-        self.doubt.is_some()
+    /// Whether this feed may be behind and waits for a check.
+    pub fn is_uncertain(&self) -> bool {
+        self.pending.is_some()
     }
 
     /// When [`Self::tick`] wants to be called.
     pub fn due(&self) -> Option<Millis> {
-        let doubt = self.doubt.as_ref()?;
-        doubt.asked.is_none().then(|| doubt.since + (REORDER_WAIT << doubt.patience))
+        let pending = self.pending.as_ref()?;
+        pending.requested.is_none().then(|| pending.since + (REORDER_WAIT << pending.attempts))
     }
 
     /// An event came from Redis.
     pub fn live(&mut self, at: Position, event: E, now: Millis, steps: &mut Vec<Step<E>>) {
-        match self.place {
-            Some(place) if place.epoch != at.epoch => self.suspect(now),
-            Some(place) if at.seq <= place.seq => {}
-            Some(place) if at.seq == place.seq + 1 => {
+        match self.position {
+            Some(position) if position.epoch != at.epoch => self.mark_uncertain(now),
+            Some(position) if at.seq <= position.seq => {}
+            Some(position) if at.seq == position.seq + 1 => {
                 self.deliver(at, event, steps);
-                self.deliver_held(steps);
+                self.deliver_buffered(steps);
             }
-            _ => self.hold(at, event, now),
+            _ => self.buffer(at, event, now),
         }
     }
 
-    /// Something may be wrong: ask Postgres after the usual wait.
-    pub fn suspect(&mut self, now: Millis) {
-        self.open(now).suspicion = true;
+    /// The feed may be behind: request its head or range after the usual wait.
+    pub fn mark_uncertain(&mut self, now: Millis) {
+        self.pending(now).must_check = true;
     }
 
-    /// Time has passed: asks if a doubt is due.
+    /// Time has passed: requests what is due.
     pub fn tick(&mut self, now: Millis, steps: &mut Vec<Step<E>>) {
         if self.due().is_some_and(|due| due <= now) {
-            self.ask(steps);
+            self.request(steps);
         }
     }
 
-    /// The answer to a question of [`Step::Ask`].
+    /// The answer to a [`Step::Request`].
     pub fn answer(&mut self, answer: Answer<E>, now: Millis, steps: &mut Vec<Step<E>>) {
-        let before = self.place;
-        let asked = self.open(now).asked.take();
+        let before = self.position;
+        let requested = self.pending(now).requested.take();
         let (head, more) = (answer.head, answer.more);
         self.observe(answer, now, steps);
-        let moved = before != self.place;
-        let Some(doubt) = self.doubt.as_deref_mut() else { return };
-        doubt.since = now;
-        doubt.patience = if moved { 0 } else { (doubt.patience + 1).min(MAX_PATIENCE) };
-        if let (Some(head), Some(asked)) = (head, asked)
-            && self.place.is_some_and(|place| place.epoch == head.epoch)
+        let moved = before != self.position;
+        let Some(pending) = self.pending.as_deref_mut() else { return };
+        pending.since = now;
+        pending.attempts = if moved { 0 } else { (pending.attempts + 1).min(MAX_BACKOFF) };
+        if let (Some(head), Some(buffered_to)) = (head, requested)
+            && self.position.is_some_and(|position| position.epoch == head.epoch)
         {
-            // Commit comes before publishing, so what we held when we asked exists up to the head, or was never true.
-            doubt.held.retain(|seq, _| *seq <= head.seq || *seq > asked.held_to);
-            doubt.target = doubt.held.keys().next_back().copied().unwrap_or(0).max(doubt.told);
+            // Commit comes before publishing: an event buffered before the request is at or below the head, or never existed.
+            pending.buffered.retain(|seq, _| *seq <= head.seq || *seq > buffered_to);
+            pending.target =
+                pending.buffered.keys().next_back().copied().unwrap_or(0).max(pending.known_head);
         }
-        self.settle();
+        self.clear_if_resolved();
         if more && moved && self.due().is_some() {
-            self.ask(steps);
+            self.request(steps);
         }
     }
 
-    /// An answer to somebody else's question about this feed: a connection's, or the reconcile's.
+    /// An answer to another request about this feed: a connection's, or the reconcile's.
     pub fn observe(&mut self, answer: Answer<E>, now: Millis, steps: &mut Vec<Step<E>>) {
         let Some(head) = answer.head else {
             steps.push(Step::Gone);
             return;
         };
-        let Some(place) = self.place else {
+        let Some(position) = self.position else {
             return self.adopt(head, steps);
         };
-        if head.epoch != place.epoch {
-            if answer.asked_at.is_some_and(|asked_at| asked_at.epoch == place.epoch) {
-                self.lose(Lost::Unknown, head, steps);
+        if head.epoch != position.epoch {
+            if answer.requested_at.is_some_and(|requested_at| requested_at.epoch == position.epoch) {
+                self.resync(ResyncReason::Unknown, head, steps);
             } else {
-                self.suspect(now); // One of the two is old news: a question asked now tells which.
+                self.mark_uncertain(now); // One of the two is outdated; a new request shows which.
             }
             return;
         }
-        let went_back =
-            answer.asked_at.is_some_and(|asked_at| asked_at.epoch == head.epoch && head.seq < asked_at.seq);
+        let went_back = answer
+            .requested_at
+            .is_some_and(|requested_at| requested_at.epoch == head.epoch && head.seq < requested_at.seq);
         if went_back {
-            return self.lose(Lost::Future, head, steps);
+            return self.resync(ResyncReason::Future, head, steps);
         }
         let no_longer_kept = answer.after.is_some_and(|after| {
             let first = answer.events.first().map_or(head.seq + 1, |(seq, _)| *seq);
-            after == place.seq && first > after + 1
+            after == position.seq && first > after + 1
         });
         if no_longer_kept {
-            return self.lose(Lost::Expired, head, steps);
+            return self.resync(ResyncReason::Expired, head, steps);
         }
         for (seq, event) in answer.events {
-            if self.place.is_some_and(|place| seq == place.seq + 1) {
+            if self.position.is_some_and(|position| seq == position.seq + 1) {
                 self.deliver(Position { epoch: head.epoch, seq }, event, steps);
             }
         }
-        self.deliver_held(steps);
-        if self.place.is_some_and(|place| head.seq > place.seq) {
-            let doubt = self.open(now);
-            doubt.told = doubt.told.max(head.seq);
-            doubt.target = doubt.target.max(head.seq);
+        self.deliver_buffered(steps);
+        if self.position.is_some_and(|position| head.seq > position.seq) {
+            let pending = self.pending(now);
+            pending.known_head = pending.known_head.max(head.seq);
+            pending.target = pending.target.max(head.seq);
         }
     }
 
     fn adopt(&mut self, head: Position, steps: &mut Vec<Step<E>>) {
-        self.place = Some(head);
-        if let Some(doubt) = self.doubt.as_deref_mut().filter(|doubt| doubt.epoch != Some(head.epoch)) {
-            doubt.epoch = Some(head.epoch);
-            doubt.forget();
+        self.position = Some(head);
+        if let Some(pending) = self.pending.as_deref_mut().filter(|pending| pending.epoch != Some(head.epoch))
+        {
+            pending.epoch = Some(head.epoch);
+            pending.forget();
         }
-        self.deliver_held(steps);
+        self.deliver_buffered(steps);
     }
 
-    fn lose(&mut self, why: Lost, head: Position, steps: &mut Vec<Step<E>>) {
-        steps.push(Step::Lost(why, head));
-        if let Some(doubt) = self.doubt.as_deref_mut().filter(|_| why != Lost::Expired) {
-            doubt.forget(); // What was held belongs to the history that we lost. An expired feed goes on where it was.
+    fn resync(&mut self, why: ResyncReason, head: Position, steps: &mut Vec<Step<E>>) {
+        steps.push(Step::Resync(why, head));
+        if let Some(pending) = self.pending.as_deref_mut().filter(|_| why != ResyncReason::Expired) {
+            pending.forget(); // The buffered events are from another history. An expired feed continues.
         }
         self.adopt(head, steps);
     }
 
     fn deliver(&mut self, at: Position, event: E, steps: &mut Vec<Step<E>>) {
-        self.place = Some(at);
+        self.position = Some(at);
         steps.push(Step::Deliver(at.seq, event));
     }
 
-    /// What was held and now follows.
-    fn deliver_held(&mut self, steps: &mut Vec<Step<E>>) {
-        let Some(doubt) = self.doubt.as_deref_mut() else { return };
-        while let (Some(place), Some(first)) = (self.place.as_mut(), doubt.held.first_entry()) {
-            if *first.key() > place.seq + 1 {
+    fn deliver_buffered(&mut self, steps: &mut Vec<Step<E>>) {
+        let Some(pending) = self.pending.as_deref_mut() else { return };
+        while let (Some(position), Some(first)) = (self.position.as_mut(), pending.buffered.first_entry()) {
+            if *first.key() > position.seq + 1 {
                 break;
             }
             let (seq, event) = first.remove_entry();
-            if seq == place.seq + 1 {
-                place.seq = seq;
+            if seq == position.seq + 1 {
+                position.seq = seq;
                 steps.push(Step::Deliver(seq, event));
             }
         }
-        self.settle();
+        self.clear_if_resolved();
     }
 
-    fn hold(&mut self, at: Position, event: E, now: Millis) {
-        let doubt = self.open(now);
-        if doubt.epoch != Some(at.epoch) {
-            doubt.forget();
-            doubt.epoch = Some(at.epoch);
+    fn buffer(&mut self, at: Position, event: E, now: Millis) {
+        let pending = self.pending(now);
+        if pending.epoch != Some(at.epoch) {
+            pending.forget();
+            pending.epoch = Some(at.epoch);
         }
-        doubt.target = doubt.target.max(at.seq);
-        doubt.held.insert(at.seq, event);
-        if doubt.held.len() > MAX_HELD {
-            doubt.held.pop_last(); // The nearest ones are of use first.
+        pending.target = pending.target.max(at.seq);
+        pending.buffered.insert(at.seq, event);
+        if pending.buffered.len() > MAX_BUFFERED {
+            pending.buffered.pop_last(); // The nearest ones become deliverable first.
         }
     }
 
-    fn open(&mut self, now: Millis) -> &mut Doubt<E> {
-        let place = self.place;
-        self.doubt.get_or_insert_with(|| {
-            Box::new(Doubt {
-                epoch: place.map(|place| place.epoch),
-                held: BTreeMap::new(),
+    fn pending(&mut self, now: Millis) -> &mut Pending<E> {
+        let position = self.position;
+        self.pending.get_or_insert_with(|| {
+            Box::new(Pending {
+                epoch: position.map(|position| position.epoch),
+                buffered: BTreeMap::new(),
                 target: 0,
-                told: 0,
-                suspicion: false,
+                known_head: 0,
+                must_check: false,
                 since: now,
-                patience: 0,
-                asked: None,
+                attempts: 0,
+                requested: None,
             })
         })
     }
 
-    fn ask(&mut self, steps: &mut Vec<Step<E>>) {
-        if let Some(doubt) = self.doubt.as_deref_mut() {
-            let held_to = doubt.held.keys().next_back().copied().unwrap_or(0);
-            doubt.asked = Some(Asked { held_to });
-            doubt.suspicion = false; // One that arises from here on needs another question.
-            steps.push(Step::Ask { after: self.place.map(|place| place.seq) });
+    fn request(&mut self, steps: &mut Vec<Step<E>>) {
+        if let Some(pending) = self.pending.as_deref_mut() {
+            let buffered_to = pending.buffered.keys().next_back().copied().unwrap_or(0);
+            pending.requested = Some(buffered_to);
+            pending.must_check = false; // If it is set again from here on, this answer is too old.
+            steps.push(Step::Request { after: self.position.map(|position| position.seq) });
         }
     }
 
-    /// Forgets a doubt that nothing is left of.
-    fn settle(&mut self) {
-        let closed = self.doubt.as_ref().is_some_and(|doubt| {
-            let reached = self.place.is_some_and(|place| doubt.target <= place.seq);
-            reached && doubt.held.is_empty() && !doubt.suspicion && doubt.asked.is_none()
+    fn clear_if_resolved(&mut self) {
+        let resolved = self.pending.as_ref().is_some_and(|pending| {
+            let reached = self.position.is_some_and(|position| pending.target <= position.seq);
+            reached && pending.buffered.is_empty() && !pending.must_check && pending.requested.is_none()
         });
-        if closed {
-            self.doubt = None;
+        if resolved {
+            self.pending = None;
         }
     }
 }
@@ -315,22 +311,22 @@ impl<E> Sequencer<E> {
 pub enum Verdict {
     /// The events follow the cursor.
     Follows,
-    Lost(Lost),
+    Resync(ResyncReason),
     /// There is no such user.
     Gone,
 }
 
-/// Judges a cursor by the answer to "what follows it?", asked after the cursor came. `first`: the first event of the answer.
+/// Judges a cursor by an answer to a request made after the cursor came. `first`: the first event of the answer.
 pub fn judge(cursor: Position, head: Option<Position>, first: Option<Seq>) -> Verdict {
     let Some(head) = head else { return Verdict::Gone };
     if head.epoch != cursor.epoch {
-        return Verdict::Lost(Lost::Unknown);
+        return Verdict::Resync(ResyncReason::Unknown);
     }
     match head.seq.cmp(&cursor.seq) {
-        std::cmp::Ordering::Less => Verdict::Lost(Lost::Future),
+        std::cmp::Ordering::Less => Verdict::Resync(ResyncReason::Future),
         std::cmp::Ordering::Equal => Verdict::Follows,
         std::cmp::Ordering::Greater if first == Some(cursor.seq + 1) => Verdict::Follows,
-        std::cmp::Ordering::Greater => Verdict::Lost(Lost::Expired),
+        std::cmp::Ordering::Greater => Verdict::Resync(ResyncReason::Expired),
     }
 }
 

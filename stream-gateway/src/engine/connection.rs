@@ -17,8 +17,8 @@ use protocol::{
 
 use crate::{
     frame::{Chunk, Event, Framing, Goodbye, Heartbeat},
-    limits::Place,
-    sequencer::{Lost, Millis},
+    limits::Permit,
+    sequencer::{Millis, ResyncReason},
 };
 
 /// Names one connection for as long as the process runs: slots are used again, generations are not.
@@ -28,23 +28,23 @@ pub struct Key {
     pub generation: u32,
 }
 
-/// What a client says about its place.
+/// What a client says about its position.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Resume {
     /// Nothing: start at the head.
     Head,
     After(Position),
     /// Something that is no cursor of ours.
-    Nonsense,
+    Invalid,
 }
 
 /// What was last seen of the way to the client.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Stage {
+pub enum State {
     /// Its place is not known yet.
     Joining(Resume),
     /// `head` is its cursor.
-    Placed,
+    Joined,
 }
 
 pub struct Connection {
@@ -56,31 +56,31 @@ pub struct Connection {
     pub session: Option<SessionId>,
     /// Which signed the token.
     pub key: KeyName,
-    pub stage: Stage,
-    /// The last event that was written: in `Placed`, and from the start when the client brought a cursor.
-    pub head: Position,
+    pub state: State,
+    /// The last event that was written: in `Joined`, and from the start when the client brought a cursor.
+    pub position: Position,
     /// The place after which it began, or began anew.
-    pub after: Seq,
+    pub started_after: Seq,
     /// What the socket did not take. Nothing else is written before it.
     pub rest: Bytes,
-    /// What follows the cursor, read from the feed because the ring does not hold it.
+    /// What follows the cursor, read from the feed because the replay does not hold it.
     pub page: VecDeque<Event>,
     /// Requests about heads that had been sent when this connection came. Only answers to later ones confirm its session: an
     /// earlier one says nothing about a session that ended meanwhile.
-    pub came_after_request: u32,
-    pub session_asked: bool,
+    pub came_after_batch: u32,
+    pub session_requested: bool,
     /// The session lives, or there is none. Until then the connection receives nothing.
     pub session_confirmed: bool,
     /// A question about this connection's cursor is on its way.
-    pub asked: Option<NonZeroU32>,
+    pub range_request: Option<NonZeroU32>,
     /// `ready` is still to be written; whether it resumes.
-    pub owes_ready: Option<bool>,
+    pub pending_ready: Option<bool>,
     /// The place is lost; a resync is still to be written.
-    pub lost: Option<Lost>,
-    pub parting: Option<Goodbye>,
+    pub pending_resync: Option<ResyncReason>,
+    pub closing: Option<Goodbye>,
     /// The goodbye was written; the client's end of the connection is awaited.
-    pub said_goodbye: bool,
-    pub beat_at: Millis,
+    pub goodbye_written: bool,
+    pub heartbeat_at: Millis,
     pub heartbeat: Heartbeat,
     pub framing: Framing,
     pub ends_at: Millis,
@@ -90,8 +90,8 @@ pub struct Connection {
     /// The connection's own time in the wheel.
     pub due: Millis,
     /// Bytes that the client sent on a stream.
-    pub noise: u32,
-    pub _place: Place,
+    pub unexpected_input: u32,
+    pub _permit: Permit,
 }
 
 /// What came of a write.
@@ -103,23 +103,23 @@ pub enum Written {
 }
 
 impl Connection {
-    pub fn is_placed(&self) -> bool {
-        self.stage == Stage::Placed
+    pub fn is_joined(&self) -> bool {
+        self.state == State::Joined
     }
 
     /// An event that follows may be written straight to the socket.
-    pub fn is_clear(&self) -> bool {
-        self.is_placed()
+    pub fn is_live(&self) -> bool {
+        self.is_joined()
             && self.rest.is_empty()
             && self.page.is_empty()
-            && self.owes_ready.is_none()
-            && self.lost.is_none()
-            && self.parting.is_none()
+            && self.pending_ready.is_none()
+            && self.pending_resync.is_none()
+            && self.closing.is_none()
     }
 
     /// Writes a block; behind a goodbye, the end of the body with it.
     pub fn write_block(&mut self, block: &Chunk, now: Millis) -> io::Result<Written> {
-        let bytes = if self.said_goodbye { self.framing.last(block) } else { self.framing.bytes(block) };
+        let bytes = if self.goodbye_written { self.framing.last(block) } else { self.framing.bytes(block) };
         self.write(bytes, now)
     }
 
@@ -154,12 +154,12 @@ impl Connection {
         loop {
             match self.socket.read(&mut buffer) {
                 Ok(0) => return Ok(false),
-                Ok(count) => self.noise = self.noise.saturating_add(count as u32),
+                Ok(count) => self.unexpected_input = self.unexpected_input.saturating_add(count as u32),
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(true),
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) => return Err(error),
             }
-            if self.noise > MAX_NOISE {
+            if self.unexpected_input > MAX_UNEXPECTED_INPUT {
                 return Ok(true);
             }
         }
@@ -167,7 +167,7 @@ impl Connection {
 
     /// Ends the body of a stream that gets no goodbye, unless that would cut a block.
     pub fn end_body(&mut self) {
-        if self.rest.is_empty() && !self.said_goodbye {
+        if self.rest.is_empty() && !self.goodbye_written {
             let _ = self.socket.write(self.framing.end());
         }
         self.finish_writing();
@@ -180,4 +180,4 @@ impl Connection {
 }
 
 /// Bytes that a client may send on a stream, where it has nothing to say.
-pub const MAX_NOISE: u32 = 64 * 1024;
+pub const MAX_UNEXPECTED_INPUT: u32 = 64 * 1024;

@@ -3,45 +3,45 @@
 use protocol::ids::{SessionId, UserId};
 
 use super::{
-    Asker, Engine,
-    connection::{Key, Resume, Stage},
+    Engine, Requester,
+    connection::{Key, Resume, State},
     sockets::begin_flush,
 };
 use crate::{
-    backfill::{HeadQuestion, RangeQuestion, WhyHead},
+    backfill::{HeadReason, HeadRequest, RangeRequest},
     frame::{Event, Goodbye},
     metrics::DeliveryPath,
     sequencer::Step,
-    subscriber::News,
+    subscriber::RedisUpdate,
 };
 
 impl Engine {
-    pub(super) fn hear(&mut self, news: News) {
-        match news {
-            News::Event(user, event) => self.on_event(user, event),
-            News::Revoked(user, session) => self.end_session(user, session),
-            News::Confirmed(link, users) => {
-                users.into_iter().for_each(|user| self.on_confirmed(user, link));
+    pub(super) fn on_redis(&mut self, updates: RedisUpdate) {
+        match updates {
+            RedisUpdate::Event(user, event) => self.on_event(user, event),
+            RedisUpdate::SessionEnded(user, session) => self.close_session(user, session),
+            RedisUpdate::Subscribed(link, users) => {
+                users.into_iter().for_each(|user| self.on_subscribed(user, link));
             }
-            News::SentAway(link, users) => {
+            RedisUpdate::Moved(link, users) => {
                 for user in users {
                     if let Some(entry) = self.hub.find(user).and_then(|at| self.hub.get_mut(at)) {
-                        entry.confirmed = entry.confirmed.filter(|by| *by != link);
+                        entry.subscribed_on = entry.subscribed_on.filter(|by| *by != link);
                     }
                 }
             }
-            News::Lost(link) => {
+            RedisUpdate::Disconnected(link) => {
                 self.hub
                     .iter_mut()
-                    .for_each(|entry| entry.confirmed = entry.confirmed.filter(|by| *by != link));
+                    .for_each(|entry| entry.subscribed_on = entry.subscribed_on.filter(|by| *by != link));
             }
-            News::Trusted(trusted) if trusted == self.trusted => {}
-            News::Trusted(trusted) => {
-                self.trusted = trusted;
-                self.metrics.redis_degraded.set(i64::from(!trusted));
-                if !trusted {
+            RedisUpdate::Degraded(degraded) if degraded == self.redis_degraded => {}
+            RedisUpdate::Degraded(degraded) => {
+                self.redis_degraded = degraded;
+                self.metrics.redis_degraded.set(i64::from(degraded));
+                if degraded {
                     // Nobody will confirm now; answers are all there is.
-                    let joining = self.connections.iter().filter(|(_, connection)| !connection.is_placed());
+                    let joining = self.connections.iter().filter(|(_, connection)| !connection.is_joined());
                     let joining: Vec<_> = joining
                         .map(|(index, connection)| Key {
                             index: index as u32,
@@ -50,114 +50,115 @@ impl Engine {
                         .collect();
                     joining.into_iter().for_each(|key| self.join(key));
                 }
-                self.reconcile_soon();
+                self.reconcile_now();
             }
-            News::Doubted(user) => {
+            RedisUpdate::Uncertain(user) => {
                 if let Some(at) = self.hub.find(user)
                     && let Some(entry) = self.hub.get_mut(at)
                 {
-                    entry.sequencer.suspect(self.now);
-                    self.take(at, vec![], DeliveryPath::Repair);
+                    entry.sequencer.mark_uncertain(self.now);
+                    self.apply(at, vec![], DeliveryPath::Repair);
                 }
             }
-            News::Missed => self.reconcile_soon(),
+            RedisUpdate::Dropped => self.reconcile_now(),
         }
     }
 
     fn on_event(&mut self, user: UserId, event: Event) {
         let Some(user) = self.hub.find(user) else { return };
-        let at = event.head;
+        let at = event.position;
         let count = self.hub.get(user).map_or(0, |entry| entry.connections.len());
         for index in 0..count {
             let Some(key) = self.hub.get(user).and_then(|entry| entry.connections.get(index).copied()) else {
                 break;
             };
             let Some(connection) = self.connection(key) else { continue };
-            let follows = connection.head.epoch == at.epoch && connection.head.seq + 1 == at.seq;
+            let follows = connection.position.epoch == at.epoch && connection.position.seq + 1 == at.seq;
             if !follows {
                 continue;
             }
-            match connection.stage {
+            match connection.state {
                 // The event proves the cursor, and nothing was missed.
-                Stage::Joining(Resume::After(_)) if connection.session_confirmed => {
-                    Self::place_at_cursor(connection);
-                    self.pull(key);
+                State::Joining(Resume::After(_)) if connection.session_confirmed => {
+                    Self::join_at_cursor(connection);
+                    self.write_pending(key);
                 }
-                Stage::Joining(_) => continue,
-                Stage::Placed => {}
+                State::Joining(_) => continue,
+                State::Joined => {}
             }
             self.write_next(key, &event, DeliveryPath::Redis);
         }
         let Some(entry) = self.hub.get_mut(user) else { return };
         let mut steps = Vec::new();
-        if entry.sequencer.place().is_some() {
+        if entry.sequencer.position().is_some() {
             entry.sequencer.live(at, event, self.now, &mut steps);
         } else {
             // The answer that brings the place brings what comes before it: nothing is kept while `api` is away.
-            entry.sequencer.suspect(self.now);
+            entry.sequencer.mark_uncertain(self.now);
         }
-        self.take(user, steps, DeliveryPath::Redis);
+        self.apply(user, steps, DeliveryPath::Redis);
     }
 
     /// Writes an event to a connection that has the one before it, if its socket is free.
-    fn write_next(&mut self, key: Key, event: &Event, way: DeliveryPath) {
+    fn write_next(&mut self, key: Key, event: &Event, path: DeliveryPath) {
         let now = self.now;
         let Some(connection) = self.connections.get_mut(key.index as usize) else { return };
         if connection.generation != key.generation {
             return;
         }
-        let follows = connection.head.epoch == event.head.epoch && connection.head.seq + 1 == event.head.seq;
-        if follows && connection.is_clear() {
-            connection.head = event.head;
+        let follows = connection.position.epoch == event.position.epoch
+            && connection.position.seq + 1 == event.position.seq;
+        if follows && connection.is_live() {
+            connection.position = event.position;
             let flush = begin_flush(&self.hub, connection, event);
             let written = connection.write_block(&event.frame, now);
-            self.note_delivery(event.created_at, way);
+            self.note_delivery(event.created_at, path);
             self.note_flush(key, flush, &written);
             self.note_write(key, written);
         }
     }
 
     /// Does what a sequencer says.
-    pub(super) fn take(&mut self, user: u32, steps: Vec<Step<Event>>, way: DeliveryPath) {
+    pub(super) fn apply(&mut self, user: u32, steps: Vec<Step<Event>>, path: DeliveryPath) {
         let Some(entry) = self.hub.get(user) else { return };
         let id = entry.user;
         for step in steps {
             match step {
-                Step::Deliver(_, event) => self.deliver(user, event, way),
-                Step::Ask { after: Some(after) } => {
+                Step::Deliver(_, event) => self.deliver(user, event, path),
+                Step::Request { after: Some(after) } => {
                     self.metrics.pending_gaps.inc();
-                    let asked_at = self.hub.get(user).and_then(|entry| entry.sequencer.place());
-                    self.backfill.ask_range(RangeQuestion {
+                    let requested_at = self.hub.get(user).and_then(|entry| entry.sequencer.position());
+                    self.backfill.request_range(RangeRequest {
                         user: id,
                         after,
-                        asker: Asker::User,
-                        way: DeliveryPath::Repair,
-                        asked_at,
+                        requester: Requester::User,
+                        path: DeliveryPath::Repair,
+                        requested_at,
                     });
                 }
-                Step::Ask { after: None } => {
-                    self.backfill.ask_head(HeadQuestion {
+                Step::Request { after: None } => {
+                    self.backfill.request_head(HeadRequest {
                         user: id,
-                        asked_at: None,
-                        why: WhyHead::Place,
+                        requested_at: None,
+                        why: HeadReason::Position,
                         session: None,
                     });
                 }
-                Step::Lost(why, head) => {
+                Step::Resync(why, head) => {
                     tracing::warn!(user.id = %id, event.seq = head.seq, reason = why.as_str(), "a feed lost its place");
-                    self.clear_ring(user);
+                    self.clear_replay(user);
                     for key in self.connections_of(user) {
                         if let Some(connection) =
-                            self.connection(key).filter(|connection| connection.is_placed())
+                            self.connection(key).filter(|connection| connection.is_joined())
                         {
-                            connection.lost = Some(why);
-                            self.pull(key);
+                            connection.pending_resync = Some(why);
+                            self.write_pending(key);
                         }
                     }
                 }
                 Step::Gone => {
                     for key in self.connections_of(user) {
-                        self.part(key, Goodbye::Revoked);
+                        self.start_closing(key, Goodbye::Revoked);
                     }
                 }
             }
@@ -174,8 +175,8 @@ impl Engine {
     }
 
     /// The next event of a feed: to every socket that is free and has the one before; for the others it is kept.
-    fn deliver(&mut self, user: u32, event: Event, way: DeliveryPath) {
-        let at = event.head;
+    fn deliver(&mut self, user: u32, event: Event, path: DeliveryPath) {
+        let at = event.position;
         let mut behind = false;
         let count = self.hub.get(user).map_or(0, |entry| entry.connections.len());
         for index in 0..count {
@@ -183,63 +184,66 @@ impl Engine {
                 break;
             };
             let Some(connection) = self.connection(key) else { continue };
-            if !connection.is_placed() || connection.head.epoch != at.epoch || connection.head.seq >= at.seq {
+            if !connection.is_joined()
+                || connection.position.epoch != at.epoch
+                || connection.position.seq >= at.seq
+            {
                 continue;
             }
-            if connection.head.seq + 1 == at.seq && connection.is_clear() {
-                self.write_next(key, &event, way);
+            if connection.position.seq + 1 == at.seq && connection.is_live() {
+                self.write_next(key, &event, path);
             } else {
                 behind = true;
             }
         }
         if behind {
-            self.keep(user, event);
+            self.buffer_for_replay(user, event);
         }
     }
 
-    fn keep(&mut self, user: u32, event: Event) {
+    fn buffer_for_replay(&mut self, user: u32, event: Event) {
         let Some(entry) = self.hub.get_mut(user) else { return };
-        self.backlog -= entry.ring.bytes();
-        entry.ring.push(event);
-        self.backlog += entry.ring.bytes();
+        self.backlog -= entry.replay.bytes();
+        entry.replay.push(event);
+        self.backlog += entry.replay.bytes();
         if self.backlog > self.settings.backlog_bytes {
             // Those who are behind read from the feed when their sockets drain.
-            self.clear_ring(user);
+            self.clear_replay(user);
         }
     }
 
-    fn clear_ring(&mut self, user: u32) {
+    fn clear_replay(&mut self, user: u32) {
         let Some(entry) = self.hub.get_mut(user) else { return };
-        self.backlog -= entry.ring.bytes();
-        entry.ring.clear();
+        self.backlog -= entry.replay.bytes();
+        entry.replay.clear();
     }
 
     /// Lets go of frames that every connection of the user has passed.
     pub(super) fn trim(&mut self, user: u32) {
         let Some(entry) = self.hub.get_mut(user) else { return };
-        if entry.ring.is_empty() {
+        if entry.replay.is_empty() {
             return;
         }
         let connections = entry.connections.iter().filter_map(|key| self.connections.get(key.index as usize));
         let passed = connections
-            .filter(|connection| connection.is_placed())
-            .map(|connection| connection.head.seq)
+            .filter(|connection| connection.is_joined())
+            .map(|connection| connection.position.seq)
             .min();
-        self.backlog -= entry.ring.bytes();
-        entry.ring.trim(passed.unwrap_or(u64::MAX));
-        self.backlog += entry.ring.bytes();
+        self.backlog -= entry.replay.bytes();
+        entry.replay.trim(passed.unwrap_or(u64::MAX));
+        self.backlog += entry.replay.bytes();
     }
 
     pub(super) fn connections_of(&self, user: u32) -> Vec<Key> {
         self.hub.get(user).map_or_else(Vec::new, |entry| entry.connections.clone())
     }
 
-    pub(super) fn end_session(&mut self, user: UserId, session: SessionId) {
+    pub(super) fn close_session(&mut self, user: UserId, session: SessionId) {
         self.ended.note(user, session);
         let Some(user) = self.hub.find(user) else { return };
         for key in self.connections_of(user) {
             if self.connection(key).is_some_and(|connection| connection.session == Some(session)) {
-                self.part(key, Goodbye::Revoked);
+                self.start_closing(key, Goodbye::Revoked);
             }
         }
     }

@@ -10,7 +10,7 @@ use protocol::{
 
 use super::{
     Engine,
-    connection::{Connection, Resume, Stage},
+    connection::{Connection, Resume, State},
 };
 use crate::explain::{EndedStream, Explanation, OpenStream};
 
@@ -43,9 +43,9 @@ impl Endings {
             user,
             connection: connection.generation,
             session: connection.session,
-            epoch: connection.head.epoch,
-            after: connection.after,
-            upto: connection.head.seq,
+            epoch: connection.position.epoch,
+            after: connection.started_after,
+            upto: connection.position.seq,
             reason,
             at: Utc::now(),
         });
@@ -55,18 +55,18 @@ impl Endings {
 impl Engine {
     pub(super) fn explain(&self, user: UserId, seq: Seq) -> Explanation {
         let entry = self.hub.find(user).and_then(|at| self.hub.get(at));
-        let place = entry.and_then(|entry| entry.sequencer.place());
-        let subscribed = self.trusted && entry.is_some_and(|entry| entry.confirmed.is_some());
+        let position = entry.and_then(|entry| entry.sequencer.position());
+        let subscribed = !self.redis_degraded && entry.is_some_and(|entry| entry.subscribed_on.is_some());
         let open = entry.into_iter().flat_map(|entry| &entry.connections);
         let open = open.filter_map(|key| self.connections.get(key.index as usize));
         let streams: Vec<_> = open
             .map(|connection| OpenStream {
                 connection: connection.generation,
                 session: connection.session,
-                after: connection.after,
-                upto: connection.head.seq,
-                says: if place.is_some_and(|place| place.epoch != connection.head.epoch)
-                    && connection.is_placed()
+                after: connection.started_after,
+                upto: connection.position.seq,
+                says: if position.is_some_and(|position| position.epoch != connection.position.epoch)
+                    && connection.is_joined()
                 {
                     "It is about to be told resync: its place is from another history"
                 } else {
@@ -83,7 +83,7 @@ impl Engine {
                 upto: ending.upto,
                 reason: ending.reason,
                 ended_at: ending.at,
-                says: if place.is_some_and(|place| place.epoch != ending.epoch) {
+                says: if position.is_some_and(|position| position.epoch != ending.epoch) {
                     "Its numbers are from another history"
                 } else if seq <= ending.after {
                     "The event was before its time"
@@ -96,63 +96,63 @@ impl Engine {
             .collect();
 
         let mut says = Vec::new();
-        match (entry, place) {
+        match (entry, position) {
             (None, _) => says.push(format!("User {user} has no stream here")),
             (Some(_), None) => says.push("Where this user's feed ends is not known yet: api was asked".into()),
-            (Some(_), Some(place)) if seq <= place.seq => {
-                says.push(format!("Event {seq} has passed here: what follows {} is awaited", place.seq));
+            (Some(_), Some(position)) if seq <= position.seq => {
+                says.push(format!("Event {seq} has passed here: what follows {} is awaited", position.seq));
             }
-            (Some(_), Some(place)) => says.push(format!(
+            (Some(_), Some(position)) => says.push(format!(
                 "Event {seq} has not come by here: events are known up to {}. If api says that it was written, it is asked for \
                  within {:?}",
-                place.seq,
-                if self.trusted { self.settings.reconcile } else { self.settings.suspect_reconcile },
+                position.seq,
+                if self.redis_degraded { self.settings.suspect_reconcile } else { self.settings.reconcile },
             )),
         }
-        if entry.is_some_and(|entry| entry.sequencer.in_doubt()) {
+        if entry.is_some_and(|entry| entry.sequencer.is_uncertain()) {
             says.push("There is a hole or another doubt in this feed: Postgres is asked what follows".into());
         }
         if self.backfill.failing() {
             says.push("api does not answer this gateway's questions now; what Redis brings goes on".into());
         }
-        if !self.trusted {
+        if self.redis_degraded {
             says.push("Redis is away or in doubt: events come by asking api".into());
         } else if entry.is_some() && !subscribed {
             says.push("Redis has not confirmed this user's channel yet".into());
         }
-        Explanation { user, seq, says, place, subscribed, streams, ended }
+        Explanation { user, seq, says, position, subscribed, streams, ended }
     }
 }
 
 fn state(connection: &Connection, seq: Seq) -> &'static str {
-    match connection.stage {
-        Stage::Joining(_) if !connection.session_confirmed => {
+    match connection.state {
+        State::Joining(_) if !connection.session_confirmed => {
             "It has just come: whether its session lives was asked, and it receives nothing before that is answered"
         }
-        Stage::Joining(Resume::After(_)) => {
+        State::Joining(Resume::After(_)) => {
             "It has just come: what follows its cursor was asked, or waits for Redis's confirmation"
         }
-        Stage::Joining(_) => {
+        State::Joining(_) => {
             "It has just come: where the feed ends was asked, or waits for Redis's confirmation"
         }
-        Stage::Placed if connection.lost.is_some() => "It is about to be told resync",
-        Stage::Placed if seq <= connection.after => {
+        State::Joined if connection.pending_resync.is_some() => "It is about to be told resync",
+        State::Joined if seq <= connection.started_after => {
             "The event was before its time: its client had it, or reads it by REST"
         }
-        Stage::Placed if seq > connection.head.seq => {
+        State::Joined if seq > connection.position.seq => {
             if !connection.rest.is_empty() {
                 "Not written yet: its socket takes no more (a slow or stalled client)"
-            } else if connection.parting.is_some() {
+            } else if connection.closing.is_some() {
                 "Not written: the stream is being ended, and its client will ask again by its cursor"
-            } else if connection.asked.is_some() || !connection.page.is_empty() {
+            } else if connection.range_request.is_some() || !connection.page.is_empty() {
                 "Not written yet: it is catching up from the feed"
             } else {
                 "Not written yet: it waits for the event"
             }
         }
-        Stage::Placed if seq == connection.head.seq && !connection.rest.is_empty() => {
+        State::Joined if seq == connection.position.seq && !connection.rest.is_empty() => {
             "Written in part: its socket takes no more (a slow or stalled client)"
         }
-        Stage::Placed => "The event was written to it",
+        State::Joined => "The event was written to it",
     }
 }

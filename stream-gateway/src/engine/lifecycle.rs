@@ -1,4 +1,4 @@
-//! Connections come and go: admission, finding out where a connection stands, parting, burial.
+//! Connections come and go: stream, finding out where a connection stands, closing, burial.
 
 use std::collections::VecDeque;
 
@@ -10,21 +10,21 @@ use protocol::{
 };
 
 use super::{
-    Admission, EXPIRED_WITHIN, Engine, GOODBYE_WITHIN, LINGER, REVOKED_WITHIN, SEND_BUFFER, bytes_of,
-    connection::{Connection, Key, Resume, Stage},
+    EXPIRED_WITHIN, Engine, GOODBYE_WITHIN, LINGER, NewStream, REVOKED_WITHIN, SEND_BUFFER, bytes_of,
+    connection::{Connection, Key, Resume, State},
     jittered,
 };
 use crate::{
-    backfill::{HeadQuestion, WhyHead},
+    backfill::{HeadReason, HeadRequest},
     frame::Goodbye,
-    keys::Trusted,
+    keys::TrustedKeys,
     metrics::Reason,
-    sequencer::{Lost, Millis},
+    sequencer::{Millis, ResyncReason},
 };
 
 impl Engine {
-    pub(super) fn admit(&mut self, admission: Admission) {
-        let Admission {
+    pub(super) fn admit(&mut self, stream: NewStream) {
+        let NewStream {
             socket,
             user,
             session,
@@ -35,8 +35,8 @@ impl Engine {
             head,
             ends,
             ends_why,
-            place,
-        } = admission;
+            permit,
+        } = stream;
         let options = socket2::SockRef::from(&socket);
         let prepared = socket.set_nonblocking(true).and_then(|()| {
             options.set_send_buffer_size(SEND_BUFFER)?;
@@ -59,7 +59,7 @@ impl Engine {
         }
         let (at, new) = self.hub.enter(user);
         if new {
-            self.wishes.want(user);
+            self.desired.add(user);
             self.metrics.users.set(self.hub.users() as i64);
         }
         slot.insert(Connection {
@@ -68,41 +68,41 @@ impl Engine {
             user: at,
             session,
             key: signed_by,
-            stage: Stage::Joining(resume),
-            head: match resume {
+            state: State::Joining(resume),
+            position: match resume {
                 Resume::After(cursor) => cursor,
-                Resume::Head | Resume::Nonsense => Position { epoch: Epoch(0), seq: 0 },
+                Resume::Head | Resume::Invalid => Position { epoch: Epoch(0), seq: 0 },
             },
-            after: match resume {
+            started_after: match resume {
                 Resume::After(cursor) => cursor.seq,
-                Resume::Head | Resume::Nonsense => 0,
+                Resume::Head | Resume::Invalid => 0,
             },
             rest: Bytes::new(),
             page: VecDeque::new(),
-            came_after_request: self.backfill.head_requests(),
-            session_asked: false,
+            came_after_batch: self.backfill.head_batches(),
+            session_requested: false,
             session_confirmed: session.is_none(),
-            asked: None,
-            owes_ready: None,
-            lost: None,
-            parting: None,
-            said_goodbye: false,
-            beat_at: self.now + jittered(heartbeat.every(self.settings.heartbeat)),
+            range_request: None,
+            pending_ready: None,
+            pending_resync: None,
+            closing: None,
+            goodbye_written: false,
+            heartbeat_at: self.now + jittered(heartbeat.every(self.settings.heartbeat)),
             ends_at: ends.saturating_duration_since(self.started).as_millis() as Millis,
             ends_why,
             blocked_since: self.now,
             due: 0,
-            noise: 0,
+            unexpected_input: 0,
             heartbeat,
             framing,
-            _place: place,
+            _permit: permit,
         });
         self.metrics.streams.inc();
         self.metrics.streams_opened.inc();
         if let Some(entry) = self.hub.get_mut(at) {
             entry.connections.push(key);
         }
-        self.keep_to_limit(at, session.is_none());
+        self.enforce_user_limit(at, session.is_none());
         tracing::debug!(user.id = %user, connection = key.generation, resumes = resume != Resume::Head, new, "stream opened");
         self.schedule(key);
         let now = self.now;
@@ -111,30 +111,30 @@ impl Engine {
             self.note_write(key, written);
         }
         if self.drain.is_some() {
-            return self.part(key, Goodbye::Drain);
+            return self.start_closing(key, Goodbye::Drain);
         }
         // Since the request was checked, the session may have ended, and the key may have been removed.
         let ended = session.is_some_and(|session| self.ended.contains(user, session));
         if ended || !self.keys.accepts(signed_by) {
-            return self.part(key, Goodbye::Revoked);
+            return self.start_closing(key, Goodbye::Revoked);
         }
         self.join(key);
     }
 
     /// One user's streams beyond the limit: the oldest goes. Those that are not confirmed count by themselves, so whoever comes
     /// with the token of an ended session replaces nobody.
-    pub(super) fn keep_to_limit(&mut self, user: u32, confirmed: bool) {
+    pub(super) fn enforce_user_limit(&mut self, user: u32, confirmed: bool) {
         let limit = self.settings.streams_per_user;
         let Some(entry) = self.hub.get(user) else { return };
         let staying = entry.connections.iter().copied().filter(|key| {
             self.connections.get(key.index as usize).is_some_and(|connection| {
-                connection.parting.is_none() && connection.session_confirmed == confirmed
+                connection.closing.is_none() && connection.session_confirmed == confirmed
             })
         });
         let staying: Vec<_> = staying.collect();
         let over = staying.len().saturating_sub(limit);
         for key in staying.into_iter().take(over) {
-            self.part(key, Goodbye::Replaced);
+            self.start_closing(key, Goodbye::Replaced);
         }
     }
 
@@ -142,63 +142,64 @@ impl Engine {
     /// for this user could miss what comes between the two. The session comes first: what follows a cursor is read, and a
     /// place is given, only once it is confirmed.
     pub(super) fn join(&mut self, key: Key) {
-        let trusted = self.trusted;
+        let redis_degraded = self.redis_degraded;
         let Some(connection) = self.connections.get_mut(key.index as usize) else { return };
         let Some(entry) = self.hub.get(connection.user) else { return };
-        let place = entry.sequencer.place();
-        let may_ask = entry.confirmed.is_some() || !trusted;
-        if !connection.session_asked && (may_ask || place.is_some()) {
-            connection.session_asked = true;
-            self.backfill.ask_head(HeadQuestion {
+        let position = entry.sequencer.position();
+        let may_request = entry.subscribed_on.is_some() || redis_degraded;
+        if !connection.session_requested && (may_request || position.is_some()) {
+            connection.session_requested = true;
+            self.backfill.request_head(HeadRequest {
                 user: entry.user,
-                asked_at: place,
-                why: WhyHead::Join,
+                requested_at: position,
+                why: HeadReason::Join,
                 session: connection.session,
             });
         }
         if !connection.session_confirmed {
             return;
         }
-        match connection.stage {
-            Stage::Joining(Resume::After(cursor)) if may_ask && connection.asked.is_none() => {
-                self.ask_range(key, cursor.seq);
+        match connection.state {
+            State::Joining(Resume::After(cursor)) if may_request && connection.range_request.is_none() => {
+                self.request_range(key, cursor.seq);
             }
             // The head that was just asked for places it otherwise.
-            Stage::Joining(Resume::Head | Resume::Nonsense) if place.is_some() => self.place_at_head(key),
-            Stage::Joining(_) | Stage::Placed => {}
+            State::Joining(Resume::Head | Resume::Invalid) if position.is_some() => self.join_at_head(key),
+            State::Joining(_) | State::Joined => {}
         }
     }
 
-    pub(super) fn place_at_head(&mut self, key: Key) {
+    pub(super) fn join_at_head(&mut self, key: Key) {
         let Some(connection) = self.connections.get_mut(key.index as usize) else { return };
-        let Some(place) = self.hub.get(connection.user).and_then(|entry| entry.sequencer.place()) else {
+        let Some(position) = self.hub.get(connection.user).and_then(|entry| entry.sequencer.position())
+        else {
             return;
         };
-        let Stage::Joining(resume) = connection.stage else { return };
+        let State::Joining(resume) = connection.state else { return };
         if !connection.session_confirmed {
             return;
         }
-        connection.stage = Stage::Placed;
-        connection.head = place;
-        connection.after = place.seq;
-        connection.owes_ready = Some(false);
-        connection.lost = (resume == Resume::Nonsense).then_some(Lost::Unknown);
-        self.pull(key);
+        connection.state = State::Joined;
+        connection.position = position;
+        connection.started_after = position.seq;
+        connection.pending_ready = Some(false);
+        connection.pending_resync = (resume == Resume::Invalid).then_some(ResyncReason::Unknown);
+        self.write_pending(key);
     }
 
-    pub(super) fn place_at_cursor(connection: &mut Connection) {
-        connection.stage = Stage::Placed;
-        connection.owes_ready = Some(true);
+    pub(super) fn join_at_cursor(connection: &mut Connection) {
+        connection.state = State::Joined;
+        connection.pending_ready = Some(true);
     }
 
     /// Says goodbye, once what was begun is written, and closes.
-    pub(super) fn part(&mut self, key: Key, why: Goodbye) {
+    pub(super) fn start_closing(&mut self, key: Key, why: Goodbye) {
         let now = self.now;
         let Some(connection) = self.connection(key) else { return };
-        if connection.parting.is_some() {
+        if connection.closing.is_some() {
             return;
         }
-        connection.parting = Some(why);
+        connection.closing = Some(why);
         connection.due = now
             + match why {
                 Goodbye::Expired => EXPIRED_WITHIN,
@@ -207,11 +208,11 @@ impl Engine {
             };
         let due = connection.due;
         self.wheel.insert(key, due);
-        self.pull(key);
+        self.write_pending(key);
     }
 
     /// Ends the streams whose token none of these keys signed.
-    pub(super) fn end_what_others_signed(&mut self, trusted: &Trusted) {
+    pub(super) fn close_streams_of_removed_keys(&mut self, trusted: &TrustedKeys) {
         let signed = self.connections.iter().filter(|(_, connection)| !trusted.accepts(connection.key));
         let ending: Vec<_> = signed
             .map(|(index, connection)| Key { index: index as u32, generation: connection.generation })
@@ -220,17 +221,17 @@ impl Engine {
             tracing::warn!(streams = ending.len(), "a key was removed; the streams that it opened end");
         }
         for key in ending {
-            self.part(key, Goodbye::Revoked);
+            self.start_closing(key, Goodbye::Revoked);
         }
     }
 
-    pub(super) fn end(&mut self, key: Key, reason: &'static str) {
-        self.dead.push((key, reason));
+    pub(super) fn close(&mut self, key: Key, reason: &'static str) {
+        self.to_close.push((key, reason));
     }
 
     /// Removes what has ended. Not where it ends, because there somebody may be walking over the user's connections.
-    pub(super) fn bury(&mut self) {
-        while let Some((key, reason)) = self.dead.pop() {
+    pub(super) fn remove_closed(&mut self) {
+        while let Some((key, reason)) = self.to_close.pop() {
             if self.connection(key).is_none() {
                 continue;
             }
@@ -250,7 +251,7 @@ impl Engine {
                 self.endings.note(entry.user, &connection, reason);
                 tracing::debug!(user.id = %entry.user, connection = key.generation, reason, "stream ended");
                 if entry.connections.is_empty() {
-                    entry.left_at = Some(self.now);
+                    entry.empty_since = Some(self.now);
                     self.lingering.push_back((self.now + LINGER, entry.user));
                 }
             }
@@ -265,14 +266,16 @@ impl Engine {
     }
 
     /// Lets go of a user who has had no connection for a while.
-    pub(super) fn forget(&mut self, user: UserId) {
+    pub(super) fn forget_user(&mut self, user: UserId) {
         let Some(at) = self.hub.find(user) else { return };
-        let idle =
-            self.hub.get(at).is_some_and(|entry| entry.left_at.is_some_and(|left| left + LINGER <= self.now));
+        let idle = self
+            .hub
+            .get(at)
+            .is_some_and(|entry| entry.empty_since.is_some_and(|left| left + LINGER <= self.now));
         if idle && let Some(entry) = self.hub.remove(at) {
-            self.backlog -= entry.ring.bytes();
+            self.backlog -= entry.replay.bytes();
             self.ticks.remove(&(entry.tick_at, at));
-            self.wishes.unwant(user);
+            self.desired.remove(user);
             self.metrics.users.set(self.hub.users() as i64);
         }
     }
@@ -295,21 +298,21 @@ mod tests {
 
     use super::*;
     use crate::{
-        backfill::{Api, Backfill},
+        backfill::{ApiClient, Backfill},
         config::{self, Delivery, Opening},
         engine::{Rights, watch},
         frame::{Framing, Heartbeat},
         keys::Keys,
-        limits::Limits,
+        limits::StreamLimits,
         metrics::Metrics,
-        subscriber::Wishes,
+        subscriber::DesiredSubscriptions,
     };
 
     #[tokio::test]
     async fn admission_that_fails_early_is_neither_opened_nor_ended() {
         let second = Duration::from_secs(1);
         let metrics = Arc::new(Metrics::default());
-        let api = Api::new("http://127.0.0.1:9", Secrets::random(), metrics.clone());
+        let api = ApiClient::new("http://127.0.0.1:9", Secrets::random(), metrics.clone());
         let settings = Delivery {
             heartbeat: second,
             reconcile: second,
@@ -326,18 +329,18 @@ mod tests {
                 keys: Arc::new(Keys::new("http://localhost", api, metrics.clone())),
                 ended_sessions: EndedSessions::default(),
             },
-            Wishes::new(Channels::default()),
+            DesiredSubscriptions::new(Channels::default()),
             metrics.clone(),
         );
         let topology = RedisTopology::single("redis://localhost").unwrap();
         let of_limiter = limiter::Metrics::default();
         let (limiter, _worker) = Limiter::new(topology, Channels::default(), second, of_limiter);
-        let admission = config::Admission { streams: 1, streams_per_address: 0, rate: 1, max_age: second };
+        let stream = config::Admission { streams: 1, streams_per_address: 0, rate: 1, max_age: second };
         let opening = Opening { per_user: Limit::Off, per_address: Limit::Off, patience: second };
-        let limits = Limits::new(&admission, &opening, limiter);
-        let place = limits.admit(Subject::User(UserId(1)), Ipv4Addr::LOCALHOST.into()).await;
+        let limits = StreamLimits::new(&stream, &opening, limiter);
+        let permit = limits.admit(Subject::User(UserId(1)), Ipv4Addr::LOCALHOST.into()).await;
 
-        engine.admit(Admission {
+        engine.admit(NewStream {
             // No socket takes the options of one.
             socket: OwnedFd::from(File::open("/dev/null").unwrap()).into(),
             user: UserId(1),
@@ -349,9 +352,9 @@ mod tests {
             head: Bytes::new(),
             ends: Instant::now() + second,
             ends_why: Goodbye::Rotate,
-            place: place.ok().unwrap(),
+            permit: permit.ok().unwrap(),
         });
-        engine.bury();
+        engine.remove_closed();
         let ended = metrics.streams_closed.get_or_create(&Reason { reason: "error" }).get();
         assert_eq!((metrics.streams_opened.get(), ended, metrics.streams.get()), (0, 0, 0));
         assert_eq!(metrics.streams_rejected.get_or_create(&Reason { reason: "error" }).get(), 1);

@@ -11,11 +11,11 @@
 //! This file holds the loop and the clock; beside it stand the connections' comings and goings (`lifecycle`), what is written
 //! to them (`sockets`), the way of an event (`events`) and the questions to Postgres (`questions`).
 
+mod backfill;
 mod connection;
 mod events;
 mod explain;
 mod lifecycle;
-mod questions;
 mod sockets;
 mod wheel;
 
@@ -51,24 +51,24 @@ use tokio_util::sync::CancellationToken;
 pub use self::connection::{Key, Resume};
 use self::{connection::Connection, explain::Endings, wheel::Wheel};
 use crate::{
-    backfill::{Answers, Api, Backfill},
+    backfill::{Answers, ApiClient, Backfill},
     config::Delivery,
-    drain::Drain,
+    drain::DrainSchedule,
     explain::Explanation,
     frame::{Event, Framing, Goodbye, Heartbeat},
     hub::Hub,
     keys::Keys,
-    limits::Place,
+    limits::Permit,
     metrics::{DeliveryPath, Metrics, Path},
     sequencer::Millis,
-    subscriber::{News, Wishes},
-    traced::Flush,
+    subscriber::{DesiredSubscriptions, RedisUpdate},
+    trace::Flush,
 };
 
 /// Streams that were accepted and not yet taken over: a storm of reconnects fits in.
-pub const ADMISSIONS: usize = 16_384;
+pub const NEW_STREAMS: usize = 16_384;
 /// Streams taken over before others get their turn.
-const ADMITTED_AT_ONCE: usize = 64;
+const ADMITTED_PER_TURN: usize = 64;
 /// An entry without connections stays this long.
 const LINGER: Millis = 1_000;
 /// A goodbye must be out, and the client gone, this long after it was due.
@@ -76,13 +76,13 @@ const GOODBYE_WITHIN: Millis = 3_000;
 /// The same where the right to be connected has ended: a reader that is stalled must not gain time by it.
 const EXPIRED_WITHIN: Millis = 500;
 const REVOKED_WITHIN: Millis = 1_000;
-/// News taken before sockets and timers get their turn.
-const NEWS_AT_ONCE: usize = 512;
-/// The kernel doubles it. Enough for a page of the feed; what does not fit stays in the ring or in Postgres.
+/// RedisUpdate taken before sockets and timers get their turn.
+const UPDATES_PER_TURN: usize = 512;
+/// The kernel doubles it. Enough for a page of the feed; what does not fit stays in the replay or in Postgres.
 const SEND_BUFFER: usize = 64 * 1024;
 
 /// A stream that the HTTP side has decided to open.
-pub struct Admission {
+pub struct NewStream {
     pub socket: std::net::TcpStream,
     pub user: UserId,
     pub session: Option<SessionId>,
@@ -96,11 +96,11 @@ pub struct Admission {
     /// When the stream ends at the latest, and why.
     pub ends: Instant,
     pub ends_why: Goodbye,
-    pub place: Place,
+    pub permit: Permit,
 }
 
 /// What the rest of the process tells the engine.
-pub enum Command {
+pub enum EngineCommand {
     /// Part from everybody, at a steady rate over this time; then answer.
     Drain { window: Duration, done: oneshot::Sender<()> },
     /// What is known of this event?
@@ -115,9 +115,9 @@ pub struct Rights {
 
 /// The engine's inputs.
 pub struct Inputs {
-    pub admissions: mpsc::Receiver<Admission>,
-    pub news: mpsc::Receiver<News>,
-    pub commands: mpsc::Receiver<Command>,
+    pub new_streams: mpsc::Receiver<NewStream>,
+    pub updates: mpsc::Receiver<RedisUpdate>,
+    pub commands: mpsc::Receiver<EngineCommand>,
     /// They watch the thread, which may end once `stop` is cancelled.
     pub tasks: Tasks,
     pub stop: CancellationToken,
@@ -127,9 +127,9 @@ pub struct Inputs {
 #[expect(clippy::disallowed_methods, reason = "the thread is watched")]
 pub fn start(
     settings: Delivery,
-    api: Api,
+    api: ApiClient,
     rights: Rights,
-    wishes: Wishes,
+    desired: DesiredSubscriptions,
     tracer: Tracer,
     metrics: Arc<Metrics>,
     inputs: Inputs,
@@ -140,7 +140,7 @@ pub fn start(
     let (tasks, stop) = (inputs.tasks.clone(), inputs.stop.clone());
     let run = async move {
         let backfill = Backfill::new(api, workers, tracer, metrics.clone());
-        let engine = |sockets| Engine::new(settings, sockets, backfill, rights, wishes, metrics);
+        let engine = |sockets| Engine::new(settings, sockets, backfill, rights, desired, metrics);
         let ended = match watch(poll) {
             Ok(sockets) => engine(sockets).run(inputs).await,
             Err(error) => Err(error),
@@ -163,14 +163,14 @@ fn watch(poll: Poll) -> io::Result<AsyncFd<Poll>> {
         .map_err(|error| error.into_parts().1)
 }
 
-/// Who asked what follows a place.
+/// Who asked what follows a position.
 #[derive(Debug, Clone, Copy)]
-enum Asker {
+enum Requester {
     User,
     Connection(Key, NonZeroU32),
 }
 
-struct Deliveries {
+struct PathMetrics {
     counter: Counter,
     lag: Histogram,
 }
@@ -178,11 +178,11 @@ struct Deliveries {
 struct Engine {
     settings: Delivery,
     metrics: Arc<Metrics>,
-    deliveries: [Deliveries; 3],
+    path_metrics: [PathMetrics; 3],
     sockets: AsyncFd<Poll>,
-    backfill: Backfill<Asker>,
+    backfill: Backfill<Requester>,
     keys: Arc<Keys>,
-    wishes: Wishes,
+    desired: DesiredSubscriptions,
     ended: EndedSessions,
     hub: Hub,
     connections: Slab<Connection>,
@@ -194,18 +194,18 @@ struct Engine {
     /// Recorded flushes of which the socket has not taken all yet: aside, because nearly no connection has one.
     flushes: HashMap<Key, Flush>,
     /// Connections that ended while others were being served.
-    dead: Vec<(Key, &'static str)>,
+    to_close: Vec<(Key, &'static str)>,
     endings: Endings,
-    trusted: bool,
+    redis_degraded: bool,
     reconcile_at: Millis,
     /// Questions of the present reconcile round that are not answered yet.
     reconciling: usize,
     /// Something may have been missed since the present round began.
     reconcile_again: bool,
-    drain: Option<Drain>,
+    drain: Option<DrainSchedule>,
     draining: Option<oneshot::Sender<()>>,
     generation: u32,
-    question: NonZeroU32,
+    last_request: NonZeroU32,
     backlog: usize,
     started: Instant,
     now: Millis,
@@ -217,14 +217,14 @@ impl Engine {
     fn new(
         settings: Delivery,
         sockets: AsyncFd<Poll>,
-        backfill: Backfill<Asker>,
+        backfill: Backfill<Requester>,
         Rights { keys, ended_sessions }: Rights,
-        wishes: Wishes,
+        desired: DesiredSubscriptions,
         metrics: Arc<Metrics>,
     ) -> Self {
-        let deliveries = DeliveryPath::ALL.map(|way| {
-            let path = way.as_str();
-            Deliveries {
+        let path_metrics = DeliveryPath::ALL.map(|path| {
+            let path = path.as_str();
+            PathMetrics {
                 counter: metrics.events_delivered.get_or_create_owned(&Path { path }),
                 lag: metrics.delivery_lag_seconds.get_or_create_owned(&Path { path }),
             }
@@ -232,11 +232,11 @@ impl Engine {
         Self {
             settings,
             metrics,
-            deliveries,
+            path_metrics,
             sockets,
             backfill,
             keys,
-            wishes,
+            desired,
             ended: ended_sessions,
             hub: Hub::default(),
             connections: Slab::new(),
@@ -244,16 +244,16 @@ impl Engine {
             ticks: BTreeSet::new(),
             lingering: VecDeque::new(),
             flushes: HashMap::new(),
-            dead: Vec::new(),
+            to_close: Vec::new(),
             endings: Endings::default(),
-            trusted: false,
+            redis_degraded: true,
             reconcile_at: 0,
             reconciling: 0,
             reconcile_again: false,
             drain: None,
             draining: None,
             generation: 0,
-            question: NonZeroU32::MIN,
+            last_request: NonZeroU32::MIN,
             backlog: 0,
             started: Instant::now(),
             now: 0,
@@ -263,18 +263,18 @@ impl Engine {
 
     async fn run(mut self, mut inputs: Inputs) -> io::Result<()> {
         let mut events = Events::with_capacity(1_024);
-        let mut news = Vec::with_capacity(NEWS_AT_ONCE);
-        let mut admissions = Vec::with_capacity(ADMITTED_AT_ONCE);
+        let mut updates = Vec::with_capacity(UPDATES_PER_TURN);
+        let mut new_streams = Vec::with_capacity(ADMITTED_PER_TURN);
         let mut keys = self.keys.subscribe();
         loop {
             let wake = tokio::time::Instant::from_std(self.started + Duration::from_millis(self.next_wake()));
             tokio::select! {
-                count = inputs.news.recv_many(&mut news, NEWS_AT_ONCE) => {
-                    self.look_at_clock();
+                count = inputs.updates.recv_many(&mut updates, UPDATES_PER_TURN) => {
+                    self.update_clock();
                     if count == 0 {
                         return Ok(());
                     }
-                    news.drain(..).for_each(|news| self.hear(news));
+                    updates.drain(..).for_each(|update| self.on_redis(update));
                 }
                 ready = self.sockets.readable_mut() => {
                     let mut ready = ready?;
@@ -285,45 +285,45 @@ impl Engine {
                     if events.iter().count() < events.capacity() {
                         ready.clear_ready();
                     }
-                    self.look_at_clock();
+                    self.update_clock();
                     for event in &events {
                         self.on_socket(event);
                     }
                 }
-                1.. = inputs.admissions.recv_many(&mut admissions, ADMITTED_AT_ONCE) => {
-                    self.look_at_clock();
-                    admissions.drain(..).for_each(|admission| self.admit(admission));
+                1.. = inputs.new_streams.recv_many(&mut new_streams, ADMITTED_PER_TURN) => {
+                    self.update_clock();
+                    new_streams.drain(..).for_each(|stream| self.admit(stream));
                 }
                 answers = self.backfill.next() => {
-                    self.look_at_clock();
+                    self.update_clock();
                     match answers {
                         Answers::Ranges(answers) => answers.into_iter().for_each(|(q, a)| self.on_range(q, a)),
                         Answers::Heads(answered) => self.on_heads(answered),
                     }
                 }
-                () = sleep_until(wake) => self.look_at_clock(),
+                () = sleep_until(wake) => self.update_clock(),
                 Ok(()) = keys.changed() => {
-                    self.look_at_clock();
+                    self.update_clock();
                     let trusted = keys.borrow_and_update().clone();
-                    trusted.iter().for_each(|trusted| self.end_what_others_signed(trusted));
+                    trusted.iter().for_each(|trusted| self.close_streams_of_removed_keys(trusted));
                 }
                 Some(command) = inputs.commands.recv() => {
-                    self.look_at_clock();
+                    self.update_clock();
                     match command {
-                        Command::Drain { window, done } => self.begin_drain(window, done),
-                        Command::Explain { user, seq, answer } => _ = answer.send(self.explain(user, seq)),
+                        EngineCommand::Drain { window, done } => self.begin_drain(window, done),
+                        EngineCommand::Explain { user, seq, answer } => _ = answer.send(self.explain(user, seq)),
                     }
                 }
             }
-            self.keep_time();
-            self.bury();
-            if self.drained(inputs.admissions.is_empty()) {
+            self.run_timers();
+            self.remove_closed();
+            if self.drained(inputs.new_streams.is_empty()) {
                 return Ok(());
             }
         }
     }
 
-    fn look_at_clock(&mut self) {
+    fn update_clock(&mut self) {
         self.now = self.started.elapsed().as_millis() as Millis;
         let since_1970 = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
         self.wall = since_1970.as_millis() as i64;
@@ -333,11 +333,11 @@ impl Engine {
         let wheel = if self.connections.is_empty() { Millis::MAX } else { self.wheel.next() };
         let tick = self.ticks.first().map_or(Millis::MAX, |(at, _)| *at);
         let linger = self.lingering.front().map_or(Millis::MAX, |(at, _)| *at);
-        let drain = self.drain.as_ref().map_or(Millis::MAX, Drain::next);
+        let drain = self.drain.as_ref().map_or(Millis::MAX, DrainSchedule::next);
         wheel.min(tick).min(linger).min(drain).min(self.reconcile_at)
     }
 
-    fn keep_time(&mut self) {
+    fn run_timers(&mut self) {
         let mut due = Vec::new();
         self.wheel.turn(self.now, &mut due);
         for (key, at) in due {
@@ -353,19 +353,19 @@ impl Engine {
                 entry.tick_at = 0;
                 let mut steps = Vec::new();
                 entry.sequencer.tick(self.now, &mut steps);
-                self.take(user, steps, DeliveryPath::Repair);
+                self.apply(user, steps, DeliveryPath::Repair);
             }
         }
         while let Some((at, user)) = self.lingering.front().copied()
             && at <= self.now
         {
             self.lingering.pop_front();
-            self.forget(user);
+            self.forget_user(user);
         }
         if self.reconcile_at <= self.now {
             self.reconcile();
         }
-        self.go_on_draining();
+        self.continue_drain();
     }
 
     /// Whatever one connection is due for: an end, a heartbeat, a look at its progress.
@@ -374,18 +374,18 @@ impl Engine {
         let now = self.now;
         let heartbeat = self.settings.heartbeat;
         let Some(connection) = self.connection(key) else { return };
-        if let Some(why) = connection.parting {
-            return self.end(key, why.as_str());
+        if let Some(why) = connection.closing {
+            return self.close(key, why.as_str());
         }
         if !connection.rest.is_empty() && now >= connection.blocked_since + write_deadline {
-            return self.end(key, "slow_consumer");
+            return self.close(key, "slow_consumer");
         }
         if now >= connection.ends_at {
             let why = connection.ends_why;
-            return self.part(key, why);
+            return self.start_closing(key, why);
         }
-        if now >= connection.beat_at {
-            connection.beat_at = now + jittered(connection.heartbeat.every(heartbeat));
+        if now >= connection.heartbeat_at {
+            connection.heartbeat_at = now + jittered(connection.heartbeat.every(heartbeat));
             if connection.rest.is_empty() {
                 let written = connection.write_block(&connection.heartbeat.chunk(), now);
                 self.note_write(key, written);
@@ -397,7 +397,7 @@ impl Engine {
     fn schedule(&mut self, key: Key) {
         let write_deadline = self.settings.write_deadline.as_millis() as Millis;
         let Some(connection) = self.connections.get_mut(key.index as usize) else { return };
-        let mut due = connection.beat_at.min(connection.ends_at);
+        let mut due = connection.heartbeat_at.min(connection.ends_at);
         if !connection.rest.is_empty() {
             due = due.min(connection.blocked_since + write_deadline);
         }
@@ -408,20 +408,20 @@ impl Engine {
     }
 
     fn begin_drain(&mut self, window: Duration, done: oneshot::Sender<()>) {
-        tracing::info!(streams = self.connections.len(), ?window, "parting from all streams");
-        self.drain = Some(Drain::new(self.now, window.as_millis() as Millis));
+        tracing::info!(streams = self.connections.len(), ?window, "closing from all streams");
+        self.drain = Some(DrainSchedule::new(self.now, window.as_millis() as Millis));
         self.draining = Some(done);
     }
 
-    fn go_on_draining(&mut self) {
+    fn continue_drain(&mut self) {
         let Some(drain) = self.drain.as_mut().filter(|drain| drain.next() <= self.now) else { return };
-        let staying = self.connections.iter().filter(|(_, connection)| connection.parting.is_none());
+        let staying = self.connections.iter().filter(|(_, connection)| connection.closing.is_none());
         let staying: Vec<_> = staying
             .map(|(index, connection)| Key { index: index as u32, generation: connection.generation })
             .collect();
         let share = drain.step(staying.len(), self.now);
         for key in staying.into_iter().take(share) {
-            self.part(key, Goodbye::Drain);
+            self.start_closing(key, Goodbye::Drain);
         }
     }
 

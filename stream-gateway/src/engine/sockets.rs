@@ -1,4 +1,4 @@
-//! What goes to sockets and comes from them. [`Engine::pull`] is the one place that decides what a connection is written next.
+//! What goes to sockets and comes from them. [`Engine::write_pending`] is the one place that decides what a connection is written next.
 
 use std::{collections::VecDeque, io, time::SystemTime};
 
@@ -6,13 +6,13 @@ use rand::RngExt;
 
 use super::{
     Engine, bytes_of,
-    connection::{Connection, Key, MAX_NOISE, Written},
+    connection::{Connection, Key, MAX_UNEXPECTED_INPUT, Written},
 };
 use crate::{
     frame::{self, Event, Goodbye},
     hub::Hub,
     metrics::{DeliveryPath, Reason},
-    traced::Flush,
+    trace::Flush,
 };
 
 impl Engine {
@@ -22,21 +22,21 @@ impl Engine {
         let key = Key { index: index as u32, generation: connection.generation };
         if event.is_error() {
             let error = connection.socket.take_error().ok().flatten();
-            return self.end(key, error.as_ref().map_or("client", why_broken));
+            return self.close(key, error.as_ref().map_or("client", why_broken));
         }
         if event.is_readable() {
             let open = connection.discard_input();
-            let parting = connection.parting;
-            if connection.noise > MAX_NOISE {
+            let closing = connection.closing;
+            if connection.unexpected_input > MAX_UNEXPECTED_INPUT {
                 connection.end_body();
-                return self.end(key, "noise");
+                return self.close(key, "unexpected_input");
             }
             if !matches!(open, Ok(true)) {
-                return self.end(key, parting.map_or("client", Goodbye::as_str));
+                return self.close(key, closing.map_or("client", Goodbye::as_str));
             }
         }
         if event.is_writable() {
-            self.pull(key);
+            self.write_pending(key);
         }
     }
 
@@ -47,14 +47,14 @@ impl Engine {
             Ok(Written::Short) => {
                 self.metrics.slow_consumers.inc();
                 self.metrics.slow_consumer_episodes.inc();
-                let parting = self.connection(key).is_some_and(|connection| connection.parting.is_some());
-                if !parting {
+                let closing = self.connection(key).is_some_and(|connection| connection.closing.is_some());
+                if !closing {
                     self.schedule(key);
                 }
                 false
             }
             Err(error) => {
-                self.end(key, why_broken(&error));
+                self.close(key, why_broken(&error));
                 false
             }
         }
@@ -62,7 +62,7 @@ impl Engine {
 
     /// Writes all that the connection may have and its socket takes: the rest of a block, what it is owed, what follows its
     /// cursor. Asks for what is not here.
-    pub(super) fn pull(&mut self, key: Key) {
+    pub(super) fn write_pending(&mut self, key: Key) {
         let now = self.now;
         loop {
             let Some(connection) = self.connections.get_mut(key.index as usize) else { return };
@@ -76,35 +76,35 @@ impl Engine {
                         self.flushes.remove(&key);
                     }
                     Ok(Written::Short) => return,
-                    Err(error) => return self.end(key, why_broken(&error)),
+                    Err(error) => return self.close(key, why_broken(&error)),
                 }
                 continue;
             }
             let Some(entry) = self.hub.get(connection.user) else { return };
-            let place = entry.sequencer.place();
+            let position = entry.sequencer.position();
             let mut delivered = None;
-            let block = if let Some(why) = connection.parting {
-                if connection.said_goodbye {
+            let block = if let Some(why) = connection.closing {
+                if connection.goodbye_written {
                     return connection.finish_writing();
                 }
-                connection.said_goodbye = true;
+                connection.goodbye_written = true;
                 frame::goodbye(why, rand::rng().random_range(why.retry()))
-            } else if !connection.is_placed() {
+            } else if !connection.is_joined() {
                 return;
-            } else if let Some(resumed) = connection.owes_ready.take() {
-                let cursor = connection.head;
-                let with_id = connection.lost.is_none();
+            } else if let Some(resumed) = connection.pending_ready.take() {
+                let cursor = connection.position;
+                let with_id = connection.pending_resync.is_none();
                 let heartbeat = connection.heartbeat.every(self.settings.heartbeat);
-                let cursor = match (with_id, place) {
+                let cursor = match (with_id, position) {
                     (false, Some(head)) => head,
                     _ => cursor,
                 };
                 frame::ready(cursor, resumed && with_id, with_id, heartbeat, SystemTime::now())
-            } else if let (Some(why), Some(head)) = (connection.lost, place) {
-                connection.lost = None;
-                connection.head = head;
-                connection.after = head.seq;
-                connection.asked = None;
+            } else if let (Some(why), Some(head)) = (connection.pending_resync, position) {
+                connection.pending_resync = None;
+                connection.position = head;
+                connection.started_after = head.seq;
+                connection.range_request = None;
                 self.backlog -= bytes_of(&connection.page);
                 connection.page = VecDeque::new();
                 self.metrics.resyncs.get_or_create(&Reason { reason: why.as_str() }).inc();
@@ -115,32 +115,35 @@ impl Engine {
                 if connection.page.is_empty() {
                     connection.page = VecDeque::new();
                 }
-                if event.head.epoch != connection.head.epoch || event.head.seq != connection.head.seq + 1 {
+                if event.position.epoch != connection.position.epoch
+                    || event.position.seq != connection.position.seq + 1
+                {
                     continue; // Passed already, by a live event.
                 }
-                connection.head = event.head;
+                connection.position = event.position;
                 let flush = begin_flush(&self.hub, connection, &event);
                 delivered = Some((event.created_at, DeliveryPath::Replay, flush));
                 event.frame
-            } else if let Some(event) = entry.ring.after(connection.head) {
-                connection.head = event.head;
+            } else if let Some(event) = entry.replay.after(connection.position) {
+                connection.position = event.position;
                 let flush = begin_flush(&self.hub, connection, event);
                 delivered = Some((event.created_at, DeliveryPath::Redis, flush));
                 event.frame.clone()
             } else {
-                let head = connection.head;
-                let behind = place.is_some_and(|place| place.epoch == head.epoch && place.seq > head.seq);
-                if behind && connection.asked.is_none() {
-                    self.ask_range(key, head.seq);
-                } else if !behind && !entry.ring.is_empty() {
+                let head = connection.position;
+                let behind =
+                    position.is_some_and(|position| position.epoch == head.epoch && position.seq > head.seq);
+                if behind && connection.range_request.is_none() {
+                    self.request_range(key, head.seq);
+                } else if !behind && !entry.replay.is_empty() {
                     let user = connection.user;
                     self.trim(user);
                 }
                 return;
             };
             let written = connection.write_block(&block, now);
-            if let Some((created_at, way, flush)) = delivered {
-                self.note_delivery(created_at, way);
+            if let Some((created_at, path, flush)) = delivered {
+                self.note_delivery(created_at, path);
                 self.note_flush(key, flush, &written);
             }
             if !self.note_write(key, written) {
@@ -159,8 +162,8 @@ impl Engine {
         }
     }
 
-    pub(super) fn note_delivery(&self, created_at: i64, way: DeliveryPath) {
-        let delivery = &self.deliveries[way as usize];
+    pub(super) fn note_delivery(&self, created_at: i64, path: DeliveryPath) {
+        let delivery = &self.path_metrics[path as usize];
         delivery.counter.inc();
         delivery.lag.observe((self.wall - created_at).max(0) as f64 / 1_000.0);
     }
@@ -168,9 +171,9 @@ impl Engine {
 
 /// Nothing, mostly: of an event whose trace is recorded.
 pub(super) fn begin_flush(hub: &Hub, connection: &Connection, event: &Event) -> Option<Flush> {
-    let traced = event.traced.as_ref()?;
+    let trace = event.trace.as_ref()?;
     let streams = hub.get(connection.user).map_or(1, |entry| entry.connections.len());
-    traced.flush(streams, connection.generation)
+    trace.flush(streams, connection.generation)
 }
 
 /// The kernel gives up on a peer that acknowledges nothing for the write deadline; all else is the client's doing.

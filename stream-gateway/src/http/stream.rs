@@ -46,33 +46,33 @@ use warp::reply::Response;
 
 use super::auth::{heartbeat, last_event_id, presented};
 use crate::{
-    engine::{Admission, Resume},
+    engine::{NewStream, Resume},
     frame::{self, FIRST_RETRY, Framing, Goodbye},
     identities::Identities,
-    keys::{self, Keys, Proof, Refused},
-    limits::{Limits, Place},
+    keys::{Keys, VerifiedClaims, VerifiedToken, VerifyError},
+    limits::{Permit, StreamLimits},
     metrics::{Code, Metrics, Reason},
 };
 
 /// For a head into an empty socket.
-const HEAD_WITHIN: Duration = Duration::from_secs(5);
+const HEAD_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// All that the stream route works with.
 pub struct Streams {
     pub keys: Arc<Keys>,
     pub identities: Arc<Identities>,
-    pub limits: Arc<Limits>,
+    pub limits: Arc<StreamLimits>,
     pub ended: EndedSessions,
     pub metrics: Arc<Metrics>,
     pub origins: Origins,
     pub cookies: Cookies,
     pub trusted_proxies: TrustedProxies,
     pub max_age: Duration,
-    pub admissions: mpsc::Sender<Admission>,
-    /// Refused streams that are still being said goodbye to; beyond these a goodbye is one write.
-    pub turning_away: Arc<Semaphore>,
+    pub new_streams: mpsc::Sender<NewStream>,
+    /// VerifyError streams that are still being said goodbye to; beyond these a goodbye is one write.
+    pub rejecting: Arc<Semaphore>,
     /// Set when this process parts from its streams.
-    pub parting: AtomicBool,
+    pub draining: AtomicBool,
 }
 
 impl Streams {
@@ -95,7 +95,7 @@ impl Streams {
                 Ok(response) => return response,
                 Err(refusal) => self.refuse(&refusal, &request_id),
             },
-            _ => self.refuse(&Refusal::Method, &request_id),
+            _ => self.refuse(&StreamError::Method, &request_id),
         };
         self.origins.let_read(origin, response.headers_mut());
         response
@@ -109,38 +109,38 @@ impl Streams {
         client: IpAddr,
         request_id: &str,
         origin: Option<&HeaderValue>,
-    ) -> Result<Response, Refusal> {
-        let presented = presented(headers, query, &self.cookies).ok_or(Refusal::Unauthorized)?;
-        let bearer = match self.keys.verify(&presented.tokens).await {
+    ) -> Result<Response, StreamError> {
+        let presented = presented(headers, query, &self.cookies).ok_or(StreamError::Unauthorized)?;
+        let principal = match self.keys.verify(&presented.tokens).await {
             Ok(proofs) => self.first_live(proofs),
-            Err(Refused::Token(reason)) => {
+            Err(VerifyError::Token(reason)) => {
                 tracing::debug!(%client, request.id = request_id, %reason, "a stream was refused");
-                return Err(Refusal::Unauthorized);
+                return Err(StreamError::Unauthorized);
             }
-            Err(Refused::NoKeys) => None,
+            Err(VerifyError::NoKeys) => None,
         };
         if presented.from_cookie {
-            self.origins.check_cookie(&Method::GET, headers).map_err(Refusal::Origin)?;
+            self.origins.check_cookie(&Method::GET, headers).map_err(StreamError::Origin)?;
         }
         if !accepts_event_stream(headers) {
-            return Err(Refusal::NotAcceptable);
+            return Err(StreamError::NotAcceptable);
         }
         let head = self.head(version, request_id, origin);
-        let Some(bearer) = bearer else {
-            return Ok(self.turn_away(head, "no_keys", Goodbye::Drain));
+        let Some(principal) = principal else {
+            return Ok(self.reject(head, "no_keys", Goodbye::Drain));
         };
-        if self.parting.load(Ordering::Relaxed) {
-            return Ok(self.turn_away(head, "drain", Goodbye::Drain));
+        if self.draining.load(Ordering::Relaxed) {
+            return Ok(self.reject(head, "drain", Goodbye::Drain));
         }
-        if let Some((user, session)) = self.ended(&bearer) {
+        if let Some((user, session)) = self.ended(&principal) {
             tracing::debug!(user.id = %user, session.id = %session, %client, "a session that has ended opens streams");
-            return Ok(self.turn_away(head, "revoked", Goodbye::Revoked));
+            return Ok(self.reject(head, "revoked", Goodbye::Revoked));
         }
-        match self.limits.admit(bearer.who.counted(), client).await {
-            Ok(place) => Ok(self.hand_off(bearer, headers, query, head, place)),
+        match self.limits.admit(principal.who.counted(), client).await {
+            Ok(permit) => Ok(self.hand_off(principal, headers, query, head, permit)),
             Err(full) => {
-                tracing::debug!(user = %bearer.who, %client, limit = full.as_str(), "a stream was told to come back later");
-                Ok(self.turn_away(head, full.as_str(), Goodbye::Busy))
+                tracing::debug!(user = %principal.who, %client, limit = full.as_str(), "a stream was told to come back later");
+                Ok(self.reject(head, full.as_str(), Goodbye::Busy))
             }
         }
     }
@@ -148,28 +148,28 @@ impl Streams {
     #[expect(clippy::disallowed_methods, reason = "one connection, for a few seconds at most")]
     fn hand_off(
         &self,
-        bearer: Bearer,
+        principal: Principal,
         headers: &HeaderMap,
         query: &str,
-        Head { mut bytes, framing }: Head,
-        place: Place,
+        ResponseHead { mut bytes, framing }: ResponseHead,
+        permit: Permit,
     ) -> Response {
         let resume = match last_event_id(headers, query) {
             None => Resume::Head,
             Some(text) => {
                 let cursor = std::str::from_utf8(&text).ok().and_then(|text| text.parse::<Position>().ok());
-                cursor.map_or(Resume::Nonsense, Resume::After)
+                cursor.map_or(Resume::Invalid, Resume::After)
             }
         };
-        let (lasts, ends_why) = lifetime(bearer.ends_at, SystemTime::now(), self.max_age);
+        let (lasts, ends_why) = lifetime(principal.ends_at, SystemTime::now(), self.max_age);
         let ends = Instant::now() + lasts;
-        let (session, key) = (bearer.session, bearer.key);
+        let (session, key) = (principal.session, principal.key);
         let heartbeat = heartbeat(query);
         bytes.extend(framing.bytes(&frame::retry(rand::rng().random_range(FIRST_RETRY))));
-        let admissions = self.admissions.clone();
+        let new_streams = self.new_streams.clone();
         let metrics = self.metrics.clone();
         let admit = move |socket: std::net::TcpStream, user: UserId, head: Bytes| {
-            let admission = Admission {
+            let stream = NewStream {
                 socket,
                 user,
                 session,
@@ -180,18 +180,18 @@ impl Streams {
                 head,
                 ends,
                 ends_why,
-                place,
+                permit,
             };
-            if let Err(refused) = admissions.try_send(admission) {
-                let (admission, limit, why) = match refused {
-                    TrySendError::Full(admission) => (admission, "queue_full", Goodbye::Busy),
-                    TrySendError::Closed(admission) => (admission, "drain", Goodbye::Drain),
+            if let Err(refused) = new_streams.try_send(stream) {
+                let (stream, limit, why) = match refused {
+                    TrySendError::Full(stream) => (stream, "queue_full", Goodbye::Busy),
+                    TrySendError::Closed(stream) => (stream, "drain", Goodbye::Drain),
                 };
                 metrics.streams_rejected.get_or_create(&Reason { reason: limit }).inc();
-                say_at_once(&admission.socket, &admission.head, framing, why);
+                write_goodbye(&stream.socket, &stream.head, framing, why);
             }
         };
-        let subject = match bearer.who {
+        let subject = match principal.who {
             Who::User(user) => {
                 return server::hand_off(move |socket| {
                     if let Ok(socket) = socket.into_std() {
@@ -205,58 +205,63 @@ impl Streams {
         let (identities, metrics) = (self.identities.clone(), self.metrics.clone());
         server::hand_off(move |mut socket| {
             tokio::spawn(async move {
-                let told = timeout(HEAD_WITHIN, socket.write_all(&bytes)).await;
+                let told = timeout(HEAD_TIMEOUT, socket.write_all(&bytes)).await;
                 let user = identities.user_of(&subject).await;
                 let (Ok(Ok(())), Ok(socket)) = (told, socket.into_std()) else { return };
                 if let Some(user) = user {
                     admit(socket, user, Bytes::new());
                 } else {
                     metrics.streams_rejected.get_or_create(&Reason { reason: "no_identity" }).inc();
-                    say_at_once(&socket, b"", framing, Goodbye::Busy);
+                    write_goodbye(&socket, b"", framing, Goodbye::Busy);
                 }
             });
         })
     }
 
     /// Of several good tokens, which hardly ever are, one whose session is not known to have ended; else the first.
-    fn first_live(&self, proofs: Vec<Proof>) -> Option<Bearer> {
-        let mut bearers: Vec<_> = proofs.into_iter().map(|proof| self.bearer(proof)).collect();
-        let live = bearers.iter().position(|bearer| self.ended(bearer).is_none());
+    fn first_live(&self, proofs: Vec<VerifiedToken>) -> Option<Principal> {
+        let mut bearers: Vec<_> = proofs.into_iter().map(|proof| self.principal(proof)).collect();
+        let live = bearers.iter().position(|principal| self.ended(principal).is_none());
         (!bearers.is_empty()).then(|| bearers.swap_remove(live.unwrap_or(0)))
     }
 
-    fn ended(&self, bearer: &Bearer) -> Option<(UserId, SessionId)> {
-        let (Who::User(user), Some(session)) = (&bearer.who, bearer.session) else { return None };
+    fn ended(&self, principal: &Principal) -> Option<(UserId, SessionId)> {
+        let (Who::User(user), Some(session)) = (&principal.who, principal.session) else { return None };
         self.ended.contains(*user, session).then_some((*user, session))
     }
 
-    fn bearer(&self, Proof { bearer, key }: Proof) -> Bearer {
-        match bearer {
-            keys::Bearer::Own(claims) => {
+    fn principal(&self, VerifiedToken { claims, key }: VerifiedToken) -> Principal {
+        match claims {
+            VerifiedClaims::Own(claims) => {
                 let ends_at = claims.stream_ends_at();
-                Bearer { who: Who::User(claims.sub), session: claims.sid, key, ends_at }
+                Principal { who: Who::User(claims.sub), session: claims.sid, key, ends_at }
             }
-            keys::Bearer::External(claims) => {
+            VerifiedClaims::External(claims) => {
                 let ends_at = claims.exp;
                 let who = self.identities.known(&claims).map_or(Who::Subject(claims), Who::User);
-                Bearer { who, session: None, key, ends_at }
+                Principal { who, session: None, key, ends_at }
             }
         }
     }
 
     /// 200, and the end: one write, no stream.
     #[expect(clippy::disallowed_methods, reason = "one connection, for a few seconds at most")]
-    fn turn_away(&self, Head { mut bytes, framing }: Head, limit: &'static str, why: Goodbye) -> Response {
+    fn reject(
+        &self,
+        ResponseHead { mut bytes, framing }: ResponseHead,
+        limit: &'static str,
+        why: Goodbye,
+    ) -> Response {
         self.metrics.streams_rejected.get_or_create(&Reason { reason: limit }).inc();
-        let place = self.turning_away.clone().try_acquire_owned();
+        let permit = self.rejecting.clone().try_acquire_owned();
         server::hand_off(move |mut socket| {
-            let Ok(place) = place else {
+            let Ok(permit) = permit else {
                 if let Ok(socket) = socket.into_std() {
-                    say_at_once(&socket, &bytes, framing, why);
+                    write_goodbye(&socket, &bytes, framing, why);
                 }
                 return;
             };
-            bytes.extend(last_words(framing, why));
+            bytes.extend(closing_bytes(framing, why));
             tokio::spawn(async move {
                 use tokio::io::{AsyncReadExt, AsyncWriteExt};
                 let farewell = async {
@@ -272,19 +277,19 @@ impl Streams {
                     std::io::Result::Ok(())
                 };
                 let _ = timeout(Duration::from_secs(2), farewell).await;
-                drop(place);
+                drop(permit);
             });
         })
     }
 
-    fn refuse(&self, refusal: &Refusal, request_id: &str) -> Response {
+    fn refuse(&self, refusal: &StreamError, request_id: &str) -> Response {
         let (status, code, message) = match refusal {
-            Refusal::Method => {
+            StreamError::Method => {
                 (StatusCode::METHOD_NOT_ALLOWED, "method_not_allowed", "Method not allowed".into())
             }
-            Refusal::Unauthorized => (StatusCode::UNAUTHORIZED, "unauthorized", "Unauthorized".into()),
-            Refusal::Origin(why) => (StatusCode::FORBIDDEN, OriginNotAllowed::CODE, why.to_string()),
-            Refusal::NotAcceptable => (
+            StreamError::Unauthorized => (StatusCode::UNAUTHORIZED, "unauthorized", "Unauthorized".into()),
+            StreamError::Origin(why) => (StatusCode::FORBIDDEN, OriginNotAllowed::CODE, why.to_string()),
+            StreamError::NotAcceptable => (
                 StatusCode::NOT_ACCEPTABLE,
                 "not_acceptable",
                 "This endpoint requires an EventSource connection".into(),
@@ -292,22 +297,24 @@ impl Streams {
         };
         self.metrics.stream_request_errors.get_or_create(&Code { code }).inc();
         let mut problem = Problem::new(status, code, message, request_id);
-        if let Refusal::NotAcceptable = refusal {
+        if let StreamError::NotAcceptable = refusal {
             problem.detail = Some("Send the header Accept: text/event-stream".into());
         }
         let mut response: Response = problem.into_response();
         match refusal {
-            Refusal::Method => response.headers_mut().insert(header::ALLOW, HeaderValue::from_static("GET")),
-            Refusal::Unauthorized => {
+            StreamError::Method => {
+                response.headers_mut().insert(header::ALLOW, HeaderValue::from_static("GET"))
+            }
+            StreamError::Unauthorized => {
                 response.headers_mut().insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"))
             }
-            Refusal::Origin(_) | Refusal::NotAcceptable => None,
+            StreamError::Origin(_) | StreamError::NotAcceptable => None,
         };
         response
     }
 
     /// The head of every stream, as it goes to the socket.
-    fn head(&self, version: Version, request_id: &str, origin: Option<&HeaderValue>) -> Head {
+    fn head(&self, version: Version, request_id: &str, origin: Option<&HeaderValue>) -> ResponseHead {
         let framing = Framing::of(version);
         let mut headers = HeaderMap::new();
         for (name, value) in [
@@ -330,12 +337,12 @@ impl Streams {
             bytes.extend([name.as_str().as_bytes(), b": ", value.as_bytes(), b"\r\n"].concat());
         }
         bytes.extend(b"\r\n");
-        Head { bytes, framing }
+        ResponseHead { bytes, framing }
     }
 }
 
 /// Who brings the token, and until when it lets them listen.
-struct Bearer {
+struct Principal {
     who: Who,
     session: Option<SessionId>,
     /// Which signed the token.
@@ -369,7 +376,7 @@ impl fmt::Display for Who {
     }
 }
 
-enum Refusal {
+enum StreamError {
     Method,
     Unauthorized,
     Origin(OriginNotAllowed),
@@ -386,7 +393,7 @@ fn accepts_event_stream(headers: &HeaderMap) -> bool {
 }
 
 /// The head of the answer, and how its body is framed.
-struct Head {
+struct ResponseHead {
     bytes: Vec<u8>,
     framing: Framing,
 }
@@ -409,14 +416,14 @@ fn lifetime(ends_at: i64, now: SystemTime, max_age: Duration) -> (Duration, Good
 }
 
 /// The goodbye to a rejected stream, and the end of its body.
-fn last_words(framing: Framing, why: Goodbye) -> Bytes {
+fn closing_bytes(framing: Framing, why: Goodbye) -> Bytes {
     framing.last(&frame::goodbye(why, rand::rng().random_range(why.retry())))
 }
 
 /// One write and the end, where nothing more can be afforded. The socket's buffer is empty, so it needs no waiting.
-fn say_at_once(mut socket: &std::net::TcpStream, head: &[u8], framing: Framing, why: Goodbye) {
+fn write_goodbye(mut socket: &std::net::TcpStream, head: &[u8], framing: Framing, why: Goodbye) {
     use std::io::Write;
-    let _ = socket.write_all(&[head, &last_words(framing, why)].concat());
+    let _ = socket.write_all(&[head, &closing_bytes(framing, why)].concat());
     let _ = socket.shutdown(std::net::Shutdown::Write);
 }
 

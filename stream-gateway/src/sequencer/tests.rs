@@ -12,16 +12,20 @@ fn at(seq: Seq) -> Position {
     Position { epoch: E, seq }
 }
 
-fn answer(asked_at: Option<Position>, head: Position, events: impl IntoIterator<Item = Seq>) -> Answer<Seq> {
+fn answer(
+    requested_at: Option<Position>,
+    head: Position,
+    events: impl IntoIterator<Item = Seq>,
+) -> Answer<Seq> {
     let events: Vec<_> = events.into_iter().map(|seq| (seq, seq)).collect();
-    Answer { asked_at, head: Some(head), events, after: asked_at.map(|head| head.seq), more: false }
+    Answer { requested_at, head: Some(head), events, after: requested_at.map(|head| head.seq), more: false }
 }
 
-/// A sequencer whose place is `seq`, and nothing in doubt.
-fn placed(seq: Seq) -> Sequencer<Seq> {
+/// A sequencer whose place is `seq`, and nothing in pending.
+fn positioned(seq: Seq) -> Sequencer<Seq> {
     let mut sequencer = Sequencer::default();
     assert_eq!(observed(&mut sequencer, answer(None, at(seq), []), 0), []);
-    assert_eq!((sequencer.place(), sequencer.due()), (Some(at(seq)), None));
+    assert_eq!((sequencer.position(), sequencer.due()), (Some(at(seq)), None));
     sequencer
 }
 
@@ -49,14 +53,14 @@ fn observed(sequencer: &mut Sequencer<Seq>, answer: Answer<Seq>, now: Millis) ->
     steps
 }
 
-/// Nothing is in doubt, and nothing is held.
+/// Nothing is in pending, and nothing is buffered.
 fn assert_idle(sequencer: &Sequencer<Seq>) {
-    assert!(sequencer.doubt.is_none() && sequencer.due().is_none(), "{sequencer:?}");
+    assert!(sequencer.pending.is_none() && sequencer.due().is_none(), "{sequencer:?}");
 }
 
 #[test]
 fn the_next_event_is_delivered_and_a_repeat_is_not() {
-    let mut sequencer = placed(5);
+    let mut sequencer = positioned(5);
     assert_eq!(live(&mut sequencer, 6, 0), [Step::Deliver(6, 6)]);
     assert_eq!(live(&mut sequencer, 6, 0), []);
     assert_eq!(live(&mut sequencer, 2, 0), []);
@@ -67,15 +71,15 @@ fn the_next_event_is_delivered_and_a_repeat_is_not() {
 fn events_before_the_place_is_known_wait_for_it() {
     let mut sequencer = Sequencer::default();
     assert_eq!(live(&mut sequencer, 6, 0), []);
-    assert_eq!(tick(&mut sequencer, REORDER_WAIT), [Step::Ask { after: None }]);
+    assert_eq!(tick(&mut sequencer, REORDER_WAIT), [Step::Request { after: None }]);
     let head_only = Answer { after: None, ..answer(None, at(5), []) };
     assert_eq!(answered(&mut sequencer, head_only, 40), [Step::Deliver(6, 6)]);
-    assert_eq!((sequencer.place(), sequencer.due()), (Some(at(6)), None));
+    assert_eq!((sequencer.position(), sequencer.due()), (Some(at(6)), None));
 }
 
 #[test]
 fn a_reordering_costs_no_question() {
-    let mut sequencer = placed(0);
+    let mut sequencer = positioned(0);
     assert_eq!(live(&mut sequencer, 3, 0), []);
     assert_eq!(live(&mut sequencer, 2, 0), []);
     assert_eq!(tick(&mut sequencer, REORDER_WAIT - 1), []);
@@ -85,10 +89,10 @@ fn a_reordering_costs_no_question() {
 
 #[test]
 fn a_hole_is_asked_for_once_after_the_wait() {
-    let mut sequencer = placed(0);
+    let mut sequencer = positioned(0);
     live(&mut sequencer, 3, 10);
     assert_eq!(sequencer.due(), Some(10 + REORDER_WAIT));
-    assert_eq!(tick(&mut sequencer, 10 + REORDER_WAIT), [Step::Ask { after: Some(0) }]);
+    assert_eq!(tick(&mut sequencer, 10 + REORDER_WAIT), [Step::Request { after: Some(0) }]);
     assert_eq!(sequencer.due(), None);
     assert_eq!(tick(&mut sequencer, 10_000), []);
     let steps = answered(&mut sequencer, answer(Some(at(0)), at(3), [1, 2, 3]), 50);
@@ -98,7 +102,7 @@ fn a_hole_is_asked_for_once_after_the_wait() {
 
 #[test]
 fn live_events_after_the_question_survive_its_older_answer() {
-    let mut sequencer = placed(0);
+    let mut sequencer = positioned(0);
     live(&mut sequencer, 2, 0);
     tick(&mut sequencer, REORDER_WAIT);
     assert_eq!(live(&mut sequencer, 4, 40), []);
@@ -110,30 +114,30 @@ fn live_events_after_the_question_survive_its_older_answer() {
 
 #[test]
 fn a_head_below_live_events_that_came_after_the_question_is_merely_old() {
-    let mut sequencer = placed(0);
-    sequencer.suspect(0);
-    assert_eq!(tick(&mut sequencer, REORDER_WAIT), [Step::Ask { after: Some(0) }]);
+    let mut sequencer = positioned(0);
+    sequencer.mark_uncertain(0);
+    assert_eq!(tick(&mut sequencer, REORDER_WAIT), [Step::Request { after: Some(0) }]);
     live(&mut sequencer, 1, 0);
     assert_eq!(answered(&mut sequencer, answer(Some(at(0)), at(0), []), 0), []);
-    assert_eq!((sequencer.place(), sequencer.due()), (Some(at(1)), None));
+    assert_eq!((sequencer.position(), sequencer.due()), (Some(at(1)), None));
 }
 
 #[test]
 fn a_head_below_the_place_at_asking_is_a_feed_set_back() {
-    let mut sequencer = placed(5);
+    let mut sequencer = positioned(5);
     assert_eq!(
         observed(&mut sequencer, answer(Some(at(5)), at(4), []), 0),
-        [Step::Lost(Lost::Future, at(4))]
+        [Step::Resync(ResyncReason::Future, at(4))]
     );
     assert_eq!(live(&mut sequencer, 5, 0), [Step::Deliver(5, 5)]);
 }
 
 #[test]
 fn what_was_held_of_a_history_that_was_lost_is_not_delivered_in_the_next() {
-    let mut sequencer = placed(5);
+    let mut sequencer = positioned(5);
     live(&mut sequencer, 8, 0);
     let steps = observed(&mut sequencer, answer(Some(at(5)), at(4), []), 0);
-    assert_eq!(steps, [Step::Lost(Lost::Future, at(4))]);
+    assert_eq!(steps, [Step::Resync(ResyncReason::Future, at(4))]);
     assert_idle(&sequencer);
     for seq in 5..=8 {
         assert_eq!(live(&mut sequencer, seq, 0), [Step::Deliver(seq, seq)]);
@@ -157,23 +161,23 @@ fn what_was_held_of_another_epoch_is_forgotten_when_the_place_or_an_event_of_our
 
 #[test]
 fn another_epoch_is_another_feed_and_redis_alone_cannot_say_so() {
-    let mut sequencer = placed(5);
+    let mut sequencer = positioned(5);
     let mut steps = Vec::new();
     sequencer.live(Position { epoch: OTHER, seq: 6 }, 6, 0, &mut steps);
-    assert_eq!((steps, sequencer.place()), (vec![], Some(at(5))));
-    assert_eq!(tick(&mut sequencer, REORDER_WAIT), [Step::Ask { after: Some(5) }]);
+    assert_eq!((steps, sequencer.position()), (vec![], Some(at(5))));
+    assert_eq!(tick(&mut sequencer, REORDER_WAIT), [Step::Request { after: Some(5) }]);
     let head = Position { epoch: OTHER, seq: 2 };
     assert_eq!(
         answered(&mut sequencer, answer(Some(at(5)), head, []), 40),
-        [Step::Lost(Lost::Unknown, head)]
+        [Step::Resync(ResyncReason::Unknown, head)]
     );
-    assert_eq!((sequencer.place(), sequencer.due()), (Some(head), None));
+    assert_eq!((sequencer.position(), sequencer.due()), (Some(head), None));
 }
 
 #[test]
 fn a_foreign_epoch_during_a_question_needs_another_question() {
-    let mut sequencer = placed(5);
-    sequencer.suspect(0);
+    let mut sequencer = positioned(5);
+    sequencer.mark_uncertain(0);
     let mut steps = tick(&mut sequencer, REORDER_WAIT);
     sequencer.live(Position { epoch: OTHER, seq: 1 }, 1, 1, &mut steps);
     answered(&mut sequencer, answer(Some(at(5)), at(5), []), 2);
@@ -182,67 +186,68 @@ fn a_foreign_epoch_during_a_question_needs_another_question() {
 
 #[test]
 fn an_old_answer_of_an_old_epoch_changes_nothing_but_asks_again() {
-    let mut sequencer = placed(5);
+    let mut sequencer = positioned(5);
     let head = Position { epoch: OTHER, seq: 9 };
-    let asked_at = Some(Position { epoch: OTHER, seq: 8 });
-    assert_eq!(observed(&mut sequencer, answer(asked_at, head, []), 0), []);
-    assert_eq!(sequencer.place(), Some(at(5)));
+    let requested_at = Some(Position { epoch: OTHER, seq: 8 });
+    assert_eq!(observed(&mut sequencer, answer(requested_at, head, []), 0), []);
+    assert_eq!(sequencer.position(), Some(at(5)));
     assert!(sequencer.due().is_some());
 }
 
 #[test]
 fn a_head_beyond_the_place_is_a_hole() {
-    let mut sequencer = placed(5);
+    let mut sequencer = positioned(5);
     assert_eq!(observed(&mut sequencer, answer(None, at(7), []), 0), []);
-    assert_eq!(tick(&mut sequencer, REORDER_WAIT), [Step::Ask { after: Some(5) }]);
+    assert_eq!(tick(&mut sequencer, REORDER_WAIT), [Step::Request { after: Some(5) }]);
 }
 
 #[test]
 fn rows_that_are_no_longer_kept_lose_the_place() {
-    let mut sequencer = placed(5);
+    let mut sequencer = positioned(5);
     let steps = observed(&mut sequencer, answer(Some(at(5)), at(9), [8, 9]), 0);
-    assert_eq!(steps, [Step::Lost(Lost::Expired, at(9))]);
+    assert_eq!(steps, [Step::Resync(ResyncReason::Expired, at(9))]);
     for head in [6, 9] {
-        let mut sequencer = placed(5);
+        let mut sequencer = positioned(5);
         let steps = observed(&mut sequencer, answer(Some(at(5)), at(head), []), 0);
-        assert_eq!(steps, [Step::Lost(Lost::Expired, at(head))]);
+        assert_eq!(steps, [Step::Resync(ResyncReason::Expired, at(head))]);
     }
 }
 
 #[test]
 fn a_lost_place_is_called_as_the_contract_has_it() {
-    let names = [Lost::Unknown, Lost::Expired, Lost::Future].map(Lost::as_str);
+    let names =
+        [ResyncReason::Unknown, ResyncReason::Expired, ResyncReason::Future].map(ResyncReason::as_str);
     assert_eq!(names, ["unknown", "expired", "future"]);
 }
 
 #[test]
 fn an_older_answer_does_not_take_back_what_a_newer_one_said() {
-    let mut sequencer = placed(5);
-    sequencer.suspect(0);
-    assert_eq!(tick(&mut sequencer, REORDER_WAIT), [Step::Ask { after: Some(5) }]);
+    let mut sequencer = positioned(5);
+    sequencer.mark_uncertain(0);
+    assert_eq!(tick(&mut sequencer, REORDER_WAIT), [Step::Request { after: Some(5) }]);
     let newer = Answer { after: None, ..answer(Some(at(5)), at(9), []) };
     assert_eq!(observed(&mut sequencer, newer, 40), []);
     assert_eq!(answered(&mut sequencer, answer(Some(at(5)), at(5), []), 50), []);
     let due = sequencer.due().expect("6 to 9 are known to exist");
-    assert_eq!(tick(&mut sequencer, due), [Step::Ask { after: Some(5) }]);
+    assert_eq!(tick(&mut sequencer, due), [Step::Request { after: Some(5) }]);
     assert_eq!(answered(&mut sequencer, answer(Some(at(5)), at(9), [6, 7, 8, 9]), due).len(), 4);
     assert_idle(&sequencer);
 }
 
 #[test]
 fn what_came_live_beyond_an_expired_place_follows_it() {
-    let mut sequencer = placed(5);
+    let mut sequencer = positioned(5);
     live(&mut sequencer, 8, 0);
-    assert_eq!(tick(&mut sequencer, REORDER_WAIT), [Step::Ask { after: Some(5) }]);
+    assert_eq!(tick(&mut sequencer, REORDER_WAIT), [Step::Request { after: Some(5) }]);
     assert_eq!(live(&mut sequencer, 9, 40), []);
     let steps = answered(&mut sequencer, answer(Some(at(5)), at(8), [7, 8]), 50);
-    assert_eq!(steps, [Step::Lost(Lost::Expired, at(8)), Step::Deliver(9, 9)]);
+    assert_eq!(steps, [Step::Resync(ResyncReason::Expired, at(8)), Step::Deliver(9, 9)]);
     assert_idle(&sequencer);
 }
 
 #[test]
 fn what_postgres_refutes_is_forgotten() {
-    let mut sequencer = placed(5);
+    let mut sequencer = positioned(5);
     live(&mut sequencer, 900, 0);
     tick(&mut sequencer, REORDER_WAIT);
     live(&mut sequencer, 8, 35);
@@ -253,17 +258,17 @@ fn what_postgres_refutes_is_forgotten() {
 
 #[test]
 fn a_cut_range_goes_on_at_once() {
-    let mut sequencer = placed(0);
+    let mut sequencer = positioned(0);
     observed(&mut sequencer, answer(None, at(4), []), 0);
     tick(&mut sequencer, REORDER_WAIT);
     let cut = Answer { more: true, ..answer(Some(at(0)), at(4), [1, 2]) };
     let steps = answered(&mut sequencer, cut, 40);
-    assert_eq!(steps, [Step::Deliver(1, 1), Step::Deliver(2, 2), Step::Ask { after: Some(2) }]);
+    assert_eq!(steps, [Step::Deliver(1, 1), Step::Deliver(2, 2), Step::Request { after: Some(2) }]);
 }
 
 #[test]
 fn questions_that_bring_nothing_come_ever_more_rarely() {
-    let mut sequencer = placed(0);
+    let mut sequencer = positioned(0);
     let mut waits = Vec::new();
     let mut now = 0;
     for _ in 0..10 {
@@ -277,42 +282,42 @@ fn questions_that_bring_nothing_come_ever_more_rarely() {
         now += 100_000;
     }
     assert!(waits.is_sorted() && waits[0] > REORDER_WAIT, "{waits:?}");
-    assert_eq!(waits[9], REORDER_WAIT << MAX_PATIENCE);
+    assert_eq!(waits[9], REORDER_WAIT << MAX_BACKOFF);
 }
 
 #[test]
 fn what_is_held_is_bounded_and_found_again() {
-    let mut sequencer = placed(0);
+    let mut sequencer = positioned(0);
     for seq in 2..1_000 {
         live(&mut sequencer, seq, 0);
     }
-    assert_eq!(sequencer.doubt.as_ref().unwrap().held.len(), MAX_HELD);
-    assert_eq!(tick(&mut sequencer, REORDER_WAIT), [Step::Ask { after: Some(0) }]);
+    assert_eq!(sequencer.pending.as_ref().unwrap().buffered.len(), MAX_BUFFERED);
+    assert_eq!(tick(&mut sequencer, REORDER_WAIT), [Step::Request { after: Some(0) }]);
     let cut = Answer { more: true, ..answer(Some(at(0)), at(999), [1]) };
     let steps = answered(&mut sequencer, cut, 40);
-    assert_eq!(steps.len(), 1 + MAX_HELD + 1);
-    assert_eq!(steps.last(), Some(&Step::Ask { after: Some(1 + MAX_HELD as Seq) }));
+    assert_eq!(steps.len(), 1 + MAX_BUFFERED + 1);
+    assert_eq!(steps.last(), Some(&Step::Request { after: Some(1 + MAX_BUFFERED as Seq) }));
 }
 
 #[test]
 fn a_user_who_is_gone_is_gone() {
-    let mut sequencer = placed(3);
-    let gone = Answer { asked_at: Some(at(3)), head: None, events: vec![], after: None, more: false };
+    let mut sequencer = positioned(3);
+    let gone = Answer { requested_at: Some(at(3)), head: None, events: vec![], after: None, more: false };
     assert_eq!(observed(&mut sequencer, gone, 0), [Step::Gone]);
 }
 
 #[test]
 fn a_cursor_is_judged_by_epoch_head_and_first_row() {
-    use Verdict::{Follows, Gone, Lost as L};
+    use Verdict::{Follows, Gone, Resync as L};
     for (head, first, verdict) in [
         (None, None, Gone),
-        (Some(Position { epoch: OTHER, seq: 5 }), None, L(Lost::Unknown)),
-        (Some(Position { epoch: OTHER, seq: 9 }), Some(6), L(Lost::Unknown)),
-        (Some(at(4)), None, L(Lost::Future)),
+        (Some(Position { epoch: OTHER, seq: 5 }), None, L(ResyncReason::Unknown)),
+        (Some(Position { epoch: OTHER, seq: 9 }), Some(6), L(ResyncReason::Unknown)),
+        (Some(at(4)), None, L(ResyncReason::Future)),
         (Some(at(5)), None, Follows),
         (Some(at(9)), Some(6), Follows),
-        (Some(at(9)), Some(7), L(Lost::Expired)),
-        (Some(at(9)), None, L(Lost::Expired)),
+        (Some(at(9)), Some(7), L(ResyncReason::Expired)),
+        (Some(at(9)), None, L(ResyncReason::Expired)),
     ] {
         assert_eq!(judge(at(5), head, first), verdict, "{head:?} {first:?}");
     }
@@ -377,7 +382,7 @@ struct World {
     served: Option<Answer<Event>>,
     reconcile: Option<Answer<Event>>,
     sequencer: Sequencer<Event>,
-    /// What a client of this gateway has: its place, by what was delivered.
+    /// What a client of this gateway has: its position, by what was delivered.
     client: Option<Position>,
     questions: usize,
 }
@@ -400,14 +405,14 @@ impl World {
 
     fn act(&mut self, act: impl FnOnce(&mut Sequencer<Event>, Millis, &mut Vec<Step<Event>>)) {
         let mut steps = Vec::new();
-        let before = self.sequencer.place();
+        let before = self.sequencer.position();
         act(&mut self.sequencer, self.now, &mut steps);
         if before.is_none() {
             let delivered = steps.iter().filter(|step| matches!(step, Step::Deliver(..))).count() as Seq;
             self.client = self
                 .sequencer
-                .place()
-                .map(|place| Position { epoch: place.epoch, seq: place.seq - delivered });
+                .position()
+                .map(|position| Position { epoch: position.epoch, seq: position.seq - delivered });
         }
         for step in steps {
             match step {
@@ -417,26 +422,26 @@ impl World {
                     assert_eq!(seq, event.1);
                     client.seq = seq;
                 }
-                Step::Ask { after } => {
+                Step::Request { after } => {
                     assert!(self.question.is_none(), "asked while a question is open");
-                    self.question = Some((self.sequencer.place(), after));
+                    self.question = Some((self.sequencer.position(), after));
                     self.questions += 1;
                 }
-                Step::Lost(_, head) => self.client = Some(head),
+                Step::Resync(_, head) => self.client = Some(head),
                 Step::Gone => panic!("nobody went"),
             }
         }
-        assert_eq!(self.client, self.sequencer.place(), "the place is what was delivered");
+        assert_eq!(self.client, self.sequencer.position(), "the place is what was delivered");
     }
 
-    fn answer(&self, asked_at: Option<Position>, after: Option<Seq>) -> Answer<Event> {
+    fn answer(&self, requested_at: Option<Position>, after: Option<Seq>) -> Answer<Event> {
         const PAGE: usize = 4;
         let all: Vec<_> = match after {
             Some(after) => (after + 1..=self.head.seq).filter(|seq| *seq >= self.first_kept).collect(),
             None => vec![],
         };
         let events = all.iter().take(PAGE).map(|seq| (*seq, (self.head.epoch, *seq))).collect();
-        Answer { asked_at, head: Some(self.head), events, after, more: all.len() > PAGE }
+        Answer { requested_at, head: Some(self.head), events, after, more: all.len() > PAGE }
     }
 
     fn happen(&mut self, happening: &Happening) {
@@ -465,8 +470,8 @@ impl World {
                 self.act(Sequencer::tick);
             }
             Happening::Serve => {
-                if let (Some((asked_at, after)), None) = (self.question, &self.served) {
-                    self.served = Some(self.answer(asked_at, after));
+                if let (Some((requested_at, after)), None) = (self.question, &self.served) {
+                    self.served = Some(self.answer(requested_at, after));
                 }
             }
             Happening::Bring => {
@@ -475,7 +480,7 @@ impl World {
                     self.act(|sequencer, now, steps| sequencer.answer(answer, now, steps));
                 }
             }
-            Happening::Reconcile => self.reconcile = Some(self.answer(self.sequencer.place(), None)),
+            Happening::Reconcile => self.reconcile = Some(self.answer(self.sequencer.position(), None)),
             Happening::Reconciled => {
                 if let Some(answer) = self.reconcile.take() {
                     self.act(|sequencer, now, steps| sequencer.observe(answer, now, steps));
@@ -495,7 +500,7 @@ impl World {
     }
 
     /// Nothing is lost any more: everything on its way arrives, questions are answered, one reconcile looks.
-    fn settle(&mut self) {
+    fn clear_if_resolved(&mut self) {
         while !self.on_their_way.is_empty() {
             self.happen(&Happening::Arrive { which: 0, again: false });
         }
@@ -524,10 +529,10 @@ proptest! {
         for happening in &happenings {
             world.happen(happening);
         }
-        world.settle();
+        world.clear_if_resolved();
         prop_assert_eq!(world.client, Some(world.head));
-        prop_assert_eq!(world.sequencer.due(), None, "still in doubt: {:?}", world.sequencer);
-        prop_assert!(world.sequencer.doubt.is_none(), "an idle sequencer holds nothing: {:?}", world.sequencer);
+        prop_assert_eq!(world.sequencer.due(), None, "still in pending: {:?}", world.sequencer);
+        prop_assert!(world.sequencer.pending.is_none(), "an idle sequencer holds nothing: {:?}", world.sequencer);
         let before = world.questions;
         world.happen(&Happening::Pass { ms: 60_000 });
         prop_assert_eq!(world.questions, before, "asks though nothing is open");

@@ -6,8 +6,8 @@
 //! which a reconcile heals. A beat through Redis and back, published over another connection that is renewed now and then, finds a
 //! server that is silently dead, demoted, or no longer where the address points. Redis is trusted while every node is.
 
-mod listener;
-mod wishes;
+mod desired;
+mod node;
 
 use std::{
     collections::HashMap,
@@ -29,8 +29,8 @@ use tokio::{
 };
 use tokio_util::sync::{CancellationToken, DropGuard};
 
-use self::listener::Listener;
-pub use self::wishes::Wishes;
+pub use self::desired::DesiredSubscriptions;
+use self::node::NodeSubscriber;
 use crate::{frame::Event, keys::Keys, metrics::Metrics};
 
 /// Messages from Redis that the engine has not taken yet.
@@ -38,26 +38,26 @@ pub const QUEUE: usize = 16_384;
 
 /// A connection to Redis, told from all before and after.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Link(pub u64);
+pub struct RedisConnectionId(pub u64);
 
 /// What the engine hears from Redis, and about it.
 #[derive(Debug)]
-pub enum News {
+pub enum RedisUpdate {
     Event(UserId, Event),
     /// A session of this user has ended.
-    Revoked(UserId, SessionId),
+    SessionEnded(UserId, SessionId),
     /// Something was said about this user that cannot be read.
-    Doubted(UserId),
+    Uncertain(UserId),
     /// From here on, what is published for these users arrives by this connection.
-    Confirmed(Link, Vec<UserId>),
+    Subscribed(RedisConnectionId, Vec<UserId>),
     /// This connection brings nothing for these users any more: a cluster sent them elsewhere.
-    SentAway(Link, Vec<UserId>),
+    Moved(RedisConnectionId, Vec<UserId>),
     /// The connection is gone, and with it what it had confirmed.
-    Lost(Link),
+    Disconnected(RedisConnectionId),
     /// Whether Redis is trusted to bring what is published.
-    Trusted(bool),
+    Degraded(bool),
     /// Something may have been missed.
-    Missed,
+    Dropped,
 }
 
 pub struct Subscriber {
@@ -65,8 +65,8 @@ pub struct Subscriber {
     pub channels: Channels,
     /// Hears of changes of the public keys.
     pub keys: Arc<Keys>,
-    pub wishes: Wishes,
-    pub news: mpsc::Sender<News>,
+    pub desired: DesiredSubscriptions,
+    pub updates: mpsc::Sender<RedisUpdate>,
     pub tracer: Tracer,
     pub tasks: Tasks,
     pub metrics: Arc<Metrics>,
@@ -76,17 +76,17 @@ pub struct Subscriber {
 #[derive(Clone, Copy, Default, PartialEq, Eq)]
 struct Health {
     connected: bool,
-    trusted: bool,
+    healthy: bool,
 }
 
 /// Where listeners note how they are.
 #[derive(Default)]
-struct Board {
+struct HealthBoard {
     nodes: Mutex<HashMap<Node, Health>>,
     changed: Notify,
 }
 
-impl Board {
+impl HealthBoard {
     fn note(&self, node: &Node, health: Health) {
         let before = self.nodes.lock().unwrap_or_else(PoisonError::into_inner).insert(node.clone(), health);
         if before != Some(health) {
@@ -99,7 +99,7 @@ impl Board {
         let mut known = self.nodes.lock().unwrap_or_else(PoisonError::into_inner);
         known.retain(|node, _| nodes.contains(node));
         let all = |is: fn(&Health) -> bool| nodes.iter().all(|node| known.get(node).is_some_and(is));
-        Health { connected: all(|health| health.connected), trusted: all(|health| health.trusted) }
+        Health { connected: all(|health| health.connected), healthy: all(|health| health.healthy) }
     }
 }
 
@@ -112,37 +112,42 @@ impl Subscriber {
     }
 
     /// One listener for each node that owns something.
-    #[expect(clippy::disallowed_methods, reason = "each listener is watched")]
+    #[expect(clippy::disallowed_methods, reason = "each subscriber is watched")]
     async fn supervise(&self) {
         let (mut slot_maps, following) = self.topology.watch_slot_map();
         tokio::pin!(following);
-        let board = Arc::new(Board::default());
-        let mut listeners: HashMap<Node, DropGuard> = HashMap::new();
+        let board = Arc::new(HealthBoard::default());
+        let mut subscribers: HashMap<Node, DropGuard> = HashMap::new();
         let mut running = JoinSet::new();
-        let mut trusted = false;
+        let mut degraded = true;
         let mut map = slot_maps.now();
         let mut known_before = false;
         loop {
-            listeners.retain(|node, _| map.nodes().contains(node));
+            subscribers.retain(|node, _| map.nodes().contains(node));
             for node in map.nodes() {
-                listeners.entry(node.clone()).or_insert_with(|| {
+                subscribers.entry(node.clone()).or_insert_with(|| {
                     let stop = CancellationToken::new();
-                    let listener =
-                        Listener::new(self, node.clone(), slot_maps.clone(), board.clone(), known_before);
-                    let run = listener.run(stop.clone());
-                    running.spawn(self.tasks.watch(format!("redis listener of {node}"), &stop, run));
+                    let subscriber = NodeSubscriber::new(
+                        self,
+                        node.clone(),
+                        slot_maps.clone(),
+                        board.clone(),
+                        known_before,
+                    );
+                    let run = subscriber.run(stop.clone());
+                    running.spawn(self.tasks.watch(format!("redis subscriber of {node}"), &stop, run));
                     stop.drop_guard()
                 });
             }
             known_before |= !map.nodes().is_empty();
-            self.wishes.share_by(map.clone());
+            self.desired.assign_by(map.clone());
             // Until the map changes, that is how it is.
             loop {
                 let health = board.of(map.nodes());
                 self.metrics.redis_connected.set(i64::from(health.connected && !map.nodes().is_empty()));
-                if trusted != (health.trusted && map.covers_all_slots()) {
-                    trusted = !trusted;
-                    if self.news.send(News::Trusted(trusted)).await.is_err() {
+                if degraded == (health.healthy && map.covers_all_slots()) {
+                    degraded = !degraded;
+                    if self.updates.send(RedisUpdate::Degraded(degraded)).await.is_err() {
                         return;
                     }
                 }
@@ -150,7 +155,7 @@ impl Subscriber {
                     never = &mut following => match never {},
                     () = slot_maps.changed() => break,
                     () = board.changed.notified() => {}
-                    () = self.wishes.changed() => self.wishes.take_over(),
+                    () = self.desired.changed() => self.desired.apply_changes(),
                     Some(_) = running.join_next() => {}
                 }
             }

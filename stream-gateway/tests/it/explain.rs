@@ -47,7 +47,7 @@ async fn an_operator_is_told_which_streams_had_an_event_and_what_the_others_wait
     let first = &told["streams"][0];
     assert_eq!((&first["after"], &first["upto"]), (&json!(10), &json!(13)), "{told}");
     assert_eq!(first["session"], json!(user.session));
-    assert_eq!((&told["place"]["seq"], &told["subscribed"]), (&json!(13), &json!(true)), "{told}");
+    assert_eq!((&told["position"]["seq"], &told["subscribed"]), (&json!(13), &json!(true)), "{told}");
 
     // What has ended is remembered.
     drop(early);

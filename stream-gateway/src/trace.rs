@@ -20,30 +20,30 @@ use crate::{
 /// Of one event to one user, so many flushes are recorded at most.
 pub const FLUSHES: usize = 8;
 
-/// An envelope that came here, encoded, and traced where its request is.
+/// An envelope that came here, encoded, and trace where its request is.
 pub fn receive(
     tracer: &Tracer,
     user: UserId,
     envelope: &Envelope,
-    way: DeliveryPath,
+    path: DeliveryPath,
 ) -> Result<Event, BadEnvelope> {
     let event = Event::encode(envelope)?;
-    let traced = Traced::begin(tracer, user, envelope, way);
+    let trace = DeliveryTrace::begin(tracer, user, envelope, path);
     tracing::debug!(
         user.id = %user,
         event.seq = envelope.seq,
         request.id = envelope.request_id,
-        trace.id = traced.as_ref().and_then(|traced| traced.span.context()).map(TraceContext::trace_id),
-        path = way.as_str(),
+        trace.id = trace.as_ref().and_then(|trace| trace.span.context()).map(TraceContext::trace_id),
+        path = path.as_str(),
         "an event came"
     );
-    Ok(Event { traced, ..event })
+    Ok(Event { trace, ..event })
 }
 
 #[derive(Debug)]
-pub struct Traced {
+pub struct DeliveryTrace {
     span: Span,
-    way: DeliveryPath,
+    path: DeliveryPath,
     /// Which flush of a group is the one that is recorded: drawn per event, so that each has the same chance.
     drawn: u64,
     flushes: AtomicU64,
@@ -53,21 +53,21 @@ pub struct Traced {
 #[derive(Debug)]
 pub struct Flush {
     span: Span,
-    _event: Arc<Traced>,
+    _event: Arc<DeliveryTrace>,
 }
 
-impl Traced {
+impl DeliveryTrace {
     /// `None`, mostly: the event belongs to no trace that is recorded.
-    fn begin(tracer: &Tracer, user: UserId, envelope: &Envelope, way: DeliveryPath) -> Option<Arc<Self>> {
+    fn begin(tracer: &Tracer, user: UserId, envelope: &Envelope, path: DeliveryPath) -> Option<Arc<Self>> {
         let given: TraceContext = envelope.traceparent.as_deref()?.parse().ok()?;
         let mut span = tracer.begin(Some(given), "deliver", SpanKind::Consumer);
         span.context()?;
-        span.text("messaging.system", if way == DeliveryPath::Redis { "redis" } else { "feed" });
-        span.text("path", way.as_str());
+        span.text("messaging.system", if path == DeliveryPath::Redis { "redis" } else { "feed" });
+        span.text("path", path.as_str());
         span.text("user.id", user);
         span.number("event.seq", envelope.seq);
         span.text("event.name", &envelope.event);
-        Some(Arc::new(Self { span, way, drawn: given.span, flushes: AtomicU64::new(0) }))
+        Some(Arc::new(Self { span, path, drawn: given.span, flushes: AtomicU64::new(0) }))
     }
 
     /// The event is about to be written to one of the user's `streams`.
@@ -78,14 +78,14 @@ impl Traced {
             return None;
         }
         let mut span = self.span.child("flush", SpanKind::Internal);
-        span.text("path", self.way.as_str());
+        span.text("path", self.path.as_str());
         span.number("connection", connection.into());
         span.number("stands_for", one_in);
         Some(Flush { span, _event: self.clone() })
     }
 }
 
-impl Drop for Traced {
+impl Drop for DeliveryTrace {
     fn drop(&mut self) {
         self.span.number("flushes", *self.flushes.get_mut());
     }
