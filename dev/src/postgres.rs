@@ -10,15 +10,18 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 use nix::sys::signal::Signal;
 use sqlx::{AssertSqlSafe, Connection, PgConnection};
+use testkit::ports::free_ports;
+use testkit::postmaster;
+use testkit::process::Account;
+use testkit::programs::{self, POSTGRES};
 
 use crate::places::{Places, works_in};
-use crate::process::{Account, Child, command, run_as, run_quietly};
-use crate::servers::{Durability, Life, free_port, log_end, log_file};
-use crate::{find, install, secrets, terminal};
+use crate::process::{Child, command, run_as, run_quietly};
+use crate::servers::{Durability, Life, log_end, log_file};
+use crate::{install, secrets, terminal};
 
 /// The database that everything uses.
 pub(crate) const DATABASE: &str = "messenger";
-const PROGRAMS: [&str; 2] = ["initdb", "postgres"];
 const OLDEST_VERSION: u32 = 14;
 const START_DEADLINE: Duration = Duration::from_mins(1);
 const STOP_PATIENCE: Duration = Duration::from_secs(20);
@@ -34,10 +37,10 @@ pub(crate) async fn programs(places: &Places) -> Result<Programs> {
     let path = std::env::var_os("PATH").unwrap_or_default();
     let installed = install::postgres_bin_dir(&places.tools());
     let look = || {
-        find::dir_with(&path, &PROGRAMS)
+        programs::dir_with(&path, &POSTGRES)
             .into_iter()
-            .chain(find::versioned_dirs(Path::new("/usr/lib/postgresql"), &PROGRAMS))
-            .chain(find::holds(&installed, &PROGRAMS).then(|| installed.clone()))
+            .chain(programs::postgres_of_debian())
+            .chain(programs::holds(&installed, &POSTGRES).then(|| installed.clone()))
             .collect::<Vec<_>>()
     };
     if let Some(programs) = first_usable(look()).await {
@@ -51,7 +54,8 @@ async fn first_usable(dirs: Vec<PathBuf>) -> Option<Programs> {
     for bin_dir in dirs {
         // A link on PATH leads to the folder where its libraries and extensions are found.
         let real = bin_dir.join("postgres").canonicalize().ok()?;
-        let bin_dir = real.parent().filter(|dir| find::holds(dir, &PROGRAMS)).map_or(bin_dir, Path::to_owned);
+        let bin_dir =
+            real.parent().filter(|dir| programs::holds(dir, &POSTGRES)).map_or(bin_dir, Path::to_owned);
         let output = command(bin_dir.join("postgres"), ["--version"]).output().await.ok()?;
         if let Some(version) = major_version(&String::from_utf8_lossy(&output.stdout))
             && version >= OLDEST_VERSION
@@ -103,7 +107,7 @@ pub(crate) async fn start(
     if !data.join("PG_VERSION").exists() {
         initialise(programs, &data, account, &password, durability).await?;
     }
-    let port = free_port()?;
+    let [port] = free_ports()?;
     terminal::step("Starting", format_args!("Postgres {} on 127.0.0.1:{port}", programs.version));
     let mut server = command(programs.bin_dir.join("postgres"), ["-D"]);
     server.arg(&data).args(["-p", &port.to_string()]);
@@ -171,12 +175,7 @@ async fn initialise(
 
 /// The pid and port of the server that takes connections on this data.
 fn ready(data: &Path) -> Option<(u32, u16)> {
-    let lines = fs::read_to_string(data.join("postmaster.pid")).ok()?;
-    // Postgres writes here, line by line, its pid, the folder, a time, the port, and as the eighth its state.
-    let lines: Vec<&str> = lines.lines().map(str::trim).collect();
-    let pid = lines.first()?.parse().ok()?;
-    let ready = lines.get(7) == Some(&"ready") && works_in(pid, data);
-    if ready { Some((pid, lines.get(3)?.parse().ok()?)) } else { None }
+    postmaster::ready(data).filter(|(pid, _)| works_in(*pid, data))
 }
 
 /// The pid and port of a server whose data is under `dir`.

@@ -1,20 +1,17 @@
-//! Child processes that never outlive the runner: their own process group, a signal from the kernel should the
-//! runner die, and an end that is waited for.
+//! Child processes that never outlive the runner: each in its own process group, with a signal from the kernel if the runner
+//! dies, and waited for when it ends.
 
 use std::ffi::OsStr;
 use std::fs::File;
 use std::io;
-use std::os::unix::fs::MetadataExt;
 use std::os::unix::process::CommandExt;
-use std::path::Path;
 use std::process::{ExitStatus, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
-use nix::errno::Errno;
-use nix::sys::prctl::set_pdeathsig;
 use nix::sys::signal::{Signal, kill, killpg};
-use nix::unistd::{Gid, Pid, Uid, User, geteuid, getppid, setsid};
+use nix::unistd::{Pid, setsid};
+use testkit::process::{Account, tie_to_parent};
 use tokio::io::{AsyncRead, AsyncReadExt};
 use tokio::process::Command;
 use tokio::sync::watch;
@@ -23,35 +20,6 @@ use crate::terminal::{self, Colour};
 
 /// How long a log line may grow before it is shown in parts.
 const LONGEST_LINE: usize = 16 * 1024;
-
-/// The account that database servers run as; they refuse root, or are better off without it.
-#[derive(Clone, Copy)]
-pub(crate) struct Account {
-    uid: Uid,
-    gid: Gid,
-}
-
-impl Account {
-    /// Ourselves, unless that is root: then whoever owns `data` already, or nobody.
-    pub(crate) fn for_data(data: &Path) -> Result<Option<Self>> {
-        if !geteuid().is_root() {
-            return Ok(None);
-        }
-        if let Ok(meta) = data.metadata()
-            && meta.uid() != 0
-        {
-            return Ok(Some(Self { uid: Uid::from_raw(meta.uid()), gid: Gid::from_raw(meta.gid()) }));
-        }
-        let nobody =
-            User::from_name("nobody")?.context("there is no user `nobody` to run the databases as")?;
-        Ok(Some(Self { uid: nobody.uid, gid: nobody.gid }))
-    }
-
-    pub(crate) fn own(self, path: &Path) -> Result<()> {
-        std::os::unix::fs::chown(path, Some(self.uid.as_raw()), Some(self.gid.as_raw()))
-            .with_context(|| format!("cannot hand {} to the database's account", path.display()))
-    }
-}
 
 /// A command with the arguments as given, without input.
 pub(crate) fn command<A: AsRef<OsStr>>(
@@ -65,28 +33,15 @@ pub(crate) fn command<A: AsRef<OsStr>>(
 
 pub(crate) fn run_as(command: &mut Command, account: Option<Account>) {
     if let Some(account) = account {
-        command.uid(account.uid.as_raw()).gid(account.gid.as_raw());
+        account.run(command.as_std_mut());
     }
 }
 
-/// Ties the command's life to ours. A Ctrl-C in the terminal no longer reaches it, so the order of stopping is ours;
-/// if the runner is killed, the kernel sends `on_death`.
+/// A Ctrl-C in the terminal no longer reaches the command, so the runner decides the order of stopping. If the runner dies, the
+/// kernel sends `on_death`.
 pub(crate) fn bind_to_runner(command: &mut Command, on_death: Signal) {
     command.process_group(0);
-    let runner = Pid::this();
-    let arm = move || {
-        set_pdeathsig(on_death)?;
-        // The runner may have died before the line above.
-        if getppid() == runner { Ok(()) } else { Err(io::Error::from(Errno::ESRCH)) }
-    };
-    #[expect(
-        unsafe_code,
-        reason = "the closure runs between fork and exec; it only makes async-signal-safe calls"
-    )]
-    // SAFETY: `arm` calls prctl and getppid, allocates nothing and takes no lock.
-    unsafe {
-        command.as_std_mut().pre_exec(arm);
-    }
+    tie_to_parent(command.as_std_mut(), on_death);
 }
 
 /// Lets the command outlive the runner and its terminal.
@@ -119,7 +74,7 @@ pub(crate) async fn run_to_end(mut command: Command, on_death: Signal) -> Result
     Ok(status)
 }
 
-/// Runs a command quietly; its output is shown only when it fails.
+/// Shows the output of a command only if it fails.
 pub(crate) async fn run_quietly(mut command: Command) -> Result<()> {
     bind_to_runner(&mut command, Signal::SIGKILL);
     let output = command.output().await.with_context(|| cannot_start(&command))?;
@@ -200,7 +155,7 @@ impl Child {
         async move { exit.wait_for(Option::is_some).await.ok().and_then(|status| *status) }
     }
 
-    /// Asks the child to end, waits as long as `patience`, then ends it and its group.
+    /// Signals the child, waits for at most `patience`, then kills its group.
     pub(crate) async fn stop(&self, signal: Signal, patience: Duration) {
         self.ask(signal);
         self.wait_or_kill(patience).await;
@@ -215,7 +170,7 @@ impl Child {
 
     pub(crate) async fn wait_or_kill(&self, patience: Duration) {
         if tokio::time::timeout(patience, self.ended()).await.is_err() {
-            terminal::warn(format_args!("{} did not end within {patience:?} and is killed", self.name));
+            terminal::warn(format_args!("{} did not end within {patience:?}; killing it", self.name));
             let _ = killpg(self.pid, Signal::SIGKILL);
             let _ = tokio::time::timeout(patience, self.ended()).await;
         }
@@ -270,18 +225,18 @@ mod tests {
     }
 
     #[test]
-    fn a_line_is_shown_whole_however_it_arrives() {
+    fn line_is_shown_whole_however_it_arrives() {
         assert_eq!(lines_of(&[b"on", b"e\ntwo\r\n\nthr", b"ee"]), ["one", "two", "", "three"]);
     }
 
     #[test]
-    fn a_line_without_end_is_shown_in_parts() {
+    fn line_without_end_is_shown_in_parts() {
         let shown = lines_of(&[&[b'x'; LONGEST_LINE], &[b'y'; 10]]);
         assert_eq!(shown, ["x".repeat(LONGEST_LINE), "y".repeat(10)]);
     }
 
     #[tokio::test]
-    async fn a_child_that_ignores_the_request_to_end_is_killed() {
+    async fn child_that_ignores_its_signal_is_killed() {
         let mut shell = command("sh", ["-c", "trap '' TERM; while :; do sleep 0.05; done"]);
         bind_to_runner(&mut shell, Signal::SIGKILL);
         let child = Child::spawn("stubborn", shell, Output::Follow(Colour::Red)).unwrap();

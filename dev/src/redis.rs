@@ -7,15 +7,15 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use nix::sys::signal::Signal;
+use testkit::{ports::free_ports, process::Account, programs};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
 use crate::places::{Places, works_in};
-use crate::process::{Account, Child, command, run_as};
-use crate::servers::{Life, free_port, log_end, log_file};
-use crate::{find, install, secrets, terminal};
+use crate::process::{Child, command, run_as};
+use crate::servers::{Life, log_end, log_file};
+use crate::{install, secrets, terminal};
 
-const NAMES: [&str; 2] = ["redis-server", "valkey-server"];
 const START_DEADLINE: Duration = Duration::from_secs(20);
 const STOP_PATIENCE: Duration = Duration::from_secs(5);
 
@@ -23,8 +23,8 @@ const STOP_PATIENCE: Duration = Duration::from_secs(5);
 pub(crate) async fn program(places: &Places, valkey: bool) -> Result<PathBuf> {
     let path = std::env::var_os("PATH").unwrap_or_default();
     let installed = install::redis_server(&places.tools());
-    let names = if valkey { &NAMES[1..] } else { &NAMES };
-    let look = || find::program(&path, names).or_else(|| installed.is_file().then(|| installed.clone()));
+    let names = if valkey { &programs::REDIS[1..] } else { &programs::REDIS };
+    let look = || programs::on_path(&path, names).or_else(|| installed.is_file().then(|| installed.clone()));
     if let Some(program) = look() {
         return Ok(program);
     }
@@ -56,7 +56,7 @@ pub(crate) async fn start(program: &Path, dir: &Path, life: Life) -> Result<Redi
     if let Some((_, port)) = running(dir) {
         return Ok(Redis { child: None, port, password });
     }
-    let port = free_port()?;
+    let [port] = free_ports()?;
     terminal::step("Starting", format_args!("Redis on 127.0.0.1:{port}"));
     let mut server = command(program, ["-"]);
     server.current_dir("/");

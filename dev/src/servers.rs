@@ -1,7 +1,6 @@
-//! Postgres and Redis for whoever needs them: the ones that were given, or private ones.
+//! Postgres and Redis: the ones that were given, or private ones.
 
 use std::fs::{self, File};
-use std::net::{Ipv4Addr, TcpListener};
 use std::path::Path;
 
 use anyhow::{Context, Result};
@@ -10,18 +9,18 @@ use tokio::process::Command;
 
 use crate::places::Places;
 use crate::process::{self, Child, Output};
-use crate::{postgres, redis, secrets, terminal, tools};
+use crate::{postgres, redis, terminal, tools};
 
 /// Servers that the caller brings.
 #[derive(clap::Args)]
 pub(crate) struct Given {
-    /// A Postgres to use instead of a private one
+    /// Use this Postgres instead of a private one
     #[arg(long, env, global = true, hide_env_values = true)]
     pub(crate) database_url: Option<String>,
-    /// A Redis to use instead of a private one
+    /// Use this Redis instead of a private one
     #[arg(long, env, global = true, hide_env_values = true)]
     pub(crate) redis_url: Option<String>,
-    /// Valkey wherever a Redis is started, installed if it must be
+    /// Start Valkey instead of Redis, and install it if needed
     #[arg(long, global = true)]
     pub(crate) valkey: bool,
 }
@@ -30,7 +29,7 @@ pub(crate) struct Given {
 pub(crate) enum Durability {
     /// What was committed survives a crash.
     Durable,
-    /// Fast, for data that nobody will miss.
+    /// Fast, for throw-away data.
     Forgetful,
 }
 
@@ -53,12 +52,12 @@ impl Life {
     }
 }
 
-/// Where a server logs, begun anew at each start.
+/// A new log file at each start.
 pub(crate) fn log_file(dir: &Path, name: &str) -> Result<Output> {
     Ok(Output::File(File::create(dir.join(format!("{name}.log")))?))
 }
 
-/// Context for a failed start: what the log says, as the file itself may be gone soon.
+/// Context for a failed start; the file itself may be gone soon.
 pub(crate) fn log_end(dir: &Path, name: &str) -> String {
     let log = fs::read_to_string(dir.join(format!("{name}.log"))).unwrap_or_default();
     let lines: Vec<&str> = log.lines().collect();
@@ -126,26 +125,6 @@ pub(crate) async fn start_postgres(
     Ok((Some(postgres), url))
 }
 
-/// Ports of loopback that are free now. Taken from below the range of outgoing connections, so that none of those takes
-/// one before its server does.
-pub(crate) fn free_ports<const N: usize>() -> Result<[u16; N]> {
-    // Held until all are found, so that they differ.
-    let mut held = Vec::new();
-    for _ in 0..200 {
-        if held.len() == N {
-            break;
-        }
-        let port = 20_000 + u16::from_ne_bytes(secrets::random()?) % 12_000;
-        held.extend(TcpListener::bind((Ipv4Addr::LOCALHOST, port)).map(|listener| (port, listener)));
-    }
-    let ports: Vec<u16> = held.into_iter().map(|(port, _)| port).collect();
-    ports.try_into().map_err(|_| anyhow::anyhow!("too few free ports between 20000 and 32000 on 127.0.0.1"))
-}
-
-pub(crate) fn free_port() -> Result<u16> {
-    free_ports().map(|[port]| port)
-}
-
 /// `cargo dev env`.
 pub(crate) async fn print_env(places: &Places, given: &Given) -> Result<()> {
     let dir = places.shared();
@@ -156,7 +135,7 @@ pub(crate) async fn print_env(places: &Places, given: &Given) -> Result<()> {
     let servers = Servers::start(places, given, &dir, Durability::Forgetful, Life::Detached).await?;
     let found = programs(places, given).await;
     if let Some(list) = found.list_of_missing() {
-        terminal::warn(format_args!("tests that need one of these will fail:{list}"));
+        terminal::warn(format_args!("tests that need these programs will fail:{list}"));
     }
     let programs: Vec<_> =
         found.env.iter().map(|(name, path)| format!("{name}='{}'", path.display())).collect();

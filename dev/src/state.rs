@@ -29,7 +29,8 @@ impl State {
         if Lock::is_free(dir)? {
             return Ok(None);
         }
-        let text = fs::read_to_string(dir.join("state")).context("cannot read what `cargo dev up` runs")?;
+        let text =
+            fs::read_to_string(dir.join("state")).context("cannot read the state of `cargo dev up`")?;
         Self::parse(&text).context("`.dev/up/state` cannot be read").map(Some)
     }
 
@@ -70,9 +71,9 @@ impl Lock {
                 let state = fs::read_to_string(dir.join("state")).ok().and_then(|text| State::parse(&text));
                 let Some(state) = state else { bail!("another `cargo dev up` is starting") };
                 bail!(
-                    "it runs already, as process {} at {}: `cargo dev down` stops it",
+                    "`cargo dev up` is already running (process {}, {}); stop it with `cargo dev down`",
                     state.runner,
-                    if state.address.is_empty() { "an address to come" } else { &state.address }
+                    if state.address.is_empty() { "starting" } else { &state.address }
                 );
             }
             Err(TryLockError::Error(error)) => Err(error.into()),
@@ -128,7 +129,7 @@ mod tests {
         drop(lock);
         let after = State::read(&dir).unwrap();
         fs::remove_dir_all(&dir).unwrap();
-        assert!(second.unwrap().contains("process 7 at http://localhost:3000"));
+        assert!(second.unwrap().contains("process 7, http://localhost:3000"));
         assert_eq!(seen, Some(state()));
         assert_eq!(after, None);
     }

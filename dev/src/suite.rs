@@ -39,11 +39,10 @@ async fn build_and_test(
 ) -> Result<ExitCode> {
     let found = programs(places, given).await;
     if let Some(list) = found.list_of_missing() {
-        // Who names tests knows what they need, or is told by them.
         if args.is_empty() {
-            bail!("tests need what is not here; install it and try again, or name the tests to run:{list}");
+            bail!("the tests need programs that are missing; install them, or name the tests to run:{list}");
         }
-        terminal::warn(format_args!("tests that need one of these will fail:{list}"));
+        terminal::warn(format_args!("tests that need these programs will fail:{list}"));
     }
     let started = Servers::start(places, given, scratch, Durability::Forgetful, Life::Bound).await?;
     let servers = servers.insert(started);
@@ -53,14 +52,13 @@ async fn build_and_test(
     if !status.success() {
         return Ok(exit_code(status));
     }
-    // All that fails is told, not only the first.
     let mut test = cargo(places, &["test", "--workspace", "--no-fail-fast"]);
     test.args(args)
         .env("DATABASE_URL", &servers.database_url)
         .env("REDIS_URL", &servers.redis_url)
         .env("SQLX_OFFLINE", "true")
         .envs(found.env);
-    terminal::step("Testing", "everything");
+    terminal::step("Testing", "the workspace");
     Ok(exit_code(process::run_to_end(test, Signal::SIGTERM).await?))
 }
 

@@ -1,6 +1,5 @@
-//! What the runner says, and how: narration on stderr in cargo's own manner, answers on stdout.
-//!
-//! A reader that went away (`cargo dev up | head`) is no reason to stop the servers, so failed writes are ignored.
+//! Output: progress on stderr in cargo's format, results on stdout. Failed writes are ignored: `cargo dev up | head` must not stop
+//! the servers.
 
 use std::fmt::Display;
 use std::io::{self, IsTerminal, Write};
@@ -9,7 +8,6 @@ use std::sync::LazyLock;
 static COLOURS: LazyLock<bool> =
     LazyLock::new(|| io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|v| v.is_empty()));
 
-/// Whether colours are shown, here and so by whoever writes through us.
 pub(crate) fn has_colours() -> bool {
     *COLOURS
 }
@@ -28,7 +26,7 @@ fn paint(text: &str, colour: Colour) -> String {
     if *COLOURS { format!("\x1b[1;{}m{text}\x1b[0m", colour as u8) } else { text.to_owned() }
 }
 
-/// One step of the work: a verb, right-aligned as cargo does it, and what it is done to.
+/// One step: a verb, right-aligned like cargo's, and its object.
 pub(crate) fn step(verb: &str, what: impl Display) {
     let verb = paint(&format!("{verb:>12}"), Colour::Green);
     let _ = writeln!(io::stderr().lock(), "{verb} {what}");
@@ -42,7 +40,7 @@ pub(crate) fn fail(what: impl Display) {
     let _ = writeln!(io::stderr().lock(), "{} {what}", paint("error:", Colour::Red));
 }
 
-/// What was asked for: goes to stdout, so that it can be piped.
+/// A result, on stdout so that it can be piped.
 pub(crate) fn answer(what: impl Display) {
     let _ = writeln!(io::stdout().lock(), "{what}");
 }

@@ -1,23 +1,25 @@
-//! The programs that only tests need: a real browser, nginx in front of the services, Prometheus, an OpenTelemetry collector, a
-//! fuzzer. Found on the machine, else installed. What cannot be had is reported all together, before anything is built.
+//! The programs that only tests need: found on the machine, otherwise installed. All missing ones are reported together, before
+//! anything is built.
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
+use testkit::programs;
+
+use crate::install;
 use crate::places::Places;
-use crate::{find, install};
 
 struct Tool {
     what: &'static str,
-    /// How tests learn where it is; a person may set it too.
+    /// Tells tests where it is; a person may set it too.
     variable: &'static str,
     names: &'static [&'static str],
-    /// Arguments with which the program succeeds if it is what is needed. Empty: any program of that name is.
+    /// Arguments with which a suitable program succeeds. Empty: any program of that name is suitable.
     proof: &'static [&'static str],
     from: From,
 }
 
-/// Where it is to be had.
+/// How to get it.
 enum From {
     Debian(&'static [&'static str]),
     /// A Python package; tests need this path within it, or its folder. What is in it may need packages of Debian.
@@ -45,14 +47,14 @@ const TOOLS: [Tool; 9] = [
         variable: "DEV_NODE",
         names: &["node"],
         proof: &["--eval", "process.exit(parseInt(process.versions.node) < 20 ? 1 : 0)"],
-        from: From::Person("install it, and have it on PATH"),
+        from: From::Person("install it and put it on PATH"),
     },
     Tool {
         what: "npm",
         variable: "DEV_NPM",
         names: &["npm"],
         proof: &[],
-        from: From::Person("it comes with Node.js; have it on PATH"),
+        from: From::Person("it comes with Node.js; put it on PATH"),
     },
     Tool {
         what: "Chromium",
@@ -105,7 +107,7 @@ const TOOLS: [Tool; 9] = [
     },
 ];
 
-/// What tests need, as far as it is to be had.
+/// What was found and what is missing.
 #[derive(Default)]
 pub(crate) struct Found {
     /// The variables that say where it is.
@@ -122,14 +124,14 @@ impl Found {
         }
     }
 
-    /// All that is missing, as lines of a list; `None`: nothing is.
+    /// Lines of a list; `None` if nothing is missing.
     pub(crate) fn list_of_missing(&self) -> Option<String> {
         let lines = self.missing.iter().map(|missing| format!("\n  - {missing}"));
         (!self.missing.is_empty()).then(|| lines.collect())
     }
 }
 
-/// Finds everything, and installs what is not there.
+/// Finds everything, and installs what is missing.
 pub(crate) async fn all(places: &Places) -> Found {
     let mut packages: Vec<_> = TOOLS
         .iter()
@@ -150,21 +152,20 @@ pub(crate) async fn all(places: &Places) -> Found {
     found
 }
 
-/// Python with pip, if it is here.
 pub(crate) fn python() -> Option<PathBuf> {
     PYTHON.on_path()
 }
 
 impl Tool {
     fn on_path(&self) -> Option<PathBuf> {
-        if let Some(given) = std::env::var_os(self.variable).filter(|given| !given.is_empty()) {
-            return Some(given.into());
+        if let Some(given) = programs::variable(self.variable) {
+            return Some(given);
         }
         // An account that is not root often has no `sbin` on its PATH, where nginx is.
         let path = std::env::var_os("PATH").unwrap_or_default();
         let path = std::env::split_paths(&path).chain(["/usr/sbin".into()]);
         let path = std::env::join_paths(path).ok()?;
-        find::program(&path, self.names).filter(|program| self.is_proven(program))
+        programs::on_path(&path, self.names).filter(|program| self.is_proven(program))
     }
 
     fn is_proven(&self, program: &Path) -> bool {
@@ -195,13 +196,12 @@ impl Tool {
                     install::install_with_pip(&places.tools(), self.what, package).await?;
                 }
                 if !debian.is_empty() && self.look(places).is_none() {
-                    anyhow::bail!("it does not run (Debian: apt install {})", debian.join(" "));
+                    anyhow::bail!("it does not start (Debian: apt install {})", debian.join(" "));
                 }
             }
             From::Person(how) => anyhow::bail!("{how}"),
         }
-        self.look(places).ok_or_else(|| {
-            anyhow::anyhow!("it was installed, but is not where it was expected: set {}", self.variable)
-        })
+        self.look(places)
+            .ok_or_else(|| anyhow::anyhow!("it was installed but cannot be found; set {}", self.variable))
     }
 }

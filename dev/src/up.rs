@@ -1,7 +1,6 @@
-//! `cargo dev up`: everything, from the databases to the one address in front, until Ctrl-C.
+//! `cargo dev up`: everything, from the databases to the proxy in front, until Ctrl-C; stopped in reverse order.
 //!
-//! What was started is stopped in reverse order. A process that dies is announced and not restarted: a developer
-//! wants to see it.
+//! A process that ends is reported and not restarted: a developer wants to see it.
 
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
@@ -11,6 +10,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use nix::sys::signal::Signal;
+use testkit::ports::free_ports;
+use testkit::secrets::signing_key;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::process::Command;
@@ -21,7 +22,7 @@ use crate::demo::demo;
 use crate::ingress::{self, Routes};
 use crate::places::Places;
 use crate::process::{self, Child, Output};
-use crate::servers::{Durability, Given, Life, Servers, free_ports};
+use crate::servers::{Durability, Given, Life, Servers};
 use crate::state::{Lock, Process, State};
 use crate::stop::Stop;
 use crate::terminal::{self, Colour};
@@ -29,15 +30,15 @@ use crate::{postgres, secrets};
 
 const START_DEADLINE: Duration = Duration::from_secs(30);
 const STOP_PATIENCE: Duration = Duration::from_secs(10);
-/// Who can log in.
+/// Users that exist from the start.
 const SEEDED: [&str; 2] = ["john", "jane"];
 
 #[derive(clap::Args)]
 pub(crate) struct Options {
-    /// The port of 127.0.0.1 to listen on; the next free one if it is taken
+    /// Port on 127.0.0.1; the next free one if it is taken
     #[arg(long, default_value_t = 3000)]
     port: u16,
-    /// Builds and runs optimised binaries
+    /// Build and run optimised binaries
     #[arg(long)]
     release: bool,
 }
@@ -55,16 +56,16 @@ pub(crate) async fn run(places: &Places, given: &Given, options: &Options) -> Re
     if let Ok(Some(address)) = &outcome {
         terminal::step("Ready", format_args!("in {:.1} s at {address}", began.elapsed().as_secs_f64()));
         terminal::answer(format_args!(
-            "\n{address}\n\nTalk: open it, log in as john, and as jane in a private window. Or paste this into another terminal and see a message arrive.\n\n{}\nCtrl-C stops everything. Postgres and Redis log to .dev/up/*.log.\n",
+            "\n{address}\n\nOpen it, log in as john, and as jane in a private window. Or paste this into another terminal to see a message arrive:\n\n{}\nCtrl-C stops everything. Postgres and Redis log to .dev/up/*.log.\n",
             demo(address)
         ));
         running.watch(&mut stop).await;
     }
-    terminal::step("Stopping", "all of it");
+    terminal::step("Stopping", "everything");
     tokio::select! {
         () = running.stop() => {}
         // The kernel ends the children together with us.
-        () = stop.asked() => terminal::warn("asked again: ending at once"),
+        () = stop.asked() => terminal::warn("interrupted again; exiting immediately"),
     }
     // An answered Ctrl-C is a success.
     outcome.map(|_| ExitCode::SUCCESS)
@@ -80,7 +81,7 @@ struct Running {
 }
 
 impl Running {
-    /// Starts everything; answers the address to use. Whatever fails, what was started is here, to be stopped.
+    /// Starts everything and returns the address to use. After a failure, what was started is in `self`, to be stopped.
     async fn start(
         &mut self,
         places: &Places,
@@ -138,7 +139,7 @@ impl Running {
         servers.chain(&self.api).chain(&self.gateways)
     }
 
-    /// Announces who ends, until it is time to stop.
+    /// Reports processes that end, until a signal comes.
     async fn watch(&self, stop: &mut Stop) {
         let mut ends = JoinSet::new();
         for child in self.children() {
@@ -152,7 +153,7 @@ impl Running {
                 Some(Ok((name, status))) = ends.join_next() => {
                     let how = status.map_or_else(|| "for an unknown reason".to_owned(), |status| status.to_string());
                     terminal::warn(format_args!(
-                        "{name} ended ({how}); it is not restarted, the rest goes on until Ctrl-C"
+                        "{name} ended ({how}) and is not restarted; everything else runs until Ctrl-C"
                     ));
                 }
             }
@@ -182,7 +183,7 @@ fn local(port: u16) -> SocketAddr {
     SocketAddr::from((Ipv4Addr::LOCALHOST, port))
 }
 
-/// Cargo shows its own progress. Answers the folder of the binaries.
+/// Returns the folder of the binaries.
 async fn build(places: &Places, release: bool) -> Result<PathBuf> {
     let mut build = cargo(places, &["build", "--package", "api", "--package", "stream-gateway"]);
     if release {
@@ -211,7 +212,7 @@ fn common_settings(dir: &Path, origin: &str, servers: &Servers) -> Result<Settin
 
 fn api_settings(dir: &Path, servers: &Servers, [listen, internal, ops]: [SocketAddr; 3]) -> Result<Settings> {
     let key = dir.join("signing-key.pem");
-    secrets::kept(&key, secrets::signing_key)?;
+    secrets::kept(&key, || Ok(signing_key()?))?;
     let state_secret = secrets::kept(&dir.join("state-secret"), secrets::random_password)?;
     Ok(vec![
         ("LISTEN", listen.to_string()),
@@ -221,7 +222,7 @@ fn api_settings(dir: &Path, servers: &Servers, [listen, internal, ops]: [SocketA
         ("SIGNING_KEY_FILES", key.display().to_string()),
         ("STATE_SECRET", state_secret),
         ("DEV_LOGIN", "true".to_owned()),
-        // Nobody has to learn that this instance goes away.
+        // No load balancer has to notice the shutdown.
         ("SHUTDOWN_WAIT_SECONDS", "0".to_owned()),
         ("SHUTDOWN_GRACE_SECONDS", "2".to_owned()),
     ])
@@ -264,7 +265,9 @@ async fn migrate(binaries: &Path, common: &Settings, own: &Settings) -> Result<(
     match migrate.ended().await {
         Some(status) if status.success() => Ok(()),
         _ => {
-            bail!("`api migrate` failed; it said why above (`cargo dev reset` begins with an empty database)")
+            bail!(
+                "`api migrate` failed; see its output above (`cargo dev reset` starts with an empty database)"
+            )
         }
     }
 }
@@ -283,7 +286,7 @@ async fn wait_until_ready(child: &Child, ops: SocketAddr) -> Result<()> {
     let wait = async {
         while !is_ready(ops).await {
             if child.has_ended() {
-                bail!("{} ended while starting; it said why above", child.name);
+                bail!("{} ended while starting; see its output above", child.name);
             }
             tokio::time::sleep(Duration::from_millis(20)).await;
         }

@@ -47,7 +47,7 @@ fn the_example_names_every_setting_and_no_other() {
 }
 
 #[test]
-fn what_is_commented_out_is_the_default_and_what_must_be_set_is_not() {
+fn commented_settings_are_defaults() {
     let gateway = declared(&read("stream-gateway/src/config.rs"));
     let api = declared(&read("api/src/config.rs"));
     for (name, (value, commented)) in shown() {

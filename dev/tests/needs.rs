@@ -1,4 +1,4 @@
-//! A machine that lacks what tests need is told all of it in one list, before anything is built.
+//! All programs that are missing are listed together, before anything is built.
 
 use std::fs;
 use std::process::{Command, Output};
@@ -20,12 +20,13 @@ const NEEDED: [&str; 7] =
     ["Node.js 20", "npm", "Chromium", "Prometheus", "Python 3.10", "rotel", "schemathesis"];
 
 #[test]
-fn everything_missing_is_named_before_anything_is_built() {
+fn missing_programs_are_listed_before_the_build() {
     let output = test_on_a_bare_machine(&[]);
     let said = String::from_utf8_lossy(&output.stderr);
     assert!(!output.status.success());
-    let (before, list) =
-        said.split_once("error: tests need what is not here").unwrap_or_else(|| panic!("{said}"));
+    let (before, list) = said
+        .split_once("error: the tests need programs that are missing")
+        .unwrap_or_else(|| panic!("{said}"));
     assert!(!before.contains("Starting") && !before.contains("Testing"), "{before}");
     for needed in NEEDED {
         assert_eq!(list.matches(&format!("\n  - {needed}")).count(), 1, "{needed} in {list}");
@@ -34,11 +35,11 @@ fn everything_missing_is_named_before_anything_is_built() {
 }
 
 #[test]
-fn tests_that_are_named_are_run_whatever_is_missing() {
+fn named_tests_run_although_programs_are_missing() {
     let output = test_on_a_bare_machine(&["some_test"]);
     let said = String::from_utf8_lossy(&output.stderr);
     for needed in NEEDED {
         assert!(said.contains(&format!("\n  - {needed}")), "{needed} in {said}");
     }
-    assert!(!said.contains("error: tests need"), "{said}");
+    assert!(!said.contains("error: the tests need"), "{said}");
 }

@@ -83,6 +83,10 @@ const browser = await chromium.launch({
     "--disable-background-networking",
     "--disable-component-update",
     "--disable-sync",
+    // Loopback goes past the proxy, and everything else to one where nobody listens: nothing leaves this machine.
+    "--proxy-server=http://127.0.0.1:9",
+    "--proxy-bypass-list=localhost;127.0.0.1",
+    "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE localhost, EXCLUDE 127.0.0.1",
   ],
   // As in a person's browser, pages that are left are kept to come back to.
   ignoreDefaultArgs: ["--disable-back-forward-cache"],

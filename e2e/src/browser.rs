@@ -6,10 +6,11 @@
 //! the test said that it expects it. A failed test leaves screenshots of its pages in `target/screenshots/failed`.
 
 use std::{
-    collections::HashMap,
+    collections::{BTreeSet, HashMap, HashSet},
     fmt,
     fs::{self, File},
     io::{BufRead, BufReader, Write},
+    net::IpAddr,
     path::{Path, PathBuf},
     process::{ChildStdin, Stdio},
     sync::{
@@ -23,10 +24,8 @@ use std::{
 
 use serde_json::{Value, json};
 use tempfile::TempDir;
-use testkit::{PATIENCE, node, process::Process};
+use testkit::{PATIENCE, node, process::Process, programs, usage, world::User};
 use tokio::sync::oneshot;
-
-use crate::{User, settings};
 
 /// Browsers that run at the same time, over all tests of all processes: a browser is a dozen processes itself.
 const AT_ONCE: usize = 2;
@@ -134,7 +133,7 @@ pub struct Browser {
 impl Browser {
     /// Waits for its turn first: make the browser before anything else, and let it be dropped last.
     pub async fn launch() -> Self {
-        let program = settings::program("DEV_CHROMIUM", "Chromium", "Debian: apt install chromium");
+        let program = programs::program("DEV_CHROMIUM", "Chromium", "Debian: apt install chromium");
         let slot = slot().await;
         let folder = tempfile::Builder::new().prefix("test-browser-").tempdir().expect("a temporary folder");
         let scripts = Path::new(env!("CARGO_MANIFEST_DIR")).join("browser");
@@ -175,6 +174,27 @@ impl Browser {
         browser
     }
 
+    /// Where the sockets lead that its processes have open at this moment.
+    pub fn peers(&self) -> BTreeSet<IpAddr> {
+        let mut family = vec![self.process.id()];
+        let mut inodes = HashSet::new();
+        while let Some(pid) = family.pop() {
+            family.extend(usage::children(pid).unwrap_or_default());
+            // A process may end while we look.
+            let files = fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().flatten();
+            inodes.extend(files.filter_map(|file| {
+                let target = fs::read_link(file.path()).ok()?;
+                Some(target.to_str()?.strip_prefix("socket:[")?.strip_suffix(']')?.to_owned())
+            }));
+        }
+        let tables =
+            ["tcp", "tcp6", "udp", "udp6"].map(|table| fs::read_to_string(format!("/proc/net/{table}")));
+        let tables = tables.map(Result::unwrap_or_default).join("\n");
+        let lines = tables.lines().map(|line| line.split_whitespace().collect::<Vec<_>>());
+        let ours = lines.filter(|fields| fields.get(9).is_some_and(|inode| inodes.contains(*inode)));
+        ours.map(|fields| peer(fields[2]).expect("the kernel's own notation").to_canonical()).collect()
+    }
+
     /// A browser of its own for somebody, at this origin.
     pub async fn context(&self, who: &str, origin: &str) -> Context {
         self.context_with(who, origin, json!({})).await
@@ -212,9 +232,23 @@ impl Drop for Browser {
     }
 }
 
+/// `0100007F:1F90`: words of 32 bits in the machine's own order, and a port.
+fn peer(address: &str) -> Option<IpAddr> {
+    let (words, _) = address.split_once(':')?;
+    let words = words.as_bytes().chunks(8).map(|word| {
+        let word = u32::from_str_radix(std::str::from_utf8(word).ok()?, 16).ok()?;
+        Some(word.to_ne_bytes())
+    });
+    let bytes = words.collect::<Option<Vec<_>>>()?.concat();
+    match <[u8; 4]>::try_from(&bytes[..]) {
+        Ok(bytes) => Some(bytes.into()),
+        Err(_) => Some(<[u8; 16]>::try_from(bytes).ok()?.into()),
+    }
+}
+
 /// One of the few places for browsers.
 async fn slot() -> File {
-    let folder = settings::build_folder();
+    let folder = programs::build_folder();
     let files = (0..AT_ONCE).map(|number| {
         let path = folder.join(format!("browser-{number}.lock"));
         File::options().create(true).append(true).open(path).expect("a file beside the tests' programs")
@@ -343,7 +377,7 @@ impl Drop for Inner {
 
 /// Where pictures of pages go, for people to look at.
 pub fn screenshots() -> PathBuf {
-    settings::build_folder().parent().expect("target/<profile> lies in target").join("screenshots")
+    programs::build_folder().parent().expect("target/<profile> lies in target").join("screenshots")
 }
 
 /// A tab.

@@ -10,9 +10,7 @@ use std::{
     sync::Arc,
 };
 
-use testkit::{node, process::Process, sse::Event};
-
-use crate::{service::Log, settings};
+use testkit::{node, process::Process, programs, service::Log, sse::Event};
 
 /// A language's section of `docs/clients.md`, and how to run the block there.
 #[derive(Debug, Clone, Copy)]
@@ -129,7 +127,7 @@ fn ours(path: &str) -> String {
 
 /// A folder under `target/clients` with these files of `e2e/clients`.
 fn folder(name: &str, files: &[&str]) -> PathBuf {
-    let folder = settings::build_folder().parent().expect("target/<profile> lies in target").join("clients");
+    let folder = programs::build_folder().parent().expect("target/<profile> lies in target").join("clients");
     let folder = folder.join(name);
     fs::create_dir_all(&folder).expect("a folder in target");
     for file in files {
@@ -182,14 +180,14 @@ fn finish(command: &mut Command, folder: &Path) {
 }
 
 /// One of these programs while it runs.
-pub struct Client {
+pub struct ClientProgram {
     pub name: &'static str,
     process: Process,
     printed: Arc<Log>,
     troubles: Arc<Log>,
 }
 
-impl Client {
+impl ClientProgram {
     /// Reads the stream at this address with the token in this file.
     pub fn start(name: &'static str, mut command: Command, url: &str, token_file: &Path) -> Self {
         command.env("STREAM_URL", url).env("TOKEN_FILE", token_file);

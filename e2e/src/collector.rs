@@ -17,16 +17,14 @@ use opentelemetry_proto::tonic::{
 };
 use prost::Message;
 use service_kit::server::{self, Limits, Metrics};
-use testkit::{process::Process, servers::free_port, soon, until};
+use testkit::{ports::free_port, process::Process, programs, soon, until};
 use tokio::sync::watch;
 use tokio_util::sync::{CancellationToken, DropGuard};
 use warp::Filter;
 
-use crate::settings;
-
 /// A span as it came out of the collector. Ids are in hex, times in nanoseconds since 1970.
 #[derive(Debug, Clone)]
-pub struct Seen {
+pub struct ReceivedSpan {
     pub service: String,
     pub instance: String,
     pub name: String,
@@ -41,7 +39,7 @@ pub struct Seen {
     pub attributes: BTreeMap<String, String>,
 }
 
-impl Seen {
+impl ReceivedSpan {
     pub fn attribute(&self, key: &str) -> &str {
         self.attributes.get(key).unwrap_or_else(|| panic!("no {key} in {self:?}"))
     }
@@ -49,7 +47,7 @@ impl Seen {
 
 pub struct Collector {
     port: u16,
-    seen: watch::Sender<Vec<Seen>>,
+    seen: watch::Sender<Vec<ReceivedSpan>>,
     _process: Process,
     _folder: tempfile::TempDir,
     _stop: DropGuard,
@@ -63,7 +61,7 @@ impl Collector {
         let folder = tempfile::tempdir().expect("a temporary folder");
         let (http, grpc) = (free_port(), free_port());
         let mut command =
-            Command::new(settings::program("DEV_ROTEL", "an OpenTelemetry collector", "pip install rotel"));
+            Command::new(programs::program("DEV_ROTEL", "an OpenTelemetry collector", "pip install rotel"));
         command
             .arg("start")
             .arg("--pid-file")
@@ -91,12 +89,17 @@ impl Collector {
     }
 
     /// All that came of this trace so far.
-    pub fn trace(&self, trace: &str) -> Vec<Seen> {
+    pub fn trace(&self, trace: &str) -> Vec<ReceivedSpan> {
         of(trace, &self.seen.borrow())
     }
 
     /// The spans of this trace, once they are as the test wants them.
-    pub async fn until(&self, what: &str, trace: &str, wanted: impl Fn(&[Seen]) -> bool) -> Vec<Seen> {
+    pub async fn until(
+        &self,
+        what: &str,
+        trace: &str,
+        wanted: impl Fn(&[ReceivedSpan]) -> bool,
+    ) -> Vec<ReceivedSpan> {
         let mut seen = self.seen.subscribe();
         let seen =
             soon(what, seen.wait_for(|seen| wanted(&of(trace, seen)))).await.expect("the receiver is ours");
@@ -104,16 +107,16 @@ impl Collector {
     }
 
     /// Everything that came, as text.
-    pub fn said(&self) -> String {
+    pub fn text(&self) -> String {
         format!("{:?}", self.seen.borrow())
     }
 }
 
-fn of(trace: &str, seen: &[Seen]) -> Vec<Seen> {
+fn of(trace: &str, seen: &[ReceivedSpan]) -> Vec<ReceivedSpan> {
     seen.iter().filter(|span| span.trace == trace).cloned().collect()
 }
 
-fn receive(seen: watch::Sender<Vec<Seen>>) -> (SocketAddr, DropGuard) {
+fn receive(seen: watch::Sender<Vec<ReceivedSpan>>) -> (SocketAddr, DropGuard) {
     let listener = server::bind(SocketAddr::from(([127, 0, 0, 1], 0))).expect("a free port of loopback");
     let address = listener.local_addr().expect("it is bound");
     let routes = warp::path!("v1" / "traces").and(warp::post()).and(warp::body::bytes()).map(
@@ -133,13 +136,13 @@ fn receive(seen: watch::Sender<Vec<Seen>>) -> (SocketAddr, DropGuard) {
     (address, stop.drop_guard())
 }
 
-fn read(request: ExportTraceServiceRequest) -> Vec<Seen> {
+fn read(request: ExportTraceServiceRequest) -> Vec<ReceivedSpan> {
     let mut seen = Vec::new();
     for of_service in request.resource_spans {
         let resource = attributes(of_service.resource.unwrap_or_default().attributes);
         let text = |key: &str| resource.get(key).cloned().unwrap_or_default();
         for span in of_service.scope_spans.into_iter().flat_map(|scope| scope.spans) {
-            seen.push(Seen {
+            seen.push(ReceivedSpan {
                 service: text("service.name"),
                 instance: text("service.instance.id"),
                 kind: span.kind(),

@@ -1,20 +1,18 @@
-//! The harness of the end-to-end suite: the real binaries as child processes, a database and a channel prefix for each
-//! test, a real browser and a real nginx, and the comparison of what a browser saw with what the feed says. The promises themselves are in `tests/it`.
+//! What only the end-to-end suite has beside `testkit`: a real browser, a real collector, and readers by other people's
+//! libraries. The promises themselves are in `tests/it`.
 
 #![allow(clippy::disallowed_methods, reason = "tests notice the end of what they start")]
 
 pub mod browser;
 pub mod clients;
 pub mod collector;
-pub mod ledger;
-pub mod nginx;
-pub mod service;
-mod settings;
-pub mod world;
 
 pub use browser::Browser;
 pub use collector::Collector;
-pub use nginx::Front;
-pub use service::Service;
-pub use settings::program;
-pub use world::{User, World};
+pub use testkit::{
+    ledger,
+    nginx::{self, Front},
+    programs::program,
+    service::{self, Service},
+    world::{self, User, World},
+};

@@ -17,8 +17,8 @@ use serde_json::json;
 use sqlx::{AssertSqlSafe, Connection, PgConnection, PgPool, Row, postgres::PgPoolOptions};
 use testkit::{
     http::{Call, Client},
+    ports::free_port,
     process::{Process, Signal},
-    servers::free_port,
     soon, until,
 };
 

@@ -33,8 +33,8 @@ impl Listener {
 
 /// `None`: there is no such line, as before the first of its kind.
 pub(crate) async fn metric(app: &App, line: &str) -> Option<u64> {
-    let text = app.client.get(format!("{}/metrics", app.ops)).expect(200).await.text();
-    text.lines().find_map(|found| found.strip_prefix(line)?.trim().parse().ok())
+    let metrics = app.client.get(format!("{}/metrics", app.ops)).expect(200).await;
+    metrics.metric(line).map(|value| value as u64)
 }
 
 async fn readiness(app: &App) -> (u16, String) {
@@ -127,7 +127,7 @@ async fn a_redis_restarted_while_idle_loses_nothing(pool: PgPool) {
 
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
 async fn without_redis_from_the_start_everything_but_the_bell_works(pool: PgPool) {
-    let port = testkit::servers::free_port();
+    let port = testkit::ports::free_port();
     let (config, _) = with_redis(&pool, &format!("redis://127.0.0.1:{port}/"));
     let app = App::start_with(config).await;
     let (john, jane, conversation) = app.pair(&pool).await;

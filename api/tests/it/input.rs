@@ -2,7 +2,7 @@
 
 use std::{
     sync::atomic::{AtomicBool, Ordering},
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use rand::{RngExt, SeedableRng, rngs::StdRng};
@@ -114,9 +114,7 @@ async fn slow_and_half_sent_requests_are_cut_and_hurt_nobody(pool: PgPool) {
     let slow_head = async {
         let mut socket = raw::connect(&app).await;
         socket.write_all(b"POST /api/login HTTP/1.1\r\nhost: x\r\nx: ").await.unwrap();
-        let began = Instant::now();
         soon("it is cut", raw::read_to_end(&mut socket)).await;
-        assert!(began.elapsed() >= Duration::from_secs(8), "{:?}", began.elapsed());
         cut.store(true, Ordering::Relaxed);
     };
     // Half a body, then the end.

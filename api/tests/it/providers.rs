@@ -12,7 +12,7 @@ use api::oauth::{ProviderSettings, Registration};
 use serde_json::{Value, json};
 use testkit::{
     http::{Answer, Client},
-    node::Server,
+    node::NodeServer,
 };
 use tokio::{
     io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt},
@@ -47,13 +47,13 @@ pub(crate) struct Providers {
     pub(crate) oidc: String,
     pub(crate) github: String,
     client: Client,
-    _server: Server,
+    _server: NodeServer,
 }
 
 impl Providers {
     pub(crate) fn start() -> Self {
         let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/providers");
-        let server = Server::start(&folder, "providers.mjs", ORIGIN);
+        let server = NodeServer::start(&folder, "providers.mjs", ORIGIN);
         let address = |name: &str| server.said[name].as_str().unwrap().to_owned();
         Self { oidc: address("oidc"), github: address("github"), client: Client::default(), _server: server }
     }

@@ -1,11 +1,7 @@
 //! Requests byte by byte, for what a well-behaved client would not send.
 
-use http::{HeaderMap, HeaderName, HeaderValue};
-use testkit::{http::Answer, soon};
-use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt},
-    net::TcpStream,
-};
+use testkit::{http::Answer, raw};
+use tokio::net::TcpStream;
 
 use crate::support::App;
 
@@ -15,7 +11,7 @@ pub(crate) async fn connect(app: &App) -> TcpStream {
 }
 
 pub(crate) async fn connect_to(base: &str) -> TcpStream {
-    TcpStream::connect(base.strip_prefix("http://").unwrap()).await.unwrap()
+    TcpStream::connect(address(base)).await.unwrap()
 }
 
 /// Sends this body, whatever it is.
@@ -33,26 +29,17 @@ pub(crate) async fn post(app: &App, path: &str, headers: &[(&str, &str)], body: 
 
 /// Sends these bytes, and reads what comes until the other end closes. `None`: it was nothing.
 pub(crate) async fn exchange(app: &App, bytes: impl AsRef<[u8]>) -> Option<Answer> {
-    let mut socket = connect(app).await;
-    // The other end may close before it has read everything.
-    let _ = socket.write_all(bytes.as_ref()).await;
-    read_to_end(&mut socket).await
+    whole(&raw::exchange(address(&app.public), bytes).await)
 }
 
 pub(crate) async fn read_to_end(socket: &mut TcpStream) -> Option<Answer> {
-    let mut bytes = Vec::new();
-    let _ = soon("the connection is closed", socket.read_to_end(&mut bytes)).await;
-    (!bytes.is_empty()).then(|| parse(&bytes))
+    whole(&raw::read_to_end(socket).await)
 }
 
-fn parse(bytes: &[u8]) -> Answer {
-    let end = bytes.windows(4).position(|four| four == b"\r\n\r\n").expect("a whole head");
-    let head = std::str::from_utf8(&bytes[..end]).unwrap();
-    let mut lines = head.split("\r\n");
-    let status = lines.next().unwrap().split(' ').nth(1).unwrap().parse().unwrap();
-    let headers: HeaderMap = lines
-        .map(|line| line.split_once(": ").unwrap())
-        .map(|(name, value)| (name.parse::<HeaderName>().unwrap(), value.parse::<HeaderValue>().unwrap()))
-        .collect();
-    Answer { status, headers, body: bytes[end + 4..].to_vec().into() }
+fn whole(bytes: &[u8]) -> Option<Answer> {
+    (!bytes.is_empty()).then(|| raw::parse(bytes))
+}
+
+fn address(base: &str) -> &str {
+    base.strip_prefix("http://").unwrap()
 }

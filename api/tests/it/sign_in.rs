@@ -20,6 +20,7 @@ use testkit::{http::Answer, process::Signal, soon, until};
 use tokio::io::AsyncWriteExt;
 
 use crate::{
+    failures::metric,
     process::serve_with,
     providers::{
         Browser, CLIENT_SECRET, Fake, Providers, Say, begin, github_at, oidc_at, ours, parameter,
@@ -40,10 +41,8 @@ async fn count(pool: &PgPool, sql: &'static str) -> i64 {
 }
 
 async fn sign_ins(app: &App, provider: &str, outcome: &str) -> u64 {
-    let metrics = app.client.get(format!("{}/metrics", app.ops)).expect(200).await.text();
-    let line =
-        format!("messenger_api_provider_logins_total{{provider=\"{provider}\",outcome=\"{outcome}\"}} ");
-    metrics.lines().find_map(|text| text.strip_prefix(&line)).map_or(0, |number| number.parse().unwrap())
+    let series = format!("messenger_api_provider_logins_total{{provider=\"{provider}\",outcome=\"{outcome}\"}}");
+    metric(app, &series).await.unwrap_or_default()
 }
 
 /// The answer of `/api/login`, checked for everything that it promises.

@@ -30,7 +30,7 @@ use sqlx::{PgPool, postgres::PgConnectOptions};
 use testkit::{
     documented::Document,
     http::{Answer, Call, Client},
-    panics, until,
+    panics, programs, until,
 };
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
@@ -54,9 +54,8 @@ pub(crate) struct App {
     task: JoinHandle<anyhow::Result<()>>,
 }
 
-#[expect(clippy::disallowed_methods, reason = "the test runner says where its servers are")]
 pub(crate) fn redis_url() -> String {
-    std::env::var("REDIS_URL").expect("REDIS_URL is set: run the tests by `cargo dev test`")
+    programs::server("REDIS_URL")
 }
 
 /// A prefix that no other test has, on a Redis that all share.

@@ -21,14 +21,14 @@ use protocol::{
     position::Position,
 };
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
-use testkit::process::Process;
+use testkit::{process::Process, usage::Cpu};
 
 pub use self::{
     posts::{Posted, Posts, run as run_posts},
     streams::run as run_streams,
     viewer::digest,
 };
-use crate::{clock::Micros, usage::Cpu};
+use crate::clock::Micros;
 
 /// The subcommands by which this program runs as a load process.
 pub const STREAMS: &str = "load-streams";
@@ -81,7 +81,7 @@ pub struct Status {
     pub events: u64,
     pub last_event_at: Micros,
     /// Streams that had a heartbeat since `Measure`.
-    pub beaten: usize,
+    pub heartbeats: usize,
     /// Connections that ended since `Measure`, by the reason they were told, if any.
     pub ended: BTreeMap<String, u64>,
     /// Durable events from the beginning on.
@@ -90,7 +90,7 @@ pub struct Status {
 
 /// One stream's ledger. Cursors are texts here.
 #[derive(Debug, Serialize, Deserialize)]
-pub struct Place {
+pub struct StreamSummary {
     pub user: UserId,
     /// That of the first `ready`.
     pub began: Option<String>,
@@ -102,7 +102,7 @@ pub struct Place {
 
 #[derive(Debug, Serialize, Deserialize)]
 pub struct Report {
-    pub places: Vec<Place>,
+    pub summaries: Vec<StreamSummary>,
     /// From the time in a message's text to its arrival at the other participant; microseconds.
     pub latencies: Vec<u32>,
     /// From `since` to each `ready`; microseconds.
@@ -170,7 +170,7 @@ impl Streams {
     }
 
     pub fn cpu(&self) -> anyhow::Result<Cpu> {
-        Cpu::of(self.process.id())
+        Ok(Cpu::of(self.process.id())?)
     }
 
     fn ask<A: DeserializeOwned>(&mut self, order: &Order) -> anyhow::Result<A> {
@@ -190,7 +190,7 @@ pub fn check(report: &Report, heads: &[(UserId, Position)]) -> anyhow::Result<()
     anyhow::ensure!(report.faults == 0, "{} events did not follow: {first}", report.faults);
     anyhow::ensure!(report.resyncs == 0, "{} streams were told to reload", report.resyncs);
     let heads: BTreeMap<_, _> = heads.iter().copied().collect();
-    for Place { user, newest, .. } in &report.places {
+    for StreamSummary { user, newest, .. } in &report.summaries {
         let head = heads.get(user).map(Position::to_string);
         anyhow::ensure!(*newest == head, "the stream of {user} ends at {newest:?}, the feed at {head:?}");
     }

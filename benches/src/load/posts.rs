@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 use super::{Sender, read_lines};
 use crate::{
     clock::{Micros, micros, now, sleep_until},
-    http::Connection,
+    http::HttpConnection,
 };
 
 /// The order, as JSON.
@@ -37,7 +37,7 @@ pub struct Posts {
 
 /// Between two tries.
 const PAUSE: Duration = Duration::from_millis(250);
-/// Nothing that is killed here stays away for so long.
+/// Longer than anything that is killed here is down.
 const PATIENCE: Duration = Duration::from_mins(1);
 
 /// What came of it.
@@ -85,7 +85,7 @@ pub fn run(order: &str) -> anyhow::Result<()> {
         all.failures.extend(posted.failures);
         all.took = all.took.max(posted.took);
     }
-    all.cpu_seconds = crate::usage::Cpu::of(std::process::id())?.seconds();
+    all.cpu_seconds = testkit::usage::Cpu::of(std::process::id())?.seconds();
     let mut stdout = std::io::stdout().lock();
     writeln!(stdout, "{}", serde_json::to_string(&all)?)?;
     Ok(stdout.flush()?)
@@ -93,7 +93,7 @@ pub fn run(order: &str) -> anyhow::Result<()> {
 
 /// One client: its share of the pairs write in turn, so that no two clients meet in a conversation.
 fn client(posts: &Posts, senders: &[Sender], number: usize) -> anyhow::Result<Posted> {
-    let mut connection = Some(Connection::open(posts.api)?);
+    let mut connection = Some(HttpConnection::open(posts.api)?);
     let mut posted = Posted::default();
     let length = posts.length.map_or(Micros::MAX, micros);
     let mine = senders.chunks(2).skip(number).step_by(posts.clients).flatten().cycle();
@@ -126,10 +126,10 @@ fn client(posts: &Posts, senders: &[Sender], number: usize) -> anyhow::Result<Po
 }
 
 /// By the connection that is there, if its other end has not closed it meanwhile, else by a new one.
-fn attempt(connection: &mut Option<Connection>, api: SocketAddr, request: &[u8]) -> anyhow::Result<()> {
-    let mut used = match connection.take().filter(Connection::is_open) {
+fn attempt(connection: &mut Option<HttpConnection>, api: SocketAddr, request: &[u8]) -> anyhow::Result<()> {
+    let mut used = match connection.take().filter(HttpConnection::is_open) {
         Some(connection) => connection,
-        None => Connection::open(api).context("cannot connect")?,
+        None => HttpConnection::open(api).context("cannot connect")?,
     };
     let answer = used.exchange(request)?;
     if !answer.last {

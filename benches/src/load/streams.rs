@@ -16,8 +16,8 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use socket2::{Domain, Protocol, Socket, Type};
 
 use super::{
-    Order, Place, Report, Status, Viewer, read_lines,
-    viewer::{Ledger, Reader, Said, Told},
+    Order, Report, Status, StreamSummary, Viewer, read_lines,
+    viewer::{DeliveredEvent, Ledger, Reader, StreamItem},
 };
 use crate::clock::{Micros, now};
 
@@ -49,13 +49,13 @@ pub fn run() -> anyhow::Result<()> {
 struct Stream {
     viewer: Viewer,
     ledger: Ledger,
-    connection: Option<Connection>,
-    beaten: bool,
+    connection: Option<OpenStream>,
+    heartbeats: bool,
     longest_delay: u32,
     ended_at: Option<Micros>,
 }
 
-struct Connection {
+struct OpenStream {
     socket: TcpStream,
     reader: Reader,
     asked: bool,
@@ -154,7 +154,7 @@ impl Holder {
                         viewer,
                         ledger,
                         connection: None,
-                        beaten: false,
+                        heartbeats: false,
                         longest_delay: 0,
                         ended_at: None,
                     });
@@ -171,7 +171,7 @@ impl Holder {
                 let Status { ready, opening, events_ever, .. } = self.status;
                 self.status = Status { ready, opening, events_ever, ..Status::default() };
                 for stream in &mut self.streams {
-                    stream.beaten = false;
+                    stream.heartbeats = false;
                     stream.longest_delay = 0;
                 }
             }
@@ -191,15 +191,15 @@ impl Holder {
     }
 
     fn report(&self) -> Report {
-        let place = |stream: &Stream| Place {
+        let summary = |stream: &Stream| StreamSummary {
             user: stream.viewer.user,
-            began: stream.ledger.began.map(|place| place.to_string()),
-            newest: stream.ledger.place.map(|place| place.to_string()),
+            began: stream.ledger.began.map(|position| position.to_string()),
+            newest: stream.ledger.position.map(|position| position.to_string()),
             digest: stream.ledger.digest,
         };
         let longest = self.streams.iter().map(|stream| stream.longest_delay);
         Report {
-            places: self.streams.iter().map(place).collect(),
+            summaries: self.streams.iter().map(summary).collect(),
             latencies: self.latencies.clone(),
             readies: self.readies.clone(),
             delays: self.delays.clone(),
@@ -236,7 +236,7 @@ impl Holder {
             let interest = Interest::READABLE | Interest::WRITABLE;
             self.poll.registry().register(&mut socket, Token(index), interest)?;
             let reader = Reader::default();
-            Ok(Connection { socket, reader, asked: false, ready: false, goodbye: None })
+            Ok(OpenStream { socket, reader, asked: false, ready: false, goodbye: None })
         });
         match connection {
             Ok(connection) => {
@@ -268,8 +268,8 @@ impl Holder {
             let Some(connection) = &mut stream.connection else { return };
             let count = match connection.socket.read(buffer) {
                 Ok(0) => {
-                    let told = connection.goodbye.take();
-                    return self.end(index, told.as_deref().unwrap_or("closed"));
+                    let reason = connection.goodbye.take();
+                    return self.end(index, reason.as_deref().unwrap_or("closed"));
                 }
                 Ok(count) => count,
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
@@ -283,9 +283,9 @@ impl Holder {
             let body_ended = heard.body_ended;
             self.account(index, heard, arrived, wall);
             if body_ended {
-                let told =
+                let reason =
                     self.streams[index].connection.as_mut().and_then(|connection| connection.goodbye.take());
-                return self.end(index, told.as_deref().unwrap_or("ended"));
+                return self.end(index, reason.as_deref().unwrap_or("ended"));
             }
             // Less than there was room for: nothing is left, and more is another event.
             if count < buffer.len() && !over {
@@ -310,16 +310,16 @@ impl Holder {
             }
             connection.goodbye = heard.goodbye.or(connection.goodbye.take());
         }
-        if heard.beaten && !stream.beaten {
-            stream.beaten = true;
-            status.beaten += 1;
+        if heard.heartbeats && !stream.heartbeats {
+            stream.heartbeats = true;
+            status.heartbeats += 1;
         }
-        if !heard.told.is_empty() {
-            status.events += heard.told.len() as u64;
-            status.events_ever += heard.told.len() as u64;
+        if !heard.events.is_empty() {
+            status.events += heard.events.len() as u64;
+            status.events_ever += heard.events.len() as u64;
             status.last_event_at = arrived;
         }
-        for Told { number, created_at } in heard.told {
+        for DeliveredEvent { number, created_at } in heard.events {
             if let Some(number) = number
                 && self.latencies.len() < SAMPLES
             {
@@ -374,8 +374,8 @@ impl Holder {
 struct Heard {
     statuses: Vec<u16>,
     ready: bool,
-    told: Vec<Told>,
-    beaten: bool,
+    events: Vec<DeliveredEvent>,
+    heartbeats: bool,
     resyncs: u64,
     goodbye: Option<String>,
     body_ended: bool,
@@ -383,16 +383,16 @@ struct Heard {
 }
 
 impl Heard {
-    fn take(&mut self, said: Said) {
+    fn take(&mut self, said: StreamItem) {
         match said {
-            Said::Status(status) => self.statuses.push(status),
-            Said::Ready => self.ready = true,
-            Said::Event(told) => self.told.push(told),
-            Said::Heartbeat => self.beaten = true,
-            Said::Resync => self.resyncs += 1,
-            Said::Goodbye(reason) => self.goodbye = Some(reason),
-            Said::End => self.body_ended = true,
-            Said::Fault(fault) => self.faults.push(fault),
+            StreamItem::Status(status) => self.statuses.push(status),
+            StreamItem::Ready => self.ready = true,
+            StreamItem::Event(event) => self.events.push(event),
+            StreamItem::Heartbeat => self.heartbeats = true,
+            StreamItem::Resync => self.resyncs += 1,
+            StreamItem::Goodbye(reason) => self.goodbye = Some(reason),
+            StreamItem::End => self.body_ended = true,
+            StreamItem::Fault(fault) => self.faults.push(fault),
         }
     }
 }
@@ -408,15 +408,16 @@ fn connect(gateway: SocketAddr, index: usize) -> io::Result<TcpStream> {
 }
 
 /// Sends the request, once the connection stands. [`io::ErrorKind::NotConnected`] when it does not yet.
-fn ask(connection: &mut Connection, viewer: &Viewer, ledger: &Ledger, gateway: SocketAddr) -> io::Result<()> {
+fn ask(connection: &mut OpenStream, viewer: &Viewer, ledger: &Ledger, gateway: SocketAddr) -> io::Result<()> {
     if let Some(error) = connection.socket.take_error()? {
         return Err(error);
     }
     connection.socket.peer_addr()?;
-    let place = ledger.place.map_or_else(String::new, |place| format!("Last-Event-ID: {place}\r\n"));
+    let position =
+        ledger.position.map_or_else(String::new, |position| format!("Last-Event-ID: {position}\r\n"));
     let request = format!(
         "GET /api/messages HTTP/1.1\r\nHost: {gateway}\r\nAccept: text/event-stream\r\nCache-Control: no-cache\r\n\
-         Authorization: Bearer {}\r\n{place}\r\n",
+         Authorization: Bearer {}\r\n{position}\r\n",
         viewer.token
     );
     // A new connection's buffer takes a request whole.

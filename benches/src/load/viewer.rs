@@ -14,11 +14,11 @@ const DEFAULT_RETRY_MILLIS: u32 = 3_000;
 
 /// What the bytes of one connection said, for the process to count.
 #[derive(Debug, PartialEq)]
-pub enum Said {
+pub enum StreamItem {
     /// The status of the answer: anything but 200 is also a fault.
     Status(u16),
     Ready,
-    Event(Told),
+    Event(DeliveredEvent),
     Heartbeat,
     Resync,
     Goodbye(String),
@@ -29,7 +29,7 @@ pub enum Said {
 
 /// A durable event.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
-pub struct Told {
+pub struct DeliveredEvent {
     /// That its text begins with, if it is a message to this user that has one.
     pub number: Option<u64>,
     /// When Postgres made the message, in microseconds since 1970.
@@ -39,7 +39,7 @@ pub struct Told {
 /// One viewer's memory, over all its connections.
 #[derive(Debug, Default, Clone)]
 pub struct Ledger {
-    pub place: Option<Position>,
+    pub position: Option<Position>,
     pub retry_millis: Option<u32>,
     /// Where it began, and what followed: a [`digest`].
     pub began: Option<Position>,
@@ -79,7 +79,7 @@ impl Ledger {
 }
 
 impl Reader {
-    pub fn read(&mut self, bytes: &[u8], ledger: &mut Ledger, mut say: impl FnMut(Said)) {
+    pub fn read(&mut self, bytes: &[u8], ledger: &mut Ledger, mut say: impl FnMut(StreamItem)) {
         if self.headers_read {
             self.read_body(bytes, ledger, &mut say);
         } else {
@@ -92,12 +92,14 @@ impl Reader {
         }
     }
 
-    fn read_head(&mut self, head: &str, say: &mut impl FnMut(Said)) {
+    fn read_head(&mut self, head: &str, say: &mut impl FnMut(StreamItem)) {
         let mut lines = head.split("\r\n");
         let status = lines.next().unwrap_or_default();
-        say(Said::Status(status.split(' ').nth(1).and_then(|code| code.parse().ok()).unwrap_or_default()));
+        say(StreamItem::Status(
+            status.split(' ').nth(1).and_then(|code| code.parse().ok()).unwrap_or_default(),
+        ));
         if !status.starts_with("HTTP/1.1 200 ") {
-            say(Said::Fault(format!("answered {status}")));
+            say(StreamItem::Fault(format!("answered {status}")));
         }
         for line in lines.map(str::to_ascii_lowercase) {
             if line == "transfer-encoding: chunked" {
@@ -108,7 +110,7 @@ impl Reader {
         }
     }
 
-    fn read_body(&mut self, bytes: &[u8], ledger: &mut Ledger, say: &mut impl FnMut(Said)) {
+    fn read_body(&mut self, bytes: &[u8], ledger: &mut Ledger, say: &mut impl FnMut(StreamItem)) {
         let mut unpacked = Vec::new();
         let (bytes, over) = match &mut self.body {
             Body::Open => (bytes, Ok(false)),
@@ -125,12 +127,12 @@ impl Reader {
         self.read_blocks(bytes, ledger, say);
         match over {
             Ok(false) => {}
-            Ok(true) => say(Said::End),
-            Err(fault) => say(Said::Fault(fault.into())),
+            Ok(true) => say(StreamItem::End),
+            Err(fault) => say(StreamItem::Fault(fault.into())),
         }
     }
 
-    fn read_blocks(&mut self, bytes: &[u8], ledger: &mut Ledger, say: &mut impl FnMut(Said)) {
+    fn read_blocks(&mut self, bytes: &[u8], ledger: &mut Ledger, say: &mut impl FnMut(StreamItem)) {
         // Almost always a read holds whole blocks, so almost always nothing is copied.
         if self.rest.is_empty() {
             let used = take_whole(bytes, ledger, say);
@@ -145,17 +147,17 @@ impl Reader {
         self.limit(say);
     }
 
-    fn limit(&mut self, say: &mut impl FnMut(Said)) {
+    fn limit(&mut self, say: &mut impl FnMut(StreamItem)) {
         if self.rest.is_empty() {
             self.rest = Vec::new();
         } else if self.rest.len() > LONGEST {
-            say(Said::Fault("a block without an end".into()));
+            say(StreamItem::Fault("a block without an end".into()));
         }
     }
 }
 
 /// Returns how many bytes were whole. A comment and a `retry` before a block take effect with their own line.
-fn take_whole(bytes: &[u8], ledger: &mut Ledger, say: &mut impl FnMut(Said)) -> usize {
+fn take_whole(bytes: &[u8], ledger: &mut Ledger, say: &mut impl FnMut(StreamItem)) -> usize {
     let mut used = 0;
     loop {
         let rest = &bytes[used..];
@@ -168,14 +170,14 @@ fn take_whole(bytes: &[u8], ledger: &mut Ledger, say: &mut impl FnMut(Said)) -> 
                     say(said);
                 }
             }
-            Err(_) => say(Said::Fault("a block that is not UTF-8".into())),
+            Err(_) => say(StreamItem::Fault("a block that is not UTF-8".into())),
         }
         used += length + end.len();
     }
 }
 
 impl Ledger {
-    fn enter(&mut self, block: &str) -> Option<Said> {
+    fn enter(&mut self, block: &str) -> Option<StreamItem> {
         let (mut id, mut name, mut data) = (None, None, "");
         let mut comment = false;
         for line in block.split('\n') {
@@ -185,49 +187,50 @@ impl Ledger {
                 Some(("data", value)) => data = value,
                 Some(("retry", value)) => self.retry_millis = value.parse().ok(),
                 _ if line.starts_with(':') => comment = true,
-                _ => return Some(Said::Fault(format!("a line of no known form: {line:?}"))),
+                _ => return Some(StreamItem::Fault(format!("a line of no known form: {line:?}"))),
             }
         }
         let cursor = match id.map(str::parse::<Position>) {
-            Some(Err(_)) => return Some(Said::Fault(format!("an id that is no cursor: {id:?}"))),
+            Some(Err(_)) => return Some(StreamItem::Fault(format!("an id that is no cursor: {id:?}"))),
             Some(Ok(cursor)) => Some(cursor),
             None => None,
         };
         match (name, cursor) {
-            (Some("ready"), None) => Some(Said::Ready), // A resync follows.
+            (Some("ready"), None) => Some(StreamItem::Ready), // A resync follows.
             (Some("ready"), Some(cursor)) => {
-                let came_back_elsewhere = self.place.is_some_and(|place| place != cursor);
-                let fault = || Said::Fault(format!("was at {:?}, and is ready at {cursor}", self.place));
-                let said = if came_back_elsewhere { fault() } else { Said::Ready };
-                self.place = Some(cursor);
+                let came_back_elsewhere = self.position.is_some_and(|position| position != cursor);
+                let fault =
+                    || StreamItem::Fault(format!("was at {:?}, and is ready at {cursor}", self.position));
+                let said = if came_back_elsewhere { fault() } else { StreamItem::Ready };
+                self.position = Some(cursor);
                 self.began.get_or_insert(cursor);
                 Some(said)
             }
             (Some("resync"), Some(cursor)) => {
-                self.place = Some(cursor);
-                Some(Said::Resync)
+                self.position = Some(cursor);
+                Some(StreamItem::Resync)
             }
             (Some("goodbye"), None) => {
                 let reason = text_member(data, "reason").unwrap_or("goodbye");
-                Some(Said::Goodbye(reason.to_owned()))
+                Some(StreamItem::Goodbye(reason.to_owned()))
             }
             (name, Some(cursor)) => {
                 let follows = self
-                    .place
-                    .is_some_and(|place| place.epoch == cursor.epoch && place.seq + 1 == cursor.seq);
-                let fault = || Said::Fault(format!("{cursor} came after {:?}", self.place));
+                    .position
+                    .is_some_and(|position| position.epoch == cursor.epoch && position.seq + 1 == cursor.seq);
+                let fault = || StreamItem::Fault(format!("{cursor} came after {:?}", self.position));
                 let number = if name.is_none() { number_in_text(data) } else { None };
                 let said = if follows {
-                    Said::Event(Told { number, created_at: created_at(data) })
+                    StreamItem::Event(DeliveredEvent { number, created_at: created_at(data) })
                 } else {
                     fault()
                 };
-                self.place = Some(cursor);
+                self.position = Some(cursor);
                 self.digest = digest(self.digest, cursor.seq, name.unwrap_or(kind::MESSAGE), data);
                 Some(said)
             }
-            (Some(name), None) => Some(Said::Fault(format!("{name} without an id"))),
-            (None, None) => comment.then_some(Said::Heartbeat),
+            (Some(name), None) => Some(StreamItem::Fault(format!("{name} without an id"))),
+            (None, None) => comment.then_some(StreamItem::Heartbeat),
         }
     }
 }
@@ -275,7 +278,7 @@ mod tests {
     }
 
     /// Whole, and byte by byte: the same must come of it.
-    fn read(ledger: &mut Ledger, text: &str) -> Vec<Said> {
+    fn read(ledger: &mut Ledger, text: &str) -> Vec<StreamItem> {
         let (mut whole, mut pieces) = (Vec::new(), Vec::new());
         let mut copy = ledger.clone();
         let mut reader = Reader::default();
@@ -284,8 +287,8 @@ mod tests {
         }
         Reader::default().read(text.as_bytes(), ledger, |said| whole.push(said));
         assert_eq!(whole, pieces);
-        assert_eq!((ledger.place, ledger.digest), (copy.place, copy.digest));
-        assert_eq!(whole.remove(0), Said::Status(if text.contains(" 401 ") { 401 } else { 200 }));
+        assert_eq!((ledger.position, ledger.digest), (copy.position, copy.digest));
+        assert_eq!(whole.remove(0), StreamItem::Status(if text.contains(" 401 ") { 401 } else { 200 }));
         whole
     }
 
@@ -301,44 +304,44 @@ mod tests {
             message(6, "hello"),
         );
         let said = read(&mut ledger, &text);
-        let event = |number| Said::Event(Told { number, created_at: None });
-        let beat = || Said::Heartbeat;
-        assert_eq!(said, [beat(), Said::Ready, event(Some(17)), beat(), event(None), event(None)]);
-        assert_eq!((ledger.retry_millis(), ledger.place.map(|place| place.seq)), (2_500, Some(6)));
+        let event = |number| StreamItem::Event(DeliveredEvent { number, created_at: None });
+        let beat = || StreamItem::Heartbeat;
+        assert_eq!(said, [beat(), StreamItem::Ready, event(Some(17)), beat(), event(None), event(None)]);
+        assert_eq!((ledger.retry_millis(), ledger.position.map(|position| position.seq)), (2_500, Some(6)));
     }
 
     #[test]
-    fn a_hole_a_repeat_and_another_feed_are_faults() {
+    fn gap_repeat_and_other_feed_are_faults() {
         for next in [message(5, "1"), message(3, "1"), message(4, "1").replace("ff-", "fe-")] {
             let said = read(&mut Ledger::default(), &format!("{HEAD}{}{next}", ready(3)));
-            assert!(matches!(&said[..], [Said::Ready, Said::Fault(_)]), "{said:?}");
+            assert!(matches!(&said[..], [StreamItem::Ready, StreamItem::Fault(_)]), "{said:?}");
         }
         let said = read(&mut Ledger::default(), &format!("{HEAD}{}", message(1, "1")));
-        assert!(matches!(&said[..], [Said::Fault(_)]), "an event before ready: {said:?}");
+        assert!(matches!(&said[..], [StreamItem::Fault(_)]), "an event before ready: {said:?}");
     }
 
     #[test]
-    fn who_comes_back_must_be_where_they_were() {
-        let place: Position = id(7).parse().unwrap();
+    fn reconnect_must_resume_at_its_position() {
+        let position: Position = id(7).parse().unwrap();
         let back_at = |seq| {
-            let mut ledger = Ledger { place: Some(place), ..Ledger::default() };
+            let mut ledger = Ledger { position: Some(position), ..Ledger::default() };
             read(&mut ledger, &format!("{HEAD}{}", ready(seq)))
         };
-        assert_eq!(back_at(7), [Said::Ready]);
-        assert!(matches!(&back_at(8)[..], [Said::Fault(_)]));
+        assert_eq!(back_at(7), [StreamItem::Ready]);
+        assert!(matches!(&back_at(8)[..], [StreamItem::Fault(_)]));
     }
 
     #[test]
-    fn ends_and_refusals_are_told_apart() {
+    fn ends_and_refusals_are_distinguished() {
         let goodbye = "retry: 90000\nevent: goodbye\ndata: {\"reason\":\"busy\",\"reconnect\":true}\n\n";
         let mut ledger = Ledger::default();
-        assert_eq!(read(&mut ledger, &format!("{HEAD}{goodbye}")), [Said::Goodbye("busy".into())]);
+        assert_eq!(read(&mut ledger, &format!("{HEAD}{goodbye}")), [StreamItem::Goodbye("busy".into())]);
         assert_eq!(ledger.retry_millis(), 90_000);
         let refused = read(&mut ledger, "HTTP/1.1 401 Unauthorized\r\n\r\n");
-        assert!(matches!(&refused[..], [Said::Fault(why)] if why.contains("401")));
+        assert!(matches!(&refused[..], [StreamItem::Fault(why)] if why.contains("401")));
         let resync =
             format!("{HEAD}event: ready\ndata: {{}}\n\nevent: resync\ndata: {{}}\nid: {}\n\n", id(9));
-        assert_eq!(read(&mut ledger, &resync), [Said::Ready, Said::Resync]);
+        assert_eq!(read(&mut ledger, &resync), [StreamItem::Ready, StreamItem::Resync]);
     }
 
     #[test]
@@ -349,16 +352,23 @@ mod tests {
         let head = "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n";
         let chunk = |part: &str| format!("{:x}\r\n{part}\r\n", part.len());
         let said = read(&mut ledger, &format!("{head}{}{}0\r\n\r\n", chunk(first), chunk(second)));
-        assert_eq!(said, [Said::Ready, Said::Event(Told { number: Some(17), created_at: None }), Said::End]);
+        assert_eq!(
+            said,
+            [
+                StreamItem::Ready,
+                StreamItem::Event(DeliveredEvent { number: Some(17), created_at: None }),
+                StreamItem::End
+            ]
+        );
         let alone = "HTTP/1.1 200 OK\r\nContent-Length: 13\r\n\r\nretry: 3000\n\n";
-        assert_eq!(read(&mut ledger, alone), [Said::End]);
+        assert_eq!(read(&mut ledger, alone), [StreamItem::End]);
         assert_eq!(ledger.retry_millis(), 3_000);
         let said = read(&mut Ledger::default(), &format!("{head}no length\r\n"));
-        assert!(matches!(&said[..], [Said::Fault(_), ..]), "{said:?}");
+        assert!(matches!(&said[..], [StreamItem::Fault(_), ..]), "{said:?}");
     }
 
     #[test]
-    fn two_ledgers_agree_only_when_they_were_told_the_same() {
+    fn ledgers_agree_only_after_the_same_events() {
         let told = |texts: [&str; 2]| {
             let mut ledger = Ledger::default();
             read(&mut ledger, &format!("{HEAD}{}{}{}", ready(3), message(4, texts[0]), message(5, texts[1])));

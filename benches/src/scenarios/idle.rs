@@ -2,25 +2,26 @@
 
 use std::thread::sleep;
 
-use super::{Costs, PATIENCE, Sizes, check_ledgers, open_streams, say_complaints};
+use testkit::usage::Memory;
+
+use super::{Costs, PATIENCE, Sizes, check_ledgers, open_streams, print_complaints};
 use crate::{
     clock::now,
+    fixtures::{self, Bench},
     load::Order,
-    people,
     report::{count, figure, megabytes, progress},
     source::Source,
-    usage::Memory,
-    world::World,
 };
 
 /// Bytes of the gateway's memory for each stream, at most.
 const ALLOWED: f64 = 1_536.0;
 
 pub async fn run(sizes: &Sizes) -> anyhow::Result<()> {
-    let world = World::new().await?;
-    let people = people::make(&world, sizes.streams).await?;
-    let api = world.api()?.start()?;
-    let gateway = world.gateway(&api)?.env("HEARTBEAT_SECONDS", sizes.heartbeat.as_secs()).start()?;
+    let world = Bench::new().await;
+    let users = fixtures::make_users(&world, sizes.streams).await?;
+    let api = world.api().ready().await;
+    let gateway =
+        world.gateway(api.internal()).env("HEARTBEAT_SECONDS", sizes.heartbeat.as_secs()).ready().await;
     let before = gateway.memory()?;
     let each = |memory: Memory| {
         let bytes = memory.pss.saturating_sub(before.pss) as f64 / sizes.streams as f64;
@@ -29,7 +30,7 @@ pub async fn run(sizes: &Sizes) -> anyhow::Result<()> {
     figure("PSS before", format_args!("{}; RSS {}", megabytes(before.pss), megabytes(before.rss)));
 
     let cpu = gateway.cpu()?;
-    let mut streams = open_streams(&world, &gateway, &people, sizes).await?;
+    let mut streams = open_streams(&world, &gateway, &users, sizes).await?;
     let opening = gateway.cpu()? - cpu;
     let opened = gateway.memory()?;
     figure(format_args!("PSS with {} streams", count(sizes.streams as u64)), each(opened));
@@ -39,15 +40,15 @@ pub async fn run(sizes: &Sizes) -> anyhow::Result<()> {
     );
 
     progress("one event to each");
-    Source::new(&world, &people).await?.one_each().await?;
-    streams.until("everybody has the event", PATIENCE, |status| status.events >= people.len() as u64)?;
+    Source::new(&world, &users).await?.one_each().await?;
+    streams.until("everybody has the event", PATIENCE, |status| status.events >= users.len() as u64)?;
     figure("PSS after an event to each", each(gateway.memory()?));
 
     progress("a round of heartbeats");
     streams.order(&Order::Measure { since: now() })?;
-    streams.until("everybody has a heartbeat", PATIENCE, |status| status.beaten == people.len())?;
-    let beaten = gateway.memory()?;
-    figure("PSS after a round of heartbeats", each(beaten));
+    streams.until("everybody has a heartbeat", PATIENCE, |status| status.heartbeats == users.len())?;
+    let heartbeats = gateway.memory()?;
+    figure("PSS after a round of heartbeats", each(heartbeats));
 
     progress(format_args!("idling for {:?}", sizes.idling));
     let costs = Costs::now(&world, &api, Some(&gateway), Some(&streams))?;
@@ -59,11 +60,11 @@ pub async fn run(sizes: &Sizes) -> anyhow::Result<()> {
 
     let status = streams.status()?;
     anyhow::ensure!(status.ended.is_empty(), "streams ended: {:?}", status.ended);
-    check_ledgers(&world, &mut streams, &people).await?;
-    let most = [opened, beaten, after].map(|memory| memory.pss).into_iter().max().unwrap_or_default();
+    check_ledgers(&world, &mut streams, &users).await?;
+    let most = [opened, heartbeats, after].map(|memory| memory.pss).into_iter().max().unwrap_or_default();
     let bytes = most.saturating_sub(before.pss) as f64 / sizes.streams as f64;
     let verdict = if bytes <= ALLOWED { "kept" } else { "NOT KEPT" };
     figure("at most 1.5 KB a stream", format_args!("{verdict}: {bytes:.0} bytes at the most"));
-    say_complaints(&[&api, &gateway]);
+    print_complaints(&[&api, &gateway]);
     Ok(())
 }

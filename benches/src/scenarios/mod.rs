@@ -9,29 +9,27 @@ mod storm;
 use std::{collections::BTreeMap, time::Duration};
 
 use clap::ValueEnum;
+use testkit::{service::Service, usage::Cpu};
 
 use crate::{
     clock::now,
+    fixtures::{self, Bench, BenchUser},
     load::{Order, Streams, check},
-    machine, people,
-    people::Person,
+    machine,
     report::{figure, heading, progress},
-    service::Service,
-    usage::Cpu,
-    world::World,
 };
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Scenario {
-    /// What an idle stream costs: memory and CPU of a gateway that holds many
+    /// Memory and CPU of a gateway with many idle streams
     Idle,
-    /// One to one over many streams: latency and CPU at a steady rate, then faster until something gives
+    /// Latency and CPU of events to single users at a steady rate, then faster until it fails
     Fanout,
-    /// Messages a second through POST, and how long one takes from POST to the other's screen
+    /// Messages per second through POST, and the time from POST to the other user's stream
     Post,
-    /// Everybody comes back at once after a gateway was killed
+    /// All streams reconnect at once after a gateway is killed
     Storm,
-    /// Two apis, three gateways and nginx while all are connected: a rolling restart, then SIGKILL
+    /// A rolling restart and SIGKILLs of two apis and three gateways behind nginx, with all streams connected
     Deploy,
 }
 
@@ -125,24 +123,24 @@ const PATIENCE: Duration = Duration::from_mins(1);
 
 /// The usual start: everybody's stream is open and ready on one gateway.
 async fn open_streams(
-    world: &World,
+    world: &Bench,
     gateway: &Service,
-    people: &[Person],
+    users: &[BenchUser],
     sizes: &Sizes,
 ) -> anyhow::Result<Streams> {
-    progress(format_args!("opening {} streams", people.len()));
-    let viewers = people::viewers_file(world, people)?;
+    progress(format_args!("opening {} streams", users.len()));
+    let viewers = fixtures::viewers_file(world, users)?;
     let mut streams = Streams::start()?;
     let per_second = sizes.opened_per_second;
-    streams.order(&Order::Open { gateway: gateway.public()?, viewers, per_second })?;
-    streams.until("all streams are ready", PATIENCE, |status| status.ready == people.len())?;
+    streams.order(&Order::Open { gateway: gateway.public(), viewers, per_second })?;
+    streams.until("all streams are ready", PATIENCE, |status| status.ready == users.len())?;
     streams.order(&Order::Measure { since: now() })?;
     Ok(streams)
 }
 
 /// Nothing was lost, repeated or out of order, and every ledger ends where the feed does.
-async fn check_ledgers(world: &World, streams: &mut Streams, people: &[Person]) -> anyhow::Result<()> {
-    check(&streams.report()?, &people::heads(world, people).await?)
+async fn check_ledgers(world: &Bench, streams: &mut Streams, users: &[BenchUser]) -> anyhow::Result<()> {
+    check(&streams.report()?, &fixtures::heads(world, users).await?)
 }
 
 /// CPU time so far of everything that takes part.
@@ -156,7 +154,7 @@ struct Costs {
 
 impl Costs {
     fn now(
-        world: &World,
+        world: &Bench,
         api: &Service,
         gateway: Option<&Service>,
         streams: Option<&Streams>,
@@ -192,13 +190,13 @@ impl Costs {
     }
 }
 
-/// Warnings and errors do not spoil a figure, but whoever reads it should know.
-fn say_complaints(services: &[&Service]) {
+/// Warnings and errors do not spoil a figure, but its reader should know.
+fn print_complaints(services: &[&Service]) {
     let mut times = BTreeMap::<String, usize>::new();
-    for complaint in services.iter().flat_map(|service| service.complaints()) {
+    for complaint in services.iter().flat_map(|service| service.log().complaints()) {
         *times.entry(complaint).or_default() += 1;
     }
     for (complaint, times) in times {
-        figure(format_args!("complained {times} times"), complaint);
+        figure(format_args!("logged {times} times"), complaint);
     }
 }

@@ -3,14 +3,15 @@
 
 use std::time::Duration;
 
-use super::{Costs, PATIENCE, Sizes, check_ledgers, open_streams, say_complaints};
+use testkit::usage::Cpu;
+
+use super::{Costs, PATIENCE, Sizes, check_ledgers, open_streams, print_complaints};
 use crate::{
     clock::{micros, now},
+    fixtures::{self, Bench},
     load::{Order, Posting, Posts},
-    people, report,
+    report,
     report::{Percentiles, count, figure, heading},
-    usage::Cpu,
-    world::World,
 };
 
 /// For the load process to start and connect.
@@ -19,15 +20,15 @@ const HEAD_START: Duration = Duration::from_millis(500);
 const SCREEN_CLIENTS: usize = 32;
 
 pub async fn run(sizes: &Sizes) -> anyhow::Result<()> {
-    let world = World::new().await?;
-    let sync = crate::machine::disk_sync(world.folder.path())?;
+    let world = Bench::new().await;
+    let sync = crate::machine::disk_sync(world.folder())?;
     figure("the disk keeps 8 KiB within", sync);
-    let people = people::make(&world, 2 * sizes.post_pairs).await?;
-    let senders = people::introduce(&world, &people).await?;
-    let senders = people::senders_file(&world, &senders)?;
-    let api = world.api()?.start()?;
+    let users = fixtures::make_users(&world, 2 * sizes.post_pairs).await?;
+    let senders = fixtures::start_conversations(&world, &users).await?;
+    let senders = fixtures::senders_file(&world, &senders)?;
+    let api = world.api().ready().await;
     let post = |clients, length, per_second, begin| {
-        let api = api.public()?;
+        let api = api.public();
         let (senders, length) = (senders.clone(), Some(length));
         Posting::start(&Posts { api, senders, clients, length, per_second, insist: false, begin })?.finish()
     };
@@ -56,8 +57,8 @@ pub async fn run(sizes: &Sizes) -> anyhow::Result<()> {
         anyhow::ensure!(messages(&world).await? == stored, "answered 201: {stored}; in Postgres are others");
     }
 
-    let gateway = world.gateway(&api)?.start()?;
-    let mut streams = open_streams(&world, &gateway, &people, sizes).await?;
+    let gateway = world.gateway(api.internal()).ready().await;
+    let mut streams = open_streams(&world, &gateway, &users, sizes).await?;
     let begin = now() + micros(HEAD_START);
     streams.order(&Order::Measure { since: begin })?;
     let costs = Costs::now(&world, &api, Some(&gateway), Some(&streams))?;
@@ -68,23 +69,23 @@ pub async fn run(sizes: &Sizes) -> anyhow::Result<()> {
     let mut costs = Costs::now(&world, &api, Some(&gateway), Some(&streams))?.since(&costs);
     costs.load = Cpu(costs.load.0 + Duration::from_secs_f64(posted.cpu_seconds));
     let screens = Percentiles::of(streams.report()?.latencies);
-    check_ledgers(&world, &mut streams, &people).await?;
+    check_ledgers(&world, &mut streams, &users).await?;
     anyhow::ensure!(status.events == 2 * posted.accepted, "two events for each message: {status:?}");
     heading(format_args!(
         "  from POST to the other's screen, {}/s for {:?}, {} streams, everything as shipped",
         count(sizes.screen_rate.into()),
         sizes.screen_length,
-        count(people.len() as u64),
+        count(users.len() as u64),
     ));
     figure("messages", format_args!("{}; none lost, repeated or out of order", count(posted.accepted)));
     figure("from due to the 201", Percentiles::of(posted.latencies));
     figure("from due to the other's screen", screens);
     costs.say();
-    say_complaints(&[&api, &gateway]);
+    print_complaints(&[&api, &gateway]);
     Ok(())
 }
 
-async fn messages(world: &World) -> anyhow::Result<u64> {
+async fn messages(world: &Bench) -> anyhow::Result<u64> {
     let count: i64 = sqlx::query_scalar("SELECT count(*) FROM messages").fetch_one(&world.sql).await?;
     Ok(count.cast_unsigned())
 }

@@ -196,7 +196,7 @@ async fn a_dead_gateway_is_skipped_every_time() {
 }
 
 #[tokio::test]
-async fn nobody_behind_it_is_a_502_problem() {
+async fn no_upstream_is_a_502_problem() {
     let address = ingress(dead().await, vec![dead().await]).await;
     for path in ["/api/login", STREAM_PATH] {
         let request = format!("GET {path} HTTP/1.1\r\nHost: a\r\nX-Request-Id: mine-1\r\n\r\n");

@@ -13,7 +13,7 @@ use std::{
 use e2e::{
     Browser, Front, World,
     browser::Page,
-    clients::{Client, Language, block, event, strict},
+    clients::{ClientProgram, Language, block, event, strict},
     ledger::Feed,
 };
 use protocol::{ids::UserId, position::Seq};
@@ -74,11 +74,11 @@ async fn bad_gateway() -> SocketAddr {
 }
 
 /// Waits until the condition holds for all clients; a panic names the ones for which it does not.
-async fn until_all(clients: &mut [Client], what: &str, holds: impl Fn(&Client) -> bool) {
+async fn until_all(clients: &mut [ClientProgram], what: &str, holds: impl Fn(&ClientProgram) -> bool) {
     let deadline = Instant::now() + PATIENCE;
     while !clients.iter().all(&holds) {
         if Instant::now() > deadline {
-            let late = clients.iter_mut().filter(|client| !holds(client)).map(Client::describe);
+            let late = clients.iter_mut().filter(|client| !holds(client)).map(ClientProgram::describe);
             panic!("waited {PATIENCE:?} in vain: {what}: {}", late.collect::<Vec<_>>().join("\n"));
         }
         sleep(Duration::from_millis(20)).await;
@@ -86,7 +86,7 @@ async fn until_all(clients: &mut [Client], what: &str, holds: impl Fn(&Client) -
 }
 
 /// Waits until all have received Jane's newest event.
-async fn until_caught_up(world: &World, jane: UserId, clients: &mut [Client], page: Option<&Page>) {
+async fn until_caught_up(world: &World, jane: UserId, clients: &mut [ClientProgram], page: Option<&Page>) {
     let head = Feed::read(&world.sql, jane).await.head_cursor();
     until_all(clients, "everybody receives the newest event", |client| client.has(&head)).await;
     if let Some(page) = page {
@@ -122,7 +122,7 @@ async fn documented_clients_receive_exactly_the_feed() {
     let token_file = folder.path().join("token");
     fs::write(&token_file, &two.jane.token).unwrap();
     let start = |(name, command), door: &Proxy| {
-        Client::start(name, command, &format!("http://{}/api/messages", door.address()), &token_file)
+        ClientProgram::start(name, command, &format!("http://{}/api/messages", door.address()), &token_file)
     };
     let (documented, strict) = commands.await.unwrap();
     let mut documented: Vec<_> = documented.into_iter().map(|command| start(command, &door)).collect();
@@ -202,9 +202,9 @@ async fn documented_clients_receive_exactly_the_feed() {
 }
 
 /// Each received all that came after `begin`, once, in order, byte for byte.
-async fn assert_exact(world: &World, jane: UserId, begin: Seq, clients: &[Client]) {
+async fn assert_exact(world: &World, jane: UserId, begin: Seq, clients: &[ClientProgram]) {
     let feed = Feed::read(&world.sql, jane).await;
-    let difference = |client: &Client| {
+    let difference = |client: &ClientProgram| {
         let difference = feed.difference(&client.events(), begin)?;
         Some(format!("{}: {difference}", client.name))
     };

@@ -11,14 +11,14 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use testkit::{
     proxy::Proxy,
     servers::{Postgres, Redis},
-    sse::{Block, Browser, Resume},
+    sse::{Block, EventSource, Resume},
     until,
 };
 
 use crate::support::{Crowd, RETRY, Traffic, Two, assert_all_exact, browser};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_message_whose_api_died_between_commit_and_publish_still_arrives() {
+async fn message_arrives_if_api_dies_before_publishing() {
     let redis = Redis::start();
     let dead_link = Proxy::start(redis.address()).await;
     let world = World::with_redis(redis.url()).await;
@@ -42,7 +42,7 @@ async fn a_message_whose_api_died_between_commit_and_publish_still_arrives() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn what_is_committed_and_never_published_arrives_alone_or_before_the_next() {
+async fn unpublished_event_arrives_alone_or_before_the_next() {
     let world = World::new().await;
     let api = world.api().ready().await;
     let gateway = world.gateway(api.internal()).env("RECONCILE_SECONDS", 1).ready().await;
@@ -68,7 +68,7 @@ async fn what_is_committed_and_never_published_arrives_alone_or_before_the_next(
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn when_a_gateway_is_killed_its_clients_go_on_elsewhere_with_nothing_lost_or_doubled() {
+async fn clients_of_a_killed_gateway_resume_elsewhere_exactly() {
     let world = Arc::new(World::new().await);
     let api = world.api().ready().await;
     let gateway = || world.gateway(api.internal()).ready();
@@ -98,14 +98,7 @@ async fn a_storm_of_reconnects_is_answered_exactly() {
         world.gateway(api.internal()).env("MAX_STREAMS_PER_USER", 100).ready()
     );
     let crowd = Crowd::gather(&world, &api, 10).await;
-    let mut watching = Vec::new();
-    for user in &crowd.users {
-        for _ in 0..30 {
-            let ways = vec![doomed.stream(user), other.stream(user)];
-            watching.push((user.clone(), Browser::open(ways, Resume::Header, RETRY)));
-        }
-    }
-    join_all(watching.iter().map(|(_, browser)| browser.ready())).await;
+    let watching = crowd.watch_first(&[&doomed, &other], 30).await;
     let traffic = Traffic::start(&world, &[&api], &crowd.lines, Duration::from_millis(100));
     traffic.more(50).await;
     doomed.kill();
@@ -115,7 +108,7 @@ async fn a_storm_of_reconnects_is_answered_exactly() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn more_users_than_fit_in_one_batch_are_subscribed_reconciled_and_resumed() {
+async fn more_users_than_one_batch_are_subscribed_and_resumed() {
     const USERS: i64 = 1_100; // Batches are 512 and 1,000.
     let most = getrlimit(Resource::RLIMIT_NOFILE).unwrap().1;
     setrlimit(Resource::RLIMIT_NOFILE, most, most).unwrap();
@@ -157,7 +150,7 @@ async fn more_users_than_fit_in_one_batch_are_subscribed_reconciled_and_resumed(
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn while_the_internal_listener_is_away_streams_stay_open_and_live_events_flow() {
+async fn live_events_continue_while_the_internal_listener_is_down() {
     let redis = Redis::start();
     let world = World::with_redis(redis.url()).await;
     let lossy = Proxy::start(redis.address()).await;
@@ -225,7 +218,7 @@ async fn a_stream_opened_while_api_is_away_is_whole_once_it_is_back() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_link_to_api_that_breaks_inside_answers_delivers_no_half_event() {
+async fn broken_link_to_api_delivers_no_partial_event() {
     let world = Arc::new(World::with_redis("redis://127.0.0.1:1/".into()).await);
     let api = world.api().ready().await;
     let link = Proxy::start(api.internal()).await;
@@ -246,7 +239,7 @@ async fn a_link_to_api_that_breaks_inside_answers_delivers_no_half_event() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_postgres_that_crashes_and_recovers_under_traffic_loses_no_accepted_message() {
+async fn postgres_crash_under_traffic_loses_no_accepted_message() {
     let mut postgres = Postgres::start();
     let world = Arc::new(World::with_postgres(postgres.url()).await);
     let (api, gateway) = world.pair().await;
@@ -272,7 +265,7 @@ async fn a_postgres_that_crashes_and_recovers_under_traffic_loses_no_accepted_me
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn while_the_link_to_postgres_hangs_or_breaks_streams_stay_open_and_nothing_is_lost_or_doubled() {
+async fn broken_link_to_postgres_keeps_streams_open_and_exact() {
     let postgres = Postgres::start();
     let link = Proxy::start(postgres.address()).await;
     let world = Arc::new(World::with_postgres(postgres.url()).await);
@@ -315,7 +308,7 @@ async fn a_gateway_that_was_frozen_goes_on_exactly() {
     let mut gateway = world.gateway(api.internal()).env("RECONCILE_SECONDS", 1).ready().await;
     let two = Two::meet(&world, &api).await;
     let watching =
-        vec![(two.jane.clone(), Browser::open(vec![gateway.stream(&two.jane)], Resume::Header, RETRY))];
+        vec![(two.jane.clone(), EventSource::open(vec![gateway.stream(&two.jane)], Resume::Header, RETRY))];
     watching[0].1.ready().await;
     let line = [(two.john.clone(), two.conversation)];
     let traffic = Traffic::start(&world, &[&api], &line, Duration::from_millis(2));

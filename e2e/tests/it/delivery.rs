@@ -1,9 +1,6 @@
 //! When nothing is broken but the clients' own connections.
 
-use std::{
-    sync::Arc,
-    time::{Duration, Instant},
-};
+use std::{sync::Arc, time::Duration};
 
 use e2e::{
     World,
@@ -13,7 +10,7 @@ use futures_util::future::join_all;
 use testkit::{
     proxy::Proxy,
     servers::Redis,
-    sse::{Browser, Opening, Resume},
+    sse::{EventSource, Opening, Resume},
     until,
 };
 
@@ -42,7 +39,7 @@ async fn a_message_travels_from_post_to_both_screens() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn every_device_sees_exactly_its_users_feed_whatever_replica_gateway_or_reconnect() {
+async fn every_device_receives_exactly_its_users_feed() {
     let world = Arc::new(World::new().await);
     let (one, two) = tokio::join!(world.api().ready(), world.api().ready());
     let gateway = |internal| world.gateway(internal).ready();
@@ -61,7 +58,7 @@ async fn every_device_sees_exactly_its_users_feed_whatever_replica_gateway_or_re
     let mut watching = Vec::new();
     for (number, user) in crowd.users.iter().enumerate() {
         for (device, resume) in [Resume::Header, Resume::Query, Resume::Alternately].into_iter().enumerate() {
-            watching.push((user.clone(), Browser::open(ways(user, number + device), resume, RETRY)));
+            watching.push((user.clone(), EventSource::open(ways(user, number + device), resume, RETRY)));
         }
     }
     join_all(watching.iter().map(|(_, browser)| browser.ready())).await;
@@ -96,7 +93,7 @@ async fn every_device_sees_exactly_its_users_feed_whatever_replica_gateway_or_re
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn while_all_is_well_every_event_comes_by_redis_at_once_and_none_by_reconcile() {
+async fn healthy_redis_delivers_every_event() {
     let world = World::new().await;
     let api = world.api().ready().await;
     let gateway = world.gateway(api.internal()).env("RECONCILE_SECONDS", 300).ready().await;
@@ -107,19 +104,14 @@ async fn while_all_is_well_every_event_comes_by_redis_at_once_and_none_by_reconc
         gateway.metric("messenger_gateway_actual_subscriptions").await >= 1.0
     })
     .await;
-    let mut slowest = Duration::ZERO;
     for _ in 0..50 {
-        let began = Instant::now();
         let posted = world.say(&api, &two.john, two.conversation).await;
         jane.until("the message", |record| {
             record.ledger().next_back().is_some_and(|event| event.json()["id"] == posted["id"])
         })
         .await;
-        slowest = slowest.max(began.elapsed());
     }
-    println!("post to screen, all well: {slowest:?} at the slowest of 50");
-    let by =
-        async |label: &str| gateway.metric_where("messenger_gateway_events_delivered_total", label).await;
+    let by = async |label: &str| gateway.metric_where("messenger_gateway_events_delivered_total", label).await;
     assert_eq!(by(r#"path="redis""#).await, 50.0);
     assert_eq!(gateway.metric("messenger_gateway_events_delivered_total").await, 50.0);
     assert_eq!(gateway.metric("messenger_gateway_reconcile_recovered_feeds_total").await, 0.0);
@@ -139,7 +131,7 @@ async fn a_burst_arrives_whole_and_in_order() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_device_that_comes_while_messages_flow_misses_none_after_its_ready() {
+async fn device_that_joins_under_traffic_misses_nothing() {
     let world = Arc::new(World::new().await);
     let (api, gateway) = world.pair().await;
     let two = Two::meet(&world, &api).await;
@@ -156,7 +148,7 @@ async fn a_device_that_comes_while_messages_flow_misses_none_after_its_ready() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_single_message_posted_at_the_moment_of_joining_is_not_missed() {
+async fn message_posted_while_joining_is_not_missed() {
     // The subscription takes its time, so that the message comes before, between and behind all steps of joining.
     let redis = Redis::start();
     let link = Proxy::start(redis.address()).await;
@@ -191,7 +183,7 @@ async fn a_single_message_posted_at_the_moment_of_joining_is_not_missed() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_user_who_left_and_came_back_to_the_same_gateway_misses_nothing() {
+async fn user_who_returns_to_the_same_gateway_misses_nothing() {
     let world = World::new().await;
     let (api, gateway) = world.pair().await;
     let two = Two::meet(&world, &api).await;
@@ -202,11 +194,12 @@ async fn a_user_who_left_and_came_back_to_the_same_gateway_misses_nothing() {
     let cursor = first.record().last_id().unwrap().to_owned();
     drop(first);
     // The gateway's entry lingers for a moment, then goes; both kinds of return must find everything.
-    for _ in 0..3 {
+    for lingers in [true, true, false] {
+        if !lingers {
+            until("the entry is gone", async || gateway.metric("gateway_users").await == 0.0).await;
+        }
         two.say(&world, &api, 3).await;
         let back = browser(gateway.stream(&two.jane).last_event_id(&cursor));
         assert_exact(&world.sql, two.jane.id, "jane", &back).await;
-        drop(back);
-        tokio::time::sleep(Duration::from_millis(700)).await;
     }
 }

@@ -9,7 +9,7 @@ use protocol::{
     ids::SessionId,
 };
 use testkit::{
-    servers::free_port,
+    ports::free_port,
     sse::{End, Event, Stream},
     until,
 };
@@ -100,7 +100,7 @@ async fn one_stream_more_than_a_user_may_have_replaces_the_oldest() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn over_the_limit_of_the_process_the_answer_is_a_stream_that_says_busy() {
+async fn stream_over_the_process_limit_says_busy() {
     let world = World::new().await;
     let api = world.api().ready().await;
     let gateway = world.gateway(api.internal()).env("MAX_STREAMS", 3).ready().await;
@@ -128,7 +128,7 @@ async fn over_the_limit_of_the_process_the_answer_is_a_stream_that_says_busy() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn over_the_limit_of_an_address_the_answer_says_busy() {
+async fn stream_over_the_address_limit_says_busy() {
     let world = World::new().await;
     let api = world.api().ready().await;
     let gateway = world.gateway(api.internal()).env("MAX_STREAMS_PER_ADDRESS", 2).ready().await;
@@ -151,7 +151,7 @@ async fn revoke(world: &World, session: SessionId) {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn the_streams_of_a_revoked_session_end_within_a_tick_and_no_others() {
+async fn revoked_session_ends_its_own_streams_only() {
     let dead_redis = format!("redis://127.0.0.1:{}/", free_port());
     for redis in [None, Some(dead_redis)] {
         let world = match redis {

@@ -10,7 +10,7 @@ use testkit::{
 };
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn whoever_comes_with_a_foreign_token_talks_and_listens_like_anybody() {
+async fn external_token_works_for_rest_and_stream() {
     let world = World::new().await;
     let key = IssuerKey::number(0);
     let issuer = Issuer::start(Some(&key));

@@ -13,7 +13,7 @@ const CHECKS: &str = "not_a_server_error,status_code_conformance,content_type_co
                       response_schema_conformance,allow_header_conformance,unsupported_method,ignored_auth";
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_fuzzer_that_reads_our_document_finds_nothing_that_is_not_in_it() {
+async fn fuzzer_finds_no_answer_outside_the_openapi_document() {
     let world = World::new().await;
     let (api, gateway) = world.pair().await;
     let two = Two::meet(&world, &api).await;

@@ -10,8 +10,7 @@ use std::{
 use e2e::{Service, World};
 use futures_util::future::join_all;
 use rand::{RngExt, SeedableRng, rngs::StdRng};
-use serde_json::Value;
-use testkit::soon;
+use testkit::{raw::answer, soon};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::{TcpSocket, TcpStream},
@@ -38,25 +37,6 @@ fn listeners(api: &Service, gateway: &Service) -> [(&'static str, SocketAddr, &'
     ]
 }
 
-struct Answer {
-    status: u16,
-    head: String,
-    body: Vec<u8>,
-}
-
-/// The next answer on this connection, to a request that is not HEAD.
-async fn answer(socket: &mut TcpStream) -> Answer {
-    let mut head = Vec::new();
-    while !head.ends_with(b"\r\n\r\n") {
-        head.push(soon("an answer", socket.read_u8()).await.expect("a whole head"));
-    }
-    let head = String::from_utf8(head).unwrap().to_lowercase();
-    let length = head.split("content-length: ").nth(1).and_then(|rest| rest.split("\r\n").next());
-    let mut body = vec![0; length.map_or(0, |length| length.parse().unwrap())];
-    soon("the body", socket.read_exact(&mut body)).await.unwrap();
-    Answer { status: head.split(' ').nth(1).unwrap().parse().unwrap(), head, body }
-}
-
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn malformed_heads_are_refused_alike_by_every_listener() {
     let world = World::new().await;
@@ -74,19 +54,14 @@ async fn malformed_heads_are_refused_alike_by_every_listener() {
             socket.write_all(request.as_bytes()).await.unwrap();
             let answer = answer(&mut socket).await;
             assert_eq!(answer.status, 400, "{name}: {request}");
-            assert!(
-                answer.head.contains("content-type: application/problem+json"),
-                "{name}: {}",
-                answer.head
-            );
-            let problem: Value = serde_json::from_slice(&answer.body).unwrap();
+            assert_eq!(answer.header("content-type"), Some("application/problem+json"), "{name}");
+            let problem = answer.json();
             assert_eq!(
                 (problem["code"].as_str(), problem["status"].as_u64()),
                 (Some(code), Some(400)),
                 "{name}"
             );
-            let id = problem["requestId"].as_str().unwrap();
-            assert!(answer.head.contains(&format!("x-request-id: {id}\r\n")), "{name}: {}", answer.head);
+            assert_eq!(problem["requestId"].as_str(), answer.header("x-request-id"), "{name}");
         }
     }
 }
@@ -133,16 +108,16 @@ async fn an_early_answer_keeps_the_connection_or_says_close() {
             socket.write_all(b"body").await.unwrap();
             let early = answer(&mut socket).await;
             let expected = [status, 404, 405, 401, 200];
-            assert!(expected.contains(&early.status), "{name}, {method} {target}: {}", early.head);
-            assert!(!early.head.contains("connection: close"), "{name}, {method} {target}: {}", early.head);
+            assert!(expected.contains(&early.status), "{name}, {method} {target}: {}", early.status);
+            assert_ne!(early.header("connection"), Some("close"), "{name}, {method} {target}");
             socket.write_all(format!("GET {path} HTTP/1.1\r\nHost: x\r\n\r\n").as_bytes()).await.unwrap();
             let next = answer(&mut socket).await;
-            assert!([200, 401].contains(&next.status), "{name}: {}", next.head);
+            assert!([200, 401].contains(&next.status), "{name}: {}", next.status);
 
             let mut socket = TcpStream::connect(address).await.unwrap();
             socket.write_all(request("Content-Length: 9999999").as_bytes()).await.unwrap();
             let early = answer(&mut socket).await;
-            assert!(early.head.contains("connection: close"), "{name}, {method} {target}: {}", early.head);
+            assert_eq!(early.header("connection"), Some("close"), "{name}, {method} {target}");
         }
     }
 }

@@ -37,7 +37,7 @@ async fn alone(apis: &[&Service]) -> usize {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn two_processes_share_one_budget_and_have_one_each_while_redis_is_away() {
+async fn rate_limits_are_shared_while_redis_is_up() {
     const BUDGET: usize = 20;
     let mut redis = Redis::start();
     let world = World::with_redis(redis.url()).await;
@@ -68,7 +68,7 @@ async fn two_processes_share_one_budget_and_have_one_each_while_redis_is_away() 
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn everybody_may_come_back_at_once_through_one_address() {
+async fn all_streams_may_reconnect_at_once_from_one_address() {
     const USERS: i64 = 600;
     let world = World::new().await;
     let api = world.api().ready().await;
@@ -76,7 +76,7 @@ async fn everybody_may_come_back_at_once_through_one_address() {
     let mut gateway = as_shipped.without("LIMIT_OPEN_PER_ADDRESS").ready().await;
     let users = world.many(USERS).await;
     let watching: Vec<_> = users.iter().map(|user| browser(gateway.stream(user))).collect();
-    join_all(watching.iter().map(testkit::sse::Browser::ready)).await;
+    join_all(watching.iter().map(testkit::sse::EventSource::ready)).await;
     gateway.restart().await;
     until("everybody is back", || async {
         gateway.metric("messenger_gateway_streams").await == USERS as f64

@@ -9,7 +9,7 @@ use serde_json::json;
 use crate::support::{Crowd, Traffic, Two, assert_all_exact};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn replicas_killed_in_the_middle_of_their_work_leave_no_hole_and_no_double() {
+async fn replicas_killed_at_work_leave_no_gap_and_no_duplicate() {
     let world = Arc::new(World::new().await);
     let (mut one, mut two, steady) =
         tokio::join!(world.api().ready(), world.api().ready(), world.api().ready());
@@ -57,7 +57,7 @@ async fn replicas_killed_in_the_middle_of_their_work_leave_no_hole_and_no_double
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn one_key_sent_twenty_times_over_two_replicas_is_one_message_and_one_event() {
+async fn key_repeated_at_two_replicas_is_one_message() {
     let world = World::new().await;
     let (one, two) = tokio::join!(world.api().ready(), world.api().ready());
     let pair = Two::meet(&world, &one).await;

@@ -8,7 +8,8 @@ use protocol::{
 };
 use testkit::{
     http::Answer,
-    servers::{Redis, free_port},
+    ports::free_port,
+    servers::Redis,
     soon,
     sse::{Block, Opening},
     until,
@@ -51,7 +52,7 @@ async fn a_stream_opens_with_its_head_a_retry_and_ready() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_compression_that_is_offered_is_not_used_and_a_request_id_is_kept() {
+async fn stream_is_uncompressed_and_keeps_the_request_id() {
     let world = World::new().await;
     let (api, gateway) = world.pair().await;
     let two = Two::meet(&world, &api).await;
@@ -64,7 +65,7 @@ async fn a_compression_that_is_offered_is_not_used_and_a_request_id_is_kept() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn the_head_and_retry_come_at_once_with_api_and_redis_down_and_ready_when_api_is_back() {
+async fn head_and_retry_do_not_wait_for_api_or_redis() {
     let mut redis = Redis::start();
     let world = World::with_redis(redis.url()).await;
     let (mut api, gateway) = world.pair().await;
@@ -95,7 +96,7 @@ async fn the_head_and_retry_come_at_once_with_api_and_redis_down_and_ready_when_
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_gateway_without_keys_is_unready_and_never_says_401_for_want_of_them() {
+async fn gateway_without_keys_is_unready_and_never_answers_401() {
     let world = World::new().await;
     let internal: std::net::SocketAddr = ([127, 0, 0, 1], free_port()).into();
     let gateway = world.gateway(internal).start().await;
@@ -134,7 +135,7 @@ async fn idle_streams_hear_heartbeats() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_token_is_taken_from_header_query_or_cookie_and_a_bad_one_is_not_made_up_for() {
+async fn first_credential_counts_even_if_it_is_bad() {
     let world = World::new().await;
     let (api, gateway) = world.pair().await;
     let jane = world.user(&api, "jane").await;
@@ -162,7 +163,9 @@ async fn a_token_is_taken_from_header_query_or_cookie_and_a_bad_one_is_not_made_
     let expired = world.sign(&Claims { iat: now - 100, exp: now - 1, ..claims.clone() });
     let external_issuer = world.sign(&Claims { iss: "http://elsewhere.example".into(), ..claims.clone() });
     let stranger =
-        SigningKeys::from_pems(e2e::world::ORIGIN, &e2e::world::private_key(), &[]).unwrap().sign(&claims);
+        SigningKeys::from_pems(e2e::world::ORIGIN, testkit::secrets::signing_key().unwrap().as_bytes(), &[])
+            .unwrap()
+            .sign(&claims);
     let cut = &jane.token[..jane.token.len() - 2];
     for opening in [
         plain(),

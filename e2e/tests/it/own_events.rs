@@ -12,7 +12,7 @@ async fn ready(mut stream: Stream) -> Stream {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_sender_and_a_receiver_are_told_of_a_message_each_in_their_way() {
+async fn sender_and_receiver_each_get_their_own_event() {
     let world = World::new().await;
     let (api, gateway) = world.pair().await;
     let two = Two::meet(&world, &api).await;
@@ -73,7 +73,7 @@ async fn both_are_told_of_a_new_conversation_each_as_they_see_it() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn reading_is_told_to_my_devices_and_to_the_other_one_and_only_when_something_moves() {
+async fn read_event_reaches_both_users_only_if_the_mark_moves() {
     let world = World::new().await;
     let (api, gateway) = world.pair().await;
     let two = Two::meet(&world, &api).await;
@@ -117,7 +117,7 @@ async fn reading_is_told_to_my_devices_and_to_the_other_one_and_only_when_someth
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn the_cursor_of_a_rest_answer_is_a_place_from_which_nothing_is_missed() {
+async fn stream_from_a_rest_answers_cursor_misses_nothing() {
     let world = World::new().await;
     let (api, gateway) = world.pair().await;
     let two = Two::meet(&world, &api).await;

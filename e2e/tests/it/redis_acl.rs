@@ -84,7 +84,7 @@ async fn assert_all_is_well(busy: &Busy) {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn with_the_documented_rights_all_is_well_and_without_one_it_is_said_and_nothing_is_lost() {
+async fn missing_redis_right_is_logged_and_loses_nothing() {
     let mut redis = Redis::start();
     let world = World::with_redis(redis.url()).await;
     let prefix = world.prefix().to_owned();

@@ -23,7 +23,7 @@ fn heard_at(cluster: &Cluster, channel: &str) -> Vec<usize> {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn every_channel_is_heard_at_the_node_that_owns_it_and_at_no_other() {
+async fn channel_is_subscribed_only_on_the_node_that_owns_it() {
     let cluster = Cluster::start();
     let busy = busy_on(&cluster).await;
     for user in &busy.crowd.users {
@@ -47,7 +47,7 @@ async fn every_channel_is_heard_at_the_node_that_owns_it_and_at_no_other() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn slots_that_move_under_traffic_lose_nothing_and_are_heard_where_they_go() {
+async fn moved_slot_is_resubscribed_on_its_new_node() {
     let cluster = Cluster::start();
     let busy = busy_on(&cluster).await;
     let traffic = busy.traffic();
@@ -73,7 +73,7 @@ async fn slots_that_move_under_traffic_lose_nothing_and_are_heard_where_they_go(
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_node_killed_under_traffic_is_followed_to_its_replica_and_loses_nothing() {
+async fn killed_node_is_followed_to_its_replica_without_loss() {
     let mut cluster = Cluster::start();
     let busy = busy_on(&cluster).await;
     let channel = busy.world.channel(busy.crowd.users[0].id);
@@ -97,7 +97,7 @@ async fn a_node_killed_under_traffic_is_followed_to_its_replica_and_loses_nothin
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_node_that_hangs_for_a_while_loses_nothing_and_holds_up_no_other() {
+async fn hanging_node_loses_nothing_and_delays_no_other() {
     let mut cluster = Cluster::start();
     let busy = busy_on(&cluster).await;
     let channel = busy.world.channel(busy.crowd.users[0].id);

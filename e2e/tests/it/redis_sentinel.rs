@@ -7,7 +7,7 @@ use testkit::cluster::Watched;
 use crate::support::Busy;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn who_the_sentinels_name_is_followed_when_a_server_steps_down_and_when_one_dies() {
+async fn services_follow_the_master_that_sentinels_name() {
     let mut redis = Watched::start();
     let busy = Busy::new(World::with_redis_settings(redis.settings()).await).await;
     busy.until_redis_is_trusted().await;

@@ -103,7 +103,7 @@ async fn a_reconnecting_client_gets_exactly_what_it_missed() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn without_a_cursor_or_with_an_empty_one_a_stream_starts_at_the_head() {
+async fn stream_without_a_cursor_starts_at_the_head() {
     let setting = Setting::new().await;
     let head = setting.feed().await.head_cursor();
     let jane = setting.jane(0);
@@ -186,7 +186,7 @@ async fn a_cursor_from_the_future_is_a_resync() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_cursor_older_than_what_is_kept_is_a_resync_and_the_oldest_kept_one_is_not() {
+async fn cursor_older_than_the_oldest_kept_event_is_a_resync() {
     let setting = Setting::new().await;
     let feed = setting.feed().await;
     let delete = sqlx::query("DELETE FROM feed WHERE user_id = $1 AND seq <= 5").bind(setting.two.jane.id.0);
@@ -208,7 +208,7 @@ async fn a_cursor_older_than_what_is_kept_is_a_resync_and_the_oldest_kept_one_is
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_live_stream_whose_epoch_is_redrawn_is_told_to_reload_and_goes_on() {
+async fn new_epoch_makes_a_live_stream_resync_and_continue() {
     let setting = Setting::new().await;
     let mut quiet = setting.jane(1).stream().await;
     quiet.named("ready").await;
@@ -240,7 +240,7 @@ async fn a_live_stream_whose_epoch_is_redrawn_is_told_to_reload_and_goes_on() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_database_set_back_under_live_streams_is_noticed_and_the_new_history_is_exact() {
+async fn restored_database_resyncs_live_streams() {
     let setting = Setting::new().await;
     let mut jane = setting.jane(1).stream().await;
     let ready = jane.named("ready").await;

@@ -53,7 +53,7 @@ async fn internal_secret_is_rotated_under_traffic_without_a_refusal() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn gateway_that_api_refuses_says_so_and_recovers() {
+async fn gateway_refused_by_api_says_so_and_recovers() {
     let world = World::new().await;
     let mut api = world.api().env("SHUTDOWN_WAIT_SECONDS", 0).ready().await;
     let old = world.internal_secret().to_owned();

@@ -17,15 +17,15 @@ use protocol::ids::ConversationId;
 use testkit::{
     servers::Redis,
     soon,
-    sse::{Browser, Opening, Resume},
+    sse::{EventSource, Opening, Resume},
     until,
 };
 
 /// Browsers come back fast here: their patience is not what is tested.
 pub(crate) const RETRY: Duration = Duration::from_millis(50);
 
-pub(crate) fn browser(opening: Opening) -> Browser {
-    Browser::open(vec![opening], Resume::Header, RETRY)
+pub(crate) fn browser(opening: Opening) -> EventSource {
+    EventSource::open(vec![opening], Resume::Header, RETRY)
 }
 
 /// Between two messages of one careful client, where much is to happen under traffic.
@@ -80,11 +80,24 @@ impl Crowd {
     }
 
     /// One browser a user, ready.
-    pub(crate) async fn watch(&self, at: &[&Service]) -> Vec<(User, Browser)> {
+    pub(crate) async fn watch(&self, at: &[&Service]) -> Vec<(User, EventSource)> {
         let mut watching = Vec::new();
         for (number, user) in self.users.iter().enumerate() {
             let openings = (0..at.len()).map(|turn| at[(number + turn) % at.len()].stream(user)).collect();
-            watching.push((user.clone(), Browser::open(openings, Resume::Header, RETRY)));
+            watching.push((user.clone(), EventSource::open(openings, Resume::Header, RETRY)));
+        }
+        join_all(watching.iter().map(|(_, browser)| browser.ready())).await;
+        watching
+    }
+
+    /// So many devices a user, all at the first gateway; they reconnect to the others.
+    pub(crate) async fn watch_first(&self, at: &[&Service], devices: usize) -> Vec<(User, EventSource)> {
+        let mut watching = Vec::new();
+        for user in &self.users {
+            for _ in 0..devices {
+                let openings = at.iter().map(|gateway| gateway.stream(user)).collect();
+                watching.push((user.clone(), EventSource::open(openings, Resume::Header, RETRY)));
+            }
         }
         join_all(watching.iter().map(|(_, browser)| browser.ready())).await;
         watching
@@ -155,7 +168,7 @@ pub(crate) struct Busy {
     pub(crate) apis: [Service; 2],
     pub(crate) gateways: [Service; 2],
     pub(crate) crowd: Crowd,
-    watching: Vec<(User, Browser)>,
+    watching: Vec<(User, EventSource)>,
 }
 
 impl Busy {
@@ -262,7 +275,7 @@ pub(crate) async fn assert_all_exact(
     world: &World,
     api: &Service,
     lines: &[(User, ConversationId)],
-    watching: &[(User, Browser)],
+    watching: &[(User, EventSource)],
 ) {
     for (user, browser) in watching {
         assert_exact(&world.sql, user.id, &user.name, browser).await;

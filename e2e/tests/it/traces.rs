@@ -11,15 +11,12 @@ use std::{
 
 use e2e::{
     Collector, Service, World,
-    collector::Seen,
+    collector::ReceivedSpan,
     ledger::{Feed, assert_exact},
 };
 use opentelemetry_proto::tonic::trace::v1::span::SpanKind;
 use serde_json::json;
-use testkit::{
-    servers::{Redis, free_port},
-    soon, until,
-};
+use testkit::{ports::free_port, servers::Redis, soon, until};
 
 use crate::support::{Crowd, Traffic, Two, assert_all_exact, browser};
 
@@ -51,34 +48,34 @@ async fn say_text(world: &World, api: &Service, two: &Two, trace: &str, text: &s
     answer.header("x-request-id").unwrap().to_owned()
 }
 
-fn named<'a>(spans: &'a [Seen], name: &str) -> Vec<&'a Seen> {
+fn named<'a>(spans: &'a [ReceivedSpan], name: &str) -> Vec<&'a ReceivedSpan> {
     spans.iter().filter(|span| span.name == name).collect()
 }
 
-fn one<'a>(spans: &'a [Seen], name: &str) -> &'a Seen {
+fn one<'a>(spans: &'a [ReceivedSpan], name: &str) -> &'a ReceivedSpan {
     let [span] = named(spans, name)[..] else { panic!("not one {name}: {spans:#?}") };
     span
 }
 
-fn of_user<'a>(spans: &'a [Seen], name: &str, user: impl ToString) -> &'a Seen {
+fn of_user<'a>(spans: &'a [ReceivedSpan], name: &str, user: impl ToString) -> &'a ReceivedSpan {
     let user = user.to_string();
     let of_user = spans.iter().find(|span| span.name == name && span.attribute("user.id") == user);
     of_user.unwrap_or_else(|| panic!("no {name} for {user}: {spans:#?}"))
 }
 
 /// Whether every delivery has come out, with its flushes.
-fn delivered(spans: &[Seen], deliveries: usize) -> bool {
+fn delivered(spans: &[ReceivedSpan], deliveries: usize) -> bool {
     let deliver = named(spans, "deliver");
     deliver.len() == deliveries && deliver.iter().all(|span| span.attribute("flushes") != "0")
 }
 
-fn assert_inside(inner: &Seen, outer: &Seen) {
+fn assert_inside(inner: &ReceivedSpan, outer: &ReceivedSpan) {
     assert_eq!(inner.parent, outer.id, "{inner:#?} hangs below {outer:#?}");
     assert!(outer.begin <= inner.begin && inner.begin <= inner.end, "{inner:#?} begins after {outer:#?}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn one_message_is_one_trace_from_its_post_to_each_flush_on_two_gateways() {
+async fn one_message_is_one_trace_from_post_to_each_flush() {
     let (world, collector) = tokio::join!(World::new(), Collector::start());
     let api = traced(world.api(), &collector).ready().await;
     let gateway = || traced(world.gateway(api.internal()), &collector).ready();
@@ -145,11 +142,11 @@ async fn one_message_is_one_trace_from_its_post_to_each_flush_on_two_gateways() 
         })
         .await;
     }
-    world.assert_discreet("the collector", &collector.said());
+    world.assert_discreet("the collector", &collector.text());
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn an_event_that_redis_lost_and_one_that_is_replayed_keep_their_trace() {
+async fn repaired_and_replayed_events_keep_their_trace() {
     let mut redis = Redis::start();
     let (world, collector) = tokio::join!(World::with_redis(redis.url()), Collector::start());
     let api = traced(world.api(), &collector).ready().await;
@@ -162,7 +159,7 @@ async fn an_event_that_redis_lost_and_one_that_is_replayed_keep_their_trace() {
     let lost = new_trace();
     say(&world, &api, &two, &lost).await;
     assert_exact(&world.sql, two.jane.id, "jane", &tab).await;
-    let wanted = |spans: &[Seen]| delivered(spans, 1) && named(spans, "publish").len() == 2;
+    let wanted = |spans: &[ReceivedSpan]| delivered(spans, 1) && named(spans, "publish").len() == 2;
     let spans = collector.until("the repaired event", &lost, wanted).await;
     assert!(named(&spans, "publish").iter().all(|publish| publish.failed.is_some()), "{spans:#?}");
     let (deliver, flush) = (one(&spans, "deliver"), one(&spans, "flush"));
@@ -180,11 +177,11 @@ async fn an_event_that_redis_lost_and_one_that_is_replayed_keep_their_trace() {
     let (deliver, flush) = (one(&replayed, "deliver"), one(&replayed, "flush"));
     assert_inside(deliver, one(&spans, "commit"));
     assert_inside(flush, deliver);
-    world.assert_discreet("the collector", &collector.said());
+    world.assert_discreet("the collector", &collector.text());
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn the_more_streams_the_fewer_flushes_are_recorded_and_each_says_for_how_many_it_stands() {
+async fn recorded_flushes_are_sampled_and_say_their_weight() {
     let (world, collector) = tokio::join!(World::new(), Collector::start());
     let api = traced(world.api(), &collector).ready().await;
     let gateway = traced(world.gateway(api.internal()), &collector).ready().await;
@@ -240,7 +237,7 @@ async fn a_flush_ends_when_the_socket_has_taken_the_last_byte() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn an_api_without_a_collector_makes_no_spans_and_passes_the_trace_on() {
+async fn api_without_a_collector_passes_the_trace_on() {
     let (world, collector) = tokio::join!(World::new(), Collector::start());
     let api = world.api().ready().await;
     let gateway = traced(world.gateway(api.internal()), &collector).ready().await;
@@ -281,7 +278,7 @@ async fn clients_cannot_have_more_traced_than_the_bound() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_collector_that_is_away_or_hangs_costs_spans_and_nothing_else() {
+async fn unavailable_collector_costs_only_spans() {
     let world = Arc::new(World::new().await);
     let nowhere = format!("http://127.0.0.1:{}", free_port());
     let (silent, asked) = silent_collector().await;

@@ -6,10 +6,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use super::{
-    PATIENCE,
-    servers::{Redis, free_port},
-};
+use super::{PATIENCE, ports::free_port, servers::Redis};
 
 const SLOTS: usize = 16_384;
 const NODES: usize = 3;

@@ -130,6 +130,20 @@ impl Answer {
         serde_json::from_slice(&self.body).unwrap_or_else(|error| panic!("{error} in {}", self.text()))
     }
 
+    /// Of a page of metrics, the sum over the series with this name and these labels: `streams_total{path="redis"}`. `None`:
+    /// there is no such series, as before the first event of its kind.
+    pub fn metric(&self, series: &str) -> Option<f64> {
+        let (name, labels) = series.split_once('{').unwrap_or((series, ""));
+        let labels: Vec<_> = labels.trim_end_matches('}').split(',').collect();
+        let is_one = |line: &&str| {
+            let rest = line.strip_prefix(name).filter(|rest| rest.starts_with(['{', ' ']));
+            rest.is_some_and(|rest| labels.iter().all(|label| rest.contains(label)))
+        };
+        let text = self.text();
+        let values = text.lines().filter(is_one).filter_map(|line| line.rsplit(' ').next()?.parse().ok());
+        values.reduce(|sum: f64, value| sum + value)
+    }
+
     /// `name=value` of the first cookie that the answer sets, as a client sends it back.
     pub fn cookie(&self) -> String {
         let set = self.header(header::SET_COOKIE.as_str()).expect("the answer sets a cookie");

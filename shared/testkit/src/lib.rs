@@ -1,21 +1,48 @@
-//! What tests of several crates share: a browser's view of the stream, a plain HTTP client, a faulty network, servers
-//! that may be killed, and TLS in front of them. Everything here fails by a panic with a sentence, because only tests use it.
+//! What tests of several crates, benches and `cargo dev` share. The first group of modules is light, for `cargo dev`, which is
+//! compiled before anything else can run; the feature `full` adds the rest. What only tests use fails by a panic with a sentence.
 
 #![allow(clippy::disallowed_methods, reason = "tests notice the end of what they start")]
 
-pub mod cluster;
-pub mod documented;
-pub mod http;
-pub mod issuer;
-pub mod node;
-pub mod panics;
+pub mod ports;
+pub mod postmaster;
 pub mod process;
+pub mod programs;
+pub mod secrets;
+
+#[cfg(feature = "full")]
+pub mod cluster;
+#[cfg(feature = "full")]
+pub mod documented;
+#[cfg(feature = "full")]
+pub mod http;
+#[cfg(feature = "full")]
+pub mod issuer;
+#[cfg(feature = "full")]
+pub mod ledger;
+#[cfg(feature = "full")]
+pub mod nginx;
+#[cfg(feature = "full")]
+pub mod node;
+#[cfg(feature = "full")]
+pub mod panics;
+#[cfg(feature = "full")]
 pub mod proxy;
+#[cfg(feature = "full")]
+pub mod raw;
+#[cfg(feature = "full")]
 pub mod servers;
+#[cfg(feature = "full")]
+pub mod service;
+#[cfg(feature = "full")]
 pub mod sse;
-#[cfg(test)]
+#[cfg(all(test, feature = "full"))]
 mod tests;
+#[cfg(feature = "full")]
 pub mod tls;
+#[cfg(feature = "full")]
+pub mod usage;
+#[cfg(feature = "full")]
+pub mod world;
 
 use std::{future::Future, time::Duration};
 

@@ -10,15 +10,15 @@ use std::{
 
 use serde_json::Value;
 
-use super::{process::Process, servers::setting};
+use super::{process::Process, programs::variable};
 
 /// A script that serves: when it is ready it says so in a line of JSON.
-pub struct Server {
+pub struct NodeServer {
     pub said: Value,
     _process: Process,
 }
 
-impl Server {
+impl NodeServer {
     pub fn start(folder: &Path, name: &str, argument: &str) -> Self {
         let mut node = script(folder, name);
         node.arg(argument).stderr(Stdio::null());
@@ -36,7 +36,7 @@ impl Server {
 /// `node <script>` in this folder, its packages there, with pipes to talk by.
 pub fn script(folder: &Path, script: &str) -> Command {
     install(folder);
-    let mut node = Command::new(setting("DEV_NODE").unwrap_or_else(|| "node".into()));
+    let mut node = Command::new(variable("DEV_NODE").unwrap_or_else(|| "node".into()));
     node.arg(script).current_dir(folder).env("NO_COLOR", "1");
     node.stdin(Stdio::piped()).stdout(Stdio::piped());
     node
@@ -49,7 +49,7 @@ fn install(folder: &Path) {
     if is_installed(folder) {
         return;
     }
-    let npm = Command::new(setting("DEV_NPM").unwrap_or_else(|| "npm".into()))
+    let npm = Command::new(variable("DEV_NPM").unwrap_or_else(|| "npm".into()))
         .args(["install", "--no-package-lock", "--no-audit", "--no-fund", "--loglevel=error"])
         .current_dir(folder)
         .status()

@@ -3,7 +3,11 @@
 
 use std::{
     io,
-    os::unix::process::CommandExt,
+    os::unix::{
+        fs::{MetadataExt, chown},
+        process::CommandExt,
+    },
+    path::Path,
     process::{Child, Command, ExitStatus},
     time::{Duration, Instant},
 };
@@ -11,11 +15,57 @@ use std::{
 pub use nix::sys::signal::Signal;
 use nix::{
     sys::{prctl::set_pdeathsig, signal::kill},
-    unistd::{Pid, getpid, getppid},
+    unistd::{Pid, User, geteuid, getpid, getppid},
 };
 
-/// A process that ends its own children has so long for it.
+/// How long a process may take to end its own children.
 const FAMILY_ENDS_WITHIN: Duration = Duration::from_secs(5);
+
+/// The kernel sends `end` to the command's process when the thread that starts it ends.
+pub fn tie_to_parent(command: &mut Command, end: Signal) {
+    let parent = getpid();
+    let tied = move || {
+        set_pdeathsig(end)?;
+        // The parent may have died before the line above.
+        if getppid() == parent { Ok(()) } else { Err(io::ErrorKind::NotFound.into()) }
+    };
+    // SAFETY: between fork and exec the closure makes two system calls, allocates nothing and takes no lock.
+    #[expect(unsafe_code, reason = "only a pre-exec closure can set the parent-death signal")]
+    unsafe {
+        command.pre_exec(tied);
+    }
+}
+
+/// The account that a database server runs as; Postgres refuses root.
+#[derive(Clone, Copy)]
+pub struct Account {
+    uid: u32,
+    gid: u32,
+}
+
+impl Account {
+    /// `None`: our own. Root gives way to the owner of `data`, or to `nobody`.
+    pub fn for_data(data: &Path) -> io::Result<Option<Self>> {
+        if !geteuid().is_root() {
+            return Ok(None);
+        }
+        if let Ok(meta) = data.metadata()
+            && meta.uid() != 0
+        {
+            return Ok(Some(Self { uid: meta.uid(), gid: meta.gid() }));
+        }
+        let nobody = User::from_name("nobody")?.ok_or(io::Error::other("there is no user `nobody`"))?;
+        Ok(Some(Self { uid: nobody.uid.as_raw(), gid: nobody.gid.as_raw() }))
+    }
+
+    pub fn own(self, path: &Path) -> io::Result<()> {
+        chown(path, Some(self.uid), Some(self.gid))
+    }
+
+    pub fn run(self, command: &mut Command) {
+        command.uid(self.uid).gid(self.gid);
+    }
+}
 
 pub struct Process {
     child: Child,
@@ -34,20 +84,7 @@ impl Process {
     }
 
     fn start_to_end_by(end: Signal, command: &mut Command) -> io::Result<Self> {
-        let parent = getpid();
-        let tied_to_parent = move || {
-            set_pdeathsig(end)?;
-            // The parent may have died before the line above.
-            if getppid() == parent { Ok(()) } else { Err(io::ErrorKind::NotFound.into()) }
-        };
-        // SAFETY: between fork and exec the closure makes two system calls, allocates nothing and takes no lock.
-        #[expect(
-            unsafe_code,
-            reason = "there is no other way to set the parent-death signal without a helper program"
-        )]
-        unsafe {
-            command.pre_exec(tied_to_parent);
-        }
+        tie_to_parent(command, end);
         Ok(Self { child: command.spawn()?, status: None, end })
     }
 

@@ -1,15 +1,11 @@
-//! Private Redis and Postgres servers that a test may kill, wipe, freeze and start again on the same port. The programs
-//! are those that the dev runner names in `DEV_REDIS_SERVER` and `DEV_POSTGRES_BIN_DIR`, else those of this machine.
+//! Private Redis and Postgres servers that a test may kill, wipe, freeze and start again on the same port.
 
 use std::{
     fs,
     io::{self, BufRead, BufReader, Read, Write},
-    net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream},
-    os::unix::{
-        fs::{PermissionsExt, chown},
-        process::CommandExt,
-    },
-    path::{Path, PathBuf},
+    net::{Ipv4Addr, SocketAddr, TcpStream},
+    os::unix::fs::PermissionsExt,
+    path::Path,
     process::{Command, Stdio},
     time::{Duration, Instant},
 };
@@ -18,18 +14,12 @@ use tempfile::TempDir;
 
 use super::{
     PATIENCE,
-    process::{Process, Signal},
+    ports::free_port,
+    postmaster,
+    process::{Account, Process, Signal},
+    programs,
     tls::Authority,
 };
-
-/// Debian's `nobody`: Postgres refuses to run as root.
-const NOBODY: u32 = 65_534;
-
-/// A port that was free a moment ago.
-pub fn free_port() -> u16 {
-    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a free port");
-    listener.local_addr().expect("a bound socket has an address").port()
-}
 
 /// Keeps nothing on disk: a restart is a wipe, of all but a cluster's or a sentinel's own notes.
 pub struct Redis {
@@ -58,6 +48,10 @@ impl Redis {
             }
         }
         panic!("the Redis server does not start");
+    }
+
+    pub fn id(&self) -> u32 {
+        self.process.id()
     }
 
     pub fn address(&self) -> SocketAddr {
@@ -120,7 +114,7 @@ impl Redis {
 }
 
 fn start_redis(port: u16, folder: &Path, arguments: &[String]) -> Option<Process> {
-    let program = redis_program();
+    let program = programs::redis();
     let mut command = Command::new(&program);
     // A sentinel has a file to write its notes to, which comes first.
     let (file, options): (Vec<_>, Vec<_>) =
@@ -196,7 +190,12 @@ pub struct Postgres {
 
 impl Postgres {
     pub fn start() -> Self {
-        Self::start_in(folder("postgres"), Vec::new())
+        Self::start_with(&[])
+    }
+
+    /// With settings that go before the usual ones.
+    pub fn start_with(settings: &[&str]) -> Self {
+        Self::start_in(folder("postgres"), settings.iter().map(|&setting| setting.to_owned()).collect())
     }
 
     /// Answers in the clear and by TLS, whatever is asked for, with the authority's certificate.
@@ -218,10 +217,9 @@ impl Postgres {
 
     fn start_in(folder: TempDir, settings: Vec<String>) -> Self {
         give_away(folder.path());
-        let output = as_nobody(&mut Command::new(postgres_program("initdb")))
+        let output = command_in(folder.path(), "initdb")
             .args(["--username=postgres", "--auth=trust", "--encoding=UTF8", "--locale=C", "--no-sync", "-D"])
             .arg(folder.path().join("data"))
-            .current_dir(folder.path())
             .output()
             .unwrap_or_else(|error| panic!("no Postgres server: initdb cannot be started ({error})"));
         assert!(output.status.success(), "initdb: {}", String::from_utf8_lossy(&output.stderr));
@@ -232,6 +230,10 @@ impl Postgres {
             }
         }
         panic!("the Postgres server does not start: {}", log_of(folder.path()));
+    }
+
+    pub fn id(&self) -> u32 {
+        self.process.id()
     }
 
     pub fn address(&self) -> SocketAddr {
@@ -265,49 +267,38 @@ impl Postgres {
 
 fn start_postgres(port: u16, folder: &Path, settings: &[String]) -> Option<Process> {
     let log = fs::OpenOptions::new().create(true).append(true).open(folder.join("log")).expect("a log file");
-    let mut command = Command::new(postgres_program("postgres"));
-    as_nobody(&mut command)
+    let mut command = command_in(folder, "postgres");
+    command
         .arg("-D")
         .arg(folder.join("data"))
         .args(["-h", "127.0.0.1", "-p", &port.to_string(), "-c", "unix_socket_directories="])
         .args(["-c", "max_connections=100", "-c", "shared_buffers=32MB"])
         .args(settings.iter().flat_map(|setting| ["-c", setting]))
-        .current_dir(folder)
-        .stdin(Stdio::null())
         .stdout(Stdio::null())
         .stderr(log);
     let mut process = Process::start(&mut command).expect("initdb ran, so its server can be started");
-    wait_for(&mut process, || postgres_answers(port)).then_some(process)
+    let id = process.id();
+    let ready = || postmaster::ready(&folder.join("data")).is_some_and(|server| server == (id, port));
+    wait_for(&mut process, ready).then_some(process)
 }
 
-/// Asks for TLS, which every Postgres answers with one byte once it takes connections; during recovery it takes none.
-fn postgres_answers(port: u16) -> bool {
-    let ask = || -> io::Result<bool> {
-        let mut socket = TcpStream::connect((Ipv4Addr::LOCALHOST, port))?;
-        socket.set_read_timeout(Some(Duration::from_secs(5)))?;
-        // Protocol 3.0, user and database `postgres`.
-        let parameters = b"user\0postgres\0database\0postgres\0\0";
-        let length = u32::try_from(8 + parameters.len()).expect("a short packet");
-        socket.write_all(&length.to_be_bytes())?;
-        socket.write_all(&196_608_u32.to_be_bytes())?;
-        socket.write_all(parameters)?;
-        let mut kind = [0];
-        socket.read_exact(&mut kind)?;
-        Ok(kind == *b"R") // `R`: authentication is answered. An error, as while starting up, is `E`.
-    };
-    ask().unwrap_or(false)
-}
-
-fn as_nobody(command: &mut Command) -> &mut Command {
-    if nix::unistd::geteuid().is_root() {
-        command.uid(NOBODY).gid(NOBODY);
+/// In a folder of ours, as the account that Postgres accepts.
+fn command_in(folder: &Path, name: &str) -> Command {
+    let mut command = Command::new(programs::postgres().join(name));
+    if let Some(account) = account_of(folder) {
+        account.run(&mut command);
     }
+    command.current_dir(folder).stdin(Stdio::null());
     command
 }
 
+fn account_of(folder: &Path) -> Option<Account> {
+    Account::for_data(folder).expect("an account for Postgres")
+}
+
 fn give_away(path: &Path) {
-    if nix::unistd::geteuid().is_root() {
-        chown(path, Some(NOBODY), Some(NOBODY)).expect("root may give anything away");
+    if let Some(account) = account_of(path) {
+        account.own(path).expect("root may give anything away");
     }
 }
 
@@ -317,48 +308,4 @@ fn log_of(folder: &Path) -> String {
 
 fn folder(kind: &str) -> TempDir {
     tempfile::Builder::new().prefix(&format!("test-{kind}-")).tempdir().expect("a temporary folder")
-}
-
-fn redis_program() -> PathBuf {
-    if let Some(path) = setting("DEV_REDIS_SERVER") {
-        return path;
-    }
-    let names = ["redis-server", "valkey-server"];
-    on_path(&names).unwrap_or_else(|| {
-        panic!("no Redis server: none of {names:?} is on PATH, nor is DEV_REDIS_SERVER set")
-    })
-}
-
-fn postgres_program(name: &str) -> PathBuf {
-    if let Some(folder) = setting("DEV_POSTGRES_BIN_DIR") {
-        return folder.join(name);
-    }
-    // `postgres` itself is often not on PATH, so its folder counts: the newest version's.
-    let mut folders: Vec<_> = fs::read_dir("/usr/lib/postgresql")
-        .into_iter()
-        .flatten()
-        .flatten()
-        .filter_map(|entry| {
-            Some((entry.file_name().to_str()?.parse::<u32>().ok()?, entry.path().join("bin")))
-        })
-        .filter(|(_, folder)| folder.join("postgres").exists())
-        .collect();
-    folders.sort();
-    match folders.pop() {
-        Some((_, folder)) => folder.join(name),
-        None => on_path(&[name]).unwrap_or_else(|| {
-            panic!("no Postgres server: {name} is not on PATH, nor is DEV_POSTGRES_BIN_DIR set")
-        }),
-    }
-}
-
-fn on_path(names: &[&str]) -> Option<PathBuf> {
-    let path = setting("PATH")?;
-    names
-        .iter()
-        .find_map(|name| std::env::split_paths(&path).map(|folder| folder.join(name)).find(|p| p.is_file()))
-}
-
-pub(super) fn setting(name: &str) -> Option<PathBuf> {
-    std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from)
 }

@@ -1,5 +1,5 @@
 //! The stream as a browser sees it. [`Opening`] and [`Stream`] are one connection: status and headers as they came, then
-//! every block, its lines held to the contract and compared with what a parser that is not ours makes of them. [`Browser`] is an `EventSource`: it
+//! every block, its lines held to the contract and compared with what a parser that is not ours makes of them. [`EventSource`] is an `EventSource`: it
 //! keeps the last id, waits for the given `retry`, comes back by header, and gives up for ever on anything but a 200.
 
 use std::{
@@ -9,7 +9,7 @@ use std::{
     pin::Pin,
     sync::{Arc, Mutex, PoisonError},
     task::{Context, Poll},
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use bytes::Bytes;
@@ -123,7 +123,7 @@ impl Opening {
             .handshake(TokioIo::new(socket))
             .await
             .map_err(io::Error::other)?;
-        let connection = Connection(tokio::spawn(async {
+        let connection = ConnectionTask(tokio::spawn(async {
             let _ = connection.await; // The body tells how it ended.
         }));
         let (head, body) = sender.send_request(request).await.map_err(io::Error::other)?.into_parts();
@@ -152,9 +152,9 @@ impl Opening {
 }
 
 /// Ends with its stream: the socket is closed whatever is still on its way.
-struct Connection(JoinHandle<()>);
+struct ConnectionTask(JoinHandle<()>);
 
-impl Drop for Connection {
+impl Drop for ConnectionTask {
     fn drop(&mut self) {
         self.0.abort();
     }
@@ -213,7 +213,7 @@ pub struct Stream {
     pub retry: Option<Duration>,
     pub comments: usize,
     pub last_id: Option<String>,
-    _connection: Connection,
+    _connection: ConnectionTask,
 }
 
 impl Stream {
@@ -385,8 +385,6 @@ pub struct Record {
     pub events: Vec<Event>,
     /// Streams opened.
     pub opened: usize,
-    /// When each of them ended.
-    pub ended: Vec<Instant>,
     /// Tries that failed before a head came.
     pub refused: usize,
     pub open: bool,
@@ -411,25 +409,25 @@ impl Record {
     }
 }
 
-enum Order {
+enum Instruction {
     Cut,
     Aim(Vec<Opening>),
 }
 
 /// An `EventSource` and its page. Dropped, the tab is closed.
-pub struct Browser {
+pub struct EventSource {
     record: watch::Receiver<Record>,
-    orders: mpsc::Sender<Order>,
+    orders: mpsc::Sender<Instruction>,
     task: JoinHandle<()>,
 }
 
-impl Browser {
+impl EventSource {
     /// Opens the first of `openings`; each reconnect takes the next, as behind a load balancer. Waits at most
     /// `longest_retry` before a reconnect, whatever `retry` says.
     pub fn open(openings: Vec<Opening>, resume: Resume, longest_retry: Duration) -> Self {
         let (told, record) = watch::channel(Record::default());
         let (orders, taken) = mpsc::channel(8);
-        let page = Page { openings, resume, longest_retry, told, orders: taken };
+        let page = Reconnecting { openings, resume, longest_retry, told, orders: taken };
         Self { record, orders, task: tokio::spawn(page.live()) }
     }
 
@@ -464,30 +462,30 @@ impl Browser {
 
     /// The link breaks now.
     pub async fn cut(&self) {
-        self.orders.send(Order::Cut).await.expect("the browser has not given up");
+        self.orders.send(Instruction::Cut).await.expect("the browser has not given up");
     }
 
     /// Where to reconnect from now on. The present connection stays.
     pub async fn aim(&self, openings: Vec<Opening>) {
-        self.orders.send(Order::Aim(openings)).await.expect("the browser has not given up");
+        self.orders.send(Instruction::Aim(openings)).await.expect("the browser has not given up");
     }
 }
 
-impl Drop for Browser {
+impl Drop for EventSource {
     fn drop(&mut self) {
         self.task.abort();
     }
 }
 
-struct Page {
+struct Reconnecting {
     openings: Vec<Opening>,
     resume: Resume,
     longest_retry: Duration,
     told: watch::Sender<Record>,
-    orders: mpsc::Receiver<Order>,
+    orders: mpsc::Receiver<Instruction>,
 }
 
-impl Page {
+impl Reconnecting {
     async fn live(mut self) {
         let mut turn = 0;
         // What the page last put into its URL, and what the browser itself remembers.
@@ -521,10 +519,7 @@ impl Page {
                     if !self.watch(stream).await {
                         return;
                     }
-                    self.told.send_modify(|record| {
-                        record.open = false;
-                        record.ended.push(Instant::now());
-                    });
+                    self.told.send_modify(|record| record.open = false);
                 }
                 Ok(Ok(stream)) => {
                     self.told.send_modify(|record| record.given_up = Some(stream.status));
@@ -553,8 +548,8 @@ impl Page {
                     Err(_) => return true,
                 },
                 order = self.orders.recv() => match order {
-                    Some(Order::Cut) => return true,
-                    Some(Order::Aim(openings)) => self.openings = openings,
+                    Some(Instruction::Cut) => return true,
+                    Some(Instruction::Aim(openings)) => self.openings = openings,
                     None => return false,
                 },
             }

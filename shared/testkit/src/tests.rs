@@ -11,7 +11,7 @@ use super::{
     proxy::Proxy,
     servers::{Postgres, Redis},
     soon,
-    sse::{Block, Browser, End, Opening, Resume},
+    sse::{Block, End, EventSource, Opening, Resume},
 };
 
 /// Answers each connection with the next of these texts and closes; tells what was asked.
@@ -70,12 +70,12 @@ async fn a_body_in_chunks_has_a_clean_end_only_by_its_last_chunk() {
 }
 
 #[tokio::test]
-async fn a_browser_comes_back_with_its_last_id_and_gives_up_on_another_status() {
+async fn event_source_resumes_by_id_and_gives_up_on_other_status() {
     let first = whole("retry: 10\ndata: 1\nid: a-1\n\n");
     let second = whole("data: 2\nid: a-2\n\n");
     let (address, mut asked) =
         canned(vec![first, second, "HTTP/1.1 401 No\r\ncontent-length: 0\r\n\r\n"]).await;
-    let browser = Browser::open(vec![opening(address)], Resume::Alternately, Duration::from_secs(1));
+    let browser = EventSource::open(vec![opening(address)], Resume::Alternately, Duration::from_secs(1));
     browser.until("it gives up", |record| record.given_up == Some(401)).await;
     let requests = [asked.recv().await.unwrap(), asked.recv().await.unwrap(), asked.recv().await.unwrap()];
     assert!(requests[0].starts_with("GET /api/messages HTTP/1.1") && !requests[0].contains("last-event-id"));

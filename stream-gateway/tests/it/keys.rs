@@ -53,7 +53,8 @@ async fn who_comes_while_a_gateway_starts_waits_for_its_first_keys() {
     let user = world.user(3);
     let coming = world.stream(&user);
     let (stream, ()) = tokio::join!(coming.stream(), async {
-        tokio::time::sleep(Duration::from_millis(100)).await;
+        let before = world.api.asked().keys();
+        world.api.until_asked("for keys again", |asked| asked.keys() > before).await;
         world.api.mood(KEYS_PATH, Mood::Well);
     });
     let mut stream = stream;

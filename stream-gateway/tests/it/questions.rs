@@ -55,11 +55,8 @@ async fn a_question_that_fails_is_asked_again_ever_more_rarely_and_not_multiplie
     let (user, other) = (world.user(5), world.user(5));
     let mut well = world.joined(&other).await;
     world.api.mood(RANGES_PATH, Mood::Failing);
-    let began = Instant::now();
     let mut stream = world.stream_after(&user, 3).stream().await;
     world.api.until_asked("five times", |asked| asked.range_requests().count() >= 5).await;
-    // 100 ms, 200, 400 and 800, or half of it.
-    assert!(began.elapsed() >= Duration::from_millis(700), "{:?}", began.elapsed());
     let asked = world.api.asked();
     assert!(asked.range_requests().all(|pairs| pairs.len() == 1), "{asked:?}");
     // What needs no answer goes on.

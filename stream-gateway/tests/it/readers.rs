@@ -8,7 +8,6 @@ use testkit::{
     soon,
     sse::{End, Stream},
 };
-use tokio::time::sleep;
 
 use crate::support::{ANOTHER_EPOCH, Setup, User, World, ready, receives};
 
@@ -123,7 +122,14 @@ async fn heartbeats_come_between_blocks_and_never_inside() {
     // The kernel holds some of it, so the socket is full in the middle of a frame.
     let last = flood(&world, &user, 40, 15_000).await;
     until_behind(&world, 1).await;
-    sleep(Duration::from_millis(2_500)).await; // Two heartbeats are due meanwhile.
+    // Two heartbeats are due meanwhile, as another stream shows.
+    let mut other = world.joined(&world.user(0)).await;
+    soon("two heartbeats", async {
+        while other.comments < 2 {
+            other.block().await.unwrap();
+        }
+    })
+    .await;
     receives(&mut slow, 1..=last).await;
     let before = slow.comments;
     soon("a heartbeat after it", async {
@@ -132,7 +138,7 @@ async fn heartbeats_come_between_blocks_and_never_inside() {
         }
     })
     .await;
-    drop(slow);
+    drop((slow, other));
     world.ends().await;
 }
 

@@ -24,7 +24,7 @@ use stream_gateway::{
 };
 use testkit::{
     http::{Answer, Client},
-    panics,
+    panics, programs,
     proxy::Proxy,
     soon,
     sse::{End, Opening, Stream},
@@ -101,9 +101,8 @@ pub(crate) struct World {
     run: JoinHandle<anyhow::Result<()>>,
 }
 
-#[expect(clippy::disallowed_methods, reason = "the test runner says where its servers are")]
 fn redis_url() -> Url {
-    std::env::var("REDIS_URL").expect("REDIS_URL is set: run the tests by `cargo dev test`").parse().unwrap()
+    programs::server("REDIS_URL").parse().unwrap()
 }
 
 /// The usual keys, as a JWKS has them.
@@ -303,11 +302,10 @@ impl World {
         self.client.get(format!("http://{}/readyz", self.ops)).send().await.unwrap()
     }
 
-    /// A metric by its name and labels, as written; 0 when it was never counted.
-    pub(crate) async fn metric(&self, name: &str) -> u64 {
-        let text = self.client.get(format!("http://{}/metrics", self.ops)).expect(200).await.text();
-        let mut lines = text.lines().filter_map(|line| line.rsplit_once(' '));
-        lines.find(|(present, _)| *present == name).map_or(0, |(_, value)| value.parse().unwrap())
+    /// A metric by its name and labels; 0 when it was never counted.
+    pub(crate) async fn metric(&self, series: &str) -> u64 {
+        let metrics = self.client.get(format!("http://{}/metrics", self.ops)).expect(200).await;
+        metrics.metric(series).unwrap_or_default() as u64
     }
 
     pub(crate) async fn until_metric(&self, name: &str, value: u64) {

@@ -1,4 +1,4 @@
-//! Two apis and three gateways behind nginx, everybody connected, and people who write all the while. A rolling restart; each
+//! Two apis and three gateways behind nginx, everybody connected, and users who write all the while. A rolling restart; each
 //! process killed, one after the other; all of them killed at once. As browsers do it, streams come back by themselves after
 //! their `retry`, and a message that got no answer is posted again with its key.
 
@@ -12,14 +12,13 @@ use protocol::position::Position;
 use sqlx::Row as _;
 use tokio::time::sleep;
 
-use self::site::Site;
-use super::{PATIENCE, Sizes, check_ledgers, say_complaints};
+use self::site::Deployment;
+use super::{PATIENCE, Sizes, check_ledgers, print_complaints};
 use crate::{
     clock::{micros, now},
+    fixtures::{self, Bench},
     load::{Order, Posting, Posts, Report, digest},
-    people,
     report::{count, figure, heading, progress},
-    world::World,
 };
 
 /// For the load process to start and connect.
@@ -73,24 +72,24 @@ impl Pace {
 }
 
 pub async fn run(sizes: &Sizes) -> anyhow::Result<()> {
-    let world = World::new().await?;
-    let people = people::make(&world, sizes.streams).await?;
-    let senders = people::introduce(&world, &people).await?;
-    let senders = people::senders_file(&world, &senders)?;
-    let viewers = people::viewers_file(&world, &people)?;
+    let world = Bench::new().await;
+    let users = fixtures::make_users(&world, sizes.streams).await?;
+    let senders = fixtures::start_conversations(&world, &users).await?;
+    let senders = fixtures::senders_file(&world, &senders)?;
+    let viewers = fixtures::viewers_file(&world, &users)?;
     let pace = &sizes.pace;
-    let mut site = Site::open(&world, pace, people.len())?;
+    let mut site = Deployment::open(&world, pace, users.len()).await?;
 
-    progress(format_args!("opening {} streams", people.len()));
-    let gateway = site.nginx.origin();
+    progress(format_args!("opening {} streams", users.len()));
+    let gateway = site.nginx.address();
     site.streams.order(&Order::Open { gateway, viewers, per_second: sizes.opened_per_second })?;
-    site.streams.until("all streams are ready", PATIENCE, |status| status.ready == people.len())?;
+    site.streams.until("all streams are ready", PATIENCE, |status| status.ready == users.len())?;
     site.streams.order(&Order::ComeBack { by_itself: true })?;
     let begin = now() + micros(HEAD_START);
     let posting = Posting::start(&Posts {
-        api: site.nginx.origin(),
+        api: site.nginx.address(),
         senders,
-        clients: SENDERS.min(people.len() / 2),
+        clients: SENDERS.min(users.len() / 2),
         length: None,
         per_second: Some(pace.messages_per_second),
         insist: true,
@@ -99,10 +98,10 @@ pub async fn run(sizes: &Sizes) -> anyhow::Result<()> {
     sleep(2 * HEAD_START).await;
 
     let phases = [
-        site.phase("calm", Site::leave_alone).await?,
-        site.phase("a rolling restart, gateways first", Site::roll).await?,
-        site.phase("SIGKILL to each, one after the other", Site::kill_each).await?,
-        site.phase("SIGKILL to all at once", Site::kill_all).await?,
+        site.phase("calm", Deployment::leave_alone).await?,
+        site.phase("a rolling restart, gateways first", Deployment::roll).await?,
+        site.phase("SIGKILL to each, one after the other", Deployment::kill_each).await?,
+        site.phase("SIGKILL to all at once", Deployment::kill_all).await?,
     ];
 
     let posted = posting.finish()?;
@@ -122,8 +121,8 @@ pub async fn run(sizes: &Sizes) -> anyhow::Result<()> {
     for phase in &phases {
         phase.say(&posted, begin, pace);
     }
-    heading("  all told");
-    check_ledgers(&world, &mut site.streams, &people).await?;
+    heading("  in total");
+    check_ledgers(&world, &mut site.streams, &users).await?;
     arrived?;
     check_contents(&world, &report).await?;
     figure("messages", format_args!("{}, each stored once", count(posted.accepted)));
@@ -137,10 +136,10 @@ pub async fn run(sizes: &Sizes) -> anyhow::Result<()> {
     let statuses: Vec<_> =
         report.statuses.iter().map(|(status, times)| format!("{times} × {status}")).collect();
     figure("answers on the stream", statuses.join(", "));
-    for (complaint, times) in site.nginx.complaints()? {
-        figure(format_args!("nginx met {times} times"), complaint);
+    for (complaint, times) in site.nginx.complaints() {
+        figure(format_args!("nginx logged {times} times"), complaint);
     }
-    say_complaints(&site.services().chain(&site.past).collect::<Vec<_>>());
+    print_complaints(&site.services().collect::<Vec<_>>());
     for phase in &phases {
         phase.judge(pace)?;
     }
@@ -148,7 +147,7 @@ pub async fn run(sizes: &Sizes) -> anyhow::Result<()> {
 }
 
 /// Each ledger holds what its feed holds from its first `ready` on, to the byte.
-async fn check_contents(world: &World, report: &Report) -> anyhow::Result<()> {
+async fn check_contents(world: &Bench, report: &Report) -> anyhow::Result<()> {
     let rows = sqlx::query("SELECT user_id, seq, kind, payload FROM feed ORDER BY user_id, seq")
         .fetch_all(&world.sql)
         .await?;
@@ -157,15 +156,11 @@ async fn check_contents(world: &World, report: &Report) -> anyhow::Result<()> {
         let (seq, kind, payload): (i64, &str, &str) = (row.get("seq"), row.get("kind"), row.get("payload"));
         feeds.entry(row.get("user_id")).or_default().push((seq.cast_unsigned(), kind, payload));
     }
-    for place in &report.places {
-        let began: Position = place.began.as_ref().context("every stream was ready")?.parse()?;
-        let events = feeds.get(&place.user.0).into_iter().flatten().filter(|(seq, ..)| *seq > began.seq);
+    for summary in &report.summaries {
+        let began: Position = summary.began.as_ref().context("every stream was ready")?.parse()?;
+        let events = feeds.get(&summary.user.0).into_iter().flatten().filter(|(seq, ..)| *seq > began.seq);
         let told = events.fold(0, |before, (seq, kind, payload)| digest(before, *seq, kind, payload));
-        anyhow::ensure!(
-            told == place.digest,
-            "the stream of {} was told something else than its feed",
-            place.user
-        );
+        anyhow::ensure!(told == summary.digest, "the stream of {} differs from its feed", summary.user);
     }
     Ok(())
 }

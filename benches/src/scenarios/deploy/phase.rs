@@ -5,24 +5,25 @@ use std::{
     fmt::{self, Display},
 };
 
+use testkit::usage::Cpu;
+
 use super::Pace;
 use crate::{
     clock::Micros,
     load::{Posted, Report, Status},
     report::{Percentiles, count, figure, heading, megabytes},
     scenarios::Costs,
-    usage::Cpu,
 };
 
 /// New streams a second that one gateway as shipped lets in.
 const ACCEPT_RATE: usize = 5_000;
 
-pub(super) struct SiteCosts {
+pub(super) struct DeploymentCosts {
     pub(super) services: Costs,
     pub(super) nginx: Cpu,
 }
 
-impl SiteCosts {
+impl DeploymentCosts {
     pub(super) fn since(&self, earlier: &Self) -> Self {
         Self { services: self.services.since(&earlier.services), nginx: self.nginx - earlier.nginx }
     }
@@ -54,7 +55,7 @@ pub(super) struct Phase {
     pub(super) status: Status,
     pub(super) report: Report,
     pub(super) drains: Vec<Drain>,
-    pub(super) costs: SiteCosts,
+    pub(super) costs: DeploymentCosts,
     pub(super) most_memory: u64,
 }
 
@@ -68,13 +69,13 @@ impl Phase {
             self.status.ended.iter().map(|(reason, times)| format!("{times} {reason}")).collect();
         figure("connections that ended", if ended.is_empty() { "none".into() } else { ended.join(", ") });
         if !report.away.is_empty() {
-            figure("away, from an end to `ready`", Percentiles::of(report.away.clone()));
-            figure("reconnects a second", PerSecond::of(&report.begun_at));
+            figure("reconnect time, from end to `ready`", Percentiles::of(report.away.clone()));
+            figure("reconnects per second", PerSecond::of(&report.begun_at));
         }
         for drain in &self.drains {
             let what = format!("drained: {} streams, {:.0}/s", count(drain.streams), drain.rate(pace));
-            figure(&what, format_args!("parted a second: {}", drain.per_second(&report.ended_at)));
-            figure(&what, format_args!("came back a second: {}", drain.per_second(&report.begun_at)));
+            figure(&what, format_args!("streams closed per second: {}", drain.per_second(&report.ended_at)));
+            figure(&what, format_args!("reconnects per second: {}", drain.per_second(&report.begun_at)));
         }
         let within = |time: &Micros| (self.began..self.ended).contains(&(begin + time));
         let latencies = posted.dues.iter().zip(&posted.latencies).filter(|(due, _)| within(due));
@@ -89,7 +90,7 @@ impl Phase {
             *failures.entry(failure).or_default() += 1;
         }
         for (failure, times) in failures {
-            figure(format_args!("POST tried in vain {times} times"), failure);
+            figure(format_args!("POST failed {times} times"), failure);
         }
         self.costs.services.say();
         figure("CPU seconds of nginx", format_args!("{:.2}", self.costs.nginx.seconds()));
@@ -157,7 +158,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_second_may_begin_at_any_moment() {
+    fn one_second_windows_begin_at_any_moment() {
         let all = |times: &[Micros]| {
             let PerSecond { p50, p99, max } = PerSecond::of(times);
             (p50, p99, max)

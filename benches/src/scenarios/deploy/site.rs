@@ -5,21 +5,23 @@ use std::{
     time::{Duration, Instant},
 };
 
+use testkit::{
+    nginx::{self, Nginx, Replicated},
+    service::Service,
+    usage::Cpu,
+};
 use tokio::time::sleep;
 
 use super::{
     Pace,
-    phase::{Drain, Phase, SiteCosts},
+    phase::{DeploymentCosts, Drain, Phase},
 };
 use crate::{
     clock::now,
+    fixtures::Bench,
     load::{Order, Streams},
-    nginx::{Nginx, Replicas},
     report::progress,
     scenarios::{Costs, PATIENCE},
-    service::Service,
-    usage::Cpu,
-    world::World,
 };
 
 const APIS: u8 = 2;
@@ -32,16 +34,15 @@ const PROXIES: &str = "127.0.0.0/8";
 
 /// Everything that runs, each process with an address of its own as pods have: a port that is only for a moment nobody's cannot
 /// be taken by a connection that goes out.
-pub(super) struct Site<'a> {
-    world: &'a World,
+pub(super) struct Deployment<'a> {
+    world: &'a Bench,
     pace: &'a Pace,
     apis: Vec<Service>,
     gateways: Vec<Service>,
     pub(super) nginx: Nginx,
     pub(super) streams: Streams,
     everybody: usize,
-    /// Those that have ended, what they had used, and what drains there were.
-    pub(super) past: Vec<Service>,
+    /// What those used that have ended, and what drains there were.
     spent_by_apis: Cpu,
     spent_by_gateways: Cpu,
     drains: Vec<Drain>,
@@ -54,40 +55,42 @@ enum Kind {
     Gateway,
 }
 
-impl<'a> Site<'a> {
-    pub(super) fn open(world: &'a World, pace: &'a Pace, everybody: usize) -> anyhow::Result<Self> {
+impl<'a> Deployment<'a> {
+    pub(super) async fn open(world: &'a Bench, pace: &'a Pace, everybody: usize) -> anyhow::Result<Self> {
         let network: [u8; 2] = [rand::random_range(1..255), rand::random_range(1..255)];
         let at = |host: u8| Ipv4Addr::new(127, network[0], network[1], host);
         let api_hosts: Vec<_> = (0..APIS).map(|number| at(10 + number)).collect();
         let gateway_hosts: Vec<_> = (0..GATEWAYS).map(|number| at(20 + number)).collect();
         let on = |hosts: &[Ipv4Addr], port: u16| hosts.iter().map(|host| (*host, port).into()).collect();
-        let replicas = Replicas {
-            public: on(&api_hosts, 8080),
-            internal: on(&api_hosts, 8081),
+        let internal = (at(1), 8081).into();
+        let nginx = Nginx::start(nginx::Upstreams {
+            address: (at(1), 8080).into(),
+            tls: false,
+            apis: on(&api_hosts, 8080),
             gateways: on(&gateway_hosts, 8090),
-        };
-        let nginx = Nginx::start(world.folder.path(), at(1), replicas)?;
-        let api = |host: &Ipv4Addr| {
-            let plan =
-                world.api()?.env("TRUSTED_PROXIES", PROXIES).env("LISTEN", format_args!("{host}:8080"));
+            replicated: Some(Replicated { address: internal, apis: on(&api_hosts, 8081) }),
+        })
+        .await;
+        let (mut apis, mut gateways) = (Vec::new(), Vec::new());
+        for host in api_hosts {
+            let plan = world.api().env("TRUSTED_PROXIES", PROXIES).env("LISTEN", format_args!("{host}:8080"));
             let plan = plan.env("INTERNAL_LISTEN", format_args!("{host}:8081"));
-            plan.env("SHUTDOWN_WAIT_SECONDS", pace.api_wait.as_secs()).start()
-        };
-        let gateway = |host: &Ipv4Addr| {
-            let plan = world.gateway_asking(nginx.internal())?.env("TRUSTED_PROXIES", PROXIES);
+            apis.push(plan.env("SHUTDOWN_WAIT_SECONDS", pace.api_wait.as_secs()).ready().await);
+        }
+        for host in gateway_hosts {
+            let plan = world.gateway(internal).env("TRUSTED_PROXIES", PROXIES);
             let plan = plan.env("LISTEN", format_args!("{host}:8090"));
             let plan = plan.env("DRAIN_WAIT_SECONDS", pace.drain_wait.as_secs());
-            plan.env("DRAIN_WINDOW_SECONDS", pace.drain_window.as_secs()).start()
-        };
+            gateways.push(plan.env("DRAIN_WINDOW_SECONDS", pace.drain_window.as_secs()).ready().await);
+        }
         Ok(Self {
             world,
             pace,
-            apis: api_hosts.iter().map(api).collect::<anyhow::Result<_>>()?,
-            gateways: gateway_hosts.iter().map(gateway).collect::<anyhow::Result<_>>()?,
+            apis,
+            gateways,
             nginx,
             streams: Streams::start()?,
             everybody,
-            past: Vec::new(),
             spent_by_apis: Cpu(Duration::ZERO),
             spent_by_gateways: Cpu(Duration::ZERO),
             drains: Vec::new(),
@@ -142,7 +145,7 @@ impl<'a> Site<'a> {
     pub(super) async fn roll(&mut self) -> anyhow::Result<()> {
         for number in 0..self.gateways.len() {
             let began = now();
-            let streams = self.gateways[number].metric("messenger_gateway_streams", "")?;
+            let streams = self.gateways[number].metric("messenger_gateway_streams").await as u64;
             self.replace_in_order(Kind::Gateway, number).await?;
             sleep(self.pace.pause).await;
             self.drains.push(Drain { streams, began, ended: now() });
@@ -159,7 +162,7 @@ impl<'a> Site<'a> {
             for number in 0..many {
                 self.kill(kind, number)?;
                 sleep(self.pace.down).await;
-                self.start_again(kind, number)?;
+                self.start_again(kind, number).await;
                 sleep(self.pace.pause).await;
             }
         }
@@ -175,16 +178,19 @@ impl<'a> Site<'a> {
         }
         sleep(ALL_DOWN).await;
         // api first: a gateway is ready when it has its keys.
-        everyone.rev().try_for_each(|(kind, number)| self.start_again(kind, number))
+        for (kind, number) in everyone.rev() {
+            self.start_again(kind, number).await;
+        }
+        Ok(())
     }
 
     /// As a rollout without a spare one does it: SIGTERM, and the proxy is told at the same moment.
     async fn replace_in_order(&mut self, kind: Kind, number: usize) -> anyhow::Result<()> {
         self.look_at_memory()?;
         let service = &mut self.of(kind)[number];
-        let host = service.host()?;
+        let host = service.public().ip();
         service.terminate();
-        self.nginx.leave_out(&[host])?;
+        self.nginx.leave_out(&[host]).await;
         let service = &mut self.of(kind)[number];
         let mut cpu = service.cpu()?;
         let deadline = Instant::now() + ENDS_WITHIN;
@@ -195,16 +201,17 @@ impl<'a> Site<'a> {
             anyhow::ensure!(
                 Instant::now() < deadline,
                 "still there after {ENDS_WITHIN:?}: {:?}",
-                service.complaints()
+                service.log().complaints()
             );
             // What it used last cannot be read any more when it has ended.
             cpu = service.cpu().unwrap_or(cpu);
             sleep(Duration::from_millis(20)).await;
         };
-        anyhow::ensure!(status.success(), "ended with {status}: {:?}", service.complaints());
+        anyhow::ensure!(status.success(), "ended with {status}: {:?}", service.log().complaints());
         self.spend(kind, cpu);
-        self.start_again(kind, number)?;
-        self.nginx.leave_out(&[])
+        self.start_again(kind, number).await;
+        self.nginx.leave_out(&[]).await;
+        Ok(())
     }
 
     fn kill(&mut self, kind: Kind, number: usize) -> anyhow::Result<()> {
@@ -215,12 +222,10 @@ impl<'a> Site<'a> {
         Ok(())
     }
 
-    fn start_again(&mut self, kind: Kind, number: usize) -> anyhow::Result<()> {
+    async fn start_again(&mut self, kind: Kind, number: usize) {
         let service = &mut self.of(kind)[number];
-        let started = service.start_again()?;
-        let ended = std::mem::replace(service, started);
-        self.past.push(ended);
-        Ok(())
+        service.restart().await;
+        service.until_ready().await;
     }
 
     fn spend(&mut self, kind: Kind, cpu: Cpu) {
@@ -238,11 +243,11 @@ impl<'a> Site<'a> {
         Ok(())
     }
 
-    fn costs(&self) -> anyhow::Result<SiteCosts> {
+    fn costs(&self) -> anyhow::Result<DeploymentCosts> {
         let sum = |services: &[Service], spent: Cpu| {
             services.iter().try_fold(spent, |sum, service| anyhow::Ok(Cpu(sum.0 + service.cpu()?.0)))
         };
-        Ok(SiteCosts {
+        Ok(DeploymentCosts {
             services: Costs {
                 gateway: sum(&self.gateways, self.spent_by_gateways)?,
                 api: sum(&self.apis, self.spent_by_apis)?,

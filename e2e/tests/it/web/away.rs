@@ -23,7 +23,7 @@ async fn meanwhile(world: &World, site: &Site, two: &Two) -> String {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn what_is_written_without_a_network_is_sent_and_what_was_missed_is_shown_when_it_is_back() {
+async fn offline_messages_are_sent_when_the_network_returns() {
     let browser = Browser::launch().await;
     let front = Front::plain();
     // A cable that can be pulled: the origin is on its near end.
@@ -68,7 +68,7 @@ async fn a_page_that_slept_shows_what_it_missed() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_page_that_one_leaves_is_kept_by_the_browser_and_shows_what_it_missed_when_one_is_back() {
+async fn page_from_the_back_forward_cache_catches_up() {
     let browser = Browser::launch().await;
     let site = site(Front::plain(), &[]).await;
     let (world, two) = (&site.world, people(&site).await);

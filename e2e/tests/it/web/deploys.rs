@@ -66,7 +66,7 @@ async fn opened(gateways: &[Service]) -> f64 {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn when_gateways_are_killed_while_both_type_all_is_on_screen_once_and_in_order() {
+async fn killed_gateways_leave_each_message_on_screen_once() {
     let browser = Browser::launch().await;
     let mut site = site_of(Front::plain(), [1, 2], &QUICK).await;
     let typists = Typists::sit_down(&browser, &site).await;

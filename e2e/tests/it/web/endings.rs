@@ -38,7 +38,7 @@ async fn a_login_goes_on_while_it_is_used() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_page_that_slept_longer_than_its_session_lasts_asks_who_one_is() {
+async fn page_that_outslept_its_session_asks_for_a_login() {
     let browser = Browser::launch().await;
     let site = site(Front::plain(), &[]).await;
     let two = Two::meet(&site.world, site.api()).await;
@@ -56,7 +56,7 @@ async fn a_page_that_slept_longer_than_its_session_lasts_asks_who_one_is() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_session_that_is_ended_from_another_device_is_over_on_all_its_tabs() {
+async fn session_ended_from_another_device_ends_on_all_tabs() {
     let browser = Browser::launch().await;
     let site = site(Front::plain(), &[]).await;
     let two = Two::meet(&site.world, site.api()).await;
@@ -82,7 +82,7 @@ async fn a_session_that_is_ended_from_another_device_is_over_on_all_its_tabs() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn who_logs_out_in_one_tab_is_logged_out_in_all_and_only_there() {
+async fn logout_in_one_tab_logs_out_this_browser_only() {
     let browser = Browser::launch().await;
     let site = site(Front::plain(), &[]).await;
     let two = Two::meet(&site.world, site.api()).await;

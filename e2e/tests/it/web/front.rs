@@ -1,6 +1,9 @@
 //! What lies between a browser and a gateway delivers at once: nginx buffers answers by default, and speaks HTTP/2 or not.
 
-use e2e::{Browser, Front, ledger::Feed};
+use std::{collections::BTreeSet, net::IpAddr};
+
+use e2e::{Browser, Front, browser::POLL, ledger::Feed};
+use testkit::until;
 
 use super::site::site;
 use crate::support::Two;
@@ -34,11 +37,48 @@ async fn a_bare_event_source_hears_at_once(front: Front, protocol: &str) {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn an_event_source_hears_each_event_at_once_through_a_default_nginx() {
+async fn event_source_receives_events_at_once_behind_nginx() {
     a_bare_event_source_hears_at_once(Front::plain(), "http/1.1").await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn an_event_source_hears_each_event_at_once_through_a_default_nginx_with_tls_and_http_2() {
+async fn event_source_receives_events_at_once_over_http_2() {
     a_bare_event_source_hears_at_once(Front::tls(), "h2").await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn browser_opens_no_socket_beyond_loopback() {
+    // Chromium binds a UDP socket to this address to learn whether there is IPv6, and sends nothing by it.
+    const PROBE: &str = "2001:4860:4860::8888";
+    let browser = Browser::launch().await;
+    let site = site(Front::plain(), &[]).await;
+    let john = site.world.user(site.api(), "john").await;
+    let visit = async {
+        let context = site.signed_in(&browser, &john).await;
+        context.expect("ERR_");
+        context.expect("/favicon.ico");
+        // A document without a policy: only the browser's own settings are in the way.
+        let page = context.open("/api/openapi.json").await;
+        page.evaluate(LISTEN).await;
+        for elsewhere in ["http://192.0.2.1/", "https://example.com/", "http://[2001:db8::1]/"] {
+            let call = format!("fetch('{elsewhere}', {{ mode: 'no-cors' }}).then(() => true, () => false)");
+            assert_eq!(page.evaluate(&call).await, false, "{elsewhere}");
+        }
+        until("the stream's own socket is seen", async || browser.peers().iter().any(IpAddr::is_loopback))
+            .await;
+    };
+    let mut seen = BTreeSet::new();
+    let watch = async {
+        loop {
+            seen.extend(browser.peers());
+            tokio::time::sleep(POLL).await;
+        }
+    };
+    tokio::select! {
+        () = visit => {}
+        () = watch => {}
+    }
+    let within = |peer: &IpAddr| peer.is_loopback() || peer.is_unspecified() || peer.to_string() == PROBE;
+    seen.retain(|peer| !within(peer));
+    assert!(seen.is_empty(), "{seen:?}");
 }

@@ -36,7 +36,7 @@ impl Messenger {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn who_reads_back_through_a_long_conversation_stays_in_place_and_gets_back_to_the_end() {
+async fn reading_back_keeps_the_scroll_position() {
     let browser = Browser::launch().await;
     let site = site(Front::plain(), &[]).await;
     let (world, two) = (&site.world, Two::meet(&site.world, site.api()).await);

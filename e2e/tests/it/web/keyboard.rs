@@ -29,7 +29,7 @@ impl Messenger {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn with_the_keyboard_alone_one_logs_in_starts_a_conversation_writes_and_goes_back() {
+async fn keyboard_alone_is_enough_to_use_the_messenger() {
     let browser = Browser::launch().await;
     let site = site(Front::plain(), &[]).await;
     site.world.person("john").await;

@@ -7,7 +7,7 @@ use super::site::site;
 const PLAYED: &str = include_str!("../../../browser/model.js");
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn however_pages_and_events_overtake_each_other_the_messenger_ends_with_what_the_server_says() {
+async fn pages_and_events_in_any_order_end_in_the_server_state() {
     let browser = Browser::launch().await;
     let site = site(Front::plain(), &[]).await;
     let context = browser.context("nobody", &site.origin).await;

@@ -40,7 +40,7 @@ async fn sent(site: &Site, text: &str) -> i64 {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn what_could_not_be_sent_is_kept_and_sent_once_when_one_tries_again() {
+async fn failed_message_is_kept_and_sent_once_on_retry() {
     let browser = Browser::launch().await;
     let site = site(Front::plain(), &[]).await;
     let (world, two) = (&site.world, Two::meet(&site.world, site.api()).await);
@@ -89,7 +89,7 @@ async fn an_answer_that_is_lost_makes_no_second_message() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_message_whose_answer_was_lost_is_not_shown_twice_after_a_reload() {
+async fn message_with_a_lost_answer_is_shown_once_after_reload() {
     let browser = Browser::launch().await;
     let site = site(Front::plain(), &[]).await;
     let (world, two) = (&site.world, Two::meet(&site.world, site.api()).await);

@@ -4,16 +4,16 @@ use std::path::Path;
 
 use e2e::{Browser, Front};
 use serde_json::json;
-use testkit::{http::Client, node::Server};
+use testkit::{http::Client, node::NodeServer};
 
 use super::{messenger::Messenger, site::site};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_person_logs_in_at_a_provider_and_comes_back_to_the_messenger() {
+async fn login_at_a_provider_returns_to_the_messenger() {
     let browser = Browser::launch().await;
     let front = Front::plain();
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../api/tests/providers");
-    let providers = Server::start(&folder, "providers.mjs", &front.origin());
+    let providers = NodeServer::start(&folder, "providers.mjs", &front.origin());
     let [oidc, github] = ["oidc", "github"].map(|name| providers.said[name].as_str().unwrap());
     let account = json!({
         "preferred_username": "sam",

@@ -218,7 +218,7 @@ fn streams(tabs: &[Tab]) -> usize {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn seven_tabs_over_http_1_share_one_stream_and_each_is_told_everything_once() {
+async fn seven_tabs_over_http_1_share_one_stream() {
     let scene = Scene::begin(&[], &[]).await;
     let tabs = join_all((0..7).map(|_| scene.tab())).await;
     for tab in &tabs {
@@ -235,8 +235,7 @@ async fn seven_tabs_over_http_1_share_one_stream_and_each_is_told_everything_onc
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn when_the_leading_tab_closes_in_the_middle_of_traffic_the_next_one_leads_and_nobody_misses_anything()
-{
+async fn next_tab_leads_without_loss_when_the_leader_closes() {
     let scene = Scene::begin(&[], &[]).await;
     let mut tabs = join_all((0..6).map(|_| scene.tab())).await;
     let line = (scene.two.john.clone(), scene.two.conversation);
@@ -255,7 +254,7 @@ async fn when_the_leading_tab_closes_in_the_middle_of_traffic_the_next_one_leads
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_leading_tab_that_is_frozen_hands_over_and_is_told_what_it_missed_when_it_wakes() {
+async fn frozen_leader_hands_over_and_catches_up_when_it_wakes() {
     let scene = Scene::begin(&[], &[]).await;
     let frozen = scene.live_tab().await;
     let next = scene.live_tab().await;
@@ -269,7 +268,7 @@ async fn a_leading_tab_that_is_frozen_hands_over_and_is_told_what_it_missed_when
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_leading_tab_that_hangs_loses_the_lead_and_says_nothing_wrong_when_it_wakes() {
+async fn hanging_leader_loses_the_lead_and_sends_nothing_stale() {
     // Ten times as fast, this makes ten seconds that a stream may be silent.
     let scene = Scene::begin(&[("HEARTBEAT_SECONDS", "40")], &[HASTE]).await;
     let hung = scene.live_tab().await;
@@ -298,7 +297,7 @@ async fn a_leading_tab_that_hangs_loses_the_lead_and_says_nothing_wrong_when_it_
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_page_that_comes_back_from_the_back_forward_cache_goes_on_where_it_was() {
+async fn page_from_the_back_forward_cache_resumes_its_stream() {
     let scene = Scene::begin(&[], &[]).await;
     let left = scene.live_tab().await;
     left.go_elsewhere().await;
@@ -317,7 +316,7 @@ async fn a_page_that_comes_back_from_the_back_forward_cache_goes_on_where_it_was
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_tab_that_missed_what_the_leader_told_gets_it_from_the_leader_or_reads_it_itself() {
+async fn follower_that_missed_events_gets_them_from_the_leader() {
     let scene = Scene::begin(&[], &[DEAFNESS, NO_TIME_LIMIT]).await;
     let leader = scene.live_tab().await;
     let deaf = scene.live_tab().await;
@@ -340,7 +339,7 @@ async fn a_tab_that_missed_what_the_leader_told_gets_it_from_the_leader_or_reads
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_page_that_was_read_before_or_after_what_the_leader_has_misses_nothing() {
+async fn page_older_or_newer_than_the_leader_misses_nothing() {
     let mut scene = Scene::begin(&[], &[]).await;
     let old = scene.feed(&scene.two.jane).await;
     scene.say(10).await;
@@ -414,7 +413,7 @@ async fn tabs_that_wait_for_their_leader_wait_quietly() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_lost_place_is_told_once_to_each_tab_that_had_it_and_the_stream_goes_on() {
+async fn lost_position_is_reported_once_to_each_tab() {
     let scene = Scene::begin(&[], &[]).await;
     scene.say(3).await;
     let jane = scene.two.jane.id;
@@ -442,7 +441,7 @@ async fn a_lost_place_is_told_once_to_each_tab_that_had_it_and_the_stream_goes_o
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn logging_out_in_one_tab_signs_all_out_and_after_a_login_they_can_go_on() {
+async fn logout_in_one_tab_signs_out_all_until_the_next_login() {
     let scene = Scene::begin(&[], &[]).await;
     scene.context.expect("401");
     let tabs = [scene.live_tab().await, scene.live_tab().await, scene.live_tab().await];
@@ -469,7 +468,7 @@ async fn logging_out_in_one_tab_signs_all_out_and_after_a_login_they_can_go_on()
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_credential_that_runs_out_is_renewed_before_it_does_and_nobody_notices() {
+async fn credential_is_renewed_before_it_expires() {
     let scene = Scene::begin(&[], &[LATE_TIMERS]).await;
     let claims = scene.site.world.claims(&scene.two.jane);
     let token = scene.site.world.sign(&Claims { exp: Utc::now().timestamp() + 8, ..claims });
@@ -486,7 +485,7 @@ async fn a_credential_that_runs_out_is_renewed_before_it_does_and_nobody_notices
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn answers_that_are_no_stream_as_in_a_deploy_are_not_the_end() {
+async fn answers_that_are_no_stream_are_retried() {
     let mut scene = Scene::begin(&[], &[]).await;
     scene.context.expect("502");
     scene.context.expect("net::ERR_INCOMPLETE_CHUNKED_ENCODING"); // A stream whose gateway was killed.
@@ -518,7 +517,7 @@ async fn answers_that_are_no_stream_as_in_a_deploy_are_not_the_end() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_network_that_swallows_everything_is_noticed_by_the_missing_heartbeat() {
+async fn silent_network_is_detected_by_missing_heartbeats() {
     let scene = Scene::begin(&[("HEARTBEAT_SECONDS", "1")], &[]).await;
     let network = Proxy::start(scene.site.nginx.address()).await;
     let origin = format!("http://localhost:{}", network.address().port());
@@ -543,7 +542,7 @@ async fn a_network_that_swallows_everything_is_noticed_by_the_missing_heartbeat(
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn two_users_in_one_browser_have_a_stream_each_by_tokens_for_streams_alone() {
+async fn two_users_in_one_browser_each_have_their_own_stream() {
     let scene = Scene::begin(&[], &[]).await;
     scene.context.call(json!([["clearCookies"]])).await;
     scene.context.expect("401");
@@ -575,7 +574,7 @@ async fn two_users_in_one_browser_have_a_stream_each_by_tokens_for_streams_alone
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_browser_that_the_server_sent_away_comes_back_when_the_server_said() {
+async fn rejected_browser_reconnects_when_the_server_said() {
     let scene = Scene::begin_with(1, &[("MAX_STREAMS_PER_USER", "1")], &[]).await;
     let first = scene.live_tab().await;
     let jane = scene.two.jane.id;
@@ -652,7 +651,7 @@ enum Plight {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn whatever_happens_to_tabs_and_gateways_each_tab_is_told_everything_once_and_in_order() {
+async fn random_tab_and_gateway_faults_lose_and_repeat_nothing() {
     let seed: u64 = rand::random();
     println!("seed {seed}");
     let mut random = StdRng::seed_from_u64(seed);

@@ -16,7 +16,7 @@ async fn streams(site: &Site) -> f64 {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn seven_tabs_of_one_browser_over_http_1_are_all_live_and_so_are_those_that_stay() {
+async fn seven_tabs_over_http_1_are_all_live() {
     let browser = Browser::launch().await;
     let site = site(Front::plain(), &[]).await;
     let (world, two) = (&site.world, Two::meet(&site.world, site.api()).await);

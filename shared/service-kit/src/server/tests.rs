@@ -282,9 +282,10 @@ async fn a_head_has_its_time_after_the_answer_before_it() {
     let mut socket = send(server.address, b"GET /big HTTP/1.1\r\nHost: a\r\n\r\n").await;
     let mut text = vec![0; 1_000];
     socket.read_exact(&mut text).await.unwrap();
-    // It waits in our buffer or the kernel's while the answer is stuck for longer than a head may take.
+    // It waits in our buffer or the kernel's while the answer is stuck for as long as the head of another connection may take.
     socket.write_all(HELLO).await.unwrap();
-    sleep(Duration::from_millis(800)).await;
+    soon("the other connection is cut", rest(send(server.address, b"GET /he").await)).await;
+    assert_eq!(server.cut("slow_head"), 1);
     while !text.ends_with(b"hello") {
         assert!(
             soon("the answers", socket.read_buf(&mut text)).await.unwrap() > 0,

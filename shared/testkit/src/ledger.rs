@@ -6,7 +6,8 @@ use protocol::{
     position::{Epoch, Position, Seq},
 };
 use sqlx::PgPool;
-use testkit::sse::{Browser, Event};
+
+use crate::sse::{Event, EventSource};
 
 /// One user's feed as the database has it.
 #[derive(Debug)]
@@ -87,7 +88,7 @@ fn number(event: &Event) -> Seq {
 
 /// Waits until a browser has all that there is now, then compares everything it ever saw with the feed after the place of
 /// its first `ready`; over all its connections, each of which must have begun exactly where the one before it ended.
-pub async fn assert_exact(sql: &PgPool, user: UserId, who: &str, browser: &Browser) {
+pub async fn assert_exact(sql: &PgPool, user: UserId, who: &str, browser: &EventSource) {
     let feed = Feed::read(sql, user).await;
     let head = feed.head_cursor();
     browser

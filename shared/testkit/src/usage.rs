@@ -1,8 +1,7 @@
 //! What processes use, as the kernel accounts for it: CPU time and memory.
 
-use std::{fs, ops::Sub, time::Duration};
+use std::{fs, io, ops::Sub, time::Duration};
 
-use anyhow::Context as _;
 use nix::unistd::{SysconfVar, sysconf};
 
 /// User and system time together. The kernel counts it in ticks, usually of 10 ms.
@@ -10,26 +9,16 @@ use nix::unistd::{SysconfVar, sysconf};
 pub struct Cpu(pub Duration);
 
 impl Cpu {
-    pub fn of(pid: u32) -> anyhow::Result<Self> {
+    pub fn of(pid: u32) -> io::Result<Self> {
         Ok(Self(ticks(read_stat(pid)?.own)))
     }
 
     /// Of a process and its children, those that have ended included: Postgres has one per connection.
-    pub fn of_family(pid: u32) -> anyhow::Result<Self> {
+    pub fn of_family(pid: u32) -> io::Result<Self> {
         let parent = read_stat(pid)?;
-        let mut sum = parent.own + parent.ended_children;
-        for entry in fs::read_dir("/proc")? {
-            let Some(child) = entry?.file_name().to_str().and_then(|name| name.parse().ok()) else {
-                continue;
-            };
-            // A process may end while we look.
-            if let Ok(stat) = read_stat(child)
-                && stat.parent == pid
-            {
-                sum += stat.own;
-            }
-        }
-        Ok(Self(ticks(sum)))
+        // A process may end while we look.
+        let children = children(pid)?.into_iter().filter_map(|child| Some(read_stat(child).ok()?.own));
+        Ok(Self(ticks(parent.own + parent.ended_children + children.sum::<u64>())))
     }
 
     pub fn seconds(self) -> f64 {
@@ -50,22 +39,28 @@ impl Sub for Cpu {
     }
 }
 
+/// The processes whose parent is this one.
+pub fn children(pid: u32) -> io::Result<Vec<u32>> {
+    let all = fs::read_dir("/proc")?.flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+    Ok(all.filter(|&child| read_stat(child).is_ok_and(|stat| stat.parent == pid)).collect())
+}
+
 struct Stat {
     parent: u32,
     own: u64,
     ended_children: u64,
 }
 
-fn read_stat(pid: u32) -> anyhow::Result<Stat> {
+fn read_stat(pid: u32) -> io::Result<Stat> {
     let text = fs::read_to_string(format!("/proc/{pid}/stat"))?;
     // The name in parentheses may hold anything, so fields are counted from behind it.
-    let (_, fields) = text.rsplit_once(") ").context("a stat file has a name in it")?;
-    let fields: Vec<&str> = fields.split_whitespace().collect();
-    let number = |index: usize| -> anyhow::Result<u64> {
-        Ok(fields.get(index).context("a stat file has more fields")?.parse()?)
+    let fields: Vec<&str> = text.rsplit(") ").next().unwrap_or_default().split_whitespace().collect();
+    let number = |index: usize| -> io::Result<u64> {
+        let field = fields.get(index).and_then(|field| field.parse().ok());
+        field.ok_or_else(|| io::Error::other(format!("no field {index} in {text:?}")))
     };
     Ok(Stat {
-        parent: u32::try_from(number(1)?)?,
+        parent: number(1)? as u32,
         own: number(11)? + number(12)?,
         ended_children: number(13)? + number(14)?,
     })
@@ -85,12 +80,13 @@ pub struct Memory {
 }
 
 impl Memory {
-    pub fn of(pid: u32) -> anyhow::Result<Self> {
+    pub fn of(pid: u32) -> io::Result<Self> {
         let text = fs::read_to_string(format!("/proc/{pid}/smaps_rollup"))?;
         let field = |name: &str| {
             let line = text.lines().find_map(|line| line.strip_prefix(name));
             let kilobytes = line.and_then(|line| line.trim().trim_end_matches(" kB").parse::<u64>().ok());
-            kilobytes.map(|kilobytes| kilobytes * 1_024).with_context(|| format!("no {name} in smaps_rollup"))
+            let missing = || io::Error::other(format!("no {name} in smaps_rollup"));
+            kilobytes.map(|kilobytes| kilobytes * 1_024).ok_or_else(missing)
         };
         Ok(Self { pss: field("Pss:")?, rss: field("Rss:")? })
     }
@@ -114,7 +110,7 @@ mod tests {
     }
 
     #[test]
-    fn a_childs_work_counts_for_the_family_while_it_lives_and_after() {
+    fn cpu_of_children_counts_while_they_live_and_after() {
         let own = std::process::id();
         let busy = "i=0; while [ $i -lt 200000 ]; do i=$((i+1)); done";
         let before = Cpu::of_family(own).unwrap();

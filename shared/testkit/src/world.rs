@@ -2,6 +2,7 @@
 //! everything that its services said: no panic, no token, no message text.
 
 use std::{
+    path::Path,
     sync::{
         Arc, Mutex,
         atomic::{AtomicU32, Ordering},
@@ -9,12 +10,11 @@ use std::{
     time::Duration,
 };
 
-use base64::{Engine, engine::general_purpose::STANDARD};
 use chrono::Utc;
 use protocol::{
     channels::Channels,
     claims::{Audience, Claims, SigningKeys},
-    ids::{ConversationId, UserId},
+    ids::{ConversationId, SessionId, UserId},
 };
 use serde_json::{Value, json};
 use service_kit::cookies::Cookies;
@@ -23,15 +23,14 @@ use sqlx::{
     postgres::{PgConnectOptions, PgPoolOptions},
 };
 use tempfile::TempDir;
-use testkit::{
-    http::{Answer, Client},
-    issuer, panics, soon,
-};
 
 use crate::{
-    Service,
-    service::{Log, Plan},
-    settings,
+    http::{Answer, Client},
+    issuer, panics,
+    programs::{self, server},
+    secrets::{random, signing_key},
+    service::{Log, Plan, Service},
+    soon,
 };
 
 /// In every text that a test sends, and in no line of any log.
@@ -46,11 +45,8 @@ static WORLDS: AtomicU32 = AtomicU32::new(0);
 pub struct World {
     pub sql: PgPool,
     pub client: Client,
-    origin: String,
-    trusted_proxies: &'static str,
+    options: WorldOptions,
     database: Database,
-    /// `REDIS_URL`, and what else leads there.
-    redis: Vec<(&'static str, String)>,
     prefix: String,
     keys: TempDir,
     signing: SigningKeys,
@@ -58,6 +54,25 @@ pub struct World {
     logs: Mutex<Vec<Arc<Log>>>,
     tokens: Mutex<Vec<String>>,
     texts: AtomicU32,
+}
+
+/// What a world has other than usual.
+pub struct WorldOptions {
+    pub origin: String,
+    pub trusted_proxies: &'static str,
+    /// A Postgres, where the world makes its own database; `None`: the one that all tests share.
+    pub database_url: Option<String>,
+    /// `REDIS_URL`, and what else leads there; empty: the one that all tests share.
+    pub redis: Vec<(&'static str, String)>,
+    /// Every setting that is not an address or a secret has its default, and there are no rate limits: what a bench wants.
+    pub as_shipped: bool,
+}
+
+impl Default for WorldOptions {
+    fn default() -> Self {
+        let (trusted_proxies, as_shipped) = ("", false);
+        Self { origin: ORIGIN.into(), trusted_proxies, database_url: None, redis: Vec::new(), as_shipped }
+    }
 }
 
 /// Where the servers are and what was made there.
@@ -77,9 +92,9 @@ pub struct User {
 }
 
 impl World {
-    /// On the suite's own Postgres and Redis.
+    /// On the servers that all tests share.
     pub async fn new() -> Self {
-        Self::with_redis(settings::server("REDIS_URL")).await
+        Self::with(WorldOptions::default()).await
     }
 
     /// On a Redis that the test may break.
@@ -87,49 +102,49 @@ impl World {
         Self::with_redis_settings([("REDIS_URL", redis_url)]).await
     }
 
-    /// The same, of several servers, which these settings lead to.
+    /// On a Redis of several servers, which these settings lead to.
     pub async fn with_redis_settings(redis: impl Into<Vec<(&'static str, String)>>) -> Self {
-        Self::build(ORIGIN, "", settings::server("DATABASE_URL"), redis.into()).await
+        Self::with(WorldOptions { redis: redis.into(), ..WorldOptions::default() }).await
     }
 
     /// On a Postgres that the test may break.
-    pub async fn with_postgres(admin_url: String) -> Self {
-        Self::build(ORIGIN, "", admin_url, usual_redis()).await
+    pub async fn with_postgres(database_url: String) -> Self {
+        Self::with(WorldOptions { database_url: Some(database_url), ..WorldOptions::default() }).await
     }
 
     /// Browsers find its services at this origin, through a proxy on this machine.
     pub async fn at(origin: &str) -> Self {
-        Self::build(origin, "127.0.0.1", settings::server("DATABASE_URL"), usual_redis()).await
+        let origin = origin.to_owned();
+        Self::with(WorldOptions { origin, trusted_proxies: "127.0.0.1", ..WorldOptions::default() }).await
     }
 
-    async fn build(
-        origin: &str,
-        trusted_proxies: &'static str,
-        admin_url: String,
-        redis: Vec<(&'static str, String)>,
-    ) -> Self {
+    pub async fn with(mut options: WorldOptions) -> Self {
+        if options.redis.is_empty() {
+            options.redis.push(("REDIS_URL", server("REDIS_URL")));
+        }
+        let admin_url = options.database_url.take().unwrap_or_else(|| server("DATABASE_URL"));
         let number = WORLDS.fetch_add(1, Ordering::Relaxed);
-        let name = format!("e2e_{}_{number}_{:08x}", std::process::id(), rand::random::<u32>());
+        let [random, secret] = [(); 2].map(|()| u128::from_ne_bytes(random().expect("random bytes")));
+        let name = format!("world_{}_{number}_{:08x}", std::process::id(), random as u32);
         let database = Database { admin_url, name };
         database.create().await;
-        let options = database.options();
+        let connect = database.options();
         let sql = PgPoolOptions::new().max_connections(4).acquire_timeout(Duration::from_secs(30));
         let keys = tempfile::tempdir().expect("a temporary folder");
-        let pem = private_key();
-        for (name, pem) in [("signing.pem", &pem), ("another.pem", &private_key())] {
+        let [pem, another] = [(); 2].map(|()| signing_key().expect("random bytes"));
+        for (name, pem) in [("signing.pem", &pem), ("another.pem", &another)] {
             std::fs::write(keys.path().join(name), pem).expect("a file in our own folder");
         }
         let world = Self {
-            sql: sql.connect_lazy_with(options),
+            sql: sql.connect_lazy_with(connect),
             client: Client::default(),
-            origin: origin.into(),
-            trusted_proxies,
             prefix: format!("{}:", database.name),
             database,
-            redis,
             keys,
-            signing: SigningKeys::from_pems(origin, &pem, &[]).expect("a key that was just made"),
-            internal_secret: format!("{:032x}", rand::random::<u128>()),
+            signing: SigningKeys::from_pems(&options.origin, pem.as_bytes(), &[])
+                .expect("a key that was just made"),
+            options,
+            internal_secret: format!("{secret:032x}"),
             logs: Mutex::default(),
             tokens: Mutex::default(),
             texts: AtomicU32::new(0),
@@ -140,11 +155,15 @@ impl World {
 
     /// An api with the world's settings; change some, then start it.
     pub fn api(&self) -> Plan {
-        self.plan("api", "api")
+        let plan = self
+            .plan("api", "api")
             .env("INTERNAL_LISTEN", "127.0.0.1:0")
             .env("DATABASE_URL", self.database_url())
-            .env("DATABASE_POOL_SIZE", 5)
-            .env("SIGNING_KEY_FILES", self.key_file("signing.pem"))
+            .env("SIGNING_KEY_FILES", self.key_file("signing.pem"));
+        if self.options.as_shipped {
+            return plan;
+        }
+        plan.env("DATABASE_POOL_SIZE", 5)
             .env("DEV_LOGIN", true)
             .env("STATE_SECRET", &self.internal_secret)
             // Asked like in production, and never reached: one address does everything here.
@@ -188,9 +207,12 @@ impl World {
 
     /// A gateway that asks this internal listener.
     pub fn gateway(&self, internal: std::net::SocketAddr) -> Plan {
-        self.plan("gateway", "stream-gateway")
-            .env("API_INTERNAL_URL", format!("http://{internal}"))
-            .env("SUSPECT_RECONCILE_MILLIS", 200)
+        let plan =
+            self.plan("gateway", "stream-gateway").env("API_INTERNAL_URL", format!("http://{internal}"));
+        if self.options.as_shipped {
+            return plan;
+        }
+        plan.env("SUSPECT_RECONCILE_MILLIS", 200)
             .env("LIMIT_OPEN_PER_USER", GENEROUS)
             .env("LIMIT_OPEN_PER_ADDRESS", GENEROUS)
     }
@@ -207,18 +229,22 @@ impl World {
         let log = Arc::new(Log::of(format!("{name}-{}", logs.len())));
         logs.push(log.clone());
         drop(logs);
-        let env = self.redis.iter().map(|(name, value)| ((*name).to_owned(), value.clone())).collect();
-        Plan { binary: settings::binary(binary), env, log }
+        let env =
+            self.options.redis.iter().map(|(name, value)| ((*name).to_owned(), value.clone())).collect();
+        let plan = Plan { binary: programs::service(binary), env, log }
             .env("LISTEN", "127.0.0.1:0")
             .env("OPS_LISTEN", "127.0.0.1:0")
-            .env("ORIGIN", &self.origin)
-            .env("TRUSTED_PROXIES", self.trusted_proxies)
+            .env("ORIGIN", &self.options.origin)
+            .env("TRUSTED_PROXIES", self.options.trusted_proxies)
             // One address does everything here.
             .env("CONNECTIONS_PER_ADDRESS", 0)
             .env("CHANNEL_PREFIX", &self.prefix)
             .env("INTERNAL_SECRET", &self.internal_secret)
-            .env("LOG_FORMAT", "json")
-            .env("LOG", "info,api=debug,stream_gateway=debug,protocol=debug,service_kit=debug")
+            .env("LOG_FORMAT", "json");
+        if self.options.as_shipped {
+            return plan.env("RATE_LIMITS", false);
+        }
+        plan.env("LOG", "info,api=debug,stream_gateway=debug,protocol=debug,service_kit=debug")
             .env("RUST_BACKTRACE", 1)
     }
 
@@ -243,25 +269,30 @@ impl World {
                       RETURNING user_id, id, (SELECT username FROM new WHERE new.id = user_id)";
         let rows: Vec<(i64, i64, String)> =
             sqlx::query_as(insert).bind(count).fetch_all(&self.sql).await.expect("new users");
-        let now = Utc::now().timestamp();
         let sign = |(user, session, name): (i64, i64, String)| {
-            let token = self.signing.sign(&Claims {
-                sub: user.into(),
-                sid: Some(session.into()),
-                iat: now,
-                exp: now + 3_600,
-                aud: Audience::Api,
-                iss: self.origin.clone(),
-                session_exp: None,
-            });
+            let token = self.token(user.into(), session.into());
             User { id: user.into(), name, cookie: self.cookie(&token), token }
         };
         rows.into_iter().map(sign).collect()
     }
 
+    /// A token as `api` signs it at a login.
+    pub fn token(&self, user: UserId, session: SessionId) -> String {
+        let now = Utc::now().timestamp();
+        self.signing.sign(&Claims {
+            sub: user,
+            sid: Some(session),
+            iat: now,
+            exp: now + 86_400,
+            aud: Audience::Api,
+            iss: self.options.origin.clone(),
+            session_exp: None,
+        })
+    }
+
     /// The session cookie with this token, as browsers send it to this world.
     pub fn cookie(&self, token: &str) -> String {
-        let origin = self.origin.parse().expect("the world's own origin");
+        let origin = self.options.origin.parse().expect("the world's own origin");
         format!("{}={token}", Cookies::new(&origin).session())
     }
 
@@ -307,14 +338,23 @@ impl World {
         token
     }
 
-    /// The Redis channel of a user in this world.
-    pub fn channel(&self, user: UserId) -> String {
-        Channels::new(&*self.prefix).user(user)
+    pub fn channels(&self) -> Channels {
+        Channels::new(&*self.prefix)
     }
 
-    /// How the channels begin on which gateways hear their own beats.
+    /// The Redis channel of a user in this world.
+    pub fn channel(&self, user: UserId) -> String {
+        self.channels().user(user)
+    }
+
+    /// How the channels begin by which gateways probe Redis.
     pub fn beats(&self) -> String {
-        Channels::new(&*self.prefix).beat("")
+        self.channels().beat("")
+    }
+
+    /// For a test's own files, until the world ends.
+    pub fn folder(&self) -> &Path {
+        self.keys.path()
     }
 
     /// In front of every name that the world has in Redis.
@@ -382,19 +422,8 @@ impl World {
     }
 }
 
-fn usual_redis() -> Vec<(&'static str, String)> {
-    vec![("REDIS_URL", settings::server("REDIS_URL"))]
-}
-
 fn text(value: &Value) -> String {
     value.as_str().unwrap_or_else(|| panic!("{value} is not a string")).to_owned()
-}
-
-/// An Ed25519 key in PKCS#8, by its fixed prefix (RFC 8410).
-pub fn private_key() -> Vec<u8> {
-    let prefix = [0x30, 0x2e, 2, 1, 0, 0x30, 5, 6, 3, 0x2b, 0x65, 0x70, 4, 0x22, 4, 0x20];
-    let der: Vec<u8> = prefix.into_iter().chain(rand::random::<[u8; 32]>()).collect();
-    format!("-----BEGIN PRIVATE KEY-----\n{}\n-----END PRIVATE KEY-----\n", STANDARD.encode(der)).into_bytes()
 }
 
 impl Database {

@@ -1,31 +1,72 @@
-//! Users with sessions and conversations, made in bulk by SQL: what they do is measured, how they came is not.
+//! What each scenario starts from: servers of its own with the settings of production, and users with sessions and
+//! conversations, made in bulk by SQL.
 
-use std::{fmt::Write as _, path::PathBuf};
+use std::{fmt::Write as _, io, ops::Deref, path::PathBuf};
 
 use protocol::{
     ids::{ConversationId, SessionId, UserId},
     position::{Epoch, Position},
 };
-
 use sqlx::AssertSqlSafe;
-
-use crate::{
-    load::{Sender, Viewer},
-    world::World,
+use testkit::{
+    servers::{Postgres, Redis},
+    usage::Cpu,
+    world::{World, WorldOptions},
 };
 
+use crate::load::{Sender, Viewer};
+
+/// A world with its own Postgres and Redis, whose services run as shipped.
+pub struct Bench {
+    world: World,
+    pub postgres: Postgres,
+    pub redis: Redis,
+}
+
+impl Deref for Bench {
+    type Target = World;
+
+    fn deref(&self) -> &World {
+        &self.world
+    }
+}
+
+impl Bench {
+    pub async fn new() -> Self {
+        // Durable by its defaults, which are here because figures mean nothing without them.
+        let durable = ["fsync=on", "synchronous_commit=on", "full_page_writes=on"];
+        let large = ["max_connections=100", "shared_buffers=512MB", "max_wal_size=4GB"];
+        let (postgres, redis) = (Postgres::start_with(&[durable, large].concat()), Redis::start());
+        let options = WorldOptions {
+            database_url: Some(postgres.url()),
+            redis: vec![("REDIS_URL", redis.url())],
+            as_shipped: true,
+            ..WorldOptions::default()
+        };
+        Self { world: World::with(options).await, postgres, redis }
+    }
+
+    pub fn postgres_cpu(&self) -> io::Result<Cpu> {
+        Cpu::of_family(self.postgres.id())
+    }
+
+    pub fn redis_cpu(&self) -> io::Result<Cpu> {
+        Cpu::of(self.redis.id())
+    }
+}
+
 #[derive(Debug, Clone)]
-pub struct Person {
+pub struct BenchUser {
     pub id: UserId,
     pub epoch: Epoch,
     pub token: String,
 }
 
 /// New users, each with a session that lives on.
-pub async fn make(world: &World, count: usize) -> anyhow::Result<Vec<Person>> {
+pub async fn make_users(world: &Bench, count: usize) -> anyhow::Result<Vec<BenchUser>> {
     let mut transaction = world.sql.begin().await?;
     let ids: Vec<i64> = sqlx::query_scalar(
-        "INSERT INTO users (username) SELECT 'person-' || n FROM generate_series(1, $1) AS n RETURNING id",
+        "INSERT INTO users (username) SELECT 'user-' || n FROM generate_series(1, $1) AS n RETURNING id",
     )
     .bind(i64::try_from(count)?)
     .fetch_all(&mut *transaction)
@@ -45,18 +86,18 @@ pub async fn make(world: &World, count: usize) -> anyhow::Result<Vec<Person>> {
     .fetch_all(&world.sql)
     .await?;
     settle(world, "users, sessions, feed_heads").await?;
-    let person = |(user, epoch, session): (i64, i64, i64)| Person {
+    let user = |(user, epoch, session): (i64, i64, i64)| BenchUser {
         id: UserId(user),
         epoch: Epoch::from_sql(epoch),
         token: world.token(UserId(user), SessionId(session)),
     };
-    Ok(rows.into_iter().map(person).collect())
+    Ok(rows.into_iter().map(user).collect())
 }
 
 /// The first with the second, the third with the fourth, …: a conversation each, and both may write in it.
-pub async fn introduce(world: &World, people: &[Person]) -> anyhow::Result<Vec<Sender>> {
-    let firsts: Vec<i64> = people.chunks_exact(2).map(|pair| pair[0].id.0).collect();
-    let seconds: Vec<i64> = people.chunks_exact(2).map(|pair| pair[1].id.0).collect();
+pub async fn start_conversations(world: &Bench, users: &[BenchUser]) -> anyhow::Result<Vec<Sender>> {
+    let firsts: Vec<i64> = users.chunks_exact(2).map(|pair| pair[0].id.0).collect();
+    let seconds: Vec<i64> = users.chunks_exact(2).map(|pair| pair[1].id.0).collect();
     let rows: Vec<(i64, i64)> = sqlx::query_as(
         "WITH made AS (
              INSERT INTO conversations (user_a, user_b) SELECT a, b FROM unnest($1::bigint[], $2::bigint[]) AS pair (a, b)
@@ -72,22 +113,22 @@ pub async fn introduce(world: &World, people: &[Person]) -> anyhow::Result<Vec<S
     .await?;
     settle(world, "conversations, participants").await?;
     let conversations: std::collections::HashMap<_, _> = rows.into_iter().collect();
-    let sender = |person: &Person| {
-        let conversation = ConversationId(*conversations.get(&person.id.0)?);
-        Some(Sender { conversation, token: person.token.clone() })
+    let sender = |user: &BenchUser| {
+        let conversation = ConversationId(*conversations.get(&user.id.0)?);
+        Some(Sender { conversation, token: user.token.clone() })
     };
-    Ok(people.iter().filter_map(sender).collect())
+    Ok(users.iter().filter_map(sender).collect())
 }
 
 /// As autovacuum leaves tables that were filled a while ago. Empty ones it never touches.
-async fn settle(world: &World, tables: &'static str) -> anyhow::Result<()> {
+async fn settle(world: &Bench, tables: &'static str) -> anyhow::Result<()> {
     sqlx::query(AssertSqlSafe(format!("VACUUM ANALYZE {tables}"))).execute(&world.sql).await?;
     Ok(())
 }
 
 /// Where all these feeds end, by what Postgres says.
-pub async fn heads(world: &World, people: &[Person]) -> anyhow::Result<Vec<(UserId, Position)>> {
-    let ids: Vec<i64> = people.iter().map(|person| person.id.0).collect();
+pub async fn heads(world: &Bench, users: &[BenchUser]) -> anyhow::Result<Vec<(UserId, Position)>> {
+    let ids: Vec<i64> = users.iter().map(|user| user.id.0).collect();
     let rows: Vec<(i64, i64, i64)> = sqlx::query_as(
         "SELECT user_id, epoch, head_seq FROM feed_heads WHERE user_id = ANY ($1) ORDER BY user_id",
     )
@@ -101,18 +142,18 @@ pub async fn heads(world: &World, people: &[Person]) -> anyhow::Result<Vec<(User
 }
 
 /// A file that tells a load process whose streams to open.
-pub fn viewers_file(world: &World, people: &[Person]) -> anyhow::Result<PathBuf> {
-    let viewer = |person: &Person| Viewer { user: person.id, token: person.token.clone() };
-    write_lines(world, "viewers", people.iter().map(viewer))
+pub fn viewers_file(world: &Bench, users: &[BenchUser]) -> anyhow::Result<PathBuf> {
+    let viewer = |user: &BenchUser| Viewer { user: user.id, token: user.token.clone() };
+    write_lines(world, "viewers", users.iter().map(viewer))
 }
 
 /// A file that tells a load process who writes where.
-pub fn senders_file(world: &World, senders: &[Sender]) -> anyhow::Result<PathBuf> {
+pub fn senders_file(world: &Bench, senders: &[Sender]) -> anyhow::Result<PathBuf> {
     write_lines(world, "senders", senders.iter())
 }
 
 fn write_lines<T: serde::Serialize>(
-    world: &World,
+    world: &Bench,
     name: &str,
     items: impl Iterator<Item = T>,
 ) -> anyhow::Result<PathBuf> {
@@ -120,7 +161,7 @@ fn write_lines<T: serde::Serialize>(
     for item in items {
         let _ = writeln!(text, "{}", serde_json::to_string(&item)?);
     }
-    let path = world.folder.path().join(name);
+    let path = world.folder().join(name);
     std::fs::write(&path, text)?;
     Ok(path)
 }

@@ -3,7 +3,7 @@
 
 use std::{
     collections::BTreeMap,
-    io::{BufRead, BufReader, Read},
+    io::{self, BufRead, BufReader, Read},
     net::SocketAddr,
     path::PathBuf,
     process::{Command, ExitStatus, Stdio},
@@ -13,15 +13,16 @@ use std::{
 };
 
 use serde_json::Value;
-use testkit::{
-    http::Client,
+
+use crate::{
+    http::{Answer, Client},
     process::{Process, Signal},
     soon,
     sse::Opening,
     until,
+    usage::{Cpu, Memory},
+    world::User,
 };
-
-use crate::User;
 
 /// Lines kept of one service. A service that says more than this in one test is at fault.
 const LOG_LINES: usize = 200_000;
@@ -33,7 +34,7 @@ pub struct Log {
 }
 
 impl Log {
-    pub(crate) fn of(name: String) -> Self {
+    pub fn of(name: String) -> Self {
         Self { name, lines: Mutex::default() }
     }
 
@@ -41,7 +42,20 @@ impl Log {
         self.lines.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    pub(crate) fn follow(self: &Arc<Self>, pipe: impl Read + Send + 'static) -> JoinHandle<()> {
+    /// Warnings, errors, and what is no line of the log: a panic, or a refusal to start.
+    pub fn complaints(&self) -> Vec<String> {
+        let complaint = |line: &String| {
+            let parsed = serde_json::from_str::<Value>(line).unwrap_or_default();
+            match parsed["level"].as_str() {
+                None => Some(line.clone()),
+                Some("WARN" | "ERROR") => Some(parsed["message"].as_str()?.lines().next()?.to_owned()),
+                Some(_) => None,
+            }
+        };
+        self.lines().iter().filter_map(complaint).collect()
+    }
+
+    pub fn follow(self: &Arc<Self>, pipe: impl Read + Send + 'static) -> JoinHandle<()> {
         let log = self.clone();
         std::thread::spawn(move || {
             for line in BufReader::new(pipe).lines().map_while(Result::ok) {
@@ -168,26 +182,23 @@ impl Service {
 
     /// The status and the words of `/readyz`.
     pub async fn readiness(&self) -> Option<(u16, String)> {
-        self.ops_says("/readyz").await
+        self.ask_ops("/readyz").await.map(|answer| (answer.status, answer.text()))
     }
 
-    async fn ops_says(&self, path: &str) -> Option<(u16, String)> {
-        let answer = self.client.get(format!("http://{}{path}", self.ops())).send().await.ok()?;
-        Some((answer.status, answer.text()))
+    async fn ask_ops(&self, path: &str) -> Option<Answer> {
+        // On a connection of its own: a kept one may have been closed while nothing was sent.
+        let call = self.client.get(format!("http://{}{path}", self.ops())).header("connection", "close");
+        call.send().await.ok()
     }
 
-    /// One metric's sum over its labels.
-    pub async fn metric(&self, name: &str) -> f64 {
-        self.metric_where(name, "").await
+    /// As [`Answer::metric`]; 0 if it was never counted.
+    pub async fn metric(&self, series: &str) -> f64 {
+        self.ask_ops("/metrics").await.expect("the ops listener answers").metric(series).unwrap_or_default()
     }
 
-    /// One metric's sum over the lines with this label, as `/metrics` writes it: `path="redis"`.
+    /// One metric's sum over the series with this label: `path="redis"`.
     pub async fn metric_where(&self, name: &str, label: &str) -> f64 {
-        let (_, text) = self.ops_says("/metrics").await.expect("the ops listener answers");
-        let of_this = |line: &&str| {
-            line.strip_prefix(name).is_some_and(|rest| rest.starts_with(['{', ' ']) && rest.contains(label))
-        };
-        text.lines().filter(of_this).filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok()).sum()
+        self.metric(&format!("{name}{{{label}}}")).await
     }
 
     pub fn kill(&mut self) {
@@ -237,12 +248,12 @@ impl Service {
         self.until_ready().await;
     }
 
-    /// Resident memory in bytes.
-    pub fn memory(&self) -> u64 {
-        let status =
-            std::fs::read_to_string(format!("/proc/{}/status", self.process.id())).unwrap_or_default();
-        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap_or_default();
-        line.trim().trim_end_matches(" kB").parse::<u64>().map_or(0, |kilobytes| kilobytes * 1024)
+    pub fn memory(&self) -> io::Result<Memory> {
+        Memory::of(self.process.id())
+    }
+
+    pub fn cpu(&self) -> io::Result<Cpu> {
+        Cpu::of(self.process.id())
     }
 
     async fn listening(&mut self, before: usize) {
