@@ -41,7 +41,8 @@ async fn count(pool: &PgPool, sql: &'static str) -> i64 {
 }
 
 async fn sign_ins(app: &App, provider: &str, outcome: &str) -> u64 {
-    let series = format!("messenger_api_provider_logins_total{{provider=\"{provider}\",outcome=\"{outcome}\"}}");
+    let series =
+        format!("messenger_api_provider_logins_total{{provider=\"{provider}\",outcome=\"{outcome}\"}}");
     metric(app, &series).await.unwrap_or_default()
 }
 

@@ -111,7 +111,8 @@ async fn healthy_redis_delivers_every_event() {
         })
         .await;
     }
-    let by = async |label: &str| gateway.metric_where("messenger_gateway_events_delivered_total", label).await;
+    let by =
+        async |label: &str| gateway.metric_where("messenger_gateway_events_delivered_total", label).await;
     assert_eq!(by(r#"path="redis""#).await, 50.0);
     assert_eq!(gateway.metric("messenger_gateway_events_delivered_total").await, 50.0);
     assert_eq!(gateway.metric("messenger_gateway_reconcile_recovered_feeds_total").await, 0.0);
@@ -196,7 +197,7 @@ async fn user_who_returns_to_the_same_gateway_misses_nothing() {
     // The gateway's entry lingers for a moment, then goes; both kinds of return must find everything.
     for lingers in [true, true, false] {
         if !lingers {
-            until("the entry is gone", async || gateway.metric("gateway_users").await == 0.0).await;
+            until("the entry is gone", async || gateway.metric("messenger_gateway_users").await == 0.0).await;
         }
         two.say(&world, &api, 3).await;
         let back = browser(gateway.stream(&two.jane).last_event_id(&cursor));
