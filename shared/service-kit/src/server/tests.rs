@@ -285,7 +285,7 @@ async fn a_head_has_its_time_after_the_answer_before_it() {
     // It waits in our buffer or the kernel's while the answer is stuck for as long as the head of another connection may take.
     socket.write_all(HELLO).await.unwrap();
     soon("the other connection is cut", rest(send(server.address, b"GET /he").await)).await;
-    assert_eq!(server.cut("slow_head"), 1);
+    assert_eq!(server.closed("slow_head"), 1);
     while !text.ends_with(b"hello") {
         assert!(
             soon("the answers", socket.read_buf(&mut text)).await.unwrap() > 0,
