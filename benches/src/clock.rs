@@ -4,7 +4,6 @@ use std::time::Duration;
 
 use nix::time::{ClockId, clock_gettime};
 
-/// Microseconds of the machine's monotonic clock.
 pub type Micros = u64;
 
 pub fn now() -> Micros {

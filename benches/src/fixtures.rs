@@ -16,7 +16,6 @@ use testkit::{
 
 use crate::load::{Sender, Viewer};
 
-/// A world with its own Postgres and Redis, whose services run as shipped.
 pub struct Bench {
     world: World,
     pub postgres: Postgres,
@@ -33,7 +32,7 @@ impl Deref for Bench {
 
 impl Bench {
     pub async fn new() -> Self {
-        // Durable by its defaults, which are here because figures mean nothing without them.
+        // The defaults, stated because figures mean nothing without them.
         let durable = ["fsync=on", "synchronous_commit=on", "full_page_writes=on"];
         let large = ["max_connections=100", "shared_buffers=512MB", "max_wal_size=4GB"];
         let (postgres, redis) = (Postgres::start_with(&[durable, large].concat()), Redis::start());
@@ -62,7 +61,6 @@ pub struct BenchUser {
     pub token: String,
 }
 
-/// New users, each with a session that lives on.
 pub async fn make_users(world: &Bench, count: usize) -> anyhow::Result<Vec<BenchUser>> {
     let mut transaction = world.sql.begin().await?;
     let ids: Vec<i64> = sqlx::query_scalar(
@@ -94,7 +92,7 @@ pub async fn make_users(world: &Bench, count: usize) -> anyhow::Result<Vec<Bench
     Ok(rows.into_iter().map(user).collect())
 }
 
-/// The first with the second, the third with the fourth, …: a conversation each, and both may write in it.
+/// A conversation for each pair of users: the first with the second, the third with the fourth, and so on.
 pub async fn start_conversations(world: &Bench, users: &[BenchUser]) -> anyhow::Result<Vec<Sender>> {
     let firsts: Vec<i64> = users.chunks_exact(2).map(|pair| pair[0].id.0).collect();
     let seconds: Vec<i64> = users.chunks_exact(2).map(|pair| pair[1].id.0).collect();
@@ -120,13 +118,12 @@ pub async fn start_conversations(world: &Bench, users: &[BenchUser]) -> anyhow::
     Ok(users.iter().filter_map(sender).collect())
 }
 
-/// As autovacuum leaves tables that were filled a while ago. Empty ones it never touches.
+/// As autovacuum leaves tables that were filled a while ago.
 async fn settle(world: &Bench, tables: &'static str) -> anyhow::Result<()> {
     sqlx::query(AssertSqlSafe(format!("VACUUM ANALYZE {tables}"))).execute(&world.sql).await?;
     Ok(())
 }
 
-/// Where all these feeds end, by what Postgres says.
 pub async fn heads(world: &Bench, users: &[BenchUser]) -> anyhow::Result<Vec<(UserId, Position)>> {
     let ids: Vec<i64> = users.iter().map(|user| user.id.0).collect();
     let rows: Vec<(i64, i64, i64)> = sqlx::query_as(
@@ -141,13 +138,11 @@ pub async fn heads(world: &Bench, users: &[BenchUser]) -> anyhow::Result<Vec<(Us
     Ok(rows.into_iter().map(head).collect())
 }
 
-/// A file that tells a load process whose streams to open.
 pub fn viewers_file(world: &Bench, users: &[BenchUser]) -> anyhow::Result<PathBuf> {
     let viewer = |user: &BenchUser| Viewer { user: user.id, token: user.token.clone() };
     write_lines(world, "viewers", users.iter().map(viewer))
 }
 
-/// A file that tells a load process who writes where.
 pub fn senders_file(world: &Bench, senders: &[Sender]) -> anyhow::Result<PathBuf> {
     write_lines(world, "senders", senders.iter())
 }

@@ -17,7 +17,6 @@ pub struct HttpConnection {
 pub struct Answer {
     pub status: u16,
     pub body: String,
-    /// The server closes the connection after it.
     pub last: bool,
 }
 
@@ -29,7 +28,6 @@ impl HttpConnection {
         Ok(Self { socket: BufReader::new(socket) })
     }
 
-    /// Sends a whole request and reads a whole answer.
     pub fn exchange(&mut self, request: &[u8]) -> anyhow::Result<Answer> {
         self.socket.get_mut().write_all(request)?;
         let status_line = self.line()?;
@@ -53,7 +51,7 @@ impl HttpConnection {
         Ok(Answer { status, body: String::from_utf8(body).context("bodies are UTF-8")?, last })
     }
 
-    /// Between two exchanges: whether the other end has closed it, as far as this one knows.
+    /// Whether the other end has not closed an idle connection.
     pub fn is_open(&self) -> bool {
         let socket = self.socket.get_ref();
         let looked = socket.set_nonblocking(true).and_then(|()| socket.peek(&mut [0]));

@@ -18,7 +18,6 @@ mod source;
 
 use report::{figure, heading};
 
-/// What figures were made on.
 pub fn describe(quick: bool) {
     heading(chrono::Utc::now().format("%Y-%m-%d %H:%M UTC"));
     figure("machine", machine::describe());

@@ -9,7 +9,6 @@ use std::{
 
 use crate::report::Percentiles;
 
-/// One line about hardware and kernel.
 pub fn describe() -> String {
     let cores = std::thread::available_parallelism().map_or(0, usize::from);
     let cpu = field("/proc/cpuinfo", "model name").unwrap_or_else(|| std::env::consts::ARCH.into());
@@ -19,13 +18,12 @@ pub fn describe() -> String {
     format!("{cores} cores ({cpu}), {gigabytes:.0} GiB, Linux {}", kernel.trim())
 }
 
-/// Processes that ran or wanted to, on average over 1, 5 and 15 minutes.
 pub fn load_average() -> String {
     let text = fs::read_to_string("/proc/loadavg").unwrap_or_default();
     text.split_whitespace().take(3).collect::<Vec<_>>().join(" ")
 }
 
-/// How long the disk takes to keep 8 KiB for certain: every commit waits for that.
+/// The time to sync 8 KiB to disk, which every commit waits for.
 pub fn disk_sync(folder: &Path) -> anyhow::Result<Percentiles> {
     let mut file = tempfile::tempfile_in(folder)?;
     let block = [7; 8_192];

@@ -39,7 +39,6 @@ struct Cli {
     no_build: bool,
 }
 
-/// A scenario that takes longer hangs.
 const LONGEST: Duration = Duration::from_mins(15);
 
 fn main() -> ExitCode {
@@ -53,7 +52,7 @@ fn main() -> ExitCode {
 }
 
 fn run() -> anyhow::Result<()> {
-    // Load processes are this program, too.
+    // Load processes run this program, too.
     let arguments: Vec<String> = std::env::args().collect();
     match &arguments[1..] {
         [kind] if kind == load::STREAMS => return load::run_streams(),
@@ -72,7 +71,7 @@ fn run() -> anyhow::Result<()> {
     let scenarios = if cli.scenarios.is_empty() { Scenario::value_variants() } else { &cli.scenarios };
     benches::describe(cli.quick);
     let over = end_what_hangs();
-    // On this thread: children live as long as the thread that started them.
+    // On this thread: children end with the thread that started them.
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async {
         for &scenario in scenarios {
@@ -86,7 +85,7 @@ fn run() -> anyhow::Result<()> {
     })
 }
 
-/// Ends the process, and with it its children, unless a message comes for every scenario in time.
+/// Exits, and so ends the children, unless each scenario reports its end in time.
 fn end_what_hangs() -> SyncSender<()> {
     let (over, next) = sync_channel(1);
     thread::spawn(move || {
@@ -104,9 +103,9 @@ fn end_what_hangs() -> SyncSender<()> {
     over
 }
 
-/// The services as they are now. Cargo puts them beside this program.
+/// Cargo puts the services beside this program.
 fn build() -> anyhow::Result<()> {
-    // The cargo that runs us, if one does.
+    // The cargo that runs us.
     let Some(cargo) = testkit::programs::variable("CARGO") else { return Ok(()) };
     let mut command = Command::new(cargo);
     command.args(["build", "-p", "api", "-p", "stream-gateway"]);

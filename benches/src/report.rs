@@ -2,7 +2,7 @@
 
 use std::fmt::{self, Display};
 
-/// Some of many samples, in microseconds.
+/// Of samples in microseconds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Percentiles {
     pub p50: u32,
@@ -13,7 +13,7 @@ pub struct Percentiles {
 impl Percentiles {
     pub fn of(mut samples: Vec<u32>) -> Self {
         samples.sort_unstable();
-        // The smallest sample that at least this share of all do not exceed.
+        // The smallest sample that at least this share does not exceed.
         let at = |share: f64| {
             let rank = (samples.len() as f64 * share).ceil() as usize;
             samples.get(rank.saturating_sub(1)).copied().unwrap_or_default()
@@ -43,7 +43,7 @@ pub fn progress(text: impl Display) {
     eprintln!("… {text}");
 }
 
-/// 12345 is `12,345`.
+/// 12345 becomes `12,345`.
 pub fn count(number: u64) -> String {
     let digits = number.to_string();
     let groups: Vec<_> = digits.as_bytes().rchunks(3).rev().map(String::from_utf8_lossy).collect();

@@ -26,42 +26,38 @@ use crate::{
     fixtures::{self, Bench, BenchUser},
 };
 
-/// Rows in one commit while publishing, and at most in one statement.
 const BATCH_EVERY: Duration = Duration::from_millis(10);
 const BATCH_ROWS: usize = 5_000;
-/// Events that are due within the same millisecond go out together.
+/// Events that are due within the same millisecond are sent together.
 const GRAIN: Micros = 1_000;
-/// How long before they are due events are committed, when they are committed while publishing.
+/// How long before they are due events are committed.
 const LEAD: Duration = Duration::from_millis(50);
-/// To be ready to publish.
 const HEAD_START: Duration = Duration::from_millis(500);
 
-/// When events are committed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Commits {
-    /// Moments before they are published, all the while.
+    /// Shortly before they are published.
     Meanwhile,
-    /// All of them before the first is published, so that Postgres is idle during the measurement. A gateway must not be
-    /// reconciling then: it would find them early.
+    /// All before the first is published, so that Postgres is idle during the measurement. The gateway must not reconcile
+    /// meanwhile: it would deliver them early.
     Before,
 }
 
 pub struct Source<'a> {
     world: &'a Bench,
     users: &'a [BenchUser],
-    /// Everybody in a random order; each turn goes once through all.
+    /// A random order; each turn goes once through all.
     order: Vec<usize>,
     next: usize,
     seqs: Vec<Seq>,
 }
 
-/// What was published.
 #[derive(Debug)]
 pub struct Published {
     pub events: u64,
-    /// The most by which an event was published later than due: the source could not keep up.
+    /// How late an event was published at most: the source could not keep up.
     pub latest: Micros,
-    /// Listeners that Redis told, over all events.
+    /// Receivers at Redis, over all events.
     pub heard: u64,
 }
 
@@ -73,7 +69,6 @@ struct Row {
     created_at: DateTime<Utc>,
 }
 
-/// Bytes for Redis, and when to send them.
 struct Burst {
     due: Micros,
     events: u64,
@@ -89,7 +84,6 @@ impl<'a> Source<'a> {
         Ok(Self { world, users, order, next: 0, seqs })
     }
 
-    /// One event to each of the users, committed and published as fast as it goes.
     pub async fn one_each(&mut self) -> anyhow::Result<Published> {
         let rows = (0..self.users.len()).map(|_| self.row(0)).collect::<Vec<_>>();
         self.commit(&rows).await?;
@@ -98,8 +92,8 @@ impl<'a> Source<'a> {
         publisher.finish()
     }
 
-    /// `per_second` events for `length`, to everybody in turn. `begin` is called with the time to which all due times are
-    /// relative, before the first event is published.
+    /// `per_second` events for `length`, to all users in turn. `begin` gets the time to which all due times are relative, before
+    /// the first event is published.
     pub async fn steady(
         &mut self,
         per_second: u32,
@@ -147,13 +141,12 @@ impl<'a> Source<'a> {
         publisher.finish()
     }
 
-    /// The next event: to whom, and which of theirs.
     fn row(&mut self, due: Micros) -> Row {
         let user = self.order[self.next % self.order.len()];
         self.next += 1;
         self.seqs[user] += 1;
         let (seq, created_at) = (self.seqs[user], Utc::now());
-        // As `api` says it; the text is of a usual length.
+        // As `api` writes it, with a text of a usual length.
         let payload = json!({
             "id": self.next.to_string(),
             "content": format!("{due:010} is when this message of the bench was due, in microseconds"),
@@ -170,7 +163,7 @@ impl<'a> Source<'a> {
         let payloads: Vec<&str> = rows.iter().map(|row| row.payload.as_str()).collect();
         let mut connection = self.world.sql.acquire().await?;
         let mut transaction = connection.begin().await?;
-        // Only here: what is measured with this source is what happens after the commit.
+        // Only here: the measurement begins after the commit.
         sqlx::query("SET LOCAL synchronous_commit = off").execute(&mut *transaction).await?;
         sqlx::query(
             "WITH rows AS MATERIALIZED (
@@ -214,7 +207,6 @@ impl<'a> Source<'a> {
     }
 }
 
-/// The thread that publishes, by a socket of its own.
 struct Publisher {
     bursts: SyncSender<Burst>,
     thread: thread::JoinHandle<anyhow::Result<Published>>,
@@ -224,7 +216,7 @@ impl Publisher {
     fn start(redis: SocketAddr, since: Micros) -> anyhow::Result<Self> {
         let socket = TcpStream::connect(redis)?;
         socket.set_nodelay(true)?;
-        // A million events at the highest rates, and each burst only once.
+        // A million events at the highest rates, one burst at a time.
         let (sender, bursts) = sync_channel(100_000);
         let thread = thread::spawn(move || publish(socket, &bursts, since));
         Ok(Self { bursts: sender, thread })
@@ -252,13 +244,13 @@ fn publish(mut socket: TcpStream, bursts: &Receiver<Burst>, since: Micros) -> an
         published.events += burst.events;
     }
     total_in.send(published.events)?;
-    // Redis answers this one, too, so the reader comes to know the total.
+    // The answer to this one tells the reader the total.
     socket.write_all(b"PING\r\n")?;
     published.heard = reader.join().unwrap_or_else(|_| anyhow::bail!("the reader panicked"))?;
     Ok(published)
 }
 
-/// Redis answers each PUBLISH with the number of those who heard it.
+/// Redis answers each PUBLISH with the number of its receivers.
 fn count_heard(answers: TcpStream, total: &Receiver<u64>) -> anyhow::Result<u64> {
     answers.set_read_timeout(Some(Duration::from_mins(1)))?;
     let mut heard = 0;

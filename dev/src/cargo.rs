@@ -8,8 +8,8 @@ use tokio::process::Command;
 use crate::places::Places;
 use crate::process;
 
-/// A cargo command in the workspace, in the environment that a person's own call has: what `cargo run` added
-/// for us would make build scripts run again.
+/// A cargo command in the workspace, without the variables that `cargo run` added for us: they would make build scripts run
+/// again.
 pub(crate) fn cargo(places: &Places, args: &[&str]) -> Command {
     let program = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let mut command = process::command(program, args);
@@ -29,7 +29,6 @@ fn added_by_cargo_run(name: &str) -> bool {
             .any(|start| name.starts_with(start))
 }
 
-/// Where cargo leaves binaries of a profile: beside our own folder.
 pub(crate) fn binaries(profile: &str) -> Result<PathBuf> {
     let own = std::env::current_exe()?;
     let target = own.ancestors().nth(2).context("the runner lies in cargo's target folder")?;

@@ -1,6 +1,6 @@
 //! What `cargo dev up` prints for a person to paste: john writes to jane, and she sees it, with nothing but bash and curl.
 
-/// The demo against `base`. Jane listens twice, and the ingress gives each of her streams to another gateway.
+/// Jane listens twice, and the ingress sends each stream to another gateway.
 pub(crate) fn demo(base: &str) -> String {
     format!(
         r#"(base={base}

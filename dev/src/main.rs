@@ -106,7 +106,7 @@ async fn run(cli: Cli) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// Clap takes a leading `--` for its own, but cargo must see it: what follows is for the test binaries.
+/// Clap consumes a leading `--`, which cargo must see: what follows is for the test binaries.
 fn with_separator(mut args: Vec<String>) -> Vec<String> {
     let separator = "--".to_owned();
     if std::env::args().any(|arg| arg == separator) && !args.contains(&separator) {

@@ -69,7 +69,6 @@ pub(crate) async fn down(places: &Places) -> Result<()> {
     Ok(())
 }
 
-/// Everything but the installed servers.
 pub(crate) async fn reset(places: &Places) -> Result<()> {
     down(places).await?;
     terminal::step("Deleting", "the dev database, keys and secrets under .dev (installed servers are kept)");
@@ -81,7 +80,6 @@ pub(crate) async fn reset(places: &Places) -> Result<()> {
     Ok(())
 }
 
-/// Replaces this process by psql; returns only an error.
 pub(crate) async fn psql(places: &Places, given: &Given, args: &[String]) -> Result<()> {
     let path = std::env::var_os("PATH").unwrap_or_default();
     let program = if let Some(program) = programs::on_path(&path, &["psql"]) {
@@ -100,14 +98,14 @@ pub(crate) async fn psql(places: &Places, given: &Given, args: &[String]) -> Res
         let Some((_, port)) = postgres::running(&places.up()) else {
             bail!("the dev database is not running; start it with `cargo dev up`");
         };
-        // Not on the command line, where everybody could read it.
+        // Not on the command line, where every account could read it.
         psql.env("PGPASSWORD", postgres::password(&places.up())?)
             .arg(format!("postgres://postgres@127.0.0.1:{port}/{}", postgres::DATABASE))
     };
     Err(psql.args(args).exec()).context("cannot start psql")
 }
 
-/// Signals a process and waits while `runs`; kills it when that takes too long.
+/// Signals a process and waits while `runs`; kills it after the deadline.
 async fn end(pid: i32, signal: Signal, runs: impl Fn() -> Result<bool>) -> Result<()> {
     let pid = Pid::from_raw(pid);
     for (signal, patience) in [(signal, STOP_DEADLINE), (Signal::SIGKILL, Duration::from_secs(5))] {
@@ -126,7 +124,7 @@ async fn end(pid: i32, signal: Signal, runs: impl Fn() -> Result<bool>) -> Resul
 }
 
 fn is_alive(pid: i32) -> bool {
-    // A zombie has ended, whether or not its parent has looked.
+    // A zombie has ended.
     fs::read_to_string(Path::new("/proc").join(pid.to_string()).join("stat"))
         .is_ok_and(|stat| stat.rsplit_once(')').is_some_and(|(_, rest)| !rest.trim_start().starts_with('Z')))
 }

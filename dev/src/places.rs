@@ -12,7 +12,6 @@ use nix::unistd::geteuid;
 use crate::terminal;
 
 pub(crate) struct Places {
-    /// The workspace.
     pub(crate) root: PathBuf,
     /// `.dev`, with symbolic links resolved.
     home: PathBuf,
@@ -20,13 +19,13 @@ pub(crate) struct Places {
 
 impl Places {
     pub(crate) fn open() -> Result<Self> {
-        // Cargo sets it at run time too, which stays right when a clone is moved with its target folder.
+        // Set by cargo at run time too, and right even when a clone was moved with its target folder.
         let crate_dir = std::env::var_os("CARGO_MANIFEST_DIR")
             .map_or_else(|| PathBuf::from(env!("CARGO_MANIFEST_DIR")), PathBuf::from);
         let root = crate_dir.parent().context("the dev crate lies inside the workspace")?.to_owned();
         let dev = root.join(".dev");
         match fs::read_link(&dev) {
-            // The target may have been swept away with other temporary files.
+            // The target may have been deleted with other temporary files.
             Ok(target) => fs::create_dir_all(target)?,
             Err(_) if !dev.exists() && geteuid().is_root() && !open_to_others(&root) => {
                 move_out(&root, &dev)?;
@@ -40,22 +39,20 @@ impl Places {
         Ok(Self { root, home })
     }
 
-    /// Everything of `cargo dev up`: data, keys, what runs.
+    /// Data, keys and state of `cargo dev up`.
     pub(crate) fn up(&self) -> PathBuf {
         self.home.join("up")
     }
 
-    /// The databases that `cargo dev env` leaves running.
     pub(crate) fn shared(&self) -> PathBuf {
         self.home.join("test")
     }
 
-    /// Servers that were installed because the machine had none.
     pub(crate) fn tools(&self) -> PathBuf {
         self.home.join("tools")
     }
 
-    /// A folder for this run only. What earlier runs could not clean up is removed here.
+    /// A folder for this run only. Removes what earlier runs left behind.
     pub(crate) fn scratch(&self) -> Result<Scratch> {
         let runs = self.home.join("runs");
         fs::create_dir_all(&runs)?;
@@ -63,7 +60,6 @@ impl Places {
         for entry in fs::read_dir(&runs)? {
             let entry = entry?;
             if entry.file_name() == *own || !Path::new("/proc").join(entry.file_name()).exists() {
-                // Another run may be sweeping too.
                 let _ = fs::remove_dir_all(entry.path());
             }
         }
@@ -73,7 +69,6 @@ impl Places {
     }
 }
 
-/// Removed when dropped.
 pub(crate) struct Scratch(PathBuf);
 
 impl Scratch {
@@ -88,13 +83,13 @@ impl Drop for Scratch {
     }
 }
 
-/// Whether an account that owns nothing here can reach `dir`.
+/// Whether every account can reach `dir`.
 fn open_to_others(dir: &Path) -> bool {
     dir.ancestors().all(|dir| dir.metadata().is_ok_and(|meta| meta.permissions().mode() & 0o001 != 0))
 }
 
-/// Postgres refuses to run as root, and the account it gets instead cannot enter a private home:
-/// then `.dev` becomes a link to a place that it can enter.
+/// Postgres refuses to run as root, and its account cannot enter a private home: `.dev` becomes a link to a place that it can
+/// enter.
 fn move_out(root: &Path, dev: &Path) -> Result<()> {
     let mut hasher = DefaultHasher::new();
     root.hash(&mut hasher);
@@ -114,7 +109,7 @@ fn move_out(root: &Path, dev: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Whether the process `pid` lives and has `dir` as its current folder, as both database servers do with their data.
+/// Whether the process `pid` lives in `dir`, as both database servers do in their data folder.
 pub(crate) fn works_in(pid: u32, dir: &Path) -> bool {
     let cwd = fs::read_link(format!("/proc/{pid}/cwd"));
     cwd.is_ok_and(|cwd| dir.canonicalize().is_ok_and(|dir| dir.as_os_str() == OsStr::new(&cwd)))

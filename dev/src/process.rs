@@ -18,10 +18,8 @@ use tokio::sync::watch;
 
 use crate::terminal::{self, Colour};
 
-/// How long a log line may grow before it is shown in parts.
 const LONGEST_LINE: usize = 16 * 1024;
 
-/// A command with the arguments as given, without input.
 pub(crate) fn command<A: AsRef<OsStr>>(
     program: impl AsRef<OsStr>,
     args: impl IntoIterator<Item = A>,
@@ -44,7 +42,6 @@ pub(crate) fn bind_to_runner(command: &mut Command, on_death: Signal) {
     tie_to_parent(command.as_std_mut(), on_death);
 }
 
-/// Lets the command outlive the runner and its terminal.
 pub(crate) fn detach(command: &mut Command) {
     #[expect(
         unsafe_code,
@@ -56,7 +53,7 @@ pub(crate) fn detach(command: &mut Command) {
     }
 }
 
-/// Runs a command to its end. Dropped before that, it interrupts the command's whole group.
+/// Dropped before the end, it interrupts the command's whole group.
 pub(crate) async fn run_to_end(mut command: Command, on_death: Signal) -> Result<ExitStatus> {
     struct Interrupt(Option<Pid>);
     impl Drop for Interrupt {
@@ -102,14 +99,12 @@ fn to_pid(id: u32) -> Pid {
     Pid::from_raw(id.cast_signed())
 }
 
-/// Where a long-running child's output goes.
 pub(crate) enum Output {
     /// To the terminal, line by line under the child's name.
     Follow(Colour),
     File(File),
 }
 
-/// A long-running child.
 pub(crate) struct Child {
     pub(crate) name: String,
     pid: Pid,
@@ -149,7 +144,6 @@ impl Child {
         self.exit.borrow().is_some() || self.exit.has_changed().is_err()
     }
 
-    /// Resolves when the child has ended, to how.
     pub(crate) fn ended(&self) -> impl Future<Output = Option<ExitStatus>> + Send + use<> {
         let mut exit = self.exit.clone();
         async move { exit.wait_for(Option::is_some).await.ok().and_then(|status| *status) }
@@ -162,7 +156,7 @@ impl Child {
     }
 
     pub(crate) fn ask(&self, signal: Signal) {
-        // Once it has ended, its pid may be another's.
+        // After its end, the pid may belong to another process.
         if !self.has_ended() {
             let _ = kill(self.pid, signal);
         }
@@ -240,7 +234,7 @@ mod tests {
         let mut shell = command("sh", ["-c", "trap '' TERM; while :; do sleep 0.05; done"]);
         bind_to_runner(&mut shell, Signal::SIGKILL);
         let child = Child::spawn("stubborn", shell, Output::Follow(Colour::Red)).unwrap();
-        // The trap must be in place, or the request itself would end it.
+        // The trap must be in place first.
         tokio::time::sleep(Duration::from_millis(200)).await;
         child.stop(Signal::SIGTERM, Duration::from_millis(300)).await;
         let status = child.ended().await.unwrap();

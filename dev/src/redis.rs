@@ -19,7 +19,7 @@ use crate::{install, secrets, terminal};
 const START_DEADLINE: Duration = Duration::from_secs(20);
 const STOP_PATIENCE: Duration = Duration::from_secs(5);
 
-/// Finds Redis on the machine, else what was installed under `.dev`, else installs it. `valkey`: that and nothing else.
+/// Finds Redis on the machine or under `.dev`, or installs it. `valkey`: only Valkey.
 pub(crate) async fn program(places: &Places, valkey: bool) -> Result<PathBuf> {
     let path = std::env::var_os("PATH").unwrap_or_default();
     let installed = install::redis_server(&places.tools());
@@ -33,7 +33,7 @@ pub(crate) async fn program(places: &Places, valkey: bool) -> Result<PathBuf> {
 }
 
 pub(crate) struct Redis {
-    /// None when it was found running already.
+    /// None when it was already running.
     pub(crate) child: Option<Child>,
     port: u16,
     password: String,
@@ -62,7 +62,7 @@ pub(crate) async fn start(program: &Path, dir: &Path, life: Life) -> Result<Redi
     server.current_dir("/");
     run_as(&mut server, account);
     let mut server = life.shape(server, Signal::SIGKILL);
-    // The settings go in by standard input: on the command line everybody could read the password.
+    // By standard input: on the command line every account could read the password.
     let (read, mut write) = std::io::pipe()?;
     server.stdin(read);
     let settings = format!(
@@ -92,7 +92,7 @@ async fn wait_until_ready(redis: &Redis) -> Result<()> {
     tokio::time::timeout(START_DEADLINE, wait).await.context("Redis did not become ready")?
 }
 
-/// Whether it is our own server that answers, and nobody else's who has taken the port.
+/// Whether our own server answers, and not another process that has taken the port.
 async fn answers(redis: &Redis) -> bool {
     let exchange = async {
         let mut socket = TcpStream::connect(("127.0.0.1", redis.port)).await?;
@@ -104,7 +104,6 @@ async fn answers(redis: &Redis) -> bool {
     exchange.await.unwrap_or(false)
 }
 
-/// The pid and port of the server whose folder is under `dir`.
 pub(crate) fn running(dir: &Path) -> Option<(u32, u16)> {
     let data = dir.join("redis");
     let pid = fs::read_to_string(data.join("redis.pid")).ok()?.trim().parse().ok()?;

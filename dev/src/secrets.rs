@@ -13,12 +13,12 @@ pub(crate) fn random_password() -> Result<String> {
     Ok(format!("{:032x}", u128::from_ne_bytes(random()?)))
 }
 
-/// The content of `file`; made by `make` when there is none yet.
+/// The content of `file`, made by `make` the first time.
 pub(crate) fn kept(file: &Path, make: impl FnOnce() -> Result<String>) -> Result<String> {
     match fs::read_to_string(file) {
         Err(error) if error.kind() == ErrorKind::NotFound => {
             let secret = make()?;
-            // Written aside first, so that a file that exists is whole.
+            // Renamed when complete, so that an existing file is whole.
             let begun = file.with_extension("unfinished");
             let mut options = OpenOptions::new();
             options

@@ -11,7 +11,6 @@ use crate::places::Places;
 use crate::process::{self, Child, Output};
 use crate::{postgres, redis, terminal, tools};
 
-/// Servers that the caller brings.
 #[derive(clap::Args)]
 pub(crate) struct Given {
     /// Use this Postgres instead of a private one
@@ -27,16 +26,13 @@ pub(crate) struct Given {
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Durability {
-    /// What was committed survives a crash.
     Durable,
     /// Fast, for throw-away data.
     Forgetful,
 }
 
-/// How long servers live.
 #[derive(Clone, Copy)]
 pub(crate) enum Life {
-    /// As long as the runner.
     Bound,
     /// Until `cargo dev down`.
     Detached,
@@ -91,13 +87,12 @@ impl Servers {
         Ok(Self { database_url, redis_url, postgres, redis })
     }
 
-    /// Those that we started.
     pub(crate) fn children(&self) -> impl Iterator<Item = &Child> {
         let postgres = self.postgres.iter().filter_map(|postgres| postgres.child.as_ref());
         postgres.chain(self.redis.iter().filter_map(|redis| redis.child.as_ref()))
     }
 
-    /// In reverse order. Servers that were given or found running go on.
+    /// In reverse order. Servers that were given or already running stay.
     pub(crate) async fn stop(&self) {
         if let Some(redis) = &self.redis {
             redis::stop(redis).await;
@@ -108,7 +103,6 @@ impl Servers {
     }
 }
 
-/// Postgres alone, for what needs no more.
 pub(crate) async fn start_postgres(
     places: &Places,
     given: &Given,
@@ -148,9 +142,8 @@ pub(crate) async fn print_env(places: &Places, given: &Given) -> Result<()> {
     Ok(())
 }
 
-/// Where tests find the programs that they start and kill themselves.
 pub(crate) async fn programs(places: &Places, given: &Given) -> tools::Found {
-    // First what others are installed with.
+    // First the programs that others are installed with.
     let mut found = tools::all(places).await;
     let postgres = postgres::programs(places).await.map(|programs| programs.bin_dir);
     found.add("Postgres", "DEV_POSTGRES_BIN_DIR", postgres);

@@ -9,7 +9,6 @@ use anyhow::{Context, Result, bail};
 
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct State {
-    /// The pid of the runner.
     pub(crate) runner: u32,
     /// Empty until everything is ready.
     pub(crate) address: String,
@@ -24,7 +23,7 @@ pub(crate) struct Process {
 }
 
 impl State {
-    /// Of the runner that holds the lock in `dir`, if one does.
+    /// The state of the runner that holds the lock in `dir`.
     pub(crate) fn read(dir: &Path) -> Result<Option<Self>> {
         if Lock::is_free(dir)? {
             return Ok(None);
@@ -55,7 +54,6 @@ impl State {
     }
 }
 
-/// Held by the one runner of a workspace.
 pub(crate) struct Lock {
     dir: PathBuf,
     _file: File,

@@ -10,7 +10,7 @@ pub(crate) struct Stop {
 }
 
 impl Stop {
-    /// From here on these signals no longer end the runner by themselves.
+    /// From here on these signals do not end the runner.
     pub(crate) fn listen() -> Result<Self> {
         Ok(Self {
             interrupt: signal(SignalKind::interrupt())?,

@@ -13,7 +13,7 @@ use crate::servers::{Durability, Given, Life, Servers, programs};
 use crate::stop::Stop;
 use crate::{process, terminal};
 
-/// What a shell reports for a command that was interrupted.
+/// The exit code of shells after an interrupt.
 const INTERRUPTED: u8 = 130;
 
 pub(crate) async fn run(places: &Places, given: &Given, args: &[String]) -> Result<ExitCode> {
@@ -46,7 +46,7 @@ async fn build_and_test(
     }
     let started = Servers::start(places, given, scratch, Durability::Forgetful, Life::Bound).await?;
     let servers = servers.insert(started);
-    // The end-to-end tests run the services' own binaries, which cargo does not build for them.
+    // The end-to-end tests run the services' binaries, which cargo does not build for tests of another package.
     let build = cargo(places, &["build", "--workspace", "--bins"]);
     let status = process::run_to_end(build, Signal::SIGTERM).await?;
     if !status.success() {

@@ -12,7 +12,6 @@ pub(crate) fn has_colours() -> bool {
     *COLOURS
 }
 
-/// The colour that one process's log lines are marked with.
 #[derive(Clone, Copy)]
 pub(crate) enum Colour {
     Red = 31,
@@ -45,7 +44,6 @@ pub(crate) fn answer(what: impl Display) {
     let _ = writeln!(io::stdout().lock(), "{what}");
 }
 
-/// One line of a child's log, under its name.
 pub(crate) fn log_line(name: &str, colour: Colour, line: &str) {
     let name = paint(&format!("{name:>12}"), colour);
     let _ = writeln!(io::stderr().lock(), "{name} | {line}");

@@ -22,17 +22,15 @@ struct Tool {
 /// How to get it.
 enum From {
     Debian(&'static [&'static str]),
-    /// A Python package; tests need this path within it, or its folder. What is in it may need packages of Debian.
+    /// A Python package; tests need this path in it. It may need Debian packages.
     Pip {
         package: &'static str,
         path: &'static str,
         debian: &'static [&'static str],
     },
-    /// Not by us.
     Person(&'static str),
 }
 
-/// Installs the packages of others, and runs the fuzzer.
 const PYTHON: Tool = Tool {
     what: "Python 3.10 or later with pip",
     variable: "DEV_PYTHON",
@@ -91,7 +89,7 @@ const TOOLS: [Tool; 9] = [
         variable: "DEV_ROTEL",
         names: &["rotel-agent", "rotel"],
         proof: &["--version"],
-        // It is linked with the library of the Python that it was installed by.
+        // It is linked with the Python library.
         from: From::Pip {
             package: "rotel==0.0.1a15",
             path: "rotel/rotel-agent",
@@ -110,9 +108,7 @@ const TOOLS: [Tool; 9] = [
 /// What was found and what is missing.
 #[derive(Default)]
 pub(crate) struct Found {
-    /// The variables that say where it is.
     pub(crate) env: Vec<(&'static str, PathBuf)>,
-    /// One sentence for each thing that is missing.
     pub(crate) missing: Vec<String>,
 }
 
@@ -161,7 +157,7 @@ impl Tool {
         if let Some(given) = programs::variable(self.variable) {
             return Some(given);
         }
-        // An account that is not root often has no `sbin` on its PATH, where nginx is.
+        // nginx is in `sbin`, which is often not on PATH.
         let path = std::env::var_os("PATH").unwrap_or_default();
         let path = std::env::split_paths(&path).chain(["/usr/sbin".into()]);
         let path = std::env::join_paths(path).ok()?;

@@ -30,7 +30,6 @@ use crate::{postgres, secrets};
 
 const START_DEADLINE: Duration = Duration::from_secs(30);
 const STOP_PATIENCE: Duration = Duration::from_secs(10);
-/// Users that exist from the start.
 const SEEDED: [&str; 2] = ["john", "jane"];
 
 #[derive(clap::Args)]
@@ -64,14 +63,13 @@ pub(crate) async fn run(places: &Places, given: &Given, options: &Options) -> Re
     terminal::step("Stopping", "everything");
     tokio::select! {
         () = running.stop() => {}
-        // The kernel ends the children together with us.
+        // The children end with us.
         () = stop.asked() => terminal::warn("interrupted again; exiting immediately"),
     }
-    // An answered Ctrl-C is a success.
+    // A handled Ctrl-C is a success.
     outcome.map(|_| ExitCode::SUCCESS)
 }
 
-/// All that was started, in order.
 #[derive(Default)]
 struct Running {
     servers: Option<Servers>,
@@ -183,7 +181,6 @@ fn local(port: u16) -> SocketAddr {
     SocketAddr::from((Ipv4Addr::LOCALHOST, port))
 }
 
-/// Returns the folder of the binaries.
 async fn build(places: &Places, release: bool) -> Result<PathBuf> {
     let mut build = cargo(places, &["build", "--package", "api", "--package", "stream-gateway"]);
     if release {
@@ -204,7 +201,6 @@ fn common_settings(dir: &Path, origin: &str, servers: &Servers) -> Result<Settin
         ("ORIGIN", origin.to_owned()),
         ("REDIS_URL", servers.redis_url.clone()),
         ("INTERNAL_SECRET", secret),
-        // The ingress.
         ("TRUSTED_PROXIES", "127.0.0.1".to_owned()),
         ("LOG_FORMAT", "human".to_owned()),
     ])

@@ -27,26 +27,24 @@ use tempfile::TempDir;
 use testkit::{PATIENCE, node, process::Process, programs, usage, world::User};
 use tokio::sync::oneshot;
 
-/// Browsers that run at the same time, over all tests of all processes: a browser is a dozen processes itself.
+/// Browsers at the same time, over all test processes; each one is a dozen processes.
 const AT_ONCE: usize = 2;
 
-/// What a person does waits this long for the thing that it is done to, in milliseconds.
+/// Milliseconds that an action waits for its element.
 const ACTION_PATIENCE: u64 = 20_000;
 
-/// Between two looks at a page, which does not tell by itself what it shows.
+/// Between two looks at a page.
 pub const POLL: Duration = Duration::from_millis(30);
 
-/// For a browser to end in good order.
 const END_WITHIN: Duration = Duration::from_secs(5);
 
-/// Something that a page told.
+/// Something that a page reported.
 #[derive(Debug, Clone)]
 pub struct Happening {
     page: u64,
-    /// As the driver names it: `console.error`, `exception`, `dialog`, `response`, …
     pub kind: String,
     pub text: String,
-    /// Where; of a response and a failed request: which.
+    /// Where it happened; of a response and a failed request: its URL.
     pub url: String,
 }
 
@@ -62,7 +60,6 @@ impl fmt::Display for Happening {
     }
 }
 
-/// What waits for an answer of the driver.
 type Waiting = Box<dyn FnOnce(Result<Value, String>) + Send>;
 
 struct Driver {
@@ -71,7 +68,7 @@ struct Driver {
     next: AtomicU64,
     waiting: Mutex<HashMap<u64, Waiting>>,
     happenings: Mutex<Vec<Happening>>,
-    /// What it wrote itself, when it fails.
+    /// Its standard error.
     complaints: Mutex<Vec<String>>,
 }
 
@@ -100,7 +97,7 @@ impl Driver {
         }
     }
 
-    /// For places where nothing can be awaited.
+    /// For `drop`, which cannot await.
     fn call_blocking(&self, on: u64, chain: Value) -> Result<Value, String> {
         let (answer, answered) = sync_channel(1);
         self.ask(on, &chain, Box::new(move |result| drop(answer.send(result))));
@@ -123,15 +120,14 @@ pub struct Browser {
     driver: Arc<Driver>,
     process: Process,
     reader: Option<JoinHandle<()>>,
-    /// Told by nobody: closed when the driver's output ends.
+    /// Closed when the driver's output ends.
     silent: Receiver<()>,
-    /// Chromium's own files.
     _folder: TempDir,
     _slot: File,
 }
 
 impl Browser {
-    /// Waits for its turn first: make the browser before anything else, and let it be dropped last.
+    /// Waits for a free slot first: launch the browser before anything else, and drop it last.
     pub async fn launch() -> Self {
         let program = programs::program("DEV_CHROMIUM", "Chromium", "Debian: apt install chromium");
         let slot = slot().await;
@@ -156,7 +152,7 @@ impl Browser {
             move || {
                 let _speaking = speaking;
                 BufReader::new(stdout).lines().map_while(Result::ok).for_each(|line| driver.read(&line));
-                // Whoever still waits learns that nothing comes.
+                // Pending calls fail.
                 held(&driver.waiting).clear();
             }
         });
@@ -174,13 +170,12 @@ impl Browser {
         browser
     }
 
-    /// Where the sockets lead that its processes have open at this moment.
+    /// The peers of all sockets that its processes have open at this moment.
     pub fn peers(&self) -> BTreeSet<IpAddr> {
         let mut family = vec![self.process.id()];
         let mut inodes = HashSet::new();
         while let Some(pid) = family.pop() {
             family.extend(usage::children(pid).unwrap_or_default());
-            // A process may end while we look.
             let files = fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().flatten();
             inodes.extend(files.filter_map(|file| {
                 let target = fs::read_link(file.path()).ok()?;
@@ -195,7 +190,7 @@ impl Browser {
         ours.map(|fields| peer(fields[2]).expect("the kernel's own notation").to_canonical()).collect()
     }
 
-    /// A browser of its own for somebody, at this origin.
+    /// A browser profile of its own, at this origin.
     pub async fn context(&self, who: &str, origin: &str) -> Context {
         self.context_with(who, origin, json!({})).await
     }
@@ -203,7 +198,7 @@ impl Browser {
     /// With options of Playwright's `newContext`: a window's size, a theme, a language.
     pub async fn context_with(&self, who: &str, origin: &str, mut options: Value) -> Context {
         options["baseURL"] = origin.into();
-        // The tests' certificates are made for them.
+        // The tests' certificates are self-signed.
         options["ignoreHTTPSErrors"] = true.into();
         let made = self.driver.call(0, json!([["newContext", options]])).await;
         let number = number(made.unwrap_or_else(|error| panic!("{who}: {error}")));
@@ -223,7 +218,7 @@ impl Browser {
 impl Drop for Browser {
     fn drop(&mut self) {
         drop(held(&self.driver.stdin).take());
-        // In good order, or the hard way. Its last word is the end of its output.
+        // Its output ends when it has shut down in order.
         let _ = self.silent.recv_timeout(END_WITHIN);
         self.process.kill();
         if let Some(reader) = self.reader.take() {
@@ -232,7 +227,7 @@ impl Drop for Browser {
     }
 }
 
-/// `0100007F:1F90`: words of 32 bits in the machine's own order, and a port.
+/// Reads `0100007F:1F90`: 32-bit words in native byte order, and a port.
 fn peer(address: &str) -> Option<IpAddr> {
     let (words, _) = address.split_once(':')?;
     let words = words.as_bytes().chunks(8).map(|word| {
@@ -246,7 +241,6 @@ fn peer(address: &str) -> Option<IpAddr> {
     }
 }
 
-/// One of the few places for browsers.
 async fn slot() -> File {
     let folder = programs::build_folder();
     let files = (0..AT_ONCE).map(|number| {
@@ -254,7 +248,7 @@ async fn slot() -> File {
         File::options().create(true).append(true).open(path).expect("a file beside the tests' programs")
     });
     let mut files: Vec<_> = files.collect();
-    // No limit: those before us have limits of their own.
+    // Without a limit: the tests before this one have limits of their own.
     loop {
         if let Some(free) = files.iter().position(|file| file.try_lock().is_ok()) {
             return files.swap_remove(free);
@@ -267,7 +261,7 @@ fn number(made: Value) -> u64 {
     made["$"].as_u64().unwrap_or_else(|| panic!("an object was expected, not {made}"))
 }
 
-/// A person's browser: pages that share cookies and storage. Closed, and its problems told, when the last of it is dropped.
+/// Pages that share cookies and storage. Dropped, it closes them and fails the test if they had problems.
 pub struct Context(Arc<Inner>);
 
 struct Inner {
@@ -286,21 +280,18 @@ impl Context {
         called.unwrap_or_else(|error| panic!("{}: {chain}: {error}", self.0.who))
     }
 
-    /// A new tab, empty.
     pub async fn page(&self) -> Page {
         let number = number(self.call(json!([["newPage"]])).await);
         held(&self.0.pages).push(number);
         Page { context: self.0.clone(), number }
     }
 
-    /// A new tab at this path of the origin.
     pub async fn open(&self, path: &str) -> Page {
         let page = self.page().await;
         page.goto(path).await;
         page
     }
 
-    /// Gives it the session's cookie.
     pub async fn sign_in(&self, user: &User) {
         let (name, value) = user.cookie.split_once('=').expect("a cookie is name=value");
         let cookie = json!({
@@ -314,12 +305,11 @@ impl Context {
         self.call(json!([["setOffline", offline]])).await;
     }
 
-    /// What contains this is no problem, in what a page told or where.
+    /// Messages and URLs that contain this are no problem.
     pub fn expect(&self, part: &str) {
         held(&self.0.expected).push(part.to_owned());
     }
 
-    /// What would fail the test at its end.
     pub fn problems(&self) -> Vec<Happening> {
         self.0.problems()
     }
@@ -342,7 +332,7 @@ impl Inner {
         problems
     }
 
-    /// For whoever finds out why.
+    /// Prints what helps to find the cause of a failure.
     #[expect(clippy::print_stdout, reason = "the test runner shows it under the failed test's name")]
     fn describe(&self) {
         let happenings = self.happenings();
@@ -365,7 +355,7 @@ impl Drop for Inner {
         if std::thread::panicking() {
             self.describe();
         }
-        // Afterwards its pages have told all that they ever will. Services may end now without anybody complaining.
+        // Afterwards its pages report nothing more, and services may end.
         let _ = self.driver.call_blocking(self.number, json!([["close"]]));
         let problems = self.problems();
         if !std::thread::panicking() && !problems.is_empty() {
@@ -375,12 +365,10 @@ impl Drop for Inner {
     }
 }
 
-/// Where pictures of pages go, for people to look at.
 pub fn screenshots() -> PathBuf {
     programs::build_folder().parent().expect("target/<profile> lies in target").join("screenshots")
 }
 
-/// A tab.
 pub struct Page {
     context: Arc<Inner>,
     number: u64,
@@ -397,7 +385,6 @@ impl Page {
         self.context.driver.call(self.number, chain).await
     }
 
-    /// Returns when the document and its scripts were loaded.
     pub async fn goto(&self, path: &str) {
         self.call(json!([["goto", path]])).await;
     }
@@ -406,22 +393,20 @@ impl Page {
         self.call(json!([["reload"]])).await;
     }
 
-    /// The browser's own button. A page that was kept comes back without being loaded, so this waits for nothing.
+    /// The back button. A page from the back-forward cache is not loaded again, so this waits for nothing.
     pub async fn back(&self) {
         self.call(json!([["evaluate", "setTimeout(() => history.back())"]])).await;
     }
 
-    /// What an expression is; promises are awaited.
     pub async fn evaluate(&self, expression: &str) -> Value {
         self.call(json!([["evaluate", expression]])).await
     }
 
-    /// What a function answers to a value.
     pub async fn evaluate_with(&self, function: &str, value: &Value) -> Value {
         self.evaluate(&format!("({function})({value})")).await
     }
 
-    /// Until the expression is true, whatever else happens to the page.
+    /// Waits until the expression is true, also over reloads.
     pub async fn wait_for(&self, what: &str, expression: &str) {
         let deadline = Instant::now() + PATIENCE;
         let mut last = Err(String::new());
@@ -439,12 +424,10 @@ impl Page {
         self.locator(json!(["locator", selector]))
     }
 
-    /// As a screen reader finds it: by role and name.
     pub fn role(&self, role: &str, name: &str) -> Locator<'_> {
         self.locator(json!(["getByRole", role, { "name": name, "exact": true }]))
     }
 
-    /// As a person finds it.
     pub fn text(&self, text: &str) -> Locator<'_> {
         self.locator(json!(["getByText", text, { "exact": true }]))
     }
@@ -453,30 +436,27 @@ impl Page {
         Locator { page: self, chain: vec![step] }
     }
 
-    /// A key or several, wherever the focus is: `Enter`, `Shift+Tab`.
+    /// `Enter`, `Shift+Tab`
     pub async fn press(&self, key: &str) {
         self.call(json!([["keyboard"], ["press", key]])).await;
     }
 
-    /// Key by key, wherever the focus is.
     pub async fn type_text(&self, text: &str) {
         self.call(json!([["keyboard"], ["type", text]])).await;
     }
 
-    /// Into `target/screenshots`, named without an ending.
     pub async fn screenshot(&self, name: &str) {
         let path = screenshots().join(format!("{name}.png"));
         self.call(json!([["screenshot", { "path": path }]])).await;
     }
 
-    /// A command of the `DevTools` protocol.
     pub async fn cdp(&self, method: &str, parameters: Value) -> Value {
         let page = json!({ "$": self.number });
         let chain = json!([["context"], ["newCDPSession", page], ["send", method, parameters]]);
         self.call(chain).await
     }
 
-    /// As a tab behind another one. The page is told.
+    /// Puts the tab behind another one.
     pub async fn hide(&self) {
         self.believe_to_be_looked_at(false).await;
         self.window("minimized").await;
@@ -487,8 +467,7 @@ impl Page {
         self.believe_to_be_looked_at(true).await;
     }
 
-    /// As a tab that the browser has put to sleep, for which it must be hidden: the page is told, and then nothing of it
-    /// runs any more.
+    /// Puts a hidden tab to sleep: none of its scripts runs any more.
     pub async fn freeze(&self) {
         self.hide().await;
         self.cdp("Page.setWebLifecycleState", json!({ "state": "frozen" })).await;
@@ -501,7 +480,7 @@ impl Page {
         self.wait_for("it is seen", "document.visibilityState === 'visible'").await;
     }
 
-    /// Playwright lets every page believe so, and has no public way to say otherwise.
+    /// Playwright makes every page believe that it has the focus, and has no public way to change that.
     async fn believe_to_be_looked_at(&self, yes: bool) {
         let page = json!({ "$": self.number });
         let send = json!(["send", "Emulation.setFocusEmulationEnabled", { "enabled": yes }]);
@@ -522,7 +501,7 @@ impl Page {
         self.cdp("Browser.setWindowBounds", bounds).await;
     }
 
-    /// What the accessibility engine finds that is serious or worse: the rule, and where it is broken.
+    /// What the accessibility engine finds that is serious or worse.
     pub async fn axe(&self) -> Vec<String> {
         if self.evaluate("'axe' in window").await == false {
             let source =
@@ -537,13 +516,12 @@ impl Page {
         found.as_array().into_iter().flatten().filter_map(|line| Some(line.as_str()?.to_owned())).collect()
     }
 
-    /// Everything that this page told, so far.
     pub fn happenings(&self) -> Vec<Happening> {
         let all = held(&self.context.driver.happenings);
         all.iter().filter(|happening| happening.page == self.number).cloned().collect()
     }
 
-    /// The status of each answer to a URL with this part, in order.
+    /// The status of each response to a URL with this part, in order.
     pub fn statuses(&self, part: &str) -> Vec<u16> {
         let happenings = self.happenings();
         let of_these = happenings.iter().filter(|told| told.kind == "response" && told.url.contains(part));
@@ -555,7 +533,7 @@ impl Page {
     }
 }
 
-/// Elements of a page, looked for anew at each use. What a person does waits until it can be done.
+/// Elements of a page, looked up at each use. Actions wait until they are possible.
 #[derive(Clone)]
 pub struct Locator<'a> {
     page: &'a Page,
@@ -579,7 +557,6 @@ impl Locator<'_> {
         self.step(json!(["last"]))
     }
 
-    /// Only those with this text in them.
     pub fn with_text(self, text: &str) -> Self {
         self.step(json!(["filter", { "hasText": text }]))
     }
@@ -608,22 +585,18 @@ impl Locator<'_> {
         self.call(json!(["press", key])).await;
     }
 
-    /// Until there is one, and it can be seen.
     pub async fn appears(&self) {
         self.call(json!(["waitFor", { "state": "visible" }])).await;
     }
 
-    /// Until there is none, or it cannot be seen.
     pub async fn disappears(&self) {
         self.call(json!(["waitFor", { "state": "hidden" }])).await;
     }
 
-    /// Exactly what is in the document, of the one.
     pub async fn text(&self) -> String {
         string(&self.call(json!(["textContent"])).await)
     }
 
-    /// The same, of all of them.
     pub async fn texts(&self) -> Vec<String> {
         self.call(json!(["allTextContents"])).await.as_array().into_iter().flatten().map(string).collect()
     }

@@ -12,10 +12,9 @@ use std::{
 
 use testkit::{node, process::Process, programs, service::Log, sse::Event};
 
-/// A language's section of `docs/clients.md`, and how to run the block there.
 #[derive(Debug, Clone, Copy)]
 pub enum Language {
-    /// By its library, as the section's heading names it.
+    /// The library, as the section's heading names it.
     Node(&'static str),
     Python,
     Shell,
@@ -34,7 +33,7 @@ impl Language {
         }
     }
 
-    /// The programs that must be on the machine. Node.js must be: other tests need it as well.
+    /// Programs that must be on the machine, besides Node.js.
     fn tools(self) -> &'static [&'static str] {
         match self {
             Self::Node(_) => &[],
@@ -45,7 +44,7 @@ impl Language {
         }
     }
 
-    /// The command that runs its block. None where the machine lacks a tool for it, which stderr tells.
+    /// The command that runs its block; `None`, with a line on stderr, if a tool is missing.
     pub fn prepare(self) -> Option<Command> {
         let heading = self.heading();
         if let Some(missing) = self.tools().iter().find(|tool| !works(tool)) {
@@ -92,7 +91,6 @@ impl Language {
                 });
                 write(&folder.join("Client.java"), &block(&heading));
                 let mut java = Command::new("java");
-                // Small and quick to start.
                 java.args(
                     "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC -Xmx64m -cp packages/* Client.java".split(' '),
                 );
@@ -103,14 +101,12 @@ impl Language {
     }
 }
 
-/// A program of `e2e/clients` for Node.js.
 pub fn strict(library: &str) -> Command {
     let name = format!("{library}.mjs");
     let folder = folder("node", &["package.json", &name]);
     node::script(&folder, &name)
 }
 
-/// The block of code under a heading of `docs/clients.md`.
 pub fn block(heading: &str) -> String {
     let document = ours("../docs/clients.md");
     let (_, section) = document.split_once(&format!("\n## {heading}\n")).expect("it has this heading");
@@ -125,7 +121,6 @@ fn ours(path: &str) -> String {
     fs::read_to_string(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
 }
 
-/// A folder under `target/clients` with these files of `e2e/clients`.
 fn folder(name: &str, files: &[&str]) -> PathBuf {
     let folder = programs::build_folder().parent().expect("target/<profile> lies in target").join("clients");
     let folder = folder.join(name);
@@ -136,7 +131,7 @@ fn folder(name: &str, files: &[&str]) -> PathBuf {
     folder
 }
 
-/// A file that has this text already keeps its time, so that nothing is built again.
+/// An unchanged file keeps its time, so that nothing is built again.
 fn write(path: &Path, text: &str) {
     if fs::read_to_string(path).is_ok_and(|found| found == text) {
         return;
@@ -158,7 +153,7 @@ fn works(command: &str) -> bool {
     command.status().is_ok_and(|status| status.success())
 }
 
-/// Installs what a list asks for, unless this list was installed before.
+/// Installs what a list asks for, once.
 fn once(folder: &Path, list: &str, install: impl FnOnce() -> Command) {
     let wanted = fs::read_to_string(folder.join(list)).expect("it was written a moment ago");
     let installed = folder.join("installed");
@@ -179,7 +174,6 @@ fn finish(command: &mut Command, folder: &Path) {
     assert!(output.status.success(), "{command:?}: {}", String::from_utf8_lossy(&said));
 }
 
-/// One of these programs while it runs.
 pub struct ClientProgram {
     pub name: &'static str,
     process: Process,
@@ -188,7 +182,6 @@ pub struct ClientProgram {
 }
 
 impl ClientProgram {
-    /// Reads the stream at this address with the token in this file.
     pub fn start(name: &'static str, mut command: Command, url: &str, token_file: &Path) -> Self {
         command.env("STREAM_URL", url).env("TOKEN_FILE", token_file);
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
@@ -200,7 +193,6 @@ impl ClientProgram {
         Self { name, process, printed, troubles }
     }
 
-    /// What it received so far.
     pub fn events(&self) -> Vec<Event> {
         self.printed.lines().iter().map(|line| event(line)).collect()
     }
@@ -209,13 +201,12 @@ impl ClientProgram {
         self.printed.lines().iter().rev().any(|line| line.split(' ').next() == Some(id))
     }
 
-    /// Whether it said that it got an answer with this status.
+    /// Whether it reported a response with this status.
     pub fn was_told(&self, status: &str) -> bool {
         let number = |line: &String| line.split(|c: char| !c.is_ascii_digit()).any(|number| number == status);
         self.troubles.lines().iter().any(number)
     }
 
-    /// For a failed test.
     pub fn describe(&mut self) -> String {
         let troubles = self.troubles.lines();
         let last = troubles.iter().skip(troubles.len().saturating_sub(10));
@@ -228,7 +219,7 @@ impl ClientProgram {
     }
 }
 
-/// A line that a client prints: id, name, data. Some libraries call an event without a name `message`.
+/// Parses `id name data`. Some libraries call an event without a name `message`.
 pub fn event(line: &str) -> Event {
     let mut parts = line.splitn(3, ' ').map(str::to_owned);
     let mut part = || parts.next().unwrap_or_default();
@@ -246,7 +237,6 @@ mod tests {
 
     use super::ours;
 
-    /// Words behind a word, wherever it is.
     fn behind<'a>(text: &'a str, word: &str) -> Vec<&'a str> {
         text.lines().filter_map(|line| line.trim().strip_prefix(word)).map(str::trim).collect()
     }

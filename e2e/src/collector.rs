@@ -22,7 +22,7 @@ use tokio::sync::watch;
 use tokio_util::sync::{CancellationToken, DropGuard};
 use warp::Filter;
 
-/// A span as it came out of the collector. Ids are in hex, times in nanoseconds since 1970.
+/// A span that the collector sent on. Ids are in hex, times in nanoseconds since 1970.
 #[derive(Debug, Clone)]
 pub struct ReceivedSpan {
     pub service: String,
@@ -34,7 +34,6 @@ pub struct ReceivedSpan {
     pub parent: String,
     pub begin: u64,
     pub end: u64,
-    /// Why it failed, if it did.
     pub failed: Option<String>,
     pub attributes: BTreeMap<String, String>,
 }
@@ -54,7 +53,6 @@ pub struct Collector {
 }
 
 impl Collector {
-    /// Returns when it takes spans.
     pub async fn start() -> Self {
         let seen = watch::Sender::new(Vec::new());
         let (receiver, stop) = receive(seen.clone());
@@ -83,17 +81,15 @@ impl Collector {
         Self { port: http, seen, _process: process, _folder: folder, _stop: stop }
     }
 
-    /// For `OTEL_EXPORTER_OTLP_ENDPOINT`.
     pub fn endpoint(&self) -> String {
         format!("http://127.0.0.1:{}", self.port)
     }
 
-    /// All that came of this trace so far.
     pub fn trace(&self, trace: &str) -> Vec<ReceivedSpan> {
         of(trace, &self.seen.borrow())
     }
 
-    /// The spans of this trace, once they are as the test wants them.
+    /// Waits until the spans of this trace satisfy `wanted`.
     pub async fn until(
         &self,
         what: &str,
@@ -106,7 +102,6 @@ impl Collector {
         of(trace, &seen)
     }
 
-    /// Everything that came, as text.
     pub fn text(&self) -> String {
         format!("{:?}", self.seen.borrow())
     }
@@ -121,7 +116,7 @@ fn receive(seen: watch::Sender<Vec<ReceivedSpan>>) -> (SocketAddr, DropGuard) {
     let address = listener.local_addr().expect("it is bound");
     let routes = warp::path!("v1" / "traces").and(warp::post()).and(warp::body::bytes()).map(
         move |body: warp::hyper::body::Bytes| {
-            // It compresses, whatever it is told.
+            // It compresses regardless of its settings.
             let mut plain = Vec::new();
             GzDecoder::new(&*body).read_to_end(&mut plain).expect("the collector sends gzip");
             let request = ExportTraceServiceRequest::decode(&*plain).expect("the collector sends OTLP");

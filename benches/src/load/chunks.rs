@@ -1,9 +1,7 @@
 //! HTTP/1.1's chunked bodies, as proxies send streams: `<hexadecimal length>\r\n<bytes>\r\n`, again and again. Pure.
 
-/// A length has at most so many digits.
 const DIGITS: u32 = 8;
 
-/// Where in a body the reader is, to the byte.
 #[derive(Debug, Default)]
 pub struct Chunks {
     within: Within,
@@ -11,16 +9,10 @@ pub struct Chunks {
 
 #[derive(Debug, Clone, Copy)]
 enum Within {
-    Length {
-        so_far: usize,
-        digits: u32,
-    },
-    /// The line feed behind a length.
+    Length { so_far: usize, digits: u32 },
     LengthEnd(usize),
     Bytes(usize),
-    /// What is left of the line break behind bytes.
     BytesEnd(&'static [u8]),
-    /// The same behind the last chunk, which is empty.
     LastEnd(&'static [u8]),
     Over,
 }
@@ -32,8 +24,7 @@ impl Default for Within {
 }
 
 impl Chunks {
-    /// Adds to `body` what these bytes hold of it. `true` when they hold its end; after that, or an error, nothing is read any
-    /// more.
+    /// Appends to `body`. `true` at the end of the body; after that, or an error, nothing more is read.
     pub fn read(&mut self, mut bytes: &[u8], body: &mut Vec<u8>) -> Result<bool, &'static str> {
         while let Some((&byte, rest)) = bytes.split_first() {
             if let Within::Bytes(left) = self.within {

@@ -30,18 +30,15 @@ pub use self::{
 };
 use crate::clock::Micros;
 
-/// The subcommands by which this program runs as a load process.
 pub const STREAMS: &str = "load-streams";
 pub const POSTS: &str = "load-posts";
 
-/// Whose stream to open.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct Viewer {
     pub user: UserId,
     pub token: String,
 }
 
-/// Who may write, and where.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct Sender {
     pub conversation: ConversationId,
@@ -51,21 +48,20 @@ pub struct Sender {
 /// One line to the process that holds streams; one line comes back.
 #[derive(Debug, Serialize, Deserialize)]
 pub enum Order {
-    /// Open a stream for each viewer of the file, so many a second.
     Open {
         gateway: SocketAddr,
         viewers: PathBuf,
         per_second: u32,
     },
-    /// Forget what was measured; times in the texts of messages are from now on relative to `since`.
+    /// Reset the measurements; times in messages are relative to `since` from now on.
     Measure {
         since: Micros,
     },
-    /// What to do when a stream ends: come back after the `retry` that it was told, as browsers do, or wait for `Reconnect`.
+    /// When a stream ends: reconnect after its `retry`, as browsers do, or wait for `Reconnect`.
     ComeBack {
         by_itself: bool,
     },
-    /// All that are closed, at once; who fails or is turned away comes back by itself.
+    /// Reconnect all closed streams at once; one that fails or is rejected retries by itself.
     Reconnect,
     Status,
     Report,
@@ -73,30 +69,26 @@ pub enum Order {
 
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 pub struct Status {
-    /// Streams whose present connection has had its `ready`.
+    /// Streams that are ready.
     pub ready: usize,
-    /// Connections being made or waiting for `ready`.
     pub opening: usize,
-    /// Durable events since `Measure`, and when the last one came.
+    /// Durable events since `Measure`, and the time of the last one.
     pub events: u64,
     pub last_event_at: Micros,
-    /// Streams that had a heartbeat since `Measure`.
     pub heartbeats: usize,
-    /// Connections that ended since `Measure`, by the reason they were told, if any.
+    /// Connections that ended since `Measure`, by reason.
     pub ended: BTreeMap<String, u64>,
-    /// Durable events from the beginning on.
     pub events_ever: u64,
 }
 
-/// One stream's ledger. Cursors are texts here.
+/// One stream's result. Cursors are texts here.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct StreamSummary {
     pub user: UserId,
-    /// That of the first `ready`.
+    /// The position of the first `ready`.
     pub began: Option<String>,
-    /// The newest event.
     pub newest: Option<String>,
-    /// [`digest`] of what was told in between.
+    /// [`digest`] of the events in between.
     pub digest: u64,
 }
 
@@ -105,26 +97,21 @@ pub struct Report {
     pub summaries: Vec<StreamSummary>,
     /// From the time in a message's text to its arrival at the other participant; microseconds.
     pub latencies: Vec<u32>,
-    /// From `since` to each `ready`; microseconds.
     pub readies: Vec<u32>,
-    /// From when Postgres made a message to its arrival at each of the two; microseconds.
+    /// From a message's time in Postgres to its arrival at each of the two; microseconds.
     pub delays: Vec<u32>,
-    /// The longest of these of each stream that had one.
+    /// The longest delay of each stream.
     pub longest_delays: Vec<u32>,
-    /// When connections were begun, and when they ended.
     pub begun_at: Vec<Micros>,
     pub ended_at: Vec<Micros>,
-    /// From the end of each stream's connection to its next `ready`; microseconds.
     pub away: Vec<u32>,
-    /// Answers by status, from the beginning on.
     pub statuses: BTreeMap<u16, u64>,
-    /// Events that did not follow the one before them, with what was wrong first.
+    /// Events that did not follow the one before them.
     pub faults: u64,
     pub first_fault: Option<String>,
     pub resyncs: u64,
 }
 
-/// The process that holds streams.
 pub struct Streams {
     process: Process,
     orders: ChildStdin,
@@ -151,7 +138,6 @@ impl Streams {
         self.ask(&Order::Report)
     }
 
-    /// Asks again and again until the answer will do.
     pub fn until(
         &mut self,
         what: &str,
@@ -183,8 +169,7 @@ impl Streams {
     }
 }
 
-/// What a report must say for a figure to count: nothing lost, repeated or out of order, and every ledger ends where the
-/// feed in Postgres ends.
+/// A figure counts only if nothing was lost, repeated or out of order, and every stream ends where the feed in Postgres ends.
 pub fn check(report: &Report, heads: &[(UserId, Position)]) -> anyhow::Result<()> {
     let first = report.first_fault.as_deref().unwrap_or_default();
     anyhow::ensure!(report.faults == 0, "{} events did not follow: {first}", report.faults);
@@ -197,7 +182,6 @@ pub fn check(report: &Report, heads: &[(UserId, Position)]) -> anyhow::Result<()
     Ok(())
 }
 
-/// The process that posts.
 pub struct Posting {
     process: Process,
 }
@@ -207,7 +191,7 @@ impl Posting {
         Ok(Self { process: start(&[POSTS, &serde_json::to_string(posts)?])? })
     }
 
-    /// Without a `length` it goes on until now. Waits for its last answers.
+    /// Without a `length` it posts until now. Waits for the last answers.
     pub fn finish(mut self) -> anyhow::Result<Posted> {
         drop(self.process.child().stdin.take());
         let stdout = self.process.child().stdout.take().context("stdout is piped")?;

@@ -19,7 +19,6 @@ use crate::{
     http::HttpConnection,
 };
 
-/// The order, as JSON.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct Posts {
     pub api: SocketAddr,
@@ -27,31 +26,25 @@ pub struct Posts {
     pub clients: usize,
     /// Without it, until standard input ends.
     pub length: Option<Duration>,
-    /// Messages a second of all clients together; without it each client sends the next once the last is answered.
+    /// Messages per second of all clients together; without it each client sends the next one after the answer.
     pub per_second: Option<u32>,
-    /// Whether a message that got no 201 is posted again with its key, until it is there.
+    /// Repeat a message with its key until it gets a 201.
     pub insist: bool,
-    /// When to begin. The texts of messages say at which microsecond after it they were due.
+    /// When to begin. Messages contain the microsecond after it at which they were due.
     pub begin: Micros,
 }
 
-/// Between two tries.
 const PAUSE: Duration = Duration::from_millis(250);
-/// Longer than anything that is killed here is down.
 const PATIENCE: Duration = Duration::from_mins(1);
 
-/// What came of it.
 #[derive(Debug, Default, Serialize, Deserialize)]
 pub struct Posted {
-    /// Answered 201.
     pub accepted: u64,
     /// From when a message was due to its answer; microseconds.
     pub latencies: Vec<u32>,
-    /// When these were due, after `begin`.
     pub dues: Vec<Micros>,
-    /// Tries without a 201: when, and what came instead.
+    /// Attempts without a 201: when, and the outcome.
     pub failures: Vec<(Micros, String)>,
-    /// From the first to the last answer, in microseconds.
     pub took: Micros,
     pub cpu_seconds: f64,
 }
@@ -64,7 +57,7 @@ pub fn run(order: &str) -> anyhow::Result<()> {
     anyhow::ensure!(senders.len() >= 2 * posts.clients, "more clients than pairs who may write");
     if posts.length.is_none() {
         thread::spawn(|| {
-            // Nobody writes into it: this returns when it is closed.
+            // Returns when it is closed.
             let _ = std::io::stdin().lock().read(&mut [0]);
             ENOUGH.store(true, Ordering::Relaxed);
         });
@@ -91,7 +84,7 @@ pub fn run(order: &str) -> anyhow::Result<()> {
     Ok(stdout.flush()?)
 }
 
-/// One client: its share of the pairs write in turn, so that no two clients meet in a conversation.
+/// Each client has its own conversations.
 fn client(posts: &Posts, senders: &[Sender], number: usize) -> anyhow::Result<Posted> {
     let mut connection = Some(HttpConnection::open(posts.api)?);
     let mut posted = Posted::default();
@@ -125,7 +118,7 @@ fn client(posts: &Posts, senders: &[Sender], number: usize) -> anyhow::Result<Po
     Ok(posted)
 }
 
-/// By the connection that is there, if its other end has not closed it meanwhile, else by a new one.
+/// On the present connection if it is still open, otherwise on a new one.
 fn attempt(connection: &mut Option<HttpConnection>, api: SocketAddr, request: &[u8]) -> anyhow::Result<()> {
     let mut used = match connection.take().filter(HttpConnection::is_open) {
         Some(connection) => connection,
@@ -144,7 +137,6 @@ fn attempt(connection: &mut Option<HttpConnection>, api: SocketAddr, request: &[
     Ok(())
 }
 
-/// As a careful client sends it: with a key, so that a repeat would be recognised.
 fn request(posts: &Posts, sender: &Sender, due: Micros, client: usize, turn: usize) -> Vec<u8> {
     let Posts { api, begin, .. } = posts;
     let Sender { conversation, token } = sender;

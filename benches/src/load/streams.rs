@@ -21,10 +21,10 @@ use super::{
 };
 use crate::clock::{Micros, now};
 
-/// Loopback has some 28,000 ports per source address, and those of ended connections are not free at once.
+/// Loopback has some 28,000 ports per source address, and ports of ended connections stay taken for a while.
 const SOURCES: u8 = 8;
 const ORDERS: Token = Token(usize::MAX);
-/// More latencies are not kept.
+/// At most so many latencies are kept.
 const SAMPLES: usize = 8_000_000;
 const TICK: Duration = Duration::from_millis(10);
 
@@ -40,7 +40,6 @@ pub fn run() -> anyhow::Result<()> {
                 return;
             }
         }
-        // Nobody gives orders any more.
         std::process::exit(0);
     });
     Holder::new(poll).run(&orders)
@@ -67,11 +66,9 @@ struct Holder {
     poll: Poll,
     streams: Vec<Stream>,
     gateway: SocketAddr,
-    /// To be opened, at a pace.
     waiting: VecDeque<usize>,
     per_second: f64,
     opened_until: Micros,
-    /// To come back at a time.
     returning: BinaryHeap<Reverse<(Micros, usize)>>,
     by_itself: bool,
     since: Micros,
@@ -118,7 +115,7 @@ impl Holder {
         let mut events = Events::with_capacity(1_024);
         let mut buffer = vec![0; 64 * 1024];
         loop {
-            // Only when something is due by time is there a reason to wake up without an event.
+            // Only timed work is a reason to wake up without an event.
             let tick = !self.waiting.is_empty() || !self.returning.is_empty();
             match self.poll.poll(&mut events, tick.then_some(TICK)) {
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
@@ -287,7 +284,7 @@ impl Holder {
                     self.streams[index].connection.as_mut().and_then(|connection| connection.goodbye.take());
                 return self.end(index, reason.as_deref().unwrap_or("ended"));
             }
-            // Less than there was room for: nothing is left, and more is another event.
+            // Less than the buffer holds: nothing is left, and more is another event.
             if count < buffer.len() && !over {
                 return;
             }
@@ -323,7 +320,7 @@ impl Holder {
             if let Some(number) = number
                 && self.latencies.len() < SAMPLES
             {
-                // An event that the reconcile found first is early.
+                // An event that the reconcile delivered first is early.
                 self.latencies.push(arrived.saturating_sub(self.since + number) as u32);
             }
             if let Some(created_at) = created_at
@@ -350,7 +347,7 @@ impl Holder {
             self.status.opening -= 1;
         }
         *self.status.ended.entry(reason.to_owned()).or_default() += 1;
-        // Who is turned away has been away from the end before on.
+        // A rejected stream has been away since its last end.
         self.streams[index].ended_at.get_or_insert_with(now);
         self.ended_at.push(now());
         self.come_back(index);
@@ -369,7 +366,6 @@ impl Holder {
     }
 }
 
-/// What one read said.
 #[derive(Default)]
 struct Heard {
     statuses: Vec<u16>,
@@ -407,7 +403,7 @@ fn connect(gateway: SocketAddr, index: usize) -> io::Result<TcpStream> {
     }
 }
 
-/// Sends the request, once the connection stands. [`io::ErrorKind::NotConnected`] when it does not yet.
+/// Sends the request once connected; [`io::ErrorKind::NotConnected`] before.
 fn ask(connection: &mut OpenStream, viewer: &Viewer, ledger: &Ledger, gateway: SocketAddr) -> io::Result<()> {
     if let Some(error) = connection.socket.take_error()? {
         return Err(error);
@@ -420,7 +416,7 @@ fn ask(connection: &mut OpenStream, viewer: &Viewer, ledger: &Ledger, gateway: S
          Authorization: Bearer {}\r\n{position}\r\n",
         viewer.token
     );
-    // A new connection's buffer takes a request whole.
+    // The buffer of a new connection takes a request whole.
     let count = connection.socket.write(request.as_bytes())?;
     if count < request.len() {
         return Err(io::ErrorKind::WriteZero.into());

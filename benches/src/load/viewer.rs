@@ -7,53 +7,50 @@ use protocol::{event::kind, position::Position};
 
 use super::chunks::Chunks;
 
-/// A head or block longer than this is a fault of the server.
 const LONGEST: usize = 64 * 1024;
-/// Before the server has said how long to wait.
 const DEFAULT_RETRY_MILLIS: u32 = 3_000;
 
-/// What the bytes of one connection said, for the process to count.
+/// What the bytes of one connection contained.
 #[derive(Debug, PartialEq)]
 pub enum StreamItem {
-    /// The status of the answer: anything but 200 is also a fault.
+    /// Anything but 200 is also a fault.
     Status(u16),
     Ready,
     Event(DeliveredEvent),
     Heartbeat,
     Resync,
     Goodbye(String),
-    /// The body has ended; the connection may go on.
+    /// The body has ended; the connection may stay open.
     End,
     Fault(String),
 }
 
-/// A durable event.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
 pub struct DeliveredEvent {
-    /// That its text begins with, if it is a message to this user that has one.
+    /// The number at the start of its text, if it is a message to this user.
     pub number: Option<u64>,
-    /// When Postgres made the message, in microseconds since 1970.
+    /// The message's time in Postgres, in microseconds since 1970.
     pub created_at: Option<i64>,
 }
 
-/// One viewer's memory, over all its connections.
+/// One viewer's state over all its connections.
 #[derive(Debug, Default, Clone)]
 pub struct Ledger {
     pub position: Option<Position>,
     pub retry_millis: Option<u32>,
-    /// Where it began, and what followed: a [`digest`].
+    /// The position of the first `ready`, and a [`digest`] of what followed.
     pub began: Option<Position>,
     pub digest: u64,
 }
 
-/// What was told up to now, as one number: two readers of the same events in the same order have the same.
+/// Two readers of the same events in the same order have the same digest.
 pub fn digest(before: u64, seq: u64, kind: &str, payload: &str) -> u64 {
     let mut hasher = DefaultHasher::new();
     (before, seq, kind, payload).hash(&mut hasher);
     hasher.finish()
 }
 
-/// What was read of the present connection and is not whole yet.
+/// The incomplete part of the present connection.
 #[derive(Debug, Default)]
 pub struct Reader {
     rest: Vec<u8>,
@@ -61,14 +58,13 @@ pub struct Reader {
     body: Body,
 }
 
-/// How the body's end is known.
 #[derive(Debug, Default)]
 enum Body {
-    /// The connection ends with it: what HTTP/1.0 has.
+    /// Until the connection closes, as in HTTP/1.0.
     #[default]
     Open,
     Chunked(Chunks),
-    /// So many bytes are still to come: the proxy's own answer.
+    /// Bytes still to come: the proxy's own answer.
     Known(usize),
 }
 
@@ -133,7 +129,7 @@ impl Reader {
     }
 
     fn read_blocks(&mut self, bytes: &[u8], ledger: &mut Ledger, say: &mut impl FnMut(StreamItem)) {
-        // Almost always a read holds whole blocks, so almost always nothing is copied.
+        // Most reads contain whole blocks, so mostly nothing is copied.
         if self.rest.is_empty() {
             let used = take_whole(bytes, ledger, say);
             self.rest.extend_from_slice(&bytes[used..]);
@@ -156,7 +152,7 @@ impl Reader {
     }
 }
 
-/// Returns how many bytes were whole. A comment and a `retry` before a block take effect with their own line.
+/// Returns the number of complete bytes. A comment, or a `retry` before a block, takes effect with its line.
 fn take_whole(bytes: &[u8], ledger: &mut Ledger, say: &mut impl FnMut(StreamItem)) -> usize {
     let mut used = 0;
     loop {
@@ -235,7 +231,6 @@ impl Ledger {
     }
 }
 
-/// The digits that a message's text begins with.
 fn number_in_text(data: &str) -> Option<u64> {
     let text = text_member(data, "content")?;
     let end = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
@@ -246,7 +241,7 @@ fn created_at(data: &str) -> Option<i64> {
     Some(DateTime::parse_from_rfc3339(text_member(data, "createdAt")?).ok()?.timestamp_micros())
 }
 
-/// A member of flat JSON whose value has no escapes: reading it as JSON would cost more than all the rest.
+/// A member of flat JSON without escapes in its value; parsing it all would cost more than all the rest.
 fn text_member<'a>(json: &'a str, name: &str) -> Option<&'a str> {
     let at = json
         .match_indices(name)
@@ -277,7 +272,7 @@ mod tests {
         format!("event: ready\ndata: {{}}\nid: {}\n\n", id(seq))
     }
 
-    /// Whole, and byte by byte: the same must come of it.
+    /// Reads whole and byte by byte, with the same result.
     fn read(ledger: &mut Ledger, text: &str) -> Vec<StreamItem> {
         let (mut whole, mut pieces) = (Vec::new(), Vec::new());
         let mut copy = ledger.clone();

@@ -16,7 +16,7 @@ use crate::{
 
 /// Longer than a step: a reconcile would deliver what is to be measured by Redis.
 const NO_RECONCILE: u64 = 300;
-/// Beyond this 99th percentile, a rate is more than the machine can do.
+/// A higher 99th percentile means that the rate is too much for the machine.
 const TOO_LATE_MICROS: u32 = 1_000_000;
 
 pub async fn run(sizes: &Sizes) -> anyhow::Result<()> {
@@ -65,7 +65,6 @@ struct Scene<'a> {
 }
 
 impl Scene<'_> {
-    /// So that no first time is measured.
     async fn warm_up(&self, streams: &mut Streams, sizes: &Sizes) -> anyhow::Result<()> {
         progress("warming up");
         let mut source = Source::new(self.world, self.users).await?;
@@ -76,7 +75,7 @@ impl Scene<'_> {
         Ok(())
     }
 
-    /// One rate. `false`: it was too much.
+    /// `false`: the rate was too much.
     async fn step(
         &self,
         streams: &mut Streams,
@@ -130,7 +129,6 @@ impl Scene<'_> {
         Costs::now(self.world, self.api, Some(self.gateway), Some(streams))
     }
 
-    /// Events that did not come straight from Redis.
     async fn detours(&self) -> f64 {
         let by = |path| self.gateway.metric_where("messenger_gateway_events_delivered_total", path);
         by("path=\"repair\"").await + by("path=\"replay\"").await

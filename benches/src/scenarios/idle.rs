@@ -13,7 +13,7 @@ use crate::{
     source::Source,
 };
 
-/// Bytes of the gateway's memory for each stream, at most.
+/// Bytes of the gateway's memory per stream.
 const ALLOWED: f64 = 1_536.0;
 
 pub async fn run(sizes: &Sizes) -> anyhow::Result<()> {

@@ -33,11 +33,10 @@ pub enum Scenario {
     Deploy,
 }
 
-/// How much of everything.
 #[derive(Debug, Clone)]
 pub struct Sizes {
     pub streams: usize,
-    /// Streams opened a second where opening is not what is measured: below the gateway's limit.
+    /// New streams per second where opening is not measured: below the gateway's limit.
     pub opened_per_second: u32,
     pub heartbeat: Duration,
     pub idling: Duration,
@@ -54,7 +53,6 @@ pub struct Sizes {
 }
 
 impl Sizes {
-    /// For figures.
     pub fn full(streams: usize) -> Self {
         Self {
             streams,
@@ -74,7 +72,6 @@ impl Sizes {
         }
     }
 
-    /// To see in seconds that everything works.
     pub fn quick(streams: usize) -> Self {
         Self {
             streams,
@@ -118,10 +115,9 @@ impl Scenario {
     }
 }
 
-/// For everything that must happen, and is not itself the figure.
 const PATIENCE: Duration = Duration::from_mins(1);
 
-/// The usual start: everybody's stream is open and ready on one gateway.
+/// Opens everybody's stream on one gateway.
 async fn open_streams(
     world: &Bench,
     gateway: &Service,
@@ -138,12 +134,11 @@ async fn open_streams(
     Ok(streams)
 }
 
-/// Nothing was lost, repeated or out of order, and every ledger ends where the feed does.
 async fn check_ledgers(world: &Bench, streams: &mut Streams, users: &[BenchUser]) -> anyhow::Result<()> {
     check(&streams.report()?, &fixtures::heads(world, users).await?)
 }
 
-/// CPU time so far of everything that takes part.
+/// CPU time of all participants.
 struct Costs {
     gateway: Cpu,
     api: Cpu,
@@ -190,7 +185,7 @@ impl Costs {
     }
 }
 
-/// Warnings and errors do not spoil a figure, but its reader should know.
+/// Warnings and errors do not invalidate a figure, but its reader should know.
 fn print_complaints(services: &[&Service]) {
     let mut times = BTreeMap::<String, usize>::new();
     for complaint in services.iter().flat_map(|service| service.log().complaints()) {

@@ -14,9 +14,8 @@ use crate::{
     report::{Percentiles, count, figure, heading},
 };
 
-/// For the load process to start and connect.
 const HEAD_START: Duration = Duration::from_millis(500);
-/// Clients that share a fixed rate: so many that none has to wait for the one before.
+/// Clients that share a fixed rate: enough that none waits for its previous answer.
 const SCREEN_CLIENTS: usize = 32;
 
 pub async fn run(sizes: &Sizes) -> anyhow::Result<()> {

@@ -14,7 +14,7 @@ use crate::{
     source::Source,
 };
 
-/// No limit on new streams a second: they come faster than any gateway as shipped lets them in.
+/// New streams come faster than a gateway accepts by default.
 const UNLIMITED: u32 = 1_000_000;
 /// A rejected stream waits for up to two minutes.
 const BACK_WITHIN: Duration = Duration::from_mins(4);
@@ -83,7 +83,6 @@ async fn storm(sizes: &Sizes, as_browsers: bool, settings: impl Fn(Plan) -> Plan
     Ok(())
 }
 
-/// Answered requests of the internal listener about feeds.
 async fn questions(api: &Service) -> f64 {
     api.metric_where("messenger_api_http_requests_total", "/internal/feed/").await
 }

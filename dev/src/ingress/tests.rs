@@ -5,7 +5,6 @@ use super::*;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::time::timeout;
 
-/// Longer than anything here takes, unless it hangs.
 const SOON: Duration = Duration::from_secs(5);
 
 async fn upstream() -> (TcpListener, SocketAddr) {
@@ -14,7 +13,6 @@ async fn upstream() -> (TcpListener, SocketAddr) {
     (listener, address)
 }
 
-/// An address where nobody listens.
 async fn dead() -> SocketAddr {
     upstream().await.1
 }
@@ -50,7 +48,6 @@ async fn read_until(socket: &mut TcpStream, end: &str) -> String {
 
 async fn sees_the_end(socket: &mut TcpStream) {
     let mut rest = Vec::new();
-    // A reset is an end as well.
     let _ = timeout(SOON, socket.read_to_end(&mut rest)).await.expect("the connection stays open");
 }
 
@@ -112,12 +109,12 @@ async fn each_piece_of_a_stream_passes_at_once() {
     let mut client = send(address, "GET /api/messages HTTP/1.1\r\nHost: a\r\n\r\n").await;
     let mut upstream = accept(&gateway).await;
     read_until(&mut upstream, "\r\n\r\n").await;
-    // Without a length: the end of the connection is the end of the body.
+    // Without a length, the end of the connection is the end of the body.
     upstream.write_all(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\n").await.unwrap();
     let head = read_until(&mut client, "\r\n\r\n").await;
     assert!(head.starts_with("HTTP/1.1 200 OK\r\n"), "{head}");
     for piece in ["retry: 2000\n\n", "data: {}\n\n"] {
-        // The next piece is sent only when this one has been seen.
+        // The next piece is sent only after this one has arrived.
         upstream.write_all(piece.as_bytes()).await.unwrap();
         read_until(&mut client, &format!("{piece}\r\n")).await;
     }

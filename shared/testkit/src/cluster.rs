@@ -10,12 +10,12 @@ use super::{PATIENCE, ports::free_port, servers::Redis};
 
 const SLOTS: usize = 16_384;
 const NODES: usize = 3;
-/// Between two wishes for a hand-over: one that was taken must have time to be done, or the next one asks for the way back.
+/// Between two requests for a failover: a request in progress must finish, or the next one would revert it.
 const WISHES_APART: Duration = Duration::from_millis(200);
 
 pub struct Cluster {
     pub nodes: Vec<Redis>,
-    /// By which the nodes speak to each other.
+    /// Of the cluster bus.
     bus_ports: Vec<u16>,
 }
 
@@ -53,7 +53,7 @@ impl Cluster {
         }
     }
 
-    /// Every node sees every other, and all slots owned by somebody who is well.
+    /// Every node sees every other, and every slot has a healthy owner.
     pub fn until_whole(&self) {
         wait("the cluster is whole", || {
             self.nodes.iter().all(|node| {
@@ -65,12 +65,11 @@ impl Cluster {
         });
     }
 
-    /// All nodes, as a setting names them.
     pub fn urls(&self) -> String {
         self.nodes.iter().map(Redis::url).collect::<Vec<_>>().join(",")
     }
 
-    /// Which node owns this name, as this one sees it.
+    /// The node that owns this key, in the view of node `by`.
     fn owner_by(&self, by: usize, name: &str) -> Option<usize> {
         let slot: u32 = self.slot(by, name)?.parse().ok()?;
         let nodes = self.nodes[by].command(&["CLUSTER", "NODES"]).ok()?;
@@ -89,19 +88,17 @@ impl Cluster {
         answer.strip_prefix(':').map(str::to_owned)
     }
 
-    /// Which node owns this name, as some node that answers sees it.
     pub fn owner(&self, name: &str) -> usize {
         (0..self.nodes.len()).find_map(|by| self.owner_by(by, name)).expect("a node answers")
     }
 
-    /// A replica of this node, in step with it.
     pub fn add_replica(&mut self, of: usize) {
         let id = self.id(of);
         self.add();
         self.meet();
         self.until_whole();
         let replica = self.nodes.last().expect("one was just added");
-        // The one it is to follow may not be known there yet.
+        // It may not know its future master yet.
         wait("the replica follows", || {
             replica.command(&["CLUSTER", "REPLICATE", &id]).is_ok_and(|answer| answer == "+OK")
         });
@@ -119,7 +116,7 @@ impl Cluster {
         self.nodes[of].command(&["CLUSTER", "MYID"]).expect("the node answers")
     }
 
-    /// Moves the slot of this name, as an operator does, with no node stopped.
+    /// Moves the slot of this key while all nodes run.
     pub fn move_slot_of(&self, name: &str, to: usize) {
         let from = self.owner(name);
         let slot = self.slot(from, name).expect("the node answers");
@@ -128,7 +125,7 @@ impl Cluster {
         self.nodes[from].tell(&["CLUSTER", "SETSLOT", &slot, "MIGRATING", &to_id]);
         let to_node = &self.nodes[to];
         to_node.tell(&["CLUSTER", "SETSLOT", &slot, "NODE", &to_id]);
-        // Refused while it still has keys there, which none outlives a moment here.
+        // Refused while the slot still has keys, which expire soon here.
         wait("the slot is given away", || {
             self.nodes[from]
                 .command(&["CLUSTER", "SETSLOT", &slot, "NODE", &to_id])
@@ -146,7 +143,7 @@ fn wait(what: &str, mut is: impl FnMut() -> bool) {
     }
 }
 
-/// A server, its replica, and three sentinels who watch over them: they make the replica the server when it is gone for half a second.
+/// A master, its replica, and three sentinels that promote the replica when the master is gone for half a second.
 pub struct Watched {
     pub servers: [Redis; 2],
     pub sentinels: Vec<Redis>,
@@ -184,7 +181,6 @@ impl Watched {
         watched
     }
 
-    /// The settings that lead there.
     pub fn settings(&self) -> [(&'static str, String); 3] {
         let sentinels: Vec<_> = self.sentinels.iter().map(Redis::url).collect();
         [
@@ -194,7 +190,7 @@ impl Watched {
         ]
     }
 
-    /// Which of the two takes itself for the server that sentinels name, and is named by all of them.
+    /// The server that is master and that all sentinels name.
     pub fn leader(&self) -> Option<usize> {
         let named: Vec<_> = self.sentinels.iter().map(|sentinel| self.named_by(sentinel)).collect();
         let first = (*named.first()?)?;
@@ -215,11 +211,11 @@ impl Watched {
         wait("the sentinels have made it the server", || self.leader() == Some(leader));
     }
 
-    /// Asks the sentinels to make this one the server, until it is and the other follows it.
+    /// Requests failovers until this one is the master and the other its replica.
     pub fn hand_over(&self, to: usize) {
         wait("the sentinels hand over", || {
             if self.named_by(&self.sentinels[0]) != Some(to) {
-                // Refused while it is being done.
+                // Refused while one is in progress.
                 let _ = self.sentinels[0].command(&["SENTINEL", "FAILOVER", Self::NAME]);
                 sleep(WISHES_APART);
             }

@@ -9,10 +9,9 @@ use serde_json::{Value, json};
 
 use super::http::Answer;
 
-/// An `OpenAPI` 3.1 document.
 pub struct Document {
     root: Value,
-    /// By the place of the schema in the document.
+    /// By schema.
     validators: Mutex<HashMap<String, Arc<Validator>>>,
 }
 
@@ -23,7 +22,7 @@ impl Document {
         Self { root, validators: Mutex::default() }
     }
 
-    /// Panics with a sentence where the answer is not as documented.
+    /// Panics if the answer is not as documented.
     pub fn check(&self, method: &str, path: &str, answer: &Answer) {
         if method == "OPTIONS" {
             return; // CORS is a layer of its own.
@@ -34,7 +33,7 @@ impl Document {
         };
         let name = if method == "HEAD" { "get" } else { &method.to_lowercase() };
         let Some(operation) = item.get(name) else {
-            // A path that the operator has not switched on is no path.
+            // A path that is switched off is no path.
             assert!(
                 [404, 405].contains(&answer.status),
                 "{method} {path}: {} is not documented",
@@ -88,7 +87,7 @@ impl Document {
         self.validate(schema, data, &format!("event {name:?}"));
     }
 
-    /// The path of the document that this one is an instance of. Names go before parameters.
+    /// The path template that matches. Names take precedence over parameters.
     fn path(&self, path: &str) -> Option<(&str, &Value)> {
         let segments: Vec<_> = path.split('/').collect();
         let fits = |template: &str| {
@@ -116,7 +115,6 @@ impl Document {
         let key = schema.to_string();
         let validator = self.validators.lock().expect("no holder panics").get(&key).cloned();
         let validator = validator.unwrap_or_else(|| {
-            // References are from the document's root.
             let mut root = schema.clone();
             root["components"] = self.root["components"].clone();
             let validator = jsonschema::draft202012::new(&root).expect("a schema of the document is one");

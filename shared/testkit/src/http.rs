@@ -22,7 +22,6 @@ pub struct Client {
     witness: Option<Witness>,
 }
 
-/// Sees each answer: method, address, answer.
 pub type Witness = Arc<dyn Fn(&str, &Uri, &Answer) + Send + Sync>;
 
 pub struct Answer {
@@ -31,7 +30,7 @@ pub struct Answer {
     pub body: Bytes,
 }
 
-/// The request did not get a whole answer: the peer was away or went away.
+/// There was no complete answer.
 #[derive(Debug)]
 pub struct NoAnswer(pub String);
 
@@ -44,7 +43,6 @@ impl Default for Client {
 }
 
 impl Client {
-    /// Shows every answer to somebody.
     pub fn witnessed(self, witness: Witness) -> Self {
         Self { witness: Some(witness), ..self }
     }
@@ -84,7 +82,7 @@ impl Call {
         self.header("content-type", "application/json")
     }
 
-    /// As it is, of no stated type.
+    /// Without a content type.
     pub fn body(mut self, body: impl Into<Bytes>) -> Self {
         self.body = body.into();
         self
@@ -109,7 +107,7 @@ impl Call {
         Ok(answer)
     }
 
-    /// Sends where an answer is certain, and wants this status.
+    /// Sends, and requires this status.
     pub async fn expect(self, status: u16) -> Answer {
         let answer = self.send().await.expect("an answer");
         assert_eq!(answer.status, status, "{}", answer.text());
@@ -130,8 +128,8 @@ impl Answer {
         serde_json::from_slice(&self.body).unwrap_or_else(|error| panic!("{error} in {}", self.text()))
     }
 
-    /// Of a page of metrics, the sum over the series with this name and these labels: `streams_total{path="redis"}`. `None`:
-    /// there is no such series, as before the first event of its kind.
+    /// The sum over the series with this name and these labels on a page of metrics: `streams_total{path="redis"}`. `None`: there
+    /// is no such series, as before the first event of its kind.
     pub fn metric(&self, series: &str) -> Option<f64> {
         let (name, labels) = series.split_once('{').unwrap_or((series, ""));
         let labels: Vec<_> = labels.trim_end_matches('}').split(',').collect();
@@ -144,7 +142,7 @@ impl Answer {
         values.reduce(|sum: f64, value| sum + value)
     }
 
-    /// `name=value` of the first cookie that the answer sets, as a client sends it back.
+    /// `name=value` of the first cookie that the answer sets.
     pub fn cookie(&self) -> String {
         let set = self.header(header::SET_COOKIE.as_str()).expect("the answer sets a cookie");
         set.split(';').next().expect("split yields at least one part").to_owned()

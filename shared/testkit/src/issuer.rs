@@ -28,13 +28,11 @@ use service_kit::server::{self, Limits, Metrics};
 pub const ISSUER: &str = "https://login.example";
 pub const AUDIENCE: &str = "messenger";
 
-// Made for tests alone.
 const PEMS: [&str; 2] = [
     "-----BEGIN PRIVATE KEY-----\nMIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQgEd0BkH8/c6une+o+\ne0Vpe7/MQCJEpPmIq3mbXHaPWHehRANCAARWmEsyO0F537Tequa9SEJUaVXbwTCE\n5zgW/nTDaESisKM8az+enzTbSKjQpJOCMrkI0d/AJVyqt1E1kJX8KMSw\n-----END PRIVATE KEY-----\n",
     "-----BEGIN PRIVATE KEY-----\nMIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQgez+AupqlvaS3PmQ2\nZp4y7IFlXXIMCqf9LgrU9++7bFehRANCAARzOxiQtqjQXMHm1qpP5Eatqki1LRP8\n8treYOnIWG5GxaCX8zqURz9IM9Hgak+ILItX+aChmNqj7ypzEnf4aJdi\n-----END PRIVATE KEY-----\n",
 ];
 
-/// One of the issuer's keys.
 pub struct IssuerKey {
     key: EncodingKey,
     header: Header,
@@ -42,7 +40,6 @@ pub struct IssuerKey {
 }
 
 impl IssuerKey {
-    /// The first or the second.
     pub fn number(number: usize) -> Self {
         let key = EncodingKey::from_ec_pem(PEMS[number].as_bytes()).expect("a key of ours");
         let mut jwk = Jwk::from_encoding_key(&key, Algorithm::ES256).expect("a key of ours");
@@ -56,20 +53,18 @@ impl IssuerKey {
         jsonwebtoken::encode(&self.header, claims, &self.key).expect("claims are JSON")
     }
 
-    /// The token does not say by which key.
+    /// Without a key id.
     pub fn sign_nameless(&self, claims: &Value) -> String {
         let header = Header { kid: None, ..self.header.clone() };
         jsonwebtoken::encode(&header, claims, &self.key).expect("claims are JSON")
     }
 
-    /// With a header that its reader must understand.
     pub fn sign_critical(&self, claims: &Value) -> String {
         let mut header = self.header.clone();
         header.crit = Some(vec!["https://login.example/x".into()]);
         jsonwebtoken::encode(&header, claims, &self.key).expect("claims are JSON")
     }
 
-    /// For this subject, until `exp`.
     pub fn token(&self, subject: &str, exp: i64) -> String {
         self.sign(&json!({ "iss": ISSUER, "aud": AUDIENCE, "sub": subject, "exp": exp, "preferred_username": subject }))
     }
@@ -79,17 +74,16 @@ impl IssuerKey {
     }
 }
 
-/// How the issuer's tokens are checked.
 pub fn issuer() -> ExternalIssuer {
     ExternalIssuer { issuer: ISSUER.into(), audience: AUDIENCE.into(), algorithm: ExternalAlgorithm::ES256 }
 }
 
-/// As `api` tells it to gateways.
+/// As `api` publishes it to gateways.
 pub fn published(key: &IssuerKey) -> ExternalKeysAnswer {
     ExternalKeysAnswer { issuer: issuer(), jwks: Some(key.jwks()) }
 }
 
-/// Where the issuer publishes its keys, until dropped.
+/// Serves the issuer's keys until dropped.
 pub struct Issuer {
     address: SocketAddr,
     /// None: it answers 503.
@@ -129,12 +123,11 @@ impl Issuer {
         self.publish_json(json!(key.jwks()));
     }
 
-    /// Any set of keys, well-formed or not.
+    /// Any key set, well-formed or not.
     pub fn publish_json(&self, keys: Value) {
         *self.keys.lock().expect("no holder panics") = Some(keys);
     }
 
-    /// How often the keys were asked for.
     pub fn asked(&self) -> usize {
         self.asked.load(Ordering::Relaxed)
     }

@@ -9,12 +9,11 @@ use sqlx::PgPool;
 
 use crate::sse::{Event, EventSource};
 
-/// One user's feed as the database has it.
 #[derive(Debug)]
 pub struct Feed {
     pub epoch: Epoch,
     pub head: Seq,
-    /// As a browser would see it.
+    /// As a client receives them.
     pub events: Vec<Event>,
 }
 
@@ -41,7 +40,6 @@ impl Feed {
         Self { epoch, head: head.cast_unsigned(), events: rows.into_iter().map(event).collect() }
     }
 
-    /// 1, 2, 3, … to the head.
     pub fn assert_without_holes(&self) {
         let numbers: Vec<_> = self.events.iter().map(number).collect();
         let wanted: Vec<_> = (1..=self.head).collect();
@@ -56,14 +54,13 @@ impl Feed {
         Position { epoch: self.epoch, seq }.to_string()
     }
 
-    /// Every event after `after`, once, in order, byte for byte.
     pub fn assert_is(&self, who: &str, seen: &[Event], after: Seq) {
         if let Some(difference) = self.difference(seen, after) {
             panic!("{who}: {difference}");
         }
     }
 
-    /// How what was seen differs from every event after `after`, once, in order, byte for byte.
+    /// How `seen` differs from every event after `after`, once, in order, byte for byte.
     pub fn difference(&self, seen: &[Event], after: Seq) -> Option<String> {
         let wanted: Vec<&Event> = self.events.iter().filter(|event| number(event) > after).collect();
         let seen: Vec<&Event> = seen.iter().collect();
@@ -86,8 +83,8 @@ fn number(event: &Event) -> Seq {
     id.parse::<Position>().expect("ids are cursors").seq
 }
 
-/// Waits until a browser has all that there is now, then compares everything it ever saw with the feed after the place of
-/// its first `ready`; over all its connections, each of which must have begun exactly where the one before it ended.
+/// Waits until a client has everything up to the head, then compares all it received with the feed after the position of its
+/// first `ready`. Each connection must have resumed exactly where the one before it ended.
 pub async fn assert_exact(sql: &PgPool, user: UserId, who: &str, browser: &EventSource) {
     let feed = Feed::read(sql, user).await;
     let head = feed.head_cursor();

@@ -46,10 +46,10 @@ pub mod world;
 
 use std::{future::Future, time::Duration};
 
-/// How long a test waits for what must come. Generous: it only tells "late" from "never".
+/// How long a test waits. Generous: it only separates "late" from "never".
 pub const PATIENCE: Duration = Duration::from_mins(1);
 
-/// Awaits what must happen; a panic says what did not.
+/// Awaits what must happen, or panics with `what`.
 pub async fn soon<T>(what: &str, future: impl Future<Output = T>) -> T {
     match tokio::time::timeout(PATIENCE, future).await {
         Ok(value) => value,
@@ -57,7 +57,7 @@ pub async fn soon<T>(what: &str, future: impl Future<Output = T>) -> T {
     }
 }
 
-/// Asks again and again until the answer is yes.
+/// Polls until the condition holds.
 pub async fn until<F: Future<Output = bool>>(what: &str, mut condition: impl FnMut() -> F) {
     soon(what, async {
         while !condition().await {

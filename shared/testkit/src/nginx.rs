@@ -21,9 +21,9 @@ use crate::{
     usage::Cpu,
 };
 
-/// An origin that is not open yet: services need it to start, and nginx needs their addresses.
+/// An origin that is not open yet: services need its name to start, and nginx needs their addresses.
 pub struct Front {
-    /// Holds the port.
+    /// Keeps the port.
     listener: TcpListener,
     tls: bool,
     origin: String,
@@ -34,7 +34,7 @@ impl Front {
         Self::new("http")
     }
 
-    /// With a certificate that nobody knows.
+    /// With a self-signed certificate.
     pub fn tls() -> Self {
         Self::new("https")
     }
@@ -45,7 +45,7 @@ impl Front {
         Self { listener, tls: scheme == "https", origin: format!("{scheme}://localhost:{port}") }
     }
 
-    /// Browsers come by another address: there is something on the way.
+    /// Browsers use another address: there is a proxy in between.
     pub fn known_as(self, origin: &str) -> Self {
         Self { origin: origin.to_owned(), ..self }
     }
@@ -58,13 +58,11 @@ impl Front {
         self.origin.clone()
     }
 
-    /// Streams go to the gateways, everything else to the apis.
     pub async fn open(self, apis: &[&Service], gateways: &[&Service]) -> Nginx {
         let public = |services: &[&Service]| Vec::from_iter(services.iter().map(|service| service.public()));
         self.open_at(&public(apis), &public(gateways)).await
     }
 
-    /// The same, wherever they are: there may be something between.
     pub async fn open_at(self, apis: &[SocketAddr], gateways: &[SocketAddr]) -> Nginx {
         let (address, tls) = (self.address(), self.tls);
         drop(self.listener);
@@ -73,7 +71,7 @@ impl Front {
     }
 }
 
-/// What nginx has in front and behind.
+/// The address in front and the servers behind.
 pub struct Upstreams {
     pub address: SocketAddr,
     pub tls: bool,
@@ -82,11 +80,10 @@ pub struct Upstreams {
     pub replicated: Option<Replicated>,
 }
 
-/// As `docs/deploy.md` has it for replicas that come and go under load.
+/// For replicas that come and go under load, as in `docs/deploy.md`.
 pub struct Replicated {
-    /// Where gateways ask api.
+    /// Where gateways reach api.
     pub address: SocketAddr,
-    /// The internal listeners of the apis.
     pub apis: Vec<SocketAddr>,
 }
 
@@ -95,7 +92,6 @@ pub struct Nginx {
     folder: TempDir,
     log: Arc<Log>,
     upstreams: Upstreams,
-    /// The number of the newest configuration.
     generation: u32,
     client: Client,
 }
@@ -122,20 +118,18 @@ impl Nginx {
         self.upstreams.address
     }
 
-    /// Cuts every connection, and nobody listens.
+    /// Resets every connection; nobody listens afterwards.
     pub fn kill(&mut self) {
         self.process.kill();
     }
 
-    /// At the same address.
     pub async fn restart(&mut self) {
         self.process.kill();
         self.process = run(&self.folder, &self.log);
         self.until_open().await;
     }
 
-    /// Those at these addresses get nothing new. What they have continues: nginx starts new workers, and the old ones stay for
-    /// as long as their connections do.
+    /// Sends nothing new to these addresses. Connections that they have continue: the old workers stay as long as those do.
     pub async fn leave_out(&mut self, away: &[IpAddr]) {
         self.generation += 1;
         write_config(&self.folder, &self.upstreams, away, self.generation);
@@ -153,7 +147,7 @@ impl Nginx {
         Cpu::of_family(self.process.id())
     }
 
-    /// What it says about replicas that it could not reach, and how often.
+    /// Its errors about replicas that it could not reach, with their counts.
     pub fn complaints(&self) -> Vec<(&'static str, usize)> {
         let log = self.log.lines();
         let times = |what: &'static str| (what, log.iter().filter(|line| line.contains(what)).count());
@@ -172,7 +166,6 @@ impl Nginx {
     }
 }
 
-/// Its workers, where it has some, end with it.
 fn run(folder: &TempDir, log: &Arc<Log>) -> Process {
     let folder = folder.path();
     let mut command = Command::new(programs::nginx());
@@ -192,7 +185,7 @@ fn config(folder: &TempDir, upstreams: &Upstreams, away: &[IpAddr], generation: 
     let folder = folder.path().display();
     let upstream = |addresses: &[SocketAddr]| {
         let server = |address: &SocketAddr| match (&upstreams.replicated, away.contains(&address.ip())) {
-            // Tried again soon: in a test a minute is long.
+            // The default of ten seconds is long for a test.
             (None, _) => format!("server {address} fail_timeout=1s;"),
             (Some(_), false) => format!("server {address} max_fails=0;"),
             (Some(_), true) => format!("server {address} max_fails=0 down;"),

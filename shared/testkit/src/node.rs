@@ -12,7 +12,7 @@ use serde_json::Value;
 
 use super::{process::Process, programs::variable};
 
-/// A script that serves: when it is ready it says so in a line of JSON.
+/// A script that serves, and prints a line of JSON when it is ready.
 pub struct NodeServer {
     pub said: Value,
     _process: Process,
@@ -27,13 +27,12 @@ impl NodeServer {
         let said = lines
             .find_map(|line| serde_json::from_str(&line.expect("it writes text")).ok())
             .expect("the script says when it is ready");
-        // It goes on talking, and would end if nobody listened.
+        // Its output must be read to its end, or it would block.
         std::thread::spawn(move || lines.for_each(drop));
         Self { said, _process: process }
     }
 }
 
-/// `node <script>` in this folder, its packages there, with pipes to talk by.
 pub fn script(folder: &Path, script: &str) -> Command {
     install(folder);
     let mut node = Command::new(variable("DEV_NODE").unwrap_or_else(|| "node".into()));
@@ -42,7 +41,7 @@ pub fn script(folder: &Path, script: &str) -> Command {
     node
 }
 
-/// Once for all tests that begin at the same time, and again when a pinned version changes.
+/// Locked against concurrent tests; repeated when a pinned version changes.
 fn install(folder: &Path) {
     let lock = File::open(folder.join("package.json")).expect("a folder for node has a package.json");
     lock.lock().expect("a file can be locked");
@@ -65,7 +64,6 @@ fn is_installed(folder: &Path) -> bool {
     let package = read("package.json").expect("it was opened a moment ago");
     let pinned = package["dependencies"].as_object().expect("it pins what is needed");
     pinned.iter().all(|(name, version)| {
-        // Under another name it is `npm:name@version`.
         let version = version.as_str().and_then(|version| version.rsplit('@').next());
         read(&format!("node_modules/{name}/package.json"))
             .is_some_and(|found| found["version"].as_str() == version)

@@ -14,7 +14,7 @@ fn seen() -> MutexGuard<'static, Vec<String>> {
     SEEN.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Notes every panic of a service in this process from now on.
+/// Records every panic of a service in this process from now on.
 pub fn watch() {
     static ONCE: Once = Once::new();
     ONCE.call_once(|| {
@@ -33,7 +33,7 @@ fn is_of_a_service(file: &str) -> bool {
     !file.split('/').any(|part| matches!(part, "tests" | "testkit"))
 }
 
-/// Notes every panic of a child, by its piped standard error, which is shown as well.
+/// Records every panic on a child's standard error, which is printed as well.
 pub fn watch_child(stderr: impl Read + Send + 'static) {
     thread::spawn(move || {
         for line in BufReader::new(stderr).lines().map_while(Result::ok) {
@@ -45,12 +45,11 @@ pub fn watch_child(stderr: impl Read + Send + 'static) {
     });
 }
 
-/// A line of a log.
 pub fn is_said_by_one(line: &str) -> bool {
     line.contains("panicked")
 }
 
-/// At the end of a test. A panic of another test's service counts: which test it was is in the output.
+/// Panics of other tests' services count: the output shows which test it was.
 pub fn assert_none() {
     let seen = seen();
     assert!(seen.is_empty(), "services panicked: {seen:#?}");

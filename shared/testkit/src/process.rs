@@ -78,7 +78,7 @@ impl Process {
         Self::start_to_end_by(Signal::SIGKILL, command)
     }
 
-    /// For a program with processes of its own, which SIGKILL would leave behind: ended by SIGTERM, upon which it ends them.
+    /// For a program with child processes, which end with it on SIGTERM but would survive a SIGKILL.
     pub fn start_family(command: &mut Command) -> io::Result<Self> {
         Self::start_to_end_by(Signal::SIGTERM, command)
     }
@@ -96,7 +96,7 @@ impl Process {
         self.child.id()
     }
 
-    /// A process that has ended already gets no signal: its number may be another's by now.
+    /// Does nothing if the process has ended: its pid may belong to another one by now.
     pub fn signal(&mut self, signal: Signal) {
         if self.ended().is_none() {
             let pid = Pid::from_raw(self.child.id().cast_signed());
@@ -111,7 +111,6 @@ impl Process {
         self.status
     }
 
-    /// SIGKILL, which ends stopped processes too. Returns when the process is gone.
     pub fn kill(&mut self) -> ExitStatus {
         self.signal(Signal::SIGKILL);
         let status = self.child.wait().expect("a child of ours can be waited for");
@@ -134,7 +133,6 @@ impl Drop for Process {
         if self.end != Signal::SIGKILL {
             self.signal(self.end);
             let deadline = Instant::now() + FAMILY_ENDS_WITHIN;
-            // Nothing waits for a child and for a deadline at once, and here nothing can be awaited.
             while self.ended().is_none() && Instant::now() < deadline {
                 std::thread::sleep(Duration::from_millis(10));
             }

@@ -7,7 +7,6 @@ use std::{
     path::{Path, PathBuf},
 };
 
-/// Both are needed of one Postgres.
 pub const POSTGRES: [&str; 2] = ["initdb", "postgres"];
 pub const REDIS: [&str; 2] = ["redis-server", "valkey-server"];
 
@@ -54,14 +53,13 @@ pub fn postgres_of_debian() -> Vec<PathBuf> {
     versioned_dirs(Path::new("/usr/lib/postgresql"), &POSTGRES)
 }
 
-/// `target/<profile>`: the folder above a test's own program, the folder of any other program of the workspace.
+/// `target/<profile>`, for tests and for other programs of the workspace.
 pub fn build_folder() -> PathBuf {
     let own = std::env::current_exe().expect("a running program has a path");
     let folder = own.parent().expect("a program is in a folder");
     if folder.ends_with("deps") { folder.parent().expect("cargo's layout") } else { folder }.to_owned()
 }
 
-/// A service under test, where the same build puts it.
 pub fn service(name: &str) -> PathBuf {
     let path = build_folder().join(name);
     assert!(path.exists(), "{} is missing: run `cargo build -p api -p stream-gateway`", path.display());

@@ -21,11 +21,11 @@ const CONNECTIONS: usize = 1_024;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Fault {
     None,
-    /// Each piece waits this long, both ways.
+    /// Delays each piece, both ways.
     Slow(Duration),
-    /// Connections are taken and stay open, and nothing goes through: a dead link.
+    /// Accepts connections and forwards nothing: a dead link.
     Silent,
-    /// Nobody listens, and what was connected is reset.
+    /// Nobody listens, and connections are reset.
     Refusing,
 }
 
@@ -33,11 +33,11 @@ enum Fault {
 struct State {
     upstream: SocketAddr,
     fault: Fault,
-    /// A new connection is reset after it has brought so many bytes to the client.
+    /// A new connection is reset after so many bytes to the client.
     budget: Option<u64>,
-    /// A connection is reset after it has carried this text.
+    /// A connection is reset after this text.
     last_text: Option<&'static str>,
-    /// Held by the connections of now, and exchanged to reset them.
+    /// Held by all present connections; replaced to reset them.
     generation: Arc<()>,
 }
 
@@ -66,7 +66,6 @@ impl Proxy {
         self.address
     }
 
-    /// Everything goes through again.
     pub fn resume(&self) {
         self.state.send_modify(|state| {
             (state.fault, state.budget, state.last_text) = (Fault::None, None, None);
@@ -88,29 +87,26 @@ impl Proxy {
         });
     }
 
-    /// Resets all connections; new ones are welcome.
     pub fn cut(&self) {
         self.state.send_modify(|state| state.generation = Arc::default());
     }
 
-    /// The same, and returns when all of them are reset.
+    /// Resets all connections, and returns when they are gone.
     pub async fn cut_all(&self) {
         let old = Arc::downgrade(&self.state.borrow().generation);
         self.cut();
         until("all connections are reset", || async { old.strong_count() == 0 }).await;
     }
 
-    /// From now on each new connection is reset after so many bytes to the client.
     pub fn cut_after(&self, bytes: u64) {
         self.state.send_modify(|state| state.budget = Some(bytes));
     }
 
-    /// From now on each connection is reset as soon as it has carried this text, and carries nothing behind it.
+    /// From now on each connection is reset as soon as it has carried this text, and carries nothing after it.
     pub fn cut_behind(&self, text: &'static str) {
         self.state.send_modify(|state| state.last_text = Some(text));
     }
 
-    /// Where new connections go.
     pub fn aim(&self, upstream: SocketAddr) {
         self.state.send_modify(|state| state.upstream = upstream);
     }
@@ -157,7 +153,7 @@ async fn accept(listener: TcpListener, mut state: watch::Receiver<State>) {
 
 async fn listen_again(address: SocketAddr) -> TcpListener {
     loop {
-        // Tokio sets SO_REUSEADDR, so what is left of old connections is no obstacle.
+        // Tokio sets SO_REUSEADDR, so old connections do not prevent this.
         match TcpListener::bind(address).await {
             Ok(listener) => return listener,
             Err(_) => sleep(Duration::from_millis(10)).await,
@@ -189,7 +185,7 @@ async fn carry(client: TcpStream, mut state: watch::Receiver<State>) -> io::Resu
     }
 }
 
-/// A reset comes at once, and what is still under way never arrives.
+/// With a reset, bytes that are still under way never arrive.
 fn end_by_reset(socket: &TcpStream, reset: bool) -> io::Result<()> {
     socket2::SockRef::from(socket).set_linger(reset.then_some(Duration::ZERO))
 }
@@ -205,17 +201,17 @@ async fn pump(
     mut budget: Option<u64>,
 ) -> io::Result<()> {
     let mut buffer = vec![0; 16 * 1024];
-    // The end of what it carried: a text may come in two pieces.
+    // The end of what it carried: the text may come in two pieces.
     let mut recent = Vec::new();
     loop {
-        // While silent nothing is even read, so that the sender's buffers fill as on a dead link.
+        // Does not even read, so that the sender's buffers fill as on a dead link.
         open_again(&mut state).await;
         let length = tokio::select! {
             length = from.read(&mut buffer) => length?,
             _ = state.wait_for(|now| now.fault == Fault::Silent) => continue,
         };
         if length == 0 {
-            // An end in good order is passed on as one.
+            // An orderly end is passed on as one.
             end_by_reset(to.as_ref(), false)?;
             return to.shutdown().await;
         }
@@ -239,7 +235,7 @@ async fn pump(
     }
 }
 
-/// Where in `piece` the text ends, whose beginning may be in `recent`, the end of the pieces before.
+/// Where in `piece` the text ends; it may begin in `recent`, the end of the pieces before.
 fn end_of(text: &str, recent: &mut Vec<u8>, piece: &[u8]) -> Option<usize> {
     let before = recent.len();
     recent.extend_from_slice(piece);

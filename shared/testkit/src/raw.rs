@@ -10,7 +10,7 @@ use tokio::{
 
 use crate::{http::Answer, soon};
 
-/// Sends this and reads until the other end closes, which it may do before it has read everything.
+/// Sends this and reads until the other end closes, possibly before it has read everything.
 pub async fn exchange(address: impl ToSocketAddrs, bytes: impl AsRef<[u8]>) -> Vec<u8> {
     let mut socket = TcpStream::connect(address).await.expect("somebody listens");
     let (mut from, mut to) = socket.split();
@@ -29,14 +29,13 @@ pub async fn exchange(address: impl ToSocketAddrs, bytes: impl AsRef<[u8]>) -> V
     answer
 }
 
-/// What comes until the other end closes, by whatever means.
 pub async fn read_to_end(socket: &mut TcpStream) -> Vec<u8> {
     let mut bytes = Vec::new();
     let _ = soon("the connection is closed", socket.read_to_end(&mut bytes)).await;
     bytes
 }
 
-/// The next answer on this connection, which has a length and is not to HEAD.
+/// The next answer on this connection, by its content length.
 pub async fn answer(socket: &mut TcpStream) -> Answer {
     let mut head = Vec::new();
     while !head.ends_with(b"\r\n\r\n") {
@@ -50,7 +49,6 @@ pub async fn answer(socket: &mut TcpStream) -> Answer {
     answer
 }
 
-/// A whole answer that ends with its connection.
 pub fn parse(bytes: &[u8]) -> Answer {
     let end = bytes.windows(4).position(|four| four == b"\r\n\r\n").expect("a whole head");
     let head = std::str::from_utf8(&bytes[..end]).expect("a head is ASCII");

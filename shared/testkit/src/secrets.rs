@@ -16,12 +16,10 @@ pub fn random<const N: usize>() -> io::Result<[u8; N]> {
     Ok(bytes)
 }
 
-/// A new Ed25519 signing key as PKCS#8 PEM.
 pub fn signing_key() -> io::Result<String> {
     Ok(signing_key_of(random()?))
 }
 
-/// The same key each time.
 pub fn signing_key_of(seed: [u8; 32]) -> String {
     let der = [ED25519_PKCS8.as_slice(), seed.as_slice()].concat();
     format!("-----BEGIN PRIVATE KEY-----\n{}\n-----END PRIVATE KEY-----\n", STANDARD.encode(der))

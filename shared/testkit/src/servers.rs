@@ -21,13 +21,12 @@ use super::{
     tls::Authority,
 };
 
-/// Keeps nothing on disk: a restart is a wipe, of all but a cluster's or a sentinel's own notes.
+/// Keeps nothing on disk: a restart is a wipe, except of a cluster's or a sentinel's own state.
 pub struct Redis {
     port: u16,
     folder: TempDir,
-    /// What it is told besides the usual.
     arguments: Vec<String>,
-    /// User and password of who gives commands here.
+    /// User and password for `command`.
     login: Option<(String, String)>,
     process: Process,
 }
@@ -37,9 +36,8 @@ impl Redis {
         Self::start_with(|_| Vec::new())
     }
 
-    /// With arguments of its own, made for its folder.
     pub(super) fn start_with(arguments: impl Fn(&Path) -> Vec<String>) -> Self {
-        // The port may be taken between looking and starting, so a few tries.
+        // The port may be taken in between.
         for _ in 0..5 {
             let (port, folder) = (free_port(), folder("redis"));
             let arguments = arguments(folder.path());
@@ -73,7 +71,7 @@ impl Redis {
             .expect("the Redis server starts again");
     }
 
-    /// Silent from now on, with all its connections open.
+    /// Stops answering, with all its connections open.
     pub fn freeze(&mut self) {
         self.process.signal(Signal::SIGSTOP);
     }
@@ -82,7 +80,7 @@ impl Redis {
         self.process.signal(Signal::SIGCONT);
     }
 
-    /// It cannot save any more, and says so (`MISCONF`) to every write and every PING.
+    /// It cannot save any more, and answers `MISCONF` to every write and PING.
     pub async fn lose_disk(&self) {
         self.tell(&["CONFIG", "SET", "save", "3600 1"]);
         fs::remove_dir_all(self.folder.path()).expect("it is ours");
@@ -94,19 +92,17 @@ impl Redis {
         .await;
     }
 
-    /// From now on commands are given as this user.
     pub fn log_in(&mut self, user: &str, password: &str) {
         self.login = Some((user.to_owned(), password.to_owned()));
     }
 
-    /// One command; the answer's first line, or what a string holds.
+    /// The first line of the answer, or the content of a string.
     pub fn command(&self, words: &[&str]) -> io::Result<String> {
         let login = self.login.as_ref().map(|(user, password)| ["AUTH", user, password]);
         let commands = login.iter().map(|login| &login[..]).chain([words]);
         ask_redis(self.port, commands)
     }
 
-    /// One command that is accepted.
     pub fn tell(&self, words: &[&str]) {
         let answer = self.command(words).expect("the server answers");
         assert_eq!(answer, "+OK", "{words:?}");
@@ -116,7 +112,7 @@ impl Redis {
 fn start_redis(port: u16, folder: &Path, arguments: &[String]) -> Option<Process> {
     let program = programs::redis();
     let mut command = Command::new(&program);
-    // A sentinel has a file to write its notes to, which comes first.
+    // A sentinel's configuration file comes first.
     let (file, options): (Vec<_>, Vec<_>) =
         arguments.iter().partition(|argument| argument.ends_with(".conf"));
     command
@@ -131,7 +127,7 @@ fn start_redis(port: u16, folder: &Path, arguments: &[String]) -> Option<Process
         .unwrap_or_else(|error| panic!("no Redis server: {} cannot be started ({error})", program.display()));
     let up = || {
         let ping: &[&str] = &["PING"];
-        // Who wants a password is up, too.
+        // A server that wants a password is up, too.
         ask_redis(port, [ping]).is_ok_and(|answer| answer == "+PONG" || answer.starts_with("-NOAUTH"))
     };
     wait_for(&mut process, up).then_some(process)
@@ -152,7 +148,6 @@ fn wait_for(process: &mut Process, mut up: impl FnMut() -> bool) -> bool {
     false
 }
 
-/// The last command's answer: its first line, or what a string holds.
 fn ask_redis<'a>(port: u16, commands: impl IntoIterator<Item = &'a [&'a str]>) -> io::Result<String> {
     let mut socket = TcpStream::connect((Ipv4Addr::LOCALHOST, port))?;
     socket.set_read_timeout(Some(Duration::from_secs(5)))?;
@@ -178,12 +173,10 @@ fn ask_redis<'a>(port: u16, commands: impl IntoIterator<Item = &'a [&'a str]>) -
     Ok(answer.trim_end().to_owned())
 }
 
-/// One superuser `postgres`, trusted on loopback. Unlike a developer's, this one is not told to skip its syncs: a kill
-/// must lose nothing that was committed.
+/// One superuser `postgres`, trusted on loopback. Syncs to disk: a kill must lose nothing that was committed.
 pub struct Postgres {
     port: u16,
     folder: TempDir,
-    /// What it is told besides the usual.
     settings: Vec<String>,
     process: Process,
 }
@@ -193,12 +186,12 @@ impl Postgres {
         Self::start_with(&[])
     }
 
-    /// With settings that go before the usual ones.
+    /// These settings override the usual ones.
     pub fn start_with(settings: &[&str]) -> Self {
         Self::start_in(folder("postgres"), settings.iter().map(|&setting| setting.to_owned()).collect())
     }
 
-    /// Answers in the clear and by TLS, whatever is asked for, with the authority's certificate.
+    /// Accepts both plain and TLS connections.
     pub fn start_with_tls(authority: &Authority) -> Self {
         let folder = folder("postgres");
         let mut settings = vec!["ssl=on".to_owned()];
@@ -207,7 +200,7 @@ impl Postgres {
         {
             let own = folder.path().join(setting);
             fs::copy(source, &own).expect("the authority's files can be read");
-            // Postgres wants its key to be its own and nobody else's.
+            // Postgres requires a key that nobody else can read.
             fs::set_permissions(&own, fs::Permissions::from_mode(0o600)).expect("the copy is ours");
             give_away(&own);
             settings.push(format!("{setting}={}", own.display()));
@@ -244,16 +237,16 @@ impl Postgres {
         format!("postgres://postgres@127.0.0.1:{}/postgres", self.port)
     }
 
-    /// A crash: no checkpoint, no goodbye to clients. The children of the server notice and end by themselves.
+    /// A crash: no checkpoint, no goodbye to clients.
     pub fn kill(&mut self) {
         self.process.kill();
     }
 
-    /// On the same port, with all that was committed.
+    /// On the same port, with everything that was committed.
     pub fn restart(&mut self) {
         self.process.kill();
         let deadline = Instant::now() + PATIENCE;
-        // The last children of a killed server hold its memory and port for a moment.
+        // The children of a killed server hold its memory and port for a moment.
         while Instant::now() < deadline {
             if let Some(process) = start_postgres(self.port, self.folder.path(), &self.settings) {
                 self.process = process;
@@ -282,7 +275,6 @@ fn start_postgres(port: u16, folder: &Path, settings: &[String]) -> Option<Proce
     wait_for(&mut process, ready).then_some(process)
 }
 
-/// In a folder of ours, as the account that Postgres accepts.
 fn command_in(folder: &Path, name: &str) -> Command {
     let mut command = Command::new(programs::postgres().join(name));
     if let Some(account) = account_of(folder) {

@@ -24,10 +24,9 @@ use crate::{
     world::User,
 };
 
-/// Lines kept of one service. A service that says more than this in one test is at fault.
+/// Lines kept of one service.
 const LOG_LINES: usize = 200_000;
 
-/// Everything a process said.
 pub struct Log {
     pub name: String,
     lines: Mutex<Vec<String>>,
@@ -42,7 +41,7 @@ impl Log {
         self.lines.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Warnings, errors, and what is no line of the log: a panic, or a refusal to start.
+    /// Warnings and errors, and lines that are not from the logger: a panic, or a failed start.
     pub fn complaints(&self) -> Vec<String> {
         let complaint = |line: &String| {
             let parsed = serde_json::from_str::<Value>(line).unwrap_or_default();
@@ -77,19 +76,17 @@ pub struct Plan {
 }
 
 impl Plan {
-    /// Sets or replaces a setting.
     pub fn env(mut self, name: &str, value: impl ToString) -> Self {
         self.env.insert(name.into(), value.to_string());
         self
     }
 
-    /// Leaves a setting at its default.
     pub fn without(mut self, name: &str) -> Self {
         self.env.remove(name);
         self
     }
 
-    /// Returns when it takes connections, which is before it is ready.
+    /// Returns when it accepts connections, which is before it is ready.
     pub async fn start(self) -> Service {
         let mut command = self.command();
         let mut process = Process::start(&mut command).expect("the binary can be started");
@@ -103,14 +100,12 @@ impl Plan {
         service
     }
 
-    /// Returns when `/readyz` says yes.
     pub async fn ready(self) -> Service {
         let service = self.start().await;
         service.until_ready().await;
         service
     }
 
-    /// Runs a subcommand to its end.
     pub async fn run(&self, arguments: &[&str]) {
         let mut process = Process::start(self.command().args(arguments)).expect("the binary can be started");
         let readers = [
@@ -159,7 +154,6 @@ impl Service {
         format!("http://{}{path}", self.public())
     }
 
-    /// This user's stream at this gateway.
     pub fn stream(&self, user: &User) -> Opening {
         self.anonymous_stream().bearer(&user.token)
     }
@@ -180,23 +174,21 @@ impl Service {
         until(&format!("{} is ready", self.plan.log.name), || self.is_ready()).await;
     }
 
-    /// The status and the words of `/readyz`.
     pub async fn readiness(&self) -> Option<(u16, String)> {
         self.ask_ops("/readyz").await.map(|answer| (answer.status, answer.text()))
     }
 
     async fn ask_ops(&self, path: &str) -> Option<Answer> {
-        // On a connection of its own: a kept one may have been closed while nothing was sent.
+        // On a new connection: an idle one may have been closed.
         let call = self.client.get(format!("http://{}{path}", self.ops())).header("connection", "close");
         call.send().await.ok()
     }
 
-    /// As [`Answer::metric`]; 0 if it was never counted.
+    /// As [`Answer::metric`]; 0 if there is no such series.
     pub async fn metric(&self, series: &str) -> f64 {
         self.ask_ops("/metrics").await.expect("the ops listener answers").metric(series).unwrap_or_default()
     }
 
-    /// One metric's sum over the series with this label: `path="redis"`.
     pub async fn metric_where(&self, name: &str, label: &str) -> f64 {
         self.metric(&format!("{name}{{{label}}}")).await
     }
@@ -225,7 +217,7 @@ impl Service {
         soon(&format!("{} ends", self.plan.log.name), self.process.wait()).await
     }
 
-    /// Ends it the hard way and starts it again at the same addresses, as a supervisor would.
+    /// Kills it and starts it at the same addresses, as a supervisor does.
     pub async fn restart(&mut self) {
         self.kill();
         let mut plan = self.plan.clone();
@@ -239,7 +231,7 @@ impl Service {
         *self = plan.start().await;
     }
 
-    /// Ends it in order and starts it again at the same addresses with another setting, as a deploy would.
+    /// Stops it in order and starts it at the same addresses with another setting, as a deploy does.
     pub async fn redeploy(&mut self, name: &str, value: impl ToString) {
         self.plan.env.insert(name.into(), value.to_string());
         self.terminate();
@@ -285,7 +277,7 @@ impl Service {
 }
 
 impl Drop for Service {
-    /// Afterwards its log is complete.
+    /// Completes its log.
     fn drop(&mut self) {
         self.process.kill();
         for reader in self.readers.drain(..) {

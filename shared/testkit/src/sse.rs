@@ -28,10 +28,8 @@ use tokio::{
 
 use super::PATIENCE;
 
-/// A block longer than this is a fault of the server.
 const BLOCK_LIMIT: usize = 1 << 20;
 
-/// A request for a stream, about to be sent.
 #[derive(Debug, Clone)]
 pub struct Opening {
     url: String,
@@ -55,7 +53,6 @@ impl Opening {
         self.query("token", token)
     }
 
-    /// `cookie`: `name=value`.
     pub fn cookie(self, cookie: &str) -> Self {
         self.header("cookie", cookie)
     }
@@ -68,7 +65,7 @@ impl Opening {
         self.query("lastEventId", id)
     }
 
-    /// `event`: heartbeats that a browser's script can see; a number: the seconds between them.
+    /// `event`: heartbeats that a script can see; a number: the seconds between them.
     pub fn heartbeat(self, wanted: &str) -> Self {
         self.query("heartbeat", wanted)
     }
@@ -90,7 +87,7 @@ impl Opening {
         self
     }
 
-    /// The kernel takes hardly anything that the test does not read: a client on a stalled link.
+    /// A client on a stalled link: the kernel takes hardly anything that the test does not read.
     pub fn tiny_receive_buffer(mut self) -> Self {
         self.receive_buffer = Some(2_048);
         self
@@ -143,7 +140,7 @@ impl Opening {
         })
     }
 
-    /// Opens where a stream is certain.
+    /// Opens, and requires a 200.
     pub async fn stream(&self) -> Stream {
         let stream = timeout(PATIENCE, self.open()).await.expect("a head in time").expect("a head");
         assert_eq!(stream.status, 200, "the stream opens");
@@ -151,7 +148,7 @@ impl Opening {
     }
 }
 
-/// Ends with its stream: the socket is closed whatever is still on its way.
+/// Closes the socket when dropped.
 struct ConnectionTask(JoinHandle<()>);
 
 impl Drop for ConnectionTask {
@@ -160,7 +157,7 @@ impl Drop for ConnectionTask {
     }
 }
 
-/// A whole event, or a line that takes effect before its block is whole.
+/// A whole event, or a line that takes effect before its block is complete.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Block {
     Event(Event),
@@ -173,9 +170,9 @@ const FIELDS: [&str; 4] = ["retry", "event", "data", "id"];
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Event {
-    /// The block's own `id:` line, if it has one. (A browser's `lastEventId` is also set on later blocks without.)
+    /// The block's own `id:` line. (A browser's `lastEventId` also applies to later blocks without one.)
     pub id: Option<String>,
-    /// The block's own `event:` line. Without one, `onmessage` hears it.
+    /// The block's own `event:` line.
     pub name: Option<String>,
     pub data: String,
 }
@@ -190,23 +187,20 @@ impl Event {
     }
 }
 
-/// How the body came to its end.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum End {
-    /// In good order.
     Clean,
     /// Reset, or cut inside a block or a chunk.
     Broken,
 }
 
-/// One connection after its head.
 pub struct Stream {
     pub status: u16,
     pub headers: HeaderMap,
     body: Incoming,
-    /// Bytes of a line that is not whole yet.
+    /// Bytes of an incomplete line.
     raw: Vec<u8>,
-    /// What [`FIELDS`] a block that is not whole yet has so far.
+    /// The [`FIELDS`] of an incomplete block.
     fields: [Option<String>; FIELDS.len()],
     parser: EventStream<Fed>,
     fed: Fed,
@@ -221,7 +215,6 @@ impl Stream {
         self.headers.get(name).and_then(|value| value.to_str().ok())
     }
 
-    /// The next block, comment or `retry`.
     pub async fn block(&mut self) -> Result<Block, End> {
         loop {
             while let Some(line) = self.take_line() {
@@ -246,7 +239,6 @@ impl Stream {
         }
     }
 
-    /// The next event; comments and `retry` are noted on the way.
     pub async fn event(&mut self) -> Result<Event, End> {
         loop {
             if let Block::Event(event) = self.block().await? {
@@ -255,7 +247,6 @@ impl Stream {
         }
     }
 
-    /// The next event, which must come.
     pub async fn next(&mut self) -> Event {
         match timeout(PATIENCE, self.event()).await {
             Ok(Ok(event)) => event,
@@ -264,14 +255,12 @@ impl Stream {
         }
     }
 
-    /// The next event, which must have this name.
     pub async fn named(&mut self, name: &str) -> Event {
         let event = self.next().await;
         assert!(event.is(name), "expected {name}, got {event:?}");
         event
     }
 
-    /// Everything until the end of the body, which must come.
     pub async fn rest(&mut self) -> (Vec<Event>, End) {
         let mut events = Vec::new();
         let all = async {
@@ -286,7 +275,6 @@ impl Stream {
         (events, end)
     }
 
-    /// The body of an answer that is no stream.
     pub async fn text(self) -> String {
         let body = timeout(PATIENCE, self.body.collect()).await.expect("a body in time").expect("a body");
         String::from_utf8(body.to_bytes().into()).expect("the body is UTF-8")
@@ -316,7 +304,7 @@ impl Stream {
         }
         let at =
             FIELDS.iter().position(|known| *known == field).unwrap_or_else(|| panic!("unknown {line:?}"));
-        // The goodbye of a stream that never got ready is its first block, so `retry` may come twice.
+        // The goodbye of a stream that never became ready is its first block, so `retry` may come twice.
         let first = if field == "retry" { 1 } else { at };
         assert!(self.fields[first..].iter().all(Option::is_none), "{line:?} after {:?}", self.fields);
         self.fields[at] = Some(value.to_owned());
@@ -336,7 +324,7 @@ impl Stream {
             self.last_id.clone_from(&event.id);
         }
 
-        // Another's parser must have read the same from the same bytes.
+        // Another parser must read the same from the same bytes.
         let parsed = self.parser.next().now_or_never().flatten().expect("the parser has the whole block");
         let parsed = parsed.expect("the parser accepts the block");
         assert_eq!(parsed.data, event.data);
@@ -346,7 +334,6 @@ impl Stream {
     }
 }
 
-/// The bytes received so far, as the parser wants them.
 #[derive(Clone, Default)]
 struct Fed(Arc<Mutex<VecDeque<Bytes>>>);
 
@@ -359,7 +346,7 @@ impl Fed {
 impl Chunks for Fed {
     type Item = Result<Bytes, io::Error>;
 
-    /// Wakes nobody: it is asked only when there is a whole block.
+    /// Wakes nobody: it is polled only when a block is complete.
     fn poll_next(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<Option<Self::Item>> {
         match self.0.lock().unwrap_or_else(PoisonError::into_inner).pop_front() {
             Some(bytes) => Poll::Ready(Some(Ok(bytes))),
@@ -368,34 +355,32 @@ impl Chunks for Fed {
     }
 }
 
-/// How a browser's page comes back after its connection was lost.
+/// How a page reconnects.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Resume {
-    /// The browser does it: the header, and the URL as it ever was, whatever stale cursor it has.
+    /// The browser does it: the header, and the unchanged URL, whatever stale cursor that has.
     Header,
     /// The page makes a new `EventSource` with its last id in the query.
     Query,
-    /// Now this, now that.
     Alternately,
 }
 
-/// What one browser saw over all its connections.
+/// What one client received over all its connections.
 #[derive(Debug, Default)]
 pub struct Record {
     pub events: Vec<Event>,
-    /// Streams opened.
     pub opened: usize,
-    /// Tries that failed before a head came.
+    /// Attempts that failed before a head came.
     pub refused: usize,
     pub open: bool,
     pub comments: usize,
     pub retry: Option<Duration>,
-    /// A status other than 200: the browser has given up.
+    /// A status other than 200: no reconnects.
     pub given_up: Option<u16>,
 }
 
 impl Record {
-    /// The events that belong to the feed: those with an id, except the markers of a place.
+    /// The events of the feed: those with an id, except the markers of a position.
     pub fn ledger(&self) -> impl DoubleEndedIterator<Item = &Event> {
         self.events.iter().filter(|event| event.id.is_some() && !event.is("ready") && !event.is("resync"))
     }
@@ -414,7 +399,7 @@ enum Instruction {
     Aim(Vec<Opening>),
 }
 
-/// An `EventSource` and its page. Dropped, the tab is closed.
+/// An `EventSource` and its page.
 pub struct EventSource {
     record: watch::Receiver<Record>,
     orders: mpsc::Sender<Instruction>,
@@ -422,7 +407,7 @@ pub struct EventSource {
 }
 
 impl EventSource {
-    /// Opens the first of `openings`; each reconnect takes the next, as behind a load balancer. Waits at most
+    /// Opens the first of `openings`; each reconnect uses the next one, as behind a load balancer. Waits at most
     /// `longest_retry` before a reconnect, whatever `retry` says.
     pub fn open(openings: Vec<Opening>, resume: Resume, longest_retry: Duration) -> Self {
         let (told, record) = watch::channel(Record::default());
@@ -435,7 +420,6 @@ impl EventSource {
         self.record.borrow()
     }
 
-    /// Waits until the record shows something.
     pub async fn until(&self, what: &str, shown: impl FnMut(&Record) -> bool) {
         let mut record = self.record.clone();
         let result = timeout(PATIENCE, record.wait_for(shown)).await;
@@ -455,12 +439,10 @@ impl EventSource {
         }
     }
 
-    /// Waits until a stream has told its place.
     pub async fn ready(&self) {
         self.until("ready", |record| record.named("ready").next().is_some()).await;
     }
 
-    /// The link breaks now.
     pub async fn cut(&self) {
         self.orders.send(Instruction::Cut).await.expect("the browser has not given up");
     }
@@ -488,7 +470,7 @@ struct Reconnecting {
 impl Reconnecting {
     async fn live(mut self) {
         let mut turn = 0;
-        // What the page last put into its URL, and what the browser itself remembers.
+        // What the page last put into its URL, besides what the browser remembers.
         let mut in_url: Option<String> = None;
         loop {
             let mut opening = self.openings[turn % self.openings.len()].clone();
@@ -532,7 +514,7 @@ impl Reconnecting {
         }
     }
 
-    /// Notes all that comes until the connection ends. `false`: the tab was closed.
+    /// Records everything until the connection ends. `false`: the tab was closed.
     async fn watch(&mut self, mut stream: Stream) -> bool {
         loop {
             tokio::select! {

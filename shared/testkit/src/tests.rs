@@ -14,7 +14,7 @@ use super::{
     sse::{Block, End, EventSource, Opening, Resume},
 };
 
-/// Answers each connection with the next of these texts and closes; tells what was asked.
+/// Answers each connection with the next of these texts and closes; sends the requests to the receiver.
 async fn canned(answers: Vec<&'static str>) -> (SocketAddr, tokio::sync::mpsc::Receiver<String>) {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
@@ -92,7 +92,6 @@ async fn event_source_resumes_by_id_and_gives_up_on_other_status() {
     assert_eq!(browser.record().opened, 2);
 }
 
-/// Sends back what it gets.
 async fn echo() -> SocketAddr {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();

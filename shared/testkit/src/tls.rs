@@ -35,7 +35,7 @@ impl Authority {
     pub fn new() -> Self {
         let folder = tempfile::tempdir().expect("a temporary folder");
         let mut own = CertificateParams::default();
-        // Its own name too, so that another authority is another one, and not the same one with a wrong signature.
+        // Its own name, so that another authority is not taken for this one with a wrong signature.
         own.distinguished_name.push(DnType::CommonName, folder.path().display().to_string());
         own.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
         own.key_usages = vec![KeyUsagePurpose::KeyCertSign];
@@ -53,7 +53,7 @@ impl Authority {
         Self { server: server.der().clone(), folder, server_key }
     }
 
-    /// What a client must trust, as PEM.
+    /// The root certificate as PEM.
     pub fn root(&self) -> PathBuf {
         self.folder.path().join("ca.pem")
     }
@@ -78,7 +78,7 @@ impl Authority {
     }
 }
 
-/// Takes TLS and passes on what is inside; whoever speaks in the clear is cut.
+/// Terminates TLS; a plain connection is closed.
 pub struct Door {
     address: SocketAddr,
     task: JoinHandle<()>,

@@ -13,10 +13,9 @@ impl Cpu {
         Ok(Self(ticks(read_stat(pid)?.own)))
     }
 
-    /// Of a process and its children, those that have ended included: Postgres has one per connection.
+    /// Of a process and its children, including those that have ended: Postgres has one per connection.
     pub fn of_family(pid: u32) -> io::Result<Self> {
         let parent = read_stat(pid)?;
-        // A process may end while we look.
         let children = children(pid)?.into_iter().filter_map(|child| Some(read_stat(child).ok()?.own));
         Ok(Self(ticks(parent.own + parent.ended_children + children.sum::<u64>())))
     }
@@ -25,7 +24,6 @@ impl Cpu {
         self.0.as_secs_f64()
     }
 
-    /// Seconds for each `many` of `count`.
     pub fn per(self, many: f64, count: u64) -> f64 {
         self.seconds() * many / count.max(1) as f64
     }
@@ -39,7 +37,6 @@ impl Sub for Cpu {
     }
 }
 
-/// The processes whose parent is this one.
 pub fn children(pid: u32) -> io::Result<Vec<u32>> {
     let all = fs::read_dir("/proc")?.flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok());
     Ok(all.filter(|&child| read_stat(child).is_ok_and(|stat| stat.parent == pid)).collect())
@@ -53,7 +50,7 @@ struct Stat {
 
 fn read_stat(pid: u32) -> io::Result<Stat> {
     let text = fs::read_to_string(format!("/proc/{pid}/stat"))?;
-    // The name in parentheses may hold anything, so fields are counted from behind it.
+    // The name in parentheses may contain anything.
     let fields: Vec<&str> = text.rsplit(") ").next().unwrap_or_default().split_whitespace().collect();
     let number = |index: usize| -> io::Result<u64> {
         let field = fields.get(index).and_then(|field| field.parse().ok());
@@ -71,10 +68,9 @@ fn ticks(count: u64) -> Duration {
     Duration::from_secs_f64(count as f64 / per_second as f64)
 }
 
-/// Memory of one process, in bytes.
 #[derive(Debug, Clone, Copy)]
 pub struct Memory {
-    /// Its own pages, and its share of those it has in common with others.
+    /// Proportional set size: shared pages are divided among their users.
     pub pss: u64,
     pub rss: u64,
 }

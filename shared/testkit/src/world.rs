@@ -33,7 +33,7 @@ use crate::{
     soon,
 };
 
-/// In every text that a test sends, and in no line of any log.
+/// Part of every message that a test sends; must be in no log.
 const WHISPER: &str = "whispered";
 
 const GENEROUS: &str = "1000000/60";
@@ -56,15 +56,14 @@ pub struct World {
     texts: AtomicU32,
 }
 
-/// What a world has other than usual.
 pub struct WorldOptions {
     pub origin: String,
     pub trusted_proxies: &'static str,
-    /// A Postgres, where the world makes its own database; `None`: the one that all tests share.
+    /// The Postgres in which the world makes its own database; `None`: the one that all tests share.
     pub database_url: Option<String>,
-    /// `REDIS_URL`, and what else leads there; empty: the one that all tests share.
+    /// `REDIS_URL` and related settings; empty: the Redis that all tests share.
     pub redis: Vec<(&'static str, String)>,
-    /// Every setting that is not an address or a secret has its default, and there are no rate limits: what a bench wants.
+    /// Services run with their defaults, without rate limits: for a bench.
     pub as_shipped: bool,
 }
 
@@ -75,44 +74,41 @@ impl Default for WorldOptions {
     }
 }
 
-/// Where the servers are and what was made there.
 struct Database {
     admin_url: String,
     name: String,
 }
 
-/// Somebody who is logged in.
+/// A user who is logged in.
 #[derive(Debug, Clone)]
 pub struct User {
     pub id: UserId,
     pub name: String,
     pub token: String,
-    /// `name=value`.
     pub cookie: String,
 }
 
 impl World {
-    /// On the servers that all tests share.
     pub async fn new() -> Self {
         Self::with(WorldOptions::default()).await
     }
 
-    /// On a Redis that the test may break.
+    /// With a Redis that the test may break.
     pub async fn with_redis(redis_url: String) -> Self {
         Self::with_redis_settings([("REDIS_URL", redis_url)]).await
     }
 
-    /// On a Redis of several servers, which these settings lead to.
+    /// With a Redis of several servers.
     pub async fn with_redis_settings(redis: impl Into<Vec<(&'static str, String)>>) -> Self {
         Self::with(WorldOptions { redis: redis.into(), ..WorldOptions::default() }).await
     }
 
-    /// On a Postgres that the test may break.
+    /// With a Postgres that the test may break.
     pub async fn with_postgres(database_url: String) -> Self {
         Self::with(WorldOptions { database_url: Some(database_url), ..WorldOptions::default() }).await
     }
 
-    /// Browsers find its services at this origin, through a proxy on this machine.
+    /// Browsers reach its services at this origin, through a proxy on this machine.
     pub async fn at(origin: &str) -> Self {
         let origin = origin.to_owned();
         Self::with(WorldOptions { origin, trusted_proxies: "127.0.0.1", ..WorldOptions::default() }).await
@@ -153,7 +149,7 @@ impl World {
         world
     }
 
-    /// An api with the world's settings; change some, then start it.
+    /// An api with the world's settings.
     pub fn api(&self) -> Plan {
         let plan = self
             .plan("api", "api")
@@ -166,7 +162,7 @@ impl World {
         plan.env("DATABASE_POOL_SIZE", 5)
             .env("DEV_LOGIN", true)
             .env("STATE_SECRET", &self.internal_secret)
-            // Asked like in production, and never reached: one address does everything here.
+            // Limits are checked, as in production, and never reached: all clients have one address.
             .env("LIMIT_LOGIN_PER_ADDRESS", GENEROUS)
             .env("LIMIT_LOGIN_PER_NAME", GENEROUS)
             .env("LIMIT_SEARCH_PER_USER", GENEROUS)
@@ -177,17 +173,17 @@ impl World {
             .env("LIMIT_SEND_PER_ADDRESS", GENEROUS)
     }
 
-    /// An api in the middle of a rotation: a new key signs, the world's usual one is still good.
+    /// An api in the middle of a rotation: a new key signs, the usual one is still accepted.
     pub fn api_with_another_key(&self) -> Plan {
         self.api().env("SIGNING_KEY_FILES", self.key_files(&["another.pem", "signing.pem"]))
     }
 
-    /// For `SIGNING_KEY_FILES`: of the world's keys, `signing.pem` and `another.pem`, the first signs.
+    /// For `SIGNING_KEY_FILES`: the first of `signing.pem` and `another.pem` signs.
     pub fn key_files(&self, names: &[&str]) -> String {
         names.iter().map(|name| self.key_file(name)).collect::<Vec<_>>().join(",")
     }
 
-    /// An api that trusts the foreign issuer of the tests, whose keys are served there.
+    /// An api that trusts the external issuer of the tests.
     pub fn api_with_issuer(&self, jwks_url: &str) -> Plan {
         self.api()
             .env("EXTERNAL_ISSUER", issuer::ISSUER)
@@ -200,12 +196,11 @@ impl World {
         self.keys.path().join(name).display().to_string()
     }
 
-    /// What gateways show to `api`.
     pub fn internal_secret(&self) -> &str {
         &self.internal_secret
     }
 
-    /// A gateway that asks this internal listener.
+    /// A gateway that uses this internal listener.
     pub fn gateway(&self, internal: std::net::SocketAddr) -> Plan {
         let plan =
             self.plan("gateway", "stream-gateway").env("API_INTERNAL_URL", format!("http://{internal}"));
@@ -217,7 +212,6 @@ impl World {
             .env("LIMIT_OPEN_PER_ADDRESS", GENEROUS)
     }
 
-    /// The usual pair, ready.
     pub async fn pair(&self) -> (Service, Service) {
         let api = self.api().ready().await;
         let gateway = self.gateway(api.internal()).ready().await;
@@ -236,7 +230,6 @@ impl World {
             .env("OPS_LISTEN", "127.0.0.1:0")
             .env("ORIGIN", &self.options.origin)
             .env("TRUSTED_PROXIES", self.options.trusted_proxies)
-            // One address does everything here.
             .env("CONNECTIONS_PER_ADDRESS", 0)
             .env("CHANNEL_PREFIX", &self.prefix)
             .env("INTERNAL_SECRET", &self.internal_secret)
@@ -248,13 +241,11 @@ impl World {
             .env("RUST_BACKTRACE", 1)
     }
 
-    /// A new user with a feed, not logged in.
     pub async fn person(&self, name: &str) -> UserId {
         let id = sqlx::query_scalar("INSERT INTO users (username) VALUES ($1) RETURNING id").bind(name);
         UserId(id.fetch_one(&self.sql).await.expect("a new user"))
     }
 
-    /// A new user, logged in by `api`.
     pub async fn user(&self, api: &Service, name: &str) -> User {
         let id = self.person(name).await;
         let user = self.login(api, name).await;
@@ -262,7 +253,7 @@ impl World {
         user
     }
 
-    /// Very many users with a session each, made by SQL and signed for here.
+    /// Many users with a session each, made by SQL and signed for here.
     pub async fn many(&self, count: i64) -> Vec<User> {
         let insert = "WITH new AS (INSERT INTO users (username) SELECT 'many' || n FROM generate_series(1, $1) n RETURNING id, username)
                       INSERT INTO sessions (user_id, expires_at) SELECT id, now() + interval '1 day' FROM new
@@ -276,7 +267,6 @@ impl World {
         rows.into_iter().map(sign).collect()
     }
 
-    /// A token as `api` signs it at a login.
     pub fn token(&self, user: UserId, session: SessionId) -> String {
         let now = Utc::now().timestamp();
         self.signing.sign(&Claims {
@@ -290,13 +280,11 @@ impl World {
         })
     }
 
-    /// The session cookie with this token, as browsers send it to this world.
     pub fn cookie(&self, token: &str) -> String {
         let origin = self.options.origin.parse().expect("the world's own origin");
         format!("{}={token}", Cookies::new(&origin).session())
     }
 
-    /// Another session of somebody who exists.
     pub async fn login(&self, api: &Service, name: &str) -> User {
         let call = self.client.post(api.url("/api/login")).json(&json!({ "username": name }));
         let answer = call.expect(200).await;
@@ -307,23 +295,22 @@ impl World {
         User { id, name: name.into(), token, cookie: answer.cookie() }
     }
 
-    /// Logs must not have it.
+    /// Logs must not contain it.
     pub fn remember(&self, token: &str) {
         self.tokens.lock().expect("no holder panics").push(token.to_owned());
     }
 
-    /// What a service told somebody holds no token, no secret and no message's text.
+    /// Asserts that a text contains no token, no secret and no message's text.
     pub fn assert_discreet(&self, whom: &str, told: &str) {
         assert!(!told.contains(WHISPER), "a message's text in {whom}: {told}");
         assert!(!told.contains(&self.internal_secret), "the internal secret in {whom}");
-        // However it was come by: the beginning of every JWT, and of a cookie.
+        // The beginning of every JWT, and of a cookie.
         let begins = ["eyJ", "session="].iter().any(|begin| told.contains(begin));
         assert!(!begins, "a token or a cookie in {whom}: {told}");
         let tokens = self.tokens.lock().expect("no holder panics");
         assert!(!tokens.iter().any(|token| told.contains(token)), "a token in {whom}: {told}");
     }
 
-    /// The claims of a token that `api` made.
     pub fn claims(&self, user: &User) -> Claims {
         self.signing
             .verifier()
@@ -331,7 +318,6 @@ impl World {
             .expect("the world's own key signed it")
     }
 
-    /// A token as `api` would sign it.
     pub fn sign(&self, claims: &Claims) -> String {
         let token = self.signing.sign(claims);
         self.remember(&token);
@@ -342,22 +328,19 @@ impl World {
         Channels::new(&*self.prefix)
     }
 
-    /// The Redis channel of a user in this world.
     pub fn channel(&self, user: UserId) -> String {
         self.channels().user(user)
     }
 
-    /// How the channels begin by which gateways probe Redis.
+    /// The prefix of the channels by which gateways probe Redis.
     pub fn beats(&self) -> String {
         self.channels().beat("")
     }
 
-    /// For a test's own files, until the world ends.
     pub fn folder(&self) -> &Path {
         self.keys.path()
     }
 
-    /// In front of every name that the world has in Redis.
     pub fn prefix(&self) -> &str {
         &self.prefix
     }
@@ -366,7 +349,6 @@ impl World {
         self.database.url()
     }
 
-    /// A text that was never sent before.
     pub fn text(&self) -> String {
         format!("{WHISPER} {}", self.texts.fetch_add(1, Ordering::Relaxed))
     }
@@ -385,15 +367,13 @@ impl World {
         }
     }
 
-    /// Posts one message where it is certain to be accepted.
     pub async fn say(&self, api: &Service, from: &User, conversation: ConversationId) -> Value {
         let url = api.url(&format!("/api/conversations/{conversation}/messages"));
         let call = self.client.post(url).bearer(&from.token).json(&json!({ "content": self.text() }));
         call.expect(201).await.json()
     }
 
-    /// Posts one message as a careful client does: with a key, again and again, at any of these replicas in turn, until
-    /// one accepts it.
+    /// Posts one message as a careful client does: with a key, repeatedly, to these replicas in turn, until one accepts it.
     pub async fn say_until_accepted(
         &self,
         apis: &[String],
@@ -453,13 +433,13 @@ impl Database {
         Ok(())
     }
 
-    /// From a thread of its own, because this is called where nothing can be awaited.
+    /// On a thread of its own, because `drop` cannot await.
     fn drop_now(&self) {
         std::thread::scope(|scope| {
             scope.spawn(|| {
                 let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
                 let runtime = runtime.expect("a runtime");
-                // The test may have killed the server; then there is nothing to tidy.
+                // The test may have killed the server.
                 let tidied = async { tokio::time::timeout(Duration::from_secs(20), self.drop()).await };
                 let _ = runtime.block_on(tidied);
             });

@@ -21,25 +21,23 @@ use crate::{
     report::{count, figure, heading, progress},
 };
 
-/// For the load process to start and connect.
 const HEAD_START: Duration = Duration::from_millis(500);
-/// Clients that share the rate: so many that one that waits for a killed api keeps few others waiting.
+/// Clients that share the rate: one that waits for a killed api delays few others.
 const SENDERS: usize = 64;
 
-/// How long the steps take.
 #[derive(Debug, Clone)]
 pub struct Pace {
     pub messages_per_second: u32,
     pub calm: Duration,
-    /// As `k8s/base` sets them.
+    /// As in `k8s/base`.
     pub drain_wait: Duration,
     pub drain_window: Duration,
     pub api_wait: Duration,
-    /// Until a process that was killed alone is started again.
+    /// How long a killed process is down.
     pub down: Duration,
-    /// From one that is ready again to the next one.
+    /// Between two processes.
     pub pause: Duration,
-    /// Whether drains are held to their rate: over seconds and few streams, beside whatever else runs, that says nothing.
+    /// Whether drains are held to their rate; with few streams that says nothing.
     pub keeps_to_rates: bool,
 }
 
@@ -146,7 +144,7 @@ pub async fn run(sizes: &Sizes) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Each ledger holds what its feed holds from its first `ready` on, to the byte.
+/// Each stream received exactly its feed from its first `ready` on.
 async fn check_contents(world: &Bench, report: &Report) -> anyhow::Result<()> {
     let rows = sqlx::query("SELECT user_id, seq, kind, payload FROM feed ORDER BY user_id, seq")
         .fetch_all(&world.sql)

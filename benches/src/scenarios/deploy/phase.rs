@@ -15,7 +15,7 @@ use crate::{
     scenarios::Costs,
 };
 
-/// New streams a second that one gateway as shipped lets in.
+/// New streams per second that one gateway accepts by default.
 const ACCEPT_RATE: usize = 5_000;
 
 pub(super) struct DeploymentCosts {
@@ -29,7 +29,7 @@ impl DeploymentCosts {
     }
 }
 
-/// One gateway's, from SIGTERM until everybody should be elsewhere.
+/// One gateway's drain, from SIGTERM until it is replaced.
 pub(super) struct Drain {
     pub(super) streams: u64,
     pub(super) began: Micros,
@@ -37,7 +37,7 @@ pub(super) struct Drain {
 }
 
 impl Drain {
-    /// Streams a second, as the settings have it.
+    /// Streams per second by the settings.
     fn rate(&self, pace: &Pace) -> f64 {
         self.streams as f64 / pace.drain_window.as_secs_f64()
     }
@@ -97,7 +97,7 @@ impl Phase {
         figure("PSS of a gateway, at most", megabytes(self.most_memory));
     }
 
-    /// Reconnects are a trickle when it was in our hands, and never more than is let in.
+    /// Reconnects are spread over the drain, and never above the accept rate.
     pub(super) fn judge(&self, pace: &Pace) -> anyhow::Result<()> {
         let most = PerSecond::of(&self.report.begun_at).max;
         anyhow::ensure!(most < ACCEPT_RATE, "{}: {most} reconnects in one second", self.name);
@@ -115,7 +115,6 @@ impl Phase {
     }
 }
 
-/// How many of some moments fall within a second.
 struct PerSecond {
     p50: usize,
     p99: usize,
@@ -123,7 +122,7 @@ struct PerSecond {
 }
 
 impl PerSecond {
-    /// Over all seconds from the first of these moments, which are in order, to the last.
+    /// Over all seconds from the first to the last of these ordered times.
     fn of(times: &[Micros]) -> Self {
         const GRAIN: usize = 50_000;
         const SECOND: Micros = 1_000_000;
@@ -140,7 +139,7 @@ impl PerSecond {
 }
 
 impl PerSecond {
-    /// They part in steps and come back at random, so no second has exactly its share.
+    /// Streams close in steps and return at random, so seconds differ.
     fn keeps_to(&self, rate: f64) -> bool {
         self.p50 as f64 <= 1.1 * rate + 5.0 && self.max as f64 <= 1.6 * rate + 10.0
     }

@@ -26,14 +26,14 @@ use crate::{
 
 const APIS: u8 = 2;
 const GATEWAYS: u8 = 3;
-/// Longer than the shortest `retry`: some come back while there is nobody.
+/// Longer than the shortest `retry`: some reconnect while nothing runs.
 const ALL_DOWN: Duration = Duration::from_secs(3);
-/// For a process that was told to go: more than its wait, its drain and its last goodbyes together.
+/// Longer than the wait, the drain and the last goodbyes together.
 const ENDS_WITHIN: Duration = Duration::from_mins(2);
 const PROXIES: &str = "127.0.0.0/8";
 
-/// Everything that runs, each process with an address of its own as pods have: a port that is only for a moment nobody's cannot
-/// be taken by a connection that goes out.
+/// Everything that runs. Each process has an address of its own, as pods have: no outgoing connection can take its port
+/// while it is down.
 pub(super) struct Deployment<'a> {
     world: &'a Bench,
     pace: &'a Pace,
@@ -42,7 +42,7 @@ pub(super) struct Deployment<'a> {
     pub(super) nginx: Nginx,
     pub(super) streams: Streams,
     everybody: usize,
-    /// What those used that have ended, and what drains there were.
+    /// CPU of processes that have ended.
     spent_by_apis: Cpu,
     spent_by_gateways: Cpu,
     drains: Vec<Drain>,
@@ -109,7 +109,7 @@ impl<'a> Deployment<'a> {
         }
     }
 
-    /// Until everybody is back, and a moment longer for what they are told then.
+    /// Until all streams are back, and a pause for the events that they missed.
     pub(super) async fn phase(
         &mut self,
         name: &'static str,
@@ -177,14 +177,14 @@ impl<'a> Deployment<'a> {
             self.kill(kind, number)?;
         }
         sleep(ALL_DOWN).await;
-        // api first: a gateway is ready when it has its keys.
+        // api first: a gateway needs its keys to become ready.
         for (kind, number) in everyone.rev() {
             self.start_again(kind, number).await;
         }
         Ok(())
     }
 
-    /// As a rollout without a spare one does it: SIGTERM, and the proxy is told at the same moment.
+    /// As in a rollout without a surge: SIGTERM, and the proxy drops the replica at the same time.
     async fn replace_in_order(&mut self, kind: Kind, number: usize) -> anyhow::Result<()> {
         self.look_at_memory()?;
         let service = &mut self.of(kind)[number];
@@ -203,7 +203,7 @@ impl<'a> Deployment<'a> {
                 "still there after {ENDS_WITHIN:?}: {:?}",
                 service.log().complaints()
             );
-            // What it used last cannot be read any more when it has ended.
+            // Its CPU time cannot be read any more once it has ended.
             cpu = service.cpu().unwrap_or(cpu);
             sleep(Duration::from_millis(20)).await;
         };
