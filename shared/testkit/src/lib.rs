@@ -35,7 +35,8 @@ pub mod servers;
 pub mod service;
 #[cfg(feature = "full")]
 pub mod sse;
-#[cfg(all(test, feature = "full"))]
+#[cfg(test)]
+#[cfg(feature = "full")]
 mod tests;
 #[cfg(feature = "full")]
 pub mod tls;
