@@ -64,20 +64,20 @@ pub struct BenchUser {
 pub async fn make_users(world: &Bench, count: usize) -> anyhow::Result<Vec<BenchUser>> {
     let mut transaction = world.sql.begin().await?;
     let ids: Vec<i64> = sqlx::query_scalar(
-        "INSERT INTO users (username) SELECT 'user-' || n FROM generate_series(1, $1) AS n RETURNING id",
+        "INSERT INTO messenger.users (username) SELECT 'user-' || n FROM generate_series(1, $1) AS n RETURNING id",
     )
     .bind(i64::try_from(count)?)
     .fetch_all(&mut *transaction)
     .await?;
     sqlx::query(
-        "INSERT INTO sessions (user_id, expires_at) SELECT id, now() + interval '14 days' FROM unnest($1) AS id",
+        "INSERT INTO messenger.sessions (user_id, expires_at) SELECT id, now() + interval '14 days' FROM unnest($1) AS id",
     )
     .bind(&ids)
     .execute(&mut *transaction)
     .await?;
     transaction.commit().await?;
     let rows: Vec<(i64, i64, i64)> = sqlx::query_as(
-        "SELECT h.user_id, h.epoch, s.id FROM feed_heads AS h JOIN sessions AS s ON s.user_id = h.user_id
+        "SELECT h.user_id, h.epoch, s.id FROM messenger.feed_heads AS h JOIN messenger.sessions AS s ON s.user_id = h.user_id
          WHERE h.user_id = ANY ($1) ORDER BY h.user_id",
     )
     .bind(&ids)
@@ -98,10 +98,10 @@ pub async fn start_conversations(world: &Bench, users: &[BenchUser]) -> anyhow::
     let seconds: Vec<i64> = users.chunks_exact(2).map(|pair| pair[1].id.0).collect();
     let rows: Vec<(i64, i64)> = sqlx::query_as(
         "WITH made AS (
-             INSERT INTO conversations (user_a, user_b) SELECT a, b FROM unnest($1::bigint[], $2::bigint[]) AS pair (a, b)
+             INSERT INTO messenger.conversations (user_a, user_b) SELECT a, b FROM unnest($1::bigint[], $2::bigint[]) AS pair (a, b)
              RETURNING id, user_a, user_b
          )
-         INSERT INTO participants (conversation_id, user_id, other_user_id)
+         INSERT INTO messenger.participants (conversation_id, user_id, other_user_id)
          SELECT id, user_a, user_b FROM made UNION ALL SELECT id, user_b, user_a FROM made
          RETURNING user_id, conversation_id",
     )
@@ -127,7 +127,7 @@ async fn settle(world: &Bench, tables: &'static str) -> anyhow::Result<()> {
 pub async fn heads(world: &Bench, users: &[BenchUser]) -> anyhow::Result<Vec<(UserId, Position)>> {
     let ids: Vec<i64> = users.iter().map(|user| user.id.0).collect();
     let rows: Vec<(i64, i64, i64)> = sqlx::query_as(
-        "SELECT user_id, epoch, head_seq FROM feed_heads WHERE user_id = ANY ($1) ORDER BY user_id",
+        "SELECT user_id, epoch, head_seq FROM messenger.feed_heads WHERE user_id = ANY ($1) ORDER BY user_id",
     )
     .bind(&ids)
     .fetch_all(&world.sql)

@@ -169,11 +169,11 @@ impl<'a> Source<'a> {
             "WITH rows AS MATERIALIZED (
                  SELECT * FROM unnest($1::bigint[], $2::bigint[], $3::text[]) AS r (user_id, seq, payload)
              ), heads AS (
-                 UPDATE feed_heads AS h SET head_seq = newest.seq
+                 UPDATE messenger.feed_heads AS h SET head_seq = newest.seq
                  FROM (SELECT user_id, max(seq) AS seq FROM rows GROUP BY user_id) AS newest
                  WHERE h.user_id = newest.user_id
              )
-             INSERT INTO feed (user_id, seq, kind, payload) SELECT user_id, seq, $4, payload FROM rows",
+             INSERT INTO messenger.feed (user_id, seq, kind, payload) SELECT user_id, seq, $4, payload FROM rows",
         )
         .bind(users)
         .bind(seqs)

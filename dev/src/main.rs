@@ -52,7 +52,7 @@ enum Command {
     Reset,
     /// Open psql on the dev database
     Psql {
-        /// Arguments of psql, for example: -c 'SELECT * FROM users'
+        /// Arguments of psql, for example: -c 'SELECT * FROM messenger.users'
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         args: Vec<String>,
     },

@@ -1,7 +1,7 @@
 //! `cargo dev prepare`: the query data in `api/.sqlx`, which lets everybody build without a database.
 //!
-//! The `query!` macros write it themselves while they are compiled against a live database; here is that
-//! database, with the migrations applied, and the exchange of old data for new.
+//! The `query!` macros write it themselves while they are compiled against a live database. This makes that
+//! database, with the tables and functions of api, and replaces the old data by the new.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -63,11 +63,22 @@ async fn with_scratch_database<T>(url: &str, work: impl AsyncFnOnce(&str) -> Res
 }
 
 async fn describe_queries(places: &Places, url: &str, scratch: &Path) -> Result<QueryData> {
-    let migrations = places.root.join("api/migrations");
     terminal::step("Migrating", "a scratch database");
     let mut connection = postgres::connect(url).await?;
+    connection.execute("CREATE SCHEMA messenger").await?;
+    let migrations = places.root.join("api/migrations");
     let migrator = Migrator::new(migrations.as_path()).await.context("cannot read api/migrations")?;
     migrator.run(&mut connection).await.context("a migration failed")?;
+    // The files come in no order, and a plain SQL function is otherwise checked against those that it calls.
+    connection.execute("SET check_function_bodies = off").await?;
+    for file in fs::read_dir(places.root.join("api/sql")).context("cannot read api/sql")? {
+        let path = file?.path();
+        let function = fs::read_to_string(&path)?;
+        connection
+            .execute(AssertSqlSafe(function))
+            .await
+            .with_context(|| format!("{} failed", path.display()))?;
+    }
     connection.close().await?;
 
     let fresh = scratch.join("queries");
@@ -78,7 +89,7 @@ async fn describe_queries(places: &Places, url: &str, scratch: &Path) -> Result<
     terminal::step("Checking", "the queries of api against it");
     let status = process::run_to_end(check, Signal::SIGTERM).await?;
     if !status.success() {
-        bail!("api does not compile against a database with its migrations; api/.sqlx was left as it is");
+        bail!("api does not compile against a database with its schema; api/.sqlx was left as it is");
     }
     let fresh = read(&fresh)?;
     if fresh.is_empty() {

@@ -270,7 +270,7 @@ async fn migrate(binaries: &Path, common: &Settings, own: &Settings) -> Result<(
 
 async fn seed(database_url: &str) -> Result<()> {
     let mut connection = postgres::connect(database_url).await?;
-    sqlx::query("INSERT INTO users (username) SELECT unnest($1::text[]) ON CONFLICT DO NOTHING")
+    sqlx::query("INSERT INTO messenger.users (username) SELECT unnest($1::text[]) ON CONFLICT DO NOTHING")
         .bind(SEEDED.as_slice())
         .execute(&mut connection)
         .await

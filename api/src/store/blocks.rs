@@ -30,10 +30,10 @@ pub async fn block(
     blocked: UserId,
 ) -> sqlx::Result<Set> {
     let row = sqlx::query!(
-        r#"WITH caller AS MATERIALIZED (SELECT session_is_live($1, $2) AS lives),
-                other AS (SELECT id FROM users WHERE id = $3 AND id <> $2),
+        r#"WITH caller AS MATERIALIZED (SELECT messenger.session_is_live($1, $2) AS lives),
+                other AS (SELECT id FROM messenger.users WHERE id = $3 AND id <> $2),
                 made AS (
-                    INSERT INTO blocks (blocker_id, blocked_id) SELECT $2, other.id FROM other, caller WHERE caller.lives
+                    INSERT INTO messenger.blocks (blocker_id, blocked_id) SELECT $2, other.id FROM other, caller WHERE caller.lives
                     ON CONFLICT DO NOTHING
                 )
            SELECT lives AS "lives!", EXISTS (SELECT FROM other) AS "found!" FROM caller"#,
@@ -53,10 +53,10 @@ pub async fn unblock(
     blocked: UserId,
 ) -> sqlx::Result<Set> {
     let row = sqlx::query!(
-        r#"WITH caller AS MATERIALIZED (SELECT session_is_live($1, $2) AS lives),
-                other AS (SELECT id FROM users WHERE id = $3 AND id <> $2),
+        r#"WITH caller AS MATERIALIZED (SELECT messenger.session_is_live($1, $2) AS lives),
+                other AS (SELECT id FROM messenger.users WHERE id = $3 AND id <> $2),
                 ended AS (
-                    DELETE FROM blocks USING caller WHERE caller.lives AND blocker_id = $2 AND blocked_id = $3
+                    DELETE FROM messenger.blocks USING caller WHERE caller.lives AND blocker_id = $2 AND blocked_id = $3
                 )
            SELECT lives AS "lives!", EXISTS (SELECT FROM other) AS "found!" FROM caller"#,
         session.map(|session| session.0),

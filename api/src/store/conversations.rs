@@ -34,7 +34,7 @@ pub async fn start(
         CommandRow,
         r#"SELECT outcome AS "outcome!", conversation_id AS subject, NULL::timestamptz AS subject_at,
                   receiver, epoch, seq, kind, payload, event_at
-           FROM start_conversation($1, $2, (SELECT username FROM users WHERE id = find_user($3)), $4, $5)"#,
+           FROM messenger.start_conversation($1, $2, (SELECT username FROM messenger.users WHERE id = messenger.find_user($3)), $4, $5)"#,
         session.map(|session| session.0),
         user.0,
         username,
@@ -107,14 +107,14 @@ pub async fn find(
     let row = sqlx::query_as!(
         Row,
         r#"SELECT p.conversation_id AS id, p.unread_count, p.last_read_message_id,
-                  read_of_seen(other.last_read_message_id, p.last_message_id) AS other_last_read_message_id,
+                  messenger.visible_last_read(other.last_read_message_id, p.last_message_id) AS other_last_read_message_id,
                   u.id AS other_id, u.username AS other_username, u.avatar_url AS other_avatar_url,
                   m.id AS "message_id?", m.content AS "message_content?", m.created_at AS "message_created_at?",
                   m.sender_id = p.user_id AS message_mine
-           FROM participants AS p
-           JOIN participants AS other ON other.conversation_id = p.conversation_id AND other.user_id = p.other_user_id
-           JOIN users AS u ON u.id = p.other_user_id
-           LEFT JOIN messages AS m ON m.id = p.last_message_id
+           FROM messenger.participants AS p
+           JOIN messenger.participants AS other ON other.conversation_id = p.conversation_id AND other.user_id = p.other_user_id
+           JOIN messenger.users AS u ON u.id = p.other_user_id
+           LEFT JOIN messenger.messages AS m ON m.id = p.last_message_id
            WHERE p.conversation_id = $1 AND p.user_id = $2"#,
         conversation.0,
         reader.0,
@@ -136,7 +136,7 @@ pub async fn page(
         None => i64::MAX,
         Some(before) => {
             let place = sqlx::query_scalar!(
-                "SELECT last_message_id FROM participants WHERE conversation_id = $1 AND user_id = $2",
+                "SELECT last_message_id FROM messenger.participants WHERE conversation_id = $1 AND user_id = $2",
                 before.0,
                 reader.0,
             )
@@ -153,14 +153,14 @@ pub async fn page(
     let rows = sqlx::query_as!(
         Row,
         r#"SELECT p.conversation_id AS id, p.unread_count, p.last_read_message_id,
-                  read_of_seen(other.last_read_message_id, p.last_message_id) AS other_last_read_message_id,
+                  messenger.visible_last_read(other.last_read_message_id, p.last_message_id) AS other_last_read_message_id,
                   u.id AS other_id, u.username AS other_username, u.avatar_url AS other_avatar_url,
                   m.id AS "message_id?", m.content AS "message_content?", m.created_at AS "message_created_at?",
                   m.sender_id = p.user_id AS message_mine
-           FROM participants AS p
-           JOIN participants AS other ON other.conversation_id = p.conversation_id AND other.user_id = p.other_user_id
-           JOIN users AS u ON u.id = p.other_user_id
-           JOIN messages AS m ON m.id = p.last_message_id
+           FROM messenger.participants AS p
+           JOIN messenger.participants AS other ON other.conversation_id = p.conversation_id AND other.user_id = p.other_user_id
+           JOIN messenger.users AS u ON u.id = p.other_user_id
+           JOIN messenger.messages AS m ON m.id = p.last_message_id
            WHERE p.user_id = $1 AND p.last_message_id < $2
            ORDER BY p.last_message_id DESC
            LIMIT $3"#,
@@ -181,7 +181,7 @@ pub async fn other_participant(
     sqlx::query_as!(
         User,
         "SELECT u.id, u.username, u.avatar_url
-         FROM participants AS p JOIN users AS u ON u.id = p.other_user_id
+         FROM messenger.participants AS p JOIN messenger.users AS u ON u.id = p.other_user_id
          WHERE p.conversation_id = $1 AND p.user_id = $2",
         conversation.0,
         reader.0,

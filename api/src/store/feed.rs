@@ -33,7 +33,7 @@ pub async fn heads(connection: &mut PgConnection, known: &[KnownHead]) -> sqlx::
     let rows = sqlx::query!(
         r#"SELECT known.user_id AS "user_id!", h.epoch AS "epoch?", h.head_seq AS "head_seq?"
            FROM unnest($1::bigint[], $2::bigint[], $3::bigint[]) AS known (user_id, epoch, seq)
-           LEFT JOIN LATERAL (SELECT * FROM feed_heads WHERE feed_heads.user_id = known.user_id LIMIT 1) AS h ON true
+           LEFT JOIN LATERAL (SELECT * FROM messenger.feed_heads WHERE feed_heads.user_id = known.user_id LIMIT 1) AS h ON true
            WHERE h.user_id IS NULL OR known.seq IS NULL OR (h.epoch, h.head_seq) <> (known.epoch, known.seq)"#,
         &users,
         &epochs as &[Option<i64>],
@@ -59,9 +59,9 @@ pub async fn ranges(connection: &mut PgConnection, asked: &[RangeAfter]) -> sqlx
                   f.seq AS "seq?", f.kind AS "kind?", f.payload AS "payload?", f.created_at AS "created_at?",
                   f.request_id, f.traceparent
            FROM unnest($1::bigint[], $2::bigint[]) WITH ORDINALITY AS asked (user_id, after, ordinality)
-           LEFT JOIN LATERAL (SELECT * FROM feed_heads WHERE feed_heads.user_id = asked.user_id LIMIT 1) AS h ON true
+           LEFT JOIN LATERAL (SELECT * FROM messenger.feed_heads WHERE feed_heads.user_id = asked.user_id LIMIT 1) AS h ON true
            LEFT JOIN LATERAL (
-               SELECT * FROM feed WHERE feed.user_id = h.user_id AND feed.seq > asked.after ORDER BY feed.seq LIMIT $3
+               SELECT * FROM messenger.feed WHERE feed.user_id = h.user_id AND feed.seq > asked.after ORDER BY feed.seq LIMIT $3
            ) AS f ON true
            ORDER BY asked.ordinality, f.seq"#,
         &users,
@@ -132,12 +132,12 @@ pub async fn look_up(
     };
     let found = sqlx::query!(
         r#"SELECT u.username, h.epoch, h.head_seq,
-                  (SELECT min(oldest.seq) FROM feed AS oldest WHERE oldest.user_id = u.id) AS first_seq,
+                  (SELECT min(oldest.seq) FROM messenger.feed AS oldest WHERE oldest.user_id = u.id) AS first_seq,
                   f.seq AS "seq?", f.kind AS "kind?", f.message_id, f.created_at AS "created_at?", f.request_id, f.traceparent
-           FROM users AS u
-           JOIN feed_heads AS h ON h.user_id = u.id
+           FROM messenger.users AS u
+           JOIN messenger.feed_heads AS h ON h.user_id = u.id
            LEFT JOIN LATERAL (
-               SELECT * FROM feed WHERE feed.user_id = u.id AND (feed.seq = $2 OR feed.message_id = $3) ORDER BY feed.seq LIMIT 1
+               SELECT * FROM messenger.feed WHERE feed.user_id = u.id AND (feed.seq = $2 OR feed.message_id = $3) ORDER BY feed.seq LIMIT 1
            ) AS f ON true
            WHERE u.id = $1"#,
         user.0,
@@ -206,7 +206,7 @@ pub async fn old_prefixes(
 ) -> sqlx::Result<(Vec<OldPrefix>, Option<UserId>)> {
     let found = sqlx::query!(
         r#"WITH looked_at AS MATERIALIZED (
-               SELECT user_id, head_seq FROM feed_heads WHERE user_id > $1 ORDER BY user_id LIMIT $2
+               SELECT user_id, head_seq FROM messenger.feed_heads WHERE user_id > $1 ORDER BY user_id LIMIT $2
            )
            SELECT l.user_id, old.seq AS "seq?"
            FROM looked_at AS l
@@ -217,7 +217,7 @@ pub async fn old_prefixes(
                           bool_and(oldest.seq <= l.head_seq - $3
                                    OR oldest.created_at < now() - make_interval(secs => $4))
                               OVER (ORDER BY oldest.seq) AS is_old
-                   FROM (SELECT f.seq, f.created_at FROM feed AS f
+                   FROM (SELECT f.seq, f.created_at FROM messenger.feed AS f
                          WHERE f.user_id = l.user_id ORDER BY f.seq LIMIT $5) AS oldest
                ) AS judged
                WHERE judged.is_old
@@ -239,14 +239,20 @@ pub async fn old_prefixes(
 
 /// Deletes everything up to there. Repeating it, from several replicas at once too, does no harm.
 pub async fn delete_prefix(connection: &mut PgConnection, prefix: OldPrefix) -> sqlx::Result<u64> {
-    let done = sqlx::query!("DELETE FROM feed WHERE user_id = $1 AND seq <= $2", prefix.user.0, prefix.seq)
-        .execute(connection)
-        .await?;
+    let done = sqlx::query!(
+        "DELETE FROM messenger.feed WHERE user_id = $1 AND seq <= $2",
+        prefix.user.0,
+        prefix.seq
+    )
+    .execute(connection)
+    .await?;
     Ok(done.rows_affected())
 }
 
 /// Every feed becomes another one: cursors from before are seen to be from another history.
 pub async fn redraw_epochs(connection: &mut PgConnection) -> sqlx::Result<u64> {
-    let done = sqlx::query!("UPDATE feed_heads SET epoch = random_epoch()").execute(connection).await?;
+    let done = sqlx::query!("UPDATE messenger.feed_heads SET epoch = messenger.random_epoch()")
+        .execute(connection)
+        .await?;
     Ok(done.rows_affected())
 }

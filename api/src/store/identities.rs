@@ -23,7 +23,7 @@ pub struct Arrived {
 pub async fn provision(connection: &mut PgConnection, profile: &Profile) -> sqlx::Result<Arrived> {
     sqlx::query_as!(
         Arrived,
-        r#"SELECT user_id AS "user!", created AS "created!" FROM provision_user($1, $2, $3, $4)"#,
+        r#"SELECT user_id AS "user!", created AS "created!" FROM messenger.provision_user($1, $2, $3, $4)"#,
         profile.issuer,
         profile.subject,
         profile.username,
@@ -43,9 +43,9 @@ pub async fn arrive(
 ) -> sqlx::Result<Arrived> {
     sqlx::query_as!(
         Arrived,
-        r#"WITH arrived AS MATERIALIZED (SELECT * FROM provision_user($1, $2, $3, $4)),
+        r#"WITH arrived AS MATERIALIZED (SELECT * FROM messenger.provision_user($1, $2, $3, $4)),
                 kept AS (
-                    INSERT INTO login_codes (code_hash, binding_hash, user_id, expires_at)
+                    INSERT INTO messenger.login_codes (code_hash, binding_hash, user_id, expires_at)
                     SELECT $5, $6, user_id, now() + make_interval(secs => $7) FROM arrived
                 )
            SELECT user_id AS "user!", created AS "created!" FROM arrived"#,
@@ -69,9 +69,9 @@ pub async fn log_in(
     lifetime: Duration,
 ) -> sqlx::Result<(Arrived, Session)> {
     let row = sqlx::query!(
-        r#"WITH arrived AS MATERIALIZED (SELECT * FROM provision_user($1, $2, $3, $4)),
+        r#"WITH arrived AS MATERIALIZED (SELECT * FROM messenger.provision_user($1, $2, $3, $4)),
                 started AS (
-                    INSERT INTO sessions (user_id, device, expires_at)
+                    INSERT INTO messenger.sessions (user_id, device, expires_at)
                     SELECT user_id, $5, now() + make_interval(secs => $6) FROM arrived
                     RETURNING id, expires_at
                 )
@@ -101,11 +101,11 @@ pub async fn use_code(
     let bindings: Vec<_> = bindings.iter().map(|binding| binding.to_vec()).collect();
     let row = sqlx::query!(
         "WITH used AS (
-             DELETE FROM login_codes AS c USING users AS u
+             DELETE FROM messenger.login_codes AS c USING messenger.users AS u
              WHERE c.code_hash = $1 AND c.binding_hash = ANY ($2) AND c.expires_at > now() AND u.id = c.user_id
              RETURNING u.id, u.username, u.avatar_url
          ), started AS (
-             INSERT INTO sessions (user_id, device, expires_at)
+             INSERT INTO messenger.sessions (user_id, device, expires_at)
              SELECT id, $3, now() + make_interval(secs => $4) FROM used
              RETURNING id, expires_at
          )
@@ -126,8 +126,8 @@ pub async fn use_code(
 /// Deletes up to `limit` codes that nobody fetched in time.
 pub async fn delete_expired_codes(connection: &mut PgConnection, limit: i64) -> sqlx::Result<u64> {
     let deleted = sqlx::query!(
-        "DELETE FROM login_codes WHERE code_hash IN (
-             SELECT code_hash FROM login_codes WHERE expires_at <= now() ORDER BY expires_at LIMIT $1 FOR UPDATE SKIP LOCKED
+        "DELETE FROM messenger.login_codes WHERE code_hash IN (
+             SELECT code_hash FROM messenger.login_codes WHERE expires_at <= now() ORDER BY expires_at LIMIT $1 FOR UPDATE SKIP LOCKED
          )",
         limit,
     )
@@ -152,7 +152,7 @@ pub async fn known(
     sqlx::query_as!(
         Known,
         r#"SELECT i.subject, u.id AS "user", u.avatar_url
-           FROM identities AS i JOIN users AS u ON u.id = i.user_id
+           FROM messenger.identities AS i JOIN messenger.users AS u ON u.id = i.user_id
            WHERE i.issuer = $1 AND i.subject = ANY ($2)"#,
         issuer,
         subjects,

@@ -35,7 +35,7 @@ pub async fn post(
         CommandRow,
         r#"SELECT outcome AS "outcome!", message_id AS subject, created_at AS subject_at,
                   receiver, epoch, seq, kind, payload, event_at
-           FROM post_message($1, $2, $3, $4, $5, $6, $7)"#,
+           FROM messenger.post_message($1, $2, $3, $4, $5, $6, $7)"#,
         session.map(|session| session.0),
         sender.0,
         conversation.0,
@@ -78,7 +78,7 @@ pub async fn mark_read(
         CommandRow,
         r#"SELECT outcome AS "outcome!", NULL::bigint AS subject, NULL::timestamptz AS subject_at,
                   receiver, epoch, seq, kind, payload, event_at
-           FROM mark_read($1, $2, $3, $4, $5, $6)"#,
+           FROM messenger.mark_read($1, $2, $3, $4, $5, $6)"#,
         session.map(|session| session.0),
         reader.0,
         conversation.0,
@@ -139,9 +139,9 @@ pub async fn page(
             Row,
             r#"SELECT p.last_read_message_id, m.id AS "id?", m.content AS "content?", m.created_at AS "created_at?",
                       m.sender_id = p.user_id AS mine
-               FROM participants AS p
+               FROM messenger.participants AS p
                LEFT JOIN LATERAL (
-                   SELECT * FROM messages
+                   SELECT * FROM messenger.messages
                    WHERE conversation_id = p.conversation_id AND id > $3 AND id < $4
                      AND hidden_from IS DISTINCT FROM p.user_id
                    ORDER BY id DESC LIMIT $5
@@ -161,9 +161,9 @@ pub async fn page(
             Row,
             r#"SELECT p.last_read_message_id, m.id AS "id?", m.content AS "content?", m.created_at AS "created_at?",
                       m.sender_id = p.user_id AS mine
-               FROM participants AS p
+               FROM messenger.participants AS p
                LEFT JOIN LATERAL (
-                   SELECT * FROM messages
+                   SELECT * FROM messenger.messages
                    WHERE conversation_id = p.conversation_id AND id > $3 AND id < $4
                      AND hidden_from IS DISTINCT FROM p.user_id
                    ORDER BY id ASC LIMIT $5

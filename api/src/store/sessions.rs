@@ -28,7 +28,7 @@ pub async fn start(
     lifetime: Duration,
 ) -> sqlx::Result<Session> {
     let row = sqlx::query!(
-        "INSERT INTO sessions (user_id, device, expires_at) VALUES ($1, $2, now() + make_interval(secs => $3))
+        "INSERT INTO messenger.sessions (user_id, device, expires_at) VALUES ($1, $2, now() + make_interval(secs => $3))
          RETURNING id, expires_at",
         user.0,
         device,
@@ -47,7 +47,7 @@ pub async fn slide(
     lifetime: Duration,
 ) -> sqlx::Result<Option<Session>> {
     let expires_at = sqlx::query_scalar!(
-        "UPDATE sessions SET last_used_at = now(), expires_at = now() + make_interval(secs => $3)
+        "UPDATE messenger.sessions SET last_used_at = now(), expires_at = now() + make_interval(secs => $3)
          WHERE id = $1 AND user_id = $2 AND revoked_at IS NULL AND expires_at > now()
          RETURNING expires_at",
         session.0,
@@ -65,7 +65,7 @@ pub async fn is_live(
     user: UserId,
 ) -> sqlx::Result<bool> {
     let session = session.map(|session| session.0);
-    sqlx::query_scalar!(r#"SELECT session_is_live($1, $2) AS "live!""#, session, user.0)
+    sqlx::query_scalar!(r#"SELECT messenger.session_is_live($1, $2) AS "live!""#, session, user.0)
         .fetch_one(connection)
         .await
 }
@@ -77,7 +77,7 @@ pub async fn find(
     user: UserId,
 ) -> sqlx::Result<Option<Session>> {
     let expires_at = sqlx::query_scalar!(
-        "SELECT expires_at FROM sessions
+        "SELECT expires_at FROM messenger.sessions
          WHERE id = $1 AND user_id = $2 AND revoked_at IS NULL AND expires_at > now()",
         session.0,
         user.0,
@@ -95,7 +95,7 @@ pub async fn of_user(
     limit: i64,
 ) -> sqlx::Result<Vec<ListedSession>> {
     let rows = sqlx::query!(
-        "SELECT id, device, created_at, last_used_at FROM sessions
+        "SELECT id, device, created_at, last_used_at FROM messenger.sessions
          WHERE user_id = $1 AND revoked_at IS NULL AND expires_at > now()
          ORDER BY last_used_at DESC, id DESC
          LIMIT $2",
@@ -140,16 +140,16 @@ pub async fn end(
         Which::Own => (caller, false),
     };
     let row = sqlx::query!(
-        r#"WITH caller AS MATERIALIZED (SELECT session_is_live($1, $2) AS lives),
+        r#"WITH caller AS MATERIALIZED (SELECT messenger.session_is_live($1, $2) AS lives),
                 ending AS MATERIALIZED (
-                    SELECT s.id FROM sessions AS s, caller
+                    SELECT s.id FROM messenger.sessions AS s, caller
                     WHERE caller.lives AND s.user_id = $2 AND s.revoked_at IS NULL AND s.expires_at > now()
                       AND CASE WHEN $4 THEN s.id IS DISTINCT FROM $1 ELSE s.id = $3 END
                     ORDER BY s.id
                     FOR NO KEY UPDATE OF s
                 ),
                 ended AS (
-                    UPDATE sessions SET revoked_at = now() WHERE id IN (SELECT id FROM ending) RETURNING id
+                    UPDATE messenger.sessions SET revoked_at = now() WHERE id IN (SELECT id FROM ending) RETURNING id
                 )
            SELECT lives AS "lives!", ARRAY(SELECT id FROM ended) AS "ended!" FROM caller"#,
         caller,
@@ -168,10 +168,10 @@ pub async fn end(
 pub async fn used(connection: &mut PgConnection, logins: &[Login], coarse: Duration) -> sqlx::Result<u64> {
     let (ids, users) = columns(logins);
     let done = sqlx::query!(
-        "UPDATE sessions SET last_used_at = now()
+        "UPDATE messenger.sessions SET last_used_at = now()
          WHERE id IN (
              SELECT s.id FROM unnest($1::bigint[], $2::bigint[]) AS asked (id, user_id)
-                 JOIN sessions AS s ON s.id = asked.id AND s.user_id = asked.user_id
+                 JOIN messenger.sessions AS s ON s.id = asked.id AND s.user_id = asked.user_id
              WHERE s.last_used_at < now() - make_interval(secs => $3)
                AND s.revoked_at IS NULL AND s.expires_at > now()
              FOR NO KEY UPDATE OF s SKIP LOCKED
@@ -195,9 +195,9 @@ pub async fn delete_ended(
 ) -> sqlx::Result<(u64, Option<SessionId>)> {
     let row = sqlx::query!(
         r#"WITH looked_at AS MATERIALIZED (
-               SELECT id, least(revoked_at, expires_at) AS ended_at FROM sessions WHERE id > $1 ORDER BY id LIMIT $2
+               SELECT id, least(revoked_at, expires_at) AS ended_at FROM messenger.sessions WHERE id > $1 ORDER BY id LIMIT $2
            ), deleted AS (
-               DELETE FROM sessions WHERE id IN (
+               DELETE FROM messenger.sessions WHERE id IN (
                    SELECT id FROM looked_at WHERE ended_at < now() - make_interval(secs => $3)
                ) RETURNING id
            )
@@ -219,8 +219,8 @@ pub async fn caller(
 ) -> sqlx::Result<Option<(User, Position)>> {
     let row = sqlx::query!(
         "SELECT u.username, u.avatar_url, h.epoch, h.head_seq
-         FROM users AS u JOIN feed_heads AS h ON h.user_id = u.id
-         WHERE u.id = $2 AND session_is_live($1, $2)",
+         FROM messenger.users AS u JOIN messenger.feed_heads AS h ON h.user_id = u.id
+         WHERE u.id = $2 AND messenger.session_is_live($1, $2)",
         session.map(|session| session.0),
         user.0,
     )
@@ -243,7 +243,7 @@ pub async fn ended_logins(connection: &mut PgConnection, asked: &[Login]) -> sql
         r#"SELECT DISTINCT asked.id AS "id!", asked.user_id AS "user_id!"
            FROM unnest($1::bigint[], $2::bigint[]) AS asked (id, user_id)
            LEFT JOIN LATERAL (
-               SELECT * FROM sessions
+               SELECT * FROM messenger.sessions
                WHERE sessions.id = asked.id AND sessions.user_id = asked.user_id
                  AND revoked_at IS NULL AND expires_at > now()
                LIMIT 1

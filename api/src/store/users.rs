@@ -12,7 +12,7 @@ const SUGGESTIONS: i64 = 5;
 pub async fn find_by_name(connection: &mut PgConnection, username: &str) -> sqlx::Result<Option<User>> {
     sqlx::query_as!(
         User,
-        "SELECT id, username, avatar_url FROM users WHERE id = (SELECT find_user($1))",
+        "SELECT id, username, avatar_url FROM messenger.users WHERE id = (SELECT messenger.find_user($1))",
         username
     )
     .fetch_optional(connection)
@@ -27,11 +27,11 @@ pub async fn names_with_prefix(
     me: UserId,
 ) -> sqlx::Result<Vec<String>> {
     sqlx::query_scalar!(
-        r#"SELECT username FROM users
-           WHERE fold_name(username) COLLATE "C" >= fold_name($1)
-             AND fold_name(username) COLLATE "C" < fold_name($1) || chr(1114111)
+        r#"SELECT username FROM messenger.users
+           WHERE messenger.fold_name(username) COLLATE "C" >= messenger.fold_name($1)
+             AND messenger.fold_name(username) COLLATE "C" < messenger.fold_name($1) || chr(1114111)
              AND id <> $2
-           ORDER BY fold_name(username) COLLATE "C", username COLLATE "C"
+           ORDER BY messenger.fold_name(username) COLLATE "C", username COLLATE "C"
            LIMIT $3"#,
         prefix,
         me.0,

@@ -46,7 +46,7 @@ async fn a_block_is_set_and_ended_any_number_of_times_and_needs_somebody_else(po
         block(&jane, &john).await;
     }
     let blocks: Vec<(i64, i64)> =
-        sqlx::query_as("SELECT blocker_id, blocked_id FROM blocks").fetch_all(&pool).await.unwrap();
+        sqlx::query_as("SELECT blocker_id, blocked_id FROM messenger.blocks").fetch_all(&pool).await.unwrap();
     assert_eq!(blocks, [(jane.id.0, john.id.0)]);
     for method in ["PUT", "DELETE"] {
         for nobody in ["999".to_owned(), "no-id".into(), "0".into(), jane.id.to_string()] {
@@ -66,7 +66,8 @@ async fn a_block_is_set_and_ended_any_number_of_times_and_needs_somebody_else(po
         gone.call(method, &path).expect(401).await;
     }
     unblock(&jane, &john).await;
-    let blocks: i64 = sqlx::query_scalar("SELECT count(*) FROM blocks").fetch_one(&pool).await.unwrap();
+    let blocks: i64 =
+        sqlx::query_scalar("SELECT count(*) FROM messenger.blocks").fetch_one(&pool).await.unwrap();
     assert_eq!(blocks, 0);
     app.stop().await;
 }
@@ -230,8 +231,8 @@ async fn blocks_set_and_ended_while_messages_come_in_leave_counts_and_lists_in_a
     assert_eq!(seen.iter().rev().collect::<Vec<_>>(), heard.iter().collect::<Vec<_>>());
     let unread: i64 = sqlx::query_scalar(
         "SELECT p.unread_count - count(m.id)
-         FROM participants AS p
-         LEFT JOIN messages AS m ON m.conversation_id = p.conversation_id AND m.sender_id <> p.user_id
+         FROM messenger.participants AS p
+         LEFT JOIN messenger.messages AS m ON m.conversation_id = p.conversation_id AND m.sender_id <> p.user_id
             AND m.id > coalesce(p.last_read_message_id, 0) AND m.hidden_from IS DISTINCT FROM p.user_id
          WHERE p.user_id = $1 GROUP BY p.unread_count",
     )

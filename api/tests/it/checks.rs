@@ -106,12 +106,12 @@ async fn each_check_goes_before_the_next(pool: PgPool) {
     let app = App::start(&pool).await;
     let (john, _, conversation) = app.pair(&pool).await;
     let (revoked, gone) = (app.user(&pool, "revoked").await, app.user(&pool, "gone").await);
-    sqlx::query("UPDATE sessions SET revoked_at = now() WHERE user_id = $1")
+    sqlx::query("UPDATE messenger.sessions SET revoked_at = now() WHERE user_id = $1")
         .bind(revoked.id.0)
         .execute(&pool)
         .await
         .unwrap();
-    sqlx::query("DELETE FROM users WHERE id = $1").bind(gone.id.0).execute(&pool).await.unwrap();
+    sqlx::query("DELETE FROM messenger.users WHERE id = $1").bind(gone.id.0).execute(&pool).await.unwrap();
 
     let huge = format!(r#"{{"content":"{}","username":"x"}}"#, "x".repeat(17 * 1024));
     let bodies = [

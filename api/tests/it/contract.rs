@@ -33,10 +33,12 @@ fn time(value: &Value) -> DateTime<Utc> {
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
 async fn login_gives_the_user_a_token_and_a_cookie(pool: PgPool) {
     let app = App::start(&pool).await;
-    sqlx::query("INSERT INTO users (username, avatar_url) VALUES ('john', 'https://a.example/j.png')")
-        .execute(&pool)
-        .await
-        .unwrap();
+    sqlx::query(
+        "INSERT INTO messenger.users (username, avatar_url) VALUES ('john', 'https://a.example/j.png')",
+    )
+    .execute(&pool)
+    .await
+    .unwrap();
     let answer = app.post("/api/login").json(&json!({ "username": "john" })).expect(200).await;
     assert_common_headers(&answer);
     let body = answer.json();
@@ -86,7 +88,7 @@ async fn cookies_are_for_https_only_when_the_origin_is(pool: PgPool) {
     let origin = "https://chat.example".parse().unwrap();
     let app =
         App::start_with(api::config::Config { origin, ..config((*pool.connect_options()).clone()) }).await;
-    sqlx::query("INSERT INTO users (username) VALUES ('john')").execute(&pool).await.unwrap();
+    sqlx::query("INSERT INTO messenger.users (username) VALUES ('john')").execute(&pool).await.unwrap();
     let answer = app.post("/api/login").json(&json!({ "username": "john" })).expect(200).await;
     let cookie = answer.header("set-cookie").unwrap();
     // Then a browser takes a cookie of this name from no other host, and none of http.
@@ -117,17 +119,17 @@ async fn a_token_is_worth_nothing_once_its_user_or_session_is_gone(pool: PgPool)
     let app = App::start(&pool).await;
     let (john, jane) = (app.user(&pool, "john").await, app.user(&pool, "jane").await);
     let (bob, ann) = (app.user(&pool, "bob").await, app.user(&pool, "ann").await);
-    sqlx::query("UPDATE sessions SET revoked_at = now() WHERE user_id = $1")
+    sqlx::query("UPDATE messenger.sessions SET revoked_at = now() WHERE user_id = $1")
         .bind(john.id.0)
         .execute(&pool)
         .await
         .unwrap();
-    sqlx::query("UPDATE sessions SET expires_at = now() WHERE user_id = $1")
+    sqlx::query("UPDATE messenger.sessions SET expires_at = now() WHERE user_id = $1")
         .bind(jane.id.0)
         .execute(&pool)
         .await
         .unwrap();
-    sqlx::query("DELETE FROM users WHERE id = $1").bind(bob.id.0).execute(&pool).await.unwrap();
+    sqlx::query("DELETE FROM messenger.users WHERE id = $1").bind(bob.id.0).execute(&pool).await.unwrap();
     for gone in [&john, &jane, &bob] {
         for call in [
             gone.auth_user(),
@@ -189,7 +191,7 @@ async fn refreshing_slides_the_session_and_renews_token_and_cookie(pool: PgPool)
     let app = App::start(&pool).await;
     let john = app.user(&pool, "john").await;
     sqlx::query(
-        "UPDATE sessions SET expires_at = now() + interval '5 s', last_used_at = now() - interval '1 h'",
+        "UPDATE messenger.sessions SET expires_at = now() + interval '5 s', last_used_at = now() - interval '1 h'",
     )
     .execute(&pool)
     .await
@@ -203,7 +205,7 @@ async fn refreshing_slides_the_session_and_renews_token_and_cookie(pool: PgPool)
     assert_eq!(time(&body["expiresAt"]).timestamp(), claims.exp);
     assert_eq!(answer.cookie(), format!("messenger_session={}", body["token"].as_str().unwrap()));
     let (left, used): (f64, bool) = sqlx::query_as(
-        "SELECT extract(epoch FROM expires_at - now())::float8, last_used_at > now() - interval '1 min' FROM sessions",
+        "SELECT extract(epoch FROM expires_at - now())::float8, last_used_at > now() - interval '1 min' FROM messenger.sessions",
     )
     .fetch_one(&pool)
     .await
@@ -233,7 +235,7 @@ async fn names_are_found_by_prefix(pool: PgPool) {
     let app = App::start(&pool).await;
     let me = app.user(&pool, "anna_me").await;
     sqlx::query(
-        r"INSERT INTO users (username) VALUES ('Anna'), ('anne'), ('ANNIE'), ('ann'), ('annabel'), ('annika'), ('bob'),
+        r"INSERT INTO messenger.users (username) VALUES ('Anna'), ('anne'), ('ANNIE'), ('ann'), ('annabel'), ('annika'), ('bob'),
           ('50%'), ('50_'), ('500'), ('a\b'), ('x y')",
     )
     .execute(&pool)

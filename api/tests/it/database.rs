@@ -79,7 +79,7 @@ async fn defaults_of_the_database_do_not_change_how_sends_end(pool: PgPool) {
         let app = App::start_with(settings).await;
         send_eighty(&app, &pool).await;
         app.stop().await;
-        sqlx::raw_sql("TRUNCATE users CASCADE").execute(&pool).await.unwrap();
+        sqlx::raw_sql("TRUNCATE messenger.users CASCADE").execute(&pool).await.unwrap();
     }
 }
 
@@ -122,6 +122,95 @@ async fn a_conflict_is_repeated_once_then_unavailable(pool: PgPool) {
         }
     }
     assert!(matches!(conflict(2, "22023").await, Err(StoreError::Fault(_))), "no conflict");
+}
+
+#[sqlx::test(migrations = false)]
+async fn tables_of_a_host_application_are_left_alone(pool: PgPool) {
+    sqlx::raw_sql(
+        "CREATE TABLE public.users (username text);
+         INSERT INTO public.users VALUES ('host');
+         CREATE TABLE public._sqlx_migrations (version bigint PRIMARY KEY, checksum bytea);
+         INSERT INTO public._sqlx_migrations VALUES (1, 'host')",
+    )
+    .execute(&pool)
+    .await
+    .unwrap();
+    let options = || (*pool.connect_options()).clone();
+    api::maintenance::migrate(options()).await.unwrap();
+    let app = App::start_with(config(options())).await;
+    send_eighty(&app, &pool).await;
+    app.stop().await;
+    let own: (String, Vec<u8>) =
+        sqlx::query_as("SELECT username, checksum FROM public.users, public._sqlx_migrations")
+            .fetch_one(&pool)
+            .await
+            .unwrap();
+    assert_eq!(own, ("host".into(), b"host".to_vec()));
+    let relations: Vec<String> = sqlx::query_scalar(
+        "SELECT relname::text FROM pg_class WHERE relnamespace = 'public'::regnamespace AND relkind = 'r'",
+    )
+    .fetch_all(&pool)
+    .await
+    .unwrap();
+    assert_eq!(relations.len(), 2, "{relations:?}");
+}
+
+#[sqlx::test(migrations = false)]
+async fn changed_functions_are_replaced_once_by_concurrent_migrates(pool: PgPool) {
+    let migrate = || api::maintenance::migrate((*pool.connect_options()).clone());
+    let sets = async || -> Vec<(Vec<u8>, chrono::DateTime<chrono::Utc>)> {
+        let sets = "SELECT checksum, applied_at FROM messenger.function_sets ORDER BY applied_at";
+        sqlx::query_as(sets).fetch_all(&pool).await.unwrap()
+    };
+    let migrate_twice_at_once = async || {
+        let (one, other) = tokio::join!(migrate(), migrate());
+        one.and(other).unwrap();
+    };
+    migrate_twice_at_once().await;
+    let first = sets().await;
+    assert_eq!(first.len(), 1);
+    migrate_twice_at_once().await;
+    assert_eq!(sets().await, first, "nothing is applied again");
+
+    sqlx::raw_sql(
+        "CREATE OR REPLACE FUNCTION messenger.rfc3339(_at timestamptz) RETURNS text LANGUAGE sql AS $$ SELECT 'older' $$;
+         UPDATE messenger.function_sets SET checksum = 'older'",
+    )
+    .execute(&pool)
+    .await
+    .unwrap();
+    migrate_twice_at_once().await;
+    let second = sets().await;
+    assert_eq!((second.len(), &second[0].0[..], &second[1].0), (2, &b"older"[..], &first[0].0));
+    let time: String =
+        sqlx::query_scalar("SELECT messenger.rfc3339('epoch')").fetch_one(&pool).await.unwrap();
+    assert_eq!(time, "1970-01-01T00:00:00.000000Z");
+}
+
+/// The roles and rights of `docs/deploy.md`.
+#[sqlx::test(migrations = false)]
+async fn a_server_needs_no_right_to_change_the_schema(pool: PgPool) {
+    let options = || (*pool.connect_options()).clone();
+    let name = options().get_database().unwrap().to_owned();
+    let [owner, server] = ["owner", "server"].map(|role| format!("{role}_{}", &name[name.len() - 24..]));
+    let run =
+        async |statements: String| sqlx::raw_sql(AssertSqlSafe(statements)).execute(&pool).await.unwrap();
+    run(format!(
+        r#"CREATE ROLE "{owner}" LOGIN PASSWORD 'secret'; CREATE ROLE "{server}" LOGIN PASSWORD 'secret';
+           CREATE SCHEMA messenger AUTHORIZATION "{owner}";
+           GRANT USAGE ON SCHEMA messenger TO "{server}";
+           ALTER DEFAULT PRIVILEGES FOR ROLE "{owner}" IN SCHEMA messenger
+               GRANT SELECT, INSERT, UPDATE, DELETE ON TABLES TO "{server}";
+           ALTER DEFAULT PRIVILEGES FOR ROLE "{owner}" IN SCHEMA messenger GRANT USAGE ON SEQUENCES TO "{server}""#
+    ))
+    .await;
+    api::maintenance::migrate(options().username(&owner).password("secret")).await.unwrap();
+    let refused = api::maintenance::migrate(options().username(&server).password("secret")).await;
+    assert!(format!("{:#}", refused.unwrap_err()).contains("permission denied"));
+    let app = App::start_with(config(options().username(&server).password("secret"))).await;
+    send_eighty(&app, &pool).await;
+    app.stop().await;
+    run(format!(r#"DROP OWNED BY "{server}", "{owner}" CASCADE; DROP ROLE "{server}", "{owner}""#)).await;
 }
 
 /// Another database on the same server, made with these options.
@@ -213,7 +302,7 @@ async fn names_are_found_in_either_case_under_any_locale(pool: PgPool) {
     let (upper, lower): (Vec<_>, Vec<_>) = letters.into_iter().unzip();
     let missed: Vec<(String, String)> = sqlx::query_as(
         "SELECT upper, lower FROM unnest($1::text[], $2::text[]) AS letter (upper, lower)
-         WHERE fold_name(upper) <> fold_name(lower)",
+         WHERE messenger.fold_name(upper) <> messenger.fold_name(lower)",
     )
     .bind(upper)
     .bind(lower)
@@ -251,7 +340,11 @@ async fn both_normal_forms_of_a_name_are_one_persons(pool: PgPool) {
         assert_eq!(text(&logged_in["authUser"]["id"]), other.id.to_string());
         assert_eq!(log_in(&app, &stored.to_lowercase()).send().await.unwrap().status, 404);
         let ids = [jose.id.0, other.id.0];
-        sqlx::query("DELETE FROM users WHERE id = ANY ($1)").bind(&ids[..]).execute(&pool).await.unwrap();
+        sqlx::query("DELETE FROM messenger.users WHERE id = ANY ($1)")
+            .bind(&ids[..])
+            .execute(&pool)
+            .await
+            .unwrap();
     }
     app.stop().await;
 }
@@ -393,7 +486,10 @@ async fn sends_work_through_a_pooler_of_transactions(pool: PgPool) {
     let mut server = serve_from(&url, folder.path(), "0", |command| {
         command.env("DATABASE_POOL_SIZE", "16");
     });
-    sqlx::query("INSERT INTO users (username) VALUES ('john'), ('jane')").execute(&pool).await.unwrap();
+    sqlx::query("INSERT INTO messenger.users (username) VALUES ('john'), ('jane')")
+        .execute(&pool)
+        .await
+        .unwrap();
     let client = Client::default();
     let post = async |path: &str, token: &str, body: serde_json::Value| {
         client.post(format!("{}{path}", server.public)).bearer(token).json(&body).send().await.unwrap()
@@ -407,7 +503,7 @@ async fn sends_work_through_a_pooler_of_transactions(pool: PgPool) {
     assert_eq!(statuses, [201; 80]);
     let mut plain = PgConnection::connect(direct.as_str()).await.unwrap();
     let kept = sqlx::query(
-        "SELECT count(*), max(seq) FROM feed WHERE user_id = (SELECT id FROM users WHERE username = 'jane')",
+        "SELECT count(*), max(seq) FROM messenger.feed WHERE user_id = (SELECT id FROM messenger.users WHERE username = 'jane')",
     );
     let kept = kept.fetch_one(&mut plain).await.unwrap();
     assert_eq!((kept.get::<i64, _>(0), kept.get::<i64, _>(1)), (81, 81));

@@ -54,7 +54,8 @@ async fn a_foreign_token_makes_its_user_at_first_use_and_serves_for_everything(p
     let me = answers[0].json();
     assert_eq!(me["username"], "jane");
     assert!(answers.iter().all(|answer| answer.status == 200 && answer.json() == me));
-    let users: i64 = sqlx::query_scalar("SELECT count(*) FROM users").fetch_one(&pool).await.unwrap();
+    let users: i64 =
+        sqlx::query_scalar("SELECT count(*) FROM messenger.users").fetch_one(&pool).await.unwrap();
     assert_eq!(users, 2);
 
     // A conversation in both directions.
@@ -124,7 +125,7 @@ async fn a_foreign_token_has_no_session_to_list_or_to_end_and_is_told_no_error(p
     assert_eq!(app.whoami(&token).await.status, 200);
 
     // Whoever was deleted is nobody for a while, although the token is good, and then somebody new.
-    sqlx::query("DELETE FROM users").execute(&pool).await.unwrap();
+    sqlx::query("DELETE FROM messenger.users").execute(&pool).await.unwrap();
     for (method, path) in [("GET", "/api/auth_user"), ("POST", "/api/stream_token"), ("POST", "/api/logout")]
     {
         let answer = app.with_token(method, path, &token).send().await.unwrap();
@@ -183,7 +184,8 @@ async fn what_is_not_exactly_the_issuers_is_refused(pool: PgPool) {
     ] {
         assert_problem(&app.whoami(&bad).await, 401, "Unauthorized");
     }
-    let users: i64 = sqlx::query_scalar("SELECT count(*) FROM users").fetch_one(&pool).await.unwrap();
+    let users: i64 =
+        sqlx::query_scalar("SELECT count(*) FROM messenger.users").fetch_one(&pool).await.unwrap();
     assert_eq!(users, 1, "nobody was made");
     app.stop().await;
 
@@ -262,7 +264,8 @@ async fn gateways_are_told_the_issuers_keys_and_who_its_subjects_are(pool: PgPoo
     assert_eq!(users.len(), 50);
     assert_eq!(users[..20], users[30..]);
     assert_eq!(ask().await, users);
-    let made: i64 = sqlx::query_scalar("SELECT count(*) FROM users").fetch_one(&pool).await.unwrap();
+    let made: i64 =
+        sqlx::query_scalar("SELECT count(*) FROM messenger.users").fetch_one(&pool).await.unwrap();
     assert_eq!(made, 30);
     let many = IdentityRequest { identities: vec![identity("x"); 1_001] };
     assert_eq!(app.ask(IDENTITY_PATH, &many).send().await.unwrap().status, 400);

@@ -30,17 +30,18 @@ use crate::{
 /// What one user's feed says about the messages of the world must be what the tables say.
 async fn assert_feeds_agree_with_tables(app: &App, pool: &PgPool, users: &[User]) {
     let messages: Vec<(i64, i64, i64, String)> =
-        sqlx::query_as("SELECT id, conversation_id, sender_id, content FROM messages ORDER BY id")
+        sqlx::query_as("SELECT id, conversation_id, sender_id, content FROM messenger.messages ORDER BY id")
             .fetch_all(pool)
             .await
             .unwrap();
-    let people: HashMap<i64, (i64, i64)> = sqlx::query_as("SELECT id, user_a, user_b FROM conversations")
-        .fetch_all(pool)
-        .await
-        .unwrap()
-        .into_iter()
-        .map(|(id, a, b): (i64, i64, i64)| (id, (a, b)))
-        .collect();
+    let people: HashMap<i64, (i64, i64)> =
+        sqlx::query_as("SELECT id, user_a, user_b FROM messenger.conversations")
+            .fetch_all(pool)
+            .await
+            .unwrap()
+            .into_iter()
+            .map(|(id, a, b): (i64, i64, i64)| (id, (a, b)))
+            .collect();
     for user in users {
         let feed = app.feed(user.id).await; // Asserts that it is numbered without a hole.
         let told =
@@ -75,10 +76,10 @@ async fn assert_feeds_agree_with_tables(app: &App, pool: &PgPool, users: &[User]
             assert!(positions.is_sorted_by(|a, b| a < b), "{positions:?}");
             // The stored count is what a count gives.
             let (kept, counted): (i64, i64) = sqlx::query_as(
-                "SELECT p.unread_count, (SELECT count(*) FROM messages AS m
+                "SELECT p.unread_count, (SELECT count(*) FROM messenger.messages AS m
                     WHERE m.conversation_id = p.conversation_id AND m.sender_id <> p.user_id
                       AND m.id > coalesce(p.last_read_message_id, 0))
-                 FROM participants AS p WHERE p.conversation_id = $1 AND p.user_id = $2",
+                 FROM messenger.participants AS p WHERE p.conversation_id = $1 AND p.user_id = $2",
             )
             .bind(conversation)
             .bind(user.id.0)
@@ -181,7 +182,7 @@ async fn hang_up(app: &App, who: &User, conversation: &str, after: Duration) {
 
 async fn abort(pool: &PgPool, who: &User, conversation: &str) {
     let mut transaction = pool.begin().await.unwrap();
-    sqlx::query("SELECT * FROM post_message($1, $2, $3, 'aborted', NULL, 'r', NULL)")
+    sqlx::query("SELECT * FROM messenger.post_message($1, $2, $3, 'aborted', NULL, 'r', NULL)")
         .bind(who.session().0)
         .bind(who.id.0)
         .bind(conversation.parse::<i64>().unwrap())
@@ -211,7 +212,7 @@ async fn two_reads_at_once_move_the_position_once(pool: PgPool) {
     let (john, jane, conversation) = app.pair(&pool).await;
     john.say(&conversation, "hi").await;
     let mut holder = pool.begin().await.unwrap();
-    sqlx::query("SELECT FROM conversations FOR NO KEY UPDATE").execute(&mut *holder).await.unwrap();
+    sqlx::query("SELECT FROM messenger.conversations FOR NO KEY UPDATE").execute(&mut *holder).await.unwrap();
     let release = async {
         until_waiting_for_locks(&pool, 2).await;
         holder.rollback().await.unwrap();
@@ -234,11 +235,13 @@ async fn an_id_is_drawn_only_when_the_conversation_is_free(pool: PgPool) {
     let first: i64 = john.say(&conversation, "first").await.parse().unwrap();
     let mut holder = pool.begin().await.unwrap();
     // As another send does; the foreign key of a message can pass it.
-    sqlx::query("SELECT FROM conversations FOR NO KEY UPDATE").execute(&mut *holder).await.unwrap();
+    sqlx::query("SELECT FROM messenger.conversations FOR NO KEY UPDATE").execute(&mut *holder).await.unwrap();
     let waiting = async {
         until_waiting_for_locks(&pool, 1).await;
-        let last: i64 =
-            sqlx::query_scalar("SELECT last_value FROM messages_id_seq").fetch_one(&pool).await.unwrap();
+        let last: i64 = sqlx::query_scalar("SELECT last_value FROM messenger.messages_id_seq")
+            .fetch_one(&pool)
+            .await
+            .unwrap();
         assert_eq!(last, first, "no id was drawn yet");
         holder.rollback().await.unwrap();
     };
@@ -256,7 +259,7 @@ async fn what_was_begun_is_published_though_the_client_hung_up(pool: PgPool) {
     let (john, jane, conversation) = app.pair(&pool).await;
     // The conversation's row is held, so that the client surely goes before the command can end.
     let mut holder = pool.begin().await.unwrap();
-    sqlx::query("SELECT FROM conversations FOR UPDATE").execute(&mut *holder).await.unwrap();
+    sqlx::query("SELECT FROM messenger.conversations FOR UPDATE").execute(&mut *holder).await.unwrap();
     hang_up(&app, &john, &conversation, Duration::from_millis(100)).await;
     let mut heard =
         crate::failures::Listener::start(&crate::support::redis_url(), &channels.user(jane.id)).await;
@@ -299,12 +302,12 @@ async fn heads_tells_what_differs_and_which_logins_ended(pool: PgPool) {
     }
 
     let (revoked, expired) = (app.login("john").await.session(), app.login("john").await.session());
-    sqlx::query("UPDATE sessions SET revoked_at = now() WHERE id = $1")
+    sqlx::query("UPDATE messenger.sessions SET revoked_at = now() WHERE id = $1")
         .bind(revoked.0)
         .execute(&pool)
         .await
         .unwrap();
-    sqlx::query("UPDATE sessions SET expires_at = now() WHERE id = $1")
+    sqlx::query("UPDATE messenger.sessions SET expires_at = now() WHERE id = $1")
         .bind(expired.0)
         .execute(&pool)
         .await
@@ -420,7 +423,7 @@ async fn pruning_deletes_a_prefix_by_count_and_by_age_and_nothing_else(pool: PgP
         (Vec::new(), 0..0),
     ];
     for (n, (events, _)) in cases.iter().enumerate() {
-        sqlx::query("INSERT INTO users (username) VALUES ($1)")
+        sqlx::query("INSERT INTO messenger.users (username) VALUES ($1)")
             .bind(format!("u{n}"))
             .execute(&pool)
             .await
@@ -428,7 +431,7 @@ async fn pruning_deletes_a_prefix_by_count_and_by_age_and_nothing_else(pool: PgP
         let user = n as i64 + 1;
         let (seqs, ages): (Vec<i64>, Vec<i64>) = events.iter().copied().unzip();
         sqlx::query(
-            "INSERT INTO feed (user_id, seq, kind, payload, created_at)
+            "INSERT INTO messenger.feed (user_id, seq, kind, payload, created_at)
              SELECT $1, seq, 'message', '{}', now() - age * interval '1 s' FROM unnest($2::bigint[], $3::bigint[]) AS e (seq, age)",
         )
         .bind(user)
@@ -437,15 +440,16 @@ async fn pruning_deletes_a_prefix_by_count_and_by_age_and_nothing_else(pool: PgP
         .execute(&pool)
         .await
         .unwrap();
-        sqlx::query("UPDATE feed_heads SET head_seq = $2 WHERE user_id = $1")
+        sqlx::query("UPDATE messenger.feed_heads SET head_seq = $2 WHERE user_id = $1")
             .bind(user)
             .bind(events.len() as i64)
             .execute(&pool)
             .await
             .unwrap();
     }
-    let total =
-        async || sqlx::query_scalar::<_, i64>("SELECT count(*) FROM feed").fetch_one(&pool).await.unwrap();
+    let total = async || {
+        sqlx::query_scalar::<_, i64>("SELECT count(*) FROM messenger.feed").fetch_one(&pool).await.unwrap()
+    };
     let before = total().await;
     // Two replicas at once, step by step.
     let walk = async || {
@@ -462,11 +466,12 @@ async fn pruning_deletes_a_prefix_by_count_and_by_age_and_nothing_else(pool: PgP
     let (one, other) = tokio::join!(walk(), walk());
     assert_eq!((one + other).cast_signed(), before - total().await, "each event is deleted once");
     for (n, (_, left)) in cases.iter().enumerate() {
-        let kept: Vec<i64> = sqlx::query_scalar("SELECT seq FROM feed WHERE user_id = $1 ORDER BY seq")
-            .bind(n as i64 + 1)
-            .fetch_all(&pool)
-            .await
-            .unwrap();
+        let kept: Vec<i64> =
+            sqlx::query_scalar("SELECT seq FROM messenger.feed WHERE user_id = $1 ORDER BY seq")
+                .bind(n as i64 + 1)
+                .fetch_all(&pool)
+                .await
+                .unwrap();
         assert_eq!(kept, left.clone().collect::<Vec<_>>(), "case {n}");
     }
     assert_eq!(walk().await, 0);
@@ -475,12 +480,13 @@ async fn pruning_deletes_a_prefix_by_count_and_by_age_and_nothing_else(pool: PgP
 
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
 async fn a_new_epoch_makes_every_feed_another_one(pool: PgPool) {
-    sqlx::query("INSERT INTO users (username) SELECT 'u' || n FROM generate_series(1, 50) AS n")
+    sqlx::query("INSERT INTO messenger.users (username) SELECT 'u' || n FROM generate_series(1, 50) AS n")
         .execute(&pool)
         .await
         .unwrap();
-    let epochs =
-        async || sqlx::query_scalar::<_, i64>("SELECT epoch FROM feed_heads").fetch_all(&pool).await.unwrap();
+    let epochs = async || {
+        sqlx::query_scalar::<_, i64>("SELECT epoch FROM messenger.feed_heads").fetch_all(&pool).await.unwrap()
+    };
     let mut all = epochs().await;
     api::maintenance::new_epoch((*pool.connect_options()).clone()).await.unwrap();
     all.extend(epochs().await);

@@ -155,7 +155,7 @@ async fn an_ended_session_is_remembered_by_whichever_request_finds_out(pool: PgP
         let name = format!("user{n}");
         let (stolen, phone) = (app.user(&pool, &name).await, app.login(&name).await);
         let conversation = phone.start(&john.name).await;
-        sqlx::query("UPDATE sessions SET revoked_at = now() WHERE id = $1")
+        sqlx::query("UPDATE messenger.sessions SET revoked_at = now() WHERE id = $1")
             .bind(stolen.session().0)
             .execute(&pool)
             .await
@@ -245,7 +245,7 @@ async fn who_is_over_a_limit_is_told_so_after_401_and_403_and_before_what_they_s
     let conversation = john.start("jane").await;
     john.say(&conversation, "hi").await;
     john.usernames("j").expect(200).await;
-    sqlx::query("UPDATE sessions SET revoked_at = now() WHERE id = $1")
+    sqlx::query("UPDATE messenger.sessions SET revoked_at = now() WHERE id = $1")
         .bind(revoked.session().0)
         .execute(&pool)
         .await
@@ -283,7 +283,10 @@ async fn logins_are_limited_by_address_and_by_the_name_that_is_tried(pool: PgPoo
         RateLimits { login_per_address: Limit::new(6, HOUR), login_per_name: Limit::new(2, HOUR), ..OFF };
     let proxies = "127.0.0.0/8".parse().unwrap();
     let app = start(Config { trusted_proxies: proxies, ..limited(&pool, limits) }).await;
-    sqlx::query("INSERT INTO users (username) VALUES ('john'), ('jane')").execute(&pool).await.unwrap();
+    sqlx::query("INSERT INTO messenger.users (username) VALUES ('john'), ('jane')")
+        .execute(&pool)
+        .await
+        .unwrap();
     let login = async |from: &str, name: &str| {
         let call = app.post("/api/login").header("x-forwarded-for", from);
         call.json(&json!({ "username": name })).send().await.unwrap()

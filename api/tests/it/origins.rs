@@ -126,7 +126,7 @@ async fn another_programs_cookie_locks_nobody_out(pool: PgPool) {
         (app.user(&pool, "john").await, app.login("john").await, app.login("john").await);
     ended.call("POST", "/api/logout").expect(204).await;
     let revoked = app.login("john").await;
-    sqlx::query("UPDATE sessions SET revoked_at = now() WHERE id = $1")
+    sqlx::query("UPDATE messenger.sessions SET revoked_at = now() WHERE id = $1")
         .bind(revoked.session().0)
         .execute(&pool)
         .await

@@ -296,7 +296,10 @@ async fn sigterm_ends_it_in_order(pool: PgPool) {
     let ready =
         async || client.get(format!("{}/readyz", server.ops)).send().await.map(|answer| answer.status);
     until("it is ready", || async { matches!(ready().await, Ok(200)) }).await;
-    sqlx::query("INSERT INTO users (username) VALUES ('john'), ('jane')").execute(&pool).await.unwrap();
+    sqlx::query("INSERT INTO messenger.users (username) VALUES ('john'), ('jane')")
+        .execute(&pool)
+        .await
+        .unwrap();
     let login = client.post(format!("{}/api/login", server.public));
     let token =
         login.json(&serde_json::json!({ "username": "john" })).expect(200).await.json()["token"].clone();
@@ -395,16 +398,22 @@ fn settings_can_be_checked_without_serving() {
 
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
 async fn what_need_not_be_kept_can_be_deleted_at_once(pool: PgPool) {
-    sqlx::query("INSERT INTO users (username) VALUES ('john'), ('jane')").execute(&pool).await.unwrap();
+    sqlx::query("INSERT INTO messenger.users (username) VALUES ('john'), ('jane')")
+        .execute(&pool)
+        .await
+        .unwrap();
     sqlx::query(
-        "INSERT INTO feed (user_id, seq, kind, payload, created_at)
+        "INSERT INTO messenger.feed (user_id, seq, kind, payload, created_at)
          SELECT 1, seq, 'message', '{}', now() - interval '40 days' FROM generate_series(1, 2500) AS seq",
     )
     .execute(&pool)
     .await
     .unwrap();
-    sqlx::query("UPDATE feed_heads SET head_seq = 2500 WHERE user_id = 1").execute(&pool).await.unwrap();
-    sqlx::query("INSERT INTO sessions (user_id, expires_at) VALUES (1, now() - interval '8 days'), (2, now() + interval '1 day')")
+    sqlx::query("UPDATE messenger.feed_heads SET head_seq = 2500 WHERE user_id = 1")
+        .execute(&pool)
+        .await
+        .unwrap();
+    sqlx::query("INSERT INTO messenger.sessions (user_id, expires_at) VALUES (1, now() - interval '8 days'), (2, now() + interval '1 day')")
         .execute(&pool)
         .await
         .unwrap();
@@ -413,10 +422,13 @@ async fn what_need_not_be_kept_can_be_deleted_at_once(pool: PgPool) {
     assert!(success, "{said}");
     let last: Value = serde_json::from_str(said.lines().last().unwrap()).unwrap();
     assert_eq!((&last["events"], &last["sessions"]), (&2500.into(), &1.into()), "{said}");
-    let left = sqlx::query_scalar::<_, i64>("SELECT count(*) FROM feed").fetch_one(&pool).await.unwrap();
+    let left =
+        sqlx::query_scalar::<_, i64>("SELECT count(*) FROM messenger.feed").fetch_one(&pool).await.unwrap();
     assert_eq!(left, 0);
-    let sessions =
-        sqlx::query_scalar::<_, i64>("SELECT user_id FROM sessions").fetch_all(&pool).await.unwrap();
+    let sessions = sqlx::query_scalar::<_, i64>("SELECT user_id FROM messenger.sessions")
+        .fetch_all(&pool)
+        .await
+        .unwrap();
     assert_eq!(sessions, [2]);
 }
 

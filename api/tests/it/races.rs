@@ -79,7 +79,8 @@ async fn one_key_sent_to_two_conversations_at_once_counts_in_one(pool: PgPool) {
             assert_eq!(answer.status, if winner { 201 } else { 422 }, "{}", answer.text());
         }
     }
-    let count: i64 = sqlx::query_scalar("SELECT count(*) FROM messages").fetch_one(&pool).await.unwrap();
+    let count: i64 =
+        sqlx::query_scalar("SELECT count(*) FROM messenger.messages").fetch_one(&pool).await.unwrap();
     assert_eq!(count, 20);
     assert_eq!(apps[0].feed(john.id).await.len(), 2 + 20);
     for app in apps {

@@ -79,7 +79,8 @@ async fn the_list_has_my_live_sessions_the_newest_use_first(pool: PgPool) {
         (&revoked, "revoked_at = now()"),
         (&phone, "last_used_at = now() + interval '1 s', device = ''"),
     ] {
-        let update = sqlx::AssertSqlSafe(format!("UPDATE sessions SET {change} WHERE id = {}", id(session)));
+        let update =
+            sqlx::AssertSqlSafe(format!("UPDATE messenger.sessions SET {change} WHERE id = {}", id(session)));
         sqlx::query(update).execute(&pool).await.unwrap();
     }
     let (list, current) = listed(&phone).await;
@@ -150,7 +151,7 @@ async fn only_a_live_session_of_mine_can_be_ended(pool: PgPool) {
     let (john, jane) = (app.user(&pool, "john").await, app.user(&pool, "jane").await);
     let (gone, expired) = (app.login("john").await, app.login("john").await);
     john.call("DELETE", &format!("/api/sessions/{}", id(&gone))).expect(204).await;
-    sqlx::query("UPDATE sessions SET expires_at = now() WHERE id = $1")
+    sqlx::query("UPDATE messenger.sessions SET expires_at = now() WHERE id = $1")
         .bind(expired.session().0)
         .execute(&pool)
         .await
@@ -213,7 +214,7 @@ async fn sessions_that_end_each_other_at_once_do_not_wait_in_a_circle(pool: PgPo
 }
 
 async fn last_used(pool: &PgPool, user: &User) -> DateTime<Utc> {
-    sqlx::query_scalar("SELECT last_used_at FROM sessions WHERE id = $1")
+    sqlx::query_scalar("SELECT last_used_at FROM messenger.sessions WHERE id = $1")
         .bind(user.session().0)
         .fetch_one(pool)
         .await
@@ -222,7 +223,7 @@ async fn last_used(pool: &PgPool, user: &User) -> DateTime<Utc> {
 
 /// All were last used this long ago.
 async fn age(pool: &PgPool, by: Duration) {
-    sqlx::query("UPDATE sessions SET last_used_at = now() - make_interval(secs => $1)")
+    sqlx::query("UPDATE messenger.sessions SET last_used_at = now() - make_interval(secs => $1)")
         .bind(by.as_secs_f64())
         .execute(pool)
         .await
@@ -327,10 +328,10 @@ async fn the_last_use_moves_coarsely_and_only_for_what_lives(pool: PgPool) {
 
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
 async fn sessions_that_ended_long_ago_are_deleted_step_by_step(pool: PgPool) {
-    sqlx::query("INSERT INTO users (username) VALUES ('john')").execute(&pool).await.unwrap();
+    sqlx::query("INSERT INTO messenger.users (username) VALUES ('john')").execute(&pool).await.unwrap();
     // Every fifth of each kind.
     sqlx::query(
-        "INSERT INTO sessions (user_id, expires_at, revoked_at)
+        "INSERT INTO messenger.sessions (user_id, expires_at, revoked_at)
          SELECT 1,
                 now() + CASE n % 5 WHEN 0 THEN interval '-8 d' WHEN 1 THEN interval '-6 d' ELSE interval '1 d' END,
                 now() + CASE n % 5 WHEN 2 THEN interval '-8 d' WHEN 3 THEN interval '-6 d' END
@@ -349,7 +350,8 @@ async fn sessions_that_ended_long_ago_are_deleted_step_by_step(pool: PgPool) {
         }
         assert_eq!(deleted, round);
     }
-    let left: i64 = sqlx::query_scalar("SELECT count(*) FROM sessions").fetch_one(&pool).await.unwrap();
+    let left: i64 =
+        sqlx::query_scalar("SELECT count(*) FROM messenger.sessions").fetch_one(&pool).await.unwrap();
     assert_eq!(left, 1_500);
     database.close().await;
 }
@@ -375,7 +377,7 @@ async fn a_stream_token_is_good_for_the_stream_alone_and_never_past_its_session(
     assert_eq!((claims.sub, claims.sid), (john.id, Some(john.session())));
     assert!((118..=120).contains(&(claims.exp - Utc::now().timestamp())));
     let session_ends: DateTime<Utc> =
-        sqlx::query_scalar("SELECT expires_at FROM sessions").fetch_one(&pool).await.unwrap();
+        sqlx::query_scalar("SELECT expires_at FROM messenger.sessions").fetch_one(&pool).await.unwrap();
     assert_eq!(claims.session_exp, Some(session_ends.timestamp()));
 
     // Nothing of REST takes it, not even for another one.
@@ -396,7 +398,10 @@ async fn a_stream_token_is_good_for_the_stream_alone_and_never_past_its_session(
     }
 
     // A session that ends sooner ends it sooner.
-    sqlx::query("UPDATE sessions SET expires_at = now() + interval '30 s'").execute(&pool).await.unwrap();
+    sqlx::query("UPDATE messenger.sessions SET expires_at = now() + interval '30 s'")
+        .execute(&pool)
+        .await
+        .unwrap();
     let claims = stream_claims(&john.call("POST", "/api/stream_token").expect(200).await);
     assert!((28..=30).contains(&(claims.exp - Utc::now().timestamp())));
     assert_eq!(claims.session_exp, Some(claims.exp));

@@ -121,7 +121,10 @@ async fn a_person_logs_in_at_a_real_provider_and_is_known_the_next_time(pool: Pg
         assert_eq!(texts[1], format!("{attempt}=; Path=/; Max-Age=0; HttpOnly; SameSite=Lax"));
         // Who reads the table has neither half.
         let kept: (Vec<u8>, Vec<u8>) =
-            sqlx::query_as("SELECT code_hash, binding_hash FROM login_codes").fetch_one(&pool).await.unwrap();
+            sqlx::query_as("SELECT code_hash, binding_hash FROM messenger.login_codes")
+                .fetch_one(&pool)
+                .await
+                .unwrap();
         for half in [&code, &cookies[0].value] {
             let half = URL_SAFE_NO_PAD.decode(half).unwrap();
             assert!(half.len() == 32 && half != kept.0 && half != kept.1);
@@ -132,7 +135,7 @@ async fn a_person_logs_in_at_a_real_provider_and_is_known_the_next_time(pool: Pg
         let me = assert_logged_in(&app, &answer, &name).await;
         assert_eq!(me["avatarURL"], "https://a.example/1");
         assert_eq!(browser.cookie("code_"), None, "it is cleared");
-        assert_eq!(count(&pool, "SELECT count(*) FROM login_codes").await, 0);
+        assert_eq!(count(&pool, "SELECT count(*) FROM messenger.login_codes").await, 0);
 
         // Later, after both name and picture have changed there.
         providers.account(account, "renamed", "https://a.example/2").await;
@@ -143,13 +146,14 @@ async fn a_person_logs_in_at_a_real_provider_and_is_known_the_next_time(pool: Pg
         assert_eq!(again["id"], me["id"]);
         assert_eq!(again["avatarURL"], "https://a.example/2");
 
-        let found: String =
-            sqlx::query_scalar("SELECT issuer FROM identities WHERE subject = $1 AND user_id::text = $2")
-                .bind(account)
-                .bind(text(&me["id"]))
-                .fetch_one(&pool)
-                .await
-                .unwrap();
+        let found: String = sqlx::query_scalar(
+            "SELECT issuer FROM messenger.identities WHERE subject = $1 AND user_id::text = $2",
+        )
+        .bind(account)
+        .bind(text(&me["id"]))
+        .fetch_one(&pool)
+        .await
+        .unwrap();
         assert_eq!(&found, issuer);
         assert_eq!(sign_ins(&app, provider, "started").await, 3);
         assert_eq!(sign_ins(&app, provider, "succeeded").await, 2);
@@ -394,7 +398,7 @@ async fn a_provider_that_fails_ends_at_the_page(pool: PgPool) {
         assert!(parameter(&page, "code").is_some(), "{page}");
     }
     // They are at one address, so this is one account.
-    assert_eq!(count(&pool, "SELECT count(*) FROM users").await, 1);
+    assert_eq!(count(&pool, "SELECT count(*) FROM messenger.users").await, 1);
 
     // What the provider says instead of an answer.
     let mut browser = Browser::default();
@@ -537,10 +541,10 @@ async fn a_code_is_good_once_in_one_browser_for_a_minute(pool: PgPool) {
 
     // Too late; and what nobody fetched is deleted.
     let (code, mut browser) = arrive().await;
-    let left = "SELECT extract(epoch FROM expires_at - now())::bigint FROM login_codes";
+    let left = "SELECT extract(epoch FROM expires_at - now())::bigint FROM messenger.login_codes";
     assert!((50..=60).contains(&count(&pool, left).await));
     let (young, mut in_time) = arrive().await;
-    sqlx::query("UPDATE login_codes SET expires_at = now() WHERE code_hash = sha256($1)")
+    sqlx::query("UPDATE messenger.login_codes SET expires_at = now() WHERE code_hash = sha256($1)")
         .bind(code.as_bytes())
         .execute(&pool)
         .await
@@ -554,7 +558,7 @@ async fn a_code_is_good_once_in_one_browser_for_a_minute(pool: PgPool) {
 
     // Somebody who is deleted meanwhile.
     let (code, mut browser) = arrive().await;
-    sqlx::query("DELETE FROM users").execute(&pool).await.unwrap();
+    sqlx::query("DELETE FROM messenger.users").execute(&pool).await.unwrap();
     refused(&browser.exchange(&app, &code).await);
     app.stop().await;
     replica.stop().await;
@@ -628,13 +632,13 @@ async fn a_code_is_not_used_up_unless_its_session_begins(pool: PgPool) {
     // As if the process died in between.
     sqlx::raw_sql(
         "CREATE FUNCTION fail() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE EXCEPTION 'not now'; END $$;
-         CREATE TRIGGER fail BEFORE INSERT ON sessions EXECUTE FUNCTION fail()",
+         CREATE TRIGGER fail BEFORE INSERT ON messenger.sessions EXECUTE FUNCTION fail()",
     )
     .execute(&pool)
     .await
     .unwrap();
     assert_problem(&browser.exchange(&app, &code).await, 500, "Internal server error");
-    sqlx::raw_sql("DROP TRIGGER fail ON sessions").execute(&pool).await.unwrap();
+    sqlx::raw_sql("DROP TRIGGER fail ON messenger.sessions").execute(&pool).await.unwrap();
     assert_logged_in(&app, &browser.exchange(&app, &code).await, "sam").await;
     app.stop().await;
 }
@@ -649,7 +653,7 @@ async fn a_login_goes_on_when_its_client_has_gone(pool: PgPool) {
     .await;
     let app =
         App::start_with(config_with(&pool, |config| config.providers = vec![github_at(&fake.url)])).await;
-    sqlx::query("INSERT INTO users (username) VALUES ('john')").execute(&pool).await.unwrap();
+    sqlx::query("INSERT INTO messenger.users (username) VALUES ('john')").execute(&pool).await.unwrap();
     let request = |browser: &Browser, line: &str, body: &Value| {
         let cookies: Vec<_> =
             browser.cookies("").into_iter().map(|(name, value)| format!("{name}={value}")).collect();
@@ -675,10 +679,10 @@ async fn a_login_goes_on_when_its_client_has_gone(pool: PgPool) {
             .enumerate()
     {
         let began = i64::try_from(sessions).unwrap();
-        let began_now = async || count(&pool, "SELECT count(*) FROM sessions").await;
+        let began_now = async || count(&pool, "SELECT count(*) FROM messenger.sessions").await;
         assert_eq!(began_now().await, began);
         let mut holder = pool.begin().await.unwrap();
-        let lock = sqlx::AssertSqlSafe(format!("LOCK TABLE {held}"));
+        let lock = sqlx::AssertSqlSafe(format!("LOCK TABLE messenger.{held}"));
         sqlx::query(lock).execute(&mut *holder).await.unwrap();
         let mut socket = raw::connect(app).await;
         socket.write_all(request.as_bytes()).await.unwrap();
@@ -783,7 +787,7 @@ async fn the_original_clients_page_gets_its_token_by_a_setting(pool: PgPool) {
     assert_eq!(browser.cookie("session"), Some(("messenger_session".into(), token)));
     assert_eq!(browser.cookie("code_"), None);
     assert_eq!(browser.cookie("login_"), None);
-    assert_eq!(count(&pool, "SELECT count(*) FROM login_codes").await, 0);
+    assert_eq!(count(&pool, "SELECT count(*) FROM messenger.login_codes").await, 0);
     app.stop().await;
 }
 
@@ -847,11 +851,11 @@ async fn a_taken_name_gets_a_suffix(pool: PgPool) {
         assert!(identities::provision(&mut connection, &profile).await.unwrap().created);
     }
     let random: Vec<String> =
-        sqlx::query_scalar("SELECT username FROM users WHERE username ~ '^sam-[0-9a-f]{8}$'")
+        sqlx::query_scalar("SELECT username FROM messenger.users WHERE username ~ '^sam-[0-9a-f]{8}$'")
             .fetch_all(&pool)
             .await
             .unwrap();
-    assert_eq!((random.len(), count(&pool, "SELECT count(*) FROM users").await), (4, 24));
+    assert_eq!((random.len(), count(&pool, "SELECT count(*) FROM messenger.users").await), (4, 24));
     drop(connection);
     app.stop().await;
 }
@@ -877,11 +881,14 @@ async fn first_logins_at_once_make_one_user(pool: PgPool) {
         assert_eq!(same.iter().filter(|same| same.created).count(), 1);
         assert!(same.iter().all(|other| other.user == same[0].user));
         assert!(others.iter().all(|other| other.created && other.user != same[0].user));
-        let users = count(&pool, "SELECT count(*) FROM users").await;
-        assert_eq!((users, count(&pool, "SELECT count(*) FROM identities").await), (9 * (round + 1), users));
+        let users = count(&pool, "SELECT count(*) FROM messenger.users").await;
+        assert_eq!(
+            (users, count(&pool, "SELECT count(*) FROM messenger.identities").await),
+            (9 * (round + 1), users)
+        );
     }
     database.close().await;
-    assert_eq!(count(&pool, "SELECT count(*) FROM feed_heads").await, 180);
+    assert_eq!(count(&pool, "SELECT count(*) FROM messenger.feed_heads").await, 180);
 }
 
 #[sqlx::test(migrations = false)]

@@ -168,7 +168,7 @@ impl App {
 
     /// Somebody who is logged in; made if there is nobody of this name.
     pub(crate) async fn user(&self, pool: &PgPool, username: &str) -> User {
-        sqlx::query("INSERT INTO users (username) VALUES ($1) ON CONFLICT DO NOTHING")
+        sqlx::query("INSERT INTO messenger.users (username) VALUES ($1) ON CONFLICT DO NOTHING")
             .bind(username)
             .execute(pool)
             .await

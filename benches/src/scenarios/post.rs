@@ -85,6 +85,7 @@ pub async fn run(sizes: &Sizes) -> anyhow::Result<()> {
 }
 
 async fn messages(world: &Bench) -> anyhow::Result<u64> {
-    let count: i64 = sqlx::query_scalar("SELECT count(*) FROM messages").fetch_one(&world.sql).await?;
+    let count: i64 =
+        sqlx::query_scalar("SELECT count(*) FROM messenger.messages").fetch_one(&world.sql).await?;
     Ok(count.cast_unsigned())
 }

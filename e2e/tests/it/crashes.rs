@@ -51,7 +51,7 @@ async fn unpublished_event_arrives_alone_or_before_the_next() {
     jane.ready().await;
     let session = world.claims(&two.john).sid;
     let commit = || async {
-        let post = sqlx::query("SELECT post_message($1, $2, $3, $4, NULL, NULL, NULL)");
+        let post = sqlx::query("SELECT messenger.post_message($1, $2, $3, $4, NULL, NULL, NULL)");
         let post =
             post.bind(session.unwrap().0).bind(two.john.id.0).bind(two.conversation.0).bind(world.text());
         post.execute(&world.sql).await.unwrap();
@@ -120,8 +120,7 @@ async fn more_users_than_one_batch_are_subscribed_and_resumed() {
     let watching: Vec<_> = users.iter().map(|user| (user, browser(gateway.stream(user)))).collect();
     join_all(watching.iter().map(|(_, browser)| browser.ready())).await;
     let told = async || {
-        let append =
-            "SELECT append_to_feed(id, 'message', NULL, '{\"to\":\"' || id || '\"}', NULL, NULL) FROM users";
+        let append = "SELECT messenger.append_to_feed(id, 'message', NULL, '{\"to\":\"' || id || '\"}', NULL, NULL) FROM messenger.users";
         sqlx::query(append).execute(&world.sql).await.unwrap();
         for (user, browser) in &watching {
             assert_exact(&world.sql, user.id, &user.name, browser).await;
@@ -256,7 +255,7 @@ async fn postgres_crash_under_traffic_loses_no_accepted_message() {
     assert_all_exact(&world, &api, &crowd.lines, &watching).await;
     assert!(watching.iter().all(|(_, browser)| browser.record().opened == 1), "no stream ended");
     let ids: Vec<i64> = accepted.iter().map(|id| id.parse().unwrap()).collect();
-    let kept: i64 = sqlx::query_scalar("SELECT count(*) FROM messages WHERE id = ANY($1)")
+    let kept: i64 = sqlx::query_scalar("SELECT count(*) FROM messenger.messages WHERE id = ANY($1)")
         .bind(&ids)
         .fetch_one(&world.sql)
         .await
@@ -297,7 +296,7 @@ async fn broken_link_to_postgres_keeps_streams_open_and_exact() {
     assert_all_exact(&world, &api, &crowd.lines, &watching).await;
     assert!(watching.iter().all(|(_, browser)| browser.record().opened == 1), "no stream ended");
     let messages: i64 =
-        sqlx::query_scalar("SELECT count(*) FROM messages").fetch_one(&world.sql).await.unwrap();
+        sqlx::query_scalar("SELECT count(*) FROM messenger.messages").fetch_one(&world.sql).await.unwrap();
     assert_eq!(usize::try_from(messages).unwrap(), accepted.len() + crowd.lines.len(), "each was taken once");
 }
 

@@ -107,7 +107,7 @@ async fn an_api_told_to_stop_under_load_finishes_what_it_accepted() {
     let accepted = traffic.stop().await;
     assert_all_exact(&world, &staying, &crowd.lines, &watching).await;
     let ids: Vec<i64> = accepted.iter().map(|id| id.parse().unwrap()).collect();
-    let kept: i64 = sqlx::query_scalar("SELECT count(*) FROM messages WHERE id = ANY($1)")
+    let kept: i64 = sqlx::query_scalar("SELECT count(*) FROM messenger.messages WHERE id = ANY($1)")
         .bind(&ids)
         .fetch_one(&world.sql)
         .await

@@ -146,7 +146,8 @@ async fn stream_over_the_address_limit_says_busy() {
 }
 
 async fn revoke(world: &World, session: SessionId) {
-    let update = sqlx::query("UPDATE sessions SET revoked_at = now() WHERE id = $1").bind(session.0);
+    let update =
+        sqlx::query("UPDATE messenger.sessions SET revoked_at = now() WHERE id = $1").bind(session.0);
     update.execute(&world.sql).await.unwrap();
 }
 
@@ -184,7 +185,7 @@ async fn the_streams_of_a_user_who_is_deleted_end_and_nobody_elses() {
     let mut lost = ready(gateway.stream(&two.jane).stream().await).await;
     let johns = browser(gateway.stream(&two.john));
     johns.ready().await;
-    let delete = sqlx::query("DELETE FROM users WHERE id = $1").bind(two.jane.id.0);
+    let delete = sqlx::query("DELETE FROM messenger.users WHERE id = $1").bind(two.jane.id.0);
     delete.execute(&world.sql).await.unwrap();
     assert_eq!(goodbye(&mut lost).await, ("revoked".to_owned(), false));
     let conversation = world.conversation(&api, &two.john, &ann).await;

@@ -47,7 +47,7 @@ async fn replicas_killed_at_work_leave_no_gap_and_no_duplicate() {
         }
     }
     let messages: i64 =
-        sqlx::query_scalar("SELECT count(*) FROM messages").fetch_one(&world.sql).await.unwrap();
+        sqlx::query_scalar("SELECT count(*) FROM messenger.messages").fetch_one(&world.sql).await.unwrap();
     assert_eq!(told, 2 * messages, "each message is in two feeds");
     assert_eq!(
         usize::try_from(messages).unwrap(),

@@ -189,7 +189,8 @@ async fn a_cursor_from_the_future_is_a_resync() {
 async fn cursor_older_than_the_oldest_kept_event_is_a_resync() {
     let setting = Setting::new().await;
     let feed = setting.feed().await;
-    let delete = sqlx::query("DELETE FROM feed WHERE user_id = $1 AND seq <= 5").bind(setting.two.jane.id.0);
+    let delete =
+        sqlx::query("DELETE FROM messenger.feed WHERE user_id = $1 AND seq <= 5").bind(setting.two.jane.id.0);
     delete.execute(&setting.world.sql).await.unwrap();
     for after in [0, 4] {
         let stream = setting.jane(0).last_event_id(feed.cursor(after)).stream().await;
@@ -197,7 +198,7 @@ async fn cursor_older_than_the_oldest_kept_event_is_a_resync() {
     }
     setting.assert_resumes(setting.jane(1).last_event_id(feed.cursor(5)).stream().await, 5).await;
 
-    let delete = sqlx::query("DELETE FROM feed WHERE user_id = $1").bind(setting.two.jane.id.0);
+    let delete = sqlx::query("DELETE FROM messenger.feed WHERE user_id = $1").bind(setting.two.jane.id.0);
     delete.execute(&setting.world.sql).await.unwrap();
     let feed = setting.feed().await;
     let mut stream = setting.jane(0).last_event_id(feed.cursor(feed.head - 1)).stream().await;
@@ -247,8 +248,8 @@ async fn restored_database_resyncs_live_streams() {
     let jane_id = setting.two.jane.id.0;
     let mut back = setting.world.sql.begin().await.unwrap();
     for sql in [
-        "DELETE FROM feed WHERE user_id = $1 AND seq > 6",
-        "UPDATE feed_heads SET head_seq = 6 WHERE user_id = $1",
+        "DELETE FROM messenger.feed WHERE user_id = $1 AND seq > 6",
+        "UPDATE messenger.feed_heads SET head_seq = 6 WHERE user_id = $1",
     ] {
         sqlx::query(sql).bind(jane_id).execute(&mut *back).await.unwrap();
     }
@@ -268,7 +269,7 @@ async fn a_long_absence_is_replayed_whole() {
     let setting = Setting::new().await;
     let cursor = setting.feed().await.head_cursor();
     // More than one answer of the internal listener carries.
-    let payload = "SELECT append_to_feed($1, 'message', NULL, '{\"id\":\"' || n || '\"}', NULL, NULL) FROM generate_series(1, 3000) n";
+    let payload = "SELECT messenger.append_to_feed($1, 'message', NULL, '{\"id\":\"' || n || '\"}', NULL, NULL) FROM generate_series(1, 3000) n";
     sqlx::query(payload).bind(setting.two.jane.id.0).execute(&setting.world.sql).await.unwrap();
     let back = browser(setting.jane(0).last_event_id(&cursor));
     assert_exact(&setting.world.sql, setting.two.jane.id, "jane", &back).await;

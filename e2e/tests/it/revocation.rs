@@ -171,7 +171,7 @@ async fn a_stream_by_a_stream_token_ends_before_its_session_does() {
     let world = World::new().await;
     let (api, gateway) = world.pair().await;
     let jane = world.user(&api, "jane").await;
-    let expire = "UPDATE sessions SET expires_at = now() + interval '4 s' RETURNING extract(epoch FROM expires_at)::bigint";
+    let expire = "UPDATE messenger.sessions SET expires_at = now() + interval '4 s' RETURNING extract(epoch FROM expires_at)::bigint";
     let ends: i64 = sqlx::query_scalar(expire).fetch_one(&world.sql).await.unwrap();
     let call = world.client.post(api.url("/api/stream_token")).bearer(&jane.token);
     let token = call.expect(200).await.json()["token"].as_str().unwrap().to_owned();

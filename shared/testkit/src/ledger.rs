@@ -20,14 +20,14 @@ pub struct Feed {
 impl Feed {
     pub async fn read(sql: &PgPool, user: UserId) -> Self {
         let (epoch, head): (i64, i64) =
-            sqlx::query_as("SELECT epoch, head_seq FROM feed_heads WHERE user_id = $1")
+            sqlx::query_as("SELECT epoch, head_seq FROM messenger.feed_heads WHERE user_id = $1")
                 .bind(user.0)
                 .fetch_one(sql)
                 .await
                 .expect("every user has a head");
         let epoch = Epoch::from_sql(epoch);
         let rows: Vec<(i64, String, String)> =
-            sqlx::query_as("SELECT seq, kind, payload FROM feed WHERE user_id = $1 ORDER BY seq")
+            sqlx::query_as("SELECT seq, kind, payload FROM messenger.feed WHERE user_id = $1 ORDER BY seq")
                 .bind(user.0)
                 .fetch_all(sql)
                 .await

@@ -242,7 +242,8 @@ impl World {
     }
 
     pub async fn person(&self, name: &str) -> UserId {
-        let id = sqlx::query_scalar("INSERT INTO users (username) VALUES ($1) RETURNING id").bind(name);
+        let id =
+            sqlx::query_scalar("INSERT INTO messenger.users (username) VALUES ($1) RETURNING id").bind(name);
         UserId(id.fetch_one(&self.sql).await.expect("a new user"))
     }
 
@@ -255,8 +256,8 @@ impl World {
 
     /// Many users with a session each, made by SQL and signed for here.
     pub async fn many(&self, count: i64) -> Vec<User> {
-        let insert = "WITH new AS (INSERT INTO users (username) SELECT 'many' || n FROM generate_series(1, $1) n RETURNING id, username)
-                      INSERT INTO sessions (user_id, expires_at) SELECT id, now() + interval '1 day' FROM new
+        let insert = "WITH new AS (INSERT INTO messenger.users (username) SELECT 'many' || n FROM generate_series(1, $1) n RETURNING id, username)
+                      INSERT INTO messenger.sessions (user_id, expires_at) SELECT id, now() + interval '1 day' FROM new
                       RETURNING user_id, id, (SELECT username FROM new WHERE new.id = user_id)";
         let rows: Vec<(i64, i64, String)> =
             sqlx::query_as(insert).bind(count).fetch_all(&self.sql).await.expect("new users");

@@ -104,7 +104,7 @@ pub async fn run(sizes: &Sizes) -> anyhow::Result<()> {
 
     let posted = posting.finish()?;
     let (messages, events): (i64, i64) = sqlx::query_as(
-        "SELECT (SELECT count(*) FROM messages), (SELECT sum(head_seq)::bigint FROM feed_heads)",
+        "SELECT (SELECT count(*) FROM messenger.messages), (SELECT sum(head_seq)::bigint FROM messenger.feed_heads)",
     )
     .fetch_one(&world.sql)
     .await?;
@@ -146,7 +146,7 @@ pub async fn run(sizes: &Sizes) -> anyhow::Result<()> {
 
 /// Each stream received exactly its feed from its first `ready` on.
 async fn check_contents(world: &Bench, report: &Report) -> anyhow::Result<()> {
-    let rows = sqlx::query("SELECT user_id, seq, kind, payload FROM feed ORDER BY user_id, seq")
+    let rows = sqlx::query("SELECT user_id, seq, kind, payload FROM messenger.feed ORDER BY user_id, seq")
         .fetch_all(&world.sql)
         .await?;
     let mut feeds = BTreeMap::<i64, Vec<_>>::new();

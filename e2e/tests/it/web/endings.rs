@@ -46,8 +46,9 @@ async fn page_that_outslept_its_session_asks_for_a_login() {
     context.expect("status of 401");
     let jane = Messenger::at(&context, two.conversation).await;
     jane.freeze().await;
-    let ended =
-        sqlx::query("UPDATE sessions SET expires_at = now() - interval '1 second' WHERE user_id = $1");
+    let ended = sqlx::query(
+        "UPDATE messenger.sessions SET expires_at = now() - interval '1 second' WHERE user_id = $1",
+    );
     ended.bind(two.jane.id.0).execute(&site.world.sql).await.unwrap();
     // Weeks later: the browser has thrown its cookie away.
     context.call(json!([["clearCookies"]])).await;

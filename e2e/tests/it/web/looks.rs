@@ -53,11 +53,11 @@ async fn furnish(site: &Site) -> (User, ConversationId) {
         say(if mine { &jane } else { &john }, conversation, text).await;
     }
     // Over two days, and he has seen the first of hers.
-    let times = "UPDATE messages SET created_at = created_at
-        - make_interval(mins => 7 * (SELECT count(*) FROM messages later WHERE later.id > messages.id)::int)
+    let times = "UPDATE messenger.messages SET created_at = created_at
+        - make_interval(mins => 7 * (SELECT count(*) FROM messenger.messages later WHERE later.id > messages.id)::int)
         - CASE WHEN content LIKE 'Did you%' OR content LIKE 'https%' THEN interval '1 day' ELSE interval '0' END";
     sqlx::query(times).execute(&world.sql).await.unwrap();
-    let read = "UPDATE participants SET last_read_message_id = (SELECT id FROM messages WHERE content LIKE '%crane is back%')
+    let read = "UPDATE messenger.participants SET last_read_message_id = (SELECT id FROM messenger.messages WHERE content LIKE '%crane is back%')
         WHERE conversation_id = $1 AND user_id = $2";
     sqlx::query(read).bind(conversation.0).bind(john.id.0).execute(&world.sql).await.unwrap();
     (jane, conversation)
@@ -118,8 +118,7 @@ async fn every_page_is_accessible_in_both_themes_on_both_sizes() {
     talk.close().await;
 
     site.world.login(site.api(), "jane").await;
-    let named =
-        "UPDATE sessions SET device = CASE WHEN id = $1 THEN 'Chrome on Linux' ELSE 'Safari on iPhone' END";
+    let named = "UPDATE messenger.sessions SET device = CASE WHEN id = $1 THEN 'Chrome on Linux' ELSE 'Safari on iPhone' END";
     let session = site.world.claims(&jane).sid.unwrap();
     sqlx::query(named).bind(session.0).execute(&site.world.sql).await.unwrap();
     let sessions = Messenger::open(&context, "/sessions").await;

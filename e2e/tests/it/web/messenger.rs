@@ -191,7 +191,8 @@ pub(crate) fn path_of(conversation: ConversationId) -> String {
 }
 
 async fn rows_in_sql(sql: &PgPool, user: &User, conversation: ConversationId) -> Vec<Row> {
-    let query = "SELECT id, sender_id, content FROM messages WHERE conversation_id = $1 ORDER BY id";
+    let query =
+        "SELECT id, sender_id, content FROM messenger.messages WHERE conversation_id = $1 ORDER BY id";
     let rows: Vec<(i64, i64, String)> =
         sqlx::query_as(query).bind(conversation.0).fetch_all(sql).await.unwrap();
     let row = |(id, sender, text): (i64, i64, String)| Row {
@@ -249,7 +250,7 @@ async fn assert_sql_has(sql: &PgPool, conversation: ConversationId, watching: &[
         until(&format!("all that {} said is sent", user.name), || async {
             let mine: Vec<_> = page.rows().await.into_iter().filter(|row| row.mine).collect();
             let sent: i64 = sqlx::query_scalar(
-                "SELECT count(*) FROM messages WHERE conversation_id = $1 AND sender_id = $2",
+                "SELECT count(*) FROM messenger.messages WHERE conversation_id = $1 AND sender_id = $2",
             )
             .bind(conversation.0)
             .bind(user.id.0)

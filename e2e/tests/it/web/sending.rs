@@ -35,7 +35,7 @@ async fn let_through(page: &Page) {
 }
 
 async fn sent(site: &Site, text: &str) -> i64 {
-    let count = sqlx::query_scalar("SELECT count(*) FROM messages WHERE content = $1").bind(text);
+    let count = sqlx::query_scalar("SELECT count(*) FROM messenger.messages WHERE content = $1").bind(text);
     count.fetch_one(&site.world.sql).await.unwrap()
 }
 

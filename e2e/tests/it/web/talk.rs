@@ -67,7 +67,8 @@ async fn two_people_and_a_third_device_talk(front: Front, protocol: &str) {
     john.role("option", "jane").click().await;
     john.role("button", "Start").click().await;
     john.role("heading", "jane").appears().await;
-    let conversation = sqlx::query_scalar("SELECT id FROM conversations").fetch_one(&world.sql).await;
+    let conversation =
+        sqlx::query_scalar("SELECT id FROM messenger.conversations").fetch_one(&world.sql).await;
     let conversation = protocol::ids::ConversationId(conversation.unwrap());
     let hello = world.text();
     john.say(&hello).await;
