@@ -243,7 +243,7 @@ fn make_api(
     Ok(Arc::new(Api {
         context,
         auth,
-        limits: http::limits::Limits::new(limiter, &config.limits),
+        limits: http::limits::RequestLimits::new(limiter, &config.limits),
         external,
         dev_login: config.dev_login,
         sign_in,

@@ -2,7 +2,7 @@
 
 use std::sync::{Arc, OnceLock};
 
-use protocol::ids::{SessionId, UserId};
+use protocol::ids::UserId;
 use service_kit::traces::TraceContext;
 
 /// Clones share the caller.
@@ -11,7 +11,7 @@ pub struct RequestContext {
     pub request_id: String,
     /// The parent of the spans that the request causes.
     pub trace: Option<TraceContext>,
-    caller: Arc<OnceLock<(UserId, Option<SessionId>)>>,
+    caller: Arc<OnceLock<UserId>>,
 }
 
 impl RequestContext {
@@ -20,13 +20,13 @@ impl RequestContext {
     }
 
     /// From now on the request's log lines and its span carry `user.id`.
-    pub fn note_caller(&self, user: UserId, session: Option<SessionId>) {
-        if self.caller.set((user, session)).is_ok() {
+    pub fn note_caller(&self, user: UserId) {
+        if self.caller.set(user).is_ok() {
             tracing::Span::current().record("user.id", tracing::field::display(user));
         }
     }
 
-    pub fn caller(&self) -> Option<(UserId, Option<SessionId>)> {
+    pub fn caller(&self) -> Option<UserId> {
         self.caller.get().copied()
     }
 

@@ -1,29 +1,25 @@
-//! A user does not want to hear from another one, or does again. Nobody else is told.
+//! A user blocks or unblocks another one. Nobody else is told.
 
 use protocol::ids::UserId;
-use thiserror::Error;
 
-use super::{Actor, CommandError, Context};
-use crate::store::blocks::{self, Set};
-
-#[derive(Debug, Error)]
-#[error("no such other user")]
-pub struct NoSuchUser;
+use super::{Actor, Context};
+pub use crate::store::blocks::BlockUserOutcome;
+use crate::store::{StoreError, blocks};
 
 pub async fn block_user(
     context: &Context,
     actor: Actor,
     other: UserId,
-) -> Result<(), CommandError<NoSuchUser>> {
+) -> Result<BlockUserOutcome, StoreError> {
     set(context, actor, other, true).await
 }
 
-/// What was hidden meanwhile stays so.
+/// Messages that were hidden by the block stay hidden.
 pub async fn unblock_user(
     context: &Context,
     actor: Actor,
     other: UserId,
-) -> Result<(), CommandError<NoSuchUser>> {
+) -> Result<BlockUserOutcome, StoreError> {
     set(context, actor, other, false).await
 }
 
@@ -32,26 +28,22 @@ async fn set(
     actor: Actor,
     other: UserId,
     blocked: bool,
-) -> Result<(), CommandError<NoSuchUser>> {
-    let Context { database, .. } = context.clone();
+) -> Result<BlockUserOutcome, StoreError> {
+    let Actor { session, user } = actor;
+    let database = context.database.clone();
     let work = async move {
-        database
-            .run(async |connection| {
-                let Actor { session, user } = actor;
-                if blocked {
-                    blocks::block(connection, session, user, other).await
-                } else {
-                    blocks::unblock(connection, session, user, other).await
-                }
-            })
-            .await
+        let set = async |connection: &mut _| {
+            if blocked {
+                blocks::block(connection, session, user, other).await
+            } else {
+                blocks::unblock(connection, session, user, other).await
+            }
+        };
+        database.run(set).await
     };
-    match context.to_its_end(work).await? {
-        Set::Done => {
-            tracing::info!(user.id = %actor.user, other.id = %other, blocked, "a block was set");
-            Ok(())
-        }
-        Set::NoUser => Err(CommandError::Refused(NoSuchUser)),
-        Set::NoSession => Err(CommandError::NoSession),
+    let outcome = context.run_to_completion(work).await?;
+    if let BlockUserOutcome::Done = outcome {
+        tracing::info!(user.id = %user, other.id = %other, blocked, "block set");
     }
+    Ok(outcome)
 }

@@ -1,7 +1,7 @@
-//! A user logs in: a session begins. By an account at a provider this takes two steps, since the browser comes back from there
-//! by a URL, which is no place for a token: first a code is kept for it, then its page fetches the token with that.
+//! A user logs in: a session begins. With an account at a provider this takes two steps, because the browser comes back by a
+//! URL, which must not hold a token: first a code is stored, then the page exchanges it for the token.
 //!
-//! Each step is one statement: what it uses up and what it makes are there together, or neither is.
+//! Each step is one statement, so what it consumes and what it creates are committed together.
 
 use std::time::Duration;
 
@@ -19,16 +19,23 @@ use crate::{
     },
 };
 
-/// For a page to load and to fetch its token.
+/// For a page to load and to exchange its code.
 pub const CODE_LIFETIME: Duration = Duration::from_mins(1);
 
-/// As whoever has this name, without a proof: for development. `None`: nobody has it.
+#[derive(Debug)]
+pub enum LogInOutcome {
+    LoggedIn(User, Session),
+    /// Nobody has the name; or the code is unknown, used, expired, or bound to another browser.
+    Unknown,
+}
+
+/// As the user of this name, without proof: for development.
 pub async fn log_in_by_name(
     context: &Context,
     username: String,
     device: String,
     lifetime: Duration,
-) -> Result<Option<(User, Session)>, StoreError> {
+) -> Result<LogInOutcome, StoreError> {
     let database = context.database.clone();
     let work = async move {
         database
@@ -39,16 +46,16 @@ pub async fn log_in_by_name(
             })
             .await
     };
-    context.to_its_end(work).await
+    Ok(logged_in(context.run_to_completion(work).await?, "name"))
 }
 
-/// The two halves of a login that waits to be fetched: one for the URL, one for a cookie. Neither is worth anything alone.
+/// The two halves of a login that waits for its exchange: one for the URL, one for a cookie. Neither is of use alone.
 pub struct Halves {
     pub code: String,
     pub binding: String,
 }
 
-/// As the account of this profile, in two steps: this is the first one.
+/// As the account of this profile: the first of two steps.
 pub async fn arrive(context: &Context, profile: Profile) -> Result<(Arrived, Halves), StoreError> {
     let halves = Halves { code: secret(), binding: secret() };
     let (code, binding) = (hash(&halves.code), hash(&halves.binding));
@@ -60,17 +67,17 @@ pub async fn arrive(context: &Context, profile: Profile) -> Result<(Arrived, Hal
             })
             .await
     };
-    Ok((context.to_its_end(work).await?, halves))
+    Ok((context.run_to_completion(work).await?, halves))
 }
 
-/// The second step. `None`: the code is unknown, used, too old, or another browser's: none of `bindings` is its other half.
+/// The second step. One of `bindings` must be the other half of the code.
 pub async fn log_in_by_code(
     context: &Context,
     code: &str,
     bindings: &[&str],
     device: String,
     lifetime: Duration,
-) -> Result<Option<(User, Session)>, StoreError> {
+) -> Result<LogInOutcome, StoreError> {
     let code = hash(code);
     let bindings: Vec<_> = bindings.iter().map(|binding| hash(binding)).collect();
     let database = context.database.clone();
@@ -81,7 +88,7 @@ pub async fn log_in_by_code(
             })
             .await
     };
-    context.to_its_end(work).await
+    Ok(logged_in(context.run_to_completion(work).await?, "code"))
 }
 
 /// As the account of this profile, in one step.
@@ -97,16 +104,22 @@ pub async fn log_in_by_profile(
             .run(async |connection| identities::log_in(connection, &profile, &device, lifetime).await)
             .await
     };
-    context.to_its_end(work).await
+    context.run_to_completion(work).await
 }
 
-/// The user of a profile that comes with each request and needs no session here.
+/// The user of a profile that comes with each request and needs no session.
 pub async fn provision(context: &Context, profile: Profile) -> Result<Arrived, StoreError> {
     let database = context.database.clone();
     let work = async move {
         database.run(async |connection| identities::provision(connection, &profile).await).await
     };
-    context.to_its_end(work).await
+    context.run_to_completion(work).await
+}
+
+fn logged_in(login: Option<(User, Session)>, by: &'static str) -> LogInOutcome {
+    let Some((user, session)) = login else { return LogInOutcome::Unknown };
+    tracing::info!(user.id = %user.id, session.id = %session.id, by, "user logged in");
+    LogInOutcome::LoggedIn(user, session)
 }
 
 /// 256 random bits: no hash of them needs to be slow or salted.

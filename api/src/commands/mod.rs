@@ -1,8 +1,8 @@
-//! What a user can change, one file per change. A command runs its one statement and publishes what was committed. Once
-//! begun it goes on to its end, also when the client hangs up: what is committed is published.
+//! Changes that a user can make, one file and one outcome type each. A command runs its one statement and publishes the
+//! committed events. Once begun it runs to completion even if the client hangs up, so that what is committed is published.
 
 pub mod block_user;
-pub mod end_session;
+pub mod end_sessions;
 pub mod log_in;
 pub mod mark_read;
 pub mod post_message;
@@ -20,11 +20,11 @@ use tracing::Instrument;
 use crate::{
     publisher::Publisher,
     request_context::RequestContext,
-    store::{Database, StoreError},
+    store::{Appended, Database, StoreError},
 };
 
-/// Commands under way at once. Requests beyond it wait, as part of their connections.
-const UNDER_WAY: usize = 1_024;
+/// Commands that run at the same time. Further requests wait, as part of their connections.
+const MAX_RUNNING: usize = 1_024;
 
 /// What commands work with.
 #[derive(Clone)]
@@ -32,45 +32,45 @@ pub struct Context {
     pub database: Database,
     pub publisher: Publisher,
     tracer: Tracer,
-    places: Arc<Semaphore>,
+    permits: Arc<Semaphore>,
 }
 
 impl Context {
     pub fn new(database: Database, publisher: Publisher, tracer: Tracer) -> Self {
-        Self { database, publisher, tracer, places: Arc::new(Semaphore::new(UNDER_WAY)) }
+        Self { database, publisher, tracer, permits: Arc::new(Semaphore::new(MAX_RUNNING)) }
     }
 
-    /// Runs the one statement of a change, as a span below which its events hang.
+    /// Runs the one statement of a change as a span, the parent of its events' spans, and publishes the events.
     async fn commit<T>(
         &self,
         actor: Actor,
         mut request: RequestContext,
-        change: impl AsyncFnOnce(&mut PgConnection, &RequestContext) -> sqlx::Result<T> + Clone,
+        change: impl AsyncFnOnce(&mut PgConnection, &RequestContext) -> sqlx::Result<(T, Vec<Appended>)> + Clone,
     ) -> Result<T, StoreError> {
         let mut span = self.tracer.child(request.trace, "commit", SpanKind::Client);
         span.text("db.system.name", "postgresql");
         span.text("user.id", actor.user);
         request.trace = span.context().or(request.trace);
         let done = self.database.run(async |connection| change(connection, &request).await).await;
-        match &done {
-            Ok(_) => {}
-            // What the database says stays in the log.
-            Err(StoreError::Unavailable(_)) => span.fail("the database does not answer"),
-            Err(StoreError::Fault(_)) => span.fail("the database refuses"),
-        }
-        done
+        let (outcome, events) = done.inspect_err(|error| match error {
+            // The database's own words stay in the log.
+            StoreError::Unavailable(_) => span.fail("the database does not answer"),
+            StoreError::Fault(_) => span.fail("the database rejected the statement"),
+        })?;
+        self.publisher.publish(events);
+        Ok(outcome)
     }
 
-    /// Runs `work` apart from the request, so that a client who goes away does not stop it half way.
+    /// Runs `work` in a task of its own, which continues if the client hangs up.
     #[expect(clippy::disallowed_methods, reason = "its request awaits it")]
-    async fn to_its_end<T: Send + 'static>(
+    async fn run_to_completion<T: Send + 'static>(
         &self,
         work: impl Future<Output = Result<T, StoreError>> + Send + 'static,
     ) -> Result<T, StoreError> {
-        let place = self.places.clone().acquire_owned().await.expect("the semaphore is never closed");
+        let permit = self.permits.clone().acquire_owned().await.expect("the semaphore is never closed");
         let task = async move {
             let result = work.await;
-            drop(place);
+            drop(permit);
             result
         };
         match tokio::spawn(task.in_current_span()).await {
@@ -81,21 +81,10 @@ impl Context {
     }
 }
 
-/// Who commands, by a token whose signature was checked. The statement itself checks that the session still lives.
+/// The user of a command, by a verified token. The statement itself checks that the session is live.
 #[derive(Debug, Clone, Copy)]
 pub struct Actor {
     pub user: UserId,
-    /// None: by a external issuer's token, which has no session here and is good until it expires.
+    /// `None` with an external issuer's token, which has no session here and is valid until it expires.
     pub session: Option<SessionId>,
-}
-
-/// Why a command was not carried out.
-#[derive(Debug, thiserror::Error)]
-pub enum CommandError<Refusal: std::error::Error> {
-    #[error("the session has ended")]
-    NoSession,
-    #[error(transparent)]
-    Refused(Refusal),
-    #[error(transparent)]
-    Store(#[from] StoreError),
 }

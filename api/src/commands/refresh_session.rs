@@ -1,4 +1,4 @@
-//! A user goes on: the session lives for another lifetime from now.
+//! A user extends their session by another lifetime from now.
 
 use std::time::Duration;
 
@@ -8,18 +8,25 @@ use crate::store::{
     sessions::{self, Session},
 };
 
-/// `None`: the session has ended, or there is none: a external token is renewed where it came from.
+#[derive(Debug, Clone, Copy)]
+pub enum RefreshSessionOutcome {
+    Refreshed(Session),
+    /// It has ended, or there is none: an external token is renewed by its issuer.
+    NoSession,
+}
+
 pub async fn refresh_session(
     context: &Context,
     actor: Actor,
     lifetime: Duration,
-) -> Result<Option<Session>, StoreError> {
-    let Some(session) = actor.session else { return Ok(None) };
+) -> Result<RefreshSessionOutcome, StoreError> {
+    let Some(session) = actor.session else { return Ok(RefreshSessionOutcome::NoSession) };
     let database = context.database.clone();
     let work = async move {
         database
             .run(async |connection| sessions::slide(connection, session, actor.user, lifetime).await)
             .await
     };
-    context.to_its_end(work).await
+    let session = context.run_to_completion(work).await?;
+    Ok(session.map_or(RefreshSessionOutcome::NoSession, RefreshSessionOutcome::Refreshed))
 }

@@ -1,53 +1,24 @@
 //! A user starts a conversation with another one.
 
-use protocol::ids::ConversationId;
-use serde_json::value::RawValue;
-use thiserror::Error;
-
-use super::{Actor, CommandError, Context};
+use super::{Actor, Context};
+pub use crate::store::conversations::StartConversationOutcome;
 use crate::{
     request_context::RequestContext,
-    store::conversations::{self, Started},
+    store::{StoreError, conversations},
 };
-
-#[derive(Debug)]
-pub enum Outcome {
-    /// As the starter was told by the event: the same JSON.
-    Created(ConversationId, Box<RawValue>),
-    Exists(ConversationId),
-}
-
-#[derive(Debug, Error)]
-pub enum Refusal {
-    #[error("nobody has this name")]
-    NoUser,
-    #[error("the name is the caller's own")]
-    Oneself,
-}
 
 pub async fn start_conversation(
     context: &Context,
     actor: Actor,
     username: String,
     request: RequestContext,
-) -> Result<Outcome, CommandError<Refusal>> {
+) -> Result<StartConversationOutcome, StoreError> {
     let commands = context.clone();
     let work = async move {
-        let started = commands
-            .commit(actor, request, async |connection, request| {
-                conversations::start(connection, actor.session, actor.user, &username, request).await
-            })
-            .await?;
-        Ok(match started {
-            Started::Created(id, seen, events) => {
-                commands.publisher.publish(events);
-                Ok(Outcome::Created(id, seen))
-            }
-            Started::Exists(id) => Ok(Outcome::Exists(id)),
-            Started::NoUser => Err(CommandError::Refused(Refusal::NoUser)),
-            Started::Oneself => Err(CommandError::Refused(Refusal::Oneself)),
-            Started::NoSession => Err(CommandError::NoSession),
-        })
+        let start = async |connection: &mut _, request: &_| {
+            conversations::start(connection, actor.session, actor.user, &username, request).await
+        };
+        commands.commit(actor, request, start).await
     };
-    context.to_its_end(work).await?
+    context.run_to_completion(work).await
 }

@@ -1,23 +1,21 @@
-//! Who is calling: a token from the `Authorization` header, else from the session cookie; signed by us, and of a session
-//! that still lives. And where from: a cookie is sent by whatever page asks, so then the page must be ours.
-//!
-//! A session that was found to have ended is remembered in one place, whichever handler found it: [`Auth::answered`].
+//! Authentication: which tokens are accepted, whose they are, from which page a cookie may come; and the tokens and cookies
+//! that are issued.
 
 use std::{sync::Arc, time::Duration};
 
 use chrono::{DateTime, Utc};
-use http::{HeaderValue, StatusCode};
+use http::HeaderValue;
 use jsonwebtoken::jwk::JwkSet;
 use protocol::{
     claims::{Audience, Claims, KeySet, SigningKeys},
     feed::{Identity, Login},
-    ids::{SessionId, UserId},
+    ids::UserId,
     keys_version::{KeysVersion, Version},
     position::Position,
 };
 use service_kit::{cookies::Cookies, ended::EndedSessions, http::PresentedTokens, origins::Origins};
 
-use super::{error::ApiError, request::Inbound};
+use super::{Answer, error::ApiError, request::Inbound};
 use crate::{
     commands::{Actor, Context},
     domain::user::User,
@@ -25,7 +23,7 @@ use crate::{
     last_used::LastUsed,
     request_context::RequestContext,
     store::{
-        Database,
+        StoreError,
         sessions::{self, Session},
     },
 };
@@ -41,11 +39,11 @@ pub struct Auth {
     used: LastUsed,
     ended: EndedSessions,
     context: Context,
-    /// Whose tokens are accepted besides our own.
+    /// The other issuer whose tokens are accepted.
     external: Option<Arc<External>>,
 }
 
-/// How long what we hand out is good.
+/// How long sessions and tokens are valid.
 #[derive(Debug, Clone, Copy)]
 pub struct Lifetimes {
     /// A session from its last refresh, and an `api` token at most.
@@ -54,25 +52,40 @@ pub struct Lifetimes {
     pub stream_token: Duration,
 }
 
-/// A caller whose token is good; whether the session lives is asked next, alone or as a part of a command.
+/// A valid token. Whether its session is live is checked next, alone or by the statement of a command.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Credential {
     pub(super) actor: Actor,
     from_cookie: bool,
-    /// Of the token, in seconds since 1970.
-    pub(super) expires_at: i64,
+    /// In seconds since 1970.
+    expires_at: i64,
 }
 
-/// A caller whose session lives.
+/// The caller of a command. The command itself checks that the session is live.
 #[derive(Debug)]
 pub(super) struct Caller {
     pub(super) actor: Actor,
+    /// When the token expires, in seconds since 1970.
+    pub(super) expires_at: i64,
+    pub(super) context: RequestContext,
+}
+
+impl Caller {
+    pub(super) fn new(Credential { actor, expires_at, .. }: Credential, context: RequestContext) -> Self {
+        Self { actor, expires_at, context }
+    }
+}
+
+/// A caller whose session is live.
+#[derive(Debug)]
+pub(super) struct Reader {
+    pub(super) actor: Actor,
     pub(super) user: User,
-    /// Their place in their feed, before anything else was read.
+    /// Their position in their feed before anything else was read.
     pub(super) cursor: Position,
 }
 
-/// What is handed out.
+/// An issued token.
 pub(super) struct Token {
     pub(super) text: String,
     pub(super) expires_at: DateTime<Utc>,
@@ -99,18 +112,17 @@ impl Auth {
         Self { version, external, ..self }
     }
 
-    /// Of the keys by which tokens are checked here.
+    /// The version of the keys by which tokens are verified.
     pub fn keys_version(&self) -> KeysVersion {
         let external = self.external.as_ref().and_then(|external| external.version());
         KeysVersion { configured: self.version.clone(), external }
     }
 
-    /// Where the use of sessions is noted.
     pub(super) fn used(&self) -> &LastUsed {
         &self.used
     }
 
-    /// How long a session lives without being refreshed.
+    /// How long a session lives from its last refresh.
     pub(super) fn lifetime(&self) -> Duration {
         self.lifetimes.session
     }
@@ -119,13 +131,13 @@ impl Auth {
         self.keys.jwks()
     }
 
-    /// A token for exactly as long as its session.
+    /// A token that is valid for as long as its session.
     pub(super) fn issue(&self, user: UserId, session: Session) -> Token {
         let actor = Actor { user, session: Some(session.id) };
         self.sign(actor, session.expires_at, Audience::Api, self.lifetimes.session, None)
     }
 
-    /// A token that opens streams for a while; what it opens may last until `ends_at`, the end of the session.
+    /// A token that opens streams. An open stream may last until `ends_at`, the end of the session.
     pub(super) fn issue_for_stream(&self, actor: Actor, ends_at: DateTime<Utc>) -> Token {
         let session_exp = Some(ends_at.timestamp());
         self.sign(actor, ends_at, Audience::Stream, self.lifetimes.stream_token, session_exp)
@@ -140,8 +152,7 @@ impl Auth {
         session_exp: Option<i64>,
     ) -> Token {
         let now = Utc::now();
-        // Whole seconds, rounded down: never past the session, whose end is by the database's clock, nor longer than a
-        // token may live by ours.
+        // Rounded down to seconds: never past the session, which ends by the database's clock, nor past `lifetime`.
         let exp = ends_at.min(now + lifetime).timestamp();
         let claims = Claims {
             sub: actor.user,
@@ -161,122 +172,109 @@ impl Auth {
         self.cookies.set(self.cookies.session(), &token.text, age.try_into().unwrap_or(0))
     }
 
-    /// The browser forgets the cookie.
+    /// Makes the browser delete the cookie.
     pub(super) fn no_cookie(&self) -> HeaderValue {
         self.cookies.set(self.cookies.session(), "", 0)
     }
 
-    /// What can be said of the caller without asking the database. A bad credential is not made up for by another one.
+    /// The credential, checked without the database.
     pub(super) async fn credential(&self, inbound: &Inbound) -> Result<Credential, ApiError> {
         let PresentedTokens { tokens, from_cookie } =
             PresentedTokens::find(&inbound.headers, None, &self.cookies).ok_or(ApiError::Unauthorized)?;
-        let credential = self.first_good(&tokens, from_cookie).await?;
+        let credential = Credential { from_cookie, ..self.first_valid(&tokens).await? };
         let Actor { user, session } = credential.actor;
         if let Some(session) = session {
             self.used.note(Login { user, session });
         }
-        inbound.context.note_caller(user, session);
+        inbound.context.note_caller(user);
         Ok(credential)
     }
 
-    /// Beside our cookie may be others of its name, of other programs or of other times: the first good one counts.
-    async fn first_good(&self, tokens: &[String], from_cookie: bool) -> Result<Credential, ApiError> {
-        let mut good = Vec::new();
-        let mut refusal = ApiError::Unauthorized;
+    /// There may be several cookies of our name, from other programs or older deployments: the first valid one counts.
+    async fn first_valid(&self, tokens: &[String]) -> Result<Credential, ApiError> {
+        let mut valid = Vec::new();
+        let mut error = ApiError::Unauthorized;
         for token in tokens {
-            match self.verify(token, from_cookie).await {
-                Ok(credential) => good.push(credential),
+            match self.verify(token).await {
+                Ok(credential) => valid.push(credential),
                 Err(ApiError::Unauthorized) => {}
-                Err(cannot_be_told) => refusal = cannot_be_told,
+                Err(unknown) => error = unknown,
             }
         }
-        match good[..] {
-            [] => Err(refusal),
+        match valid[..] {
+            [] => Err(error),
             [only] => Ok(only),
-            _ => self.first_live(&good).await,
+            _ => self.first_live(&valid).await,
         }
     }
 
-    /// Of several, which hardly ever are, one whose session lives. Of one it is asked later, as a part of what it is for.
+    /// Of several valid ones, which are rare, the first whose session is live.
     async fn first_live(&self, credentials: &[Credential]) -> Result<Credential, ApiError> {
         for credential in credentials {
-            let Actor { user, session } = credential.actor;
-            let live = async |connection: &mut _| sessions::is_live(connection, session, user).await;
-            if self.context.database.run(live).await? {
+            if self.is_live(credential.actor).await? {
                 return Ok(*credential);
             }
-            self.remember_ended(user, session);
+            self.remember_ended(credential.actor);
         }
         Err(ApiError::Unauthorized)
     }
 
-    async fn verify(&self, token: &str, from_cookie: bool) -> Result<Credential, ApiError> {
+    async fn verify(&self, token: &str) -> Result<Credential, ApiError> {
         if let Some(external) = self.external.as_ref().filter(|external| external.issued(token)) {
-            let claims = external.verify(token).await?;
+            let claims = external.verify(token).await.inspect_err(|error| {
+                tracing::debug!(reason = %error, "external token rejected");
+            })?;
             let user = external.user_of(&self.context, &Identity::from(&claims)).await?;
             let actor = Actor { user, session: None };
-            return Ok(Credential { actor, from_cookie, expires_at: claims.exp });
+            return Ok(Credential { actor, from_cookie: false, expires_at: claims.exp });
         }
         let claims = self.verifier.verify(token, &[Audience::Api]).map_err(|error| {
-            tracing::debug!(reason = %error, "token refused");
+            tracing::debug!(reason = %error, "token rejected");
             ApiError::Unauthorized
         })?;
         if claims.sid.is_some_and(|session| self.ended.contains(claims.sub, session)) {
             return Err(ApiError::Unauthorized);
         }
         let actor = Actor { user: claims.sub, session: claims.sid };
-        Ok(Credential { actor, from_cookie, expires_at: claims.exp })
+        Ok(Credential { actor, from_cookie: false, expires_at: claims.exp })
     }
 
-    /// 401, then 403: the whole question, in one query.
-    pub(super) async fn caller(&self, database: &Database, inbound: &Inbound) -> Result<Caller, ApiError> {
-        let credential = self.credential(inbound).await?;
+    /// The caller, if their session is live.
+    pub(super) async fn reader(&self, credential: Credential) -> Result<Reader, ApiError> {
         let actor = credential.actor;
-        let found = database
-            .run(async |connection| sessions::caller(connection, actor.session, actor.user).await)
-            .await?;
-        let (user, cursor) = found.ok_or(ApiError::Unauthorized)?;
-        self.check_origin(credential, inbound)?;
-        Ok(Caller { actor, user, cursor })
+        let find = async |connection: &mut _| sessions::caller(connection, actor.session, actor.user).await;
+        let (user, cursor) = self.context.database.run(find).await?.ok_or(ApiError::Unauthorized)?;
+        Ok(Reader { actor, user, cursor })
     }
 
-    /// For commands, whose own statement asks whether the session lives: one round trip less. When the request is refused
-    /// before it gets there, the question is asked now, because 401 goes before whatever `input` says.
-    pub(super) async fn or_unauthorized<T>(
-        &self,
-        database: &Database,
-        credential: Credential,
-        input: Result<T, ApiError>,
-    ) -> Result<T, ApiError> {
-        if input.is_err() {
-            let actor = credential.actor;
-            let live = database
-                .run(async |connection| sessions::is_live(connection, actor.session, actor.user).await)
-                .await?;
-            if !live {
-                return Err(ApiError::Unauthorized);
-            }
-        }
-        input
-    }
-
-    /// Inspects every answer. A 401 to a valid token means that its session has ended: from now on the token is refused before
-    /// anything is counted. Otherwise it could still use up the limits of its user.
-    pub(super) fn answered(&self, context: &RequestContext, status: StatusCode) {
-        if let Some((user, session)) = context.caller()
-            && status == StatusCode::UNAUTHORIZED
-        {
-            self.remember_ended(user, session);
+    /// The error of a request that ends before its command has checked the session.
+    pub(super) async fn unauthorized_or(&self, actor: Actor, error: ApiError) -> ApiError {
+        match self.is_live(actor).await {
+            Ok(true) => error,
+            Ok(false) => ApiError::Unauthorized,
+            Err(failure) => failure.into(),
         }
     }
 
-    fn remember_ended(&self, user: UserId, session: Option<SessionId>) {
+    async fn is_live(&self, Actor { user, session }: Actor) -> Result<bool, StoreError> {
+        self.context.database.run(async |connection| sessions::is_live(connection, session, user).await).await
+    }
+
+    /// A 401 to a valid token means that its session has ended. From then on the token is rejected before any rate limit:
+    /// otherwise it could still use up the limits of its user.
+    pub(super) fn note_ended(&self, actor: Actor, answer: &Answer) {
+        if let Err(ApiError::Unauthorized) = answer {
+            self.remember_ended(actor);
+        }
+    }
+
+    fn remember_ended(&self, Actor { user, session }: Actor) {
         if let Some(session) = session {
             self.ended.note(user, session);
         }
     }
 
-    /// 403: a cookie proves who sends, not who meant it.
+    /// Browsers send a cookie for any page, so the page must be ours.
     pub(super) fn check_origin(&self, credential: Credential, inbound: &Inbound) -> Result<(), ApiError> {
         if credential.from_cookie {
             self.origins.check_cookie(&inbound.method, &inbound.headers)?;

@@ -1,45 +1,35 @@
-//! Whom a user does not want to hear from.
+//! Blocking other users.
 
 use std::sync::Arc;
 
-use http::{Method, StatusCode};
+use http::StatusCode;
 use protocol::ids::UserId;
-use warp::Filter;
 
 use super::{
-    Answer, Api, Resource, empty,
+    Answer, Api,
+    auth::Caller,
+    empty,
     error::ApiError,
-    otherwise,
-    request::{Inbound, PathId, inbound},
-    with,
+    request::{Inbound, NoBody},
 };
-use crate::commands::block_user::{NoSuchUser, block_user, unblock_user};
+use crate::commands::block_user::{BlockUserOutcome, block_user, unblock_user};
 
-/// The macro for paths takes a name, not a type with parameters.
-type InPath = PathId<UserId>;
-
-pub(super) fn block(api: &Arc<Api>) -> Resource {
-    let path = warp::path!("api" / "blocks" / InPath);
-    let change = warp::put().or(warp::delete()).unify();
-    let change = path.and(change).and(inbound()).and(with(api)).then(change_block);
-    let other = path.map(|_| ()).untuple_one().and(otherwise("PUT, DELETE"));
-    change.or(other).unify().boxed()
+pub(super) fn user(inbound: &Inbound, _: NoBody) -> Result<UserId, ApiError> {
+    inbound.id().ok_or(ApiError::NO_USER)
 }
 
-async fn change_block(id: InPath, inbound: Inbound, api: Arc<Api>) -> Answer {
-    let credential = api.auth.credential(&inbound).await?;
-    let input = api.auth.check_origin(credential, &inbound).and_then(|()| id.or(ApiError::NO_USER));
-    let other = api.auth.or_unauthorized(&api.context.database, credential, input).await?;
-    if inbound.method == Method::PUT {
-        block_user(&api.context, credential.actor, other).await?;
-    } else {
-        unblock_user(&api.context, credential.actor, other).await?;
-    }
-    Ok(empty(StatusCode::NO_CONTENT))
+pub(super) async fn block(api: Arc<Api>, caller: Caller, other: UserId) -> Answer {
+    answer(block_user(&api.context, caller.actor, other).await?)
 }
 
-impl From<NoSuchUser> for ApiError {
-    fn from(NoSuchUser: NoSuchUser) -> Self {
-        Self::NO_USER
+pub(super) async fn unblock(api: Arc<Api>, caller: Caller, other: UserId) -> Answer {
+    answer(unblock_user(&api.context, caller.actor, other).await?)
+}
+
+fn answer(outcome: BlockUserOutcome) -> Answer {
+    match outcome {
+        BlockUserOutcome::Done => Ok(empty(StatusCode::NO_CONTENT)),
+        BlockUserOutcome::NoUser => Err(ApiError::NO_USER),
+        BlockUserOutcome::NoSession => Err(ApiError::Unauthorized),
     }
 }

@@ -1,5 +1,4 @@
-//! What all requests and answers have in common, around the routes: the client's address, the request's span in the logs, the
-//! completion of problems, the metrics.
+//! Around the routes of a listener: the client's address, the request's log span and trace, its log line and its metrics.
 
 use std::{
     convert::Infallible,
@@ -14,7 +13,6 @@ use std::{
 };
 
 use http::{HeaderMap, Request};
-use protocol::problem::Problem;
 use service_kit::{
     client_address::{ClientAddress, TrustedProxies},
     http::request_id,
@@ -25,7 +23,7 @@ use tower_service::Service;
 use tracing::{Instrument, field::Empty};
 use warp::reply::Response;
 
-use super::Label;
+use super::{Label, error::Fault};
 use crate::{
     metrics::{self, Metrics},
     request_context::RequestContext,
@@ -42,24 +40,24 @@ pub struct Edge<S> {
 
 struct Proxies {
     trusted: TrustedProxies,
-    /// Said once, not for every request.
-    told_of_another: AtomicBool,
+    /// Logged once, not for every request.
+    has_warned: AtomicBool,
 }
 
 impl<S> Edge<S> {
     pub fn new(routes: S, trusted: TrustedProxies, tracer: Tracer, metrics: Metrics) -> Self {
-        let proxies = Arc::new(Proxies { trusted, told_of_another: AtomicBool::new(false) });
+        let proxies = Arc::new(Proxies { trusted, has_warned: AtomicBool::new(false) });
         Self { routes, proxies, tracer, metrics }
     }
 }
 
 impl Proxies {
     fn client(&self, peer: SocketAddr, headers: &HeaderMap) -> IpAddr {
-        if self.trusted.is_unheard(peer.ip(), headers) && !self.told_of_another.swap(true, Ordering::Relaxed)
-        {
+        if self.trusted.is_unheard(peer.ip(), headers) && !self.has_warned.swap(true, Ordering::Relaxed) {
             tracing::warn!(
                 peer = %peer.ip(),
-                "a peer that TRUSTED_PROXIES does not name sends X-Forwarded-For: if it is the ingress, all its clients count as one"
+                "untrusted peer sends X-Forwarded-For; if it is the ingress, add it to TRUSTED_PROXIES: until then all its \
+                 clients count as one"
             );
         }
         self.trusted.client(peer.ip(), headers)
@@ -87,7 +85,7 @@ where
         let trace = traced.context().or_else(|| self.tracer.pass_on(given));
         let context = RequestContext::new(request_id.clone(), trace);
         let method = request.method().clone();
-        let PeerAddr(peer) = *request.extensions().get().expect("the accept loop tells the peer's address");
+        let PeerAddr(peer) = *request.extensions().get().expect("the accept loop sets the peer's address");
         let client = self.proxies.client(peer, request.headers());
         // The path and nothing of the query, which may hold a token.
         let path = request.uri().path();
@@ -102,9 +100,8 @@ where
         let answer = span.in_scope(|| self.routes.call(request));
         let metrics = self.metrics.clone();
         let work = async move {
-            let Ok(response) = answer.await;
+            let Ok(mut response) = answer.await;
             let route = response.extensions().get::<Label>().map_or("none", |label| label.0);
-            let response = complete(response, &request_id);
             let (status, took) = (response.status().as_u16(), began.elapsed());
             metrics.answered(route, &method, status, took);
             let known = metrics::known(&method);
@@ -113,13 +110,16 @@ where
             traced.text("http.route", route);
             traced.number("http.response.status_code", status.into());
             traced.text("request.id", &request_id);
-            if let Some((user, _)) = context.caller() {
+            if let Some(user) = context.caller() {
                 traced.text("user.id", user);
             }
             if status >= 500 {
                 traced.fail(status);
             }
-            tracing::debug!(route, status, took_ms = took.as_secs_f64() * 1e3, "answered");
+            if let Some(fault) = response.extensions_mut().remove::<Fault>() {
+                fault.log();
+            }
+            tracing::debug!(route, status, took_ms = took.as_secs_f64() * 1e3, "request answered");
             Ok(response)
         };
         Box::pin(work.instrument(span))
@@ -128,15 +128,4 @@ where
 
 fn traceparent(headers: &HeaderMap) -> Option<TraceContext> {
     headers.get("traceparent")?.to_str().ok()?.parse().ok()
-}
-
-/// An answer that is a problem gets its body, which names the request.
-fn complete(mut response: Response, request_id: &str) -> Response {
-    if let Some(mut problem) = response.extensions_mut().remove::<Problem>() {
-        problem.request_id = request_id.to_owned();
-        let (parts, _) = response.into_parts();
-        response = problem.into_response();
-        response.headers_mut().extend(parts.headers);
-    }
-    response
 }

@@ -1,18 +1,20 @@
-//! How a failure is answered. Nothing else knows that a failure has a status, a code and a sentence.
+//! How a failure is answered. Only this file knows statuses, codes and sentences.
+
+use std::sync::Arc;
 
 use http::{HeaderValue, StatusCode, header};
 use protocol::problem::Problem;
 use service_kit::{limiter::Over, origins::OriginNotAllowed};
 use warp::reply::Response;
 
-use crate::{commands::CommandError, external::ExternalError, store::StoreError};
+use crate::{external::ExternalError, store::StoreError};
 
 #[derive(Debug)]
 pub(super) enum ApiError {
     /// Code and sentence.
     NotFound(&'static str, &'static str),
-    /// What is allowed instead.
-    MethodNotAllowed(&'static str),
+    /// The value of `Allow`.
+    MethodNotAllowed(HeaderValue),
     ContentType,
     Unauthorized,
     OriginNotAllowed(OriginNotAllowed),
@@ -24,7 +26,7 @@ pub(super) enum ApiError {
     BadBody(String),
     /// Field and sentence.
     Unacceptable(&'static str, String),
-    /// It cannot be told whether a external token is good.
+    /// An external token cannot be verified without its issuer's keys.
     NoExternalKeys,
     Store(StoreError),
 }
@@ -39,8 +41,8 @@ impl ApiError {
         Self::Unacceptable(field, sentence.into())
     }
 
-    /// A response whose problem still lacks the request's id: the edge, which knows it, completes it.
-    pub(super) fn into_response(self) -> Response {
+    /// A fault of ours goes into the response's extensions, where the edge finds it for the log.
+    pub(super) fn into_response(self, request_id: &str) -> Response {
         let (status, code, message) = match &self {
             Self::NotFound(code, sentence) => (StatusCode::NOT_FOUND, *code, (*sentence).to_owned()),
             Self::MethodNotAllowed(_) => {
@@ -77,33 +79,47 @@ impl ApiError {
                 (StatusCode::INTERNAL_SERVER_ERROR, "internal", "Internal server error".into())
             }
         };
-        let mut problem = Problem::new(status, code, message, "");
-        let mut extra = None;
-        match self {
-            Self::MethodNotAllowed(allow) => extra = Some((header::ALLOW, HeaderValue::from_static(allow))),
-            Self::Unauthorized => {
-                extra = Some((header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer")));
-            }
-            Self::RateLimited(over) => {
-                extra = Some((header::RETRY_AFTER, HeaderValue::from(over.retry_after())));
-            }
-            Self::Unacceptable(field, sentence) => {
-                problem.errors.insert(field.into(), sentence);
-            }
-            Self::NoExternalKeys => extra = Some((header::RETRY_AFTER, HeaderValue::from_static("5"))), // Its source logs why.
-            Self::Store(StoreError::Unavailable(reason)) => {
-                tracing::warn!(reason, "the database is not available");
-                extra = Some((header::RETRY_AFTER, HeaderValue::from_static("1")));
-            }
-            Self::Store(StoreError::Fault(error)) => tracing::error!(%error, "a request failed"),
-            _ => {}
+        let mut problem = Problem::new(status, code, message, request_id);
+        if let Self::Unacceptable(field, sentence) = &self {
+            problem.errors.insert((*field).into(), sentence.clone());
         }
-        let mut response = super::empty(status);
-        if let Some((name, value)) = extra {
-            response.headers_mut().insert(name, value);
+        let mut response: Response = problem.into_response();
+        let header = match &self {
+            Self::MethodNotAllowed(allow) => Some((header::ALLOW, allow.clone())),
+            Self::Unauthorized => Some((header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"))),
+            Self::RateLimited(over) => Some((header::RETRY_AFTER, over.retry_after().into())),
+            Self::NoExternalKeys => Some((header::RETRY_AFTER, HeaderValue::from_static("5"))),
+            Self::Store(StoreError::Unavailable(_)) => {
+                Some((header::RETRY_AFTER, HeaderValue::from_static("1")))
+            }
+            _ => None,
+        };
+        response.headers_mut().extend(header);
+        if let Self::Store(error) = self {
+            response.extensions_mut().insert(Fault::from(error));
         }
-        response.extensions_mut().insert(problem);
         response
+    }
+}
+
+/// In a response's extensions: why a request failed that was not at fault.
+#[derive(Debug, Clone)]
+pub(super) struct Fault(Arc<StoreError>);
+
+impl Fault {
+    pub(super) fn log(&self) {
+        match &*self.0 {
+            StoreError::Unavailable(reason) => {
+                tracing::warn!(reason, "postgres is unavailable; the request was rejected");
+            }
+            StoreError::Fault(error) => tracing::error!(%error, "request failed"),
+        }
+    }
+}
+
+impl From<StoreError> for Fault {
+    fn from(error: StoreError) -> Self {
+        Self(Arc::new(error))
     }
 }
 
@@ -128,23 +144,9 @@ impl From<StoreError> for ApiError {
 impl From<ExternalError> for ApiError {
     fn from(error: ExternalError) -> Self {
         match error {
-            ExternalError::Token(error) => {
-                tracing::debug!(reason = %error, "a external token was refused");
-                Self::Unauthorized
-            }
-            ExternalError::Subject => Self::Unauthorized,
+            ExternalError::Token(_) | ExternalError::Subject => Self::Unauthorized,
             ExternalError::NoKeys => Self::NoExternalKeys,
             ExternalError::Store(error) => Self::Store(error),
-        }
-    }
-}
-
-impl<R: std::error::Error + Into<ApiError>> From<CommandError<R>> for ApiError {
-    fn from(error: CommandError<R>) -> Self {
-        match error {
-            CommandError::NoSession => Self::Unauthorized,
-            CommandError::Refused(refusal) => refusal.into(),
-            CommandError::Store(error) => Self::Store(error),
         }
     }
 }

@@ -1,5 +1,5 @@
-//! What gateways ask: where feeds end, what follows a place, by which keys tokens are checked, who a external issuer's subjects
-//! are. On a listener of its own, behind a shared secret.
+//! Requests of gateways, on a listener of their own behind a shared secret: heads and ranges of feeds, public keys, and the
+//! users of an external issuer's subjects.
 
 use std::sync::Arc;
 
@@ -12,70 +12,52 @@ use protocol::{
     keys_version::KeysVersion,
 };
 use subtle::{Choice, ConstantTimeEq};
-use warp::Filter;
 
 use super::{
-    Answer, Api, Resource,
+    Answer, Api,
     error::ApiError,
-    json, otherwise, read,
-    request::{Inbound, inbound},
-    with,
+    json,
+    request::{Inbound, Json, NoBody},
 };
 use crate::store::{feed, sessions};
 
-/// The largest question: every pair and every login, with room for longer names of things.
+/// Room for [`MAX_PAIRS`] pairs and as many logins.
 const BODY_LIMIT: usize = 512 * 1024;
-/// Names and pictures are as long as their issuer likes, within a token that fits into a request's head.
+/// An issuer's names and pictures have no limit of their own, but their token fits into a request head.
 const IDENTITIES_LIMIT: usize = 16 * 1024 * 1024;
 
-pub(super) fn heads(api: &Arc<Api>) -> Resource {
-    let path = warp::path!("internal" / "feed" / "heads").boxed();
-    let post = path.clone().and(warp::post()).and(inbound()).and(with(api)).then(post_heads);
-    post.or(path.and(otherwise("POST"))).unify().boxed()
-}
-
-async fn post_heads(mut inbound: Inbound, api: Arc<Api>) -> Answer {
-    require_secret(&inbound, &api)?;
-    let asked: HeadsRequest = inbound.json(BODY_LIMIT).await?;
-    require_few(asked.users.len())?;
-    require_few(asked.logins.len())?;
-    // An open stream is use.
-    asked.logins.iter().for_each(|login| api.auth.used().note(*login));
+pub(super) async fn heads(
+    api: Arc<Api>,
+    _: Inbound,
+    Json(request): Json<HeadsRequest, BODY_LIMIT>,
+) -> Answer {
+    require_few(request.users.len())?;
+    require_few(request.logins.len())?;
+    // An open stream counts as use.
+    request.logins.iter().for_each(|login| api.auth.used().note(*login));
     let keys = api.auth.keys_version();
     let (heads, ended_logins) = api
         .context
         .database
         .run(async |connection| {
-            let heads = feed::heads(connection, &asked.users).await?;
-            Ok((heads, sessions::ended_logins(connection, &asked.logins).await?))
+            let heads = feed::heads(connection, &request.users).await?;
+            Ok((heads, sessions::ended_logins(connection, &request.logins).await?))
         })
         .await?;
     Ok(json(StatusCode::OK, &HeadsAnswer { heads, ended_logins, keys }))
 }
 
-pub(super) fn ranges(api: &Arc<Api>) -> Resource {
-    let path = warp::path!("internal" / "feed" / "ranges").boxed();
-    let post = path.clone().and(warp::post()).and(inbound()).and(with(api)).then(post_ranges);
-    post.or(path.and(otherwise("POST"))).unify().boxed()
+pub(super) async fn ranges(
+    api: Arc<Api>,
+    _: Inbound,
+    Json(request): Json<RangesRequest, BODY_LIMIT>,
+) -> Answer {
+    require_few(request.ranges.len())?;
+    let ranges = async |connection: &mut _| feed::ranges(connection, &request.ranges).await;
+    Ok(json(StatusCode::OK, &RangesAnswer { ranges: api.context.database.run(ranges).await? }))
 }
 
-async fn post_ranges(mut inbound: Inbound, api: Arc<Api>) -> Answer {
-    require_secret(&inbound, &api)?;
-    let asked: RangesRequest = inbound.json(BODY_LIMIT).await?;
-    require_few(asked.ranges.len())?;
-    let ranges =
-        api.context.database.run(async |connection| feed::ranges(connection, &asked.ranges).await).await?;
-    Ok(json(StatusCode::OK, &RangesAnswer { ranges }))
-}
-
-pub(super) fn keys(api: &Arc<Api>) -> Resource {
-    let path = warp::path!("internal" / "keys").boxed();
-    let get = path.clone().and(read()).and(inbound()).and(with(api)).then(get_keys);
-    get.or(path.and(otherwise("GET, HEAD"))).unify().boxed()
-}
-
-async fn get_keys(inbound: Inbound, api: Arc<Api>) -> Answer {
-    require_secret(&inbound, &api)?;
+pub(super) async fn keys(api: Arc<Api>, inbound: Inbound, _: NoBody) -> Answer {
     let (external_keys, external) = match &api.external {
         Some(external) => {
             let (keys, version) = external.published(inbound.query("kid").as_deref()).await;
@@ -87,24 +69,20 @@ async fn get_keys(inbound: Inbound, api: Arc<Api>) -> Answer {
     Ok(json(StatusCode::OK, &KeysAnswer { version, own: api.auth.jwks().clone(), external: external_keys }))
 }
 
-pub(super) fn identity(api: &Arc<Api>) -> Resource {
-    let path = warp::path!("internal" / "identity").boxed();
-    let post = path.clone().and(warp::post()).and(inbound()).and(with(api)).then(post_identity);
-    post.or(path.and(otherwise("POST"))).unify().boxed()
-}
-
-async fn post_identity(mut inbound: Inbound, api: Arc<Api>) -> Answer {
-    require_secret(&inbound, &api)?;
-    let asked: IdentityRequest = inbound.json(IDENTITIES_LIMIT).await?;
-    require_few(asked.identities.len())?;
+pub(super) async fn identity(
+    api: Arc<Api>,
+    _: Inbound,
+    Json(request): Json<IdentityRequest, IDENTITIES_LIMIT>,
+) -> Answer {
+    require_few(request.identities.len())?;
     let external = api.external.as_ref().ok_or(ApiError::NOT_FOUND)?;
-    let users = external.users_of(&api.context, &asked.identities).await?;
+    let users = external.users_of(&api.context, &request.identities).await?;
     Ok(json(StatusCode::OK, &IdentityAnswer { users }))
 }
 
-fn require_secret(inbound: &Inbound, api: &Api) -> Result<(), ApiError> {
+pub(super) fn require_secret(inbound: &Inbound, api: &Api) -> Result<(), ApiError> {
     let given = inbound.headers.get(header::AUTHORIZATION).map_or(&b""[..], |value| value.as_bytes());
-    // In constant time: how long a refusal takes says nothing about how much of a guess was right.
+    // In constant time, so that the time does not say how much of a guess was right.
     let is = |secret: &str| given.ct_eq(authorization(secret).as_bytes());
     let accepted = api.internal_secrets.iter().map(is).fold(Choice::from(0), |any, this| any | this);
     if bool::from(accepted) { Ok(()) } else { Err(ApiError::Unauthorized) }

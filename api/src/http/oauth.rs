@@ -1,11 +1,10 @@
-//! Logging in at a provider: there, back, and fetching the token. People come here by following links, so what goes wrong on
-//! the way is told to the page and not by a status: every way ends at `{ORIGIN}/callback`. Only who is over a limit is told so
-//! at once, by 429.
+//! Logging in at a provider: to the provider, back, and the exchange of a code for a token. Browsers come here by links, so
+//! failures are reported to the page at `{ORIGIN}/callback` and not by a status, except 429.
 //!
-//! Logging somebody in as somebody else is an attack too (login CSRF): whoever writes to whom they take for others, writes to the
-//! attacker. Three bonds prevent it. The state cookie ties the provider's answer to the browser that asked. The code that the
-//! callback gives is tied to a cookie of the same answer, so that a link with an attacker's code does nothing in another
-//! browser. And fetching needs a JSON body, which no external page can send without being asked about its origin first.
+//! Login CSRF, which logs a victim in as the attacker, is prevented three times. The state cookie binds the provider's answer
+//! to the browser that began. The code of the callback is bound to a cookie of the same answer, so a link with an attacker's
+//! code does nothing in another browser. The exchange needs a JSON body, which a page of another origin cannot send without a
+//! preflight.
 
 use std::{sync::Arc, time::Duration};
 
@@ -16,18 +15,16 @@ use service_kit::{
     cookies::{self, Cookies},
     secrets::Secrets,
 };
-use warp::{Filter, filters::BoxedFilter, reply::Response};
+use warp::reply::Response;
 
 use super::{
-    Answer, Api, Resource, empty,
-    error::ApiError,
+    Answer, Api, empty,
+    error::{ApiError, Fault},
     login::token_answer,
-    otherwise, read,
-    request::{BODY_LIMIT, Inbound, inbound},
-    with,
+    request::{Inbound, Json, NoBody},
 };
 use crate::{
-    commands::log_in::{self, Halves, arrive, log_in_by_code, log_in_by_profile},
+    commands::log_in::{self, Halves, LogInOutcome, arrive, log_in_by_code, log_in_by_profile},
     domain::user::Profile,
     metrics::Metrics,
     oauth::{
@@ -37,19 +34,18 @@ use crate::{
     store::{StoreError, identities::Arrived},
 };
 
-/// What a browser carries to the provider and back, a cookie for each attempt; and what it carries from the callback to the
-/// exchange, one for each code. The names go on with the beginning of the `state` or the code that it goes with: so logins
-/// in several tabs do not get in each other's way.
+/// Prefixes of cookies: one from here to the provider and back for each attempt, one from the callback to the exchange for
+/// each code. The beginning of the `state` or the code follows, so that logins in several tabs do not interfere.
 const ATTEMPT: &str = "login_";
 const BINDING: &str = "code_";
-/// So much of a secret of 256 bits is no secret.
-const TELLS_APART: usize = 8;
-/// Of each kind that a browser carries at once. The oldest give way: they were left behind.
+/// Characters of a secret of 256 bits that may be public.
+const NAME_CHARS: usize = 8;
+/// Cookies of each kind in one browser. The oldest, of abandoned logins, are removed.
 const CARRIED: usize = 4;
-/// Cookies that one answer takes back, at most.
-const TAKEN_BACK: usize = 16;
+/// Cookies that one answer removes, at most.
+const REMOVED: usize = 16;
 
-/// What these routes work with.
+/// What the routes of providers work with.
 pub struct SignIn {
     providers: Vec<Arc<Provider>>,
     origin: Origin,
@@ -71,12 +67,17 @@ impl SignIn {
         Self { providers, origin, cookies, seal, token_in_query, metrics }
     }
 
-    /// Of the providers that are configured.
+    /// The names of the configured providers.
     pub(super) fn names(&self) -> impl Iterator<Item = &'static str> {
         self.providers.iter().map(|provider| provider.name())
     }
 
-    /// The end of every login at a provider: its page, which is told this.
+    fn provider(&self, inbound: &Inbound) -> Result<&Provider, ApiError> {
+        let provider = self.providers.iter().find(|provider| provider.name() == inbound.parameters[0]);
+        provider.map(Arc::as_ref).ok_or(ApiError::NOT_FOUND)
+    }
+
+    /// Every login at a provider ends at this page.
     fn to_page(&self, parameters: &[(&str, &str)]) -> Response {
         let query = form_urlencoded::Serializer::new(String::new()).extend_pairs(parameters).finish();
         redirect(&format!("{}/callback?{query}", self.origin.as_str()))
@@ -84,39 +85,39 @@ impl SignIn {
 
     fn failed(&self, provider: &'static str, failure: &Failure) -> Response {
         if let Failure::AccessDenied = failure {
-            tracing::info!(provider, "a login ended: {failure}");
+            tracing::info!(provider, "login denied: {failure}");
         } else {
-            tracing::warn!(provider, outcome = failure.code(), "a login failed: {failure}");
+            tracing::warn!(provider, outcome = failure.code(), "login failed: {failure}");
         }
         self.metrics.login(provider, failure.code());
         self.to_page(&[("error", failure.code())])
     }
 
-    /// Also when the fault is ours a person stands at the page, not at a problem in JSON.
+    /// A person sees the page even if the fault is ours.
     fn not_stored(&self, provider: &'static str, error: StoreError) -> Response {
         let code = match &error {
             StoreError::Unavailable(_) => "unavailable",
             StoreError::Fault(_) => "internal",
         };
-        // Says in the log what it is.
-        let _ = ApiError::from(error).into_response();
         self.metrics.login(provider, code);
-        self.to_page(&[("error", code)])
+        let mut response = self.to_page(&[("error", code)]);
+        response.extensions_mut().insert(Fault::from(error));
+        response
     }
 
-    /// The name of the cookie that goes with a secret. `None`: it is none of ours.
+    /// The name of the cookie that belongs to a secret. `None` if the secret is not one of ours.
     fn cookie_of(&self, kind: &str, secret: &str) -> Option<String> {
-        let tells = secret.get(..TELLS_APART)?;
+        let tells = secret.get(..NAME_CHARS)?;
         let is_ours = tells.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_'));
         is_ours.then(|| self.cookies.name(&format!("{kind}{tells}")))
     }
 
-    /// What the browser carries of this kind for this secret.
+    /// The browser's cookies of this kind for this secret.
     fn carried<'a>(&self, headers: &'a HeaderMap, kind: &str, secret: &str) -> Vec<&'a str> {
         self.cookie_of(kind, secret).map_or_else(Vec::new, |name| cookies::values(headers, &name))
     }
 
-    /// Lets the browser that sent `headers` carry another one.
+    /// Adds a cookie to those of the browser that sent `headers`.
     fn carry(
         &self,
         response: &mut Response,
@@ -127,49 +128,24 @@ impl SignIn {
     ) {
         let name = self.cookie_of(kind, secret).expect("our secrets are base64");
         let carried = cookies::names(headers, &self.cookies.name(kind));
-        let too_many = (carried.len() + 1).saturating_sub(CARRIED).min(TAKEN_BACK);
-        let taken_back = carried[..too_many].iter().map(|name| self.cookies.set(name, "", 0));
-        for cookie in taken_back.chain([self.cookies.set(&name, value, age.as_secs())]) {
+        let excess = (carried.len() + 1).saturating_sub(CARRIED).min(REMOVED);
+        let removed = carried[..excess].iter().map(|name| self.cookies.set(name, "", 0));
+        for cookie in removed.chain([self.cookies.set(&name, value, age.as_secs())]) {
             response.headers_mut().append(header::SET_COOKIE, cookie);
         }
     }
 
-    /// The login is over, one way or the other.
-    fn take_back(&self, response: &mut Response, kind: &str, secret: &str) {
+    /// Removes the cookie: the login is over.
+    fn remove(&self, response: &mut Response, kind: &str, secret: &str) {
         if let Some(name) = self.cookie_of(kind, secret) {
             response.headers_mut().append(header::SET_COOKIE, self.cookies.set(&name, "", 0));
         }
     }
 }
 
-/// A path of each provider that has settings. One that has none is an unknown path like any other.
-fn of_each_provider(
-    api: &Arc<Api>,
-    resource: impl Fn(BoxedFilter<(Arc<Provider>,)>) -> Resource,
-    nowhere: Resource,
-) -> Resource {
-    api.sign_in.providers.iter().fold(nowhere, |others, provider| {
-        let name = provider.name();
-        let provider = provider.clone();
-        let path = warp::path("api").and(warp::path("oauth")).and(warp::path(name));
-        let path = path.map(move || provider.clone()).boxed();
-        resource(path).or(others).unify().boxed()
-    })
-}
-
-pub(super) fn start(api: &Arc<Api>) -> Resource {
-    let nowhere = warp::path!("api" / "oauth" / String).map(|_| Err(ApiError::NOT_FOUND)).boxed();
-    let resource = |path: BoxedFilter<(Arc<Provider>,)>| {
-        let path = path.and(warp::path::end()).boxed();
-        let get = path.clone().and(read()).and(inbound()).and(with(api)).then(get_start);
-        get.or(path.and(otherwise("GET, HEAD")).map(|_, answer| answer)).unify().boxed()
-    };
-    of_each_provider(api, resource, nowhere)
-}
-
-async fn get_start(provider: Arc<Provider>, inbound: Inbound, api: Arc<Api>) -> Answer {
-    api.limits.login(&inbound).await?;
+pub(super) async fn start(api: Arc<Api>, inbound: Inbound, _: NoBody) -> Answer {
     let sign_in = &api.sign_in;
+    let provider = sign_in.provider(&inbound)?;
     let begun = match provider.begin().await {
         Ok(begun) => begun,
         Err(failure) => return Ok(sign_in.failed(provider.name(), &failure)),
@@ -181,21 +157,9 @@ async fn get_start(provider: Arc<Provider>, inbound: Inbound, api: Arc<Api>) -> 
     Ok(response)
 }
 
-pub(super) fn callback(api: &Arc<Api>) -> Resource {
-    let nowhere =
-        warp::path!("api" / "oauth" / String / "callback").map(|_| Err(ApiError::NOT_FOUND)).boxed();
-    let resource = |path: BoxedFilter<(Arc<Provider>,)>| {
-        let path = path.and(warp::path("callback")).and(warp::path::end()).boxed();
-        let get = path.clone().and(read()).and(inbound()).and(with(api)).then(get_callback);
-        get.or(path.and(otherwise("GET, HEAD")).map(|_, answer| answer)).unify().boxed()
-    };
-    of_each_provider(api, resource, nowhere)
-}
-
-async fn get_callback(provider: Arc<Provider>, inbound: Inbound, api: Arc<Api>) -> Answer {
-    // Nothing is used up by then: the same link is good a little later.
-    api.limits.login(&inbound).await?;
+pub(super) async fn callback(api: Arc<Api>, inbound: Inbound, _: NoBody) -> Answer {
     let sign_in = &api.sign_in;
+    let provider = sign_in.provider(&inbound)?;
     let state = inbound.query("state").unwrap_or_default();
     let carried = sign_in.carried(&inbound.headers, ATTEMPT, &state);
     let attempt = carried.into_iter().find_map(|sealed| sign_in.seal.open(sealed));
@@ -210,11 +174,11 @@ async fn get_callback(provider: Arc<Provider>, inbound: Inbound, api: Arc<Api>) 
             Ok(response) => response,
             Err(error) => sign_in.not_stored(provider.name(), error),
         },
-        // The attempt goes on: whoever sent a browser here with a wrong state shall not end what it has begun elsewhere.
+        // The cookie stays: a link with a wrong state must not end a login that the browser began elsewhere.
         Err(failure @ Failure::BadState(_)) => return Ok(sign_in.failed(provider.name(), &failure)),
         Err(failure) => sign_in.failed(provider.name(), &failure),
     };
-    sign_in.take_back(&mut response, ATTEMPT, &state);
+    sign_in.remove(&mut response, ATTEMPT, &state);
     Ok(response)
 }
 
@@ -240,40 +204,29 @@ async fn arrived(
         sign_in.carry(&mut response, &inbound.headers, BINDING, halves, log_in::CODE_LIFETIME);
         (arrived, response)
     };
-    tracing::info!(user.id = %user, provider, created, "logged in at a provider");
+    tracing::info!(user.id = %user, provider, created, "user logged in at a provider");
     sign_in.metrics.login(provider, "succeeded");
     Ok(response)
 }
 
-pub(super) fn exchange(api: &Arc<Api>) -> Resource {
-    let path = warp::path!("api" / "oauth" / "exchange").boxed();
-    let post = path.clone().and(warp::post()).and(inbound()).and(with(api)).then(post_exchange);
-    post.or(path.and(otherwise("POST"))).unify().boxed()
-}
-
 #[derive(Deserialize)]
-struct ExchangeBody {
+pub(super) struct ExchangeBody {
     code: Option<String>,
 }
 
-async fn post_exchange(mut inbound: Inbound, api: Arc<Api>) -> Answer {
-    inbound.require_json()?;
-    api.limits.login(&inbound).await?;
-    let body: ExchangeBody = inbound.json(BODY_LIMIT).await?;
+pub(super) async fn exchange(api: Arc<Api>, inbound: Inbound, Json(body): Json<ExchangeBody>) -> Answer {
     let code = body.code.unwrap_or_default();
     let bindings = api.sign_in.carried(&inbound.headers, BINDING, &code);
-    // Without the cookie this is not the browser that came back from the provider, whoever sent it here.
+    // Without the cookie this is not the browser that came back from the provider.
     if bindings.is_empty() {
         return Err(ApiError::Unauthorized);
     }
     let lifetime = api.auth.lifetime();
-    let (user, session) = log_in_by_code(&api.context, &code, &bindings, inbound.device(), lifetime)
-        .await?
-        .ok_or(ApiError::Unauthorized)?;
-    tracing::info!(user.id = %user.id, session.id = %session.id, "logged in by a code");
+    let outcome = log_in_by_code(&api.context, &code, &bindings, inbound.device(), lifetime).await?;
+    let LogInOutcome::LoggedIn(user, session) = outcome else { return Err(ApiError::Unauthorized) };
     let token = api.auth.issue(user.id, session);
     let mut response = token_answer(&api, Some(&user), &token);
-    api.sign_in.take_back(&mut response, BINDING, &code);
+    api.sign_in.remove(&mut response, BINDING, &code);
     Ok(response)
 }
 

@@ -1,7 +1,6 @@
-//! A request, read piece by piece as the contract's order of checks wants it: first what its head says, last its body,
-//! which is bounded in size and time.
+//! A request, of which the checks read the head first and the body last. The body is bounded in size and time.
 
-use std::{convert::Infallible, net::IpAddr, pin::Pin, str::FromStr, time::Duration};
+use std::{net::IpAddr, pin::Pin, str::FromStr, time::Duration};
 
 use bytes::{Buf, Bytes};
 use futures_util::{Stream, StreamExt};
@@ -17,14 +16,12 @@ use warp::Filter;
 use super::error::ApiError;
 use crate::{domain::device, request_context::RequestContext};
 
-/// The contract's limit for a client's body.
-pub(super) const BODY_LIMIT: usize = 16 * 1024;
 /// For a whole body to arrive.
 const BODY_TIME: Duration = Duration::from_secs(10);
 
-/// Where browsers say that they fetch ahead: by the standard, and as Chrome, Safari and Firefox did before it.
-const SAY_AHEAD: [&str; 4] = ["sec-purpose", "purpose", "x-purpose", "x-moz"];
-const AHEAD: [&str; 3] = ["prefetch", "prerender", "preview"];
+/// Headers that mark a prefetch: of the standard, and of older Chrome, Safari and Firefox.
+const PREFETCH_HEADERS: [&str; 4] = ["sec-purpose", "purpose", "x-purpose", "x-moz"];
+const PREFETCH_VALUES: [&str; 3] = ["prefetch", "prerender", "preview"];
 
 type Chunks = Pin<Box<dyn Stream<Item = Result<Bytes, warp::Error>> + Send + Sync>>;
 
@@ -33,6 +30,8 @@ pub(super) struct Inbound {
     pub(super) headers: HeaderMap,
     pub(super) context: RequestContext,
     pub(super) client: IpAddr,
+    /// Of the path, in the order of its pattern.
+    pub(super) parameters: Vec<String>,
     query: String,
     body: Chunks,
 }
@@ -50,6 +49,7 @@ pub(super) fn inbound() -> impl Filter<Extract = (Inbound,), Error = warp::Rejec
             headers,
             context,
             client,
+            parameters: Vec::new(),
             query,
             body: boxed(body),
         })
@@ -60,26 +60,29 @@ fn boxed<B: Buf>(body: impl Stream<Item = Result<B, warp::Error>> + Send + Sync 
 }
 
 impl Inbound {
-    /// One query parameter, decoded; the first of that name. An empty one is an absent one.
+    /// The first query parameter of this name, decoded. An empty one counts as absent.
     pub(super) fn query(&self, name: &str) -> Option<String> {
         form_urlencoded::parse(self.query.as_bytes())
             .find(|(key, value)| key == name && !value.is_empty())
             .map(|(_, value)| value.into_owned())
     }
 
-    /// What a session is called that is begun by this request.
+    /// The id that the path ends with or holds: its only parameter. One that is no id does not exist.
+    pub(super) fn id<T: FromStr>(&self) -> Option<T> {
+        self.parameters.first()?.parse().ok()
+    }
+
+    /// The label of a session that this request begins.
     pub(super) fn device(&self) -> String {
         device::label(self.headers.get(header::USER_AGENT).map_or(b"", |value| value.as_bytes()))
     }
 
-    /// Is this for somebody who looks at the answer now? Not what a browser fetches ahead, in case a link is followed, and not
-    /// what a page of another site made it fetch.
+    /// Whether a person sees the answer now: not for a prefetch, nor for a request that a page of another site caused.
     pub(super) fn is_deliberate(&self) -> bool {
-        !is_cross_site(&self.headers) && !is_fetched_ahead(&self.headers)
+        !is_cross_site(&self.headers) && !is_prefetch(&self.headers)
     }
 
-    /// 415, before anything is asked about the caller.
-    pub(super) fn require_json(&self) -> Result<(), ApiError> {
+    fn require_json(&self) -> Result<(), ApiError> {
         let value =
             self.headers.get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok()).unwrap_or_default();
         if essence(value).eq_ignore_ascii_case("application/json") {
@@ -89,10 +92,9 @@ impl Inbound {
         }
     }
 
-    /// The body as JSON: an object of this shape.
-    pub(super) async fn json<T: DeserializeOwned>(&mut self, limit: usize) -> Result<T, ApiError> {
+    async fn json<T: DeserializeOwned>(&mut self, limit: usize) -> Result<T, ApiError> {
         let body = timeout(BODY_TIME, self.body(limit)).await.map_err(|_| ApiError::BodyTooSlow)??;
-        // Text that is skipped while parsing would not be looked at.
+        // The parser does not check text that it skips.
         let text = std::str::from_utf8(&body).map_err(|error| {
             ApiError::BadBody(format!("The body is not UTF-8 from byte {} on", error.valid_up_to()))
         })?;
@@ -115,7 +117,7 @@ impl Inbound {
         }
         let mut body = Vec::new();
         while let Some(chunk) = self.body.next().await {
-            let chunk = chunk.map_err(|_| ApiError::BadBody("The body broke off".into()))?;
+            let chunk = chunk.map_err(|_| ApiError::BadBody("The body is incomplete".into()))?;
             if body.len() + chunk.len() > limit {
                 return Err(ApiError::BodyTooLarge);
             }
@@ -125,15 +127,15 @@ impl Inbound {
     }
 }
 
-fn is_fetched_ahead(headers: &HeaderMap) -> bool {
-    let values = SAY_AHEAD.iter().flat_map(|name| headers.get_all(*name));
+fn is_prefetch(headers: &HeaderMap) -> bool {
+    let values = PREFETCH_HEADERS.iter().flat_map(|name| headers.get_all(*name));
     // `prefetch;prerender` is one value, `prefetch, other` are two.
     let words = values.filter_map(|value| value.to_str().ok()).flat_map(|value| value.split([',', ';']));
     let mut words = words.map(str::trim);
-    words.any(|word| AHEAD.iter().any(|ahead| word.eq_ignore_ascii_case(ahead)))
+    words.any(|word| PREFETCH_VALUES.iter().any(|value| word.eq_ignore_ascii_case(value)))
 }
 
-/// A JSON object. Derived code alone would take an array of the values as well.
+/// A JSON object. Derived code alone would accept an array of the values as well.
 struct Object<T>(T);
 
 impl<'de, T: Deserialize<'de>> Deserialize<'de> for Object<T> {
@@ -152,19 +154,34 @@ impl<'de, T: Deserialize<'de>> Deserialize<'de> for Object<T> {
     }
 }
 
-/// An id in a path. One that is no id is part of a known path all the same, and is answered like one that does not exist.
-pub(super) struct PathId<T>(Option<T>);
+/// What a handler wants as its request's body.
+pub(super) trait Body: Sized + Send + 'static {
+    /// Checks what the head says about it.
+    fn require(_: &Inbound) -> Result<(), ApiError> {
+        Ok(())
+    }
 
-impl<T: FromStr> FromStr for PathId<T> {
-    type Err = Infallible;
+    fn read(inbound: &mut Inbound) -> impl Future<Output = Result<Self, ApiError>> + Send;
+}
 
-    fn from_str(segment: &str) -> Result<Self, Infallible> {
-        Ok(Self(segment.parse().ok()))
+/// Not looked at.
+pub(super) struct NoBody;
+
+impl Body for NoBody {
+    async fn read(_: &mut Inbound) -> Result<Self, ApiError> {
+        Ok(Self)
     }
 }
 
-impl<T> PathId<T> {
-    pub(super) fn or(self, missing: ApiError) -> Result<T, ApiError> {
-        self.0.ok_or(missing)
+/// A JSON object of at most `LIMIT` bytes.
+pub(super) struct Json<T, const LIMIT: usize = { 16 * 1024 }>(pub(super) T);
+
+impl<T: DeserializeOwned + Send + 'static, const LIMIT: usize> Body for Json<T, LIMIT> {
+    fn require(inbound: &Inbound) -> Result<(), ApiError> {
+        inbound.require_json()
+    }
+
+    async fn read(inbound: &mut Inbound) -> Result<Self, ApiError> {
+        Ok(Self(inbound.json(LIMIT).await?))
     }
 }

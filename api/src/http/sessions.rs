@@ -1,4 +1,4 @@
-//! The sessions of a user: which live, ending one, all others, or one's own; and tokens for the stream.
+//! The sessions of a user: list them, end one, all others or one's own; and tokens for the stream.
 
 use std::sync::Arc;
 
@@ -6,85 +6,54 @@ use chrono::{DateTime, Utc};
 use http::{StatusCode, header};
 use protocol::ids::SessionId;
 use serde::Serialize;
-use warp::Filter;
 
 use super::{
-    Answer, Api, Resource,
-    auth::Credential,
+    Answer, Api,
+    auth::{Caller, Reader},
     empty,
     error::ApiError,
-    json, otherwise, read,
-    request::{Inbound, PathId, inbound},
-    with,
+    json,
+    request::{Inbound, NoBody},
 };
 use crate::{
-    commands::end_session::{NoSuchSession, end_sessions},
+    commands::end_sessions::{EndSessionsOutcome, end_sessions},
     store::sessions::{self as store, Which},
 };
-
-/// The macro for paths takes a name, not a type with parameters.
-type InPath = PathId<SessionId>;
 
 /// More are not listed; ending all others ends these too.
 const LISTED: i64 = 100;
 
-pub(super) fn sessions(api: &Arc<Api>) -> Resource {
-    let path = warp::path!("api" / "sessions").boxed();
-    let get = path.clone().and(read()).and(inbound()).and(with(api)).then(get_sessions);
-    let delete = path.clone().and(warp::delete()).and(inbound()).and(with(api)).then(delete_others);
-    get.or(delete).unify().or(path.and(otherwise("GET, HEAD, DELETE"))).unify().boxed()
+pub(super) async fn list(api: Arc<Api>, reader: Reader, _: Inbound) -> Answer {
+    let list = async |connection: &mut _| {
+        store::of_user(connection, reader.user.id, reader.actor.session, LISTED).await
+    };
+    Ok(json(StatusCode::OK, &api.context.database.run(list).await?))
 }
 
-async fn get_sessions(inbound: Inbound, api: Arc<Api>) -> Answer {
-    let database = &api.context.database;
-    let caller = api.auth.caller(database, &inbound).await?;
-    let listed = database
-        .run(async |connection| {
-            store::of_user(connection, caller.user.id, caller.actor.session, LISTED).await
-        })
-        .await?;
-    Ok(json(StatusCode::OK, &listed))
+pub(super) fn id(inbound: &Inbound, _: NoBody) -> Result<SessionId, ApiError> {
+    inbound.id().ok_or(ApiError::NOT_FOUND)
 }
 
-async fn delete_others(inbound: Inbound, api: Arc<Api>) -> Answer {
-    let credential = allowed(&inbound, &api).await?;
-    end_sessions(&api.context, credential.actor, Which::Others).await?;
-    Ok(empty(StatusCode::NO_CONTENT))
+pub(super) async fn end_one(api: Arc<Api>, caller: Caller, id: SessionId) -> Answer {
+    end(&api, &caller, Which::One(id)).await
 }
 
-pub(super) fn session(api: &Arc<Api>) -> Resource {
-    let path = warp::path!("api" / "sessions" / InPath);
-    let delete = path.and(warp::delete()).and(inbound()).and(with(api)).then(delete_one);
-    let other = path.map(|_| ()).untuple_one().and(otherwise("DELETE"));
-    delete.or(other).unify().boxed()
+pub(super) async fn end_others(api: Arc<Api>, caller: Caller, (): ()) -> Answer {
+    end(&api, &caller, Which::Others).await
 }
 
-async fn delete_one(id: InPath, inbound: Inbound, api: Arc<Api>) -> Answer {
-    let credential = api.auth.credential(&inbound).await?;
-    let input = api.auth.check_origin(credential, &inbound).and_then(|()| id.or(ApiError::NOT_FOUND));
-    let id = api.auth.or_unauthorized(&api.context.database, credential, input).await?;
-    end_sessions(&api.context, credential.actor, Which::One(id)).await?;
-    Ok(empty(StatusCode::NO_CONTENT))
-}
-
-impl From<NoSuchSession> for ApiError {
-    fn from(NoSuchSession: NoSuchSession) -> Self {
-        Self::NOT_FOUND
-    }
-}
-
-pub(super) fn logout(api: &Arc<Api>) -> Resource {
-    let path = warp::path!("api" / "logout").boxed();
-    let post = path.clone().and(warp::post()).and(inbound()).and(with(api)).then(post_logout);
-    post.or(path.and(otherwise("POST"))).unify().boxed()
-}
-
-async fn post_logout(inbound: Inbound, api: Arc<Api>) -> Answer {
-    let credential = allowed(&inbound, &api).await?;
-    end_sessions(&api.context, credential.actor, Which::Own).await?;
-    let mut response = empty(StatusCode::NO_CONTENT);
+pub(super) async fn log_out(api: Arc<Api>, caller: Caller, (): ()) -> Answer {
+    let mut response = end(&api, &caller, Which::Own).await?;
     response.headers_mut().insert(header::SET_COOKIE, api.auth.no_cookie());
     Ok(response)
+}
+
+async fn end(api: &Api, caller: &Caller, which: Which) -> Answer {
+    match end_sessions(&api.context, caller.actor, which).await? {
+        EndSessionsOutcome::Ended => Ok(empty(StatusCode::NO_CONTENT)),
+        EndSessionsOutcome::NotFound => Err(ApiError::NOT_FOUND),
+        EndSessionsOutcome::NoSession => Err(ApiError::Unauthorized),
+    }
 }
 
 #[derive(Serialize)]
@@ -95,14 +64,7 @@ struct StreamTokenAnswer {
     expires_at: DateTime<Utc>,
 }
 
-pub(super) fn stream_token(api: &Arc<Api>) -> Resource {
-    let path = warp::path!("api" / "stream_token").boxed();
-    let post = path.clone().and(warp::post()).and(inbound()).and(with(api)).then(post_stream_token);
-    post.or(path.and(otherwise("POST"))).unify().boxed()
-}
-
-async fn post_stream_token(inbound: Inbound, api: Arc<Api>) -> Answer {
-    let Credential { actor, expires_at, .. } = allowed(&inbound, &api).await?;
+pub(super) async fn stream_token(api: Arc<Api>, Caller { actor, expires_at, .. }: Caller, (): ()) -> Answer {
     let database = &api.context.database;
     let ends_at = match actor.session {
         Some(id) => {
@@ -110,7 +72,7 @@ async fn post_stream_token(inbound: Inbound, api: Arc<Api>) -> Answer {
                 database.run(async |connection| store::find(connection, id, actor.user).await).await?;
             session.map(|session| session.expires_at)
         }
-        // What a external token allows ends with it.
+        // The stream of an external token ends with the token.
         None => {
             let exists =
                 database.run(async |connection| store::is_live(connection, None, actor.user).await).await?;
@@ -120,12 +82,4 @@ async fn post_stream_token(inbound: Inbound, api: Arc<Api>) -> Answer {
     let token = api.auth.issue_for_stream(actor, ends_at.ok_or(ApiError::Unauthorized)?);
     let answer = StreamTokenAnswer { token: token.text, expires_at: token.expires_at };
     Ok(json(StatusCode::OK, &answer))
-}
-
-/// 401, then 403, for a request that has nothing else to be looked at.
-async fn allowed(inbound: &Inbound, api: &Api) -> Result<Credential, ApiError> {
-    let credential = api.auth.credential(inbound).await?;
-    let origin = api.auth.check_origin(credential, inbound);
-    api.auth.or_unauthorized(&api.context.database, credential, origin).await?;
-    Ok(credential)
 }

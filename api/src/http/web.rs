@@ -1,12 +1,10 @@
-//! The web client, embedded in the binary: GET of anything that is not under `/api`. A path that is no file gets the
-//! application's one page, which reads the path itself.
-//!
-//! A debug build reads the files from the source tree at each request: an edit needs a reload and nothing else.
+//! The web client, embedded in the binary, at every path outside `/api`. A path that is no file gets the application's one
+//! page, which reads the path itself. A debug build reads the files from the source tree at each request.
 
 use std::{
     collections::HashMap,
     io::Write,
-    sync::{Mutex, PoisonError},
+    sync::{Arc, Mutex, PoisonError},
 };
 
 use bytes::Bytes;
@@ -14,44 +12,44 @@ use flate2::{Compression, write::GzEncoder};
 use http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
 use rust_embed::{EmbeddedFile, RustEmbed};
 use service_kit::preference::{entries, weight};
-use warp::{Filter, path::FullPath, reply::Response};
+use warp::reply::Response;
 
-use super::{Resource, empty, otherwise, read};
+use super::{
+    Answer, Api, empty,
+    request::{Inbound, NoBody},
+};
 
 const PAGE: &str = "index.html";
 
-/// Nothing but our own files runs or is fetched, and no text can become markup or script (Trusted Types). Pictures of people
-/// come from wherever they log in.
+/// Only our own files run or are fetched, and no text becomes markup or script (Trusted Types). Avatars come from any host.
 const POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' https: data:; \
                       connect-src 'self'; manifest-src 'self'; base-uri 'none'; form-action 'self'; \
                       frame-ancestors 'none'; require-trusted-types-for 'script'; trusted-types 'none'";
 
-/// Asked again each time, by `ETag`: after a deploy nobody runs the old client against the new service.
+/// Revalidated each time by `ETag`: after a deploy nobody runs the old client against the new service.
 const CACHE: &str = "no-cache";
 
-/// The bytes of a digest that name one version of a file.
+/// Bytes of a digest in an `ETag`.
 const TAG_BYTES: usize = 16;
 
 #[derive(RustEmbed)]
 #[folder = "../web/"]
 struct Files;
 
-pub(super) fn web() -> Resource {
-    let path = warp::path::full().and_then(async |path: FullPath| match path.as_str() {
-        "/api" => Err(warp::reject()),
-        path if path.starts_with("/api/") => Err(warp::reject()),
-        path => Ok(path.trim_start_matches('/').to_owned()),
-    });
-    let get = path.and(read()).and(warp::header::headers_cloned());
-    let get = get.map(|path: String, headers: HeaderMap| Ok(serve(&path, &headers)));
-    let other = path.map(|_| ()).untuple_one().and(otherwise("GET, HEAD"));
-    get.or(other).unify().boxed()
+/// The parameter of every path outside `/api`: itself.
+pub(super) fn path(path: &str) -> Option<Vec<String>> {
+    let is_api = path == "/api" || path.starts_with("/api/");
+    (!is_api).then(|| vec![path.trim_start_matches('/').to_owned()])
+}
+
+pub(super) async fn file(_: Arc<Api>, inbound: Inbound, _: NoBody) -> Answer {
+    Ok(serve(&inbound.parameters[0], &inbound.headers))
 }
 
 fn serve(path: &str, asked: &HeaderMap) -> Response {
     let (name, file) = match Files::get(path) {
         Some(file) => (path, file),
-        // The embedded set is checked by a test to hold it; a debug build's folder may be in the middle of an edit.
+        // A test checks that it is embedded; a debug build reads it from a folder that may be in the middle of an edit.
         None => match Files::get(PAGE) {
             Some(page) => (PAGE, page),
             None => return empty(StatusCode::NOT_FOUND),
@@ -88,14 +86,14 @@ fn media_type(name: &str) -> &'static str {
     }
 }
 
-/// Weak, because it names the file and not the form in which it is sent (RFC 9110, 8.8.1).
+/// Weak, because it names the file and not its encoding (RFC 9110, 8.8.1).
 fn tag(file: &EmbeddedFile) -> String {
     let digest = file.metadata.sha256_hash();
     let hex: String = digest[..TAG_BYTES].iter().map(|byte| format!("{byte:02x}")).collect();
     format!("W/\"{hex}\"")
 }
 
-/// By weak comparison, which is the one for this header (RFC 9110, 13.1.2).
+/// By weak comparison (RFC 9110, 13.1.2).
 fn is_known(asked: &HeaderMap, tag: &str) -> bool {
     fn opaque(tag: &str) -> &str {
         tag.strip_prefix("W/").unwrap_or(tag)
@@ -110,7 +108,7 @@ fn body(file: EmbeddedFile, asked: &HeaderMap) -> Response {
         std::borrow::Cow::Owned(bytes) => bytes.into(),
     };
     let short =
-        takes_gzip(asked).then(|| compressed(digest, &plain)).filter(|short| short.len() < plain.len());
+        accepts_gzip(asked).then(|| compressed(digest, &plain)).filter(|short| short.len() < plain.len());
     let is_short = short.is_some();
     let mut response = Response::new(short.unwrap_or(plain).into());
     if is_short {
@@ -119,7 +117,7 @@ fn body(file: EmbeddedFile, asked: &HeaderMap) -> Response {
     response
 }
 
-fn takes_gzip(asked: &HeaderMap) -> bool {
+fn accepts_gzip(asked: &HeaderMap) -> bool {
     let weight = |coding| weight(asked, header::ACCEPT_ENCODING, coding);
     let gzip = weight("gzip").or_else(|| weight("*")).unwrap_or(0);
     gzip > 0 && gzip >= weight("identity").unwrap_or(0)
@@ -127,7 +125,7 @@ fn takes_gzip(asked: &HeaderMap) -> bool {
 
 /// Each version of a file is compressed once.
 fn compressed(digest: [u8; 32], plain: &[u8]) -> Bytes {
-    /// More than there are files: a debug build, in which they change, forgets now and then.
+    /// More than there are files; only a debug build, in which files change, reaches it.
     const MOST: usize = 64;
     static KEPT: Mutex<Option<HashMap<[u8; 32], Bytes>>> = Mutex::new(None);
     let mut kept = KEPT.lock().unwrap_or_else(PoisonError::into_inner);
@@ -151,11 +149,11 @@ mod tests {
     }
 
     #[test]
-    fn gzip_is_sent_to_who_takes_it() {
+    fn gzip_is_sent_only_to_clients_that_accept_it() {
         for takes in
             ["gzip", "br, GZIP", "deflate, gzip;q=0.5", "gzip; q=1", "*", "br, *;q=0.1", "gzip, identity"]
         {
-            assert!(takes_gzip(&headers(header::ACCEPT_ENCODING, takes)), "{takes}");
+            assert!(accepts_gzip(&headers(header::ACCEPT_ENCODING, takes)), "{takes}");
         }
         for refuses in [
             "",
@@ -168,13 +166,13 @@ mod tests {
             "*, gzip;q=0",
             "gzip;q=0.5, identity",
         ] {
-            assert!(!takes_gzip(&headers(header::ACCEPT_ENCODING, refuses)), "{refuses}");
+            assert!(!accepts_gzip(&headers(header::ACCEPT_ENCODING, refuses)), "{refuses}");
         }
-        assert!(!takes_gzip(&HeaderMap::new()));
+        assert!(!accepts_gzip(&HeaderMap::new()));
     }
 
     #[test]
-    fn a_known_version_is_recognised_among_others() {
+    fn known_version_is_recognised_among_others() {
         let tag = "W/\"0a\"";
         for known in ["W/\"0a\"", "\"x\", W/\"0a\"", "*", "\"0a\"", "\"x,y\",W/\"0a\""] {
             assert!(is_known(&headers(header::IF_NONE_MATCH, known), tag), "{known}");
@@ -185,7 +183,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_outside_the_folder_is_a_file() {
+    fn nothing_outside_the_folder_is_served() {
         for path in
             ["../Cargo.toml", "pages/../../README.md", "/etc/passwd", "..%2fCargo.toml", "index.html/", ""]
         {

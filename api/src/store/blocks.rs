@@ -5,7 +5,7 @@ use protocol::ids::{SessionId, UserId};
 use sqlx::PgConnection;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Set {
+pub enum BlockUserOutcome {
     /// It is as wanted, whether or not it was before.
     Done,
     /// There is no such user, or it is the caller.
@@ -13,7 +13,7 @@ pub enum Set {
     NoSession,
 }
 
-impl Set {
+impl BlockUserOutcome {
     fn from_row(lives: bool, found: bool) -> Self {
         match (lives, found) {
             (false, _) => Self::NoSession,
@@ -28,7 +28,7 @@ pub async fn block(
     session: Option<SessionId>,
     user: UserId,
     blocked: UserId,
-) -> sqlx::Result<Set> {
+) -> sqlx::Result<BlockUserOutcome> {
     let row = sqlx::query!(
         r#"WITH caller AS MATERIALIZED (SELECT messenger.session_is_live($1, $2) AS lives),
                 other AS (SELECT id FROM messenger.users WHERE id = $3 AND id <> $2),
@@ -43,7 +43,7 @@ pub async fn block(
     )
     .fetch_one(connection)
     .await?;
-    Ok(Set::from_row(row.lives, row.found))
+    Ok(BlockUserOutcome::from_row(row.lives, row.found))
 }
 
 pub async fn unblock(
@@ -51,7 +51,7 @@ pub async fn unblock(
     session: Option<SessionId>,
     user: UserId,
     blocked: UserId,
-) -> sqlx::Result<Set> {
+) -> sqlx::Result<BlockUserOutcome> {
     let row = sqlx::query!(
         r#"WITH caller AS MATERIALIZED (SELECT messenger.session_is_live($1, $2) AS lives),
                 other AS (SELECT id FROM messenger.users WHERE id = $3 AND id <> $2),
@@ -65,5 +65,5 @@ pub async fn unblock(
     )
     .fetch_one(connection)
     .await?;
-    Ok(Set::from_row(row.lives, row.found))
+    Ok(BlockUserOutcome::from_row(row.lives, row.found))
 }

@@ -12,9 +12,9 @@ use crate::{
 };
 
 #[derive(Debug)]
-pub enum Started {
+pub enum StartConversationOutcome {
     /// With the conversation as the starter sees it, which is the data of their event.
-    Created(ConversationId, Box<RawValue>, Vec<Appended>),
+    Created(ConversationId, Box<RawValue>),
     Exists(ConversationId),
     NoUser,
     /// The name is the caller's own.
@@ -29,7 +29,7 @@ pub async fn start(
     user: UserId,
     username: &str,
     request: &RequestContext,
-) -> sqlx::Result<Started> {
+) -> sqlx::Result<(StartConversationOutcome, Vec<Appended>)> {
     let rows = sqlx::query_as!(
         CommandRow,
         r#"SELECT outcome AS "outcome!", conversation_id AS subject, NULL::timestamptz AS subject_at,
@@ -44,19 +44,19 @@ pub async fn start(
     .fetch_all(connection)
     .await?;
     let settled = Settled::from_rows(rows, request)?;
-    match (settled.outcome.as_str(), settled.subject) {
+    let outcome = match (settled.outcome.as_str(), settled.subject.map(ConversationId)) {
         ("created", Some(id)) => {
             let mine =
                 settled.events.iter().find(|event| event.receiver == user).ok_or(sqlx::Error::RowNotFound)?;
-            let seen = mine.envelope.data.clone();
-            Ok(Started::Created(ConversationId(id), seen, settled.events))
+            StartConversationOutcome::Created(id, mine.envelope.data.clone())
         }
-        ("exists", Some(id)) => Ok(Started::Exists(ConversationId(id))),
-        ("no_user", _) => Ok(Started::NoUser),
-        ("self", _) => Ok(Started::Oneself),
-        ("no_session", _) => Ok(Started::NoSession),
-        _ => Err(settled.unexpected()),
-    }
+        ("exists", Some(id)) => StartConversationOutcome::Exists(id),
+        ("no_user", _) => StartConversationOutcome::NoUser,
+        ("self", _) => StartConversationOutcome::Oneself,
+        ("no_session", _) => StartConversationOutcome::NoSession,
+        _ => return Err(settled.unexpected()),
+    };
+    Ok((outcome, settled.events))
 }
 
 /// A participant's row with everything that belongs to it.

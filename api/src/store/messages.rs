@@ -11,10 +11,10 @@ use crate::{
 };
 
 #[derive(Debug)]
-pub enum Posted {
-    New(MessageId, DateTime<Utc>, Vec<Appended>),
+pub enum PostMessageOutcome {
+    Sent(Message),
     /// The key was used for exactly this before: the message of that time.
-    Replayed(MessageId, DateTime<Utc>),
+    Replayed(Message),
     /// The key was used for something else.
     KeyConflict,
     NoConversation,
@@ -30,7 +30,7 @@ pub async fn post(
     content: &Content,
     key: Option<&IdempotencyKey>,
     request: &RequestContext,
-) -> sqlx::Result<Posted> {
+) -> sqlx::Result<(PostMessageOutcome, Vec<Appended>)> {
     let rows = sqlx::query_as!(
         CommandRow,
         r#"SELECT outcome AS "outcome!", message_id AS subject, created_at AS subject_at,
@@ -47,19 +47,27 @@ pub async fn post(
     .fetch_all(connection)
     .await?;
     let settled = Settled::from_rows(rows, request)?;
-    match (settled.outcome.as_str(), settled.subject.zip(settled.subject_at)) {
-        ("posted", Some((id, at))) => Ok(Posted::New(MessageId(id), at, settled.events)),
-        ("replayed", Some((id, at))) => Ok(Posted::Replayed(MessageId(id), at)),
-        ("key_conflict", _) => Ok(Posted::KeyConflict),
-        ("no_conversation", _) => Ok(Posted::NoConversation),
-        ("no_session", _) => Ok(Posted::NoSession),
-        _ => Err(settled.unexpected()),
-    }
+    let message = |(id, created_at)| Message {
+        id: MessageId(id),
+        content: content.as_str().to_owned(),
+        conversation_id: Some(conversation),
+        created_at,
+        mine: true,
+    };
+    let outcome = match (settled.outcome.as_str(), settled.subject.zip(settled.subject_at).map(message)) {
+        ("posted", Some(message)) => PostMessageOutcome::Sent(message),
+        ("replayed", Some(message)) => PostMessageOutcome::Replayed(message),
+        ("key_conflict", _) => PostMessageOutcome::KeyConflict,
+        ("no_conversation", _) => PostMessageOutcome::NoConversation,
+        ("no_session", _) => PostMessageOutcome::NoSession,
+        _ => return Err(settled.unexpected()),
+    };
+    Ok((outcome, settled.events))
 }
 
-#[derive(Debug)]
-pub enum Read {
-    Moved(Vec<Appended>),
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum MarkReadOutcome {
+    Moved,
     Unmoved,
     NoConversation,
     NoSession,
@@ -73,7 +81,7 @@ pub async fn mark_read(
     conversation: ConversationId,
     to: Option<MessageId>,
     request: &RequestContext,
-) -> sqlx::Result<Read> {
+) -> sqlx::Result<(MarkReadOutcome, Vec<Appended>)> {
     let rows = sqlx::query_as!(
         CommandRow,
         r#"SELECT outcome AS "outcome!", NULL::bigint AS subject, NULL::timestamptz AS subject_at,
@@ -89,13 +97,14 @@ pub async fn mark_read(
     .fetch_all(connection)
     .await?;
     let settled = Settled::from_rows(rows, request)?;
-    match settled.outcome.as_str() {
-        "moved" => Ok(Read::Moved(settled.events)),
-        "unmoved" => Ok(Read::Unmoved),
-        "no_conversation" => Ok(Read::NoConversation),
-        "no_session" => Ok(Read::NoSession),
-        _ => Err(settled.unexpected()),
-    }
+    let outcome = match settled.outcome.as_str() {
+        "moved" => MarkReadOutcome::Moved,
+        "unmoved" => MarkReadOutcome::Unmoved,
+        "no_conversation" => MarkReadOutcome::NoConversation,
+        "no_session" => MarkReadOutcome::NoSession,
+        _ => return Err(settled.unexpected()),
+    };
+    Ok((outcome, settled.events))
 }
 
 /// Which messages of a conversation: those between two places, both exclusive.

@@ -1,0 +1,38 @@
+//! A user ends sessions of theirs. Every replica rejects them from the next statement on; open streams are told through Redis,
+//! or found by the gateways' next reconcile.
+
+use super::{Actor, Context};
+use crate::store::{
+    StoreError,
+    sessions::{self, Which},
+};
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum EndSessionsOutcome {
+    /// Of all others, or of the caller's own, there may have been none.
+    Ended,
+    /// The one that was named is not a live session of the caller.
+    NotFound,
+    NoSession,
+}
+
+pub async fn end_sessions(
+    context: &Context,
+    actor: Actor,
+    which: Which,
+) -> Result<EndSessionsOutcome, StoreError> {
+    let Context { database, publisher, .. } = context.clone();
+    let work = async move {
+        let ended = database
+            .run(async |connection| sessions::end(connection, actor.session, actor.user, which).await)
+            .await?;
+        let Some(ended) = ended else { return Ok(EndSessionsOutcome::NoSession) };
+        if ended.is_empty() && matches!(which, Which::One(_)) {
+            return Ok(EndSessionsOutcome::NotFound);
+        }
+        tracing::info!(user.id = %actor.user, sessions = ?ended, "sessions ended by their user");
+        publisher.publish_revoked(actor.user, &ended);
+        Ok(EndSessionsOutcome::Ended)
+    };
+    context.run_to_completion(work).await
+}

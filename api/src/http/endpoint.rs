@@ -1,0 +1,128 @@
+//! The checks before every handler, in the contract's order. A handler is reached only through one of four combinators, each
+//! of which gives it what those checks have found, so no handler can leave a check out:
+//!
+//! - [`open`]: content type → rate limit → body.
+//! - [`read`]: credential and session → origin → rate limit.
+//! - [`change`]: content type → credential → origin → rate limit → body → input; the command itself checks the session.
+//! - [`gateway`]: the shared secret → body.
+
+use std::{pin::Pin, sync::Arc};
+
+use super::{
+    Answer, Api,
+    auth::{Caller, Reader},
+    error::ApiError,
+    internal::require_secret,
+    limits::Rate,
+    request::{Body, Inbound, NoBody},
+};
+
+type Run =
+    dyn Fn(Arc<Api>, Inbound, Option<Rate>) -> Pin<Box<dyn Future<Output = Answer> + Send>> + Send + Sync;
+
+/// How one method of one path is answered.
+pub(super) struct Endpoint {
+    rate: Option<Rate>,
+    run: Box<Run>,
+}
+
+impl Endpoint {
+    fn new<F: Future<Output = Answer> + Send + 'static>(
+        run: impl Fn(Arc<Api>, Inbound, Option<Rate>) -> F + Send + Sync + 'static,
+    ) -> Self {
+        Self { rate: None, run: Box::new(move |api, inbound, rate| Box::pin(run(api, inbound, rate))) }
+    }
+
+    /// Counts requests against this rate limit.
+    pub(super) fn limit(self, rate: Rate) -> Self {
+        Self { rate: Some(rate), ..self }
+    }
+
+    pub(super) async fn answer(&self, api: Arc<Api>, inbound: Inbound) -> Answer {
+        (self.run)(api, inbound, self.rate).await
+    }
+}
+
+/// For anybody.
+pub(super) fn open<B: Body, F: Future<Output = Answer> + Send + 'static>(
+    handler: impl Fn(Arc<Api>, Inbound, B) -> F + Clone + Send + Sync + 'static,
+) -> Endpoint {
+    Endpoint::new(move |api, mut inbound, rate| {
+        let handler = handler.clone();
+        async move {
+            B::require(&inbound)?;
+            api.limits.check(rate, inbound.client, None).await?;
+            let body = B::read(&mut inbound).await?;
+            handler(api, inbound, body).await
+        }
+    })
+}
+
+/// For a user who changes nothing.
+pub(super) fn read<F: Future<Output = Answer> + Send + 'static>(
+    handler: impl Fn(Arc<Api>, Reader, Inbound) -> F + Clone + Send + Sync + 'static,
+) -> Endpoint {
+    Endpoint::new(move |api, inbound, rate| {
+        let handler = handler.clone();
+        async move {
+            let credential = api.auth.credential(&inbound).await?;
+            let read = async {
+                let reader = api.auth.reader(credential).await?;
+                api.auth.check_origin(credential, &inbound)?;
+                api.limits.check(rate, inbound.client, Some(reader.user.id)).await?;
+                handler(api.clone(), reader, inbound).await
+            };
+            let answer = read.await;
+            api.auth.note_ended(credential.actor, &answer);
+            answer
+        }
+    })
+}
+
+/// For a user who changes something. `input` reads what the request alone shows; `run` is the command.
+pub(super) fn change<B: Body, I: Send + 'static, F: Future<Output = Answer> + Send + 'static>(
+    input: impl Fn(&Inbound, B) -> Result<I, ApiError> + Clone + Send + Sync + 'static,
+    run: impl Fn(Arc<Api>, Caller, I) -> F + Clone + Send + Sync + 'static,
+) -> Endpoint {
+    Endpoint::new(move |api, mut inbound, rate| {
+        let (input, run) = (input.clone(), run.clone());
+        async move {
+            B::require(&inbound)?;
+            let credential = api.auth.credential(&inbound).await?;
+            let actor = credential.actor;
+            let checked = async {
+                api.auth.check_origin(credential, &inbound)?;
+                api.limits.check(rate, inbound.client, Some(actor.user)).await?;
+                let body = B::read(&mut inbound).await?;
+                input(&inbound, body)
+            };
+            let answer = match checked.await {
+                Ok(input) => run(api.clone(), Caller::new(credential, inbound.context), input).await,
+                // 401 precedes all of these, and the command that would have checked the session does not run.
+                Err(error) => Err(api.auth.unauthorized_or(actor, error).await),
+            };
+            api.auth.note_ended(actor, &answer);
+            answer
+        }
+    })
+}
+
+/// For changes that need nothing but their caller.
+#[expect(clippy::unnecessary_wraps, reason = "one form for all inputs")]
+pub(super) fn nothing(_: &Inbound, _: NoBody) -> Result<(), ApiError> {
+    Ok(())
+}
+
+/// For gateways.
+pub(super) fn gateway<B: Body, F: Future<Output = Answer> + Send + 'static>(
+    handler: impl Fn(Arc<Api>, Inbound, B) -> F + Clone + Send + Sync + 'static,
+) -> Endpoint {
+    Endpoint::new(move |api, mut inbound, _| {
+        let handler = handler.clone();
+        async move {
+            require_secret(&inbound, &api)?;
+            let body = B::read(&mut inbound).await?;
+            handler(api, inbound, body).await
+        }
+    })
+}
