@@ -116,7 +116,7 @@ mod tests {
     }
 
     #[test]
-    fn every_row_of_the_contract_holds() {
+    fn content_is_normalised_by_the_contracts_examples() {
         for (input, result) in [
             ("  hello \t  world ", "hello world"),
             ("a\r\n\r\n\n b", "a\nb"),
@@ -138,7 +138,7 @@ mod tests {
     }
 
     #[test]
-    fn length_is_measured_after_tidying() {
+    fn length_is_measured_after_normalising() {
         let padded = format!("{}{}", " ".repeat(1000), "a\n\n".repeat(240));
         assert_eq!(normalised(&padded).unwrap().chars().count(), 479);
     }
@@ -151,14 +151,14 @@ mod tests {
 
     proptest! {
         #[test]
-        fn tidy_text_stays_as_it_is(text in text()) {
+        fn normalised_text_does_not_change(text in text()) {
             if let Ok(tidy) = normalised(&text) {
                 prop_assert_eq!(normalised(&tidy), Ok(tidy));
             }
         }
 
         #[test]
-        fn nothing_but_white_space_is_lost_or_added(text in text()) {
+        fn only_white_space_is_removed_or_added(text in text()) {
             let solid = |text: &str| text.chars().filter(|c| !c.is_whitespace()).collect::<String>();
             if let Ok(tidy) = normalised(&text) {
                 prop_assert_eq!(solid(&tidy), solid(&text));
@@ -166,7 +166,7 @@ mod tests {
         }
 
         #[test]
-        fn each_line_is_trimmed_not_empty_and_without_runs(text in text()) {
+        fn lines_are_trimmed_not_empty_and_without_runs(text in text()) {
             if let Ok(tidy) = normalised(&text) {
                 prop_assert!((1..=480).contains(&tidy.chars().count()));
                 prop_assert!(!tidy.contains(['\t', '\x0c', '\r', '\0']) && !tidy.contains("  "));
@@ -179,7 +179,7 @@ mod tests {
     }
 
     #[test]
-    fn a_key_is_1_to_128_visible_ascii_characters() {
+    fn key_is_1_to_128_visible_ascii_characters() {
         for good in ["a", "!~", &"k".repeat(128)] {
             assert_eq!(IdempotencyKey::parse(good.as_bytes()).unwrap().as_str(), good);
         }

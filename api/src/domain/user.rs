@@ -55,7 +55,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_avatar_is_the_address_of_an_image_or_nothing() {
+    fn avatar_is_an_http_url_or_none() {
         assert_eq!(avatar_url("https://a.example/u/1?v=4").as_deref(), Some("https://a.example/u/1?v=4"));
         assert_eq!(
             avatar_url("https://a.example/\"><b>").as_deref(),
@@ -68,7 +68,7 @@ mod tests {
     }
 
     #[test]
-    fn nobody_is_recognised_by_an_odd_subject() {
+    fn malformed_subject_identifies_nobody() {
         let profile = |subject: &str| Profile::new("https://id.example", subject, None, None);
         assert_eq!(profile("a|b 1").unwrap().subject, "a|b 1");
         for odd in ["", "a\0", "a\n", &"x".repeat(256)] {

@@ -300,7 +300,7 @@ mod tests {
     }
 
     #[test]
-    fn each_event_of_a_batch_is_done_sent_on_or_kept_by_its_own_answer() {
+    fn each_event_of_a_batch_is_handled_by_its_own_reply() {
         let (metrics, _) = Metrics::of_service();
         let (moved, mut elsewhere) = mpsc::channel(QUEUE);
         let lane = Lane::new(

@@ -35,7 +35,7 @@ async fn count(app: &App, user: &User) -> usize {
 }
 
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
-async fn a_block_is_set_and_ended_any_number_of_times_and_needs_somebody_else(pool: PgPool) {
+async fn blocking_is_repeatable_and_needs_another_user(pool: PgPool) {
     let app = App::start(&pool).await;
     let (john, jane) = (app.user(&pool, "john").await, app.user(&pool, "jane").await);
     let gone = app.login("jane").await;
@@ -73,7 +73,7 @@ async fn a_block_is_set_and_ended_any_number_of_times_and_needs_somebody_else(po
 }
 
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
-async fn the_blocker_hears_nothing_and_the_blocked_one_notices_nothing(pool: PgPool) {
+async fn blocker_receives_nothing_and_blocked_user_sees_no_difference(pool: PgPool) {
     let (config, channels) = with_redis(&pool, &redis_url());
     let app = App::start_with(config).await;
     let (john, jane, conversation) = app.pair(&pool).await;
@@ -140,7 +140,7 @@ async fn the_blocker_hears_nothing_and_the_blocked_one_notices_nothing(pool: PgP
 }
 
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
-async fn a_block_is_one_way_and_after_it_only_what_is_new_is_seen(pool: PgPool) {
+async fn block_is_one_way_and_hidden_messages_stay_hidden(pool: PgPool) {
     let app = App::start(&pool).await;
     let (john, jane, conversation) = app.pair(&pool).await;
     block(&jane, &john).await;
@@ -176,7 +176,7 @@ async fn a_block_is_one_way_and_after_it_only_what_is_new_is_seen(pool: PgPool) 
 }
 
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
-async fn a_conversation_that_a_blocked_one_starts_is_in_no_list_of_the_blocker(pool: PgPool) {
+async fn conversation_of_a_blocked_user_is_not_in_the_blockers_list(pool: PgPool) {
     let app = App::start(&pool).await;
     let (john, jane) = (app.user(&pool, "john").await, app.user(&pool, "jane").await);
     block(&jane, &john).await;
@@ -208,7 +208,7 @@ async fn a_conversation_that_a_blocked_one_starts_is_in_no_list_of_the_blocker(p
 }
 
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
-async fn blocks_set_and_ended_while_messages_come_in_leave_counts_and_lists_in_agreement(pool: PgPool) {
+async fn counts_match_lists_while_blocks_change_under_load(pool: PgPool) {
     let app = App::start(&pool).await;
     let (john, jane, conversation) = app.pair(&pool).await;
     let writing = async {

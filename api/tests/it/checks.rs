@@ -32,7 +32,7 @@ const PATHS: &[(&str, &str)] = &[
 const METHODS: &[&str] = &["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "BREW"];
 
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
-async fn a_known_path_with_another_method_says_what_is_allowed(pool: PgPool) {
+async fn known_path_with_another_method_is_405_with_allow(pool: PgPool) {
     let app = App::start(&pool).await;
     for (path, allow) in PATHS {
         for id in ["1", "no-id"] {
@@ -58,7 +58,7 @@ async fn a_known_path_with_another_method_says_what_is_allowed(pool: PgPool) {
 }
 
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
-async fn an_unknown_path_is_not_found_whatever_else_is_wrong(pool: PgPool) {
+async fn unknown_path_is_404_whatever_else_is_wrong(pool: PgPool) {
     let app = App::start(&pool).await;
     for path in [
         "/api",
@@ -102,7 +102,7 @@ async fn head_answers_the_head_of_get(pool: PgPool) {
 }
 
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
-async fn each_check_goes_before_the_next(pool: PgPool) {
+async fn checks_run_in_the_contracts_order(pool: PgPool) {
     let app = App::start(&pool).await;
     let (john, _, conversation) = app.pair(&pool).await;
     let (revoked, gone) = (app.user(&pool, "revoked").await, app.user(&pool, "gone").await);
@@ -171,7 +171,7 @@ async fn each_check_goes_before_the_next(pool: PgPool) {
 }
 
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
-async fn gateways_prove_themselves_before_they_ask(pool: PgPool) {
+async fn internal_listener_requires_the_shared_secret(pool: PgPool) {
     let app = App::start(&pool).await;
     for path in ["/internal/feed/heads", "/internal/feed/ranges"] {
         let url = format!("{}{path}", app.internal);

@@ -31,7 +31,7 @@ fn time(value: &Value) -> DateTime<Utc> {
 }
 
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
-async fn login_gives_the_user_a_token_and_a_cookie(pool: PgPool) {
+async fn login_returns_user_token_and_cookie(pool: PgPool) {
     let app = App::start(&pool).await;
     sqlx::query(
         "INSERT INTO messenger.users (username, avatar_url) VALUES ('john', 'https://a.example/j.png')",
@@ -62,7 +62,7 @@ async fn login_gives_the_user_a_token_and_a_cookie(pool: PgPool) {
 }
 
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
-async fn login_is_by_name_and_off_unless_switched_on(pool: PgPool) {
+async fn login_by_name_is_off_by_default(pool: PgPool) {
     let app = App::start(&pool).await;
     app.user(&pool, "john").await;
     for name in [json!(" john"), json!("nobody"), json!(""), json!(null), json!("jo\u{0}hn")] {
@@ -84,7 +84,7 @@ async fn login_is_by_name_and_off_unless_switched_on(pool: PgPool) {
 }
 
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
-async fn cookies_are_for_https_only_when_the_origin_is(pool: PgPool) {
+async fn cookies_are_secure_if_the_origin_is_https(pool: PgPool) {
     let origin = "https://chat.example".parse().unwrap();
     let app =
         App::start_with(api::config::Config { origin, ..config((*pool.connect_options()).clone()) }).await;
@@ -101,7 +101,7 @@ async fn cookies_are_for_https_only_when_the_origin_is(pool: PgPool) {
 }
 
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
-async fn auth_user_says_who_one_is_and_where_ones_feed_ends(pool: PgPool) {
+async fn auth_user_returns_the_caller_and_their_cursor(pool: PgPool) {
     let app = App::start(&pool).await;
     let john = app.user(&pool, "john").await;
     let before = john.auth_user().expect(200).await;
@@ -115,7 +115,7 @@ async fn auth_user_says_who_one_is_and_where_ones_feed_ends(pool: PgPool) {
 }
 
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
-async fn a_token_is_worth_nothing_once_its_user_or_session_is_gone(pool: PgPool) {
+async fn token_is_rejected_once_its_user_or_session_is_gone(pool: PgPool) {
     let app = App::start(&pool).await;
     let (john, jane) = (app.user(&pool, "john").await, app.user(&pool, "jane").await);
     let (bob, ann) = (app.user(&pool, "bob").await, app.user(&pool, "ann").await);
@@ -161,7 +161,7 @@ async fn a_token_is_worth_nothing_once_its_user_or_session_is_gone(pool: PgPool)
 }
 
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
-async fn only_our_own_fresh_api_tokens_are_accepted(pool: PgPool) {
+async fn only_our_own_unexpired_api_tokens_are_accepted(pool: PgPool) {
     let app = App::start(&pool).await;
     let john = app.user(&pool, "john").await;
     let good = john.token.clone();
@@ -187,7 +187,7 @@ async fn only_our_own_fresh_api_tokens_are_accepted(pool: PgPool) {
 }
 
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
-async fn refreshing_slides_the_session_and_renews_token_and_cookie(pool: PgPool) {
+async fn refresh_extends_session_token_and_cookie(pool: PgPool) {
     let app = App::start(&pool).await;
     let john = app.user(&pool, "john").await;
     sqlx::query(
@@ -216,7 +216,7 @@ async fn refreshing_slides_the_session_and_renews_token_and_cookie(pool: PgPool)
 }
 
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
-async fn the_public_keys_are_on_both_listeners_and_check_our_tokens(pool: PgPool) {
+async fn both_listeners_serve_the_keys_that_verify_our_tokens(pool: PgPool) {
     let app = App::start(&pool).await;
     let john = app.user(&pool, "john").await;
     for base in [&app.public, &app.internal] {
@@ -265,7 +265,7 @@ async fn names_are_found_by_prefix(pool: PgPool) {
 }
 
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
-async fn starting_a_conversation_makes_it_once_and_tells_both(pool: PgPool) {
+async fn starting_a_conversation_creates_it_once_for_both(pool: PgPool) {
     let app = App::start(&pool).await;
     let (john, jane) = (app.user(&pool, "john").await, app.user(&pool, "jane").await);
     let seen_by = |other: &str, id: &str| {
@@ -307,7 +307,7 @@ async fn starting_a_conversation_makes_it_once_and_tells_both(pool: PgPool) {
 }
 
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
-async fn a_message_is_answered_and_both_are_told_in_their_own_words(pool: PgPool) {
+async fn sent_message_reaches_both_users_as_each_sees_it(pool: PgPool) {
     let app = App::start(&pool).await;
     let (john, jane, conversation) = app.pair(&pool).await;
     let call =
@@ -346,7 +346,7 @@ async fn a_message_is_answered_and_both_are_told_in_their_own_words(pool: PgPool
 }
 
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
-async fn content_is_normalised_as_the_contract_says(pool: PgPool) {
+async fn content_is_normalised(pool: PgPool) {
     let app = App::start(&pool).await;
     let (john, _, conversation) = app.pair(&pool).await;
     let accepted = [
@@ -386,7 +386,7 @@ async fn content_is_normalised_as_the_contract_says(pool: PgPool) {
 }
 
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
-async fn a_repeated_key_answers_the_same_message_and_tells_nobody_again(pool: PgPool) {
+async fn repeated_key_returns_the_same_message_without_events(pool: PgPool) {
     let app = App::start(&pool).await;
     let (john, jane, conversation) = app.pair(&pool).await;
     app.user(&pool, "bob").await;
@@ -429,7 +429,7 @@ async fn a_repeated_key_answers_the_same_message_and_tells_nobody_again(pool: Pg
 }
 
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
-async fn a_conversation_is_seen_by_its_participants_only(pool: PgPool) {
+async fn conversation_is_visible_to_its_participants_only(pool: PgPool) {
     let app = App::start(&pool).await;
     let (_, _, conversation) = app.pair(&pool).await;
     let bob = app.user(&pool, "bob").await;
@@ -450,7 +450,7 @@ async fn a_conversation_is_seen_by_its_participants_only(pool: PgPool) {
 }
 
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
-async fn the_other_participant_is_the_other_one(pool: PgPool) {
+async fn other_participant_is_the_other_user(pool: PgPool) {
     let app = App::start(&pool).await;
     let (john, jane, conversation) = app.pair(&pool).await;
     for (who, other) in [(&john, &jane), (&jane, &john)] {
@@ -536,7 +536,7 @@ async fn own_messages_are_never_unread(pool: PgPool) {
 }
 
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
-async fn reading_an_empty_conversation_tells_nobody(pool: PgPool) {
+async fn reading_an_empty_conversation_publishes_nothing(pool: PgPool) {
     let app = App::start(&pool).await;
     let (john, jane, conversation) = app.pair(&pool).await;
     assert_json(&john.messages(&conversation, "").expect(200).await, &json!([]));
@@ -548,7 +548,7 @@ async fn reading_an_empty_conversation_tells_nobody(pool: PgPool) {
 }
 
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
-async fn parameters_out_of_range_are_named(pool: PgPool) {
+async fn out_of_range_parameters_are_named(pool: PgPool) {
     let app = App::start(&pool).await;
     let (john, _, conversation) = app.pair(&pool).await;
     john.say(&conversation, "hi").await;
@@ -588,7 +588,7 @@ async fn parameters_out_of_range_are_named(pool: PgPool) {
 }
 
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
-async fn lists_carry_the_place_in_the_feed_before_the_read(pool: PgPool) {
+async fn lists_carry_the_cursor_from_before_the_read(pool: PgPool) {
     let app = App::start(&pool).await;
     let (john, jane, conversation) = app.pair(&pool).await;
     assert_json(&jane.conversations("").expect(200).await, &json!([]));
@@ -605,7 +605,7 @@ async fn lists_carry_the_place_in_the_feed_before_the_read(pool: PgPool) {
 }
 
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
-async fn the_request_id_is_in_the_answer_and_in_the_event(pool: PgPool) {
+async fn request_id_is_in_the_answer_and_the_event(pool: PgPool) {
     let app = App::start(&pool).await;
     let (john, jane, conversation) = app.pair(&pool).await;
     let traceparent = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01";
@@ -631,7 +631,7 @@ async fn the_request_id_is_in_the_answer_and_in_the_event(pool: PgPool) {
 }
 
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
-async fn the_document_is_served_to_anybody_and_names_what_there_is(pool: PgPool) {
+async fn openapi_document_is_public_and_complete(pool: PgPool) {
     let app = App::start(&pool).await;
     let document = app.call("GET", "/api/openapi.json").expect(200).await;
     assert_common_headers(&document);

@@ -21,7 +21,7 @@ impl App {
 }
 
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
-async fn an_operator_is_told_what_became_of_an_event(pool: PgPool) {
+async fn explain_tells_operators_the_fate_of_an_event(pool: PgPool) {
     let app = App::start(&pool).await;
     let (john, jane, conversation) = app.pair(&pool).await;
     let john_said =

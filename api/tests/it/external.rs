@@ -38,7 +38,7 @@ impl App {
 }
 
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
-async fn a_foreign_token_makes_its_user_at_first_use_and_serves_for_everything(pool: PgPool) {
+async fn external_token_creates_its_user_and_works_everywhere(pool: PgPool) {
     let key = IssuerKey::number(0);
     let issuer = Issuer::start(Some(&key));
     let (app, replica) =
@@ -99,7 +99,7 @@ async fn a_foreign_token_makes_its_user_at_first_use_and_serves_for_everything(p
 }
 
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
-async fn a_foreign_token_has_no_session_to_list_or_to_end_and_is_told_no_error(pool: PgPool) {
+async fn external_token_has_no_session_to_list_or_end(pool: PgPool) {
     let key = IssuerKey::number(0);
     let issuer = Issuer::start(Some(&key));
     let app = App::start_with(trusting(&issuer, &pool)).await;
@@ -135,7 +135,7 @@ async fn a_foreign_token_has_no_session_to_list_or_to_end_and_is_told_no_error(p
 }
 
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
-async fn a_picture_is_taken_over_and_what_a_token_leaves_out_is_left_alone(pool: PgPool) {
+async fn external_picture_is_updated_missing_claims_change_nothing(pool: PgPool) {
     let key = IssuerKey::number(0);
     let issuer = Issuer::start(Some(&key));
     let app = App::start_with(trusting(&issuer, &pool)).await;
@@ -163,7 +163,7 @@ async fn a_picture_is_taken_over_and_what_a_token_leaves_out_is_left_alone(pool:
 }
 
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
-async fn what_is_not_exactly_the_issuers_is_refused(pool: PgPool) {
+async fn tokens_not_exactly_of_the_issuer_are_rejected(pool: PgPool) {
     let key = IssuerKey::number(0);
     let issuer = Issuer::start(Some(&key));
     let app = App::start_with(trusting(&issuer, &pool)).await;
@@ -198,7 +198,7 @@ async fn what_is_not_exactly_the_issuers_is_refused(pool: PgPool) {
 }
 
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
-async fn an_issuer_that_cannot_be_asked_makes_no_token_bad(pool: PgPool) {
+async fn unreachable_issuer_makes_no_token_invalid(pool: PgPool) {
     let key = IssuerKey::number(0);
     let issuer = Issuer::start(None);
     let app = App::start_with(trusting(&issuer, &pool)).await;
@@ -232,7 +232,7 @@ async fn an_issuer_that_cannot_be_asked_makes_no_token_bad(pool: PgPool) {
 }
 
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
-async fn gateways_are_told_the_issuers_keys_and_who_its_subjects_are(pool: PgPool) {
+async fn gateways_get_the_issuers_keys_and_users_of_subjects(pool: PgPool) {
     let key = IssuerKey::number(0);
     let issuer = Issuer::start(Some(&key));
     let app = App::start_with(trusting(&issuer, &pool)).await;

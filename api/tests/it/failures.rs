@@ -77,7 +77,7 @@ async fn every_event_is_published_to_its_receiver(pool: PgPool) {
 }
 
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
-async fn a_killed_redis_costs_no_answer_and_is_found_again(pool: PgPool) {
+async fn killed_redis_fails_no_request_and_is_used_again(pool: PgPool) {
     let mut redis = Redis::start();
     let (config, channels) = with_redis(&pool, &redis.url());
     let app = App::start_with(config).await;
@@ -109,7 +109,7 @@ async fn a_killed_redis_costs_no_answer_and_is_found_again(pool: PgPool) {
 }
 
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
-async fn a_redis_restarted_while_idle_loses_nothing(pool: PgPool) {
+async fn redis_restarted_while_idle_loses_no_event(pool: PgPool) {
     let mut redis = Redis::start();
     let (config, channels) = with_redis(&pool, &redis.url());
     let app = App::start_with(config).await;
@@ -126,7 +126,7 @@ async fn a_redis_restarted_while_idle_loses_nothing(pool: PgPool) {
 }
 
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
-async fn without_redis_from_the_start_everything_but_the_bell_works(pool: PgPool) {
+async fn everything_but_publishing_works_without_redis(pool: PgPool) {
     let port = testkit::ports::free_port();
     let (config, _) = with_redis(&pool, &format!("redis://127.0.0.1:{port}/"));
     let app = App::start_with(config).await;
@@ -138,7 +138,7 @@ async fn without_redis_from_the_start_everything_but_the_bell_works(pool: PgPool
 }
 
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
-async fn a_redis_that_hangs_holds_up_neither_answers_nor_the_end(pool: PgPool) {
+async fn hanging_redis_delays_neither_answers_nor_shutdown(pool: PgPool) {
     let mut redis = Redis::start();
     let (config, _) = with_redis(&pool, &redis.url());
     let app = App::start_with(config).await;
@@ -192,7 +192,7 @@ async fn assert_unavailable(app: &App, john: &crate::support::User, conversation
 }
 
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
-async fn a_refusing_postgres_is_503_and_is_found_again(pool: PgPool) {
+async fn refusing_postgres_is_503_until_it_recovers(pool: PgPool) {
     let (proxy, options) = behind_a_proxy(&pool).await;
     let app = App::start_with(config(options)).await;
     let (john, _, conversation) = app.pair(&pool).await;
@@ -205,7 +205,7 @@ async fn a_refusing_postgres_is_503_and_is_found_again(pool: PgPool) {
 }
 
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
-async fn a_silent_postgres_is_503_and_is_found_again(pool: PgPool) {
+async fn silent_postgres_is_503_until_it_recovers(pool: PgPool) {
     let (proxy, options) = behind_a_proxy(&pool).await;
     let app = App::start_with(config(options)).await;
     let (john, _, conversation) = app.pair(&pool).await;
@@ -227,7 +227,7 @@ async fn a_silent_postgres_is_503_and_is_found_again(pool: PgPool) {
 }
 
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
-async fn a_lock_that_is_held_too_long_is_503_and_leaves_no_trace(pool: PgPool) {
+async fn lock_held_too_long_is_503_and_changes_nothing(pool: PgPool) {
     let app = App::start(&pool).await;
     let (john, jane, conversation) = app.pair(&pool).await;
     let mut holder = pool.begin().await.unwrap();
@@ -249,7 +249,7 @@ async fn a_lock_that_is_held_too_long_is_503_and_leaves_no_trace(pool: PgPool) {
 }
 
 #[sqlx::test(migrations = false)]
-async fn a_server_refuses_to_start_on_a_schema_that_is_not_its_own(pool: PgPool) {
+async fn server_does_not_start_on_another_schema(pool: PgPool) {
     let options = || (*pool.connect_options()).clone();
     let refused = async || {
         let listeners = api::app::Listeners::bind(crate::support::anywhere()).unwrap();
@@ -277,7 +277,7 @@ async fn a_server_refuses_to_start_on_a_schema_that_is_not_its_own(pool: PgPool)
 }
 
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
-async fn the_old_version_runs_on_while_a_newer_schema_is_rolled_out(pool: PgPool) {
+async fn old_version_keeps_running_on_a_newer_schema(pool: PgPool) {
     sqlx::query(
         "WITH newer AS (INSERT INTO messenger.function_sets (checksum, applied_at) VALUES ('newer', clock_timestamp()))
          INSERT INTO messenger._sqlx_migrations (version, description, success, checksum, execution_time)

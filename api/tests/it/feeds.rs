@@ -92,7 +92,7 @@ async fn assert_feeds_agree_with_tables(app: &App, pool: &PgPool, users: &[User]
 }
 
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
-async fn numbers_have_no_holes_under_interleavings_aborts_and_retries(pool: PgPool) {
+async fn feed_has_no_gaps_under_interleaving_aborts_and_retries(pool: PgPool) {
     let seed: u64 = rand::random();
     println!("seed {seed}");
     let mut random = StdRng::seed_from_u64(seed);
@@ -207,7 +207,7 @@ async fn until_waiting_for_locks(pool: &PgPool, number: i64) {
 
 /// Both see that there is something to read; the second finds it read.
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
-async fn two_reads_at_once_move_the_position_once(pool: PgPool) {
+async fn concurrent_reads_move_the_read_mark_once(pool: PgPool) {
     let app = App::start(&pool).await;
     let (john, jane, conversation) = app.pair(&pool).await;
     john.say(&conversation, "hi").await;
@@ -229,7 +229,7 @@ async fn two_reads_at_once_move_the_position_once(pool: PgPool) {
 
 /// Otherwise a smaller id could be committed after a larger one, and be passed over by whoever pages or reads.
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
-async fn an_id_is_drawn_only_when_the_conversation_is_free(pool: PgPool) {
+async fn message_id_is_drawn_under_the_conversations_lock(pool: PgPool) {
     let app = App::start(&pool).await;
     let (john, _, conversation) = app.pair(&pool).await;
     let first: i64 = john.say(&conversation, "first").await.parse().unwrap();
@@ -251,7 +251,7 @@ async fn an_id_is_drawn_only_when_the_conversation_is_free(pool: PgPool) {
 }
 
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
-async fn what_was_begun_is_published_though_the_client_hung_up(pool: PgPool) {
+async fn command_is_published_although_its_client_hung_up(pool: PgPool) {
     let mut config = crate::support::config((*pool.connect_options()).clone());
     let channels = protocol::channels::Channels::new(crate::support::channel_prefix());
     config.channels = channels.clone();
@@ -270,7 +270,7 @@ async fn what_was_begun_is_published_though_the_client_hung_up(pool: PgPool) {
 }
 
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
-async fn heads_tells_what_differs_and_which_logins_ended(pool: PgPool) {
+async fn heads_returns_changed_heads_and_ended_logins(pool: PgPool) {
     let app = App::start(&pool).await;
     let (john, jane, conversation) = app.pair(&pool).await;
     john.say(&conversation, "hi").await;
@@ -327,7 +327,7 @@ async fn heads_tells_what_differs_and_which_logins_ended(pool: PgPool) {
 }
 
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
-async fn ranges_answers_pair_by_pair_what_follows(pool: PgPool) {
+async fn ranges_returns_the_events_after_each_position(pool: PgPool) {
     let app = App::start(&pool).await;
     let (john, jane, conversation) = app.pair(&pool).await;
     for n in 0..120 {
@@ -375,7 +375,7 @@ async fn ranges_answers_pair_by_pair_what_follows(pool: PgPool) {
 }
 
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
-async fn questions_have_a_largest_size(pool: PgPool) {
+async fn internal_requests_are_bounded(pool: PgPool) {
     let app = App::start(&pool).await;
     let users = |n: usize| json!({ "users": vec![json!({ "user": "1" }); n] });
     let logins = |n: usize| json!({ "users": [], "logins": vec![json!({ "user": "1", "session": "1" }); n] });
@@ -402,7 +402,7 @@ async fn questions_have_a_largest_size(pool: PgPool) {
 
 /// Everything a real feed can look like at its old end.
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
-async fn pruning_deletes_a_prefix_by_count_and_by_age_and_nothing_else(pool: PgPool) {
+async fn pruning_deletes_only_old_prefixes_by_count_and_age(pool: PgPool) {
     let database = Database::new((*pool.connect_options()).clone(), 4, Counter::default());
     let keep = Keep { age: Duration::from_hours(1), events: 10 };
     // (seq, age in seconds), and what is left.
@@ -479,7 +479,7 @@ async fn pruning_deletes_a_prefix_by_count_and_by_age_and_nothing_else(pool: PgP
 }
 
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
-async fn a_new_epoch_makes_every_feed_another_one(pool: PgPool) {
+async fn new_epoch_changes_the_epoch_of_every_feed(pool: PgPool) {
     sqlx::query("INSERT INTO messenger.users (username) SELECT 'u' || n FROM generate_series(1, 50) AS n")
         .execute(&pool)
         .await

@@ -22,7 +22,7 @@ async fn post(app: &App, user: &User, body: impl AsRef<[u8]>) -> testkit::http::
 }
 
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
-async fn a_body_that_is_not_what_it_should_be_says_where(pool: PgPool) {
+async fn malformed_body_is_400_with_the_place_of_the_error(pool: PgPool) {
     let app = App::start(&pool).await;
     let (john, ..) = app.pair(&pool).await;
     let deep = format!(r#"{{"content":{}{}}}"#, "[".repeat(5_000), "]".repeat(5_000));
@@ -55,7 +55,7 @@ async fn a_body_that_is_not_what_it_should_be_says_where(pool: PgPool) {
 }
 
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
-async fn a_body_has_a_largest_size_however_it_is_sent(pool: PgPool) {
+async fn body_size_is_bounded_in_every_framing(pool: PgPool) {
     let app = App::start(&pool).await;
     let (john, ..) = app.pair(&pool).await;
     let padded = |size: usize| {
@@ -91,7 +91,7 @@ async fn a_body_has_a_largest_size_however_it_is_sent(pool: PgPool) {
 }
 
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
-async fn slow_and_half_sent_requests_are_cut_and_hurt_nobody(pool: PgPool) {
+async fn slow_and_incomplete_requests_are_cut(pool: PgPool) {
     let app = App::start(&pool).await;
     let (john, _, conversation) = app.pair(&pool).await;
     let head = format!(
@@ -142,7 +142,7 @@ async fn slow_and_half_sent_requests_are_cut_and_hurt_nobody(pool: PgPool) {
 }
 
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
-async fn garbage_is_refused_or_cut(pool: PgPool) {
+async fn garbage_is_rejected_or_cut(pool: PgPool) {
     let app = App::start(&pool).await;
     let long = "x".repeat(1 << 20);
     for bytes in [
@@ -169,7 +169,7 @@ async fn garbage_is_refused_or_cut(pool: PgPool) {
 
 /// Any request at all: it is our fault if the answer says so.
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
-async fn no_request_is_answered_by_a_fault(pool: PgPool) {
+async fn no_input_causes_a_500(pool: PgPool) {
     let seed: u64 = rand::random();
     println!("seed {seed}");
     let mut random = StdRng::seed_from_u64(seed);

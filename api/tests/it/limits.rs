@@ -68,7 +68,7 @@ async fn send(user: &User, conversation: &str, times: u32) -> u32 {
 }
 
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
-async fn two_replicas_share_one_budget_and_nobody_else_is_touched(pool: PgPool) {
+async fn replicas_share_each_users_limit(pool: PgPool) {
     let limits = RateLimits { send_per_user: Limit::new(10, HOUR), ..OFF };
     let channels = Channels::new(channel_prefix());
     let config = || Config { channels: channels.clone(), ..limited(&pool, limits) };
@@ -89,7 +89,7 @@ async fn two_replicas_share_one_budget_and_nobody_else_is_touched(pool: PgPool) 
 }
 
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
-async fn who_waits_as_long_as_told_is_let_in(pool: PgPool) {
+async fn retry_after_is_long_enough(pool: PgPool) {
     let limits = RateLimits { send_per_user: Limit::new(2, Duration::from_secs(3)), ..OFF };
     let channels = Channels::new(channel_prefix());
     let config = || Config { channels: channels.clone(), ..limited(&pool, limits) };
@@ -111,7 +111,7 @@ async fn who_waits_as_long_as_told_is_let_in(pool: PgPool) {
 }
 
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
-async fn whoever_still_has_an_ended_sessions_token_uses_up_no_limit_of_its_user(pool: PgPool) {
+async fn ended_sessions_token_uses_no_limit_of_its_user(pool: PgPool) {
     let limits = RateLimits { send_per_user: Limit::new(10, HOUR), ..OFF };
     let app = start(limited(&pool, limits)).await;
     let (stolen, _, conversation) = app.pair(&pool).await;
@@ -126,7 +126,7 @@ async fn whoever_still_has_an_ended_sessions_token_uses_up_no_limit_of_its_user(
 }
 
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
-async fn an_ended_session_is_remembered_by_whichever_request_finds_out(pool: PgPool) {
+async fn every_route_remembers_an_ended_session(pool: PgPool) {
     let limits = RateLimits { send_per_user: Limit::new(1, HOUR), ..OFF };
     let app = start(limited(&pool, limits)).await;
     let john = app.user(&pool, "john").await;
@@ -174,7 +174,7 @@ async fn an_ended_session_is_remembered_by_whichever_request_finds_out(pool: PgP
 }
 
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
-async fn a_repeated_key_counts_like_a_send(pool: PgPool) {
+async fn repeated_key_counts_like_a_send(pool: PgPool) {
     let app = start(limited(&pool, RateLimits { send_per_user: Limit::new(2, HOUR), ..OFF })).await;
     let (john, _, conversation) = app.pair(&pool).await;
     let post = || john.post_message(&conversation, "once").header("idempotency-key", "k").send();
@@ -185,7 +185,7 @@ async fn a_repeated_key_counts_like_a_send(pool: PgPool) {
 }
 
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
-async fn without_redis_each_replica_limits_alone_and_no_send_fails(pool: PgPool) {
+async fn without_redis_each_replica_limits_locally(pool: PgPool) {
     let mut redis = Redis::start();
     let limits = RateLimits { send_per_user: Limit::new(20, HOUR), ..RateLimits::OFF };
     let config = limited(&pool, limits);
@@ -213,7 +213,7 @@ async fn without_redis_each_replica_limits_alone_and_no_send_fails(pool: PgPool)
 }
 
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
-async fn a_frozen_redis_is_not_felt_by_who_sends(pool: PgPool) {
+async fn frozen_redis_does_not_delay_sends(pool: PgPool) {
     let mut redis = Redis::start();
     let limits = RateLimits { send_per_user: Limit::new(10_000, HOUR), ..RateLimits::OFF };
     let config = limited(&pool, limits);
@@ -234,9 +234,7 @@ async fn a_frozen_redis_is_not_felt_by_who_sends(pool: PgPool) {
 }
 
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
-async fn who_is_over_a_limit_is_told_so_after_401_and_403_and_before_what_they_sent_is_looked_at(
-    pool: PgPool,
-) {
+async fn rate_limit_is_checked_after_401_and_403_and_before_the_body(pool: PgPool) {
     let once = Limit::new(1, HOUR);
     let limits = RateLimits { send_per_user: once, start_per_user: once, search_per_user: once, ..OFF };
     let app = start(limited(&pool, limits)).await;
@@ -278,7 +276,7 @@ async fn who_is_over_a_limit_is_told_so_after_401_and_403_and_before_what_they_s
 }
 
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
-async fn logins_are_limited_by_address_and_by_the_name_that_is_tried(pool: PgPool) {
+async fn logins_are_limited_by_address_and_by_name(pool: PgPool) {
     let limits =
         RateLimits { login_per_address: Limit::new(6, HOUR), login_per_name: Limit::new(2, HOUR), ..OFF };
     let proxies = "127.0.0.0/8".parse().unwrap();
@@ -316,7 +314,7 @@ async fn logins_are_limited_by_address_and_by_the_name_that_is_tried(pool: PgPoo
 }
 
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
-async fn each_request_of_a_login_at_a_provider_counts_and_none_uses_anything_up(pool: PgPool) {
+async fn limited_provider_login_can_be_repeated_later(pool: PgPool) {
     let fake = Fake::start().await;
     let with = |limits| Config { providers: vec![github_at(&fake.url)], ..limited(&pool, limits) };
     let app = start(with(RateLimits { login_per_address: Limit::new(2, HOUR), ..OFF })).await;
@@ -338,7 +336,7 @@ async fn each_request_of_a_login_at_a_provider_counts_and_none_uses_anything_up(
 }
 
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
-async fn all_users_of_an_address_have_a_limit_together(pool: PgPool) {
+async fn users_of_one_address_share_a_limit(pool: PgPool) {
     let three = Limit::new(3, HOUR);
     let limits =
         RateLimits { send_per_address: three, start_per_address: three, search_per_address: three, ..OFF };

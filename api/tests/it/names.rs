@@ -26,7 +26,7 @@ const ALIKE: [(&str, &str); 8] = [
 ];
 
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
-async fn an_external_name_cannot_look_like_another(pool: PgPool) {
+async fn external_name_cannot_look_like_another(pool: PgPool) {
     let key = IssuerKey::number(0);
     let issuer = Issuer::start(Some(&key));
     let settings = ExternalSettings { issuer: issuer::issuer(), jwks_url: issuer.url() };
@@ -45,7 +45,7 @@ async fn an_external_name_cannot_look_like_another(pool: PgPool) {
 }
 
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
-async fn every_legal_form_of_an_issuer_is_read(pool: PgPool) {
+async fn every_legal_form_of_an_issuer_is_accepted(pool: PgPool) {
     let key = IssuerKey::number(0);
     let issuer = Issuer::start(None);
     // One entry is malformed, one of a kind that nobody knows, and ours has no name.
@@ -72,7 +72,7 @@ async fn every_legal_form_of_an_issuer_is_read(pool: PgPool) {
 }
 
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
-async fn a_name_is_in_the_id_token_where_userinfo_has_none(pool: PgPool) {
+async fn name_comes_from_the_id_token_if_userinfo_has_none(pool: PgPool) {
     let fake = Fake::start().await;
     let mut settings = config((*pool.connect_options()).clone());
     settings.providers = vec![oidc_at(&fake.url)];

@@ -30,9 +30,7 @@ async fn assert_statuses(app: &App, headers: Headers<'_>, changes: u16, reads: u
 }
 
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
-async fn the_credential_that_counts_is_the_header_then_the_cookie_and_a_bad_one_is_not_made_up_for(
-    pool: PgPool,
-) {
+async fn header_hides_cookie_even_if_it_is_invalid(pool: PgPool) {
     let app = App::start(&pool).await;
     let (john, jane) = (app.user(&pool, "john").await, app.user(&pool, "jane").await);
     let (bearer, basic) = (format!("Bearer {}", john.token), format!("Basic {}", john.token));
@@ -69,7 +67,7 @@ async fn the_credential_that_counts_is_the_header_then_the_cookie_and_a_bad_one_
 }
 
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
-async fn by_cookie_a_change_needs_a_page_of_ours_and_a_read_no_foreign_one(pool: PgPool) {
+async fn cookie_needs_an_allowed_origin_to_change_something(pool: PgPool) {
     let app = App::start(&pool).await;
     let john = app.user(&pool, "john").await;
     let site = |site| ("sec-fetch-site", site);
@@ -104,7 +102,7 @@ async fn by_cookie_a_change_needs_a_page_of_ours_and_a_read_no_foreign_one(pool:
 }
 
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
-async fn an_origin_with_its_default_port_is_ours_all_the_same(pool: PgPool) {
+async fn origin_with_its_default_port_is_allowed(pool: PgPool) {
     let app = App::start_with(Config {
         origin: "https://Chat.example:443".parse().unwrap(),
         allowed_origins: vec!["http://Bücher.example:80/".parse().unwrap()],
@@ -120,7 +118,7 @@ async fn an_origin_with_its_default_port_is_ours_all_the_same(pool: PgPool) {
 }
 
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
-async fn another_programs_cookie_locks_nobody_out(pool: PgPool) {
+async fn cookie_of_another_program_does_not_lock_out(pool: PgPool) {
     let app = App::start(&pool).await;
     let (john, ended, expired) =
         (app.user(&pool, "john").await, app.login("john").await, app.login("john").await);
@@ -151,7 +149,7 @@ async fn another_programs_cookie_locks_nobody_out(pool: PgPool) {
 }
 
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
-async fn what_is_fetched_ahead_marks_nothing_read(pool: PgPool) {
+async fn prefetch_marks_nothing_read(pool: PgPool) {
     let app = App::start(&pool).await;
     let (john, jane, conversation) = app.pair(&pool).await;
     john.say(&conversation, "hi").await;
@@ -180,7 +178,7 @@ async fn what_is_fetched_ahead_marks_nothing_read(pool: PgPool) {
 }
 
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
-async fn what_another_site_asks_for_marks_nothing_read(pool: PgPool) {
+async fn cross_site_request_marks_nothing_read(pool: PgPool) {
     let app = App::start(&pool).await;
     let (john, jane, conversation) = app.pair(&pool).await;
     john.say(&conversation, "hi").await;
@@ -227,7 +225,7 @@ fn assert_readable(answer: &Answer, by: Option<&str>) {
 }
 
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
-async fn a_preflight_is_answered_before_everything_and_only_a_listed_page_learns_something(pool: PgPool) {
+async fn preflight_precedes_all_checks_and_favours_listed_origins(pool: PgPool) {
     let app = App::start(&pool).await;
     for path in ["/api/conversations", "/api/auth_user", "/api/nothing", "/"] {
         for (origin, known) in [
@@ -270,7 +268,7 @@ async fn a_preflight_is_answered_before_everything_and_only_a_listed_page_learns
 }
 
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
-async fn every_answer_to_a_listed_page_can_be_read_by_it_errors_too(pool: PgPool) {
+async fn listed_origin_can_read_every_answer_including_errors(pool: PgPool) {
     let app = App::start(&pool).await;
     let john = app.user(&pool, "john").await;
     for (origin, by) in

@@ -26,7 +26,7 @@ async fn all_conversations(user: &User) -> Vec<Value> {
 }
 
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
-async fn thirty_one_conversations_are_each_listed_once_the_newest_message_first(pool: PgPool) {
+async fn paging_lists_each_conversation_once_newest_first(pool: PgPool) {
     let app = App::start(&pool).await;
     let john = app.user(&pool, "john").await;
     let mut conversations = Vec::new();
@@ -54,7 +54,7 @@ async fn thirty_one_conversations_are_each_listed_once_the_newest_message_first(
 }
 
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
-async fn a_conversation_that_gets_a_message_meanwhile_leaves_no_hole_in_the_list(pool: PgPool) {
+async fn message_during_paging_leaves_no_gap_in_the_list(pool: PgPool) {
     let app = App::start(&pool).await;
     let john = app.user(&pool, "john").await;
     let mut conversations = Vec::new();
@@ -76,7 +76,7 @@ async fn a_conversation_that_gets_a_message_meanwhile_leaves_no_hole_in_the_list
 }
 
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
-async fn a_hundred_and_thirty_messages_are_each_read_once_in_both_directions(pool: PgPool) {
+async fn paging_reads_each_message_once_in_both_directions(pool: PgPool) {
     let app = App::start(&pool).await;
     let (john, jane, conversation) = app.pair(&pool).await;
     app.user(&pool, "bob").await;
@@ -135,7 +135,7 @@ async fn a_hundred_and_thirty_messages_are_each_read_once_in_both_directions(poo
 }
 
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
-async fn each_reader_sees_whose_message_it_is(pool: PgPool) {
+async fn mine_is_relative_to_the_reader(pool: PgPool) {
     let app = App::start(&pool).await;
     let (john, jane, conversation) = app.pair(&pool).await;
     john.say(&conversation, "from john").await;

@@ -34,7 +34,7 @@ pub(crate) fn run(arguments: &[&str], variables: &[(&str, &str)]) -> (bool, Stri
 }
 
 #[test]
-fn every_problem_with_the_settings_is_told_at_once() {
+fn all_configuration_problems_are_reported_together() {
     let (success, said) = run(
         &[],
         &[
@@ -81,7 +81,7 @@ fn every_problem_with_the_settings_is_told_at_once() {
 }
 
 #[test]
-fn a_service_without_its_keys_and_secrets_does_not_start() {
+fn service_without_keys_or_secrets_does_not_start() {
     let (success, said) = run(&["serve"], &[]);
     assert!(!success);
     for name in [
@@ -289,7 +289,7 @@ pub(crate) fn serve_from(
 }
 
 #[sqlx::test(migrations = false)]
-async fn sigterm_ends_it_in_order(pool: PgPool) {
+async fn sigterm_stops_the_service_in_order(pool: PgPool) {
     let folder = tempfile::tempdir().unwrap();
     let mut server = serve(&pool, folder.path(), "2");
     let client = Client::default();
@@ -339,7 +339,7 @@ async fn sigterm_ends_it_in_order(pool: PgPool) {
 }
 
 #[sqlx::test(migrations = false)]
-async fn a_container_without_other_programs_can_ask_how_its_service_is(pool: PgPool) {
+async fn healthcheck_command_reports_liveness_and_readiness(pool: PgPool) {
     let folder = tempfile::tempdir().unwrap();
     let mut server = serve(&pool, folder.path(), "2");
     let address = server.ops.trim_start_matches("http://").to_owned();
@@ -355,7 +355,7 @@ async fn a_container_without_other_programs_can_ask_how_its_service_is(pool: PgP
 }
 
 #[sqlx::test(migrations = false)]
-async fn a_client_that_never_finishes_does_not_hold_up_the_end(pool: PgPool) {
+async fn unfinished_request_does_not_delay_shutdown(pool: PgPool) {
     let folder = tempfile::tempdir().unwrap();
     let mut server = serve(&pool, folder.path(), "0");
     let mut idle = raw::connect_to(&server.public).await;
@@ -376,7 +376,7 @@ async fn a_client_that_never_finishes_does_not_hold_up_the_end(pool: PgPool) {
 }
 
 #[test]
-fn settings_can_be_checked_without_serving() {
+fn check_config_validates_without_serving() {
     let folder = tempfile::tempdir().unwrap();
     let key = folder.path().join("key.pem");
     std::fs::write(&key, PEM).unwrap();
@@ -397,7 +397,7 @@ fn settings_can_be_checked_without_serving() {
 }
 
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
-async fn what_need_not_be_kept_can_be_deleted_at_once(pool: PgPool) {
+async fn prune_command_deletes_expired_rows(pool: PgPool) {
     sqlx::query("INSERT INTO messenger.users (username) VALUES ('john'), ('jane')")
         .execute(&pool)
         .await
@@ -433,7 +433,7 @@ async fn what_need_not_be_kept_can_be_deleted_at_once(pool: PgPool) {
 }
 
 #[sqlx::test(migrations = false)]
-async fn an_operator_changes_what_is_logged_while_it_runs(pool: PgPool) {
+async fn log_filter_can_be_changed_while_running(pool: PgPool) {
     let folder = tempfile::tempdir().unwrap();
     let mut server = serve(&pool, folder.path(), "0");
     let client = Client::default();

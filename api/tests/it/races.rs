@@ -9,7 +9,7 @@ use sqlx::PgPool;
 use crate::support::App;
 
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
-async fn eight_who_start_the_same_conversation_at_once_make_one(pool: PgPool) {
+async fn eight_concurrent_starts_make_one_conversation(pool: PgPool) {
     let apps = [App::start(&pool).await, App::start(&pool).await];
     let (john, jane) = (apps[0].user(&pool, "john").await, apps[0].user(&pool, "jane").await);
     let answers = join_all((0..8).map(|n| {
@@ -29,7 +29,7 @@ async fn eight_who_start_the_same_conversation_at_once_make_one(pool: PgPool) {
 }
 
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
-async fn twenty_sends_with_one_key_over_two_replicas_make_one_message(pool: PgPool) {
+async fn twenty_sends_with_one_key_make_one_message(pool: PgPool) {
     let apps = [App::start(&pool).await, App::start(&pool).await];
     let (john, jane, conversation) = apps[0].pair(&pool).await;
     let answers = join_all((0..20).map(|n| {
@@ -59,7 +59,7 @@ async fn twenty_sends_with_one_key_over_two_replicas_make_one_message(pool: PgPo
 }
 
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
-async fn one_key_sent_to_two_conversations_at_once_counts_in_one(pool: PgPool) {
+async fn one_key_in_two_conversations_sends_one_message(pool: PgPool) {
     let apps = [App::start(&pool).await, App::start(&pool).await];
     let (john, ..) = apps[0].pair(&pool).await;
     apps[0].user(&pool, "bob").await;

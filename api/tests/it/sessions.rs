@@ -57,7 +57,7 @@ async fn is_refused(user: &User) -> bool {
 }
 
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
-async fn the_list_has_my_live_sessions_the_newest_use_first(pool: PgPool) {
+async fn sessions_are_listed_by_last_use(pool: PgPool) {
     let app = App::start(&pool).await;
     app.user(&pool, "jane").await;
     app.user(&pool, "john").await;
@@ -96,7 +96,7 @@ async fn the_list_has_my_live_sessions_the_newest_use_first(pool: PgPool) {
 }
 
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
-async fn a_session_that_is_ended_is_refused_at_once_by_every_replica_and_published(pool: PgPool) {
+async fn ended_session_is_rejected_by_every_replica_and_published(pool: PgPool) {
     let (config_one, channels) = with_redis(&pool, &redis_url());
     let one = App::start_with(config_one).await;
     let other = App::start(&pool).await;
@@ -146,7 +146,7 @@ async fn a_session_that_is_ended_is_refused_at_once_by_every_replica_and_publish
 }
 
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
-async fn only_a_live_session_of_mine_can_be_ended(pool: PgPool) {
+async fn only_live_sessions_of_the_caller_can_be_ended(pool: PgPool) {
     let app = App::start(&pool).await;
     let (john, jane) = (app.user(&pool, "john").await, app.user(&pool, "jane").await);
     let (gone, expired) = (app.login("john").await, app.login("john").await);
@@ -171,7 +171,7 @@ async fn only_a_live_session_of_mine_can_be_ended(pool: PgPool) {
 }
 
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
-async fn a_page_that_is_not_ours_ends_no_session_and_gets_no_token(pool: PgPool) {
+async fn other_origins_can_neither_end_sessions_nor_get_tokens(pool: PgPool) {
     let app = App::start(&pool).await;
     let john = app.user(&pool, "john").await;
     let one = format!("/api/sessions/{}", id(&john));
@@ -198,7 +198,7 @@ async fn a_page_that_is_not_ours_ends_no_session_and_gets_no_token(pool: PgPool)
 }
 
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
-async fn sessions_that_end_each_other_at_once_do_not_wait_in_a_circle(pool: PgPool) {
+async fn sessions_ending_each_other_do_not_deadlock(pool: PgPool) {
     let app = App::start(&pool).await;
     for _ in 0..5 {
         let mut sessions = vec![app.user(&pool, "john").await];
@@ -231,7 +231,7 @@ async fn age(pool: &PgPool, by: Duration) {
 }
 
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
-async fn a_token_with_another_users_session_is_refused_everywhere(pool: PgPool) {
+async fn token_with_another_users_session_is_rejected(pool: PgPool) {
     let app = App::start(&pool).await;
     let (john, jane, conversation) = app.pair(&pool).await;
     john.say(&conversation, "hi").await;
@@ -272,7 +272,7 @@ async fn a_token_with_another_users_session_is_refused_everywhere(pool: PgPool) 
 }
 
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
-async fn the_last_use_is_noted_without_a_write_per_request(pool: PgPool) {
+async fn last_use_needs_no_write_per_request(pool: PgPool) {
     let app = App::start(&pool).await;
     let reader = app.user(&pool, "john").await;
     let (writer, streamer, idle) =
@@ -298,7 +298,7 @@ async fn the_last_use_is_noted_without_a_write_per_request(pool: PgPool) {
 }
 
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
-async fn the_last_use_moves_coarsely_and_only_for_what_lives(pool: PgPool) {
+async fn last_use_moves_coarsely_and_for_live_sessions_only(pool: PgPool) {
     let app = App::start(&pool).await;
     let (john, gone) = (app.user(&pool, "john").await, app.login("john").await);
     let jane = app.user(&pool, "jane").await;
@@ -327,7 +327,7 @@ async fn the_last_use_moves_coarsely_and_only_for_what_lives(pool: PgPool) {
 }
 
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
-async fn sessions_that_ended_long_ago_are_deleted_step_by_step(pool: PgPool) {
+async fn old_ended_sessions_are_deleted_in_steps(pool: PgPool) {
     sqlx::query("INSERT INTO messenger.users (username) VALUES ('john')").execute(&pool).await.unwrap();
     // Every fifth of each kind.
     sqlx::query(
@@ -366,7 +366,7 @@ fn stream_claims(answer: &Answer) -> Claims {
 }
 
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
-async fn a_stream_token_is_good_for_the_stream_alone_and_never_past_its_session(pool: PgPool) {
+async fn stream_token_is_for_streams_and_ends_with_its_session(pool: PgPool) {
     let lifetimes = Lifetimes { session: Duration::from_hours(1), stream_token: Duration::from_mins(2) };
     let app = App::start_with(Config { lifetimes, ..config((*pool.connect_options()).clone()) }).await;
     let john = app.user(&pool, "john").await;

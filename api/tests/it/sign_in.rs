@@ -72,7 +72,7 @@ async fn code_of(browser: &mut Browser, app: &App, provider: &str, account: &str
 }
 
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
-async fn a_person_logs_in_at_a_real_provider_and_is_known_the_next_time(pool: PgPool) {
+async fn login_at_a_real_provider_finds_the_same_user_again(pool: PgPool) {
     let providers = Providers::start();
     let app = App::start_with(config_with(&pool, |config| config.providers = providers.both())).await;
     let options = app.call("GET", "/api/login_options").expect(200).await.json();
@@ -167,7 +167,7 @@ async fn a_person_logs_in_at_a_real_provider_and_is_known_the_next_time(pool: Pg
 }
 
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
-async fn what_a_real_provider_refuses_ends_at_the_page(pool: PgPool) {
+async fn refusal_of_a_real_provider_is_shown_on_the_page(pool: PgPool) {
     let providers = Providers::start();
     providers.account("1", "sam", "https://a.example/1").await;
     let app = App::start_with(config_with(&pool, |config| config.providers = providers.both())).await;
@@ -231,7 +231,7 @@ async fn what_a_real_provider_refuses_ends_at_the_page(pool: PgPool) {
 }
 
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
-async fn an_answer_counts_only_in_the_browser_that_asked(pool: PgPool) {
+async fn callback_works_only_in_the_browser_that_began(pool: PgPool) {
     let fake = Fake::start().await;
     let settings = vec![github_at(&fake.url), oidc_at(&fake.url)];
     let app = App::start_with(config_with(&pool, |config| config.providers = settings)).await;
@@ -321,7 +321,7 @@ async fn an_answer_counts_only_in_the_browser_that_asked(pool: PgPool) {
 }
 
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
-async fn a_provider_that_fails_ends_at_the_page(pool: PgPool) {
+async fn failing_provider_is_shown_on_the_page(pool: PgPool) {
     let fake = Fake::start().await;
     let settings = vec![github_at(&fake.url), oidc_at(&fake.url)];
     let app = App::start_with(config_with(&pool, |config| {
@@ -420,7 +420,7 @@ async fn a_provider_that_fails_ends_at_the_page(pool: PgPool) {
 }
 
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
-async fn a_provider_that_does_not_tell_its_endpoints_is_asked_again_later(pool: PgPool) {
+async fn failed_discovery_is_retried(pool: PgPool) {
     const DISCOVERY: &str = "/.well-known/openid-configuration";
     let fake = Fake::start().await;
     let start = async || {
@@ -470,7 +470,7 @@ async fn a_provider_that_does_not_tell_its_endpoints_is_asked_again_later(pool: 
 }
 
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
-async fn a_provider_that_is_not_there_ends_at_the_page(pool: PgPool) {
+async fn unreachable_provider_is_shown_on_the_page(pool: PgPool) {
     // An address that was just free.
     let nowhere = {
         let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
@@ -488,7 +488,7 @@ async fn a_provider_that_is_not_there_ends_at_the_page(pool: PgPool) {
 }
 
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
-async fn a_code_is_good_once_in_one_browser_for_a_minute(pool: PgPool) {
+async fn code_works_once_in_one_browser_for_a_minute(pool: PgPool) {
     let fake = Fake::start().await;
     let start = async || {
         App::start_with(config_with(&pool, |config| config.providers = vec![github_at(&fake.url)])).await
@@ -565,7 +565,7 @@ async fn a_code_is_good_once_in_one_browser_for_a_minute(pool: PgPool) {
 }
 
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
-async fn logins_in_several_tabs_do_not_end_each_other(pool: PgPool) {
+async fn logins_in_several_tabs_do_not_interfere(pool: PgPool) {
     let fake = Fake::start().await;
     let settings = vec![github_at(&fake.url), oidc_at(&fake.url)];
     let app = App::start_with(config_with(&pool, |config| config.providers = settings)).await;
@@ -622,7 +622,7 @@ async fn fake_login(app: &App, browser: &mut Browser) -> url::Url {
 }
 
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
-async fn a_code_is_not_used_up_unless_its_session_begins(pool: PgPool) {
+async fn code_is_not_consumed_unless_its_session_begins(pool: PgPool) {
     let fake = Fake::start().await;
     let app =
         App::start_with(config_with(&pool, |config| config.providers = vec![github_at(&fake.url)])).await;
@@ -644,7 +644,7 @@ async fn a_code_is_not_used_up_unless_its_session_begins(pool: PgPool) {
 }
 
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
-async fn a_login_goes_on_when_its_client_has_gone(pool: PgPool) {
+async fn login_completes_although_its_client_hung_up(pool: PgPool) {
     let fake = Fake::start().await;
     let with_token = App::start_with(config_with(&pool, |config| {
         config.providers = vec![github_at(&fake.url)];
@@ -697,7 +697,7 @@ async fn a_login_goes_on_when_its_client_has_gone(pool: PgPool) {
 }
 
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
-async fn the_exchange_checks_in_the_order_of_all_endpoints(pool: PgPool) {
+async fn exchange_checks_in_the_contracts_order(pool: PgPool) {
     let app = App::start(&pool).await;
     let post = |form: &str, body: &str| {
         let headers = [("content-type", form.to_owned())];
@@ -725,7 +725,7 @@ async fn the_exchange_checks_in_the_order_of_all_endpoints(pool: PgPool) {
 }
 
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
-async fn a_provider_without_settings_does_not_exist(pool: PgPool) {
+async fn provider_without_settings_is_disabled(pool: PgPool) {
     let fake = Fake::start().await;
     let none = App::start(&pool).await;
     let one =
@@ -766,7 +766,7 @@ async fn a_provider_without_settings_does_not_exist(pool: PgPool) {
 }
 
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
-async fn the_original_clients_page_gets_its_token_by_a_setting(pool: PgPool) {
+async fn callback_token_in_query_serves_the_original_client(pool: PgPool) {
     let fake = Fake::start().await;
     let app = App::start_with(config_with(&pool, |config| {
         config.providers = vec![github_at(&fake.url)];
@@ -792,7 +792,7 @@ async fn the_original_clients_page_gets_its_token_by_a_setting(pool: PgPool) {
 }
 
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
-async fn behind_https_no_cookie_goes_without(pool: PgPool) {
+async fn behind_https_every_cookie_is_secure(pool: PgPool) {
     let fake = Fake::start().await;
     let app = App::start_with(config_with(&pool, |config| {
         config.origin = "https://chat.example".parse().unwrap();
@@ -823,7 +823,7 @@ async fn behind_https_no_cookie_goes_without(pool: PgPool) {
 }
 
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
-async fn a_taken_name_gets_a_suffix(pool: PgPool) {
+async fn taken_name_gets_a_suffix(pool: PgPool) {
     let fake = Fake::start().await;
     let app =
         App::start_with(config_with(&pool, |config| config.providers = vec![github_at(&fake.url)])).await;
@@ -861,7 +861,7 @@ async fn a_taken_name_gets_a_suffix(pool: PgPool) {
 }
 
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
-async fn first_logins_at_once_make_one_user(pool: PgPool) {
+async fn concurrent_first_logins_make_one_user(pool: PgPool) {
     let database = Database::new((*pool.connect_options()).clone(), 16, Counter::default());
     for round in 0..20 {
         // All of one account; and at the same time as many others who want the same name.
@@ -892,7 +892,7 @@ async fn first_logins_at_once_make_one_user(pool: PgPool) {
 }
 
 #[sqlx::test(migrations = false)]
-async fn nothing_of_a_login_is_in_the_log(pool: PgPool) {
+async fn login_secrets_are_not_logged(pool: PgPool) {
     let fake = Fake::start().await;
     let folder = tempfile::tempdir().unwrap();
     let mut server = serve_with(&pool, folder.path(), "0", |command| {
@@ -939,7 +939,7 @@ async fn nothing_of_a_login_is_in_the_log(pool: PgPool) {
 }
 
 #[sqlx::test(migrations = false)]
-async fn a_provider_is_believed_by_its_certificate(pool: PgPool) {
+async fn provider_needs_a_trusted_certificate(pool: PgPool) {
     let (fake, certificate) = Fake::start_with_tls().await;
     let folder = tempfile::tempdir().unwrap();
     let own = folder.path().join("own.pem");

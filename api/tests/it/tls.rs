@@ -38,7 +38,7 @@ fn first_said(url: &str) -> String {
 }
 
 #[test]
-fn postgres_must_have_a_certificate_of_the_named_authority_for_the_name_that_we_use() {
+fn postgres_certificate_must_match_authority_and_host() {
     let authority = Authority::new();
     let postgres = Postgres::start_with_tls(&authority);
     let said = first_said(&by_tls(&postgres, "localhost", &Authority::new()));
@@ -50,7 +50,7 @@ fn postgres_must_have_a_certificate_of_the_named_authority_for_the_name_that_we_
 }
 
 #[test]
-fn a_postgres_that_speaks_no_tls_gets_no_password() {
+fn postgres_without_tls_gets_no_password() {
     let postgres = Postgres::start();
     let (success, said) =
         run(&["migrate"], &[("DATABASE_URL", &by_tls(&postgres, "localhost", &Authority::new()))]);
@@ -58,7 +58,7 @@ fn a_postgres_that_speaks_no_tls_gets_no_password() {
 }
 
 #[tokio::test]
-async fn it_serves_with_postgres_and_redis_behind_tls() {
+async fn serves_with_postgres_and_redis_behind_tls() {
     let authority = Authority::new();
     let (postgres, redis) = (Postgres::start_with_tls(&authority), Redis::start());
     let door = Door::start(redis.address(), &authority).await;

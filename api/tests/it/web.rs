@@ -27,7 +27,7 @@ fn assert_page_headers(answer: &Answer) {
 }
 
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
-async fn each_file_is_served_as_what_it_is_and_any_other_path_is_the_page(pool: PgPool) {
+async fn files_have_their_type_and_other_paths_are_the_page(pool: PgPool) {
     let app = App::start(&pool).await;
     let page = fs::read(web().join("index.html")).unwrap();
     for path in [
@@ -58,7 +58,7 @@ async fn each_file_is_served_as_what_it_is_and_any_other_path_is_the_page(pool: 
 }
 
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
-async fn only_reading_is_a_method_of_a_file(pool: PgPool) {
+async fn files_answer_get_and_head_only(pool: PgPool) {
     let app = App::start(&pool).await;
     for method in ["POST", "PUT", "DELETE", "OPTIONS", "BREW"] {
         let answer = app.call(method, "/sw.js").send().await.unwrap();
@@ -69,7 +69,7 @@ async fn only_reading_is_a_method_of_a_file(pool: PgPool) {
 }
 
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
-async fn a_file_that_the_browser_has_is_not_sent_again(pool: PgPool) {
+async fn known_file_is_304(pool: PgPool) {
     let app = App::start(&pool).await;
     let first = app.call("GET", "/").expect(200).await;
     let tag = first.header("etag").unwrap();
@@ -82,7 +82,7 @@ async fn a_file_that_the_browser_has_is_not_sent_again(pool: PgPool) {
 }
 
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
-async fn files_are_compressed_for_who_takes_it(pool: PgPool) {
+async fn files_are_compressed_for_clients_that_accept_gzip(pool: PgPool) {
     let app = App::start(&pool).await;
     let plain = app.call("GET", "/sw.js").expect(200).await;
     assert_eq!(plain.header("content-encoding"), None);
@@ -99,7 +99,7 @@ async fn files_are_compressed_for_who_takes_it(pool: PgPool) {
 }
 
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
-async fn nothing_but_the_clients_own_files_can_be_had(pool: PgPool) {
+async fn only_files_of_the_web_client_are_served(pool: PgPool) {
     let app = App::start(&pool).await;
     let page = app.call("GET", "/").expect(200).await.body;
     for path in [
@@ -116,7 +116,7 @@ async fn nothing_but_the_clients_own_files_can_be_had(pool: PgPool) {
 }
 
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
-async fn the_page_can_ask_which_ways_to_log_in_there_are(pool: PgPool) {
+async fn login_options_are_public(pool: PgPool) {
     let app = App::start(&pool).await;
     let answer = app.call("GET", "/api/login_options").expect(200).await;
     assert_eq!(answer.json(), json!({ "providers": [], "devLogin": true }));
@@ -125,7 +125,7 @@ async fn the_page_can_ask_which_ways_to_log_in_there_are(pool: PgPool) {
 
 /// A module that is missing there is found late: after the page, and after whoever imports it.
 #[test]
-fn the_page_preloads_every_module() {
+fn page_preloads_every_module() {
     let page = fs::read_to_string(web().join("index.html")).unwrap();
     let mut files = Vec::new();
     collect(&web(), &mut files);
