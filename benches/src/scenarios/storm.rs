@@ -68,10 +68,9 @@ async fn storm(sizes: &Sizes, as_browsers: bool, settings: impl Fn(Plan) -> Plan
     let told = status.last_event_at.saturating_sub(began) as f64 / 1e3;
     figure("all received what they missed", format_args!("{told:.0} ms; none lost or repeated"));
     figure("requests to api", format_args!("{requests}"));
-    let asked = async |question| {
-        gateway.metric_where("messenger_gateway_backfill_requests_total", question).await as u64
-    };
-    let (heads, ranges) = (asked("question=\"heads\"").await, asked("question=\"ranges\"").await);
+    let requested =
+        async |kind| gateway.metric_where("messenger_gateway_backfill_requests_total", kind).await as u64;
+    let (heads, ranges) = (requested("kind=\"heads\"").await, requested("kind=\"ranges\"").await);
     figure("feeds in them", format_args!("{} heads, {} ranges", count(heads), count(ranges)));
     let ended: Vec<_> = status.ended.iter().map(|(reason, times)| format!("{times} {reason}")).collect();
     figure(

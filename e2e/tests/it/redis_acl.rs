@@ -24,7 +24,7 @@ fn lines(nth: usize, prefix: &str) -> Vec<String> {
             .find(|(user, _)| line.contains(&format!("SETUSER {user} ")))
             .map(|(_, password)| *password);
         let line = line.replace(">…", &format!(">{}", password.unwrap_or_default()));
-        ["user:", "beat:", "limit:"].iter().fold(line, |line, name| {
+        ["user:", "probe:", "limit:"].iter().fold(line, |line, name| {
             line.replace(&format!("&{name}"), &format!("&{prefix}{name}"))
                 .replace(&format!("~{name}"), &format!("~{prefix}{name}"))
         })

@@ -236,11 +236,11 @@ impl Busy {
 
     /// Somebody at each gateway is subscribed to at one of these servers.
     pub(crate) async fn until_listening_to(&self, servers: &[&Redis]) {
-        let beats = format!("{}*", self.world.beats());
+        let probes = format!("{}*", self.world.probes());
         until("the gateways listen there", || async {
             let listening = |kind: &str| {
                 let count = |server: &&Redis| {
-                    let channels = server.command(&["PUBSUB", kind, &beats]).ok()?;
+                    let channels = server.command(&["PUBSUB", kind, &probes]).ok()?;
                     channels.strip_prefix('*')?.parse::<usize>().ok()
                 };
                 servers.iter().filter_map(count).sum::<usize>()

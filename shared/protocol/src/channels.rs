@@ -15,29 +15,29 @@ impl Channels {
         Self { prefix: prefix.into() }
     }
 
-    /// Where a user's events are announced.
+    /// The channel of a user's events.
     pub fn user(&self, user: UserId) -> String {
         format!("{}user:{user}", self.prefix)
     }
 
-    /// Whose channel this is; `None` for names that are not ours.
+    /// The user of a channel; `None` for other names.
     pub fn user_of(&self, channel: &[u8]) -> Option<UserId> {
         let id = channel.strip_prefix(self.prefix.as_bytes())?.strip_prefix(b"user:")?;
         std::str::from_utf8(id).ok()?.parse().ok()
     }
 
-    /// Where the version of the public keys is announced: the first of these names that a node owns. They begin as the names of
-    /// users do, so they need no rights of their own.
+    /// The channel of the public keys' version: the first of these names that a node owns. They begin as users' names do, so they
+    /// need no rights of their own.
     pub fn keys(&self) -> impl Iterator<Item = String> {
         (0..).map(|turn| format!("{}user:keys-{turn}", self.prefix))
     }
 
-    /// Where one gateway process hears its own beat.
-    pub fn beat(&self, instance: &str) -> String {
-        format!("{}beat:{instance}", self.prefix)
+    /// The channel on which a gateway process receives its own health probes.
+    pub fn probe(&self, instance: &str) -> String {
+        format!("{}probe:{instance}", self.prefix)
     }
 
-    /// The key that counts what one subject did under one rule.
+    /// The key that counts a subject under a rule.
     pub fn limit(&self, rule: &str, by: &str, subject: impl Display) -> String {
         format!("{}limit:{rule}:{by}:{subject}", self.prefix)
     }
@@ -55,7 +55,7 @@ mod tests {
         assert_eq!(channels.limit("send", "user", UserId(7)), "t1:limit:send:user:7");
         assert_eq!(channels.keys().next().as_deref(), Some("t1:user:keys-0"));
         for other in
-            ["user:7", "t1:user:", "t1:user:07", "t1:beat:7", "t2:user:7", "t1:user:7x", "t1:user:keys-0"]
+            ["user:7", "t1:user:", "t1:user:07", "t1:probe:7", "t2:user:7", "t1:user:7x", "t1:user:keys-0"]
         {
             assert_eq!(channels.user_of(other.as_bytes()), None, "{other}");
         }

@@ -13,7 +13,6 @@ use thiserror::Error;
 
 use crate::ids::{SessionId, UserId};
 
-/// What a token is good for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Audience {
@@ -22,24 +21,24 @@ pub enum Audience {
     Stream,
 }
 
-/// Times are seconds since 1970, as RFC 7519 has them.
+/// Times are seconds since 1970 (RFC 7519).
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Claims {
     pub sub: UserId,
-    /// The login behind it. None in stream tokens that were made from a foreign issuer's token.
+    /// The session. `None` in stream tokens made from an external token.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub sid: Option<SessionId>,
     pub iat: i64,
     pub exp: i64,
     pub aud: Audience,
     pub iss: String,
-    /// In stream tokens: the end of the session behind it. It bounds the connection; `exp` bounds only opening it.
+    /// In stream tokens: the end of the session, which bounds the connection; `exp` bounds only opening it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub session_exp: Option<i64>,
 }
 
 impl Claims {
-    /// When a stream that was opened with this token must have ended.
+    /// The latest end of a stream opened with this token.
     pub fn stream_ends_at(&self) -> i64 {
         self.session_exp.unwrap_or(self.exp)
     }
@@ -82,7 +81,7 @@ impl SigningKeys {
         &self.jwks
     }
 
-    /// The same by their thumbprints, in an order of their own: which of them signs makes no difference to others.
+    /// By thumbprint, sorted: the order of signing keys makes no difference to others.
     pub fn thumbprints(&self) -> Vec<&str> {
         let mut names: Vec<_> =
             self.jwks.keys.iter().filter_map(|jwk| jwk.common.key_id.as_deref()).collect();
@@ -98,14 +97,14 @@ impl SigningKeys {
 fn read_pem(pem: &[u8]) -> Result<(EncodingKey, Jwk), BadKey> {
     let key = EncodingKey::from_ed_pem(pem).map_err(|_| BadKey)?;
     let mut jwk = Jwk::from_encoding_key(&key, Algorithm::EdDSA).map_err(|_| BadKey)?;
-    // RFC 7638: a key is named by what it is, so every replica calls it the same.
+    // RFC 7638: a thumbprint, so every replica uses the same name.
     let kid = jwk.thumbprint(ThumbprintHash::SHA256).map_err(|_| BadKey)?;
     jwk.common.key_id = Some(kid);
     jwk.common.public_key_use = Some(PublicKeyUse::Signature);
     Ok((key, jwk))
 }
 
-/// Why a token is not accepted. Clients see none of this: it is all 401.
+/// Why a token is not accepted. Clients only see 401.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 pub enum TokenError {
     #[error("signed with a key that is not known here")]
@@ -118,7 +117,7 @@ pub enum TokenError {
     Invalid,
 }
 
-/// Names a key by what it is, in 8 bytes: the beginning of its thumbprint (RFC 7638). A `kid` is what its publisher likes.
+/// The first 8 bytes of a key's thumbprint (RFC 7638), because a `kid` is arbitrary.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct KeyName(pub [u8; 8]);
 
@@ -136,7 +135,7 @@ pub struct KeySet {
 }
 
 impl KeySet {
-    /// Keys of other kinds, without a name, or malformed are passed over.
+    /// Skips keys of other kinds, without a name, and malformed ones.
     pub fn from_jwks(issuer: &str, jwks: &JwkSet) -> Self {
         let mut validation = Validation::new(Algorithm::EdDSA);
         validation.leeway = 0;
@@ -148,7 +147,6 @@ impl KeySet {
         Self { validation, keys: jwks.keys.iter().filter_map(named).collect() }
     }
 
-    /// The names of all keys.
     pub fn names(&self) -> impl Iterator<Item = KeyName> {
         self.keys.values().map(|(name, _)| *name)
     }
@@ -161,7 +159,7 @@ impl KeySet {
         self.verify_by_key(token, accepted).map(|(claims, _)| claims)
     }
 
-    /// The same, and which key signed the token.
+    /// Also returns the key that signed the token.
     pub fn verify_by_key(&self, token: &str, accepted: &[Audience]) -> Result<(Claims, KeyName), TokenError> {
         let header = jsonwebtoken::decode_header(token).map_err(|_| TokenError::Invalid)?;
         if header.alg != Algorithm::EdDSA {
@@ -184,13 +182,12 @@ impl KeySet {
     }
 }
 
-/// Whether a time in seconds since 1970 has come by which something ends: an `exp`, or the end of a session. Nothing is accepted
-/// "on or after" it (RFC 7519, section 4.1.4).
+/// Whether an `exp` or the end of a session has come: nothing is accepted "on or after" it (RFC 7519, section 4.1.4).
 pub(crate) fn has_ended(at: i64) -> bool {
     at <= jsonwebtoken::get_current_timestamp().cast_signed()
 }
 
-/// The length is checked here because the verifier slices 32 bytes off whatever it is given.
+/// Checks the length because the verifier slices 32 bytes unchecked.
 pub(crate) fn ed25519(jwk: &Jwk) -> Option<DecodingKey> {
     let AlgorithmParameters::OctetKeyPair(pair) = &jwk.algorithm else { return None };
     if pair.curve != EllipticCurve::Ed25519 {

@@ -1,5 +1,5 @@
-//! The envelope: one event of one user's feed as it travels, in a Redis message and in the answer to a range. It is made
-//! once, by `api`; a gateway turns it into its SSE frame once.
+//! The envelope: an event of a user's feed in a Redis message or the answer to a range. `api` encodes it once; a gateway turns it into
+//! its SSE frame once.
 
 use chrono::{DateTime, SecondsFormat, Utc};
 use serde::{Deserialize, Serialize};
@@ -10,11 +10,10 @@ use crate::{
     position::{Epoch, Position, Seq},
 };
 
-/// The version of this form. A gateway cannot pass on one that it does not know: its readers are told to reload. So a new
-/// version goes to the gateways first.
+/// A gateway cannot deliver an unknown version and makes its readers reload, so a new version is deployed to gateways first.
 pub const VERSION: u8 = 1;
 
-/// Event names, as the contract has them. [`MESSAGE`] travels to browsers without a name, so that a bare `onmessage` hears it.
+/// Event names. [`MESSAGE`] has no name on the stream, so that `onmessage` receives it.
 pub mod kind {
     pub const MESSAGE: &str = "message";
     pub const MESSAGE_SENT: &str = "message.sent";
@@ -31,11 +30,11 @@ pub struct Envelope {
     pub v: u8,
     pub epoch: Epoch,
     pub seq: Seq,
-    /// One of [`kind`], or a name that this build does not know yet: it is passed on.
+    /// One of [`kind`], or a name unknown to this build, which is delivered all the same.
     pub event: String,
     /// One line of JSON, ready to send.
     pub data: Box<RawValue>,
-    /// When the event was made, by the database's clock.
+    /// By the database's clock.
     pub created_at: DateTime<Utc>,
     /// The request that caused it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -50,19 +49,19 @@ impl Envelope {
     }
 }
 
-/// RFC 3339, UTC, `Z`, microseconds: the one form of a time in JSON, equal to what SQL `rfc3339()` writes.
+/// RFC 3339, UTC, `Z`, microseconds: every time in JSON, and what SQL `rfc3339()` writes.
 pub fn rfc3339(at: DateTime<Utc>) -> String {
     at.to_rfc3339_opts(SecondsFormat::Micros, true)
 }
 
-/// What travels on a user's Redis channel.
+/// A message on a user's Redis channel.
 #[derive(Debug)]
 pub enum Notice {
     Event(Envelope),
     Revoked(Revoked),
 }
 
-/// The session has ended: its streams end now. Best effort; the gateway asks as well.
+/// A session has ended, and its streams must. Best effort: reconciles find it too.
 #[derive(Debug, Clone, Copy, Serialize, Deserialize)]
 pub struct Revoked {
     pub revoked: SessionId,

@@ -1,7 +1,6 @@
-//! Tokens of a external issuer: a product with a login of its own brings its users along. Algorithm, issuer and audience are
-//! pinned by settings of `api`; a gateway learns them, and the keys, from `api`'s internal listener.
-//!
-//! A external token has no session here: it is good until it expires.
+//! Tokens of an external issuer, for products with a login of their own. Settings of `api` pin algorithm, issuer and audience;
+//! gateways receive them, with the keys, from the internal listener. External tokens have no session: they are valid until they
+//! expire.
 
 use std::fmt;
 
@@ -17,14 +16,14 @@ use crate::{
     jose::{self, Audiences, NumericDate, Person, Unverified},
 };
 
-/// A subject's longest form, as `OpenID` Connect has it.
+/// The longest subject in `OpenID` Connect.
 const MAX_SUBJECT: usize = 255;
 /// How far the issuer's clock may be ahead of ours: many issuers say "not before now".
 const NOT_BEFORE_LEEWAY: i64 = 30;
 /// Keys that are tried on one token, at most.
 pub const KEYS_TRIED: usize = 8;
 
-/// What one must know to check an issuer's tokens.
+/// How to check an issuer's tokens.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct ExternalIssuer {
@@ -74,7 +73,7 @@ impl ExternalAlgorithm {
         }
     }
 
-    /// A key of the kind that this algorithm needs; `None` for all others.
+    /// The key for this algorithm; `None` for other kinds of keys.
     fn key(self, jwk: &Jwk) -> Option<DecodingKey> {
         let curve = match &jwk.algorithm {
             AlgorithmParameters::EllipticCurve(key) => Some(&key.curve),
@@ -108,16 +107,15 @@ impl fmt::Display for NotAnAlgorithm {
     }
 }
 
-/// What is believed of a external token. Names and pictures are texts from outside.
+/// A verified external token. Names and pictures are untrusted texts.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ExternalClaims {
     pub sub: String,
-    /// The whole second in which it ends.
+    /// In whole seconds.
     pub exp: i64,
     pub person: Person,
 }
 
-/// As an issuer writes them.
 #[derive(Deserialize)]
 struct Claims {
     iss: String,
@@ -139,7 +137,7 @@ pub struct ExternalKeys {
 }
 
 impl ExternalKeys {
-    /// Keys of other kinds or for other uses are passed over.
+    /// Skips keys of other kinds and for other uses.
     pub fn from_jwks(issuer: &ExternalIssuer, jwks: &JwkSet) -> Self {
         let usable = jwks.keys.iter().filter(|jwk| jose::verifies(jwk));
         let key =
@@ -152,7 +150,6 @@ impl ExternalKeys {
         self.keys.is_empty()
     }
 
-    /// The names of all keys.
     pub fn names(&self) -> impl Iterator<Item = KeyName> {
         self.keys.iter().map(|(_, name, _)| *name)
     }
@@ -165,13 +162,13 @@ impl ExternalKeys {
         self.verify_by_key(token).map(|(claims, _)| claims)
     }
 
-    /// The same, and which key signed the token.
+    /// Also returns the key that signed the token.
     pub fn verify_by_key(&self, token: &str) -> Result<(ExternalClaims, KeyName), TokenError> {
         let token = Unverified::read(token).ok_or(TokenError::Invalid)?;
         if !token.is_for(self.algorithm) {
             return Err(TokenError::Invalid);
         }
-        // The key that it names; where it names none, or keys have no names, those that may be meant.
+        // The key that it names; without names, every candidate.
         let named = token.kid().filter(|kid| self.knows(kid));
         let fits = |kid: &Option<String>| match named {
             Some(named) => kid.as_deref() == Some(named),
@@ -207,7 +204,7 @@ impl ExternalKeys {
     }
 }
 
-/// Whose token this says it is. Not believed: it only chooses by whose keys the token is checked.
+/// The token's unverified `iss`, which only selects the keys that check it.
 pub fn issuer_of(token: &str) -> Option<String> {
     #[derive(Deserialize)]
     struct Issuer {
@@ -216,7 +213,6 @@ pub fn issuer_of(token: &str) -> Option<String> {
     Some(Unverified::read(token)?.claims::<Issuer>()?.iss)
 }
 
-/// The key that a token names.
 pub fn kid_of(token: &str) -> Option<String> {
     Some(Unverified::read(token)?.kid()?.to_owned())
 }

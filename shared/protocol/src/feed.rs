@@ -1,6 +1,5 @@
-//! What a gateway asks `api` on the internal listener: where feeds end, what follows a place, by which keys tokens are
-//! checked, and who a external issuer's subjects are. Many users in one question; every answer comes from one snapshot of the
-//! database, so a head and its rows agree.
+//! Requests of gateways to `api`'s internal listener: heads, ranges, public keys, and the users of external subjects. One request has
+//! many users; every answer comes from one snapshot of the database, so a head and its rows agree.
 
 use jsonwebtoken::jwk::JwkSet;
 use serde::{Deserialize, Serialize};
@@ -13,12 +12,12 @@ use crate::{
     position::{Position, Seq},
 };
 
-/// The most users, logins, ranges or identities in one request. More is a 400.
+/// Users, sessions, ranges or identities in one request. More is a 400.
 pub const MAX_PAIRS: usize = 1_000;
 
 pub const HEADS_PATH: &str = "/internal/feed/heads";
 pub const RANGES_PATH: &str = "/internal/feed/ranges";
-/// `GET`, answered by [`KeysAnswer`]; `?kid=` names a key that the asker misses.
+/// `GET`, answered by [`KeysAnswer`]; `?kid=` names a key that the requester lacks.
 pub const KEYS_PATH: &str = "/internal/keys";
 pub const IDENTITY_PATH: &str = "/internal/identity";
 /// Public: our own keys alone.
@@ -29,7 +28,7 @@ pub fn authorization(secret: &str) -> String {
     format!("Bearer {secret}")
 }
 
-/// `POST /internal/feed/heads`: whose head is not what I have? And which of these logins have ended?
+/// `POST /internal/feed/heads`: which heads differ from mine, and which of these sessions have ended?
 #[derive(Debug, Default, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct HeadsRequest {
@@ -38,7 +37,7 @@ pub struct HeadsRequest {
     pub logins: Vec<Login>,
 }
 
-/// A user and a session as a token names them. That the session is the user's is part of the question whether it lives.
+/// A user and a session as a token names them. A session of another user counts as ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Login {
@@ -46,7 +45,7 @@ pub struct Login {
     pub session: SessionId,
 }
 
-/// What the asker has. `None`: nothing yet, so an answer always comes.
+/// The requester's position. `None`: nothing yet, so an answer always comes.
 #[derive(Debug, Clone, Copy, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct KnownHead {
@@ -58,15 +57,15 @@ pub struct KnownHead {
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct HeadsAnswer {
-    /// Only those that differ from what the asker has, in any order.
+    /// Only those that differ from the requester's, in any order.
     pub heads: Vec<UserHead>,
-    /// The logins in the request whose session is revoked, expired, unknown or another user's.
+    /// Sessions of the request that are revoked, expired, unknown or another user's.
     pub ended_logins: Vec<Login>,
     /// The keys of the replica that answers.
     pub keys: KeysVersion,
 }
 
-/// `head: None`: there is no such user.
+/// `head: None`: no such user.
 #[derive(Debug, Clone, Copy, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct UserHead {
@@ -74,7 +73,7 @@ pub struct UserHead {
     pub head: Option<Position>,
 }
 
-/// `POST /internal/feed/ranges`: what follows these places?
+/// `POST /internal/feed/ranges`: the events after these positions.
 #[derive(Debug, Default, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct RangesRequest {
@@ -91,33 +90,31 @@ pub struct RangeAfter {
 #[derive(Debug, Default, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct RangesAnswer {
-    /// One per pair of the question, in the same order.
+    /// One per pair of the request, in the same order.
     pub ranges: Vec<Range>,
 }
 
-/// What follows one place. The first event is not `after + 1` when older rows are no longer kept; a `head` below `after`
-/// means that the place is from another history. The asker judges.
+/// The events after a position. The first one is not `after + 1` when older rows were pruned; a `head` below `after` means another
+/// history. The requester decides.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Range {
     pub user: UserId,
     pub after: Seq,
-    /// `None`: there is no such user, and no events.
+    /// `None`: no such user, and no events.
     pub head: Option<Position>,
-    /// Ascending, without holes.
+    /// Ascending, without gaps.
     pub events: Vec<Envelope>,
-    /// The range was cut: ask again after the last event.
+    /// The range was cut: request the rest after the last event.
     #[serde(default)]
     pub more: bool,
 }
 
-/// By which keys tokens are checked.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct KeysAnswer {
     pub version: KeysVersion,
     pub own: JwkSet,
-    /// Whose tokens are accepted besides our own.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub external: Option<ExternalKeysAnswer>,
 }
@@ -126,24 +123,24 @@ pub struct KeysAnswer {
 #[serde(rename_all = "camelCase")]
 pub struct ExternalKeysAnswer {
     pub issuer: ExternalIssuer,
-    /// None: `api` could not get them yet.
+    /// `None`: `api` does not have them yet.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub jwks: Option<JwkSet>,
 }
 
-/// `POST /internal/identity`: which users are these? Those who are not there yet are made.
+/// `POST /internal/identity`: the users of these subjects, created where missing.
 #[derive(Debug, Default, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct IdentityRequest {
     pub identities: Vec<Identity>,
 }
 
-/// A subject of the external issuer, by a token that the asker has checked.
+/// A subject of the external issuer, from a verified token.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Identity {
     pub subject: String,
-    /// What the issuer calls them; a wish, not a name here.
+    /// The issuer's name for them; the user's name may differ.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub username: Option<String>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -161,6 +158,6 @@ impl From<&ExternalClaims> for Identity {
 #[derive(Debug, Default, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct IdentityAnswer {
-    /// One per identity of the question, in the same order.
+    /// One per identity of the request, in the same order.
     pub users: Vec<UserId>,
 }

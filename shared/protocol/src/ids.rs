@@ -5,7 +5,7 @@ use std::{fmt, str::FromStr};
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 use thiserror::Error;
 
-/// The text is no id: not the canonical decimal form of a positive 64-bit integer.
+/// The text is not the canonical decimal form of a positive 64-bit integer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
 #[error("not an id")]
 pub struct NotAnId;
@@ -70,11 +70,11 @@ ids! {
     UserId,
     ConversationId,
     MessageId,
-    /// One login of one user: the `sid` of a token.
+    /// The `sid` of a token.
     SessionId,
 }
 
-/// Only the canonical form: `+7`, `007` and ` 7` are other texts, and one thing has one name.
+/// Only the canonical form, not `+7`, `007` or ` 7`.
 fn parse_positive(text: &str) -> Result<i64, NotAnId> {
     if !text.bytes().all(|byte| byte.is_ascii_digit()) || text.starts_with('0') {
         return Err(NotAnId);

@@ -1,6 +1,5 @@
-//! The one reader of what issuers write: signed tokens (JWS in its compact form), their claims, and sets of keys. It takes every
-//! form that the standards allow, passes over what they say to ignore, and refuses what they say to refuse. Who may say what is
-//! left to its users.
+//! Reads signed tokens (compact JWS), their claims, and key sets, in every form that the standards allow. Whom to trust is up to the
+//! callers.
 
 use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
 use jsonwebtoken::{
@@ -10,7 +9,7 @@ use jsonwebtoken::{
 use serde::{Deserialize, Deserializer, de::DeserializeOwned};
 use serde_json::{Map, Value};
 
-/// A token whose signature was not checked: nothing that it says is believed yet.
+/// A token whose signature was not checked: trust nothing in it.
 pub struct Unverified<'t> {
     header: Header,
     claims: Map<String, Value>,
@@ -28,7 +27,7 @@ struct Header {
 }
 
 impl<'t> Unverified<'t> {
-    /// `None`: malformed, or it has a header that must be understood (`crit`, RFC 7515 4.1.11), and none of those is here.
+    /// `None`: malformed, or with a `crit` header (RFC 7515 4.1.11), of which none is supported.
     pub fn read(token: &'t str) -> Option<Self> {
         let (signed, signature) = token.rsplit_once('.')?;
         let (header, claims) = signed.split_once('.')?;
@@ -37,12 +36,11 @@ impl<'t> Unverified<'t> {
         header.crit.is_none().then_some(Self { header, claims, signed, signature })
     }
 
-    /// The key that it names.
     pub fn kid(&self) -> Option<&str> {
         self.header.kid.as_deref()
     }
 
-    /// It says that it is signed so.
+    /// Whether its header names this algorithm.
     pub fn is_for(&self, algorithm: Algorithm) -> bool {
         self.header.alg.parse().is_ok_and(|named: Algorithm| named == algorithm)
     }
@@ -60,7 +58,7 @@ fn object(part: &str) -> Option<Map<String, Value>> {
     serde_json::from_slice(&URL_SAFE_NO_PAD.decode(part).ok()?).ok()
 }
 
-/// The keys of a set. Entries that are malformed or of an unknown kind are passed over (RFC 7517 5). `None`: this is no set of keys.
+/// The keys of a set, without malformed and unknown ones (RFC 7517 5). `None`: not a key set.
 pub fn read_key_set(json: &[u8]) -> Option<JwkSet> {
     #[derive(Deserialize)]
     struct Set {
@@ -70,7 +68,6 @@ pub fn read_key_set(json: &[u8]) -> Option<JwkSet> {
     Some(JwkSet { keys: set.keys.into_iter().filter_map(|key| serde_json::from_value(key).ok()).collect() })
 }
 
-/// May signatures be checked by it?
 pub fn verifies(jwk: &Jwk) -> bool {
     let common = &jwk.common;
     common.public_key_use.as_ref().is_none_or(|it| *it == PublicKeyUse::Signature)
@@ -82,7 +79,6 @@ pub fn verifies(jwk: &Jwk) -> bool {
 pub struct NumericDate(f64);
 
 impl NumericDate {
-    /// The whole second that it is in.
     pub fn second(self) -> i64 {
         self.0.floor() as i64 // One that is too large becomes the largest number.
     }
@@ -119,7 +115,7 @@ pub fn subject<'de, D: Deserializer<'de>>(deserializer: D) -> Result<String, D::
     })
 }
 
-/// What an issuer tells of a person besides who it is. A claim of another form is as good as none.
+/// Claims about a person besides the subject. One of another form counts as missing.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
 pub struct Person {
     #[serde(default, deserialize_with = "text")]
@@ -128,7 +124,7 @@ pub struct Person {
     nickname: Option<String>,
     #[serde(default, deserialize_with = "text")]
     name: Option<String>,
-    /// AD FS knows none of the names above.
+    /// AD FS has none of the names above.
     #[serde(default, deserialize_with = "text")]
     unique_name: Option<String>,
     #[serde(default, deserialize_with = "text")]

@@ -1,18 +1,17 @@
-//! How new a set of public keys is. Every replica of `api` says it with each answer about heads and every few seconds over
-//! Redis; a gateway that hears of a newer one than its own fetches the keys.
+//! The version of a set of public keys. Every replica of `api` sends it with each answer about heads and every few seconds over
+//! Redis; a gateway that sees a newer one fetches the keys.
 //!
-//! During a deploy replicas of two configurations run side by side. The one that was configured last counts, so a gateway does
-//! not go back and forth between them.
+//! During a deploy, replicas of two configurations run side by side. The one started last counts, so gateways do not alternate.
 
 use chrono::Utc;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
-/// Of all keys by which tokens are checked.
+/// Of all keys that check tokens.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct KeysVersion {
-    /// What the replica was started with: our own keys, and how an external issuer's tokens are checked.
+    /// The replica's settings: our own keys, and how to check external tokens.
     pub configured: Version,
     /// The external issuer's keys, once the replica has them.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -24,12 +23,12 @@ pub struct KeysVersion {
 pub struct Version {
     /// Equal where the content is.
     pub digest: String,
-    /// Since when the replica has it, in milliseconds since 1970 by its own clock.
+    /// When the replica got it, in milliseconds since 1970 by its own clock.
     pub since: i64,
 }
 
 impl Version {
-    /// Of this content, as of now.
+    /// The version of this content, from now on.
     pub fn of(content: &impl Serialize) -> Self {
         let json = serde_json::to_vec(content).expect("keys and settings are plain JSON");
         Self { digest: format!("{:.32x}", Sha256::digest(json)), since: Utc::now().timestamp_millis() }
@@ -41,7 +40,7 @@ impl Version {
 }
 
 impl KeysVersion {
-    /// Whether keys of this version say the same as keys of that one, as far as the replica had them.
+    /// Whether both versions mean the same keys, as far as the replica had them.
     pub fn agrees_with(&self, other: &Self) -> bool {
         let external = match (&self.external, &other.external) {
             (Some(a), Some(b)) => a.digest == b.digest,
@@ -50,7 +49,7 @@ impl KeysVersion {
         self.configured.digest == other.configured.digest && external
     }
 
-    /// Whether keys of this version take the place of keys of that one.
+    /// Whether this version replaces that one.
     pub fn replaces(&self, other: &Self) -> bool {
         if self.configured.digest != other.configured.digest {
             return self.configured.replaces(&other.configured);
@@ -81,7 +80,7 @@ mod tests {
         assert!(new.replaces(&old) && !old.replaces(&new) && !old.agrees_with(&new));
         let restarted = keys(version("b", 9), None);
         assert!(!restarted.replaces(&new) && restarted.agrees_with(&new));
-        // Whatever was fetched: it belongs to a configuration.
+        // Fetched keys belong to a configuration.
         let old = keys(version("a", 1), Some(version("x", 9)));
         assert!(new.replaces(&old) && !old.replaces(&new));
     }

@@ -92,7 +92,7 @@ impl fmt::Display for Position {
 impl FromStr for Position {
     type Err = NotAPosition;
 
-    /// Strict: whatever parses, prints the same again. A number that no database could hold is no cursor.
+    /// Strict: a text that parses prints the same again, and fits into a `bigint`.
     fn from_str(text: &str) -> Result<Self, NotAPosition> {
         let (epoch, seq) = text.split_once('-').ok_or(NotAPosition)?;
         let canonical = seq == "0" || !seq.starts_with('0') && seq.bytes().all(|b| b.is_ascii_digit());

@@ -1,11 +1,11 @@
-//! How a failure is answered: `application/problem+json` (RFC 9457), one form for every endpoint of both services.
+//! Error answers: `application/problem+json` (RFC 9457) for every endpoint of both services.
 
 use std::collections::BTreeMap;
 
 use http::{HeaderValue, Response, StatusCode, header};
 use serde::{Deserialize, Serialize};
 
-/// The answer to a request that was not served. `type` is always `about:blank`: the stable name of a failure is `code`.
+/// `type` is always `about:blank`; the stable name of an error is `code`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Problem {
@@ -17,13 +17,13 @@ pub struct Problem {
     pub code: String,
     /// One sentence, for people.
     pub message: String,
-    /// How to mend the request, where `message` has a fixed text that does not say so.
+    /// How to correct the request, where the fixed `message` does not say so.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub detail: Option<String>,
     /// Field to sentence; on 422 only.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub errors: BTreeMap<String, String>,
-    /// Finds the failure in the logs.
+    /// Finds the error in the logs.
     pub request_id: String,
 }
 
@@ -46,7 +46,7 @@ impl Problem {
         }
     }
 
-    /// The whole HTTP answer, headers of the status (`Allow`, `Retry-After`, …) left to the caller.
+    /// The HTTP answer; headers such as `Allow` and `Retry-After` are the caller's.
     pub fn into_response<B: From<Vec<u8>>>(self) -> Response<B> {
         let body = serde_json::to_vec(&self).expect("a problem is plain strings and numbers");
         let mut response = Response::new(body.into());

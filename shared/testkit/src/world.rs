@@ -334,8 +334,8 @@ impl World {
     }
 
     /// The prefix of the channels by which gateways probe Redis.
-    pub fn beats(&self) -> String {
-        self.channels().beat("")
+    pub fn probes(&self) -> String {
+        self.channels().probe("")
     }
 
     pub fn folder(&self) -> &Path {

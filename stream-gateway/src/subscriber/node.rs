@@ -258,7 +258,7 @@ impl NodeSubscriber {
     async fn connect(&self, id: RedisConnectionId) -> anyhow::Result<NodeConnection> {
         let signals = Arc::new(Signals::default());
         let instance = uuid::Uuid::new_v4();
-        let names = (0..).map(|turn| self.channels.beat(&format!("{instance}-{turn}")));
+        let names = (0..).map(|turn| self.channels.probe(&format!("{instance}-{turn}")));
         let map = self.slot_maps.clone().now();
         let probe_channel = map.first_name_on(&self.node, names).context("it owns no slot")?;
         let keys_channel = map.first_name_on(&self.node, self.channels.keys()).context("it owns no slot")?;

@@ -291,7 +291,7 @@ impl World {
         use futures_util::StreamExt;
         let client = redis::Client::open(redis_url()).unwrap();
         let mut listener = client.get_async_pubsub().await.unwrap();
-        listener.psubscribe(format!("{}beat:*", self.prefix)).await.unwrap();
+        listener.psubscribe(format!("{}probe:*", self.prefix)).await.unwrap();
         let mut beats = listener.on_message();
         soon("a beat", beats.next()).await.unwrap();
     }
