@@ -1,4 +1,5 @@
-//! What the feed says about one event of one user, for an operator: was it written, when, by which request, is it still kept?
+//! Explains to an operator what the feed knows about one event of one user: whether and when it was written, by which request,
+//! whether it is still kept.
 
 use http::StatusCode;
 use protocol::{
@@ -21,14 +22,14 @@ use crate::{
 pub struct Explanation {
     pub user: UserId,
     pub username: String,
-    /// In sentences, the most important one first.
+    /// Sentences, the most important one first.
     pub says: Vec<String>,
     pub feed: Kept,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub event: Option<Written>,
 }
 
-/// What there is of the feed.
+/// The part of the feed that is kept.
 #[derive(Serialize)]
 pub struct Kept {
     pub epoch: Epoch,
@@ -46,7 +47,7 @@ pub async fn explain(
     let Question { user, event } = question;
     let found = database.run(async |connection| feed::look_up(connection, user, event).await).await;
     let found = found.map_err(|error| {
-        tracing::warn!(%error, "an operator's question could not be answered");
+        tracing::warn!(%error, "explain failed");
         Refusal(StatusCode::SERVICE_UNAVAILABLE, "Postgres does not answer".into())
     })?;
     let Some(LookedUp { username, head, first, event: written }) = found else {
@@ -54,12 +55,12 @@ pub async fn explain(
     };
     let mut says = vec![sentence(event, head, first, written.as_ref())];
     if written.is_some() {
-        says.push(
-            "Whether it has reached a screen is known to the gateways: ask each of them the same, by seq"
-                .into(),
-        );
+        says.push("Gateways know whether it was delivered: ask each of them, by seq".into());
         if metrics.redis_connected.get() == 0 {
-            says.push("This replica cannot publish now, so gateways hear of new events by asking".into());
+            says.push(
+                "This replica has no connection to Redis, so gateways get new events by reconciliation"
+                    .into(),
+            );
         }
     }
     Ok(Explanation {
@@ -74,24 +75,24 @@ pub async fn explain(
 fn sentence(event: Event, head: Position, first: Option<Seq>, written: Option<&Written>) -> String {
     match (event, written) {
         (_, Some(Written { seq, name, created_at, .. })) => format!(
-            "Event {seq} ({name}) was written at {created_at:?} and is kept: whoever asks for what follows {} is told it",
+            "Event {seq} ({name}) was written at {created_at:?} and is kept: clients with the cursor {} receive it",
             seq - 1,
         ),
         (Event::Seq(seq), None) if seq > head.seq => format!(
-            "Event {seq} was never written: the feed ends at {}. A client that says it has it is from a history that was lost (a \
-             restored backup), and is told resync",
+            "Event {seq} was never written: the feed ends at {}. A client with this cursor has a position of a lost history (a \
+             restored backup), and gets a resync",
             head.seq,
         ),
         (Event::Seq(seq), None) => format!(
-            "Event {seq} was written and is not kept any more: {}. Whoever asks for it is told resync, and reads by REST",
+            "Event {seq} was written and has been pruned: {}. A client that needs it gets a resync and reloads by REST",
             match first {
                 Some(first) => format!("the feed begins at {first}"),
-                None => "nothing of this feed is".into(),
+                None => "no event of this feed is kept".into(),
             },
         ),
         (Event::Message(message), None) => format!(
-            "No event of this feed is about message {message}: the user takes no part in its conversation, had blocked its sender, \
-             the message does not exist, or the event is not kept any more"
+            "No event of this feed is about message {message}: the user is no participant of its conversation, had blocked its \
+             sender, the message does not exist, or the event has been pruned"
         ),
     }
 }

@@ -170,7 +170,7 @@ impl External {
                 _ => {
                     let arrived = provision(context, profile.clone()).await?;
                     if arrived.created {
-                        tracing::info!(user.id = %arrived.user, %issuer, "a user came with a external token");
+                        tracing::info!(user.id = %arrived.user, %issuer, "a user came with an external token");
                     }
                     arrived.user
                 }

@@ -1,8 +1,7 @@
-//! When a session was last used, within some minutes, at no cost to requests: they leave a note here in memory, and a task
-//! looks after many sessions at once, and writes for each at most once in [`COARSE`]. Reads and writes by REST count as use,
-//! and so do open streams, which gateways ask about.
+//! When a session was last used, within some minutes. Requests note it in memory; a task writes many notes at once, for each
+//! session at most once in [`COARSE`]. REST requests count as use, and so do open streams, about which gateways ask.
 //!
-//! Best effort: a note that finds no room or dies with the process is made again by the next use.
+//! Best effort: the next use repeats a note that found no room or was lost with the process.
 
 use std::{
     collections::HashMap,
@@ -16,18 +15,18 @@ use tokio_util::sync::CancellationToken;
 
 use crate::store::{Database, StoreError, sessions};
 
-/// What was written is moved only when it is older than this.
+/// A written time is moved only when it is older than this.
 pub const COARSE: Duration = Duration::from_mins(10);
 /// Between two rounds.
 const PAUSE: Duration = Duration::from_secs(30);
-/// A session that was looked after is not looked at again for this long.
+/// A written session is not written again for this long.
 const AFTER: Duration = Duration::from_mins(2);
-/// Sessions of one statement.
+/// Sessions in one statement.
 const BATCH: usize = 1_000;
-/// Sessions that are remembered. Further ones are not noted until some are forgotten.
+/// Sessions with a note. Further ones are not noted until some are forgotten.
 const REMEMBERED: usize = 100_000;
 
-/// Where uses are noted.
+/// Notes of use. Clones share them.
 #[derive(Clone, Default)]
 pub struct LastUsed {
     noted: Arc<Mutex<HashMap<Login, Note>>>,
@@ -39,7 +38,7 @@ struct Note {
 }
 
 impl LastUsed {
-    /// Whether the session lives is not known yet, and is looked at when it is written.
+    /// The session may have ended; that is checked when the note is written.
     pub fn note(&self, login: Login) {
         let mut noted = self.noted();
         if noted.len() < REMEMBERED {
@@ -47,8 +46,7 @@ impl LastUsed {
         }
     }
 
-    /// One round: writes what was noted since the last one, and forgets what was noted long ago. How many sessions had not
-    /// been known to be in use.
+    /// Writes new notes and forgets old ones. How many times were moved.
     pub async fn write(&self, database: &Database) -> Result<u64, StoreError> {
         let unwritten: Vec<Login> = {
             let mut noted = self.noted();
@@ -73,7 +71,7 @@ impl LastUsed {
     }
 }
 
-/// Writes from time to time, and once more when told to stop.
+/// Writes regularly, and once more after `stop`.
 pub async fn run(used: LastUsed, database: Database, stop: CancellationToken) {
     loop {
         let last = tokio::select! {
@@ -81,7 +79,7 @@ pub async fn run(used: LastUsed, database: Database, stop: CancellationToken) {
             () = stop.cancelled() => true,
         };
         if let Err(error) = used.write(&database).await {
-            tracing::warn!(%error, "cannot note which sessions are in use now");
+            tracing::warn!(%error, "last use of sessions could not be written; it is retried");
         }
         if last {
             return;

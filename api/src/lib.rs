@@ -1,6 +1,6 @@
-//! The API of the messenger: the only writer of Postgres. What it answers is committed; what is committed is in the feed of
-//! everybody it concerns, numbered without holes; and it is announced in Redis, at best at once and otherwise never: gateways
-//! ask the internal listener for what they have not heard.
+//! The REST API of the messenger, the only writer of Postgres. Each answered change is committed together with its events, which
+//! are numbered without gaps in the feed of every user concerned. Events are then published to Redis, best effort: gateways get
+//! the ones that they miss from the internal listener.
 
 pub mod app;
 pub mod cli;

@@ -1,9 +1,7 @@
-//! What need not be kept for ever is deleted in small statements: walks over all users, again and again, and deletes of their
-//! feeds what is beyond the age and the count that are kept, always the start of a feed; a client whose cursor is before what
-//! is left reloads. And walks over all sessions, and deletes those that ended some days ago. And deletes codes of logins that
-//! nobody fetched.
+//! Deletes expired rows in small statements: the beginnings of feeds beyond the age and count that are kept (a client whose
+//! cursor is older resyncs), sessions that ended some days ago, and unused codes of logins.
 //!
-//! Replicas do this side by side without agreeing: a deletion that is repeated does nothing.
+//! Replicas do this independently: a repeated deletion does nothing.
 
 use std::time::Duration;
 
@@ -21,21 +19,20 @@ use crate::{
 
 /// Users looked at in one step.
 const USERS: i64 = 500;
-/// Events deleted by one statement, at most. A user with more to delete gets more statements.
+/// Events deleted by one statement.
 const ROWS: i64 = 1_000;
 /// Sessions looked at in one step.
 const SESSIONS: i64 = 1_000;
-/// How long a session that has ended stays, so that an operator can look back a little.
+/// How long operators can look at a session that has ended.
 const ENDED_KEEP: Duration = Duration::from_hours(168);
 /// Between two steps of a walk, and between two walks.
 const STEP_PAUSE: Duration = Duration::from_secs(1);
 const WALK_PAUSE: Duration = Duration::from_mins(10);
 
-/// What a step did.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Step {
     pub deleted: u64,
-    /// Where the next step goes on; `None`: every user was looked at.
+    /// Where the next step continues; `None` after the last user.
     pub next: Option<UserId>,
 }
 
@@ -49,7 +46,7 @@ pub async fn prune_after(database: &Database, keep: Keep, after: UserId) -> Resu
     for prefix in prefixes {
         let rows = database.run(async |connection| feed::delete_prefix(connection, prefix).await).await?;
         deleted += rows;
-        // There may be more of this one: go on just before them.
+        // This user may have more: the next step begins with them.
         if rows >= ROWS.cast_unsigned() && full.is_none() {
             full = Some(UserId(prefix.user.0 - 1));
         }
@@ -57,12 +54,12 @@ pub async fn prune_after(database: &Database, keep: Keep, after: UserId) -> Resu
     Ok(Step { deleted, next: full.or(last) })
 }
 
-/// One step over codes of logins: those that nobody fetched in time.
+/// One step over codes of logins that have expired.
 pub async fn prune_codes(database: &Database) -> Result<u64, StoreError> {
     database.run(async |connection| identities::delete_expired_codes(connection, ROWS).await).await
 }
 
-/// One step over sessions: the rows after this one. Those that ended long ago are deleted; how many, and where to go on.
+/// One step over the sessions after this one: how many were deleted, and where the next step continues.
 pub async fn prune_sessions_after(
     database: &Database,
     after: SessionId,
@@ -72,7 +69,7 @@ pub async fn prune_sessions_after(
         .await
 }
 
-/// What was deleted.
+/// Deleted rows.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Pruned {
     pub events: u64,
@@ -104,7 +101,7 @@ pub async fn prune_all(database: &Database, keep: Keep) -> Result<Pruned, StoreE
     }
 }
 
-/// Feeds, sessions and codes, side by side.
+/// Prunes feeds, sessions and codes concurrently until `stop`.
 pub async fn run(database: Database, keep: Keep, metrics: Metrics, stop: CancellationToken) {
     let feeds = async {
         let mut after = UserId(0);
@@ -142,14 +139,14 @@ pub async fn run(database: Database, keep: Keep, metrics: Metrics, stop: Cancell
     }
 }
 
-/// After a step: a short while when there are more, a long one after the last, or when it could not be made. At random, so that
-/// replicas look at different places.
+/// Waits after a step: shortly if there are more, long after the last one or a failure. At random, so that replicas do not
+/// work on the same rows.
 async fn pause(more: Result<bool, StoreError>, what: &'static str) {
     let pause = match more {
         Ok(true) => STEP_PAUSE,
         Ok(false) => WALK_PAUSE,
         Err(error) => {
-            tracing::warn!(%error, what, "cannot prune now");
+            tracing::warn!(%error, what, "pruning failed; it is retried in minutes");
             WALK_PAUSE
         }
     };

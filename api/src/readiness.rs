@@ -1,5 +1,4 @@
-//! May this replica get traffic? It may while Postgres answers. Redis is not asked: without it delivery is slower, and an
-//! unready replica would make it none.
+//! Readiness: a replica gets traffic while Postgres answers. Redis does not count: without it delivery is only slower.
 
 use std::{
     sync::{Arc, Mutex, PoisonError},
@@ -16,7 +15,7 @@ use crate::{metrics::Metrics, store::Database};
 const PERIOD: Duration = Duration::from_secs(1);
 const PATIENCE: Duration = Duration::from_secs(1);
 
-/// The newest judgement.
+/// The newest state of readiness.
 #[derive(Clone)]
 pub struct Judgement(Arc<Mutex<Readiness>>);
 
@@ -44,8 +43,8 @@ impl Default for Judgement {
     }
 }
 
-/// Asks Postgres once a second, on a connection of its own: a busy pool is no reason to be taken out of service. Until `stop`;
-/// from then on the judgement is "no".
+/// Pings Postgres once a second on a connection of its own, because a busy pool is no reason to become unready. After `stop`
+/// the replica is unready.
 pub async fn watch(
     postgres: PgConnectOptions,
     database: Database,
@@ -62,7 +61,7 @@ pub async fn watch(
             () = stop.cancelled() => break,
         }
         let answers = tokio::select! {
-            answer = timeout(PATIENCE, ask(&mut connection, &postgres)) => answer.is_ok_and(|answer| answer.is_ok()),
+            answer = timeout(PATIENCE, ping(&mut connection, &postgres)) => answer.is_ok_and(|answer| answer.is_ok()),
             () = stop.cancelled() => break,
         };
         if !answers {
@@ -81,8 +80,8 @@ pub async fn watch(
     judgement.set(false, "stopping");
 }
 
-/// A connection that has died since the last time, as when the server ends idle ones, says nothing about a new one.
-async fn ask(connection: &mut Option<PgConnection>, postgres: &PgConnectOptions) -> Result<(), sqlx::Error> {
+/// Tries a new connection if the old one has died: the server may end idle ones.
+async fn ping(connection: &mut Option<PgConnection>, postgres: &PgConnectOptions) -> Result<(), sqlx::Error> {
     if let Some(known) = connection
         && known.ping().await.is_ok()
     {

@@ -1,4 +1,4 @@
-//! A conversation, as one of its two people sees it.
+//! A conversation as one of its two users sees it.
 
 use protocol::ids::{ConversationId, MessageId};
 use serde::Serialize;

@@ -1,16 +1,15 @@
-//! What a person calls the device that they logged in with: a few words made from its `User-Agent`, "Firefox on Linux".
+//! Labels of devices in the list of sessions, made from the `User-Agent`: "Firefox on Linux".
 //!
-//! A `User-Agent` is whatever its sender likes. So nothing of it is repeated: it only chooses among the words below, and the
-//! longest label is short.
+//! Clients send any `User-Agent`, so none of its text is repeated: it only chooses among the words below.
 
-/// The label of a device that says nothing we know.
+/// The label for an unknown `User-Agent`.
 pub const UNKNOWN: &str = "Unknown device";
 
-/// Looked at this far; real ones are shorter, and a name in the rest is no loss.
-const LOOKED_AT: usize = 512;
+/// Bytes of a `User-Agent` that are searched; real ones are shorter.
+const SEARCHED: usize = 512;
 
-/// What a name is known by. Most browsers also claim to be the others, so the first that fits is the one: derived ones go
-/// before those that they derive from.
+/// Texts in a `User-Agent` and their labels; the first match counts. Derived browsers also name the ones that they derive from,
+/// so they come first.
 const PROGRAMS: &[(&str, &str)] = &[
     ("Edg/", "Edge"),
     ("EdgA/", "Edge"),
@@ -29,7 +28,7 @@ const PROGRAMS: &[(&str, &str)] = &[
     ("CriOS/", "Chrome"),
     ("Chrome/", "Chrome"),
     ("Chromium/", "Chrome"),
-    // After all those that add their own name to it.
+    // After all browsers that add their own name to it.
     ("Version/", "Safari"),
     ("curl/", "curl"),
     ("Wget/", "Wget"),
@@ -41,7 +40,7 @@ const PROGRAMS: &[(&str, &str)] = &[
     ("CFNetwork/", "an Apple app"),
 ];
 
-/// Phones name the system that theirs derives from, so they go first too.
+/// Phones also name the system that theirs derives from, so they come first.
 const SYSTEMS: &[(&str, &str)] = &[
     ("iPhone", "iPhone"),
     ("iPad", "iPad"),
@@ -53,9 +52,9 @@ const SYSTEMS: &[(&str, &str)] = &[
 ];
 
 pub fn label(user_agent: &[u8]) -> String {
-    let looked_at = &user_agent[..user_agent.len().min(LOOKED_AT)];
+    let searched = &user_agent[..user_agent.len().min(SEARCHED)];
     let known_by = |names: &[(&str, &'static str)]| {
-        let says = |word: &str| looked_at.windows(word.len()).any(|part| part == word.as_bytes());
+        let says = |word: &str| searched.windows(word.len()).any(|part| part == word.as_bytes());
         names.iter().find(|(word, _)| says(word)).map(|(_, name)| *name)
     };
     match (known_by(PROGRAMS), known_by(SYSTEMS)) {

@@ -1,17 +1,17 @@
-//! A message: what may be said, and how it is tidied before it is kept.
+//! Messages: their content and its normal form, and idempotency keys.
 
 use chrono::{DateTime, Utc};
 use protocol::ids::{ConversationId, MessageId};
 use serde::Serialize;
 use thiserror::Error;
 
-/// A message, as its reader sees it: `mine` is relative.
+/// A message as one reader sees it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Message {
     pub id: MessageId,
     pub content: String,
-    /// Left out where the place says it: inside lists and conversations.
+    /// Left out inside lists and conversations.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub conversation_id: Option<ConversationId>,
     #[serde(serialize_with = "super::time")]
@@ -19,7 +19,7 @@ pub struct Message {
     pub mine: bool,
 }
 
-/// The text of a message: tidy, not empty, not too long.
+/// The text of a message: normalised, not empty, not too long.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Content(String);
 
@@ -29,7 +29,7 @@ pub enum ContentError {
     Required,
     #[error("Message too long. {} max", Content::MAX_CODE_POINTS)]
     TooLong,
-    /// Postgres cannot hold it, and nobody means to send it.
+    /// Postgres cannot store it.
     #[error("Message must not contain the character U+0000")]
     Nul,
 }
@@ -37,30 +37,30 @@ pub enum ContentError {
 impl Content {
     pub const MAX_CODE_POINTS: usize = 480;
 
-    /// Tidies line by line, then measures. What is invisible but no white space (U+200B, …) is somebody's text and stays.
+    /// Normalises line by line, then measures. Invisible characters that are no white space (U+200B, …) stay.
     pub fn normalise(text: &str) -> Result<Self, ContentError> {
-        let mut tidy = String::with_capacity(text.len());
+        let mut normal = String::with_capacity(text.len());
         for line in text.split('\n') {
             let line = collapse(line);
             let line = line.trim();
             if line.is_empty() {
                 continue;
             }
-            if !tidy.is_empty() {
-                tidy.push('\n');
+            if !normal.is_empty() {
+                normal.push('\n');
             }
-            tidy.push_str(line);
+            normal.push_str(line);
         }
-        if tidy.is_empty() {
+        if normal.is_empty() {
             return Err(ContentError::Required);
         }
-        if tidy.chars().nth(Self::MAX_CODE_POINTS).is_some() {
+        if normal.chars().nth(Self::MAX_CODE_POINTS).is_some() {
             return Err(ContentError::TooLong);
         }
-        if tidy.contains('\0') {
+        if normal.contains('\0') {
             return Err(ContentError::Nul);
         }
-        Ok(Self(tidy))
+        Ok(Self(normal))
     }
 
     pub fn as_str(&self) -> &str {
@@ -68,7 +68,7 @@ impl Content {
     }
 }
 
-/// Every run of tab, form feed, carriage return and space becomes one space. Other white space means something and stays.
+/// Every run of tab, form feed, carriage return and space becomes one space. Other white space stays.
 fn collapse(line: &str) -> String {
     let mut collapsed = String::with_capacity(line.len());
     let mut in_run = false;
@@ -84,7 +84,7 @@ fn collapse(line: &str) -> String {
     collapsed
 }
 
-/// What a client calls one send, so that repeating it makes no second message.
+/// A client's name for one send: repeating it makes no second message.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct IdempotencyKey(String);
 
@@ -152,25 +152,25 @@ mod tests {
     proptest! {
         #[test]
         fn normalised_text_does_not_change(text in text()) {
-            if let Ok(tidy) = normalised(&text) {
-                prop_assert_eq!(normalised(&tidy), Ok(tidy));
+            if let Ok(normal) = normalised(&text) {
+                prop_assert_eq!(normalised(&normal), Ok(normal));
             }
         }
 
         #[test]
         fn only_white_space_is_removed_or_added(text in text()) {
             let solid = |text: &str| text.chars().filter(|c| !c.is_whitespace()).collect::<String>();
-            if let Ok(tidy) = normalised(&text) {
-                prop_assert_eq!(solid(&tidy), solid(&text));
+            if let Ok(normal) = normalised(&text) {
+                prop_assert_eq!(solid(&normal), solid(&text));
             }
         }
 
         #[test]
         fn lines_are_trimmed_not_empty_and_without_runs(text in text()) {
-            if let Ok(tidy) = normalised(&text) {
-                prop_assert!((1..=480).contains(&tidy.chars().count()));
-                prop_assert!(!tidy.contains(['\t', '\x0c', '\r', '\0']) && !tidy.contains("  "));
-                for line in tidy.split('\n') {
+            if let Ok(normal) = normalised(&text) {
+                prop_assert!((1..=480).contains(&normal.chars().count()));
+                prop_assert!(!normal.contains(['\t', '\x0c', '\r', '\0']) && !normal.contains("  "));
+                for line in normal.split('\n') {
                     prop_assert!(!line.is_empty());
                     prop_assert_eq!(line.trim(), line);
                 }

@@ -1,5 +1,4 @@
-//! What the product is about: people, conversations, messages. Values and rules, no I/O; the JSON form that clients see is
-//! part of the value.
+//! Users, conversations, messages, sessions: values and rules without I/O, in the JSON form that clients see.
 
 pub mod conversation;
 pub mod device;
@@ -11,7 +10,7 @@ pub mod user;
 use chrono::{DateTime, Utc};
 use serde::Serializer;
 
-/// For `#[serde(serialize_with)]`: the one form of a time in JSON.
+/// For `#[serde(serialize_with)]`: times in JSON.
 pub(crate) fn time<S: Serializer>(at: &DateTime<Utc>, serializer: S) -> Result<S::Ok, S::Error> {
     serializer.serialize_str(&protocol::event::rfc3339(*at))
 }

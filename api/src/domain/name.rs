@@ -1,5 +1,5 @@
-//! Names of people, as they come from elsewhere and as they are kept here: in one normal form, and without what cannot be seen, so
-//! that two names that look the same are the same. Letters of two scripts that look alike stay two names.
+//! Usernames from external issuers in one normal form without invisible characters, so that names that look alike are equal.
+//! Look-alike letters of two scripts stay different.
 
 use icu_normalizer::ComposingNormalizerBorrowed;
 use icu_properties::{
@@ -10,34 +10,34 @@ use icu_properties::{
     },
 };
 
-/// Code points of a name from elsewhere, without the suffix that tells it from a taken one.
+/// Code points of an external name, without the suffix that distinguishes it from a taken one.
 const LONGEST: usize = 50;
-/// The name of a new user whose issuer gives none that can be shown.
+/// The name of a new user whose issuer gives none that can be displayed.
 const NAMELESS: &str = "user";
 
 const ZWNJ: char = '\u{200c}';
 const ZWJ: char = '\u{200d}';
-/// A letter of Braille without a dot: no property says that it is blank.
+/// Braille without a dot: no Unicode property marks it as blank.
 const BRAILLE_BLANK: char = '\u{2800}';
 
-/// Can anybody have this name? Postgres cannot hold U+0000 in a text, so nobody has such a name, and asking would be an error.
+/// Whether a user could have this name. Postgres cannot store U+0000 and rejects a query with it.
 pub fn may_be_a_name(text: &str) -> bool {
     !text.is_empty() && !text.contains('\0')
 }
 
-/// The same for every way to write a name that finds the same person: the normal form C (RFC 8265), in lower case.
+/// Equal for all spellings that find the same user: normal form C (RFC 8265) in lower case.
 pub fn key(name: &str) -> String {
     normal(&name.to_lowercase())
 }
 
-/// A name from elsewhere as it is kept.
+/// The stored form of an external name.
 pub(super) fn kept(given: &str) -> String {
     let visible: Vec<char> =
         given.chars().filter(|&c| !is_invisible(c)).map(|c| if is_space(c) { ' ' } else { c }).collect();
     let joined: String = with_joiners_in_place(&visible).into_iter().collect();
     let words: Vec<&str> = joined.split(' ').filter(|word| !word.is_empty()).collect();
     let bounded: Vec<char> = normal(&words.join(" ")).chars().take(LONGEST).collect();
-    // The cut may have left a joiner at the end without what it joined.
+    // The cut may have left a joiner at the end.
     let name: String = with_joiners_in_place(&bounded).into_iter().collect();
     let name = name.trim_end();
     if name.is_empty() { NAMELESS.into() } else { name.into() }
@@ -47,7 +47,7 @@ fn normal(text: &str) -> String {
     ComposingNormalizerBorrowed::new_nfc().normalize(text).into_owned()
 }
 
-/// Shows nothing, or turns the direction of writing; joiners are judged by where they stand.
+/// Invisible, or changes the direction of writing. Joiners are handled by their context.
 fn is_invisible(c: char) -> bool {
     if matches!(c, ZWJ | ZWNJ) {
         return false;
@@ -69,7 +69,7 @@ fn category(c: char) -> GeneralCategory {
     CodePointMapData::<GeneralCategory>::new().get(c)
 }
 
-/// Without the joiners that change nothing where they stand (RFC 5892, A.1 and A.2; UAX 29, GB11).
+/// Removes joiners that have no effect in their context (RFC 5892, A.1 and A.2; UAX 29, GB11).
 fn with_joiners_in_place(text: &[char]) -> Vec<char> {
     let mut kept: Vec<char> = Vec::with_capacity(text.len());
     for (index, &c) in text.iter().enumerate() {
@@ -86,13 +86,13 @@ fn with_joiners_in_place(text: &[char]) -> Vec<char> {
     kept
 }
 
-/// In Indic scripts a joiner chooses the form of the letters around a virama.
+/// In Indic scripts a joiner selects the form of the letters around a virama.
 fn follows_virama(before: &[char]) -> bool {
     let class = CodePointMapData::<CanonicalCombiningClass>::new();
     before.last().is_some_and(|&c| class.get(c) == CanonicalCombiningClass::Virama)
 }
 
-/// One picture is made of several, as of a family; the first may have a tone of skin.
+/// Several pictographs are joined to one, as in a family; the first may have a skin tone.
 fn joins_pictures(before: &[char], after: &[char]) -> bool {
     let is_picture = |c: &&char| CodePointSetData::new::<ExtendedPictographic>().contains(**c);
     let extends = |c: char| {
@@ -103,7 +103,7 @@ fn joins_pictures(before: &[char], after: &[char]) -> bool {
     base.as_ref().is_some_and(is_picture) && after.first().as_ref().is_some_and(is_picture)
 }
 
-/// In Arabic and its like it keeps two letters apart that would join.
+/// In Arabic and similar scripts it separates two letters that would join.
 fn parts_letters(before: &[char], after: &[char]) -> bool {
     let joining = |c: &char| CodePointMapData::<JoiningType>::new().get(*c);
     let seen = |kind: &JoiningType| *kind != JoiningType::Transparent;

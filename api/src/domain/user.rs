@@ -1,4 +1,4 @@
-//! A person, as the others see one, and as an account elsewhere describes one.
+//! Users as others see them, and profiles of accounts at external issuers.
 
 use protocol::ids::UserId;
 use serde::Serialize;
@@ -15,7 +15,7 @@ pub struct User {
     pub avatar_url: Option<String>,
 }
 
-/// An account elsewhere, in a form that a user can be made of.
+/// An account at an external issuer, in a form from which a user can be created.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Profile {
     pub issuer: String,
@@ -29,8 +29,7 @@ const LONGEST_SUBJECT: usize = 255;
 const LONGEST_URL: usize = 2_048;
 
 impl Profile {
-    /// `None`: without a subject of a form that can be kept, nobody can be recognised the next time. An odd name or avatar is
-    /// made good instead.
+    /// `None` if the subject cannot be stored: it identifies the user at the next login. A malformed name or avatar is replaced.
     pub fn new(issuer: &str, subject: &str, name: Option<&str>, avatar: Option<&str>) -> Option<Self> {
         if subject.is_empty() || subject.len() > LONGEST_SUBJECT || subject.contains(char::is_control) {
             return None;
@@ -44,7 +43,7 @@ impl Profile {
     }
 }
 
-/// Pages show it as an image, so it must be an address of one: no `javascript:`, no `data:`.
+/// Pages show it as an image, so only http and https: no `javascript:`, no `data:`.
 fn avatar_url(given: &str) -> Option<String> {
     let url = Url::parse(given.trim()).ok().filter(|url| matches!(url.scheme(), "http" | "https"))?;
     Some(String::from(url)).filter(|url| url.len() <= LONGEST_URL)

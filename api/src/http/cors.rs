@@ -1,5 +1,4 @@
-//! Pages of listed origins: their preflights are answered before anything else is looked at, and every answer to them, an
-//! error too, says that they may read it.
+//! CORS: preflights are answered before all checks, and pages of allowed origins may read every answer, including errors.
 
 use std::{
     convert::Infallible,
@@ -15,10 +14,10 @@ use warp::reply::Response;
 
 use super::Label;
 
-/// All that any path takes.
+/// All methods of any path.
 const METHODS: &str = "GET, HEAD, POST, PUT, DELETE";
 
-/// Around the routes, inside the edge.
+/// Wraps the routes, inside the edge.
 #[derive(Clone)]
 pub struct Cors<S> {
     routes: S,

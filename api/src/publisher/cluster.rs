@@ -1,5 +1,5 @@
-//! A cluster: each event goes to the node that owns its channel's slot, by a lane of its own with a queue of its own, so that a
-//! node that hangs holds up nobody else's.
+//! Redis Cluster: each event goes to the node that owns its channel's slot. Each node has a publisher and a queue of its own,
+//! so that a node that hangs delays no other.
 
 use std::{collections::HashMap, sync::Arc};
 
@@ -13,48 +13,52 @@ use tokio::{sync::mpsc, task::JoinSet};
 use tokio_util::sync::{CancellationToken, DropGuard};
 
 use super::{
-    BATCH, Connected, Kind, Notice, QUEUE, Worker, dropped,
-    lane::{Lane, Others},
-    offer,
+    BATCH, ConnectedNodes, Publication, PublicationKind, PublisherTask, QUEUE, drop_publications, enqueue,
+    node::{NodePublisher, Redirects},
 };
 use crate::metrics::Metrics;
 
-/// How often an event is sent on before it is dropped: nodes that disagree about a slot would pass it round.
-const MOST_MOVES: u8 = 3;
+/// Redirects of one event before it is dropped: nodes that disagree about a slot would redirect it endlessly.
+const MAX_REDIRECTS: u8 = 3;
 
 struct Router {
     topology: RedisTopology,
     channels: Arc<Channels>,
     map: Arc<SlotMap>,
-    lanes: HashMap<Node, Running>,
+    publishers: HashMap<Node, RunningPublisher>,
     tasks: Tasks,
     running: JoinSet<()>,
-    others: Others,
-    connected: Connected,
+    redirects: Redirects,
+    connected: ConnectedNodes,
     metrics: Metrics,
 }
 
-/// A running lane. Dropping this makes the lane send its queue and end.
-struct Running {
-    // Dropped before the sender: a lane without either has ended in order.
+/// Dropping this makes the node publisher send its queue and end.
+struct RunningPublisher {
+    // Dropped before the sender, so that the publisher ends after it was told to stop.
     _stop: DropGuard,
-    queue: mpsc::Sender<Notice>,
+    queue: mpsc::Sender<Publication>,
 }
 
-/// Runs until `stop`, then sends what is still queued.
-pub(super) async fn run(worker: Worker, connected: Connected, tasks: Tasks, stop: CancellationToken) {
-    let Worker { mut queue, topology, channels, metrics } = worker;
+/// Runs until `stop`, then publishes what is queued.
+pub(super) async fn run(
+    worker: PublisherTask,
+    connected: ConnectedNodes,
+    tasks: Tasks,
+    stop: CancellationToken,
+) {
+    let PublisherTask { mut queue, topology, channels, metrics } = worker;
     let (mut slot_maps, following) = topology.watch_slot_map();
     tokio::pin!(following);
-    let (moved, mut sent_on) = mpsc::channel(QUEUE);
+    let (redirected, mut redirected_here) = mpsc::channel(QUEUE);
     let mut router = Router {
         map: slot_maps.now(),
         topology,
         channels,
-        lanes: HashMap::new(),
+        publishers: HashMap::new(),
         tasks,
         running: JoinSet::new(),
-        others: Others { moved, slot_maps: slot_maps.clone() },
+        redirects: Redirects { redirected, slot_maps: slot_maps.clone() },
         connected,
         metrics,
     };
@@ -63,79 +67,85 @@ pub(super) async fn run(worker: Worker, connected: Connected, tasks: Tasks, stop
         tokio::select! {
             never = &mut following => match never {},
             () = slot_maps.changed() => router.follow(slot_maps.now()),
-            Some((notice, node)) = sent_on.recv() => router.send_on(notice, node),
-            // While no slot has an owner yet, events wait.
-            taken = queue.recv_many(&mut batch, BATCH), if !router.lanes.is_empty() || queue.is_closed() => {
+            Some((publication, node)) = redirected_here.recv() => router.redirect(publication, node),
+            // Events wait while no slot has a node yet.
+            taken = queue.recv_many(&mut batch, BATCH), if !router.publishers.is_empty() || queue.is_closed() => {
                 if taken == 0 {
                     break;
                 }
-                for notice in batch.drain(..) {
-                    router.route(notice);
+                for publication in batch.drain(..) {
+                    router.route(publication);
                 }
             }
             () = stop.cancelled(), if !queue.is_closed() => queue.close(),
             Some(_) = router.running.join_next() => {}
         }
     }
-    router.lanes.clear();
+    router.publishers.clear();
     while router.running.join_next().await.is_some() {}
 }
 
 impl Router {
-    /// Lanes to those who own slots, and to nobody else.
+    /// Keeps one publisher for each node that owns slots.
     fn follow(&mut self, map: Arc<SlotMap>) {
-        self.lanes.retain(|node, _| map.nodes().contains(node));
+        self.publishers.retain(|node, _| map.nodes().contains(node));
         for node in map.nodes() {
-            self.lane(node);
+            self.publisher(node);
         }
         self.map = map;
     }
 
-    #[expect(clippy::disallowed_methods, reason = "the lane is watched")]
-    fn lane(&mut self, node: &Node) -> &mpsc::Sender<Notice> {
-        let lane = self.lanes.entry(node.clone()).or_insert_with(|| {
+    #[expect(clippy::disallowed_methods, reason = "the publisher is watched")]
+    fn publisher(&mut self, node: &Node) -> &mpsc::Sender<Publication> {
+        let publisher = self.publishers.entry(node.clone()).or_insert_with(|| {
             let (sender, queue) = mpsc::channel(QUEUE);
-            let lane = Lane::new(
+            let publisher = NodePublisher::new(
                 queue,
                 self.topology.clone(),
                 node.clone(),
-                Some(self.others.clone()),
+                Some(self.redirects.clone()),
                 self.connected.clone(),
                 self.metrics.clone(),
             );
             let stop = CancellationToken::new();
-            let run = lane.run(stop.clone());
+            let run = publisher.run(stop.clone());
             self.running.spawn(self.tasks.watch(format!("publisher to {node}"), &stop, run));
-            Running { _stop: stop.drop_guard(), queue: sender }
+            RunningPublisher { _stop: stop.drop_guard(), queue: sender }
         });
-        &lane.queue
+        &publisher.queue
     }
 
-    fn route(&mut self, notice: Notice) {
+    fn route(&mut self, publication: Publication) {
         self.metrics.publish_queued_events.dec();
-        if notice.kind == Kind::KeysEverywhere {
-            for (node, lane) in &self.lanes {
+        if publication.kind == PublicationKind::KeysEverywhere {
+            for (node, publisher) in &self.publishers {
                 if let Some(channel) = self.map.first_name_on(node, self.channels.keys()) {
-                    let payload = notice.payload.clone();
-                    let notice = Notice { channel, payload, kind: Kind::Keys, moves: 0, span: Span::NONE };
-                    offer(&lane.queue, notice, &self.metrics);
+                    let payload = publication.payload.clone();
+                    let publication = Publication {
+                        channel,
+                        payload,
+                        kind: PublicationKind::Keys,
+                        redirects: 0,
+                        span: Span::NONE,
+                    };
+                    enqueue(&publisher.queue, publication, &self.metrics);
                 }
             }
             return;
         }
-        match self.map.node_of(&notice.channel).and_then(|node| self.lanes.get(node)) {
-            Some(lane) => offer(&lane.queue, notice, &self.metrics),
-            None => dropped("disconnected", [notice], &self.metrics),
+        match self.map.node_of(&publication.channel).and_then(|node| self.publishers.get(node)) {
+            Some(publisher) => enqueue(&publisher.queue, publication, &self.metrics),
+            None => drop_publications("disconnected", [publication], &self.metrics),
         }
     }
 
-    /// The node that was asked says whose it is; the whole map follows.
-    fn send_on(&mut self, notice: Notice, node: Node) {
-        self.others.slot_maps.refresh();
-        if notice.moves > MOST_MOVES {
-            return dropped("disconnected", [notice], &self.metrics);
+    /// A node named another one; the whole slot map follows.
+    fn redirect(&mut self, publication: Publication, node: Node) {
+        self.redirects.slot_maps.refresh();
+        if publication.redirects > MAX_REDIRECTS {
+            return drop_publications("disconnected", [publication], &self.metrics);
         }
         let metrics = self.metrics.clone();
-        offer(self.lane(&node), notice, &metrics);
+        enqueue(self.publisher(&node), publication, &metrics);
     }
 }

@@ -1,8 +1,8 @@
-//! Committed events to Redis: pipelined, bounded, best effort. A doorbell that also carries the letter: what is dropped
-//! here is found by the gateways' next reconcile, so nothing waits for it, and nothing is kept for later.
+//! Publishes committed events to Redis: pipelined, bounded, best effort. Gateways find a dropped event at their next
+//! reconcile, so nothing waits for Redis and nothing is kept for later.
 
 mod cluster;
-mod lane;
+mod node;
 
 use std::{
     sync::{Arc, Mutex, PoisonError},
@@ -23,52 +23,52 @@ use service_kit::{
 use tokio::sync::mpsc::{self, error::TrySendError};
 use tokio_util::sync::CancellationToken;
 
-use self::lane::Lane;
+use self::node::NodePublisher;
 use crate::{
     metrics::{Dropped, Metrics},
     store::Appended,
 };
 
-/// Events that wait for Redis, or for one node of a cluster; more are dropped.
+/// Events in the queue for Redis, or for one node of a cluster; more are dropped.
 const QUEUE: usize = 16_384;
 /// Events in one pipeline.
 const BATCH: usize = 512;
-/// For connecting, and for a pipeline to be answered.
+/// Bounds a connection attempt, and the wait for the replies to a pipeline.
 const TIMEOUT: Duration = Duration::from_secs(1);
 
-/// Where commands leave their events.
+/// Takes the events of commands.
 #[derive(Clone)]
 pub struct Publisher {
-    queue: mpsc::Sender<Notice>,
+    queue: mpsc::Sender<Publication>,
     channels: Arc<Channels>,
     tracer: Tracer,
     metrics: Metrics,
 }
 
 /// One message for one channel, ready to send.
-struct Notice {
+struct Publication {
     channel: String,
     payload: Vec<u8>,
-    kind: Kind,
-    /// How often a node of a cluster has said that it is for another one.
-    moves: u8,
-    /// Ends with the notice: when Redis has taken it, or it is dropped.
+    kind: PublicationKind,
+    /// How often nodes of a cluster have redirected it.
+    redirects: u8,
+    /// Ends with the publication: when Redis has taken it, or it is dropped.
     span: Span,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Kind {
-    /// Something for one user. Metrics count these alone.
+enum PublicationKind {
+    /// For one user. Metrics count only these.
     Event,
-    /// Which keys are good, for every node: on the first of [`Channels::keys`] that it owns.
+    /// Key versions, for every node: on the first of [`Channels::keys`] that it owns.
     KeysEverywhere,
-    /// The same, for one node of a cluster. The next one follows in seconds, so it is not missed.
+    /// The same for one node. The next announcement follows in seconds.
     Keys,
 }
 
-/// The task that sends them.
-pub struct Worker {
-    queue: mpsc::Receiver<Notice>,
+/// The task that publishes what [`Publisher`] takes.
+pub struct PublisherTask {
+    queue: mpsc::Receiver<Publication>,
     topology: RedisTopology,
     channels: Arc<Channels>,
     metrics: Metrics,
@@ -79,15 +79,15 @@ pub fn publisher(
     channels: Channels,
     tracer: Tracer,
     metrics: Metrics,
-) -> (Publisher, Worker) {
+) -> (Publisher, PublisherTask) {
     let (sender, queue) = mpsc::channel(QUEUE);
     let channels = Arc::new(channels);
     let publisher = Publisher { queue: sender, channels: channels.clone(), tracer, metrics: metrics.clone() };
-    (publisher, Worker { queue, topology, channels, metrics })
+    (publisher, PublisherTask { queue, topology, channels, metrics })
 }
 
 impl Publisher {
-    /// Returns at once, whatever Redis does.
+    /// Never waits for Redis.
     pub fn publish(&self, events: Vec<Appended>) {
         for Appended { receiver, mut envelope } in events {
             let parent = envelope.traceparent.as_deref().and_then(|parent| parent.parse().ok());
@@ -96,20 +96,20 @@ impl Publisher {
                 span.text("messaging.system", "redis");
                 span.text("user.id", receiver);
                 span.number("event.seq", envelope.seq);
-                // What comes by Redis hangs below its publishing; what is read from the feed, below the commit.
+                // An event from Redis is a child of its publishing; one that is read from the feed, of the commit.
                 envelope.traceparent = Some(context.to_string());
             }
             let payload =
                 serde_json::to_vec(&envelope).expect("an envelope is strings, numbers and valid JSON");
-            self.offer(receiver, payload, span);
+            self.enqueue(receiver, payload, span);
         }
     }
 
-    /// Tells gateways that these sessions of one user have ended. As best effort as events are, and asked for as well.
+    /// Tells gateways that these sessions of one user have ended. They also ask `api` about it.
     pub fn publish_revoked(&self, user: UserId, sessions: &[SessionId]) {
         for &revoked in sessions {
             let payload = serde_json::to_vec(&Revoked { revoked }).expect("an id is a string");
-            self.offer(user, payload, Span::NONE);
+            self.enqueue(user, payload, Span::NONE);
         }
     }
 
@@ -117,66 +117,77 @@ impl Publisher {
     pub fn publish_keys(&self, version: &KeysVersion) {
         let channel = self.channels.keys().next().expect("they have no end");
         let payload = serde_json::to_vec(version).expect("a version is strings and numbers");
-        let notice = Notice { channel, payload, kind: Kind::KeysEverywhere, moves: 0, span: Span::NONE };
-        offer(&self.queue, notice, &self.metrics);
+        let publication = Publication {
+            channel,
+            payload,
+            kind: PublicationKind::KeysEverywhere,
+            redirects: 0,
+            span: Span::NONE,
+        };
+        enqueue(&self.queue, publication, &self.metrics);
     }
 
-    fn offer(&self, receiver: UserId, payload: Vec<u8>, span: Span) {
+    fn enqueue(&self, receiver: UserId, payload: Vec<u8>, span: Span) {
         let channel = self.channels.user(receiver);
-        let notice = Notice { channel, payload, kind: Kind::Event, moves: 0, span };
-        offer(&self.queue, notice, &self.metrics);
+        let publication = Publication { channel, payload, kind: PublicationKind::Event, redirects: 0, span };
+        enqueue(&self.queue, publication, &self.metrics);
     }
 }
 
-/// Into a queue, or dropped and counted.
-fn offer(queue: &mpsc::Sender<Notice>, notice: Notice, metrics: &Metrics) {
-    match queue.try_send(notice) {
+/// Puts it into the queue, or drops and counts it.
+fn enqueue(queue: &mpsc::Sender<Publication>, publication: Publication, metrics: &Metrics) {
+    match queue.try_send(publication) {
         Ok(()) => _ = metrics.publish_queued_events.inc(),
-        Err(TrySendError::Full(notice)) => dropped("queue_full", [notice], metrics),
-        Err(TrySendError::Closed(notice)) => dropped("stopping", [notice], metrics),
+        Err(TrySendError::Full(publication)) => drop_publications("queue_full", [publication], metrics),
+        Err(TrySendError::Closed(publication)) => drop_publications("stopping", [publication], metrics),
     }
 }
 
-fn dropped(reason: &'static str, notices: impl IntoIterator<Item = Notice>, metrics: &Metrics) {
-    for mut notice in notices {
-        notice.span.fail(reason);
-        if notice.kind == Kind::Event {
+fn drop_publications(
+    reason: &'static str,
+    publications: impl IntoIterator<Item = Publication>,
+    metrics: &Metrics,
+) {
+    for mut publication in publications {
+        publication.span.fail(reason);
+        if publication.kind == PublicationKind::Event {
             metrics.publish_dropped_events.get_or_create(&Dropped { reason }).inc();
         }
     }
 }
 
-impl Worker {
-    /// Runs until `stop`, then sends what is still queued, if Redis takes it.
+impl PublisherTask {
+    /// Runs until `stop`, then publishes what is queued.
     pub async fn run(self, tasks: Tasks, stop: CancellationToken) {
-        let connected = Connected::new(&self.metrics);
+        let connected = ConnectedNodes::new(&self.metrics);
         if self.topology.is_sharded() {
             cluster::run(self, connected, tasks, stop.clone()).await;
         } else {
-            let lane = Lane::new(self.queue, self.topology, Node::Only, None, connected, self.metrics);
-            lane.run(stop.clone()).await;
+            let publisher =
+                NodePublisher::new(self.queue, self.topology, Node::Only, None, connected, self.metrics);
+            publisher.run(stop.clone()).await;
         }
-        // During a stop, commands may be gone before this is told to stop.
+        // The last command may end before `stop`.
         stop.cancelled().await;
     }
 }
 
-/// Of all lanes, how many there are and how many have a connection; the metric says whether all have.
+/// How many node publishers there are, and how many are connected; the metric says whether all are.
 #[derive(Clone)]
-struct Connected {
-    lanes: Arc<Mutex<(usize, usize)>>,
+struct ConnectedNodes {
+    counts: Arc<Mutex<(usize, usize)>>,
     metrics: Metrics,
 }
 
-impl Connected {
+impl ConnectedNodes {
     fn new(metrics: &Metrics) -> Self {
-        Self { lanes: Arc::default(), metrics: metrics.clone() }
+        Self { counts: Arc::default(), metrics: metrics.clone() }
     }
 
     fn change(&self, change: impl FnOnce(&mut (usize, usize))) {
-        let mut lanes = self.lanes.lock().unwrap_or_else(PoisonError::into_inner);
-        change(&mut lanes);
-        let (all, up) = *lanes;
+        let mut counts = self.counts.lock().unwrap_or_else(PoisonError::into_inner);
+        change(&mut counts);
+        let (all, up) = *counts;
         self.metrics.redis_connected.set(i64::from(all > 0 && up == all));
     }
 }

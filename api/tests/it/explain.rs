@@ -54,7 +54,7 @@ async fn explain_tells_operators_the_fate_of_an_event(pool: PgPool) {
     let keep = Keep { age: Duration::from_hours(1), events: 1 };
     prune_after(&database, keep, UserId(0)).await.unwrap();
     let (_, pruned) = app.explain(&format!("user={}&seq=1", jane.id)).await;
-    assert!(pruned.contains(&format!("is not kept any more: the feed begins at {head}")), "{pruned}");
+    assert!(pruned.contains(&format!("has been pruned: the feed begins at {head}")), "{pruned}");
     database.close().await;
 
     assert_eq!(app.explain("user=999999&seq=1").await, (404, "There is no user 999999\n".into()));

@@ -1,7 +1,7 @@
-//! One connection that publishes, rebuilt for as long as there is something to publish.
+//! Publishes to one node over one connection, which is rebuilt after failures.
 //!
-//! It is made anew every few seconds while all is well, too: the server at the other end may have been demoted, or be no longer
-//! where the settings point, and take everything without a word for listeners that have long gone elsewhere.
+//! It is also replaced every few seconds: the server may have been demoted, or DNS may point elsewhere, and it would accept
+//! everything although no gateway is subscribed there any more.
 
 use std::time::Duration;
 
@@ -16,7 +16,7 @@ use tokio::{
 };
 use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 
-use super::{BATCH, Connected, Kind, Notice, TIMEOUT, dropped};
+use super::{BATCH, ConnectedNodes, Publication, PublicationKind, TIMEOUT, drop_publications};
 use crate::metrics::Metrics;
 
 /// Between attempts to connect: the first delay and the longest. The longest is shorter than gateways take to rely on a Redis that
@@ -25,50 +25,50 @@ const BACKOFF: [Duration; 2] = [Duration::from_millis(100), Duration::from_secs(
 /// The age at which a connection is replaced, at most.
 const RENEW_AFTER: Duration = Duration::from_secs(5);
 
-/// The other nodes of a cluster.
+/// The way to the other nodes of a cluster.
 #[derive(Clone)]
-pub(super) struct Others {
-    /// Where an event goes that a node says is for another one.
-    pub(super) moved: mpsc::Sender<(Notice, Node)>,
+pub(super) struct Redirects {
+    /// Takes events that this node has redirected to another one.
+    pub(super) redirected: mpsc::Sender<(Publication, Node)>,
     pub(super) slot_maps: SlotMapWatch,
 }
 
-pub(super) struct Lane {
-    queue: mpsc::Receiver<Notice>,
+pub(super) struct NodePublisher {
+    queue: mpsc::Receiver<Publication>,
     topology: RedisTopology,
     node: Node,
-    others: Option<Others>,
-    connected: Connected,
+    redirects: Option<Redirects>,
+    connected: ConnectedNodes,
     metrics: Metrics,
 }
 
 /// Why sending ended.
-enum Ended {
-    /// Nothing more will come, and all was sent.
+enum SendEnd {
+    /// The queue is closed and empty.
     Stopped,
-    /// Redis answers, and refuses everything at present; the connection lives.
-    Refused(MultiplexedConnection),
-    /// Redis failed; `worked` says whether it had taken anything on this connection.
+    /// Redis replies to everything with an error; the connection works.
+    Rejected(MultiplexedConnection),
+    /// The connection failed; `worked`: after it had taken something.
     Failed { worked: bool },
 }
 
-/// A connection in the making, to replace one that is well.
+/// The connection that will replace a working one.
 type Renewal = AbortOnDropHandle<RedisResult<MultiplexedConnection>>;
 
-impl Lane {
+impl NodePublisher {
     pub(super) fn new(
-        queue: mpsc::Receiver<Notice>,
+        queue: mpsc::Receiver<Publication>,
         topology: RedisTopology,
         node: Node,
-        others: Option<Others>,
-        connected: Connected,
+        redirects: Option<Redirects>,
+        connected: ConnectedNodes,
         metrics: Metrics,
     ) -> Self {
         connected.change(|(all, _)| *all += 1);
-        Self { queue, topology, node, others, connected, metrics }
+        Self { queue, topology, node, redirects, connected, metrics }
     }
 
-    /// Runs until `stop`, or nobody is left who offers; then sends what is still queued, if Redis takes it.
+    /// Runs until `stop` or until the queue is closed, then publishes what is queued.
     pub(super) async fn run(mut self, stop: CancellationToken) {
         let mut batch = Vec::with_capacity(BATCH);
         let mut backoff = Backoff::new(BACKOFF[0], BACKOFF[1]);
@@ -78,7 +78,7 @@ impl Lane {
             let connected = match kept.take() {
                 Some(connection) => Ok(connection),
                 None => connect(&self.topology, &self.node).await.inspect(|_| {
-                    tracing::info!(node = %self.node, "publishing to Redis");
+                    tracing::info!(node = %self.node, "redis publisher connected");
                 }),
             };
             let failed = match connected {
@@ -87,38 +87,37 @@ impl Lane {
                     let ended = self.send(connection, &mut batch, &stop).await;
                     self.connected.change(|(_, up)| *up -= 1);
                     match ended {
-                        Ended::Stopped => return,
-                        Ended::Refused(connection) => {
+                        SendEnd::Stopped => return,
+                        SendEnd::Rejected(connection) => {
                             kept = Some(connection);
-                            "refused"
+                            "rejected"
                         }
-                        Ended::Failed { worked } => {
+                        SendEnd::Failed { worked } => {
                             if worked || second_chance {
-                                // It was restarted, most likely, and this batch is how we learn it: once, it is sent
-                                // again on a new connection.
+                                // Redis was probably restarted while the connection was idle: retry the batch once.
                                 backoff.reset();
                                 second_chance = worked;
                                 continue;
                             }
-                            "Redis refuses"
+                            "no reply"
                         }
                     }
                 }
                 Err(error) if redis_topology::is_access_denied(&error) => {
-                    tracing::error!(%error, node = %self.node, "Redis refuses us: see the user, the password and the rights");
-                    "refused"
+                    tracing::error!(%error, node = %self.node, "redis authentication or ACL failure; delivery falls back to reconciliation");
+                    "access denied"
                 }
                 Err(error) => {
-                    tracing::warn!(%error, node = %self.node, "cannot connect to Redis");
+                    tracing::warn!(%error, node = %self.node, "redis publisher could not connect; delivery falls back to reconciliation");
                     "cannot connect"
                 }
             };
-            tracing::debug!(reason = failed, "dropping events until Redis is back");
+            tracing::debug!(reason = failed, "redis publisher drops events until the next attempt");
             // A replica may have taken over.
-            if let Some(others) = &self.others {
-                others.slot_maps.refresh();
+            if let Some(redirects) = &self.redirects {
+                redirects.slot_maps.refresh();
             }
-            self.dropped("disconnected", &mut batch);
+            self.drop_publications("disconnected", &mut batch);
             if self.drop_for(backoff.next_delay(), &mut batch, &stop).await.is_err() {
                 return;
             }
@@ -126,21 +125,21 @@ impl Lane {
         }
     }
 
-    /// Sends until stopped or until Redis fails; then what was not taken is left in `batch`.
+    /// Publishes until stopped or until Redis fails; then `batch` has what was not taken.
     async fn send(
         &mut self,
         mut connection: MultiplexedConnection,
-        batch: &mut Vec<Notice>,
+        batch: &mut Vec<Publication>,
         stop: &CancellationToken,
-    ) -> Ended {
+    ) -> SendEnd {
         let mut worked = false;
         let mut renewal = self.renewal();
         loop {
             if batch.is_empty() && self.next_batch(batch, stop, &mut connection, &mut renewal).await == 0 {
-                return Ended::Stopped;
+                return SendEnd::Stopped;
             }
             let mut pipeline = redis::Pipeline::with_capacity(batch.len());
-            for Notice { channel, payload, .. } in batch.iter() {
+            for Publication { channel, payload, .. } in batch.iter() {
                 let mut publish = self.topology.publish_command();
                 publish.arg(channel).arg(payload);
                 pipeline.add_command(publish);
@@ -148,60 +147,60 @@ impl Lane {
             pipeline.ignore_errors();
             let answers = pipeline.query_async::<Vec<RedisResult<Value>>>(&mut connection);
             let (taken, error) = match timeout(TIMEOUT, answers).await {
-                Ok(Ok(answers)) => self.settle(batch, answers),
+                Ok(Ok(answers)) => self.sort_replies(batch, answers),
                 Ok(Err(error)) => (false, Some(error)),
                 Err(_) => {
-                    tracing::warn!(node = %self.node, "Redis did not answer in time");
-                    return Ended::Failed { worked };
+                    tracing::warn!(node = %self.node, "redis did not reply to a publish in time");
+                    return SendEnd::Failed { worked };
                 }
             };
             worked |= taken;
             let Some(error) = error else { continue };
             if redis_topology::is_access_denied(&error) {
-                tracing::error!(%error, node = %self.node, "Redis refuses events: see the user, the password and the rights");
+                tracing::error!(%error, node = %self.node, "redis authentication or ACL failure; delivery falls back to reconciliation");
             } else {
-                tracing::warn!(%error, node = %self.node, "Redis did not take events");
+                tracing::warn!(%error, node = %self.node, "redis rejected a publish; delivery falls back to reconciliation");
             }
             if !redis_topology::is_server_error(&error) {
-                return Ended::Failed { worked };
+                return SendEnd::Failed { worked };
             }
-            // To send it again would be refused again.
-            self.dropped("refused", batch);
-            if let Some(others) = &self.others {
-                others.slot_maps.refresh();
+            self.drop_publications("refused", batch);
+            if let Some(redirects) = &self.redirects {
+                redirects.slot_maps.refresh();
             }
             if !taken {
-                return Ended::Refused(connection);
+                return SendEnd::Rejected(connection);
             }
         }
     }
 
-    /// What was taken is done, what is for another node goes there; the rest stays. Whether any was taken, and why not all.
-    fn settle(
+    /// Counts taken events, forwards redirected ones and leaves the rest in `batch`. Whether any was taken, and an error of the
+    /// rest.
+    fn sort_replies(
         &self,
-        batch: &mut Vec<Notice>,
+        batch: &mut Vec<Publication>,
         answers: Vec<RedisResult<Value>>,
     ) -> (bool, Option<RedisError>) {
         let sent = batch.len();
         let mut failed = None;
         let (mut taken, mut events) = (false, 0);
         let mut answers = answers.into_iter();
-        for mut notice in std::mem::take(batch) {
-            let too_few = || Err(RedisError::from((ErrorKind::Parse, "fewer answers than events")));
+        for mut publication in std::mem::take(batch) {
+            let too_few = || Err(RedisError::from((ErrorKind::Parse, "fewer replies than events")));
             let Err(error) = answers.next().unwrap_or_else(too_few) else {
                 taken = true;
-                events += u64::from(notice.kind == Kind::Event);
+                events += u64::from(publication.kind == PublicationKind::Event);
                 continue;
             };
-            if let (Some(others), Some(node)) =
-                (&self.others, redis_topology::redirect_target(&error, &self.node))
+            if let (Some(redirects), Some(node)) =
+                (&self.redirects, redis_topology::redirect_target(&error, &self.node))
             {
-                notice.moves += 1;
-                if let Err(error) = others.moved.try_send((notice, node)) {
-                    dropped("queue_full", [error.into_inner().0], &self.metrics);
+                publication.redirects += 1;
+                if let Err(error) = redirects.redirected.try_send((publication, node)) {
+                    drop_publications("queue_full", [error.into_inner().0], &self.metrics);
                 }
             } else {
-                batch.push(notice);
+                batch.push(publication);
                 failed = Some(error);
             }
         }
@@ -210,7 +209,7 @@ impl Lane {
         (taken, failed)
     }
 
-    #[expect(clippy::disallowed_methods, reason = "its lane awaits it")]
+    #[expect(clippy::disallowed_methods, reason = "its publisher awaits it")]
     fn renewal(&self) -> Renewal {
         let (topology, node) = (self.topology.clone(), self.node.clone());
         AbortOnDropHandle::new(tokio::spawn(async move {
@@ -219,10 +218,10 @@ impl Lane {
         }))
     }
 
-    /// Waits for the next events; 0 once stopped and empty.
+    /// The number of events that it has put into `batch`; 0 once stopped and empty.
     async fn next_batch(
         &mut self,
-        batch: &mut Vec<Notice>,
+        batch: &mut Vec<Publication>,
         stop: &CancellationToken,
         connection: &mut MultiplexedConnection,
         renewal: &mut Renewal,
@@ -230,7 +229,7 @@ impl Lane {
         while !self.queue.is_closed() {
             tokio::select! {
                 renewed = &mut *renewal => {
-                    // One that cannot be made says nothing about the one that is there.
+                    // A failed attempt says nothing about the connection in use.
                     if let Ok(Ok(new)) = renewed {
                         *connection = new;
                     }
@@ -243,11 +242,11 @@ impl Lane {
         self.queue.recv_many(batch, BATCH).await
     }
 
-    /// Drops what comes, for a while. An error says that it is time to end.
+    /// Drops events for a while. An error: stopped.
     async fn drop_for(
         &mut self,
         pause: Duration,
-        batch: &mut Vec<Notice>,
+        batch: &mut Vec<Publication>,
         stop: &CancellationToken,
     ) -> Result<(), ()> {
         let until = Instant::now() + pause;
@@ -259,19 +258,19 @@ impl Lane {
                     if taken == 0 {
                         return Err(());
                     }
-                    self.dropped("disconnected", batch);
+                    self.drop_publications("disconnected", batch);
                 }
             }
         }
     }
 
-    fn dropped(&self, reason: &'static str, batch: &mut Vec<Notice>) {
+    fn drop_publications(&self, reason: &'static str, batch: &mut Vec<Publication>) {
         self.metrics.publish_queued_events.dec_by(batch.len() as i64);
-        dropped(reason, batch.drain(..), &self.metrics);
+        drop_publications(reason, batch.drain(..), &self.metrics);
     }
 }
 
-impl Drop for Lane {
+impl Drop for NodePublisher {
     fn drop(&mut self) {
         self.connected.change(|(all, _)| *all -= 1);
     }
@@ -292,7 +291,7 @@ mod tests {
     use super::*;
     use crate::{
         metrics::Dropped,
-        publisher::{QUEUE, offer},
+        publisher::{QUEUE, enqueue},
     };
 
     fn answer(text: &str) -> RedisResult<Value> {
@@ -302,50 +301,50 @@ mod tests {
     #[test]
     fn each_event_of_a_batch_is_handled_by_its_own_reply() {
         let (metrics, _) = Metrics::of_service();
-        let (moved, mut elsewhere) = mpsc::channel(QUEUE);
-        let lane = Lane::new(
+        let (redirected, mut elsewhere) = mpsc::channel(QUEUE);
+        let publisher = NodePublisher::new(
             mpsc::channel(1).1,
             RedisTopology::single("redis://localhost").unwrap(),
             Node::At("one".into(), 1),
-            Some(Others {
-                moved,
+            Some(Redirects {
+                redirected,
                 slot_maps: RedisTopology::single("redis://localhost").unwrap().watch_slot_map().0,
             }),
-            Connected::new(&metrics),
+            ConnectedNodes::new(&metrics),
             metrics.clone(),
         );
         let (offered, _queue) = mpsc::channel(8);
-        let notice = |channel: &str| Notice {
+        let publication = |channel: &str| Publication {
             channel: channel.into(),
             payload: vec![],
-            kind: Kind::Event,
-            moves: 0,
+            kind: PublicationKind::Event,
+            redirects: 0,
             span: Span::NONE,
         };
         for channel in ["a", "b", "c", "d"] {
-            offer(&offered, notice(channel), &metrics);
+            enqueue(&offered, publication(channel), &metrics);
         }
-        let mut batch = ["a", "b", "c", "d"].map(notice).into();
+        let mut batch = ["a", "b", "c", "d"].map(publication).into();
         let answers = [":1\r\n", "-MOVED 5 two:2\r\n", "-CLUSTERDOWN no\r\n", "-MOVED 6 :3\r\n"].map(answer);
-        let (taken, error) = lane.settle(&mut batch, answers.into());
+        let (taken, error) = publisher.sort_replies(&mut batch, answers.into());
         assert!(taken && error.unwrap().code() == Some("CLUSTERDOWN"));
-        assert_eq!(batch.iter().map(|notice| &*notice.channel).collect::<Vec<_>>(), ["c"]);
+        assert_eq!(batch.iter().map(|publication| &*publication.channel).collect::<Vec<_>>(), ["c"]);
         let sent: Vec<_> = std::iter::from_fn(|| elsewhere.try_recv().ok())
-            .map(|(notice, node)| (notice.channel, notice.moves, node.to_string()))
+            .map(|(publication, node)| (publication.channel, publication.redirects, node.to_string()))
             .collect();
         assert_eq!(sent, [("b".into(), 1, "two:2".into()), ("d".into(), 1, "one:3".into())]);
         assert_eq!((metrics.published_events.get(), metrics.publish_queued_events.get()), (1, 1));
         assert!(redis_topology::is_server_error(&answer("-MISCONF no disk\r\n").unwrap_err()));
 
-        // An event without an answer is sent again or dropped, and counted either way.
+        // An event without an answer is sent again or drop_publications, and counted either way.
         for channel in ["e", "f", "g"] {
-            offer(&offered, notice(channel), &metrics);
+            enqueue(&offered, publication(channel), &metrics);
         }
-        let mut batch = ["e", "f", "g"].map(notice).into();
-        let (taken, error) = lane.settle(&mut batch, vec![answer(":1\r\n")]);
+        let mut batch = ["e", "f", "g"].map(publication).into();
+        let (taken, error) = publisher.sort_replies(&mut batch, vec![answer(":1\r\n")]);
         assert!(taken && !redis_topology::is_server_error(&error.unwrap()), "the connection is out of step");
-        assert_eq!(batch.iter().map(|notice| &*notice.channel).collect::<Vec<_>>(), ["f", "g"]);
-        lane.dropped("disconnected", &mut batch);
+        assert_eq!(batch.iter().map(|publication| &*publication.channel).collect::<Vec<_>>(), ["f", "g"]);
+        publisher.drop_publications("disconnected", &mut batch);
         let reason = "disconnected";
         assert_eq!(metrics.publish_dropped_events.get_or_create(&Dropped { reason }).get(), 2);
         assert_eq!((metrics.published_events.get(), metrics.publish_queued_events.get()), (2, 1));
