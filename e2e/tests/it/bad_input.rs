@@ -18,7 +18,7 @@ fn status(answer: &[u8]) -> Option<u16> {
     String::from_utf8_lossy(answer).strip_prefix("HTTP/1.1 ")?.get(..3)?.parse().ok()
 }
 
-/// Two who go on talking next to the trouble, and notice nothing.
+/// Two users next to the fault, who must not notice it.
 struct Neighbours {
     two: Two,
     jane: EventSource,
@@ -84,7 +84,6 @@ async fn garbage_and_huge_requests_get_an_error_or_are_cut() {
             assert_ne!(status, Some(500), "{start:?}");
         }
     }
-    // The other listeners, too.
     for address in [api.internal(), api.ops(), gateway.ops()] {
         join_all(wrong.iter().map(|bytes| raw::exchange(address, bytes))).await;
     }
@@ -152,7 +151,6 @@ fn request(user: &User, more: &str) -> String {
     )
 }
 
-/// Reads until this has come.
 async fn read_until(socket: &mut TcpStream, text: &mut String, wanted: &str) {
     let mut buffer = vec![0; 64 * 1024];
     soon(wanted, async {
@@ -204,7 +202,7 @@ async fn unexpected_input_on_a_stream_is_discarded() {
         text.clear();
         read_until(&mut socket, &mut text, "\"mine\":false").await;
     }
-    // A flood is bounded: read and thrown away, or cut; never kept, and never in the neighbour's way.
+    // A flood is discarded or cut; never buffered, and never at the neighbour's cost.
     let before = gateway.memory().unwrap().rss;
     let flood = async {
         let piece = vec![b'x'; 1 << 20];
@@ -226,7 +224,7 @@ async fn odd_but_legal_requests_for_a_stream_are_answered_soundly() {
     let (api, gateway) = world.pair().await;
     let neighbours = Neighbours::new(&world, &api, &gateway).await;
     let jane = &neighbours.two.jane;
-    // With a body, which nobody reads; with an upgrade, which nobody makes; asking for permission; to be closed after.
+    // With a body, an upgrade, an expectation, and `close`.
     for more in [
         "content-length: 5\r\n\r\nhello",
         "transfer-encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n",

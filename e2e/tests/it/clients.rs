@@ -32,7 +32,7 @@ use crate::{
 
 const PAUSE: Duration = Duration::from_millis(40);
 
-/// In one message: where connections are cut off.
+/// Connections are cut behind this text.
 const CUT_HERE: &str = "cut here";
 
 const DOCUMENTED: [(&str, Language); 6] = [
@@ -46,7 +46,7 @@ const DOCUMENTED: [(&str, Language); 6] = [
 
 const STRICT: [&str; 3] = ["eventsource-2", "extended-eventsource", "fetch-event-source"];
 
-/// What the browser's block relies on: the page's own functions, and lines that a test can read.
+/// What the browser's block needs of its page, and output that a test can read.
 const PAGE: &str = "
     window.lines = [];
     window.troubles = [];
@@ -55,7 +55,7 @@ const PAGE: &str = "
     window.reload = () => troubles.push('resync');
 ";
 
-/// A proxy without anything behind it.
+/// Answers 502 as a proxy without upstreams does.
 async fn bad_gateway() -> SocketAddr {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
@@ -73,7 +73,6 @@ async fn bad_gateway() -> SocketAddr {
     address
 }
 
-/// Waits until the condition holds for all clients; a panic names the ones for which it does not.
 async fn until_all(clients: &mut [ClientProgram], what: &str, holds: impl Fn(&ClientProgram) -> bool) {
     let deadline = Instant::now() + PATIENCE;
     while !clients.iter().all(&holds) {
@@ -85,7 +84,6 @@ async fn until_all(clients: &mut [ClientProgram], what: &str, holds: impl Fn(&Cl
     }
 }
 
-/// Waits until all have received Jane's newest event.
 async fn until_caught_up(world: &World, jane: UserId, clients: &mut [ClientProgram], page: Option<&Page>) {
     let head = Feed::read(&world.sql, jane).await.head_cursor();
     until_all(clients, "everybody receives the newest event", |client| client.has(&head)).await;
@@ -115,7 +113,7 @@ async fn documented_clients_receive_exactly_the_feed() {
     let two = Two::meet(&world, &api).await;
     let jane = two.jane.id;
 
-    // Addresses that stay the same, whatever is behind them.
+    // Stable addresses in front of gateways that come and go.
     let (door, strict_door) = tokio::join!(Proxy::start(a.public()), Proxy::start(a.public()));
     let _nginx = front.open_at(&[api.public()], &[door.address()]).await;
     let folder = tempfile::tempdir().unwrap();
@@ -151,7 +149,6 @@ async fn documented_clients_receive_exactly_the_feed() {
     until_caught_up(&world, jane, &mut documented, Some(&page)).await;
     until_caught_up(&world, jane, &mut strict, None).await;
 
-    // A deploy.
     a.restart().await;
     a.until_ready().await;
     door.aim(a.public());
@@ -176,11 +173,11 @@ async fn documented_clients_receive_exactly_the_feed() {
     until_caught_up(&world, jane, &mut documented, Some(&page)).await;
     until_caught_up(&world, jane, &mut strict, None).await;
 
-    // The strict readers give up at what comes next.
+    // The strict readers give up here.
     assert_exact(&world, jane, begin, &strict).await;
     drop(strict);
 
-    // Jane's session ends, and the token file holds no good token before the next login.
+    // Jane's session ends, and the token file has no valid token before the next login.
     fs::write(&token_file, "renewed too late").unwrap();
     let next = world.login(&api, "jane").await;
     let session = world.claims(&two.jane).sid.unwrap();
@@ -201,7 +198,7 @@ async fn documented_clients_receive_exactly_the_feed() {
     assert_eq!(page.evaluate("troubles").await, json!(["401"]));
 }
 
-/// Each received all that came after `begin`, once, in order, byte for byte.
+/// Each received everything after `begin`, once, in order, byte for byte.
 async fn assert_exact(world: &World, jane: UserId, begin: Seq, clients: &[ClientProgram]) {
     let feed = Feed::read(&world.sql, jane).await;
     let difference = |client: &ClientProgram| {

@@ -58,7 +58,7 @@ async fn unpublished_event_arrives_alone_or_before_the_next() {
     };
     commit().await;
     assert_exact(&world.sql, two.jane.id, "jane", &jane).await;
-    // A published event behind unpublished ones shows the gap.
+    // A published event after unpublished ones shows the gap.
     for _ in 0..5 {
         commit().await;
         commit().await;
@@ -167,13 +167,13 @@ async fn live_events_continue_while_the_internal_listener_is_down() {
         } else {
             link.refuse();
         }
-        // Contiguous events need nobody's answer.
+        // Contiguous events need no answer.
         two.say(&world, &api, 5).await;
         assert_exact(&world.sql, two.jane.id, "jane, the link away", &jane).await;
-        // A new stream has its head at once, and its place later.
+        // A new stream gets its head at once, and its position later.
         let mut new = gateway.stream(&two.jane).stream().await;
         assert!(matches!(new.block().await, Ok(Block::Retry(_))));
-        // One that nobody hears of, and one behind it: now there is a gap, and the rest waits.
+        // An event that is not published, and one after it: there is a gap, and the rest waits.
         lossy.silence();
         world.say(&unheard, &two.john, two.conversation).await;
         two.say(&world, &api, 3).await;
@@ -206,7 +206,7 @@ async fn a_stream_opened_while_api_is_away_is_whole_once_it_is_back() {
     link.silence();
     let back = browser(gateway.stream(&two.jane).last_event_id(&cursor));
     back.until("the stream is open", |record| record.open).await;
-    // What comes next follows the cursor, but nobody has confirmed the session.
+    // The next event follows the cursor, but nobody has confirmed the session.
     two.say(&world, &api, 3).await;
     assert_exact(&world.sql, two.jane.id, "jane", &desk).await;
     assert_eq!(back.record().events.len(), 0);
@@ -221,7 +221,7 @@ async fn broken_link_to_api_delivers_no_partial_event() {
     let world = Arc::new(World::with_redis("redis://127.0.0.1:1/".into()).await);
     let api = world.api().ready().await;
     let link = Proxy::start(api.internal()).await;
-    // Everything comes by questions, and their answers break off.
+    // Everything comes by backfill, and its answers break off.
     let gateway = world.gateway(link.address()).ready().await;
     let crowd = Crowd::gather(&world, &api, 4).await;
     let watching = crowd.watch(&[&gateway]).await;
@@ -287,7 +287,7 @@ async fn broken_link_to_postgres_keeps_streams_open_and_exact() {
     new.named("ready").await;
     traffic.more(60).await;
 
-    // Whether a commit was done is unknown when the link breaks; the key tells.
+    // Whether a commit happened is unknown when the link breaks; the key tells.
     for _ in 0..15 {
         link.cut();
         traffic.more(10).await;

@@ -46,7 +46,7 @@ async fn every_device_receives_exactly_its_users_feed() {
     let (a, b, c) = tokio::join!(gateway(one.internal()), gateway(two.internal()), gateway(one.internal()));
     let crowd = Crowd::gather(&world, &one, 6).await;
 
-    // One of the three ways in breaks off in the middle of whatever it carries.
+    // One of the three paths breaks off in the middle of what it carries.
     let breaking = Proxy::start(a.public()).await;
     breaking.cut_after(3_500);
     let ways = |user: &e2e::User, first: usize| -> Vec<Opening> {
@@ -125,7 +125,7 @@ async fn a_burst_arrives_whole_and_in_order() {
     let two = Two::meet(&world, &api).await;
     let jane = browser(gateway.stream(&two.jane));
     jane.ready().await;
-    // All at once: the publisher, Redis and the gateway see them in any order they like.
+    // All at once, in any order for the publisher, Redis and the gateway.
     join_all((0..300).map(|_| world.say(&api, &two.john, two.conversation))).await;
     assert_exact(&world.sql, two.jane.id, "jane", &jane).await;
     assert_eq!(jane.record().ledger().count(), 300);
@@ -150,12 +150,12 @@ async fn device_that_joins_under_traffic_misses_nothing() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn message_posted_while_joining_is_not_missed() {
-    // The subscription takes its time, so that the message comes before, between and behind all steps of joining.
+    // A slow subscription, so that the message comes before, between and after all steps of joining.
     let redis = Redis::start();
     let link = Proxy::start(redis.address()).await;
     let world = World::with_redis(redis.url()).await;
     let api = world.api().ready().await;
-    // No reconcile comes to the rescue, and no later event shows a gap.
+    // No reconcile and no later event shows a gap.
     let plan = world.gateway(api.internal()).env("RECONCILE_SECONDS", 300);
     let gateway = plan.env("REDIS_URL", format!("redis://{}/", link.address())).ready().await;
     until("Redis is trusted", || async { gateway.metric("messenger_gateway_redis_degraded").await == 0.0 })
@@ -194,7 +194,7 @@ async fn user_who_returns_to_the_same_gateway_misses_nothing() {
     assert_exact(&world.sql, two.jane.id, "jane", &first).await;
     let cursor = first.record().last_id().unwrap().to_owned();
     drop(first);
-    // The gateway's entry lingers for a moment, then goes; both kinds of return must find everything.
+    // The gateway keeps the user for a moment; both kinds of return must find everything.
     for lingers in [true, true, false] {
         if !lingers {
             until("the entry is gone", async || gateway.metric("messenger_gateway_users").await == 0.0).await;

@@ -57,7 +57,6 @@ async fn stream_requested_while_draining_gets_a_goodbye() {
         assert_eq!(end, End::Clean);
         assert_eq!(events.last().unwrap().json()["reason"], "drain");
     }
-    // Whatever it still answers, it is not an error for ever.
     match gateway.stream(&jane).open().await {
         Err(_) => {}
         Ok(mut stream) => {
@@ -74,12 +73,12 @@ async fn a_client_that_reads_nothing_does_not_hold_up_a_drain() {
     let world = World::new().await;
     let api = world.api().ready().await;
     let plan = world.gateway(api.internal()).env("DRAIN_WAIT_SECONDS", 0).env("DRAIN_WINDOW_SECONDS", 1);
-    // It would be given longer than a test waits.
+    // The drain may last longer than a test waits.
     let mut gateway = plan.env("WRITE_DEADLINE_SECONDS", 600).ready().await;
     let two = Two::meet(&world, &api).await;
     let mut stalled = gateway.stream(&two.jane).tiny_receive_buffer().stream().await;
     stalled.named("ready").await;
-    // More than the kernel takes for it.
+    // More than the kernel buffers for it.
     until("its socket is full", || async {
         two.say(&world, &api, 20).await;
         gateway.metric("messenger_gateway_slow_consumers").await == 1.0

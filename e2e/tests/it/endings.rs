@@ -16,7 +16,7 @@ use testkit::{
 
 use crate::support::{Crowd, Traffic, Two, assert_all_exact, browser};
 
-/// The last event of a stream that ends: its reason, and whether to come back.
+/// The reason of the goodbye, and whether to reconnect.
 pub(crate) async fn goodbye(stream: &mut Stream) -> (String, bool) {
     let (events, end) = stream.rest().await;
     assert_eq!(end, End::Clean);
@@ -53,7 +53,7 @@ async fn a_stream_ends_before_its_token_does_and_says_so() {
     })
     .await;
 
-    // A stream token bounds the opening; the stream behind it lives as long as the session.
+    // A stream token bounds only the opening; the stream lives as long as the session.
     let soon = Utc::now().timestamp() + 2;
     let token =
         world.sign(&Claims { aud: Audience::Stream, exp: soon, session_exp: Some(claims.exp), ..claims });
@@ -167,7 +167,7 @@ async fn revoked_session_ends_its_own_streams_only() {
         kept.ready().await;
         revoke(&world, world.claims(&two.jane).sid.unwrap()).await;
         assert_eq!(goodbye(&mut lost).await, ("revoked".to_owned(), false));
-        // Opened before anybody knows: it is a stream, and then a goodbye.
+        // Opened before the end is known: a stream, and then a goodbye.
         assert_eq!(goodbye(&mut gateway.stream(&two.jane).stream().await).await.0, "revoked");
         two.say(&world, &api, 1).await;
         e2e::ledger::assert_exact(&world.sql, two.jane.id, "the other device", &kept).await;

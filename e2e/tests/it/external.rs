@@ -22,7 +22,7 @@ async fn external_token_works_for_rest_and_stream() {
         token
     };
     let john = world.user(&api, "john").await;
-    // The gateway may be the first to hear of somebody: it makes them known.
+    // The gateway may be the first that sees a user, and makes them known.
     let jane = token("jane");
     let open = |token: &str| Opening::new(gateway.url("/api/messages")).bearer(token);
     let mut stream = open(&jane).stream().await;
@@ -39,7 +39,6 @@ async fn external_token_works_for_rest_and_stream() {
     let sent = stream.named("message.sent").await;
     assert_eq!(sent.json()["mine"], true);
 
-    // Another gateway, the same cursor; and a token for the query.
     let other = world.gateway(api.internal()).ready().await;
     let ask = world.client.post(api.url("/api/stream_token")).bearer(&jane);
     let stream_token = ask.expect(200).await.json()["token"].as_str().unwrap().to_owned();
@@ -51,7 +50,7 @@ async fn external_token_works_for_rest_and_stream() {
         resumed.named(name).await;
     }
 
-    // The issuer and api are gone: who is known is served on, by the keys that are known; who is not, is told to come back.
+    // The issuer and api are gone: known users are served by the known keys; new ones are told to retry.
     drop(issuer);
     api.kill();
     let mut again = open(&jane).stream().await;

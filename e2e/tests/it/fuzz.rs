@@ -8,7 +8,7 @@ use testkit::documented::Document;
 
 use crate::support::Two;
 
-/// What an answer must not be. Left out are checks of the fuzzer's opinions on what must be refused: the contract has its own.
+/// Checks that are disabled are the fuzzer's opinions on what must be refused: the contract has its own.
 const CHECKS: &str = "not_a_server_error,status_code_conformance,content_type_conformance,response_headers_conformance,\
                       response_schema_conformance,allow_header_conformance,unsupported_method,ignored_auth";
 
@@ -52,7 +52,7 @@ async fn fuzzer_finds_no_answer_outside_the_openapi_document() {
             said.lines().rev().take(12).collect::<Vec<_>>().into_iter().rev().collect::<Vec<_>>().join("\n")
         );
     };
-    // What ends the fuzzer's own session is tried last, and the stream at whom it is served by.
+    // Last what ends the fuzzer's own session.
     let ending = "^/api/(logout|sessions|messages$)";
     run(api.url("/"), &["--exclude-path-regex", ending]).await;
     run(api.url("/"), &["--include-path-regex", "^/api/(logout|sessions)"]).await;

@@ -19,14 +19,13 @@ use tokio::{
 
 use crate::support::Two;
 
-/// All fuzzing together.
 const FUZZED_FOR: Duration = Duration::from_mins(1);
-/// Connections at the same time at each listener.
+/// Connections per listener.
 const WORKERS: u64 = 3;
-/// A request that is not whole gets no answer, and nobody waits for one longer than this.
+/// An incomplete request gets no answer; longer than this is not waited for.
 const ANSWER_TIME: Duration = Duration::from_millis(150);
 
-/// Every kind of listener that there is, and a path that each one knows.
+/// Every kind of listener, and a path that it knows.
 fn listeners(api: &Service, gateway: &Service) -> [(&'static str, SocketAddr, &'static str); 5] {
     [
         ("api", api.public(), "/.well-known/jwks.json"),
@@ -99,7 +98,7 @@ async fn an_early_answer_keeps_the_connection_or_says_close() {
     ];
     for (name, address, path) in listeners(&api, &gateway) {
         for (method, target, status) in refused {
-            // Where it is another listener's path, it is a 404 or a 405: an early answer as well.
+            // A path of another listener is a 404 or a 405: an early answer as well.
             let request = |more: &str| format!("{method} {target} HTTP/1.1\r\nHost: x\r\n{more}\r\n\r\n");
             let mut socket = TcpStream::connect(address).await.unwrap();
             socket.set_nodelay(true).unwrap();
@@ -122,7 +121,7 @@ async fn an_early_answer_keeps_the_connection_or_says_close() {
     }
 }
 
-/// From another client address than the usual one.
+/// From another client address.
 async fn connect_from_elsewhere(address: SocketAddr) -> TcpStream {
     let socket = TcpSocket::new_v4().unwrap();
     socket.bind("127.0.0.2:0".parse().unwrap()).unwrap();
@@ -157,7 +156,7 @@ async fn an_address_that_has_all_its_connections_hurts_no_other() {
     }
 }
 
-/// Makes requests of which most are nearly right.
+/// Makes requests that are mostly almost right.
 struct Heads {
     random: StdRng,
     token: String,
@@ -366,7 +365,6 @@ impl Heads {
         text.into_bytes()
     }
 
-    /// One to three requests, as they are or damaged.
     fn bytes(&mut self) -> Vec<u8> {
         let requests = self.random.random_range(1..4);
         let mut bytes: Vec<u8> = (0..requests).flat_map(|_| self.request()).collect();
@@ -384,12 +382,12 @@ impl Heads {
         bytes
     }
 
-    /// In one packet or two; then perhaps no more will come. What is answered.
+    /// Sends it in one packet or two, perhaps with an end, and returns the answer.
     async fn exchange(&mut self, address: SocketAddr, bytes: &[u8]) -> Vec<u8> {
         let mut socket = TcpStream::connect(address).await.unwrap();
         socket.set_nodelay(true).unwrap();
         let cut = self.random.random_range(0..=bytes.len());
-        // It may be closed meanwhile: that is an answer, too.
+        // It may be closed meanwhile.
         let _ = socket.write_all(&bytes[..cut]).await;
         tokio::task::yield_now().await;
         let _ = socket.write_all(&bytes[cut..]).await;
@@ -411,7 +409,7 @@ fn seed() -> u64 {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn no_request_head_makes_a_service_panic() {
     let world = World::new().await;
-    // Each request is a line at `debug`.
+    // At `debug` each request is a line.
     let api = world.api().env("LOG", "info").ready().await;
     let gateway = world.gateway(api.internal()).env("LOG", "info").ready().await;
     let two = Two::meet(&world, &api).await;
@@ -449,5 +447,5 @@ async fn no_request_head_makes_a_service_panic() {
         assert_eq!(panics, 0.0, "FUZZ_SEED={seed}");
         assert!(service.is_ready().await, "FUZZ_SEED={seed}");
     }
-    // The world looks for panics in what both have said.
+    // The world checks the logs for panics.
 }

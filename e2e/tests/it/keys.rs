@@ -14,12 +14,11 @@ use testkit::{cluster::Cluster, http::Client, ports::free_port, soon, sse::Openi
 
 use crate::endings::{goodbye, ready};
 
-/// What the clients of a rotation share.
 struct Load {
     apis: [String; 2],
     stream: String,
     client: Client,
-    /// All tokens that were ever given out.
+    /// All tokens ever issued.
     tokens: Mutex<Vec<String>>,
     stop: AtomicBool,
     requests: AtomicUsize,
@@ -27,12 +26,12 @@ struct Load {
 }
 
 impl Load {
-    /// Until stopped: logs in, and uses the newest token, the oldest and one between, at every replica that answers.
+    /// Logs in, and uses the newest token, the oldest and one between at every replica, until stopped.
     async fn requests(&self) {
         while !self.stop.load(Ordering::Relaxed) {
             for api in &self.apis {
                 let login = self.client.post(format!("{api}/api/login")).json(&json!({ "username": "jane" }));
-                // A replica that is being deployed takes no connections: an ingress asks the other one.
+                // A replica that is being replaced accepts no connections: an ingress would use the other one.
                 let Ok(answer) = login.send().await else { continue };
                 assert_eq!(answer.status, 200, "{}", answer.text());
                 let token = answer.json()["token"].as_str().unwrap().to_owned();
@@ -50,7 +49,6 @@ impl Load {
         }
     }
 
-    /// The same for streams.
     async fn streams(&self) {
         while !self.stop.load(Ordering::Relaxed) {
             for token in self.some() {
@@ -95,7 +93,7 @@ async fn keys_are_rotated_under_load_and_no_request_is_rejected() {
             .await;
         };
         progress().await;
-        // First everybody publishes both keys, then one replica after the other signs with the new one.
+        // First all replicas publish both keys, then one after the other signs with the new one.
         for names in [["signing.pem", "another.pem"], ["another.pem", "signing.pem"]] {
             for api in apis.iter_mut().rev() {
                 api.redeploy("SIGNING_KEY_FILES", world.key_files(&names)).await;
@@ -108,7 +106,7 @@ async fn keys_are_rotated_under_load_and_no_request_is_rejected() {
     let tokens = load.tokens.into_inner().unwrap();
     tokens.iter().for_each(|token| world.remember(token));
 
-    // Once nobody holds a token of the old key any more, it goes; whoever still does must log in.
+    // Once all tokens of the old key have expired, it is removed.
     for api in &mut apis {
         api.redeploy("SIGNING_KEY_FILES", world.key_files(&["another.pem"])).await;
     }
@@ -123,7 +121,7 @@ async fn keys_are_rotated_under_load_and_no_request_is_rejected() {
     println!("{requests} requests and {streams} streams during the rotation, none refused");
 }
 
-/// Once the last replica without the key is ready, the streams that it opened end and the gateway refuses its tokens.
+/// Once the last replica without the key is ready, its streams end and the gateway refuses its tokens.
 async fn remove_key(world: &World, reconcile: (&str, u64)) {
     let deploy = async || world.api().env("SHUTDOWN_WAIT_SECONDS", 0).ready().await;
     let mut apis = [deploy().await, deploy().await];
@@ -133,7 +131,7 @@ async fn remove_key(world: &World, reconcile: (&str, u64)) {
     for _ in 0..3 {
         streams.push(ready(gateway.stream(&jane).stream().await).await);
     }
-    // The gateway asks the first one, which still has the old configuration while the second one has the new.
+    // The gateway uses the first one, which still has the old configuration while the second one has the new.
     for api in apis.iter_mut().rev() {
         api.redeploy("SIGNING_KEY_FILES", world.key_files(&["another.pem"])).await;
     }
@@ -143,12 +141,11 @@ async fn remove_key(world: &World, reconcile: (&str, u64)) {
     let status = async |token| gateway.anonymous_stream().bearer(token).open().await.unwrap().status;
     assert_eq!(status(&jane.token).await, 401);
     world.client.get(apis[0].url("/api/auth_user")).bearer(&jane.token).expect(401).await;
-    // Whoever logs in again is served as ever.
     let jane = world.login(&apis[0], "jane").await;
     ready(gateway.stream(&jane).stream().await).await;
 }
 
-/// Longer than any test: then it is not the reconcile that brings the news.
+/// Longer than any test: not the reconcile brings the news.
 const NO_RECONCILE: (&str, u64) = ("RECONCILE_SECONDS", 300);
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -8,7 +8,7 @@ use testkit::{servers::Redis, until};
 
 use crate::support::browser;
 
-/// Sends so many, at these replicas in turn; how many were taken. The others were told to wait.
+/// Sends so many to these replicas in turn; returns how many were accepted. The others were rate limited.
 async fn send(
     world: &World,
     apis: &[&Service],
@@ -52,7 +52,7 @@ async fn rate_limits_are_shared_while_redis_is_up() {
     let conversation = world.conversation(&one, &john, &jane).await;
     let before = alone(&apis).await;
     let taken = send(&world, &apis, &john, conversation, 3 * BUDGET).await;
-    // A machine that is so busy that Redis is late lets one more through for each decision made alone.
+    // On a slow machine, each local decision may let one more through.
     let late = alone(&apis).await - before;
     assert!((BUDGET..=BUDGET + late).contains(&taken), "{taken} taken, {late} decided alone");
 

@@ -123,7 +123,7 @@ impl Prometheus {
         format!("http://{}{path}", self.address)
     }
 
-    /// The values now, as text. `None`: it is not up yet, or does not understand.
+    /// `None`: it is not up yet, or rejects the query.
     async fn ask(&self, world: &World, question: &str) -> Option<Vec<String>> {
         let query: String = question.bytes().map(|byte| format!("%{byte:02x}")).collect();
         let call = world.client.get(self.url(&format!("/api/v1/query?query={query}")));

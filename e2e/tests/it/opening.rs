@@ -74,7 +74,6 @@ async fn head_and_retry_do_not_wait_for_api_or_redis() {
     api.kill();
     redis.kill();
 
-    // Neither starts again before these are here, so neither is waited for.
     let mut streams = Vec::new();
     for _ in 0..20 {
         let mut stream = gateway.stream(&two.jane).stream().await;
@@ -88,7 +87,7 @@ async fn head_and_retry_do_not_wait_for_api_or_redis() {
     for stream in &mut streams {
         assert_eq!(stream.named("ready").await.id.as_ref(), Some(&head));
     }
-    // Redis is still away: the tick brings it.
+    // Redis is still down: the reconcile delivers it.
     let posted = world.say(&api, &two.john, two.conversation).await;
     for stream in &mut streams {
         assert_eq!(stream.next().await.json()["id"], posted["id"]);
@@ -188,7 +187,7 @@ async fn first_credential_counts_even_if_it_is_bad() {
     }
 }
 
-/// The answer to what is no stream: its status, its one form.
+/// The status and the one form of a refusal.
 async fn refused(opening: &Opening, status: u16) -> (Answer, Problem) {
     let stream = opening.open().await.unwrap();
     assert_eq!(stream.status, status, "{opening:?}");
@@ -251,7 +250,7 @@ async fn keys_can_be_rotated_without_a_gateway_noticing_late() {
     let world = World::new().await;
     let (mut old, gateway) = world.pair().await;
     let john = world.user(&old, "john").await;
-    // The new key signs, the old one is still published: both tokens open streams at once.
+    // The new key signs, the old one is still published: both tokens are accepted.
     let new = world.api_with_another_key().env("INTERNAL_LISTEN", old.internal());
     old.kill();
     let new: Service = new.ready().await;

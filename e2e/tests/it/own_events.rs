@@ -101,14 +101,13 @@ async fn read_event_reaches_both_users_only_if_the_mark_moves() {
         || world.client.post(api.url(&format!("{path}/read_messages"))).bearer(&two.jane.token).expect(204);
     read().await;
     assert_told(&second["id"], 0).await;
-    // Nothing moves, so nobody is told; the next event shows it.
+    // Nothing moves, so there is no event; the next event shows it.
     read().await;
     let page = world.client.get(api.url(&format!("{path}/messages"))).bearer(&two.jane.token);
     page.expect(200).await;
     let third = world.say(&api, &two.john, two.conversation).await;
     assert_eq!(jane.next().await.json()["id"], third["id"]);
     assert_eq!(john.named("message.sent").await.json()["id"], third["id"]);
-    // Looking without reading.
     let page = world.client.get(api.url(&format!("{path}/messages?markRead=false"))).bearer(&two.jane.token);
     page.expect(200).await;
     let own = world.say(&api, &two.jane, two.conversation).await;

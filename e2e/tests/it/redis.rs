@@ -65,7 +65,6 @@ async fn events_arrive_by_reconcile_until_redis_first_starts() {
     }
     let traffic = Traffic::start(&world, &[&api], &crowd.lines, PAUSE);
     traffic.more(100).await;
-    // It starts at last.
     redis.restart();
     until("the gateway trusts it", || async {
         gateway.metric("messenger_gateway_redis_degraded").await == 0.0
@@ -85,7 +84,7 @@ async fn subscribers_killed_again_and_again_lose_nothing() {
         traffic.more(15).await;
         redis.command(&["CLIENT", "KILL", "TYPE", "pubsub"]).unwrap();
     }
-    // The publishers' connections too.
+    // The publishers' connections, too.
     for _ in 0..5 {
         traffic.more(15).await;
         redis.command(&["CLIENT", "KILL", "TYPE", "normal"]).unwrap();
@@ -134,7 +133,7 @@ async fn a_half_open_link_between_gateway_and_redis_loses_nothing() {
     assert_all_exact(&world, &api, &crowd.lines, &watching).await;
 }
 
-/// Of all clients together: PINGs that were refused.
+/// PINGs that were refused, of all clients together.
 fn refused_pings(redis: &Redis) -> u64 {
     let stats = redis.command(&["INFO", "commandstats"]).unwrap();
     let ping = stats.lines().find(|line| line.starts_with("cmdstat_ping:")).unwrap_or_default();
@@ -155,7 +154,7 @@ async fn redis_whose_disk_is_full_still_brings_events() {
     let before = connects().await;
     redis.lose_disk().await;
     let refused = refused_pings(&redis);
-    // Each gateway was told so twice, at least.
+    // At least twice for each gateway.
     until("gateways are told that the disk is full", || async { refused_pings(&redis) >= refused + 4 }).await;
     busy.until_redis_is_trusted().await;
     busy.until_events_come_by_redis().await;
@@ -212,7 +211,7 @@ async fn gateways_follow_a_redis_address_that_moves() {
     let busy = Busy::new(World::with_redis(format!("redis://{}/", service.address())).await).await;
     let traffic = busy.traffic();
     traffic.more(40).await;
-    // Connections of now stay where they are, and work.
+    // Present connections stay where they are, and work.
     service.aim(new.address());
     busy.until_listening_to(&[&new]).await;
     traffic.more(40).await;

@@ -12,7 +12,7 @@ const PASSWORDS: [(&str, &str); 2] =
     [("messenger-api", "api-password"), ("messenger-gateway", "gateway-password")];
 const ADMIN: (&str, &str) = ("admin", "admin-password");
 
-/// The commands of the `nth` block of docs/deploy.md that makes users, for a world with this prefix.
+/// The commands of the `nth` block of docs/deploy.md that creates users, for a world with this prefix.
 fn lines(nth: usize, prefix: &str) -> Vec<String> {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/deploy.md");
     let text = std::fs::read_to_string(path).unwrap();
@@ -32,7 +32,7 @@ fn lines(nth: usize, prefix: &str) -> Vec<String> {
     block.lines().filter(|line| line.starts_with("ACL ")).map(of_ours).collect()
 }
 
-/// The words of a line; what is in parentheses is one.
+/// Words in parentheses are one word.
 fn words(line: &str) -> Vec<String> {
     let mut words: Vec<String> = Vec::new();
     for part in line.split(' ') {
@@ -67,7 +67,7 @@ async fn busy(world: World, urls: &str) -> Busy {
     Busy::of(world, [one, two], [a, b], 4).await
 }
 
-/// Nobody was refused anything.
+/// No command was denied.
 async fn assert_all_is_well(busy: &Busy) {
     busy.until_redis_is_trusted().await;
     busy.until_events_come_by_redis().await;
@@ -111,7 +111,7 @@ async fn missing_redis_right_is_logged_and_loses_nothing() {
             .await;
         }
     };
-    // Rights are taken away, which ends connections that use them.
+    // Revoking rights closes connections that use them.
     redis.tell(&["ACL", "SETUSER", "messenger-gateway", "-subscribe"]);
     redis.tell(&["ACL", "SETUSER", "messenger-api", "-publish"]);
     redis.command(&["CLIENT", "KILL", "TYPE", "pubsub"]).unwrap();
@@ -123,7 +123,7 @@ async fn missing_redis_right_is_logged_and_loses_nothing() {
     redis.tell(&["ACL", "SETUSER", "messenger-api", "+publish"]);
     busy.until_redis_is_trusted().await;
 
-    // Passwords are changed here, and not there.
+    // Passwords change here, and not there.
     for (user, _) in PASSWORDS {
         redis.tell(&["ACL", "SETUSER", user, "resetpass", ">another-password"]);
     }

@@ -13,7 +13,7 @@ async fn busy_on(cluster: &Cluster) -> Busy {
     busy
 }
 
-/// The nodes at which somebody listens for this channel.
+/// The nodes with a subscriber of this channel.
 fn heard_at(cluster: &Cluster, channel: &str) -> Vec<usize> {
     let listens = |node: &usize| {
         let channels = cluster.nodes[*node].command(&["PUBSUB", "SHARDCHANNELS", channel]);
@@ -87,7 +87,7 @@ async fn killed_node_is_followed_to_its_replica_without_loss() {
     busy.until_redis_is_trusted().await;
     let replica = cluster.nodes.len() - 1;
     assert_eq!(heard_at(&cluster, &channel), [replica]);
-    // It comes back as a replica of its replica.
+    // It returns as a replica of its replica.
     cluster.nodes[doomed].restart();
     cluster.until_whole();
     traffic.more(40).await;

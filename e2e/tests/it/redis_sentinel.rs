@@ -18,7 +18,7 @@ async fn services_follow_the_master_that_sentinels_name() {
     busy.until_redis_is_trusted().await;
     traffic.more(40).await;
 
-    // The first is the other's replica now, and makes do for it.
+    // The first is the other's replica now.
     redis.servers[1].kill();
     busy.until_redis_is_doubted().await;
     redis.until_leader(0);

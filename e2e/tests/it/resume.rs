@@ -9,7 +9,6 @@ use testkit::sse::{Opening, Stream};
 
 use crate::support::{Two, browser};
 
-/// Jane has ten messages; two gateways.
 struct Setting {
     world: World,
     api: Service,
@@ -35,7 +34,7 @@ impl Setting {
         Feed::read(&self.world.sql, self.two.jane.id).await
     }
 
-    /// `ready` with the cursor it came with, then all behind it, then what comes now.
+    /// `ready` with the client's cursor, then everything after it, then new events.
     async fn assert_resumes(&self, mut stream: Stream, after: u64) {
         let feed = self.feed().await;
         let ready = stream.named("ready").await;
@@ -51,7 +50,7 @@ impl Setting {
         feed.assert_is("jane", &seen, after);
     }
 
-    /// `ready` without a place, `resync` with one that the gateway knows of, then all behind that one.
+    /// `ready` without a position, `resync` with one that the gateway knows, then everything after it.
     async fn assert_told_to_reload(&self, mut stream: Stream, reason: &str, what: &str) {
         let before = self.feed().await;
         let ready = stream.named("ready").await;
@@ -61,7 +60,7 @@ impl Setting {
         assert_eq!(resync.json()["cursor"].as_str(), resync.id.as_deref(), "{what}");
         assert_eq!(resync.json()["reason"], reason, "{what}");
         let place: Position = resync.id.unwrap().parse().unwrap();
-        // What was posted a moment ago may still be on its way to the gateway; it follows, then.
+        // An event posted a moment ago may still be on its way to the gateway.
         assert_eq!(place.epoch, before.epoch, "{what}");
         assert!((before.head - 1..=before.head).contains(&place.seq), "{what}: {place:?} of {}", before.head);
         self.two.say(&self.world, &self.api, 1).await;
@@ -91,11 +90,10 @@ async fn a_reconnecting_client_gets_exactly_what_it_missed() {
         // Empty is absent.
         let empty = jane().last_event_id("").last_event_id_in_query(&at(3));
         setting.assert_resumes(empty.stream().await, 3).await;
-        // Of a parameter that is repeated the last one counts.
+        // The last of a repeated parameter counts.
         let repeated = format!("{}?lastEventId={}", setting.gateways[gateway].url("/api/messages"), at(2));
         let repeated = Opening::new(repeated).bearer(&setting.two.jane.token).last_event_id_in_query(&at(5));
         setting.assert_resumes(repeated.stream().await, 5).await;
-        // From the very beginning, and from the head.
         setting.assert_resumes(jane().last_event_id(at(0)).stream().await, 0).await;
         let head = setting.feed().await.head;
         setting.assert_resumes(jane().last_event_id(at(head)).stream().await, head).await;
@@ -144,7 +142,7 @@ async fn a_cursor_that_is_none_is_a_resync_and_never_an_error() {
         &format!("{}-18446744073709551615", feed.epoch),
     ];
     for text in texts {
-        // Spaces around a header's value are no part of it, so that one is only for the query.
+        // Spaces around a header's value are not part of it, so this one is for the query only.
         if !text.ends_with(' ') {
             let stream = setting.jane(0).last_event_id(text).stream().await;
             setting.assert_told_to_reload(stream, "unknown", text).await;
@@ -221,7 +219,7 @@ async fn new_epoch_makes_a_live_stream_resync_and_continue() {
     let epoch = setting.feed().await.epoch;
     assert_ne!(epoch, before);
 
-    // One gateway finds it at its next tick, the other by the first event of the new epoch.
+    // One gateway finds it by reconcile, the other by the first event of the new epoch.
     let head = setting.feed().await.head_cursor();
     let resync = quiet.named("resync").await;
     assert_eq!(resync.id.as_ref(), Some(&head));
@@ -268,7 +266,7 @@ async fn restored_database_resyncs_live_streams() {
 async fn a_long_absence_is_replayed_whole() {
     let setting = Setting::new().await;
     let cursor = setting.feed().await.head_cursor();
-    // More than one answer of the internal listener carries.
+    // More than one answer of the internal listener can carry.
     let payload = "SELECT messenger.append_to_feed($1, 'message', NULL, '{\"id\":\"' || n || '\"}', NULL, NULL) FROM generate_series(1, 3000) n";
     sqlx::query(payload).bind(setting.two.jane.id.0).execute(&setting.world.sql).await.unwrap();
     let back = browser(setting.jane(0).last_event_id(&cursor));

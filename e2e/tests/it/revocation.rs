@@ -18,7 +18,6 @@ fn session_of(world: &World, user: &User) -> String {
     world.claims(user).sid.expect("a session of ours").to_string()
 }
 
-/// Until the goodbye of each of these streams.
 async fn until_revoked(streams: &mut [Stream]) {
     for stream in streams {
         let end = soon("the stream of an ended session ends", goodbye(stream)).await;
@@ -42,7 +41,7 @@ async fn ended_session_is_refused_and_its_streams_end() {
             ready(gateways.0.stream(&phone).stream().await).await,
             ready(gateways.1.stream(&phone).stream().await).await,
         ];
-        // The replica that the gateways ask says nothing now, so only Redis can tell them.
+        // The replica that the gateways use is silent, so only Redis can notify them.
         one.freeze();
         match way {
             "one" => {
@@ -56,7 +55,7 @@ async fn ended_session_is_refused_and_its_streams_end() {
         one.thaw();
         call(&world, &other, &phone, "GET", "/api/auth_user", 401).await;
         call(&world, &one, &phone, "GET", "/api/auth_user", 401).await;
-        // A gateway learns that a session has ended after it has opened its stream.
+        // The gateway learns after opening a stream that its session has ended.
         let mut late = gateways.0.stream(&phone).stream().await;
         assert_eq!(goodbye(&mut late).await, ("revoked".to_owned(), false));
     }
@@ -74,7 +73,7 @@ async fn an_ended_session_receives_nothing_while_api_is_away() {
     let gateway = world.gateway(one.internal()).ready().await;
     let two = Two::meet(&world, &one).await;
     let (phone, tablet) = (world.login(&one, "jane").await, world.login(&one, "jane").await);
-    // Nobody listens for jane at this gateway, so it does not learn of the end.
+    // Nobody at this gateway is subscribed for jane, so it does not learn of the end.
     call(&world, &other, &phone, "POST", "/api/logout", 204).await;
     let desk = browser(gateway.stream(&two.jane));
     desk.ready().await;
@@ -94,7 +93,7 @@ async fn an_ended_session_receives_nothing_while_api_is_away() {
         assert_eq!(names, [Some("goodbye")], "{events:?}");
         assert_eq!(events[0].json()["reason"], "revoked");
     }
-    // Whoever only had to wait misses nothing.
+    // A stream that only had to wait misses nothing.
     waiting.ready().await;
     two.say(&world, &other, 1).await;
     for browser in [&desk, &waiting] {
@@ -107,7 +106,7 @@ async fn an_ended_session_receives_nothing_while_api_is_away() {
 async fn streams_of_an_ended_session_end_without_redis() {
     let world = World::with_redis(format!("redis://127.0.0.1:{}/", free_port())).await;
     let (one, other) = tokio::join!(world.api().ready(), world.api().ready());
-    // Only the ticks of a gateway without Redis come within the time of a test.
+    // Only the short reconcile of a gateway without Redis falls within a test.
     let gateway = world.gateway(one.internal()).env("SUSPECT_RECONCILE_MILLIS", 1_000);
     let gateway = gateway.env("RECONCILE_SECONDS", 300).ready().await;
     let two = Two::meet(&world, &one).await;
@@ -115,7 +114,7 @@ async fn streams_of_an_ended_session_end_without_redis() {
     kept.ready().await;
     let phone = world.login(&one, "jane").await;
     let mut streams = [ready(gateway.stream(&phone).stream().await).await];
-    // What is asked about a session when its stream opens has been answered when the next tick has brought this.
+    // The session check at the opening has been answered when the next reconcile delivers this.
     let posted = world.say(&one, &two.john, two.conversation).await;
     assert_eq!(streams[0].next().await.json()["id"], posted["id"]);
     call(&world, &one, &phone, "POST", "/api/logout", 204).await;
@@ -137,12 +136,11 @@ async fn streams_of_a_stream_token_last_as_long_as_the_session() {
     world.remember(&token);
     world.client.get(api.url("/api/auth_user")).bearer(&token).expect(401).await;
 
-    // The same, but soon to expire.
     let claims = world.claims(&User { token: token.clone(), ..jane.clone() });
     let brief = world.sign(&Claims { exp: Utc::now().timestamp() + 2, ..claims.clone() });
     let mut outlives = ready(gateway.anonymous_stream().query_token(&brief).stream().await).await;
 
-    // Again and again, as a browser does that reconnects to the same address.
+    // Repeatedly, as a browser reconnects to the same URL.
     let mut streams = Vec::new();
     for _ in 0..3 {
         streams.push(ready(gateway.anonymous_stream().query_token(&token).stream().await).await);

@@ -58,14 +58,14 @@ async fn gateway_refused_by_api_says_so_and_recovers() {
     let mut api = world.api().env("SHUTDOWN_WAIT_SECONDS", 0).ready().await;
     let old = world.internal_secret().to_owned();
 
-    // Steps that are mixed up: the first secret of the list is not accepted, the second is.
+    // Steps in the wrong order: the first secret is not accepted, the second is.
     let gateway = world.gateway(api.internal()).env("INTERNAL_SECRET", format!("{NEW},{old}")).ready().await;
     assert!(gateway.metric("messenger_gateway_api_unauthorized_total").await > 0.0);
     let two = Two::meet(&world, &api).await;
     let jane = browser(gateway.stream(&two.jane));
     jane.ready().await;
 
-    // None is accepted from the start on: alive, not ready, and it says why.
+    // None is accepted from the start: alive, not ready, and the reason is given.
     let stranger = world.gateway(api.internal()).env("INTERNAL_SECRET", NEW).start().await;
     until("it says that it is refused", || async {
         stranger
@@ -76,7 +76,7 @@ async fn gateway_refused_by_api_says_so_and_recovers() {
     .await;
     assert!(!stranger.log().lines().iter().any(|line| line.contains(NEW)));
 
-    // api changes its mind: the stranger is ready without a restart, as is the other with its first secret.
+    // api accepts it again: both become ready without a restart.
     api.redeploy("INTERNAL_SECRET", NEW).await;
     stranger.until_ready().await;
     two.say(&world, &api, 3).await;

@@ -15,10 +15,10 @@ use testkit::{
 
 use crate::support::{Two, browser};
 
-/// Far more than a tiny receive buffer and what the gateway gives a socket: about 1.2 MB.
+/// Far more than a tiny receive buffer and the gateway's send buffer: about 1.2 MB.
 const MESSAGES: usize = 600;
 
-/// The longest text there is: 480 code points of four bytes.
+/// The longest text: 480 code points of four bytes.
 async fn say_much(world: &World, api: &Service, two: &Two) {
     let url = api.url(&format!("/api/conversations/{}/messages", two.conversation));
     let mut text = world.text();
@@ -59,7 +59,6 @@ async fn stalled_reader_harms_nobody_and_catches_up_exactly() {
         seen.push(stalled.next().await);
     }
     feed.assert_is("the one that was stalled", &seen, after);
-    // And it is live again.
     let posted = world.say(&api, &two.john, two.conversation).await;
     assert_eq!(stalled.next().await.json()["id"], posted["id"]);
     until("nobody is behind", || async { gateway.metric("messenger_gateway_slow_consumers").await == 0.0 })
@@ -82,7 +81,7 @@ async fn write_deadline_cuts_a_stalled_reader_which_resumes() {
     assert_exact(&world.sql, two.jane.id, "the healthy reader", &well).await;
     until("it is cut", || async { gateway.metric("messenger_gateway_streams").await == 1.0 }).await;
 
-    // What it was given before is a true beginning of the feed, and its last id is where it goes on.
+    // What it received is a prefix of the feed, and it resumes at its last id.
     let feed = Feed::read(&world.sql, two.jane.id).await;
     let (mut seen, _) = stalled.rest().await;
     assert!(seen.len() < MESSAGES, "it was cut before everything was sent");
@@ -105,7 +104,7 @@ async fn slow_reader_among_fast_ones_receives_everything() {
     let mut slow = stalled(&gateway, &two.jane).await;
     let well = browser(gateway.stream(&two.jane));
     well.ready().await;
-    // Behind, level and behind again, many times over.
+    // Repeatedly behind and level.
     let reading = async {
         let mut seen = Vec::new();
         while seen.len() < MESSAGES {
@@ -140,7 +139,7 @@ async fn memory_stays_bounded_with_many_stalled_readers() {
     assert_exact(&world.sql, two.jane.id, "the healthy reader", &well).await;
     let grown = gateway.memory().unwrap().rss.saturating_sub(before);
     println!("20 stalled readers, 1.2 MB of events: the gateway grew by {} KB", grown / 1024);
-    // Each of them with a copy of its own would be 24 MB.
+    // A copy for each would be 24 MB.
     assert!(grown < 16 << 20, "{grown}");
     soon("they can still read", async {
         for reader in &mut readers {

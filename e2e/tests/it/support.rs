@@ -21,14 +21,14 @@ use testkit::{
     until,
 };
 
-/// Browsers come back fast here: their patience is not what is tested.
+/// A short retry: it is not what is tested.
 pub(crate) const RETRY: Duration = Duration::from_millis(50);
 
 pub(crate) fn browser(opening: Opening) -> EventSource {
     EventSource::open(vec![opening], Resume::Header, RETRY)
 }
 
-/// Between two messages of one careful client, where much is to happen under traffic.
+/// Between two messages of one client.
 pub(crate) const PAUSE: Duration = Duration::from_millis(15);
 
 /// John writes, Jane watches.
@@ -46,7 +46,6 @@ impl Two {
         Self { john, jane, conversation }
     }
 
-    /// John says this many things.
     pub(crate) async fn say(&self, world: &World, api: &Service, times: usize) {
         for _ in 0..times {
             world.say(api, &self.john, self.conversation).await;
@@ -54,7 +53,7 @@ impl Two {
     }
 }
 
-/// Several people, each in conversation with the next two.
+/// Several users, each in conversation with the next two.
 pub(crate) struct Crowd {
     pub(crate) users: Vec<User>,
     /// Who may write where.
@@ -79,7 +78,7 @@ impl Crowd {
         Self { users, lines }
     }
 
-    /// One browser a user, ready.
+    /// One client per user, ready.
     pub(crate) async fn watch(&self, at: &[&Service]) -> Vec<(User, EventSource)> {
         let mut watching = Vec::new();
         for (number, user) in self.users.iter().enumerate() {
@@ -90,7 +89,7 @@ impl Crowd {
         watching
     }
 
-    /// So many devices a user, all at the first gateway; they reconnect to the others.
+    /// So many clients per user, all at the first gateway; they reconnect to the others.
     pub(crate) async fn watch_first(&self, at: &[&Service], devices: usize) -> Vec<(User, EventSource)> {
         let mut watching = Vec::new();
         for user in &self.users {
@@ -104,7 +103,7 @@ impl Crowd {
     }
 }
 
-/// Careful clients that write until told to stop, each its own messages, at any of these replicas.
+/// Careful clients that write until stopped, at these replicas in turn.
 pub(crate) struct Traffic {
     stop: Arc<AtomicBool>,
     accepted: Arc<AtomicU64>,
@@ -139,7 +138,7 @@ impl Traffic {
         Self { senders: senders.collect(), stop, accepted }
     }
 
-    /// Lets it run until so many more were accepted.
+    /// Waits for so many more accepted messages.
     pub(crate) async fn more(&self, messages: u64) {
         let wanted = self.accepted.load(Ordering::Relaxed) + messages;
         soon("the traffic goes on", async {
@@ -151,7 +150,7 @@ impl Traffic {
         .await;
     }
 
-    /// The ids of all that were accepted.
+    /// Returns the ids of all accepted messages.
     pub(crate) async fn stop(self) -> Vec<String> {
         self.stop.store(true, Ordering::Relaxed);
         let mut ids = Vec::new();
@@ -162,7 +161,7 @@ impl Traffic {
     }
 }
 
-/// Two replicas, two gateways, some people who talk all the time and watch.
+/// Two replicas, two gateways, and users who write all the time and watch.
 pub(crate) struct Busy {
     pub(crate) world: Arc<World>,
     pub(crate) apis: [Service; 2],
@@ -189,7 +188,7 @@ impl Busy {
         Traffic::start(&self.world, &[&self.apis[0], &self.apis[1]], &self.crowd.lines, PAUSE)
     }
 
-    /// Everybody has seen what was there when this was called; more may have come since.
+    /// Everybody has received what was there at the call; more may have come since.
     pub(crate) async fn until_all_is_seen(&self) {
         for (user, browser) in &self.watching {
             let head = Feed::read(&self.world.sql, user.id).await.head_cursor();
@@ -201,12 +200,12 @@ impl Busy {
         }
     }
 
-    /// All is exact, whatever became of streams.
+    /// All feeds are exact, whatever happened to the streams.
     pub(crate) async fn assert_ledgers(&self) {
         assert_all_exact(&self.world, &self.apis[0], &self.crowd.lines, &self.watching).await;
     }
 
-    /// All is exact, and no stream was ended by the trouble.
+    /// All feeds are exact, and every stream stayed open.
     pub(crate) async fn assert_exact(&self) {
         assert_all_exact(&self.world, &self.apis[0], &self.crowd.lines, &self.watching).await;
         for (user, browser) in &self.watching {
@@ -234,7 +233,7 @@ impl Busy {
         }
     }
 
-    /// Somebody at each gateway is subscribed to at one of these servers.
+    /// Each gateway has subscriptions at one of these servers.
     pub(crate) async fn until_listening_to(&self, servers: &[&Redis]) {
         let probes = format!("{}*", self.world.probes());
         until("the gateways listen there", || async {
@@ -250,7 +249,7 @@ impl Busy {
         .await;
     }
 
-    /// All is as it was before the trouble: each event arrives at once, because Redis brings it, and needs nobody to ask.
+    /// Redis delivers every event again, without reconcile.
     pub(crate) async fn until_events_come_by_redis(&self) {
         let events = async |label: &str| {
             let mut sum = 0.0;
@@ -269,8 +268,8 @@ impl Busy {
     }
 }
 
-/// Each of these saw exactly their feed; then one more message on each line, and still exactly: so nothing that came
-/// before it can come again later unnoticed.
+/// Everybody received exactly their feed, and again after one more message on each line: nothing old can arrive later
+/// unnoticed.
 pub(crate) async fn assert_all_exact(
     world: &World,
     api: &Service,

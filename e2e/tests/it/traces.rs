@@ -22,10 +22,10 @@ use crate::support::{Crowd, Traffic, Two, assert_all_exact, browser};
 
 const ENDPOINT: &str = "OTEL_EXPORTER_OTLP_ENDPOINT";
 const POST: &str = "POST /api/conversations/{id}/messages";
-/// What a client says whose own span it is.
+/// The client's own span.
 const CLIENT_SPAN: &str = "b7ad6b7169203331";
 
-/// A service that traces what clients ask for, and nothing else.
+/// Traces only what clients ask for.
 fn traced(plan: e2e::service::Plan, collector: &Collector) -> e2e::service::Plan {
     plan.env(ENDPOINT, collector.endpoint())
         .env("OTEL_TRACES_SAMPLER_ARG", 0)
@@ -36,7 +36,7 @@ fn new_trace() -> String {
     format!("{:032x}", rand::random_range(1..=u128::MAX))
 }
 
-/// John says something, as a part of this trace. The request's id.
+/// Returns the request's id.
 async fn say(world: &World, api: &Service, two: &Two, trace: &str) -> String {
     say_text(world, api, two, trace, &world.text()).await
 }
@@ -63,7 +63,7 @@ fn of_user<'a>(spans: &'a [ReceivedSpan], name: &str, user: impl ToString) -> &'
     of_user.unwrap_or_else(|| panic!("no {name} for {user}: {spans:#?}"))
 }
 
-/// Whether every delivery has come out, with its flushes.
+/// Whether every delivery has been exported, with its flushes.
 fn delivered(spans: &[ReceivedSpan], deliveries: usize) -> bool {
     let deliver = named(spans, "deliver");
     deliver.len() == deliveries && deliver.iter().all(|span| span.attribute("flushes") != "0")
@@ -109,7 +109,7 @@ async fn one_message_is_one_trace_from_post_to_each_flush() {
         assert!(commit.end <= publish.begin, "what is published is committed");
     }
 
-    // John has no stream, so nobody here listens for him.
+    // John has no stream, so no gateway subscribes for him.
     let deliver = named(&spans, "deliver");
     assert_eq!(deliver.len(), 2);
     assert_ne!(deliver[0].instance, deliver[1].instance);
@@ -167,7 +167,6 @@ async fn repaired_and_replayed_events_keep_their_trace() {
     assert_inside(flush, deliver);
     assert_eq!([deliver.attribute("path"), flush.attribute("path")], ["repair"; 2]);
 
-    // Another tab was away meanwhile.
     let mut late = gateway.stream(&two.jane).last_event_id(before).stream().await;
     late.named("ready").await;
     soon("what it missed", late.event()).await.unwrap();
@@ -305,7 +304,7 @@ async fn unavailable_collector_costs_only_spans() {
     }
 }
 
-/// Takes connections and says nothing, for as long as the test runs.
+/// Accepts connections and never answers.
 async fn silent_collector() -> (String, Arc<AtomicUsize>) {
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = format!("http://{}", listener.local_addr().unwrap());

@@ -16,7 +16,6 @@ async fn people(site: &Site) -> Two {
     two
 }
 
-/// John goes on, and his last words.
 async fn meanwhile(world: &World, site: &Site, two: &Two) -> String {
     two.say(world, site.api(), 2).await;
     world.say(site.api(), &two.john, two.conversation).await["content"].as_str().unwrap().to_owned()
@@ -26,7 +25,7 @@ async fn meanwhile(world: &World, site: &Site, two: &Two) -> String {
 async fn offline_messages_are_sent_when_the_network_returns() {
     let browser = Browser::launch().await;
     let front = Front::plain();
-    // A cable that can be pulled: the origin is on its near end.
+    // A cable that can be pulled.
     let cable = Proxy::start(front.address()).await;
     let origin = format!("http://localhost:{}", cable.address().port());
     let site = site(front.known_as(&origin), &[]).await;
@@ -36,7 +35,6 @@ async fn offline_messages_are_sent_when_the_network_returns() {
     let jane = Messenger::at(&context, two.conversation).await;
     for noticed in [true, false] {
         if noticed {
-            // The laptop knows that it has no network.
             context.set_offline(true).await;
         }
         cable.refuse();

@@ -8,11 +8,10 @@ use super::{
 };
 use crate::support::Two;
 
-/// Nobody here has to be told of a deploy beforehand.
 const QUICK: [(&str, &str); 3] =
     [("SHUTDOWN_WAIT_SECONDS", "0"), ("DRAIN_WAIT_SECONDS", "0"), ("DRAIN_WINDOW_SECONDS", "1")];
 
-/// Two people who type, and what they type on. A third page only watches.
+/// Two users who type, and a third page that only watches.
 struct Typists {
     two: Two,
     john: Messenger,
@@ -28,7 +27,7 @@ impl Typists {
         for (who, user) in [("john", &two.john), ("jane", &two.jane), ("jane's other", &two.jane)] {
             let context = browser.context(who, &site.origin).await;
             context.sign_in(user).await;
-            // A stream that breaks, and requests on the way to what has just died.
+            // A broken stream, and requests to a process that has just died.
             context.expect("Failed to load resource");
             contexts.push(context);
         }
@@ -72,14 +71,14 @@ async fn killed_gateways_leave_each_message_on_screen_once() {
     let typists = Typists::sit_down(&browser, &site).await;
     typists
         .type_while(&mut site, async |site, talk| {
-            // One, so that all are at the other; and then that one.
+            // One, so that all are at the other; then that one.
             site.gateways[0].kill();
             talk.more(10).await;
             site.gateways[0].restart().await;
             site.gateways[1].kill();
             talk.more(10).await;
             site.gateways[1].restart().await;
-            // For a moment there is none: what a browser's own stream would give up at.
+            // For a moment there is none: a browser's own stream would give up.
             site.gateways[0].kill();
             site.gateways[1].kill();
             talk.more(10).await;

@@ -19,7 +19,7 @@ async fn a_login_goes_on_while_it_is_used() {
     let (world, two) = (&site.world, Two::meet(&site.world, site.api()).await);
     let context = site.signed_in(&browser, &two.jane).await;
     let jane = Messenger::at(&context, two.conversation).await;
-    // From here on with a token that ends in a moment, of a session that does not.
+    // From here on with a token that expires soon, of a session that does not.
     let now: i64 =
         sqlx::query_scalar("SELECT extract(epoch FROM now())::bigint").fetch_one(&world.sql).await.unwrap();
     let token = world.sign(&Claims { exp: now + 8, ..world.claims(&two.jane) });
@@ -50,7 +50,7 @@ async fn page_that_outslept_its_session_asks_for_a_login() {
         "UPDATE messenger.sessions SET expires_at = now() - interval '1 second' WHERE user_id = $1",
     );
     ended.bind(two.jane.id.0).execute(&site.world.sql).await.unwrap();
-    // Weeks later: the browser has thrown its cookie away.
+    // The browser has dropped the expired cookie.
     context.call(json!([["clearCookies"]])).await;
     jane.thaw().await;
     jane.asks_who_you_are().await;
@@ -96,7 +96,7 @@ async fn logout_in_one_tab_logs_out_this_browser_only() {
     let tabs = [Messenger::at(&laptop, two.conversation).await, Messenger::open(&laptop, "/").await];
     tabs[1].role("button", "Log out").click().await;
     join_all(tabs.iter().map(Messenger::asks_who_you_are)).await;
-    // The browser's own button does not bring it back.
+    // The back button does not restore it.
     tabs[0].reload().await;
     tabs[0].asks_who_you_are().await;
     assert_all_show(&site.world, two.conversation, &[(&two.jane, &elsewhere)]).await;

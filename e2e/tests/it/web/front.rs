@@ -8,7 +8,7 @@ use testkit::until;
 use super::site::site;
 use crate::support::Two;
 
-/// What a bare `EventSource` hears, by `id`.
+/// Records what a bare `EventSource` receives, by `id`.
 const LISTEN: &str = "new Promise((ready, failed) => {
     window.heard = [];
     window.source = new EventSource('/api/messages');
@@ -48,7 +48,7 @@ async fn event_source_receives_events_at_once_over_http_2() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn browser_opens_no_socket_beyond_loopback() {
-    // Chromium binds a UDP socket to this address to learn whether there is IPv6, and sends nothing by it.
+    // Chromium connects a UDP socket to this address to learn whether there is IPv6, and sends nothing.
     const PROBE: &str = "2001:4860:4860::8888";
     let browser = Browser::launch().await;
     let site = site(Front::plain(), &[]).await;
@@ -57,7 +57,7 @@ async fn browser_opens_no_socket_beyond_loopback() {
         let context = site.signed_in(&browser, &john).await;
         context.expect("ERR_");
         context.expect("/favicon.ico");
-        // A document without a policy: only the browser's own settings are in the way.
+        // A document without a content policy, so that only the browser's own settings prevent requests.
         let page = context.open("/api/openapi.json").await;
         page.evaluate(LISTEN).await;
         for elsewhere in ["http://192.0.2.1/", "https://example.com/", "http://[2001:db8::1]/"] {

@@ -12,7 +12,6 @@ use crate::support::Two;
 const LIST: &str = "document.querySelector('ol[role=log]')";
 
 impl Messenger {
-    /// Where the message is that `look` chose.
     async fn place(&self) -> f64 {
         self.evaluate("window.chosen.getBoundingClientRect().top").await.as_f64().unwrap()
     }
@@ -54,7 +53,7 @@ async fn reading_back_keeps_the_scroll_position() {
         rows = jane.rows().await.len();
     }
 
-    // Something new does not pull one away from there.
+    // A new message does not scroll the page.
     let place = jane.look().await;
     let news = world.say(site.api(), &two.john, two.conversation).await["content"].clone();
     let jump = jane.css("button").with_text("Jump to newest");

@@ -6,7 +6,7 @@ use serde_json::json;
 use super::{messenger::Messenger, site::site};
 
 impl Messenger {
-    /// Tab by tab, forwards, until the focus is on what a screen reader would call so.
+    /// Presses Tab until the focus is on this role and name.
     async fn tab_to(&self, selector: &str) {
         for _ in 0..40 {
             if self
@@ -17,7 +17,7 @@ impl Messenger {
                 .await
                 == true
             {
-                // And it can be seen that it is there.
+                // The focus is visible.
                 let style = "(({ outlineStyle, boxShadow, borderColor }) => outlineStyle !== 'none' || boxShadow !== 'none' || borderColor)(getComputedStyle(document.activeElement))";
                 assert_ne!(self.evaluate(style).await, json!(false), "the focus on {selector} is not seen");
                 return;
@@ -34,7 +34,6 @@ async fn keyboard_alone_is_enough_to_use_the_messenger() {
     let site = site(Front::plain(), &[]).await;
     site.world.person("john").await;
     site.world.person("jane").await;
-    // On a phone's width there is one page at a time, and a way back.
     let context = browser
         .context_with("john", &site.origin, json!({ "viewport": { "width": 390, "height": 844 } }))
         .await;
@@ -51,13 +50,11 @@ async fn keyboard_alone_is_enough_to_use_the_messenger() {
     john.role("option", "jane").appears().await;
     john.press("ArrowDown").await;
     john.press("Enter").await;
-    // The first Enter chooses, the next one starts.
     if john.css("ol[role=log]").count().await == 0 {
         john.press("Enter").await;
     }
     john.role("heading", "jane").appears().await;
 
-    // One may write at once.
     john.tab_to("textarea").await;
     let text = site.world.text();
     john.type_text(&text).await;

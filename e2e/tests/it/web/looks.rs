@@ -12,7 +12,7 @@ use super::{
 const SIZES: [(&str, u32, u32); 2] = [("desktop", 1280, 800), ("phone", 390, 844)];
 const THEMES: [&str; 2] = ["light", "dark"];
 
-/// Something to look at: several conversations, one of them long, with all that can be on screen.
+/// Several conversations, one of them long, with everything that can be on screen.
 async fn furnish(site: &Site) -> (User, ConversationId) {
     let (world, api) = (&*site.world, site.api());
     let jane = world.user(api, "jane").await;
@@ -52,7 +52,6 @@ async fn furnish(site: &Site) -> (User, ConversationId) {
     ] {
         say(if mine { &jane } else { &john }, conversation, text).await;
     }
-    // Over two days, and he has seen the first of hers.
     let times = "UPDATE messenger.messages SET created_at = created_at
         - make_interval(mins => 7 * (SELECT count(*) FROM messenger.messages later WHERE later.id > messages.id)::int)
         - CASE WHEN content LIKE 'Did you%' OR content LIKE 'https%' THEN interval '1 day' ELSE interval '0' END";
@@ -63,7 +62,7 @@ async fn furnish(site: &Site) -> (User, ConversationId) {
     (jane, conversation)
 }
 
-/// In every theme and size a picture, and in every theme and size nothing to complain about.
+/// Takes a picture in every theme and size, and runs the accessibility engine.
 async fn look(page: &Page, name: &str) {
     let mut complaints = Vec::new();
     for theme in THEMES {
@@ -131,7 +130,7 @@ async fn every_page_is_accessible_in_both_themes_on_both_sizes() {
     look(&sessions, "not-found").await;
 }
 
-/// Bytes on the wire, heads included, of everything that a first visit loads.
+/// Bytes on the wire of everything that a first visit loads, headers included.
 async fn weight(page: &Page) -> Value {
     page.evaluate(
         "(() => {

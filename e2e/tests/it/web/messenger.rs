@@ -18,7 +18,6 @@ use sqlx::PgPool;
 use testkit::{PATIENCE, soon, until};
 use tokio::sync::watch;
 
-/// One page of the messenger.
 pub(crate) struct Messenger(Page);
 
 impl Deref for Messenger {
@@ -29,7 +28,7 @@ impl Deref for Messenger {
     }
 }
 
-/// What is on screen of one message.
+/// A message on screen.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Row {
     /// None until the server has answered.
@@ -48,7 +47,7 @@ const ROWS: &str = "Array.from(document.querySelectorAll('ol[role=log] li.messag
     failed: li.hasAttribute('data-failed'),
 }))";
 
-/// Notes, from the beginning of each document, which texts were on screen twice at any moment. Tests write each text once.
+/// Records which texts were ever on screen twice. Tests write each text once.
 const WATCH: &str = "
     window.twice = [];
     new MutationObserver(() => {
@@ -57,32 +56,27 @@ const WATCH: &str = "
     }).observe(document, { subtree: true, childList: true, characterData: true });
 ";
 
-/// Between two messages of somebody who types fast.
 const PACE: Duration = Duration::from_millis(50);
 
 impl Messenger {
-    /// A new tab, empty.
     pub(crate) async fn blank(context: &Context) -> Self {
         let page = context.page().await;
         page.call(json!([["addInitScript", { "content": WATCH }]])).await;
         Self(page)
     }
 
-    /// A new tab at this path, whatever it shows.
     pub(crate) async fn visit(context: &Context, path: &str) -> Self {
         let messenger = Self::blank(context).await;
         messenger.goto(path).await;
         messenger
     }
 
-    /// A new tab at this path, with its stream live.
     pub(crate) async fn open(context: &Context, path: &str) -> Self {
         let messenger = Self::visit(context, path).await;
         messenger.live().await;
         messenger
     }
 
-    /// A new tab at this conversation, with its messages there.
     pub(crate) async fn at(context: &Context, conversation: ConversationId) -> Self {
         let messenger = Self::open(context, &path_of(conversation)).await;
         let there = "document.querySelector('ol[role=log]:not([aria-busy])')";
@@ -94,7 +88,6 @@ impl Messenger {
         self.0.close().await;
     }
 
-    /// Until the page says so.
     pub(crate) async fn live(&self) {
         self.is("live").await;
     }
@@ -104,21 +97,20 @@ impl Messenger {
         self.wait_for(&format!("the page says {state}"), &expression).await;
     }
 
-    /// What it speaks with the server, by a request that no cache answers.
+    /// The protocol of a request that bypasses the cache.
     pub(crate) async fn protocol(&self) -> Value {
         let requests = "performance.getEntriesByType('resource')";
         self.evaluate(&format!("{requests}.findLast(({{ name }}) => name.includes('/api/')).nextHopProtocol"))
             .await
     }
 
-    /// Writes and sends.
     pub(crate) async fn say(&self, text: &str) {
         let field = self.field();
         field.fill(text).await;
         field.press("Enter").await;
     }
 
-    /// Says something each time until told to stop, and counts.
+    /// Sends messages until stopped, and counts them.
     pub(crate) async fn go_on_saying(&self, world: &World, talk: &Talk) {
         while !talk.over.load(Ordering::Relaxed) {
             self.say(&world.text()).await;
@@ -135,7 +127,6 @@ impl Messenger {
         self.css("ol[role=log] li.message")
     }
 
-    /// The line of the list of conversations.
     pub(crate) fn line(&self, conversation: ConversationId) -> Locator<'_> {
         self.css(&format!("nav[aria-label=Conversations] li[data-conversation-id='{conversation}']"))
     }
@@ -152,13 +143,12 @@ impl Messenger {
         rows.as_array().unwrap().iter().map(row).collect()
     }
 
-    /// Until the newest message is this one.
     pub(crate) async fn shows_last(&self, text: &str) {
         let last = "document.querySelector('ol[role=log] li.message:last-child .content')?.textContent";
         self.wait_for(&format!("{text} is on screen"), &format!("{last} === {}", Value::from(text))).await;
     }
 
-    /// The access page, and nothing of anybody's.
+    /// The access page, without anybody's data.
     pub(crate) async fn asks_who_you_are(&self) {
         self.role("button", "Log in").appears().await;
         assert_eq!(self.messages().count().await, 0);
@@ -166,7 +156,7 @@ impl Messenger {
     }
 }
 
-/// Two who type while something happens.
+/// Two users who type during a fault.
 #[derive(Default)]
 pub(crate) struct Talk {
     over: AtomicBool,
@@ -174,7 +164,6 @@ pub(crate) struct Talk {
 }
 
 impl Talk {
-    /// Lets them say so much more.
     pub(crate) async fn more(&self, messages: u64) {
         let mut said = self.said.subscribe();
         let wanted = *said.borrow() + messages;
@@ -205,14 +194,14 @@ async fn rows_in_sql(sql: &PgPool, user: &User, conversation: ConversationId) ->
     rows.into_iter().map(row).collect()
 }
 
-/// Each page comes to show all messages of the conversation, once, in order, and nothing that waits.
+/// Each page shows all messages of the conversation, once, in order, and nothing pending.
 async fn assert_show(sql: &PgPool, conversation: ConversationId, watching: &[(&User, &Messenger)]) {
     for (user, page) in watching {
         page.live().await;
         let wanted = rows_in_sql(sql, user, conversation).await;
         let deadline = Instant::now() + PATIENCE;
         let mut shown = page.rows().await;
-        // Nothing tells that a page has all that it will ever have, so a wrong one is waited for in vain.
+        // Nothing signals that a page is complete, so a wrong one is waited for until the timeout.
         while shown != wanted && Instant::now() < deadline {
             tokio::time::sleep(POLL).await;
             shown = page.rows().await;
@@ -232,7 +221,7 @@ async fn assert_show(sql: &PgPool, conversation: ConversationId, watching: &[(&U
     }
 }
 
-/// The same; then each says one thing more, and still: so nothing that came before can come again later unnoticed.
+/// The same, again after one more message from each: nothing old can arrive later unnoticed.
 pub(crate) async fn assert_all_show(
     world: &World,
     conversation: ConversationId,
@@ -244,7 +233,7 @@ pub(crate) async fn assert_all_show(
     assert_show(&world.sql, conversation, watching).await;
 }
 
-/// Until all that was said arrived there: nothing waits on any page.
+/// Until nothing is pending on any page.
 async fn assert_sql_has(sql: &PgPool, conversation: ConversationId, watching: &[(&User, &Messenger)]) {
     for (user, page) in watching {
         until(&format!("all that {} said is sent", user.name), || async {

@@ -11,7 +11,7 @@ use serde_json::json;
 
 use super::site::site;
 
-/// What the original's `http.js` does: the token of the login in a header, and in the query of an `EventSource`.
+/// As the original's `http.js`: the login's token in a header, and in the query of an `EventSource`.
 const CLIENT: &str = r"
     window.heard = [];
     window.failed = [];
@@ -58,7 +58,6 @@ async fn the_calls_of_the_original_client_are_answered_as_it_expects() {
     }
     let (_john_context, john) = person(&browser, &site.origin, "john").await;
     let (_jane_context, jane) = person(&browser, &site.origin, "jane").await;
-    // What it keeps of a login, and when it takes it for ended.
     assert_eq!(
         john.evaluate("me.username === 'john' && me.avatarURL === null && until > new Date()").await,
         true
@@ -76,7 +75,7 @@ async fn the_calls_of_the_original_client_are_answered_as_it_expects() {
     let started = john.evaluate("call('POST', '/api/conversations', { username: 'jane' })").await;
     assert_eq!(started["status"], 201);
     let id = started["body"]["id"].as_str().unwrap();
-    // It is sent on to the one that there is, and the browser follows by itself.
+    // The redirect leads to the existing one.
     let again = john.evaluate("call('POST', '/api/conversations', { username: 'jane' })").await;
     assert_eq!(
         (&again["status"], &again["redirected"], &again["body"]["id"]),
@@ -95,7 +94,7 @@ async fn the_calls_of_the_original_client_are_answered_as_it_expects() {
         (&json!(201), &json!(true), &json!(text))
     );
 
-    // A nameless event, for the other one alone, and never twice after a break.
+    // An unnamed event, for the other user only, and never twice after a break.
     jane.wait_for("she hears it", "heard.length === 1").await;
     let heard = jane.evaluate("heard[0]").await;
     assert_eq!(heard["content"], text.as_str());
@@ -112,7 +111,7 @@ async fn the_calls_of_the_original_client_are_answered_as_it_expects() {
     let listed = jane.evaluate("call('GET', '/api/conversations')").await;
     assert_eq!(listed["body"][0]["hasUnreadMessages"], false);
 
-    // Its messages are told by `body.message`, whatever went wrong.
+    // It reads errors from `body.message`.
     let gone = john.evaluate("call('GET', '/api/conversations/0/messages')").await;
     assert_eq!((&gone["status"], &gone["body"]["message"]), (&json!(404), &json!("Conversation not found")));
     john.evaluate("window.token = 'nonsense'").await;

@@ -9,7 +9,7 @@ use super::{
 };
 use crate::support::Two;
 
-/// As the server keeps them: one line, no spaces at the ends.
+/// As the server stores them: one line, trimmed.
 fn texts() -> Vec<String> {
     let texts = [
         "<img src=x onerror=\"window.poisoned = 1; alert(1)\">",
@@ -45,14 +45,14 @@ async fn poisoned_texts_are_shown_as_they_are_and_do_nothing() {
     for text in texts() {
         john.say(&text).await;
         jane.shows_last(&text).await;
-        // As a preview, in the list of conversations.
+        // In the preview of the list.
         let preview = jane.line(two.conversation).css(".preview").text().await;
         assert!(!preview.is_empty() && text.starts_with(&preview), "{text}: {preview}");
     }
     let watching = [(&two.john, &john), (&two.jane, &jane)];
     assert_all_show(world, two.conversation, &watching).await;
 
-    // Whether told by the stream or read by REST.
+    // From the stream and from REST.
     let again = Messenger::at(&janes, two.conversation).await;
     assert_eq!(again.rows().await, jane.rows().await);
     for page in [&john, &jane, &again] {
@@ -64,7 +64,7 @@ async fn poisoned_texts_are_shown_as_they_are_and_do_nothing() {
             let link = link.as_str().unwrap();
             assert!(link.starts_with("https://example.com/"), "{link}");
         }
-        // 480 of the widest letter do not make the page wider than it is.
+        // 480 of the widest letter do not widen the page.
         let fits = "document.documentElement.scrollWidth <= innerWidth";
         assert_eq!(page.evaluate(fits).await, true);
     }

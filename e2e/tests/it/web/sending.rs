@@ -12,7 +12,7 @@ use crate::support::Two;
 
 const SEND: &str = "**/api/conversations/*/messages";
 
-/// What becomes of requests to send, until `let_through`.
+/// Handles requests to send until `let_through`.
 async fn intercept(page: &Page, what: &str) {
     let only_sends = format!(
         "((handle) => (route) => route.request().method() === 'POST' ? handle(route) : route.continue())({what})"
@@ -20,7 +20,7 @@ async fn intercept(page: &Page, what: &str) {
     page.call(json!([["route", SEND, { "js": only_sends }]])).await;
 }
 
-/// The first send reaches the server, and its answer never comes back.
+/// The first send reaches the server, and its answer is lost.
 const LOSE_THE_FIRST_ANSWER: &str = "(() => {
     let first = true;
     return (route) => {
@@ -58,7 +58,7 @@ async fn failed_message_is_kept_and_sent_once_on_retry() {
         failed.clone().with_text(problem).appears().await;
     }
 
-    // Not even a new page forgets them, or thinks that they were sent.
+    // Also after a reload.
     john.reload().await;
     john.css("li.message[data-failed]").with_text(&again).appears().await;
     john.css("li.message[data-failed]").with_text(&never).role("button", "Discard").click().await;
@@ -81,7 +81,6 @@ async fn an_answer_that_is_lost_makes_no_second_message() {
     intercept(&john, "(route) => route.fetch().then(() => route.abort())").await;
     let text = world.text();
     john.say(&text).await;
-    // The stream tells what the answer could not.
     john.messages().with_text(&text).role("img", "Sent").appears().await;
     let_through(&john).await;
     assert_all_show(world, two.conversation, &[(&two.john, &john)]).await;
@@ -96,7 +95,6 @@ async fn message_with_a_lost_answer_is_shown_once_after_reload() {
     let context = site.signed_in(&browser, &two.john).await;
     context.expect("Failed to load resource");
     let john = Messenger::blank(&context).await;
-    // The stream cannot tell what the answer would have told.
     let stream = "**/api/messages?*";
     john.call(json!([["route", stream, { "js": "(route) => route.abort()" }]])).await;
     intercept(&john, LOSE_THE_FIRST_ANSWER).await;

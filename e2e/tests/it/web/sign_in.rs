@@ -37,7 +37,7 @@ async fn login_at_a_provider_returns_to_the_messenger() {
         page.role("link", link).click().await;
         page.live().await;
         page.css("header").with_text(name).appears().await;
-        // The code is nowhere to be gone back to.
+        // No history entry has the code.
         assert_eq!(page.evaluate("location.pathname + location.search").await, "/");
         page.reload().await;
         page.live().await;

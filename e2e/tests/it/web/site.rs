@@ -5,7 +5,7 @@ use std::sync::Arc;
 use e2e::{Browser, Front, Service, User, World, browser::Context, nginx::Nginx, service::Plan};
 use futures_util::future::join_all;
 
-/// In the order in which it is torn down.
+/// In the order of teardown.
 #[allow(dead_code, reason = "some are only held")]
 pub(crate) struct Site {
     pub(crate) nginx: Nginx,
@@ -15,12 +15,10 @@ pub(crate) struct Site {
     pub(crate) origin: String,
 }
 
-/// One api and two gateways, with these settings.
 pub(crate) async fn site(front: Front, settings: &[(&str, &str)]) -> Site {
     site_of(front, [1, 2], settings).await
 }
 
-/// So many apis and gateways. All get these settings and know only theirs.
 pub(crate) async fn site_of(front: Front, [apis, gateways]: [usize; 2], settings: &[(&str, &str)]) -> Site {
     let origin = front.origin();
     let world = Arc::new(World::at(&origin).await);
@@ -37,7 +35,6 @@ impl Site {
         &self.apis[0]
     }
 
-    /// A browser of this user's, with their session's cookie.
     pub(crate) async fn signed_in(&self, browser: &Browser, user: &User) -> Context {
         let context = browser.context(&user.name, &self.origin).await;
         context.sign_in(user).await;

@@ -18,10 +18,9 @@ use testkit::{proxy::Proxy, sse::Event, until};
 use super::site::{Site, site_of};
 use crate::support::{Traffic, Two};
 
-/// A page with nothing on it.
 pub(crate) const BLANK: &str = "/blank";
 
-/// Keeps a ledger of what a stream tells.
+/// Records what a stream delivers.
 const FOLLOW: &str = "(options) => import('/stream.js').then(({ MessengerStream }) => {
     window.ledger = [];
     window.states = [];
@@ -42,7 +41,7 @@ const HASTE: &str = "{
     window.setInterval = (call, ms) => interval(call, ms / 10);
 }";
 
-/// As in a tab that nobody looks at.
+/// As in a background tab.
 const LATE_TIMERS: &str = "{
     const timeout = setTimeout;
     window.setTimeout = (call, ms) => timeout(call, ms * 20);
@@ -57,7 +56,7 @@ const DEAFNESS: &str = "{
     };
 }";
 
-/// The time for which a tab may read what it missed, 30 s, does not pass.
+/// The 30 s in which a tab may read what it missed never pass.
 const NO_TIME_LIMIT: &str = "{
     const later = window.setTimeout;
     window.setTimeout = (call, delay) => (delay === 30_000 ? 0 : later(call, delay));
@@ -66,7 +65,6 @@ const NO_TIME_LIMIT: &str = "{
 const LOCKS: &str =
     "navigator.locks.query().then(({ held, pending }) => [...held, ...pending].map(({ name }) => name))";
 
-/// John writes, and Jane has a browser.
 struct Scene {
     context: Context,
     two: Two,
@@ -99,7 +97,7 @@ impl Scene {
         Feed::read(&self.site.world.sql, user.id).await
     }
 
-    /// A tab of Jane's, from the head of now.
+    /// A tab of Jane's, from the present head.
     async fn tab(&self) -> Tab {
         let feed = self.feed(&self.two.jane).await;
         self.tab_after(&feed, feed.head).await
@@ -111,14 +109,14 @@ impl Scene {
         tab
     }
 
-    /// A page that was read when this was the newest.
+    /// A page with this cursor.
     async fn tab_after(&self, feed: &Feed, after: u64) -> Tab {
         let options = json!({ "cursor": feed.cursor(after) }).to_string();
         Tab::open(&self.context, self.two.jane.id, after, &options).await
     }
 
-    /// They were told all that is in the feed after their cursors, once, in order, byte for byte; and so they are of what
-    /// comes then.
+    /// They received everything in the feed after their cursors, once, in order, byte for byte; and so they do with the next
+    /// events.
     async fn assert_exact<'a>(&self, tabs: impl IntoIterator<Item = &'a Tab>) {
         let tabs = Vec::from_iter(tabs);
         for _ in 0..2 {
@@ -152,11 +150,10 @@ pub(crate) async fn blank(browser: &Browser, origin: &str) -> Context {
     context
 }
 
-/// A tab that follows a stream.
 struct Tab {
     page: Page,
     user: UserId,
-    /// Its cursor, among the feed's numbers.
+    /// The `seq` of its cursor.
     after: u64,
 }
 
@@ -168,7 +165,7 @@ impl Tab {
         Self { page, user, after }
     }
 
-    /// As a listener or a person would, while everything else goes on.
+    /// Without waiting, while everything else continues.
     async fn run(&self, statements: &str) {
         self.page.evaluate(&format!("void setTimeout(() => {{ {statements} }})")).await;
     }
@@ -191,7 +188,7 @@ impl Tab {
         self.page.evaluate("ledger").await.as_array().expect("a list").iter().map(event).collect()
     }
 
-    /// How often it asked for a stream and got an answer.
+    /// How many of its requests for a stream were answered.
     fn streams(&self) -> usize {
         self.page.statuses("/api/messages").len()
     }
@@ -206,7 +203,7 @@ impl Tab {
         self.page.goto(&format!("{BLANK}?elsewhere")).await;
     }
 
-    /// Back to the page that was left: not loaded again, but as it was.
+    /// From the back-forward cache.
     async fn come_back(&self) {
         self.page.back().await;
         self.page.wait_for("the page was kept", "window.kept").await;
@@ -228,7 +225,7 @@ async fn seven_tabs_over_http_1_share_one_stream() {
     scene.assert_exact(&tabs).await;
     assert_eq!(streams(&tabs), 1);
     for tab in &tabs {
-        // Each can still ask for anything else.
+        // Each can still make other requests.
         let asked = "fetch('/api/conversations').then(({ status }) => status)";
         assert_eq!(tab.page.evaluate(asked).await, 200);
     }
@@ -269,13 +266,13 @@ async fn frozen_leader_hands_over_and_catches_up_when_it_wakes() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn hanging_leader_loses_the_lead_and_sends_nothing_stale() {
-    // Ten times as fast, this makes ten seconds that a stream may be silent.
+    // At ten times the speed, this is the ten seconds that a stream may be silent.
     let scene = Scene::begin(&[("HEARTBEAT_SECONDS", "40")], &[HASTE]).await;
     let hung = scene.live_tab().await;
     let others = [scene.live_tab().await, scene.live_tab().await];
     scene.say(3).await;
     scene.assert_exact([&hung]).await;
-    // Before it hears that it does not lead any more, it says something to all.
+    // Before it learns that it does not lead any more, it broadcasts.
     hung.run(
         "const end = performance.now() + 12_000;
         while (performance.now() < end);
@@ -284,7 +281,7 @@ async fn hanging_leader_loses_the_lead_and_sends_nothing_stale() {
     .await;
     until("another tab has a stream", || async { streams(&others) > 0 }).await;
     scene.assert_exact(&others).await;
-    // In order, and so before it answers this, it reads all that came while it hung.
+    // Messages are in order: before it answers this, it has read all that came while it hung.
     scene.assert_exact(others.iter().chain([&hung])).await;
     for tab in &others {
         assert_eq!(
@@ -334,7 +331,7 @@ async fn follower_that_missed_events_gets_them_from_the_leader() {
     deaf.page.evaluate("deaf = false").await;
     scene.assert_exact([&leader, &deaf]).await;
     assert_eq!((leader.streams(), deaf.streams()), (1, 1), "that was more than the leader keeps");
-    // It stops reading when it has met the leader; its time is never up here.
+    // It stops reading when it has met the leader; its time never passes here.
     scene.until_open_streams(1.0).await;
 }
 
@@ -353,7 +350,7 @@ async fn page_older_or_newer_than_the_leader_misses_nothing() {
     );
     scene.until_open_streams(1.0).await;
 
-    // The leader's next stream is slow to come.
+    // The leader's next stream is slow.
     scene.site.gateways.iter_mut().for_each(Service::freeze);
     leader.run("dispatchEvent(new Event('online'))").await;
     leader.until("connecting").await;
@@ -430,7 +427,7 @@ async fn lost_position_is_reported_once_to_each_tab() {
     scene.assert_exact(&tabs).await;
     assert_eq!(streams(&tabs), 1);
 
-    // One that comes later, with a place that the leader never heard of.
+    // One that comes later, with a position that the leader does not know.
     let mut late = Tab::open(&scene.context, jane, 0, "{ cursor: 'another-one' }").await;
     late.page.wait_for("it is told", "ledger.length").await;
     assert_eq!(late.page.evaluate("ledger.shift().type").await, "resync");
@@ -454,7 +451,6 @@ async fn logout_in_one_tab_signs_out_all_until_the_next_login() {
     scene.until_open_streams(0.0).await;
     assert_eq!(tabs[0].page.evaluate(LOCKS).await, json!([]));
 
-    // Nobody has logged in yet.
     tabs[2].run("stream.start()").await;
     tabs[2].until_was("signed-out refused").await;
 
@@ -522,7 +518,6 @@ async fn silent_network_is_detected_by_missing_heartbeats() {
     let network = Proxy::start(scene.site.nginx.address()).await;
     let origin = format!("http://localhost:{}", network.address().port());
     let context = blank(&scene.browser, &origin).await;
-    // What is on its way when the network is cut.
     context.expect("Failed to load resource");
     context.sign_in(&scene.two.jane).await;
     let feed = scene.feed(&scene.two.jane).await;
@@ -552,7 +547,7 @@ async fn two_users_in_one_browser_each_have_their_own_stream() {
         let options = format!(
             "{{ cursor: '{}', scope: '{}', token: () => {{
                 window.asked = (window.asked ?? 0) + 1;
-                // What is wrong at first is asked for again.
+                // Failed at first, it is requested again.
                 if (asked === 1) return Promise.reject(new Error('not now'));
                 if (asked === 2) return Promise.resolve('no token');
                 return fetch('/api/stream_token', {{ method: 'POST', headers: {{ Authorization: 'Bearer {}' }} }})
@@ -585,13 +580,13 @@ async fn rejected_browser_reconnects_when_the_server_said() {
     let second = Tab::open(&elsewhere, jane, feed.head, &options).await;
     second.until("live").await;
     first.until_was("offline replaced").await;
-    // Neither a person who looks nor the tick brings it back early, or the two would take the one place from each other for ever.
+    // Neither focus nor the tick reconnects early, or the two would take the one permit from each other permanently.
     let looked = "new Promise((resolve) => setTimeout(resolve, 1_500))
         .then(() => document.dispatchEvent(new Event('visibilitychange')))";
     first.page.evaluate(looked).await;
     scene.assert_exact([&second]).await;
     assert_eq!((first.streams(), second.streams()), (1, 1));
-    // A network that has changed does.
+    // A network change does.
     first.run("dispatchEvent(new Event('online'))").await;
     first.until("live").await;
     second.until_was("offline replaced").await;
@@ -609,7 +604,6 @@ async fn closing_and_starting_at_any_moment_leaves_nothing_behind() {
             if (turn % 3) await new Promise((resolve) => setTimeout(resolve, turn));
             stream.close();
         }
-        // In the middle of being told.
         stream.addEventListener('state', () => { stream.close(); stream.start(); }, { once: true });
         stream.start();
     })().then(() => null)";
@@ -641,7 +635,6 @@ async fn without_locks_each_tab_has_a_stream_of_its_own() {
     scene.assert_exact(&tabs).await;
 }
 
-/// What can happen to a tab.
 #[derive(Clone, Copy, PartialEq)]
 enum Plight {
     None,

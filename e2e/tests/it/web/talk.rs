@@ -9,7 +9,6 @@ use super::{
     site::{Site, site},
 };
 
-/// By the page that asks who one is.
 async fn log_in(context: &Context, name: &str) -> Messenger {
     // How the page finds out that nobody is logged in.
     context.expect("status of 401");
@@ -62,7 +61,6 @@ async fn two_people_and_a_third_device_talk(front: Front, protocol: &str) {
     })
     .await;
 
-    // He finds her by the beginning of her name.
     john.role("combobox", "New conversation with").fill("ja").await;
     john.role("option", "jane").click().await;
     john.role("button", "Start").click().await;
@@ -74,7 +72,6 @@ async fn two_people_and_a_third_device_talk(front: Front, protocol: &str) {
     john.say(&hello).await;
     john.shows_last(&hello).await;
 
-    // Hers counts it until she looks, his other device knows that there is nothing to count.
     jane.line(conversation).css(".unread").appears().await;
     jane.wait_for("the title counts", "document.title === '(1) Messenger'").await;
     johns_phone.line(conversation).with_text(&hello).appears().await;
@@ -86,7 +83,6 @@ async fn two_people_and_a_third_device_talk(front: Front, protocol: &str) {
     john.messages().last().role("img", "Read").appears().await;
     jane.wait_for("nothing is unread", "document.title === 'john – Messenger'").await;
 
-    // Both of his devices hear the answer, and reading it on one is enough.
     let answer = world.text();
     jane.say(&answer).await;
     john.shows_last(&answer).await;
@@ -94,7 +90,6 @@ async fn two_people_and_a_third_device_talk(front: Front, protocol: &str) {
     johns_phone.line(conversation).with_text(&answer).appears().await;
     johns_phone.line(conversation).css(".unread").disappears().await;
 
-    // What he writes on the phone is on the laptop, and the other way round.
     johns_phone.line(conversation).css("a").click().await;
     johns_phone.shows_last(&answer).await;
     let on_the_way = world.text();
