@@ -4,14 +4,14 @@
 use std::{fmt::Write as _, io, ops::Deref, path::PathBuf};
 
 use protocol::{
-    ids::{ConversationId, SessionId, UserId},
+    ids::{ConversationId, UserId},
     position::{Epoch, Position},
 };
 use sqlx::AssertSqlSafe;
 use testkit::{
     servers::{Postgres, Redis},
     usage::Cpu,
-    world::{World, WorldOptions},
+    world::{User, World, WorldOptions},
 };
 
 use crate::load::{Sender, Viewer};
@@ -54,46 +54,15 @@ impl Bench {
     }
 }
 
-#[derive(Debug, Clone)]
-pub struct BenchUser {
-    pub id: UserId,
-    pub epoch: Epoch,
-    pub token: String,
-}
-
-pub async fn make_users(world: &Bench, count: usize) -> anyhow::Result<Vec<BenchUser>> {
-    let mut transaction = world.sql.begin().await?;
-    let ids: Vec<i64> = sqlx::query_scalar(
-        "INSERT INTO messenger.users (username) SELECT 'user-' || n FROM generate_series(1, $1) AS n RETURNING id",
-    )
-    .bind(i64::try_from(count)?)
-    .fetch_all(&mut *transaction)
-    .await?;
-    sqlx::query(
-        "INSERT INTO messenger.sessions (user_id, expires_at) SELECT id, now() + interval '14 days' FROM unnest($1) AS id",
-    )
-    .bind(&ids)
-    .execute(&mut *transaction)
-    .await?;
-    transaction.commit().await?;
-    let rows: Vec<(i64, i64, i64)> = sqlx::query_as(
-        "SELECT h.user_id, h.epoch, s.id FROM messenger.feed_heads AS h JOIN messenger.sessions AS s ON s.user_id = h.user_id
-         WHERE h.user_id = ANY ($1) ORDER BY h.user_id",
-    )
-    .bind(&ids)
-    .fetch_all(&world.sql)
-    .await?;
-    settle(world, "users, sessions, feed_heads").await?;
-    let user = |(user, epoch, session): (i64, i64, i64)| BenchUser {
-        id: UserId(user),
-        epoch: Epoch::from_sql(epoch),
-        token: world.token(UserId(user), SessionId(session)),
-    };
-    Ok(rows.into_iter().map(user).collect())
+pub async fn make_users(world: &Bench, count: usize) -> anyhow::Result<Vec<User>> {
+    let mut users = world.many(i64::try_from(count)?).await;
+    users.sort_by_key(|user| user.id.0);
+    settle(world, "messenger.users, messenger.sessions, messenger.feed_heads").await?;
+    Ok(users)
 }
 
 /// A conversation for each pair of users: the first with the second, the third with the fourth, and so on.
-pub async fn start_conversations(world: &Bench, users: &[BenchUser]) -> anyhow::Result<Vec<Sender>> {
+pub async fn start_conversations(world: &Bench, users: &[User]) -> anyhow::Result<Vec<Sender>> {
     let firsts: Vec<i64> = users.chunks_exact(2).map(|pair| pair[0].id.0).collect();
     let seconds: Vec<i64> = users.chunks_exact(2).map(|pair| pair[1].id.0).collect();
     let rows: Vec<(i64, i64)> = sqlx::query_as(
@@ -109,9 +78,9 @@ pub async fn start_conversations(world: &Bench, users: &[BenchUser]) -> anyhow::
     .bind(&seconds)
     .fetch_all(&world.sql)
     .await?;
-    settle(world, "conversations, participants").await?;
+    settle(world, "messenger.conversations, messenger.participants").await?;
     let conversations: std::collections::HashMap<_, _> = rows.into_iter().collect();
-    let sender = |user: &BenchUser| {
+    let sender = |user: &User| {
         let conversation = ConversationId(*conversations.get(&user.id.0)?);
         Some(Sender { conversation, token: user.token.clone() })
     };
@@ -124,7 +93,7 @@ async fn settle(world: &Bench, tables: &'static str) -> anyhow::Result<()> {
     Ok(())
 }
 
-pub async fn heads(world: &Bench, users: &[BenchUser]) -> anyhow::Result<Vec<(UserId, Position)>> {
+pub async fn heads(world: &Bench, users: &[User]) -> anyhow::Result<Vec<(UserId, Position)>> {
     let ids: Vec<i64> = users.iter().map(|user| user.id.0).collect();
     let rows: Vec<(i64, i64, i64)> = sqlx::query_as(
         "SELECT user_id, epoch, head_seq FROM messenger.feed_heads WHERE user_id = ANY ($1) ORDER BY user_id",
@@ -138,8 +107,8 @@ pub async fn heads(world: &Bench, users: &[BenchUser]) -> anyhow::Result<Vec<(Us
     Ok(rows.into_iter().map(head).collect())
 }
 
-pub fn viewers_file(world: &Bench, users: &[BenchUser]) -> anyhow::Result<PathBuf> {
-    let viewer = |user: &BenchUser| Viewer { user: user.id, token: user.token.clone() };
+pub fn viewers_file(world: &Bench, users: &[User]) -> anyhow::Result<PathBuf> {
+    let viewer = |user: &User| Viewer { user: user.id, token: user.token.clone() };
     write_lines(world, "viewers", users.iter().map(viewer))
 }
 

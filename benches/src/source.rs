@@ -15,15 +15,16 @@ use anyhow::Context as _;
 use chrono::{DateTime, Utc};
 use protocol::{
     event::{self, Envelope, kind, rfc3339},
-    position::Seq,
+    position::{Position, Seq},
 };
 use rand::seq::SliceRandom;
 use serde_json::{json, value::RawValue};
 use sqlx::Connection;
+use testkit::world::User;
 
 use crate::{
     clock::{Micros, micros, now, sleep_until},
-    fixtures::{self, Bench, BenchUser},
+    fixtures::{self, Bench},
 };
 
 const BATCH_EVERY: Duration = Duration::from_millis(10);
@@ -45,11 +46,12 @@ pub enum Commits {
 
 pub struct Source<'a> {
     world: &'a Bench,
-    users: &'a [BenchUser],
+    users: &'a [User],
     /// A random order; each turn goes once through all.
     order: Vec<usize>,
     next: usize,
-    seqs: Vec<Seq>,
+    /// The newest event of each user.
+    heads: Vec<Position>,
 }
 
 #[derive(Debug)]
@@ -76,12 +78,11 @@ struct Burst {
 }
 
 impl<'a> Source<'a> {
-    pub async fn new(world: &'a Bench, users: &'a [BenchUser]) -> anyhow::Result<Self> {
+    pub async fn new(world: &'a Bench, users: &'a [User]) -> anyhow::Result<Self> {
         let mut order: Vec<usize> = (0..users.len()).collect();
         order.shuffle(&mut rand::rng());
-        let heads = fixtures::heads(world, users).await?;
-        let seqs = heads.into_iter().map(|(_, head)| head.seq).collect();
-        Ok(Self { world, users, order, next: 0, seqs })
+        let heads = fixtures::heads(world, users).await?.into_iter().map(|(_, head)| head).collect();
+        Ok(Self { world, users, order, next: 0, heads })
     }
 
     pub async fn one_each(&mut self) -> anyhow::Result<Published> {
@@ -144,8 +145,8 @@ impl<'a> Source<'a> {
     fn row(&mut self, due: Micros) -> Row {
         let user = self.order[self.next % self.order.len()];
         self.next += 1;
-        self.seqs[user] += 1;
-        let (seq, created_at) = (self.seqs[user], Utc::now());
+        self.heads[user].seq += 1;
+        let (seq, created_at) = (self.heads[user].seq, Utc::now());
         // As `api` writes it, with a text of a usual length.
         let payload = json!({
             "id": self.next.to_string(),
@@ -190,7 +191,7 @@ impl<'a> Source<'a> {
             let user = &self.users[row.user];
             let envelope = Envelope {
                 v: event::VERSION,
-                epoch: user.epoch,
+                epoch: self.heads[row.user].epoch,
                 seq: row.seq,
                 event: kind::MESSAGE.into(),
                 data: RawValue::from_string(row.payload.clone())?,

@@ -4,11 +4,11 @@
 use std::time::Duration;
 
 use anyhow::Context as _;
-use testkit::service::Service;
+use testkit::{service::Service, world::User};
 
 use super::{Costs, PATIENCE, Sizes, check_ledgers, open_streams, print_complaints};
 use crate::{
-    fixtures::{self, Bench, BenchUser},
+    fixtures::{self, Bench},
     load::{Order, Streams},
     report::{Percentiles, count, figure, heading, progress},
     source::{Commits, Published, Source},
@@ -59,7 +59,7 @@ pub async fn run(sizes: &Sizes) -> anyhow::Result<()> {
 
 struct Scene<'a> {
     world: &'a Bench,
-    users: &'a [BenchUser],
+    users: &'a [User],
     api: &'a Service,
     gateway: &'a Service,
 }

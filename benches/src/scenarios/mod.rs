@@ -9,11 +9,11 @@ mod storm;
 use std::{collections::BTreeMap, time::Duration};
 
 use clap::ValueEnum;
-use testkit::{service::Service, usage::Cpu};
+use testkit::{service::Service, usage::Cpu, world::User};
 
 use crate::{
     clock::now,
-    fixtures::{self, Bench, BenchUser},
+    fixtures::{self, Bench},
     load::{Order, Streams, check},
     machine,
     report::{figure, heading, progress},
@@ -121,7 +121,7 @@ const PATIENCE: Duration = Duration::from_mins(1);
 async fn open_streams(
     world: &Bench,
     gateway: &Service,
-    users: &[BenchUser],
+    users: &[User],
     sizes: &Sizes,
 ) -> anyhow::Result<Streams> {
     progress(format_args!("opening {} streams", users.len()));
@@ -134,7 +134,7 @@ async fn open_streams(
     Ok(streams)
 }
 
-async fn check_ledgers(world: &Bench, streams: &mut Streams, users: &[BenchUser]) -> anyhow::Result<()> {
+async fn check_ledgers(world: &Bench, streams: &mut Streams, users: &[User]) -> anyhow::Result<()> {
     check(&streams.report()?, &fixtures::heads(world, users).await?)
 }
 

@@ -24,6 +24,16 @@ async fn ingress(api: SocketAddr, gateways: Vec<SocketAddr>) -> SocketAddr {
     address
 }
 
+/// A client's request to this path, which has arrived at the upstream.
+async fn arrived(path: &str) -> (TcpStream, TcpStream) {
+    let (listener, there) = upstream().await;
+    let address = ingress(there, vec![there]).await;
+    let client = send(address, &format!("GET {path} HTTP/1.1\r\nHost: a\r\n\r\n")).await;
+    let mut upstream = accept(&listener).await;
+    read_until(&mut upstream, "\r\n\r\n").await;
+    (client, upstream)
+}
+
 async fn send(to: SocketAddr, request: &str) -> TcpStream {
     let mut socket = TcpStream::connect(to).await.unwrap();
     socket.write_all(request.as_bytes()).await.unwrap();
@@ -104,11 +114,7 @@ async fn a_request_arrives_as_it_was_sent_and_says_for_whom() {
 
 #[tokio::test]
 async fn each_piece_of_a_stream_passes_at_once() {
-    let (gateway, gateway_address) = upstream().await;
-    let address = ingress(dead().await, vec![gateway_address]).await;
-    let mut client = send(address, "GET /api/messages HTTP/1.1\r\nHost: a\r\n\r\n").await;
-    let mut upstream = accept(&gateway).await;
-    read_until(&mut upstream, "\r\n\r\n").await;
+    let (mut client, mut upstream) = arrived(STREAM_PATH).await;
     // Without a length, the end of the connection is the end of the body.
     upstream.write_all(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\n").await.unwrap();
     let head = read_until(&mut client, "\r\n\r\n").await;
@@ -145,11 +151,7 @@ async fn an_upload_passes_while_it_is_being_sent_and_is_not_measured() {
 
 #[tokio::test]
 async fn a_client_that_hangs_up_on_a_quiet_stream_closes_the_upstream() {
-    let (gateway, gateway_address) = upstream().await;
-    let address = ingress(dead().await, vec![gateway_address]).await;
-    let mut client = send(address, "GET /api/messages HTTP/1.1\r\nHost: a\r\n\r\n").await;
-    let mut upstream = accept(&gateway).await;
-    read_until(&mut upstream, "\r\n\r\n").await;
+    let (mut client, mut upstream) = arrived(STREAM_PATH).await;
     upstream.write_all(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\n: hi\n\n").await.unwrap();
     read_until(&mut client, ": hi\n\n\r\n").await;
     drop(client);
@@ -158,22 +160,14 @@ async fn a_client_that_hangs_up_on_a_quiet_stream_closes_the_upstream() {
 
 #[tokio::test]
 async fn a_client_that_hangs_up_before_the_answer_closes_the_upstream() {
-    let (api, api_address) = upstream().await;
-    let address = ingress(api_address, vec![]).await;
-    let client = send(address, "GET /api/auth_user HTTP/1.1\r\nHost: a\r\n\r\n").await;
-    let mut upstream = accept(&api).await;
-    read_until(&mut upstream, "\r\n\r\n").await;
+    let (client, mut upstream) = arrived("/api/auth_user").await;
     drop(client);
     sees_the_end(&mut upstream).await;
 }
 
 #[tokio::test]
 async fn an_upstream_that_breaks_off_breaks_off_the_answer() {
-    let (api, api_address) = upstream().await;
-    let address = ingress(api_address, vec![]).await;
-    let mut client = send(address, "GET /api/auth_user HTTP/1.1\r\nHost: a\r\n\r\n").await;
-    let mut upstream = accept(&api).await;
-    read_until(&mut upstream, "\r\n\r\n").await;
+    let (mut client, mut upstream) = arrived("/api/auth_user").await;
     upstream.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\nhalf").await.unwrap();
     read_until(&mut client, "half").await;
     drop(upstream);
