@@ -14,7 +14,7 @@ pub struct HttpConnection {
     socket: BufReader<TcpStream>,
 }
 
-pub struct Answer {
+pub struct PostAnswer {
     pub status: u16,
     pub body: String,
     pub last: bool,
@@ -28,7 +28,7 @@ impl HttpConnection {
         Ok(Self { socket: BufReader::new(socket) })
     }
 
-    pub fn exchange(&mut self, request: &[u8]) -> anyhow::Result<Answer> {
+    pub fn exchange(&mut self, request: &[u8]) -> anyhow::Result<PostAnswer> {
         self.socket.get_mut().write_all(request)?;
         let status_line = self.line()?;
         let status = status_line.split(' ').nth(1).and_then(|status| status.parse().ok());
@@ -48,7 +48,7 @@ impl HttpConnection {
         }
         let mut body = vec![0; length];
         self.socket.read_exact(&mut body)?;
-        Ok(Answer { status, body: String::from_utf8(body).context("bodies are UTF-8")?, last })
+        Ok(PostAnswer { status, body: String::from_utf8(body).context("bodies are UTF-8")?, last })
     }
 
     /// Whether the other end has not closed an idle connection.

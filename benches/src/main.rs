@@ -21,7 +21,7 @@ use clap::{Parser, ValueEnum};
 /// Load and servers share this machine; run nothing else on it.
 #[derive(Debug, Parser)]
 #[command(next_line_help = true)]
-struct Cli {
+struct BenchCli {
     /// What to measure; all scenarios if none is named
     #[arg(value_enum)]
     scenarios: Vec<Scenario>,
@@ -59,7 +59,7 @@ fn run() -> anyhow::Result<()> {
         [kind, order] if kind == load::POSTS => return load::run_posts(order),
         _ => {}
     }
-    let cli = Cli::parse();
+    let cli = BenchCli::parse();
     if !cli.no_build {
         build()?;
     }

@@ -44,7 +44,7 @@ pub enum Commits {
     Before,
 }
 
-pub struct Source<'a> {
+pub struct EventLoad<'a> {
     world: &'a Bench,
     users: &'a [User],
     /// A random order; each turn goes once through all.
@@ -55,7 +55,7 @@ pub struct Source<'a> {
 }
 
 #[derive(Debug)]
-pub struct Published {
+pub struct PublishReport {
     pub events: u64,
     /// How late an event was published at most: the source could not keep up.
     pub latest: Micros,
@@ -63,7 +63,7 @@ pub struct Published {
     pub heard: u64,
 }
 
-struct Row {
+struct EventRow {
     due: Micros,
     user: usize,
     seq: Seq,
@@ -77,7 +77,7 @@ struct Burst {
     commands: Vec<u8>,
 }
 
-impl<'a> Source<'a> {
+impl<'a> EventLoad<'a> {
     pub async fn new(world: &'a Bench, users: &'a [User]) -> anyhow::Result<Self> {
         let mut order: Vec<usize> = (0..users.len()).collect();
         order.shuffle(&mut rand::rng());
@@ -85,10 +85,10 @@ impl<'a> Source<'a> {
         Ok(Self { world, users, order, next: 0, heads })
     }
 
-    pub async fn one_each(&mut self) -> anyhow::Result<Published> {
+    pub async fn one_each(&mut self) -> anyhow::Result<PublishReport> {
         let rows = (0..self.users.len()).map(|_| self.row(0)).collect::<Vec<_>>();
         self.commit(&rows).await?;
-        let publisher = Publisher::start(self.world.redis.address(), now())?;
+        let publisher = RedisPublisher::start(self.world.redis.address(), now())?;
         rows.chunks(500).try_for_each(|rows| publisher.send(self.burst(0, rows)?))?;
         publisher.finish()
     }
@@ -101,12 +101,12 @@ impl<'a> Source<'a> {
         length: Duration,
         commits: Commits,
         begin: impl FnOnce(Micros) -> anyhow::Result<()>,
-    ) -> anyhow::Result<Published> {
+    ) -> anyhow::Result<PublishReport> {
         let total = (f64::from(per_second) * length.as_secs_f64()) as u64;
         let due = |number: u64| number * 1_000_000 / u64::from(per_second) / GRAIN * GRAIN;
         let mut bursts = VecDeque::new();
         if commits == Commits::Before {
-            let mut rows: Vec<Row> = (0..total).map(|number| self.row(due(number))).collect();
+            let mut rows: Vec<EventRow> = (0..total).map(|number| self.row(due(number))).collect();
             for some in rows.chunks(BATCH_ROWS) {
                 self.commit(some).await?;
             }
@@ -121,7 +121,7 @@ impl<'a> Source<'a> {
         }
         let since = now() + micros(HEAD_START);
         begin(since)?;
-        let publisher = Publisher::start(self.world.redis.address(), since)?;
+        let publisher = RedisPublisher::start(self.world.redis.address(), since)?;
         bursts.into_iter().try_for_each(|burst| publisher.send(burst))?;
         if commits == Commits::Meanwhile {
             let mut number = 0;
@@ -142,7 +142,7 @@ impl<'a> Source<'a> {
         publisher.finish()
     }
 
-    fn row(&mut self, due: Micros) -> Row {
+    fn row(&mut self, due: Micros) -> EventRow {
         let user = self.order[self.next % self.order.len()];
         self.next += 1;
         self.heads[user].seq += 1;
@@ -155,10 +155,10 @@ impl<'a> Source<'a> {
             "createdAt": rfc3339(created_at),
             "mine": false,
         });
-        Row { due, user, seq, payload: payload.to_string(), created_at }
+        EventRow { due, user, seq, payload: payload.to_string(), created_at }
     }
 
-    async fn commit(&self, rows: &[Row]) -> anyhow::Result<()> {
+    async fn commit(&self, rows: &[EventRow]) -> anyhow::Result<()> {
         let users: Vec<i64> = rows.iter().map(|row| self.users[row.user].id.0).collect();
         let seqs: Vec<i64> = rows.iter().map(|row| row.seq.cast_signed()).collect();
         let payloads: Vec<&str> = rows.iter().map(|row| row.payload.as_str()).collect();
@@ -185,7 +185,7 @@ impl<'a> Source<'a> {
         Ok(transaction.commit().await?)
     }
 
-    fn burst(&self, due: Micros, rows: &[Row]) -> anyhow::Result<Burst> {
+    fn burst(&self, due: Micros, rows: &[EventRow]) -> anyhow::Result<Burst> {
         let mut commands = Vec::with_capacity(rows.len() * 512);
         for row in rows {
             let user = &self.users[row.user];
@@ -208,12 +208,12 @@ impl<'a> Source<'a> {
     }
 }
 
-struct Publisher {
+struct RedisPublisher {
     bursts: SyncSender<Burst>,
-    thread: thread::JoinHandle<anyhow::Result<Published>>,
+    thread: thread::JoinHandle<anyhow::Result<PublishReport>>,
 }
 
-impl Publisher {
+impl RedisPublisher {
     fn start(redis: SocketAddr, since: Micros) -> anyhow::Result<Self> {
         let socket = TcpStream::connect(redis)?;
         socket.set_nodelay(true)?;
@@ -227,14 +227,14 @@ impl Publisher {
         self.bursts.send(burst).context("the publisher has ended")
     }
 
-    fn finish(self) -> anyhow::Result<Published> {
+    fn finish(self) -> anyhow::Result<PublishReport> {
         drop(self.bursts);
         self.thread.join().unwrap_or_else(|_| anyhow::bail!("the publisher panicked"))
     }
 }
 
-fn publish(mut socket: TcpStream, bursts: &Receiver<Burst>, since: Micros) -> anyhow::Result<Published> {
-    let mut published = Published { events: 0, latest: 0, heard: 0 };
+fn publish(mut socket: TcpStream, bursts: &Receiver<Burst>, since: Micros) -> anyhow::Result<PublishReport> {
+    let mut published = PublishReport { events: 0, latest: 0, heard: 0 };
     let answers = socket.try_clone()?;
     let (total_in, total) = sync_channel(1);
     let reader = thread::spawn(move || count_heard(answers, &total));

@@ -118,9 +118,9 @@ pub(crate) async fn serve(listener: TcpListener, routes: Arc<Routes>) {
     }
 }
 
-type Answer = Response<Either<Incoming, Full<Bytes>>>;
+type IngressResponse = Response<Either<Incoming, Full<Bytes>>>;
 
-async fn forward(routes: &Routes, peer: SocketAddr, mut request: Request<Incoming>) -> Answer {
+async fn forward(routes: &Routes, peer: SocketAddr, mut request: Request<Incoming>) -> IngressResponse {
     let request_id = request.headers().get(REQUEST_ID).cloned();
     let Some(socket) = connect(&routes.candidates(request.uri().path())).await else {
         return unavailable(request_id);
@@ -193,7 +193,7 @@ fn remove_hop_by_hop(headers: &mut HeaderMap) {
     }
 }
 
-fn unavailable(request_id: Option<HeaderValue>) -> Answer {
+fn unavailable(request_id: Option<HeaderValue>) -> IngressResponse {
     let request_id = request_id
         .or_else(|| secrets::random_password().ok().and_then(|id| HeaderValue::from_str(&id).ok()))
         .unwrap_or_else(|| HeaderValue::from_static("unknown"));

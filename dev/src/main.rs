@@ -33,15 +33,15 @@ use crate::places::Places;
 /// Runs everything from source: databases, api, gateways, and a proxy with one address in front.
 #[derive(Parser)]
 #[command(name = "cargo dev", bin_name = "cargo dev")]
-struct Cli {
+struct DevCli {
     #[command(flatten)]
     given: servers::Given,
     #[command(subcommand)]
-    command: Command,
+    command: DevCommand,
 }
 
 #[derive(Subcommand)]
-enum Command {
+enum DevCommand {
     /// Run everything until Ctrl-C: databases, one api, two gateways, and a proxy in front of them
     Up(up::Options),
     /// Show what is running
@@ -75,7 +75,7 @@ enum Command {
 }
 
 fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let cli = DevCli::parse();
     if nix::unistd::geteuid().is_root() {
         // Servers run as another account, which must be able to read what is installed for them.
         umask(Mode::S_IWGRP | Mode::S_IWOTH);
@@ -91,17 +91,17 @@ fn main() -> ExitCode {
     })
 }
 
-async fn run(cli: Cli) -> anyhow::Result<ExitCode> {
+async fn run(cli: DevCli) -> anyhow::Result<ExitCode> {
     let places = Places::open()?;
     match cli.command {
-        Command::Up(options) => return up::run(&places, &cli.given, &options).await,
-        Command::Status => manage::status(&places)?,
-        Command::Down => manage::down(&places).await?,
-        Command::Reset => manage::reset(&places).await?,
-        Command::Psql { args } => manage::psql(&places, &cli.given, &args).await?,
-        Command::Test { args } => return suite::run(&places, &cli.given, &with_separator(args)).await,
-        Command::Env => servers::print_env(&places, &cli.given).await?,
-        Command::Prepare { check } => prepare::run(&places, &cli.given, check).await?,
+        DevCommand::Up(options) => return up::run(&places, &cli.given, &options).await,
+        DevCommand::Status => manage::status(&places)?,
+        DevCommand::Down => manage::down(&places).await?,
+        DevCommand::Reset => manage::reset(&places).await?,
+        DevCommand::Psql { args } => manage::psql(&places, &cli.given, &args).await?,
+        DevCommand::Test { args } => return suite::run(&places, &cli.given, &with_separator(args)).await,
+        DevCommand::Env => servers::print_env(&places, &cli.given).await?,
+        DevCommand::Prepare { check } => prepare::run(&places, &cli.given, check).await?,
     }
     Ok(ExitCode::SUCCESS)
 }

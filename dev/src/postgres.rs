@@ -73,14 +73,14 @@ fn major_version(said: &str) -> Option<u32> {
 }
 
 /// A running private server.
-pub(crate) struct Postgres {
+pub(crate) struct DevPostgres {
     /// None when it was found running already.
     pub(crate) child: Option<Child>,
     pub(crate) port: u16,
     password: String,
 }
 
-impl Postgres {
+impl DevPostgres {
     pub(crate) fn url(&self) -> String {
         format!("postgres://postgres:{}@127.0.0.1:{}/{DATABASE}", self.password, self.port)
     }
@@ -97,12 +97,12 @@ pub(crate) async fn start(
     dir: &Path,
     durability: Durability,
     life: Life,
-) -> Result<Postgres> {
+) -> Result<DevPostgres> {
     let data = data_dir(dir, programs.version);
     let account = Account::for_data(&data)?;
     let password = password(dir)?;
     if let Some((_, port)) = ready(&data) {
-        return Ok(Postgres { child: None, port, password });
+        return Ok(DevPostgres { child: None, port, password });
     }
     if !data.join("PG_VERSION").exists() {
         initialise(programs, &data, account, &password, durability).await?;
@@ -118,7 +118,7 @@ pub(crate) async fn start(
     run_as(&mut server, account);
     // SIGINT is Postgres' fast shutdown, and leaves nothing to recover.
     let child = Child::spawn("postgres", life.shape(server, Signal::SIGINT), log_file(dir, "postgres")?)?;
-    let postgres = Postgres { child: Some(child), port, password };
+    let postgres = DevPostgres { child: Some(child), port, password };
     wait_until_ready(&postgres, &data).await.with_context(|| log_end(dir, "postgres"))?;
     create_database(&postgres).await?;
     Ok(postgres)
@@ -187,7 +187,7 @@ pub(crate) fn password(dir: &Path) -> Result<String> {
     secrets::kept(&dir.join("postgres.password"), secrets::random_password)
 }
 
-async fn wait_until_ready(postgres: &Postgres, data: &Path) -> Result<()> {
+async fn wait_until_ready(postgres: &DevPostgres, data: &Path) -> Result<()> {
     let wait = async {
         while ready(data).is_none() {
             if postgres.child.as_ref().is_some_and(Child::has_ended) {
@@ -200,7 +200,7 @@ async fn wait_until_ready(postgres: &Postgres, data: &Path) -> Result<()> {
     tokio::time::timeout(START_DEADLINE, wait).await.context("Postgres did not become ready")?
 }
 
-async fn create_database(postgres: &Postgres) -> Result<()> {
+async fn create_database(postgres: &DevPostgres) -> Result<()> {
     let mut connection = connect(&in_database(&postgres.url(), "postgres")?).await?;
     let exists: bool = sqlx::query_scalar("SELECT EXISTS (SELECT FROM pg_database WHERE datname = $1)")
         .bind(DATABASE)
@@ -232,7 +232,7 @@ pub(crate) fn in_database(url: &str, database: &str) -> Result<String> {
     Ok(format!("{}/{database}{}", &url[..path], &url[query..]))
 }
 
-pub(crate) async fn stop(postgres: &Postgres) {
+pub(crate) async fn stop(postgres: &DevPostgres) {
     if let Some(child) = &postgres.child {
         child.stop(Signal::SIGINT, STOP_PATIENCE).await;
     }

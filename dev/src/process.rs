@@ -99,7 +99,7 @@ fn to_pid(id: u32) -> Pid {
     Pid::from_raw(id.cast_signed())
 }
 
-pub(crate) enum Output {
+pub(crate) enum ChildOutput {
     /// To the terminal, line by line under the child's name.
     Follow(Colour),
     File(File),
@@ -112,14 +112,14 @@ pub(crate) struct Child {
 }
 
 impl Child {
-    pub(crate) fn spawn(name: &str, mut command: Command, output: Output) -> Result<Self> {
+    pub(crate) fn spawn(name: &str, mut command: Command, output: ChildOutput) -> Result<Self> {
         match &output {
-            Output::Follow(_) => command.stdout(Stdio::piped()).stderr(Stdio::piped()),
-            Output::File(file) => command.stdout(file.try_clone()?).stderr(file.try_clone()?),
+            ChildOutput::Follow(_) => command.stdout(Stdio::piped()).stderr(Stdio::piped()),
+            ChildOutput::File(file) => command.stdout(file.try_clone()?).stderr(file.try_clone()?),
         };
         let mut child = command.spawn().with_context(|| cannot_start(&command))?;
         let pid = to_pid(child.id().context("the child was just started")?);
-        if let Output::Follow(colour) = output {
+        if let ChildOutput::Follow(colour) = output {
             if let Some(stdout) = child.stdout.take() {
                 tokio::spawn(follow(name.to_owned(), colour, stdout));
             }
@@ -233,7 +233,7 @@ mod tests {
     async fn child_that_ignores_its_signal_is_killed() {
         let mut shell = command("sh", ["-c", "trap '' TERM; while :; do sleep 0.05; done"]);
         bind_to_runner(&mut shell, Signal::SIGKILL);
-        let child = Child::spawn("stubborn", shell, Output::Follow(Colour::Red)).unwrap();
+        let child = Child::spawn("stubborn", shell, ChildOutput::Follow(Colour::Red)).unwrap();
         // The trap must be in place first.
         tokio::time::sleep(Duration::from_millis(200)).await;
         child.stop(Signal::SIGTERM, Duration::from_millis(300)).await;

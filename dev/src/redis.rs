@@ -32,20 +32,20 @@ pub(crate) async fn program(places: &Places, valkey: bool) -> Result<PathBuf> {
     look().with_context(|| format!("none of {names:?} could be found or installed: set REDIS_URL instead"))
 }
 
-pub(crate) struct Redis {
+pub(crate) struct DevRedis {
     /// None when it was already running.
     pub(crate) child: Option<Child>,
     port: u16,
     password: String,
 }
 
-impl Redis {
+impl DevRedis {
     pub(crate) fn url(&self) -> String {
         format!("redis://default:{}@127.0.0.1:{}/", self.password, self.port)
     }
 }
 
-pub(crate) async fn start(program: &Path, dir: &Path, life: Life) -> Result<Redis> {
+pub(crate) async fn start(program: &Path, dir: &Path, life: Life) -> Result<DevRedis> {
     let data = dir.join("redis");
     fs::create_dir_all(&data)?;
     let account = Account::for_data(&data)?;
@@ -54,7 +54,7 @@ pub(crate) async fn start(program: &Path, dir: &Path, life: Life) -> Result<Redi
     }
     let password = secrets::kept(&dir.join("redis.password"), secrets::random_password)?;
     if let Some((_, port)) = running(dir) {
-        return Ok(Redis { child: None, port, password });
+        return Ok(DevRedis { child: None, port, password });
     }
     let [port] = free_ports()?;
     terminal::step("Starting", format_args!("Redis on 127.0.0.1:{port}"));
@@ -73,13 +73,13 @@ pub(crate) async fn start(program: &Path, dir: &Path, life: Life) -> Result<Redi
     let child = Child::spawn("redis", server, log_file(dir, "redis")?)?;
     std::io::Write::write_all(&mut write, settings.as_bytes())?;
     drop(write);
-    let redis = Redis { child: Some(child), port, password };
+    let redis = DevRedis { child: Some(child), port, password };
     wait_until_ready(&redis).await.with_context(|| log_end(dir, "redis"))?;
     fs::write(dir.join("redis.port"), port.to_string())?;
     Ok(redis)
 }
 
-async fn wait_until_ready(redis: &Redis) -> Result<()> {
+async fn wait_until_ready(redis: &DevRedis) -> Result<()> {
     let wait = async {
         while !answers(redis).await {
             if redis.child.as_ref().is_some_and(Child::has_ended) {
@@ -93,7 +93,7 @@ async fn wait_until_ready(redis: &Redis) -> Result<()> {
 }
 
 /// Whether our own server answers, and not another process that has taken the port.
-async fn answers(redis: &Redis) -> bool {
+async fn answers(redis: &DevRedis) -> bool {
     let exchange = async {
         let mut socket = TcpStream::connect(("127.0.0.1", redis.port)).await?;
         socket.write_all(format!("AUTH {}\r\n", redis.password).as_bytes()).await?;
@@ -111,7 +111,7 @@ pub(crate) fn running(dir: &Path) -> Option<(u32, u16)> {
     works_in(pid, &data).then_some((pid, port))
 }
 
-pub(crate) async fn stop(redis: &Redis) {
+pub(crate) async fn stop(redis: &DevRedis) {
     if let Some(child) = &redis.child {
         child.stop(Signal::SIGTERM, STOP_PATIENCE).await;
     }

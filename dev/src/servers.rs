@@ -8,7 +8,7 @@ use nix::sys::signal::Signal;
 use tokio::process::Command;
 
 use crate::places::Places;
-use crate::process::{self, Child, Output};
+use crate::process::{self, Child, ChildOutput};
 use crate::{postgres, redis, terminal, tools};
 
 #[derive(clap::Args)]
@@ -49,8 +49,8 @@ impl Life {
 }
 
 /// A new log file at each start.
-pub(crate) fn log_file(dir: &Path, name: &str) -> Result<Output> {
-    Ok(Output::File(File::create(dir.join(format!("{name}.log")))?))
+pub(crate) fn log_file(dir: &Path, name: &str) -> Result<ChildOutput> {
+    Ok(ChildOutput::File(File::create(dir.join(format!("{name}.log")))?))
 }
 
 /// Context for a failed start; the file itself may be gone soon.
@@ -63,8 +63,8 @@ pub(crate) fn log_end(dir: &Path, name: &str) -> String {
 pub(crate) struct Servers {
     pub(crate) database_url: String,
     pub(crate) redis_url: String,
-    pub(crate) postgres: Option<postgres::Postgres>,
-    pub(crate) redis: Option<redis::Redis>,
+    pub(crate) postgres: Option<postgres::DevPostgres>,
+    pub(crate) redis: Option<redis::DevRedis>,
 }
 
 impl Servers {
@@ -109,7 +109,7 @@ pub(crate) async fn start_postgres(
     dir: &Path,
     durability: Durability,
     life: Life,
-) -> Result<(Option<postgres::Postgres>, String)> {
+) -> Result<(Option<postgres::DevPostgres>, String)> {
     if let Some(url) = &given.database_url {
         return Ok((None, url.clone()));
     }

@@ -12,11 +12,11 @@ pub(crate) struct State {
     pub(crate) runner: u32,
     /// Empty until everything is ready.
     pub(crate) address: String,
-    pub(crate) processes: Vec<Process>,
+    pub(crate) processes: Vec<ProcessEntry>,
 }
 
 #[derive(Debug, PartialEq, Eq)]
-pub(crate) struct Process {
+pub(crate) struct ProcessEntry {
     pub(crate) name: String,
     pub(crate) pid: i32,
     pub(crate) address: SocketAddr,
@@ -35,7 +35,7 @@ impl State {
 
     fn to_text(&self) -> String {
         let mut text = format!("{} {}\n", self.runner, self.address);
-        for Process { name, pid, address } in &self.processes {
+        for ProcessEntry { name, pid, address } in &self.processes {
             text += &format!("{name} {pid} {address}\n");
         }
         text
@@ -47,7 +47,11 @@ impl State {
         let process = |line: &str| {
             let mut words = line.split(' ');
             let name = words.next()?.to_owned();
-            Some(Process { name, pid: words.next()?.parse().ok()?, address: words.next()?.parse().ok()? })
+            Some(ProcessEntry {
+                name,
+                pid: words.next()?.parse().ok()?,
+                address: words.next()?.parse().ok()?,
+            })
         };
         let processes = lines.map(process).collect::<Option<_>>()?;
         Some(Self { runner: runner.parse().ok()?, address: address.to_owned(), processes })
@@ -99,7 +103,7 @@ mod tests {
 
     fn state() -> State {
         let process =
-            |name: &str, pid| Process { name: name.into(), pid, address: ([127, 0, 0, 1], 80).into() };
+            |name: &str, pid| ProcessEntry { name: name.into(), pid, address: ([127, 0, 0, 1], 80).into() };
         State {
             runner: 7,
             address: "http://localhost:3000".into(),

@@ -21,9 +21,9 @@ use crate::cargo::{binaries, cargo};
 use crate::demo::demo;
 use crate::ingress::{self, Routes};
 use crate::places::Places;
-use crate::process::{self, Child, Output};
+use crate::process::{self, Child, ChildOutput};
 use crate::servers::{Durability, Given, Life, Servers};
-use crate::state::{Lock, Process, State};
+use crate::state::{Lock, ProcessEntry, State};
 use crate::stop::Stop;
 use crate::terminal::{self, Colour};
 use crate::{postgres, secrets};
@@ -47,7 +47,7 @@ pub(crate) async fn run(places: &Places, given: &Given, options: &Options) -> Re
     let dir = places.up();
     let lock = Lock::take(&dir)?;
     let mut stop = Stop::listen()?;
-    let mut running = Running::default();
+    let mut running = RunningProcesses::default();
     let outcome = tokio::select! {
         outcome = running.start(places, given, options, &lock) => outcome.map(Some),
         () = stop.asked() => Ok(None),
@@ -71,14 +71,14 @@ pub(crate) async fn run(places: &Places, given: &Given, options: &Options) -> Re
 }
 
 #[derive(Default)]
-struct Running {
+struct RunningProcesses {
     servers: Option<Servers>,
     api: Option<Child>,
     gateways: Vec<Child>,
     ingress: Option<JoinHandle<()>>,
 }
 
-impl Running {
+impl RunningProcesses {
     /// Starts everything and returns the address to use. After a failure, what was started is in `self`, to be stopped.
     async fn start(
         &mut self,
@@ -125,7 +125,7 @@ impl Running {
         let addresses = [api].into_iter().chain(gateways.map(|(listen, _)| listen));
         let services = self.api.iter().chain(&self.gateways).zip(addresses);
         state.processes = services
-            .map(|(child, address)| Process { name: child.name.clone(), pid: child.id(), address })
+            .map(|(child, address)| ProcessEntry { name: child.name.clone(), pid: child.id(), address })
             .collect();
         state.address.clone_from(&origin);
         lock.write(&state)?;
@@ -193,9 +193,9 @@ async fn build(places: &Places, release: bool) -> Result<PathBuf> {
     binaries(if release { "release" } else { "debug" })
 }
 
-type Settings = Vec<(&'static str, String)>;
+type ServiceSettings = Vec<(&'static str, String)>;
 
-fn common_settings(dir: &Path, origin: &str, servers: &Servers) -> Result<Settings> {
+fn common_settings(dir: &Path, origin: &str, servers: &Servers) -> Result<ServiceSettings> {
     let secret = secrets::kept(&dir.join("internal-secret"), secrets::random_password)?;
     Ok(vec![
         ("ORIGIN", origin.to_owned()),
@@ -206,7 +206,11 @@ fn common_settings(dir: &Path, origin: &str, servers: &Servers) -> Result<Settin
     ])
 }
 
-fn api_settings(dir: &Path, servers: &Servers, [listen, internal, ops]: [SocketAddr; 3]) -> Result<Settings> {
+fn api_settings(
+    dir: &Path,
+    servers: &Servers,
+    [listen, internal, ops]: [SocketAddr; 3],
+) -> Result<ServiceSettings> {
     let key = dir.join("signing-key.pem");
     secrets::kept(&key, || Ok(signing_key()?))?;
     let state_secret = secrets::kept(&dir.join("state-secret"), secrets::random_password)?;
@@ -224,7 +228,7 @@ fn api_settings(dir: &Path, servers: &Servers, [listen, internal, ops]: [SocketA
     ])
 }
 
-fn gateway_settings(internal: SocketAddr, listen: SocketAddr, ops: SocketAddr) -> Settings {
+fn gateway_settings(internal: SocketAddr, listen: SocketAddr, ops: SocketAddr) -> ServiceSettings {
     vec![
         ("LISTEN", listen.to_string()),
         ("OPS_LISTEN", ops.to_string()),
@@ -234,7 +238,7 @@ fn gateway_settings(internal: SocketAddr, listen: SocketAddr, ops: SocketAddr) -
     ]
 }
 
-fn service(program: &Path, arguments: &[&str], common: &Settings, own: &Settings) -> Command {
+fn service(program: &Path, arguments: &[&str], common: &ServiceSettings, own: &ServiceSettings) -> Command {
     let mut command = process::command(program, arguments);
     command.envs(common.iter().chain(own).map(|(name, value)| (name, value)));
     if !terminal::has_colours() {
@@ -248,16 +252,16 @@ fn spawn_service(
     name: &str,
     program: &Path,
     colour: Colour,
-    common: &Settings,
-    own: &Settings,
+    common: &ServiceSettings,
+    own: &ServiceSettings,
 ) -> Result<Child> {
-    Child::spawn(name, service(program, &[], common, own), Output::Follow(colour))
+    Child::spawn(name, service(program, &[], common, own), ChildOutput::Follow(colour))
 }
 
-async fn migrate(binaries: &Path, common: &Settings, own: &Settings) -> Result<()> {
+async fn migrate(binaries: &Path, common: &ServiceSettings, own: &ServiceSettings) -> Result<()> {
     terminal::step("Migrating", "the database");
     let migrate = service(&binaries.join("api"), &["migrate"], common, own);
-    let migrate = Child::spawn("api migrate", migrate, Output::Follow(Colour::Green))?;
+    let migrate = Child::spawn("api migrate", migrate, ChildOutput::Follow(Colour::Green))?;
     match migrate.ended().await {
         Some(status) if status.success() => Ok(()),
         _ => {

@@ -40,7 +40,7 @@ const END_WITHIN: Duration = Duration::from_secs(5);
 
 /// Something that a page reported.
 #[derive(Debug, Clone)]
-pub struct Happening {
+pub struct PageReport {
     page: u64,
     pub kind: String,
     pub text: String,
@@ -48,13 +48,13 @@ pub struct Happening {
     pub url: String,
 }
 
-impl Happening {
+impl PageReport {
     fn is_problem(&self) -> bool {
         matches!(self.kind.as_str(), "console.error" | "exception" | "dialog")
     }
 }
 
-impl fmt::Display for Happening {
+impl fmt::Display for PageReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}: {} ({})", self.kind, self.text, self.url)
     }
@@ -67,7 +67,7 @@ struct Driver {
     stdin: Mutex<Option<ChildStdin>>,
     next: AtomicU64,
     waiting: Mutex<HashMap<u64, Waiting>>,
-    happenings: Mutex<Vec<Happening>>,
+    happenings: Mutex<Vec<PageReport>>,
     /// Its standard error.
     complaints: Mutex<Vec<String>>,
 }
@@ -108,7 +108,7 @@ impl Driver {
         let Ok(line) = serde_json::from_str::<Value>(line) else { return };
         let text = |name: &str| line[name].as_str().unwrap_or_default().to_owned();
         if let Some(page) = line["page"].as_u64() {
-            let happening = Happening { page, kind: text("kind"), text: text("text"), url: text("url") };
+            let happening = PageReport { page, kind: text("kind"), text: text("text"), url: text("url") };
             held(&self.happenings).push(happening);
         } else if let Some(waiting) = line["id"].as_u64().and_then(|id| held(&self.waiting).remove(&id)) {
             waiting(if line["error"].is_string() { Err(text("error")) } else { Ok(line["ok"].clone()) });
@@ -191,18 +191,18 @@ impl Browser {
     }
 
     /// A browser profile of its own, at this origin.
-    pub async fn context(&self, who: &str, origin: &str) -> Context {
+    pub async fn context(&self, who: &str, origin: &str) -> BrowserContext {
         self.context_with(who, origin, json!({})).await
     }
 
     /// With options of Playwright's `newContext`: a window's size, a theme, a language.
-    pub async fn context_with(&self, who: &str, origin: &str, mut options: Value) -> Context {
+    pub async fn context_with(&self, who: &str, origin: &str, mut options: Value) -> BrowserContext {
         options["baseURL"] = origin.into();
         // The tests' certificates are self-signed.
         options["ignoreHTTPSErrors"] = true.into();
         let made = self.driver.call(0, json!([["newContext", options]])).await;
         let number = number(made.unwrap_or_else(|error| panic!("{who}: {error}")));
-        let context = Context(Arc::new(Inner {
+        let context = BrowserContext(Arc::new(Inner {
             driver: self.driver.clone(),
             number,
             who: who.to_owned(),
@@ -262,7 +262,7 @@ fn number(made: Value) -> u64 {
 }
 
 /// Pages that share cookies and storage. Dropped, it closes them and fails the test if they had problems.
-pub struct Context(Arc<Inner>);
+pub struct BrowserContext(Arc<Inner>);
 
 struct Inner {
     driver: Arc<Driver>,
@@ -273,7 +273,7 @@ struct Inner {
     expected: Mutex<Vec<String>>,
 }
 
-impl Context {
+impl BrowserContext {
     /// Anything that Playwright's `BrowserContext` can do.
     pub async fn call(&self, chain: Value) -> Value {
         let called = self.0.driver.call(self.0.number, chain.clone()).await;
@@ -310,19 +310,19 @@ impl Context {
         held(&self.0.expected).push(part.to_owned());
     }
 
-    pub fn problems(&self) -> Vec<Happening> {
+    pub fn problems(&self) -> Vec<PageReport> {
         self.0.problems()
     }
 }
 
 impl Inner {
-    fn happenings(&self) -> Vec<Happening> {
+    fn happenings(&self) -> Vec<PageReport> {
         let pages = held(&self.pages);
         let all = held(&self.driver.happenings);
         all.iter().filter(|happening| pages.contains(&happening.page)).cloned().collect()
     }
 
-    fn problems(&self) -> Vec<Happening> {
+    fn problems(&self) -> Vec<PageReport> {
         let expected = held(&self.expected);
         let mut problems = self.happenings();
         problems.retain(|problem| {
@@ -359,7 +359,7 @@ impl Drop for Inner {
         let _ = self.driver.call_blocking(self.number, json!([["close"]]));
         let problems = self.problems();
         if !std::thread::panicking() && !problems.is_empty() {
-            let lines: Vec<_> = problems.iter().map(Happening::to_string).collect();
+            let lines: Vec<_> = problems.iter().map(PageReport::to_string).collect();
             panic!("{} had problems that nobody expected:\n{}", self.who, lines.join("\n"));
         }
     }
@@ -516,7 +516,7 @@ impl Page {
         found.as_array().into_iter().flatten().filter_map(|line| Some(line.as_str()?.to_owned())).collect()
     }
 
-    pub fn happenings(&self) -> Vec<Happening> {
+    pub fn happenings(&self) -> Vec<PageReport> {
         let all = held(&self.context.driver.happenings);
         all.iter().filter(|happening| happening.page == self.number).cloned().collect()
     }

@@ -11,14 +11,14 @@ use serde_json::json;
 use sqlx::PgPool;
 use testkit::{
     http::{Answer, Call},
-    issuer::{self, AUDIENCE, ISSUER, Issuer, IssuerKey},
+    issuer::{self, AUDIENCE, ISSUER, IssuerKey, TestIssuer},
     until,
 };
 
 use crate::support::{App, ORIGIN, SECRET, assert_problem, config, keys, text};
 
 /// An api that trusts the issuer of the tests.
-fn trusting(issuer: &Issuer, pool: &PgPool) -> Config {
+fn trusting(issuer: &TestIssuer, pool: &PgPool) -> Config {
     let settings = ExternalSettings { issuer: issuer::issuer(), jwks_url: issuer.url() };
     Config { external: Some(settings), ..config((*pool.connect_options()).clone()) }
 }
@@ -40,7 +40,7 @@ impl App {
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
 async fn external_token_creates_its_user_and_works_everywhere(pool: PgPool) {
     let key = IssuerKey::number(0);
-    let issuer = Issuer::start(Some(&key));
+    let issuer = TestIssuer::start(Some(&key));
     let (app, replica) =
         tokio::join!(App::start_with(trusting(&issuer, &pool)), App::start_with(trusting(&issuer, &pool)));
     let john = app.user(&pool, "john").await;
@@ -101,7 +101,7 @@ async fn external_token_creates_its_user_and_works_everywhere(pool: PgPool) {
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
 async fn external_token_has_no_session_to_list_or_end(pool: PgPool) {
     let key = IssuerKey::number(0);
-    let issuer = Issuer::start(Some(&key));
+    let issuer = TestIssuer::start(Some(&key));
     let app = App::start_with(trusting(&issuer, &pool)).await;
     let token = key.token("jane", soon());
     app.whoami(&token).await;
@@ -137,7 +137,7 @@ async fn external_token_has_no_session_to_list_or_end(pool: PgPool) {
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
 async fn external_picture_is_updated_missing_claims_change_nothing(pool: PgPool) {
     let key = IssuerKey::number(0);
-    let issuer = Issuer::start(Some(&key));
+    let issuer = TestIssuer::start(Some(&key));
     let app = App::start_with(trusting(&issuer, &pool)).await;
     let claims = json!({ "iss": ISSUER, "aud": AUDIENCE, "sub": "s", "exp": soon(), "name": "Jane D." });
     let with = |picture: &str| {
@@ -165,7 +165,7 @@ async fn external_picture_is_updated_missing_claims_change_nothing(pool: PgPool)
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
 async fn tokens_not_exactly_of_the_issuer_are_rejected(pool: PgPool) {
     let key = IssuerKey::number(0);
-    let issuer = Issuer::start(Some(&key));
+    let issuer = TestIssuer::start(Some(&key));
     let app = App::start_with(trusting(&issuer, &pool)).await;
     let john = app.user(&pool, "john").await;
     let claims = |iss: &str, aud: &str, exp: i64| json!({ "iss": iss, "aud": aud, "sub": "s", "exp": exp });
@@ -200,7 +200,7 @@ async fn tokens_not_exactly_of_the_issuer_are_rejected(pool: PgPool) {
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
 async fn unreachable_issuer_makes_no_token_invalid(pool: PgPool) {
     let key = IssuerKey::number(0);
-    let issuer = Issuer::start(None);
+    let issuer = TestIssuer::start(None);
     let app = App::start_with(trusting(&issuer, &pool)).await;
     let john = app.user(&pool, "john").await;
     let token = key.token("jane", soon());
@@ -234,7 +234,7 @@ async fn unreachable_issuer_makes_no_token_invalid(pool: PgPool) {
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
 async fn gateways_get_the_issuers_keys_and_users_of_subjects(pool: PgPool) {
     let key = IssuerKey::number(0);
-    let issuer = Issuer::start(Some(&key));
+    let issuer = TestIssuer::start(Some(&key));
     let app = App::start_with(trusting(&issuer, &pool)).await;
     let keys = |query: &str| app.client.get(format!("{}{KEYS_PATH}{query}", app.internal));
     assert_problem(&keys("").send().await.unwrap(), 401, "Unauthorized");

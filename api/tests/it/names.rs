@@ -6,7 +6,7 @@ use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
 use chrono::Utc;
 use serde_json::{Value, json};
 use sqlx::PgPool;
-use testkit::issuer::{self, AUDIENCE, ISSUER, Issuer, IssuerKey};
+use testkit::issuer::{self, AUDIENCE, ISSUER, IssuerKey, TestIssuer};
 
 use crate::{
     providers::{Browser, CLIENT_ID, Fake, Say, oidc_at, ours, parameter},
@@ -28,7 +28,7 @@ const ALIKE: [(&str, &str); 8] = [
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
 async fn external_name_cannot_look_like_another(pool: PgPool) {
     let key = IssuerKey::number(0);
-    let issuer = Issuer::start(Some(&key));
+    let issuer = TestIssuer::start(Some(&key));
     let settings = ExternalSettings { issuer: issuer::issuer(), jwks_url: issuer.url() };
     let app =
         App::start_with(Config { external: Some(settings), ..config((*pool.connect_options()).clone()) })
@@ -47,7 +47,7 @@ async fn external_name_cannot_look_like_another(pool: PgPool) {
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
 async fn every_legal_form_of_an_issuer_is_accepted(pool: PgPool) {
     let key = IssuerKey::number(0);
-    let issuer = Issuer::start(None);
+    let issuer = TestIssuer::start(None);
     // One entry is malformed, one of a kind that nobody knows, and ours has no name.
     let mut own = serde_json::to_value(&key.jwks().keys[0]).unwrap();
     own.as_object_mut().unwrap().remove("kid");

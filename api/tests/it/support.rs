@@ -28,7 +28,7 @@ use serde_json::{Value, json};
 use service_kit::{client_address::TrustedProxies, redis_topology::RedisTopology, secrets::Secrets};
 use sqlx::{PgPool, postgres::PgConnectOptions};
 use testkit::{
-    documented::Document,
+    documented::OpenApiDocument,
     http::{Answer, Call, Client},
     panics, programs, until,
 };
@@ -96,7 +96,8 @@ pub(crate) fn config(database: PgConnectOptions) -> Config {
     }
 }
 
-static DOCUMENT: LazyLock<Document> = LazyLock::new(|| Document::new(include_str!("../../openapi.json")));
+static DOCUMENT: LazyLock<OpenApiDocument> =
+    LazyLock::new(|| OpenApiDocument::new(include_str!("../../openapi.json")));
 
 /// A client that holds every answer of the public listener against the document, but for the web client's files.
 fn documented(public: String) -> Client {

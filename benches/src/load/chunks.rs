@@ -3,7 +3,7 @@
 const DIGITS: u32 = 8;
 
 #[derive(Debug, Default)]
-pub struct Chunks {
+pub struct ChunkReader {
     within: Within,
 }
 
@@ -23,7 +23,7 @@ impl Default for Within {
     }
 }
 
-impl Chunks {
+impl ChunkReader {
     /// Appends to `body`. `true` at the end of the body; after that, or an error, nothing more is read.
     pub fn read(&mut self, mut bytes: &[u8], body: &mut Vec<u8>) -> Result<bool, &'static str> {
         while let Some((&byte, rest)) = bytes.split_first() {

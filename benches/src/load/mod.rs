@@ -24,7 +24,7 @@ use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use testkit::{process::Process, usage::Cpu};
 
 pub use self::{
-    posts::{Posted, Posts, run as run_posts},
+    posts::{PostReport, Posts, run as run_posts},
     streams::run as run_streams,
     viewer::digest,
 };
@@ -112,13 +112,13 @@ pub struct Report {
     pub resyncs: u64,
 }
 
-pub struct Streams {
+pub struct StreamLoad {
     process: Process,
     orders: ChildStdin,
     answers: BufReader<ChildStdout>,
 }
 
-impl Streams {
+impl StreamLoad {
     pub fn start() -> anyhow::Result<Self> {
         let mut process = start(&[STREAMS])?;
         let orders = process.child().stdin.take().context("stdin is piped")?;
@@ -192,7 +192,7 @@ impl Posting {
     }
 
     /// Without a `length` it posts until now. Waits for the last answers.
-    pub fn finish(mut self) -> anyhow::Result<Posted> {
+    pub fn finish(mut self) -> anyhow::Result<PostReport> {
         drop(self.process.child().stdin.take());
         let stdout = self.process.child().stdout.take().context("stdout is piped")?;
         let mut line = String::new();

@@ -38,7 +38,7 @@ const PAUSE: Duration = Duration::from_millis(250);
 const PATIENCE: Duration = Duration::from_mins(1);
 
 #[derive(Debug, Default, Serialize, Deserialize)]
-pub struct Posted {
+pub struct PostReport {
     pub accepted: u64,
     /// From when a message was due to its answer; microseconds.
     pub latencies: Vec<u32>,
@@ -62,14 +62,14 @@ pub fn run(order: &str) -> anyhow::Result<()> {
             ENOUGH.store(true, Ordering::Relaxed);
         });
     }
-    let results: Vec<anyhow::Result<Posted>> = thread::scope(|scope| {
+    let results: Vec<anyhow::Result<PostReport>> = thread::scope(|scope| {
         let (posts, senders) = (&posts, &senders[..]);
         let clients: Vec<_> =
             (0..posts.clients).map(|number| scope.spawn(move || client(posts, senders, number))).collect();
         let joined = clients.into_iter().map(thread::ScopedJoinHandle::join);
         joined.map(|result| result.unwrap_or_else(|_| anyhow::bail!("a client panicked"))).collect()
     });
-    let mut all = Posted::default();
+    let mut all = PostReport::default();
     for result in results {
         let posted = result?;
         all.accepted += posted.accepted;
@@ -85,9 +85,9 @@ pub fn run(order: &str) -> anyhow::Result<()> {
 }
 
 /// Each client has its own conversations.
-fn client(posts: &Posts, senders: &[Sender], number: usize) -> anyhow::Result<Posted> {
+fn client(posts: &Posts, senders: &[Sender], number: usize) -> anyhow::Result<PostReport> {
     let mut connection = Some(HttpConnection::open(posts.api)?);
-    let mut posted = Posted::default();
+    let mut posted = PostReport::default();
     let length = posts.length.map_or(Micros::MAX, micros);
     let mine = senders.chunks(2).skip(number).step_by(posts.clients).flatten().cycle();
     for (turn, sender) in mine.enumerate() {

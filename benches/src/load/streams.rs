@@ -45,16 +45,16 @@ pub fn run() -> anyhow::Result<()> {
     Holder::new(poll).run(&orders)
 }
 
-struct Stream {
+struct ViewerStream {
     viewer: Viewer,
     ledger: Ledger,
-    connection: Option<OpenStream>,
+    connection: Option<StreamSocket>,
     heartbeats: bool,
     longest_delay: u32,
     ended_at: Option<Micros>,
 }
 
-struct OpenStream {
+struct StreamSocket {
     socket: TcpStream,
     reader: Reader,
     asked: bool,
@@ -64,7 +64,7 @@ struct OpenStream {
 
 struct Holder {
     poll: Poll,
-    streams: Vec<Stream>,
+    streams: Vec<ViewerStream>,
     gateway: SocketAddr,
     waiting: VecDeque<usize>,
     per_second: f64,
@@ -147,7 +147,7 @@ impl Holder {
                 for viewer in read_lines(&viewers)? {
                     self.waiting.push_back(self.streams.len());
                     let ledger = Ledger::default();
-                    self.streams.push(Stream {
+                    self.streams.push(ViewerStream {
                         viewer,
                         ledger,
                         connection: None,
@@ -188,7 +188,7 @@ impl Holder {
     }
 
     fn report(&self) -> Report {
-        let summary = |stream: &Stream| StreamSummary {
+        let summary = |stream: &ViewerStream| StreamSummary {
             user: stream.viewer.user,
             began: stream.ledger.began.map(|position| position.to_string()),
             newest: stream.ledger.position.map(|position| position.to_string()),
@@ -233,7 +233,7 @@ impl Holder {
             let interest = Interest::READABLE | Interest::WRITABLE;
             self.poll.registry().register(&mut socket, Token(index), interest)?;
             let reader = Reader::default();
-            Ok(OpenStream { socket, reader, asked: false, ready: false, goodbye: None })
+            Ok(StreamSocket { socket, reader, asked: false, ready: false, goodbye: None })
         });
         match connection {
             Ok(connection) => {
@@ -404,7 +404,12 @@ fn connect(gateway: SocketAddr, index: usize) -> io::Result<TcpStream> {
 }
 
 /// Sends the request once connected; [`io::ErrorKind::NotConnected`] before.
-fn ask(connection: &mut OpenStream, viewer: &Viewer, ledger: &Ledger, gateway: SocketAddr) -> io::Result<()> {
+fn ask(
+    connection: &mut StreamSocket,
+    viewer: &Viewer,
+    ledger: &Ledger,
+    gateway: SocketAddr,
+) -> io::Result<()> {
     if let Some(error) = connection.socket.take_error()? {
         return Err(error);
     }

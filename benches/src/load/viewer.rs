@@ -5,7 +5,7 @@ use std::hash::{DefaultHasher, Hash, Hasher};
 use chrono::DateTime;
 use protocol::{event::kind, position::Position};
 
-use super::chunks::Chunks;
+use super::chunks::ChunkReader;
 
 const LONGEST: usize = 64 * 1024;
 const DEFAULT_RETRY_MILLIS: u32 = 3_000;
@@ -63,7 +63,7 @@ enum Body {
     /// Until the connection closes, as in HTTP/1.0.
     #[default]
     Open,
-    Chunked(Chunks),
+    Chunked(ChunkReader),
     /// Bytes still to come: the proxy's own answer.
     Known(usize),
 }
@@ -99,7 +99,7 @@ impl Reader {
         }
         for line in lines.map(str::to_ascii_lowercase) {
             if line == "transfer-encoding: chunked" {
-                self.body = Body::Chunked(Chunks::default());
+                self.body = Body::Chunked(ChunkReader::default());
             } else if let Some(length) = line.strip_prefix("content-length: ") {
                 self.body = Body::Known(length.parse().unwrap_or_default());
             }

@@ -9,9 +9,9 @@ use testkit::{service::Service, world::User};
 use super::{Costs, PATIENCE, Sizes, check_ledgers, open_streams, print_complaints};
 use crate::{
     fixtures::{self, Bench},
-    load::{Order, Streams},
+    load::{Order, StreamLoad},
     report::{Percentiles, count, figure, heading, progress},
-    source::{Commits, Published, Source},
+    source::{Commits, EventLoad, PublishReport},
 };
 
 /// Longer than a step: a reconcile would deliver what is to be measured by Redis.
@@ -26,7 +26,7 @@ pub async fn run(sizes: &Sizes) -> anyhow::Result<()> {
 
     let gateway = world.gateway(api.internal()).ready().await;
     let mut streams = open_streams(&world, &gateway, &users, sizes).await?;
-    let scene = Scene { world: &world, users: &users, api: &api, gateway: &gateway };
+    let scene = FanoutRun { world: &world, users: &users, api: &api, gateway: &gateway };
     scene.warm_up(&mut streams, sizes).await?;
     heading(format_args!(
         "  {}/s for {:?} over {} streams, everything as shipped; events are committed moments before they are published",
@@ -40,7 +40,7 @@ pub async fn run(sizes: &Sizes) -> anyhow::Result<()> {
 
     let gateway = world.gateway(api.internal()).env("RECONCILE_SECONDS", NO_RECONCILE).ready().await;
     let mut streams = open_streams(&world, &gateway, &users, sizes).await?;
-    let scene = Scene { world: &world, users: &users, api: &api, gateway: &gateway };
+    let scene = FanoutRun { world: &world, users: &users, api: &api, gateway: &gateway };
     scene.warm_up(&mut streams, sizes).await?;
     for &rate in &sizes.ceiling_rates {
         heading(format_args!(
@@ -57,17 +57,17 @@ pub async fn run(sizes: &Sizes) -> anyhow::Result<()> {
     Ok(())
 }
 
-struct Scene<'a> {
+struct FanoutRun<'a> {
     world: &'a Bench,
     users: &'a [User],
     api: &'a Service,
     gateway: &'a Service,
 }
 
-impl Scene<'_> {
-    async fn warm_up(&self, streams: &mut Streams, sizes: &Sizes) -> anyhow::Result<()> {
+impl FanoutRun<'_> {
+    async fn warm_up(&self, streams: &mut StreamLoad, sizes: &Sizes) -> anyhow::Result<()> {
         progress("warming up");
-        let mut source = Source::new(self.world, self.users).await?;
+        let mut source = EventLoad::new(self.world, self.users).await?;
         let warm_up = Duration::from_secs(1);
         let published = source.steady(sizes.fanout_rate, warm_up, Commits::Meanwhile, |_| Ok(())).await?;
         let arrived = |status: &crate::load::Status| status.events >= published.events;
@@ -78,12 +78,12 @@ impl Scene<'_> {
     /// `false`: the rate was too much.
     async fn step(
         &self,
-        streams: &mut Streams,
+        streams: &mut StreamLoad,
         rate: u32,
         length: Duration,
         commits: Commits,
     ) -> anyhow::Result<bool> {
-        let mut source = Source::new(self.world, self.users).await?;
+        let mut source = EventLoad::new(self.world, self.users).await?;
         let mut at_start = None;
         let detours = self.detours().await;
         let published = source
@@ -94,7 +94,7 @@ impl Scene<'_> {
             })
             .await?;
         let (since, costs) = at_start.context("the source begins")?;
-        let Published { events, latest, heard } = published;
+        let PublishReport { events, latest, heard } = published;
         let status = streams.until("all events arrive", PATIENCE, |status| status.events >= events)?;
         let costs = self.costs(streams)?.since(&costs);
         let detours = self.detours().await - detours;
@@ -125,7 +125,7 @@ impl Scene<'_> {
         Ok(latency.p99 < TOO_LATE_MICROS && delivered > 0.95 * f64::from(rate))
     }
 
-    fn costs(&self, streams: &Streams) -> anyhow::Result<Costs> {
+    fn costs(&self, streams: &StreamLoad) -> anyhow::Result<Costs> {
         Costs::now(self.world, self.api, Some(self.gateway), Some(streams))
     }
 

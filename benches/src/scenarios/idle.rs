@@ -10,7 +10,7 @@ use crate::{
     fixtures::{self, Bench},
     load::Order,
     report::{count, figure, megabytes, progress},
-    source::Source,
+    source::EventLoad,
 };
 
 /// Bytes of the gateway's memory per stream.
@@ -40,7 +40,7 @@ pub async fn run(sizes: &Sizes) -> anyhow::Result<()> {
     );
 
     progress("one event to each");
-    Source::new(&world, &users).await?.one_each().await?;
+    EventLoad::new(&world, &users).await?.one_each().await?;
     streams.until("everybody has the event", PATIENCE, |status| status.events >= users.len() as u64)?;
     figure("PSS after an event to each", each(gateway.memory()?));
 

@@ -14,7 +14,7 @@ use testkit::{service::Service, usage::Cpu, world::User};
 use crate::{
     clock::now,
     fixtures::{self, Bench},
-    load::{Order, Streams, check},
+    load::{Order, StreamLoad, check},
     machine,
     report::{figure, heading, progress},
 };
@@ -123,10 +123,10 @@ async fn open_streams(
     gateway: &Service,
     users: &[User],
     sizes: &Sizes,
-) -> anyhow::Result<Streams> {
+) -> anyhow::Result<StreamLoad> {
     progress(format_args!("opening {} streams", users.len()));
     let viewers = fixtures::viewers_file(world, users)?;
-    let mut streams = Streams::start()?;
+    let mut streams = StreamLoad::start()?;
     let per_second = sizes.opened_per_second;
     streams.order(&Order::Open { gateway: gateway.public(), viewers, per_second })?;
     streams.until("all streams are ready", PATIENCE, |status| status.ready == users.len())?;
@@ -134,7 +134,7 @@ async fn open_streams(
     Ok(streams)
 }
 
-async fn check_ledgers(world: &Bench, streams: &mut Streams, users: &[User]) -> anyhow::Result<()> {
+async fn check_ledgers(world: &Bench, streams: &mut StreamLoad, users: &[User]) -> anyhow::Result<()> {
     check(&streams.report()?, &fixtures::heads(world, users).await?)
 }
 
@@ -152,11 +152,11 @@ impl Costs {
         world: &Bench,
         api: &Service,
         gateway: Option<&Service>,
-        streams: Option<&Streams>,
+        streams: Option<&StreamLoad>,
     ) -> anyhow::Result<Self> {
         let none = Cpu(Duration::ZERO);
         let own = Cpu::of(std::process::id())?;
-        let streams = streams.map_or(Ok(none), Streams::cpu)?;
+        let streams = streams.map_or(Ok(none), StreamLoad::cpu)?;
         Ok(Self {
             gateway: gateway.map_or(Ok(none), Service::cpu)?,
             api: api.cpu()?,

@@ -11,7 +11,7 @@ use crate::{
     fixtures::{self, Bench},
     load::Order,
     report::{Percentiles, count, figure, heading, progress},
-    source::Source,
+    source::EventLoad,
 };
 
 /// New streams come faster than a gateway accepts by default.
@@ -33,7 +33,7 @@ async fn storm(sizes: &Sizes, as_browsers: bool, settings: impl Fn(Plan) -> Plan
     let api = world.api().ready().await;
     let mut gateway = settings(world.gateway(api.internal())).ready().await;
     let mut streams = open_streams(&world, &gateway, &users, sizes).await?;
-    let mut source = Source::new(&world, &users).await?;
+    let mut source = EventLoad::new(&world, &users).await?;
     source.one_each().await?;
     streams.until("everybody has an event", PATIENCE, |status| status.events >= everybody)?;
 

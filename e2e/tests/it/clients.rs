@@ -14,7 +14,7 @@ use e2e::{
     Browser, Front, World,
     browser::Page,
     clients::{ClientProgram, Language, block, event, strict},
-    ledger::Feed,
+    ledger::StoredFeed,
 };
 use protocol::{ids::UserId, position::Seq};
 use serde_json::json;
@@ -85,7 +85,7 @@ async fn until_all(clients: &mut [ClientProgram], what: &str, holds: impl Fn(&Cl
 }
 
 async fn until_caught_up(world: &World, jane: UserId, clients: &mut [ClientProgram], page: Option<&Page>) {
-    let head = Feed::read(&world.sql, jane).await.head_cursor();
+    let head = StoredFeed::read(&world.sql, jane).await.head_cursor();
     until_all(clients, "everybody receives the newest event", |client| client.has(&head)).await;
     if let Some(page) = page {
         page.wait_for("the newest event", &format!("lines.some((line) => line.startsWith('{head} '))")).await;
@@ -134,7 +134,7 @@ async fn documented_clients_receive_exactly_the_feed() {
     let readers = documented.len() + strict.len() + 1;
     until("all streams are open", || async { a.metric("messenger_gateway_streams").await == readers as f64 })
         .await;
-    let begin = Feed::read(&world.sql, jane).await.head;
+    let begin = StoredFeed::read(&world.sql, jane).await.head;
     let traffic = Traffic::start(&world, &[&api], &[(two.john.clone(), two.conversation)], PAUSE);
     traffic.more(30).await;
 
@@ -194,13 +194,13 @@ async fn documented_clients_receive_exactly_the_feed() {
     assert_exact(&world, jane, begin, &documented).await;
     let lines = page.evaluate("lines").await;
     let lines = lines.as_array().unwrap().iter().map(|line| event(line.as_str().unwrap()));
-    Feed::read(&world.sql, jane).await.assert_is("browser", &lines.collect::<Vec<_>>(), begin);
+    StoredFeed::read(&world.sql, jane).await.assert_is("browser", &lines.collect::<Vec<_>>(), begin);
     assert_eq!(page.evaluate("troubles").await, json!(["401"]));
 }
 
 /// Each received everything after `begin`, once, in order, byte for byte.
 async fn assert_exact(world: &World, jane: UserId, begin: Seq, clients: &[ClientProgram]) {
-    let feed = Feed::read(&world.sql, jane).await;
+    let feed = StoredFeed::read(&world.sql, jane).await;
     let difference = |client: &ClientProgram| {
         let difference = feed.difference(&client.events(), begin)?;
         Some(format!("{}: {difference}", client.name))

@@ -4,14 +4,14 @@ use std::{sync::Arc, time::Duration};
 
 use e2e::{
     Service, World,
-    ledger::{Feed, assert_exact},
+    ledger::{StoredFeed, assert_exact},
 };
 use futures_util::future::join_all;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use testkit::{
     proxy::Proxy,
     servers::{Postgres, Redis},
-    sse::{Block, EventSource, Resume},
+    sse::{Block, EventSource, ReconnectBy},
     until,
 };
 
@@ -200,7 +200,7 @@ async fn a_stream_opened_while_api_is_away_is_whole_once_it_is_back() {
     let gateway = world.gateway(link.address()).ready().await;
     let two = Two::meet(&world, &api).await;
     two.say(&world, &api, 3).await;
-    let cursor = Feed::read(&world.sql, two.jane.id).await.head_cursor();
+    let cursor = StoredFeed::read(&world.sql, two.jane.id).await.head_cursor();
     let desk = browser(gateway.stream(&two.jane).last_event_id(&cursor));
     desk.ready().await;
     link.silence();
@@ -306,8 +306,10 @@ async fn a_gateway_that_was_frozen_goes_on_exactly() {
     let api = world.api().ready().await;
     let mut gateway = world.gateway(api.internal()).env("RECONCILE_SECONDS", 1).ready().await;
     let two = Two::meet(&world, &api).await;
-    let watching =
-        vec![(two.jane.clone(), EventSource::open(vec![gateway.stream(&two.jane)], Resume::Header, RETRY))];
+    let watching = vec![(
+        two.jane.clone(),
+        EventSource::open(vec![gateway.stream(&two.jane)], ReconnectBy::Header, RETRY),
+    )];
     watching[0].1.ready().await;
     let line = [(two.john.clone(), two.conversation)];
     let traffic = Traffic::start(&world, &[&api], &line, Duration::from_millis(2));
@@ -318,6 +320,6 @@ async fn a_gateway_that_was_frozen_goes_on_exactly() {
     traffic.more(20).await;
     traffic.stop().await;
     assert_all_exact(&world, &api, &line, &watching).await;
-    let feed = Feed::read(&world.sql, two.jane.id).await;
+    let feed = StoredFeed::read(&world.sql, two.jane.id).await;
     feed.assert_without_holes();
 }

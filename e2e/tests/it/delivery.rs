@@ -4,13 +4,13 @@ use std::{sync::Arc, time::Duration};
 
 use e2e::{
     World,
-    ledger::{Feed, assert_exact},
+    ledger::{StoredFeed, assert_exact},
 };
 use futures_util::future::join_all;
 use testkit::{
     proxy::Proxy,
     servers::Redis,
-    sse::{EventSource, Opening, Resume},
+    sse::{EventSource, ReconnectBy, StreamRequest},
     until,
 };
 
@@ -49,15 +49,18 @@ async fn every_device_receives_exactly_its_users_feed() {
     // One of the three paths breaks off in the middle of what it carries.
     let breaking = Proxy::start(a.public()).await;
     breaking.cut_after(3_500);
-    let ways = |user: &e2e::User, first: usize| -> Vec<Opening> {
-        let broken = Opening::new(format!("http://{}/api/messages", breaking.address())).bearer(&user.token);
+    let ways = |user: &e2e::User, first: usize| -> Vec<StreamRequest> {
+        let broken =
+            StreamRequest::new(format!("http://{}/api/messages", breaking.address())).bearer(&user.token);
         let mut ways = vec![broken, b.stream(user), c.stream(user)];
         ways.rotate_left(first % 3);
         ways
     };
     let mut watching = Vec::new();
     for (number, user) in crowd.users.iter().enumerate() {
-        for (device, resume) in [Resume::Header, Resume::Query, Resume::Alternately].into_iter().enumerate() {
+        for (device, resume) in
+            [ReconnectBy::Header, ReconnectBy::Query, ReconnectBy::Alternately].into_iter().enumerate()
+        {
             watching.push((user.clone(), EventSource::open(ways(user, number + device), resume, RETRY)));
         }
     }
@@ -79,7 +82,7 @@ async fn every_device_receives_exactly_its_users_feed() {
     assert_all_exact(&world, &one, &crowd.lines, &watching).await;
     let mut delivered = 0;
     for user in &crowd.users {
-        let feed = Feed::read(&world.sql, user.id).await;
+        let feed = StoredFeed::read(&world.sql, user.id).await;
         feed.assert_without_holes();
         delivered += feed.events.len();
     }
@@ -166,7 +169,7 @@ async fn message_posted_while_joining_is_not_missed() {
     for number in 0..60 {
         let user = world.user(&api, &format!("user{number}")).await;
         let conversation = world.conversation(&api, &john, &user).await;
-        let cursor = Feed::read(&world.sql, user.id).await.head_cursor();
+        let cursor = StoredFeed::read(&world.sql, user.id).await.head_cursor();
         joining.push((user, conversation, cursor));
     }
     for wave in joining.chunks(6) {

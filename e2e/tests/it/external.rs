@@ -4,8 +4,8 @@ use chrono::Utc;
 use e2e::World;
 use serde_json::json;
 use testkit::{
-    issuer::{Issuer, IssuerKey},
-    sse::Opening,
+    issuer::{IssuerKey, TestIssuer},
+    sse::StreamRequest,
     until,
 };
 
@@ -13,7 +13,7 @@ use testkit::{
 async fn external_token_works_for_rest_and_stream() {
     let world = World::new().await;
     let key = IssuerKey::number(0);
-    let issuer = Issuer::start(Some(&key));
+    let issuer = TestIssuer::start(Some(&key));
     let mut api = world.api_with_issuer(&issuer.url()).ready().await;
     let gateway = world.gateway(api.internal()).ready().await;
     let token = |subject: &str| {
@@ -24,7 +24,7 @@ async fn external_token_works_for_rest_and_stream() {
     let john = world.user(&api, "john").await;
     // The gateway may be the first that sees a user, and makes them known.
     let jane = token("jane");
-    let open = |token: &str| Opening::new(gateway.url("/api/messages")).bearer(token);
+    let open = |token: &str| StreamRequest::new(gateway.url("/api/messages")).bearer(token);
     let mut stream = open(&jane).stream().await;
     let place = stream.named("ready").await;
 
@@ -45,7 +45,7 @@ async fn external_token_works_for_rest_and_stream() {
     world.remember(&stream_token);
     let cursor = place.id.unwrap();
     let url = format!("/api/messages?token={stream_token}&lastEventId={cursor}");
-    let mut resumed = Opening::new(other.url(&url)).stream().await;
+    let mut resumed = StreamRequest::new(other.url(&url)).stream().await;
     for name in ["ready", "conversation.created", "message.sent"] {
         resumed.named(name).await;
     }

@@ -10,7 +10,7 @@ use std::{
 
 use e2e::{Service, World};
 use serde_json::json;
-use testkit::{cluster::Cluster, http::Client, ports::free_port, soon, sse::Opening};
+use testkit::{cluster::Cluster, http::Client, ports::free_port, soon, sse::StreamRequest};
 
 use crate::endings::{goodbye, ready};
 
@@ -52,7 +52,7 @@ impl Load {
     async fn streams(&self) {
         while !self.stop.load(Ordering::Relaxed) {
             for token in self.some() {
-                let mut stream = Opening::new(self.stream.clone()).bearer(&token).stream().await;
+                let mut stream = StreamRequest::new(self.stream.clone()).bearer(&token).stream().await;
                 stream.named("ready").await;
                 self.streams.fetch_add(1, Ordering::Relaxed);
             }

@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
-use e2e::{World, ledger::Feed};
+use e2e::{World, ledger::StoredFeed};
 use futures_util::future::join_all;
 use serde_json::json;
 
@@ -35,7 +35,7 @@ async fn replicas_killed_at_work_leave_no_gap_and_no_duplicate() {
     );
     let mut told = 0;
     for user in &crowd.users {
-        let feed = Feed::read(&world.sql, user.id).await;
+        let feed = StoredFeed::read(&world.sql, user.id).await;
         feed.assert_without_holes();
         let mut ids = BTreeSet::new();
         for event in &feed.events {
@@ -61,7 +61,7 @@ async fn key_repeated_at_two_replicas_is_one_message() {
     let world = World::new().await;
     let (one, two) = tokio::join!(world.api().ready(), world.api().ready());
     let pair = Two::meet(&world, &one).await;
-    let before = Feed::read(&world.sql, pair.jane.id).await.head;
+    let before = StoredFeed::read(&world.sql, pair.jane.id).await.head;
     let body = json!({ "content": world.text() });
     let calls = (0..20).map(|number| {
         let api = if number % 2 == 0 { &one } else { &two };
@@ -74,7 +74,7 @@ async fn key_repeated_at_two_replicas_is_one_message() {
     let fresh = answers.iter().filter(|answer| answer.header("idempotent-replayed").is_none()).count();
     assert_eq!(fresh, 1);
     for user in [&pair.jane, &pair.john] {
-        let feed = Feed::read(&world.sql, user.id).await;
+        let feed = StoredFeed::read(&world.sql, user.id).await;
         assert_eq!(feed.head, before + 1);
         feed.assert_without_holes();
     }
@@ -94,7 +94,7 @@ async fn eight_at_once_who_start_one_conversation_make_one() {
     let ids: BTreeSet<_> = join_all(calls).await.into_iter().collect();
     assert_eq!(ids.len(), 1);
     for user in [&john, &jane] {
-        let feed = Feed::read(&world.sql, user.id).await;
+        let feed = StoredFeed::read(&world.sql, user.id).await;
         assert_eq!(feed.events.len(), 1, "told once");
         feed.assert_without_holes();
     }

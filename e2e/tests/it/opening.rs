@@ -1,7 +1,7 @@
 //! What a client gets when it asks for a stream: the head, at once, whatever is down; or the one right error.
 
 use chrono::Utc;
-use e2e::{Service, World, ledger::Feed};
+use e2e::{Service, World, ledger::StoredFeed};
 use protocol::{
     claims::{Audience, Claims, SigningKeys},
     problem::Problem,
@@ -11,7 +11,7 @@ use testkit::{
     ports::free_port,
     servers::Redis,
     soon,
-    sse::{Block, Opening},
+    sse::{Block, StreamRequest},
     until,
 };
 
@@ -35,7 +35,7 @@ async fn a_stream_opens_with_its_head_a_retry_and_ready() {
         assert!((2_000..=5_000).contains(&retry.as_millis()), "{retry:?}");
         retries.push(retry);
         let ready = stream.named("ready").await;
-        let head = Feed::read(&world.sql, two.jane.id).await.head_cursor();
+        let head = StoredFeed::read(&world.sql, two.jane.id).await.head_cursor();
         assert_eq!(ready.id, Some(head.clone()));
         let data = ready.json();
         assert_eq!(data["cursor"], head.as_str());
@@ -83,7 +83,7 @@ async fn head_and_retry_do_not_wait_for_api_or_redis() {
     assert!(gateway.is_ready().await, "a gateway without Redis and api is degraded, and still ready");
 
     api.restart().await;
-    let head = Feed::read(&world.sql, two.jane.id).await.head_cursor();
+    let head = StoredFeed::read(&world.sql, two.jane.id).await.head_cursor();
     for stream in &mut streams {
         assert_eq!(stream.named("ready").await.id.as_ref(), Some(&head));
     }
@@ -109,7 +109,7 @@ async fn gateway_without_keys_is_unready_and_never_answers_401() {
         iss: e2e::world::ORIGIN.into(),
         session_exp: None,
     };
-    let early = Opening::new(gateway.url("/api/messages")).bearer(&world.sign(&claims)).open().await;
+    let early = StreamRequest::new(gateway.url("/api/messages")).bearer(&world.sign(&claims)).open().await;
     if let Ok(stream) = early {
         assert_ne!(stream.status, 401);
     }
@@ -153,7 +153,7 @@ async fn first_credential_counts_even_if_it_is_bad() {
         plain().header("authorization", format!("bearer {}", jane.token)),
     ] {
         let mut stream = opening.stream().await;
-        let head = Feed::read(&world.sql, jane.id).await.head_cursor();
+        let head = StoredFeed::read(&world.sql, jane.id).await.head_cursor();
         assert_eq!(stream.named("ready").await.id, Some(head), "{opening:?}");
     }
 
@@ -188,7 +188,7 @@ async fn first_credential_counts_even_if_it_is_bad() {
 }
 
 /// The status and the one form of a refusal.
-async fn refused(opening: &Opening, status: u16) -> (Answer, Problem) {
+async fn refused(opening: &StreamRequest, status: u16) -> (Answer, Problem) {
     let stream = opening.open().await.unwrap();
     assert_eq!(stream.status, status, "{opening:?}");
     let headers = stream.headers.clone();

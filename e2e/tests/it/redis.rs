@@ -172,7 +172,7 @@ async fn invalid_and_repeated_messages_on_a_channel_change_nothing() {
     jane.ready().await;
     two.say(&world, &api, 3).await;
     let channel = world.channel(two.jane.id);
-    let feed = e2e::ledger::Feed::read(&world.sql, two.jane.id).await;
+    let feed = e2e::ledger::StoredFeed::read(&world.sql, two.jane.id).await;
     let event = |epoch: &str, seq: u64| {
         format!(
             r#"{{"v":1,"epoch":"{epoch}","seq":{seq},"event":"message","data":{{"forged":true}},"createdAt":"2026-01-01T00:00:00Z"}}"#

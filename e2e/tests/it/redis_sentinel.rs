@@ -2,13 +2,13 @@
 //! down, everybody follows, and nothing is lost.
 
 use e2e::World;
-use testkit::cluster::Watched;
+use testkit::cluster::Sentinels;
 
 use crate::support::Busy;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn services_follow_the_master_that_sentinels_name() {
-    let mut redis = Watched::start();
+    let mut redis = Sentinels::start();
     let busy = Busy::new(World::with_redis_settings(redis.settings()).await).await;
     busy.until_redis_is_trusted().await;
     let traffic = busy.traffic();

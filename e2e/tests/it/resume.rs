@@ -2,10 +2,10 @@
 
 use e2e::{
     Service, World,
-    ledger::{Feed, assert_exact},
+    ledger::{StoredFeed, assert_exact},
 };
 use protocol::position::{Epoch, Position};
-use testkit::sse::{Opening, Stream};
+use testkit::sse::{Stream, StreamRequest};
 
 use crate::support::{Two, browser};
 
@@ -26,12 +26,12 @@ impl Setting {
         Self { world, api, gateways: [first, second], two }
     }
 
-    fn jane(&self, gateway: usize) -> Opening {
+    fn jane(&self, gateway: usize) -> StreamRequest {
         self.gateways[gateway].stream(&self.two.jane)
     }
 
-    async fn feed(&self) -> Feed {
-        Feed::read(&self.world.sql, self.two.jane.id).await
+    async fn feed(&self) -> StoredFeed {
+        StoredFeed::read(&self.world.sql, self.two.jane.id).await
     }
 
     /// `ready` with the client's cursor, then everything after it, then new events.
@@ -92,7 +92,8 @@ async fn a_reconnecting_client_gets_exactly_what_it_missed() {
         setting.assert_resumes(empty.stream().await, 3).await;
         // The last of a repeated parameter counts.
         let repeated = format!("{}?lastEventId={}", setting.gateways[gateway].url("/api/messages"), at(2));
-        let repeated = Opening::new(repeated).bearer(&setting.two.jane.token).last_event_id_in_query(&at(5));
+        let repeated =
+            StreamRequest::new(repeated).bearer(&setting.two.jane.token).last_event_id_in_query(&at(5));
         setting.assert_resumes(repeated.stream().await, 5).await;
         setting.assert_resumes(jane().last_event_id(at(0)).stream().await, 0).await;
         let head = setting.feed().await.head;
@@ -122,7 +123,7 @@ async fn stream_without_a_cursor_starts_at_the_head() {
 async fn a_cursor_that_is_none_is_a_resync_and_never_an_error() {
     let setting = Setting::new().await;
     let feed = setting.feed().await;
-    let john = Feed::read(&setting.world.sql, setting.two.john.id).await;
+    let john = StoredFeed::read(&setting.world.sql, setting.two.john.id).await;
     let other_epoch = Position { epoch: Epoch(feed.epoch.0 ^ 1), seq: 3 }.to_string();
     let good = feed.cursor(3);
     let long = "a".repeat(2_000);
@@ -159,7 +160,7 @@ async fn a_cursor_that_is_none_is_a_resync_and_never_an_error() {
     let stream = setting.jane(0).last_event_id(b"\xff\xfe-3").stream().await;
     setting.assert_told_to_reload(stream, "unknown", "not UTF-8").await;
     let broken_escape = format!("{}?lastEventId=%f", setting.gateways[0].url("/api/messages"));
-    let stream = Opening::new(broken_escape).bearer(&setting.two.jane.token).stream().await;
+    let stream = StreamRequest::new(broken_escape).bearer(&setting.two.jane.token).stream().await;
     setting.assert_told_to_reload(stream, "unknown", "a broken escape").await;
 
     for (cursor, what) in [(other_epoch, "another epoch"), (john.head_cursor(), "another's cursor")] {

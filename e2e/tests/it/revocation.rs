@@ -1,7 +1,7 @@
 //! Whoever ends a session ends what it opened: REST at once, on every replica; streams as soon as they are told.
 
 use chrono::Utc;
-use e2e::{Service, User, World, ledger::Feed};
+use e2e::{Service, User, World, ledger::StoredFeed};
 use protocol::claims::Claims;
 use testkit::{ports::free_port, soon, sse::Stream, until};
 
@@ -78,7 +78,7 @@ async fn an_ended_session_receives_nothing_while_api_is_away() {
     let desk = browser(gateway.stream(&two.jane));
     desk.ready().await;
     one.freeze();
-    let cursor = Feed::read(&world.sql, two.jane.id).await.head_cursor();
+    let cursor = StoredFeed::read(&world.sql, two.jane.id).await.head_cursor();
     let mut late =
         [gateway.stream(&phone).stream().await, gateway.stream(&phone).last_event_id(&cursor).stream().await];
     let waiting = browser(gateway.stream(&tablet).last_event_id(&cursor));

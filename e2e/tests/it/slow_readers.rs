@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use e2e::{
     Service, User, World,
-    ledger::{Feed, assert_exact},
+    ledger::{StoredFeed, assert_exact},
 };
 use serde_json::json;
 use testkit::{
@@ -44,7 +44,7 @@ async fn stalled_reader_harms_nobody_and_catches_up_exactly() {
     let world = World::new().await;
     let (api, gateway) = world.pair().await;
     let two = Two::meet(&world, &api).await;
-    let after = Feed::read(&world.sql, two.jane.id).await.head;
+    let after = StoredFeed::read(&world.sql, two.jane.id).await.head;
     let mut stalled = stalled(&gateway, &two.jane).await;
     let well = browser(gateway.stream(&two.jane));
     well.ready().await;
@@ -53,7 +53,7 @@ async fn stalled_reader_harms_nobody_and_catches_up_exactly() {
     assert_exact(&world.sql, two.jane.id, "the healthy reader", &well).await;
     assert_eq!(gateway.metric("messenger_gateway_slow_consumers").await, 1.0);
 
-    let feed = Feed::read(&world.sql, two.jane.id).await;
+    let feed = StoredFeed::read(&world.sql, two.jane.id).await;
     let mut seen = Vec::new();
     for _ in after..feed.head {
         seen.push(stalled.next().await);
@@ -71,7 +71,7 @@ async fn write_deadline_cuts_a_stalled_reader_which_resumes() {
     let api = world.api().ready().await;
     let gateway = world.gateway(api.internal()).env("WRITE_DEADLINE_SECONDS", 2).ready().await;
     let two = Two::meet(&world, &api).await;
-    let after = Feed::read(&world.sql, two.jane.id).await.head;
+    let after = StoredFeed::read(&world.sql, two.jane.id).await.head;
     let mut stalled = stalled(&gateway, &two.jane).await;
     let well = browser(gateway.stream(&two.jane));
     well.ready().await;
@@ -82,7 +82,7 @@ async fn write_deadline_cuts_a_stalled_reader_which_resumes() {
     until("it is cut", || async { gateway.metric("messenger_gateway_streams").await == 1.0 }).await;
 
     // What it received is a prefix of the feed, and it resumes at its last id.
-    let feed = Feed::read(&world.sql, two.jane.id).await;
+    let feed = StoredFeed::read(&world.sql, two.jane.id).await;
     let (mut seen, _) = stalled.rest().await;
     assert!(seen.len() < MESSAGES, "it was cut before everything was sent");
     let last = stalled.last_id.unwrap();
@@ -100,7 +100,7 @@ async fn slow_reader_among_fast_ones_receives_everything() {
     let world = World::new().await;
     let (api, gateway) = world.pair().await;
     let two = Two::meet(&world, &api).await;
-    let after = Feed::read(&world.sql, two.jane.id).await.head;
+    let after = StoredFeed::read(&world.sql, two.jane.id).await.head;
     let mut slow = stalled(&gateway, &two.jane).await;
     let well = browser(gateway.stream(&two.jane));
     well.ready().await;
@@ -116,7 +116,7 @@ async fn slow_reader_among_fast_ones_receives_everything() {
         seen
     };
     let (seen, ()) = tokio::join!(reading, say_much(&world, &api, &two));
-    let feed = Feed::read(&world.sql, two.jane.id).await;
+    let feed = StoredFeed::read(&world.sql, two.jane.id).await;
     feed.assert_is("the slow one", &seen, after);
     assert_exact(&world.sql, two.jane.id, "the healthy reader", &well).await;
     assert!(gateway.metric("messenger_gateway_slow_consumer_episodes_total").await > 1.0, "it was slow");
@@ -134,8 +134,9 @@ async fn memory_stays_bounded_with_many_stalled_readers() {
     }
     let before = gateway.memory().unwrap().rss;
     say_much(&world, &api, &two).await;
-    let well =
-        browser(gateway.stream(&two.jane).last_event_id(Feed::read(&world.sql, two.jane.id).await.cursor(0)));
+    let well = browser(
+        gateway.stream(&two.jane).last_event_id(StoredFeed::read(&world.sql, two.jane.id).await.cursor(0)),
+    );
     assert_exact(&world.sql, two.jane.id, "the healthy reader", &well).await;
     let grown = gateway.memory().unwrap().rss.saturating_sub(before);
     println!("20 stalled readers, 1.2 MB of events: the gateway grew by {} KB", grown / 1024);

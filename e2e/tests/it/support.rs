@@ -10,22 +10,22 @@ use std::{
 
 use e2e::{
     Service, User, World,
-    ledger::{Feed, assert_exact},
+    ledger::{StoredFeed, assert_exact},
 };
 use futures_util::future::join_all;
 use protocol::ids::ConversationId;
 use testkit::{
     servers::Redis,
     soon,
-    sse::{EventSource, Opening, Resume},
+    sse::{EventSource, ReconnectBy, StreamRequest},
     until,
 };
 
 /// A short retry: it is not what is tested.
 pub(crate) const RETRY: Duration = Duration::from_millis(50);
 
-pub(crate) fn browser(opening: Opening) -> EventSource {
-    EventSource::open(vec![opening], Resume::Header, RETRY)
+pub(crate) fn browser(opening: StreamRequest) -> EventSource {
+    EventSource::open(vec![opening], ReconnectBy::Header, RETRY)
 }
 
 /// Between two messages of one client.
@@ -83,7 +83,7 @@ impl Crowd {
         let mut watching = Vec::new();
         for (number, user) in self.users.iter().enumerate() {
             let openings = (0..at.len()).map(|turn| at[(number + turn) % at.len()].stream(user)).collect();
-            watching.push((user.clone(), EventSource::open(openings, Resume::Header, RETRY)));
+            watching.push((user.clone(), EventSource::open(openings, ReconnectBy::Header, RETRY)));
         }
         join_all(watching.iter().map(|(_, browser)| browser.ready())).await;
         watching
@@ -95,7 +95,7 @@ impl Crowd {
         for user in &self.users {
             for _ in 0..devices {
                 let openings = at.iter().map(|gateway| gateway.stream(user)).collect();
-                watching.push((user.clone(), EventSource::open(openings, Resume::Header, RETRY)));
+                watching.push((user.clone(), EventSource::open(openings, ReconnectBy::Header, RETRY)));
             }
         }
         join_all(watching.iter().map(|(_, browser)| browser.ready())).await;
@@ -191,7 +191,7 @@ impl Busy {
     /// Everybody has received what was there at the call; more may have come since.
     pub(crate) async fn until_all_is_seen(&self) {
         for (user, browser) in &self.watching {
-            let head = Feed::read(&self.world.sql, user.id).await.head_cursor();
+            let head = StoredFeed::read(&self.world.sql, user.id).await.head_cursor();
             browser
                 .until(&format!("{} sees {head}", user.name), |record| {
                     record.events.iter().any(|event| event.id.as_ref() == Some(&head))

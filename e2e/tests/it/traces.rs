@@ -12,7 +12,7 @@ use std::{
 use e2e::{
     Collector, Service, World,
     collector::ReceivedSpan,
-    ledger::{Feed, assert_exact},
+    ledger::{StoredFeed, assert_exact},
 };
 use opentelemetry_proto::tonic::trace::v1::span::SpanKind;
 use serde_json::json;
@@ -114,7 +114,7 @@ async fn one_message_is_one_trace_from_post_to_each_flush() {
     assert_eq!(deliver.len(), 2);
     assert_ne!(deliver[0].instance, deliver[1].instance);
     let publish = of_user(&spans, "publish", two.jane.id);
-    let head = Feed::read(&world.sql, two.jane.id).await.head;
+    let head = StoredFeed::read(&world.sql, two.jane.id).await.head;
     let mut flushes = Vec::new();
     for deliver in deliver {
         assert_inside(deliver, publish);
@@ -152,7 +152,7 @@ async fn repaired_and_replayed_events_keep_their_trace() {
     let api = traced(world.api(), &collector).ready().await;
     let gateway = traced(world.gateway(api.internal()), &collector).ready().await;
     let two = Two::meet(&world, &api).await;
-    let before = Feed::read(&world.sql, two.jane.id).await.head_cursor();
+    let before = StoredFeed::read(&world.sql, two.jane.id).await.head_cursor();
     let tab = browser(gateway.stream(&two.jane));
     tab.ready().await;
     redis.kill();

@@ -144,12 +144,12 @@ fn wait(what: &str, mut is: impl FnMut() -> bool) {
 }
 
 /// A master, its replica, and three sentinels that promote the replica when the master is gone for half a second.
-pub struct Watched {
+pub struct Sentinels {
     pub servers: [Redis; 2],
     pub sentinels: Vec<Redis>,
 }
 
-impl Watched {
+impl Sentinels {
     pub const NAME: &str = "main";
 
     pub fn start() -> Self {

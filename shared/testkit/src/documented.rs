@@ -9,13 +9,13 @@ use serde_json::{Value, json};
 
 use super::http::Answer;
 
-pub struct Document {
+pub struct OpenApiDocument {
     root: Value,
     /// By schema.
     validators: Mutex<HashMap<String, Arc<Validator>>>,
 }
 
-impl Document {
+impl OpenApiDocument {
     pub fn new(text: &str) -> Self {
         let root: Value = serde_json::from_str(text).expect("the document is JSON");
         assert_eq!(root["openapi"], "3.1.0");

@@ -32,7 +32,7 @@ pub struct Answer {
 
 /// There was no complete answer.
 #[derive(Debug)]
-pub struct NoAnswer(pub String);
+pub struct HttpFailure(pub String);
 
 impl Default for Client {
     fn default() -> Self {
@@ -88,19 +88,20 @@ impl Call {
         self
     }
 
-    pub async fn send(self) -> Result<Answer, NoAnswer> {
+    pub async fn send(self) -> Result<Answer, HttpFailure> {
         let request = self.request.body(Full::new(self.body)).expect("the test's own request is well-formed");
         let (method, address) = (request.method().to_string(), request.uri().clone());
         let answer = async {
             let response =
-                self.client.inner.request(request).await.map_err(|e| NoAnswer(format!("{e:?}")))?;
+                self.client.inner.request(request).await.map_err(|e| HttpFailure(format!("{e:?}")))?;
             let (head, body) = response.into_parts();
-            let body = Limited::new(body, BODY_LIMIT).collect().await.map_err(|e| NoAnswer(e.to_string()))?;
+            let body =
+                Limited::new(body, BODY_LIMIT).collect().await.map_err(|e| HttpFailure(e.to_string()))?;
             Ok(Answer { status: head.status.as_u16(), headers: head.headers, body: body.to_bytes() })
         };
         let answer = tokio::time::timeout(TIME_LIMIT, answer)
             .await
-            .unwrap_or_else(|_| Err(NoAnswer("no answer in time".into())))?;
+            .unwrap_or_else(|_| Err(HttpFailure("no answer in time".into())))?;
         if let Some(witness) = &self.client.witness {
             witness(&method, &address, &answer);
         }

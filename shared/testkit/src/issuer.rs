@@ -84,7 +84,7 @@ pub fn published(key: &IssuerKey) -> ExternalKeysAnswer {
 }
 
 /// Serves the issuer's keys until dropped.
-pub struct Issuer {
+pub struct TestIssuer {
     address: SocketAddr,
     /// None: it answers 503.
     keys: Arc<Mutex<Option<Value>>>,
@@ -92,7 +92,7 @@ pub struct Issuer {
     _stop: DropGuard,
 }
 
-impl Issuer {
+impl TestIssuer {
     pub fn start(keys: Option<&IssuerKey>) -> Self {
         let anywhere = SocketAddr::from(([127, 0, 0, 1], 0));
         let listener = server::bind(anywhere).expect("a free port of loopback");

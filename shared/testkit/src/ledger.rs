@@ -10,14 +10,14 @@ use sqlx::PgPool;
 use crate::sse::{Event, EventSource};
 
 #[derive(Debug)]
-pub struct Feed {
+pub struct StoredFeed {
     pub epoch: Epoch,
     pub head: Seq,
     /// As a client receives them.
     pub events: Vec<Event>,
 }
 
-impl Feed {
+impl StoredFeed {
     pub async fn read(sql: &PgPool, user: UserId) -> Self {
         let (epoch, head): (i64, i64) =
             sqlx::query_as("SELECT epoch, head_seq FROM messenger.feed_heads WHERE user_id = $1")
@@ -86,7 +86,7 @@ fn number(event: &Event) -> Seq {
 /// Waits until a client has everything up to the head, then compares all it received with the feed after the position of its
 /// first `ready`. Each connection must have resumed exactly where the one before it ended.
 pub async fn assert_exact(sql: &PgPool, user: UserId, who: &str, browser: &EventSource) {
-    let feed = Feed::read(sql, user).await;
+    let feed = StoredFeed::read(sql, user).await;
     let head = feed.head_cursor();
     browser
         .until(&format!("{who} sees {head}"), |record| {

@@ -30,7 +30,7 @@ enum Fault {
 }
 
 #[derive(Debug, Clone)]
-struct State {
+struct ProxyState {
     upstream: SocketAddr,
     fault: Fault,
     /// A new connection is reset after so many bytes to the client.
@@ -43,7 +43,7 @@ struct State {
 
 pub struct Proxy {
     address: SocketAddr,
-    state: watch::Sender<State>,
+    state: watch::Sender<ProxyState>,
     task: JoinHandle<()>,
 }
 
@@ -51,7 +51,7 @@ impl Proxy {
     pub async fn start(upstream: SocketAddr) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
         let address = listener.local_addr().expect("a bound socket has an address");
-        let (state, watched) = watch::channel(State {
+        let (state, watched) = watch::channel(ProxyState {
             upstream,
             fault: Fault::None,
             budget: None,
@@ -118,7 +118,7 @@ impl Drop for Proxy {
     }
 }
 
-async fn accept(listener: TcpListener, mut state: watch::Receiver<State>) {
+async fn accept(listener: TcpListener, mut state: watch::Receiver<ProxyState>) {
     let address = listener.local_addr().expect("a bound socket has an address");
     let mut listener = Some(listener);
     let places = Arc::new(Semaphore::new(CONNECTIONS));
@@ -161,7 +161,7 @@ async fn listen_again(address: SocketAddr) -> TcpListener {
     }
 }
 
-async fn carry(client: TcpStream, mut state: watch::Receiver<State>) -> io::Result<()> {
+async fn carry(client: TcpStream, mut state: watch::Receiver<ProxyState>) -> io::Result<()> {
     let begun = state.borrow_and_update().clone();
     end_by_reset(&client, true)?;
     client.set_nodelay(true)?;
@@ -190,14 +190,14 @@ fn end_by_reset(socket: &TcpStream, reset: bool) -> io::Result<()> {
     socket2::SockRef::from(socket).set_linger(reset.then_some(Duration::ZERO))
 }
 
-async fn open_again(state: &mut watch::Receiver<State>) {
+async fn open_again(state: &mut watch::Receiver<ProxyState>) {
     let _ = state.wait_for(|now| now.fault != Fault::Silent).await;
 }
 
 async fn pump(
     mut from: OwnedReadHalf,
     mut to: OwnedWriteHalf,
-    mut state: watch::Receiver<State>,
+    mut state: watch::Receiver<ProxyState>,
     mut budget: Option<u64>,
 ) -> io::Result<()> {
     let mut buffer = vec![0; 16 * 1024];

@@ -18,7 +18,7 @@ use crate::{
     http::{Answer, Client},
     process::{Process, Signal},
     soon,
-    sse::Opening,
+    sse::StreamRequest,
     until,
     usage::{Cpu, Memory},
     world::User,
@@ -154,12 +154,12 @@ impl Service {
         format!("http://{}{path}", self.public())
     }
 
-    pub fn stream(&self, user: &User) -> Opening {
+    pub fn stream(&self, user: &User) -> StreamRequest {
         self.anonymous_stream().bearer(&user.token)
     }
 
-    pub fn anonymous_stream(&self) -> Opening {
-        Opening::new(self.url("/api/messages"))
+    pub fn anonymous_stream(&self) -> StreamRequest {
+        StreamRequest::new(self.url("/api/messages"))
     }
 
     pub fn log(&self) -> &Log {

@@ -357,7 +357,7 @@ impl Chunks for Fed {
 
 /// How a page reconnects.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Resume {
+pub enum ReconnectBy {
     /// The browser does it: the header, and the unchanged URL, whatever stale cursor that has.
     Header,
     /// The page makes a new `EventSource` with its last id in the query.
@@ -367,7 +367,7 @@ pub enum Resume {
 
 /// What one client received over all its connections.
 #[derive(Debug, Default)]
-pub struct Record {
+pub struct ReceivedRecord {
     pub events: Vec<Event>,
     pub opened: usize,
     /// Attempts that failed before a head came.
@@ -379,7 +379,7 @@ pub struct Record {
     pub given_up: Option<u16>,
 }
 
-impl Record {
+impl ReceivedRecord {
     /// The events of the feed: those with an id, except the markers of a position.
     pub fn ledger(&self) -> impl DoubleEndedIterator<Item = &Event> {
         self.events.iter().filter(|event| event.id.is_some() && !event.is("ready") && !event.is("resync"))
@@ -401,7 +401,7 @@ enum Instruction {
 
 /// An `EventSource` and its page.
 pub struct EventSource {
-    record: watch::Receiver<Record>,
+    record: watch::Receiver<ReceivedRecord>,
     orders: mpsc::Sender<Instruction>,
     task: JoinHandle<()>,
 }
@@ -409,18 +409,18 @@ pub struct EventSource {
 impl EventSource {
     /// Opens the first of `openings`; each reconnect uses the next one, as behind a load balancer. Waits at most
     /// `longest_retry` before a reconnect, whatever `retry` says.
-    pub fn open(openings: Vec<Opening>, resume: Resume, longest_retry: Duration) -> Self {
-        let (told, record) = watch::channel(Record::default());
+    pub fn open(openings: Vec<Opening>, resume: ReconnectBy, longest_retry: Duration) -> Self {
+        let (told, record) = watch::channel(ReceivedRecord::default());
         let (orders, taken) = mpsc::channel(8);
         let page = Reconnecting { openings, resume, longest_retry, told, orders: taken };
         Self { record, orders, task: tokio::spawn(page.live()) }
     }
 
-    pub fn record(&self) -> watch::Ref<'_, Record> {
+    pub fn record(&self) -> watch::Ref<'_, ReceivedRecord> {
         self.record.borrow()
     }
 
-    pub async fn until(&self, what: &str, shown: impl FnMut(&Record) -> bool) {
+    pub async fn until(&self, what: &str, shown: impl FnMut(&ReceivedRecord) -> bool) {
         let mut record = self.record.clone();
         let result = timeout(PATIENCE, record.wait_for(shown)).await;
         if !matches!(result, Ok(Ok(_))) {
@@ -461,9 +461,9 @@ impl Drop for EventSource {
 
 struct Reconnecting {
     openings: Vec<Opening>,
-    resume: Resume,
+    resume: ReconnectBy,
     longest_retry: Duration,
-    told: watch::Sender<Record>,
+    told: watch::Sender<ReceivedRecord>,
     orders: mpsc::Receiver<Instruction>,
 }
 
@@ -477,9 +477,9 @@ impl Reconnecting {
             let last_id = self.told.borrow().last_id().map(str::to_owned);
             if let Some(id) = last_id {
                 let by_query = match self.resume {
-                    Resume::Header => false,
-                    Resume::Query => true,
-                    Resume::Alternately => turn % 2 == 1,
+                    ReconnectBy::Header => false,
+                    ReconnectBy::Query => true,
+                    ReconnectBy::Alternately => turn % 2 == 1,
                 };
                 if by_query {
                     in_url = Some(id);

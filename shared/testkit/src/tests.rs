@@ -11,7 +11,7 @@ use super::{
     proxy::Proxy,
     servers::{Postgres, Redis},
     soon,
-    sse::{Block, End, EventSource, Opening, Resume},
+    sse::{Block, End, EventSource, ReconnectBy, StreamRequest},
 };
 
 /// Answers each connection with the next of these texts and closes; sends the requests to the receiver.
@@ -39,8 +39,8 @@ fn whole(body: &str) -> &'static str {
     format!("{HEAD}{body}").leak()
 }
 
-fn opening(address: SocketAddr) -> Opening {
-    Opening::new(format!("http://{address}/api/messages"))
+fn opening(address: SocketAddr) -> StreamRequest {
+    StreamRequest::new(format!("http://{address}/api/messages"))
 }
 
 #[tokio::test]
@@ -75,7 +75,7 @@ async fn event_source_resumes_by_id_and_gives_up_on_other_status() {
     let second = whole("data: 2\nid: a-2\n\n");
     let (address, mut asked) =
         canned(vec![first, second, "HTTP/1.1 401 No\r\ncontent-length: 0\r\n\r\n"]).await;
-    let browser = EventSource::open(vec![opening(address)], Resume::Alternately, Duration::from_secs(1));
+    let browser = EventSource::open(vec![opening(address)], ReconnectBy::Alternately, Duration::from_secs(1));
     browser.until("it gives up", |record| record.given_up == Some(401)).await;
     let requests = [asked.recv().await.unwrap(), asked.recv().await.unwrap(), asked.recv().await.unwrap()];
     assert!(requests[0].starts_with("GET /api/messages HTTP/1.1") && !requests[0].contains("last-event-id"));

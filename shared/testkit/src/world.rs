@@ -46,7 +46,7 @@ pub struct World {
     pub sql: PgPool,
     pub client: Client,
     options: WorldOptions,
-    database: Database,
+    database: WorldDatabase,
     prefix: String,
     keys: TempDir,
     signing: SigningKeys,
@@ -74,7 +74,7 @@ impl Default for WorldOptions {
     }
 }
 
-struct Database {
+struct WorldDatabase {
     admin_url: String,
     name: String,
 }
@@ -122,7 +122,7 @@ impl World {
         let number = WORLDS.fetch_add(1, Ordering::Relaxed);
         let [random, secret] = [(); 2].map(|()| u128::from_ne_bytes(random().expect("random bytes")));
         let name = format!("world_{}_{number}_{:08x}", std::process::id(), random as u32);
-        let database = Database { admin_url, name };
+        let database = WorldDatabase { admin_url, name };
         database.create().await;
         let connect = database.options();
         let sql = PgPoolOptions::new().max_connections(4).acquire_timeout(Duration::from_secs(30));
@@ -407,7 +407,7 @@ fn text(value: &Value) -> String {
     value.as_str().unwrap_or_else(|| panic!("{value} is not a string")).to_owned()
 }
 
-impl Database {
+impl WorldDatabase {
     fn options(&self) -> PgConnectOptions {
         let options: PgConnectOptions = self.admin_url.parse().expect("DATABASE_URL is a Postgres URL");
         options.database(&self.name)

@@ -8,7 +8,7 @@ use service_kit::limiter::Limit;
 use testkit::{
     PATIENCE,
     issuer::{AUDIENCE, ISSUER, IssuerKey, issuer, published},
-    sse::Opening,
+    sse::StreamRequest,
     until,
 };
 
@@ -40,7 +40,7 @@ fn token() -> String {
 }
 
 impl World {
-    fn with_token(&self, token: &str) -> Opening {
+    fn with_token(&self, token: &str) -> StreamRequest {
         self.opening().bearer(token)
     }
 }
@@ -108,7 +108,7 @@ async fn a_subject_who_opens_too_often_waits_although_nobody_knows_yet_who_it_is
     let per_user = Limit::new(3, Duration::from_hours(1));
     let (world, user) = world_with(Setup::config(move |config| {
         config.opening =
-            stream_gateway::config::Opening { per_user, per_address: Limit::Off, patience: PATIENCE };
+            stream_gateway::config::StreamRequest { per_user, per_address: Limit::Off, patience: PATIENCE };
     }))
     .await;
     world.api.mood(IDENTITY_PATH, Mood::Holding);

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use futures_util::future::join_all;
 use protocol::{claims::SigningKeys, feed::KEYS_PATH};
-use testkit::{issuer::IssuerKey, sse::Opening, until};
+use testkit::{issuer::IssuerKey, sse::StreamRequest, until};
 
 use crate::{
     api::Mood,
@@ -15,13 +15,13 @@ use crate::{
 
 impl World {
     /// A stream of this user with a token of another key.
-    fn signed_by(&self, keys: &SigningKeys, user: &User) -> Opening {
+    fn signed_by(&self, keys: &SigningKeys, user: &User) -> StreamRequest {
         self.opening().bearer(&keys.sign(&claims(user.id, user.session, now() + 3_600)))
     }
 }
 
 /// What becomes of many requests at once.
-async fn statuses(opening: &Opening, times: usize) -> Vec<u16> {
+async fn statuses(opening: &StreamRequest, times: usize) -> Vec<u16> {
     join_all((0..times).map(|_| async { opening.open().await.unwrap().status })).await
 }
 

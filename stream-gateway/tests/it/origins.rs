@@ -1,6 +1,6 @@
 //! Which credential opens a stream, and for whose page: every rule of the contract about that, and CORS.
 
-use testkit::{http::Answer, sse::Opening};
+use testkit::{http::Answer, sse::StreamRequest};
 
 use crate::support::{ORIGIN, Setup, World, claims, keys, now, ready, rotated_keys};
 
@@ -12,7 +12,7 @@ async fn start() -> World {
     Setup::config(|config| config.allowed_origins = vec![LISTED.parse().unwrap()]).start().await
 }
 
-fn with(opening: Opening, headers: &[(&'static str, &str)]) -> Opening {
+fn with(opening: StreamRequest, headers: &[(&'static str, &str)]) -> StreamRequest {
     headers.iter().fold(opening, |opening, (name, value)| opening.header(name, value))
 }
 

@@ -9,7 +9,7 @@ use protocol::{
     ids::UserId,
     position::Position,
 };
-use testkit::sse::{Opening, Stream};
+use testkit::sse::{Stream, StreamRequest};
 use tokio::time::sleep;
 
 use crate::{
@@ -17,7 +17,7 @@ use crate::{
     support::{ANOTHER_EPOCH, Setup, World, ready, ready_and_resync, receives, resync},
 };
 
-async fn open_all(openings: impl IntoIterator<Item = Opening>) -> Vec<Stream> {
+async fn open_all(openings: impl IntoIterator<Item = StreamRequest>) -> Vec<Stream> {
     join_all(openings.into_iter().map(|opening| async move { opening.stream().await })).await
 }
 

@@ -27,7 +27,7 @@ use testkit::{
     panics, programs,
     proxy::Proxy,
     soon,
-    sse::{End, Opening, Stream},
+    sse::{End, Stream, StreamRequest},
     until,
 };
 use tokio::{
@@ -209,17 +209,17 @@ impl World {
         User { id, session, token }
     }
 
-    pub(crate) fn opening(&self) -> Opening {
-        Opening::new(format!("http://{}/api/messages", self.public))
+    pub(crate) fn opening(&self) -> StreamRequest {
+        StreamRequest::new(format!("http://{}/api/messages", self.public))
     }
 
     /// A stream of this user, about to be opened.
-    pub(crate) fn stream(&self, user: &User) -> Opening {
+    pub(crate) fn stream(&self, user: &User) -> StreamRequest {
         self.opening().bearer(&user.token)
     }
 
     /// The same, from a place in the feed.
-    pub(crate) fn stream_after(&self, user: &User, seq: Seq) -> Opening {
+    pub(crate) fn stream_after(&self, user: &User, seq: Seq) -> StreamRequest {
         self.stream(user).last_event_id(self.api.cursor(user.id, seq))
     }
 

@@ -10,7 +10,7 @@ use testkit::usage::Cpu;
 use super::Pace;
 use crate::{
     clock::Micros,
-    load::{Posted, Report, Status},
+    load::{PostReport, Report, Status},
     report::{Percentiles, count, figure, heading, megabytes},
     scenarios::Costs,
 };
@@ -30,13 +30,13 @@ impl DeploymentCosts {
 }
 
 /// One gateway's drain, from SIGTERM until it is replaced.
-pub(super) struct Drain {
+pub(super) struct DrainReport {
     pub(super) streams: u64,
     pub(super) began: Micros,
     pub(super) ended: Micros,
 }
 
-impl Drain {
+impl DrainReport {
     /// Streams per second by the settings.
     fn rate(&self, pace: &Pace) -> f64 {
         self.streams as f64 / pace.drain_window.as_secs_f64()
@@ -48,19 +48,19 @@ impl Drain {
     }
 }
 
-pub(super) struct Phase {
+pub(super) struct DeployPhase {
     pub(super) name: &'static str,
     pub(super) began: Micros,
     pub(super) ended: Micros,
     pub(super) status: Status,
     pub(super) report: Report,
-    pub(super) drains: Vec<Drain>,
+    pub(super) drains: Vec<DrainReport>,
     pub(super) costs: DeploymentCosts,
     pub(super) most_memory: u64,
 }
 
-impl Phase {
-    pub(super) fn say(&self, posted: &Posted, begin: Micros, pace: &Pace) {
+impl DeployPhase {
+    pub(super) fn say(&self, posted: &PostReport, begin: Micros, pace: &Pace) {
         let report = &self.report;
         heading(format_args!("  {}: {:.0} s", self.name, (self.ended - self.began) as f64 / 1e6));
         figure("from commit to arrival, all events", Percentiles::of(report.delays.clone()));

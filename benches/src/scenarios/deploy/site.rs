@@ -14,12 +14,12 @@ use tokio::time::sleep;
 
 use super::{
     Pace,
-    phase::{DeploymentCosts, Drain, Phase},
+    phase::{DeployPhase, DeploymentCosts, DrainReport},
 };
 use crate::{
     clock::now,
     fixtures::Bench,
-    load::{Order, Streams},
+    load::{Order, StreamLoad},
     report::progress,
     scenarios::{Costs, PATIENCE},
 };
@@ -40,17 +40,17 @@ pub(super) struct Deployment<'a> {
     apis: Vec<Service>,
     gateways: Vec<Service>,
     pub(super) nginx: Nginx,
-    pub(super) streams: Streams,
+    pub(super) streams: StreamLoad,
     everybody: usize,
     /// CPU of processes that have ended.
     spent_by_apis: Cpu,
     spent_by_gateways: Cpu,
-    drains: Vec<Drain>,
+    drains: Vec<DrainReport>,
     most_memory: u64,
 }
 
 #[derive(Clone, Copy)]
-enum Kind {
+enum ServiceKind {
     Api,
     Gateway,
 }
@@ -89,7 +89,7 @@ impl<'a> Deployment<'a> {
             apis,
             gateways,
             nginx,
-            streams: Streams::start()?,
+            streams: StreamLoad::start()?,
             everybody,
             spent_by_apis: Cpu(Duration::ZERO),
             spent_by_gateways: Cpu(Duration::ZERO),
@@ -102,10 +102,10 @@ impl<'a> Deployment<'a> {
         self.apis.iter().chain(&self.gateways)
     }
 
-    fn of(&mut self, kind: Kind) -> &mut Vec<Service> {
+    fn of(&mut self, kind: ServiceKind) -> &mut Vec<Service> {
         match kind {
-            Kind::Api => &mut self.apis,
-            Kind::Gateway => &mut self.gateways,
+            ServiceKind::Api => &mut self.apis,
+            ServiceKind::Gateway => &mut self.gateways,
         }
     }
 
@@ -114,7 +114,7 @@ impl<'a> Deployment<'a> {
         &mut self,
         name: &'static str,
         happens: impl AsyncFnOnce(&mut Self) -> anyhow::Result<()>,
-    ) -> anyhow::Result<Phase> {
+    ) -> anyhow::Result<DeployPhase> {
         progress(name);
         let began = now();
         self.streams.order(&Order::Measure { since: began })?;
@@ -125,7 +125,7 @@ impl<'a> Deployment<'a> {
         self.streams.until("all are back", PATIENCE, |status| status.ready == everybody)?;
         sleep(self.pace.pause).await;
         self.look_at_memory()?;
-        Ok(Phase {
+        Ok(DeployPhase {
             name,
             began,
             ended: now(),
@@ -146,19 +146,20 @@ impl<'a> Deployment<'a> {
         for number in 0..self.gateways.len() {
             let began = now();
             let streams = self.gateways[number].metric("messenger_gateway_streams").await as u64;
-            self.replace_in_order(Kind::Gateway, number).await?;
+            self.replace_in_order(ServiceKind::Gateway, number).await?;
             sleep(self.pace.pause).await;
-            self.drains.push(Drain { streams, began, ended: now() });
+            self.drains.push(DrainReport { streams, began, ended: now() });
         }
         for number in 0..self.apis.len() {
-            self.replace_in_order(Kind::Api, number).await?;
+            self.replace_in_order(ServiceKind::Api, number).await?;
             sleep(self.pace.pause).await;
         }
         Ok(())
     }
 
     pub(super) async fn kill_each(&mut self) -> anyhow::Result<()> {
-        for (kind, many) in [(Kind::Gateway, self.gateways.len()), (Kind::Api, self.apis.len())] {
+        for (kind, many) in [(ServiceKind::Gateway, self.gateways.len()), (ServiceKind::Api, self.apis.len())]
+        {
             for number in 0..many {
                 self.kill(kind, number)?;
                 sleep(self.pace.down).await;
@@ -170,7 +171,7 @@ impl<'a> Deployment<'a> {
     }
 
     pub(super) async fn kill_all(&mut self) -> anyhow::Result<()> {
-        let everyone = [(Kind::Gateway, self.gateways.len()), (Kind::Api, self.apis.len())];
+        let everyone = [(ServiceKind::Gateway, self.gateways.len()), (ServiceKind::Api, self.apis.len())];
         let everyone =
             everyone.into_iter().flat_map(|(kind, many)| (0..many).map(move |number| (kind, number)));
         for (kind, number) in everyone.clone() {
@@ -185,7 +186,7 @@ impl<'a> Deployment<'a> {
     }
 
     /// As in a rollout without a surge: SIGTERM, and the proxy drops the replica at the same time.
-    async fn replace_in_order(&mut self, kind: Kind, number: usize) -> anyhow::Result<()> {
+    async fn replace_in_order(&mut self, kind: ServiceKind, number: usize) -> anyhow::Result<()> {
         self.look_at_memory()?;
         let service = &mut self.of(kind)[number];
         let host = service.public().ip();
@@ -214,7 +215,7 @@ impl<'a> Deployment<'a> {
         Ok(())
     }
 
-    fn kill(&mut self, kind: Kind, number: usize) -> anyhow::Result<()> {
+    fn kill(&mut self, kind: ServiceKind, number: usize) -> anyhow::Result<()> {
         let service = &mut self.of(kind)[number];
         let cpu = service.cpu()?;
         service.kill();
@@ -222,16 +223,16 @@ impl<'a> Deployment<'a> {
         Ok(())
     }
 
-    async fn start_again(&mut self, kind: Kind, number: usize) {
+    async fn start_again(&mut self, kind: ServiceKind, number: usize) {
         let service = &mut self.of(kind)[number];
         service.restart().await;
         service.until_ready().await;
     }
 
-    fn spend(&mut self, kind: Kind, cpu: Cpu) {
+    fn spend(&mut self, kind: ServiceKind, cpu: Cpu) {
         let spent = match kind {
-            Kind::Api => &mut self.spent_by_apis,
-            Kind::Gateway => &mut self.spent_by_gateways,
+            ServiceKind::Api => &mut self.spent_by_apis,
+            ServiceKind::Gateway => &mut self.spent_by_gateways,
         };
         spent.0 += cpu.0;
     }

@@ -1,6 +1,6 @@
 //! Processes are killed and replaced while two people type: on the screens nothing is lost, doubled or out of order.
 
-use e2e::{Browser, Front, Service, browser::Context};
+use e2e::{Browser, Front, Service, browser::BrowserContext};
 
 use super::{
     messenger::{Messenger, Talk, assert_all_show},
@@ -17,7 +17,7 @@ struct Typists {
     john: Messenger,
     jane: Messenger,
     janes_other: Messenger,
-    _contexts: [Context; 3],
+    _contexts: [BrowserContext; 3],
 }
 
 impl Typists {

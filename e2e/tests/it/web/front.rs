@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeSet, net::IpAddr};
 
-use e2e::{Browser, Front, browser::POLL, ledger::Feed};
+use e2e::{Browser, Front, browser::POLL, ledger::StoredFeed};
 use testkit::until;
 
 use super::site::site;
@@ -29,7 +29,7 @@ async fn a_bare_event_source_hears_at_once(front: Front, protocol: &str) {
     assert_eq!(spoken, protocol);
     for _ in 0..3 {
         two.say(&site.world, site.api(), 1).await;
-        let head = Feed::read(&site.world.sql, two.jane.id).await.head_cursor();
+        let head = StoredFeed::read(&site.world.sql, two.jane.id).await.head_cursor();
         page.wait_for("it is heard, and nothing follows it", &format!("heard.at(-1) === '{head}'")).await;
     }
     assert_eq!(page.evaluate("heard.length").await, 3, "each once");

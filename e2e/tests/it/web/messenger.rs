@@ -9,7 +9,7 @@ use std::{
 
 use e2e::{
     User, World,
-    browser::{Context, Locator, POLL, Page},
+    browser::{BrowserContext, Locator, POLL, Page},
 };
 use futures_util::future::join_all;
 use protocol::ids::ConversationId;
@@ -30,7 +30,7 @@ impl Deref for Messenger {
 
 /// A message on screen.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Row {
+pub(crate) struct ShownMessage {
     /// None until the server has answered.
     pub(crate) id: Option<String>,
     pub(crate) mine: bool,
@@ -59,25 +59,25 @@ const WATCH: &str = "
 const PACE: Duration = Duration::from_millis(50);
 
 impl Messenger {
-    pub(crate) async fn blank(context: &Context) -> Self {
+    pub(crate) async fn blank(context: &BrowserContext) -> Self {
         let page = context.page().await;
         page.call(json!([["addInitScript", { "content": WATCH }]])).await;
         Self(page)
     }
 
-    pub(crate) async fn visit(context: &Context, path: &str) -> Self {
+    pub(crate) async fn visit(context: &BrowserContext, path: &str) -> Self {
         let messenger = Self::blank(context).await;
         messenger.goto(path).await;
         messenger
     }
 
-    pub(crate) async fn open(context: &Context, path: &str) -> Self {
+    pub(crate) async fn open(context: &BrowserContext, path: &str) -> Self {
         let messenger = Self::visit(context, path).await;
         messenger.live().await;
         messenger
     }
 
-    pub(crate) async fn at(context: &Context, conversation: ConversationId) -> Self {
+    pub(crate) async fn at(context: &BrowserContext, conversation: ConversationId) -> Self {
         let messenger = Self::open(context, &path_of(conversation)).await;
         let there = "document.querySelector('ol[role=log]:not([aria-busy])')";
         messenger.wait_for("the messages are there", there).await;
@@ -131,9 +131,9 @@ impl Messenger {
         self.css(&format!("nav[aria-label=Conversations] li[data-conversation-id='{conversation}']"))
     }
 
-    pub(crate) async fn rows(&self) -> Vec<Row> {
+    pub(crate) async fn rows(&self) -> Vec<ShownMessage> {
         let rows = self.evaluate(ROWS).await;
-        let row = |row: &Value| Row {
+        let row = |row: &Value| ShownMessage {
             id: row["id"].as_str().map(str::to_owned),
             mine: row["mine"] == true,
             text: row["text"].as_str().unwrap().to_owned(),
@@ -179,12 +179,12 @@ pub(crate) fn path_of(conversation: ConversationId) -> String {
     format!("/conversations/{conversation}")
 }
 
-async fn rows_in_sql(sql: &PgPool, user: &User, conversation: ConversationId) -> Vec<Row> {
+async fn rows_in_sql(sql: &PgPool, user: &User, conversation: ConversationId) -> Vec<ShownMessage> {
     let query =
         "SELECT id, sender_id, content FROM messenger.messages WHERE conversation_id = $1 ORDER BY id";
     let rows: Vec<(i64, i64, String)> =
         sqlx::query_as(query).bind(conversation.0).fetch_all(sql).await.unwrap();
-    let row = |(id, sender, text): (i64, i64, String)| Row {
+    let row = |(id, sender, text): (i64, i64, String)| ShownMessage {
         id: Some(id.to_string()),
         mine: sender == user.id.0,
         text,

@@ -40,7 +40,7 @@ const CLIENT: &str = r"
     };
 ";
 
-async fn person(browser: &Browser, origin: &str, name: &str) -> (e2e::browser::Context, Page) {
+async fn person(browser: &Browser, origin: &str, name: &str) -> (e2e::browser::BrowserContext, Page) {
     let context = browser.context(name, origin).await;
     context.expect("the server responded with a status of"); // It is asked wrong on purpose.
     let page = context.open("/icon.svg").await;

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use e2e::{Browser, Front, Service, User, World, browser::Context, nginx::Nginx, service::Plan};
+use e2e::{Browser, Front, Service, User, World, browser::BrowserContext, nginx::Nginx, service::Plan};
 use futures_util::future::join_all;
 
 /// In the order of teardown.
@@ -35,7 +35,7 @@ impl Site {
         &self.apis[0]
     }
 
-    pub(crate) async fn signed_in(&self, browser: &Browser, user: &User) -> Context {
+    pub(crate) async fn signed_in(&self, browser: &Browser, user: &User) -> BrowserContext {
         let context = browser.context(&user.name, &self.origin).await;
         context.sign_in(user).await;
         context

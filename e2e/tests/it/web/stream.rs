@@ -4,11 +4,7 @@
 use std::time::Duration;
 
 use chrono::Utc;
-use e2e::{
-    Browser, Front, Service, User,
-    browser::{Context, Page},
-    ledger::Feed,
-};
+use e2e::{Browser, Front, Service, User, X, ledger::StoredFeed};
 use futures_util::future::join_all;
 use protocol::{claims::Claims, ids::UserId};
 use rand::{RngExt, SeedableRng, rngs::StdRng};
@@ -66,7 +62,7 @@ const LOCKS: &str =
     "navigator.locks.query().then(({ held, pending }) => [...held, ...pending].map(({ name }) => name))";
 
 struct Scene {
-    context: Context,
+    context: BrowserContext,
     two: Two,
     site: Site,
     browser: Browser,
@@ -93,8 +89,8 @@ impl Scene {
         self.two.say(&self.site.world, self.site.api(), times).await;
     }
 
-    async fn feed(&self, user: &User) -> Feed {
-        Feed::read(&self.site.world.sql, user.id).await
+    async fn feed(&self, user: &User) -> StoredFeed {
+        StoredFeed::read(&self.site.world.sql, user.id).await
     }
 
     /// A tab of Jane's, from the present head.
@@ -110,7 +106,7 @@ impl Scene {
     }
 
     /// A page with this cursor.
-    async fn tab_after(&self, feed: &Feed, after: u64) -> Tab {
+    async fn tab_after(&self, feed: &StoredFeed, after: u64) -> Tab {
         let options = json!({ "cursor": feed.cursor(after) }).to_string();
         Tab::open(&self.context, self.two.jane.id, after, &options).await
     }
@@ -121,7 +117,7 @@ impl Scene {
         let tabs = Vec::from_iter(tabs);
         for _ in 0..2 {
             for (number, tab) in tabs.iter().enumerate() {
-                let feed = Feed::read(&self.site.world.sql, tab.user).await;
+                let feed = StoredFeed::read(&self.site.world.sql, tab.user).await;
                 let heard = format!("stream.cursor === '{}'", feed.head_cursor());
                 tab.page.wait_for("everything is heard", &heard).await;
                 feed.assert_is(&format!("tab {number}"), &tab.ledger().await, tab.after);
@@ -142,7 +138,7 @@ impl Scene {
     }
 }
 
-pub(crate) async fn blank(browser: &Browser, origin: &str) -> Context {
+pub(crate) async fn blank(browser: &Browser, origin: &str) -> BrowserContext {
     let context = browser.context("jane", origin).await;
     let answer = json!({ "contentType": "text/html", "body": "<!doctype html><title>Blank</title><link rel=icon href=data:,>" });
     let fulfill = format!("(route) => route.fulfill({answer})");
@@ -159,7 +155,7 @@ struct Tab {
 
 impl Tab {
     /// With options as in JavaScript.
-    async fn open(context: &Context, user: UserId, after: u64, options: &str) -> Self {
+    async fn open(context: &BrowserContext, user: UserId, after: u64, options: &str) -> Self {
         let page = context.open(BLANK).await;
         page.evaluate(&format!("({FOLLOW})({options})")).await;
         Self { page, user, after }

@@ -1,6 +1,6 @@
 //! Two people talk, and one of them has another device.
 
-use e2e::{Browser, Front, World, browser::Context};
+use e2e::{Browser, Front, World, browser::BrowserContext};
 use serde_json::{Value, json};
 use testkit::until;
 
@@ -9,7 +9,7 @@ use super::{
     site::{Site, site},
 };
 
-async fn log_in(context: &Context, name: &str) -> Messenger {
+async fn log_in(context: &BrowserContext, name: &str) -> Messenger {
     // How the page finds out that nobody is logged in.
     context.expect("status of 401");
     let page = Messenger::visit(context, "/").await;
@@ -21,7 +21,7 @@ async fn log_in(context: &Context, name: &str) -> Messenger {
 }
 
 /// As the server signs them, so that the logs can be searched for them.
-async fn known_to(world: &World, context: &Context) {
+async fn known_to(world: &World, context: &BrowserContext) {
     let cookies = context.call(json!([["cookies"]])).await;
     let is_session = |cookie: &&Value| cookie["name"].as_str().unwrap().ends_with("messenger_session");
     let session = cookies.as_array().unwrap().iter().find(is_session).unwrap();
