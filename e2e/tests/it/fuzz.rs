@@ -4,7 +4,7 @@
 use std::process::{Command, Stdio};
 
 use e2e::{World, program};
-use testkit::documented::Document;
+use testkit::documented::OpenApiDocument;
 
 use crate::support::Two;
 
@@ -67,7 +67,7 @@ async fn events_on_the_wire_are_as_documented() {
     let world = World::new().await;
     let (api, gateway) = world.pair().await;
     let document = world.client.get(api.url("/api/openapi.json")).expect(200).await;
-    let document = Document::new(&document.text());
+    let document = OpenApiDocument::new(&document.text());
     let two = Two::meet(&world, &api).await;
     let mut streams = vec![
         gateway.stream(&two.john).last_event_id("nonsense").stream().await,

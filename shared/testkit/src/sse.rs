@@ -1,4 +1,4 @@
-//! The stream as a browser sees it. [`Opening`] and [`Stream`] are one connection: status and headers as they came, then
+//! The stream as a browser sees it. [`StreamRequest`] and [`Stream`] are one connection: status and headers as they came, then
 //! every block, its lines held to the contract and compared with what a parser that is not ours makes of them. [`EventSource`] is an `EventSource`: it
 //! keeps the last id, waits for the given `retry`, comes back by header, and gives up for ever on anything but a 200.
 
@@ -31,14 +31,14 @@ use super::PATIENCE;
 const BLOCK_LIMIT: usize = 1 << 20;
 
 #[derive(Debug, Clone)]
-pub struct Opening {
+pub struct StreamRequest {
     url: String,
     query: Vec<(&'static str, String)>,
     headers: HeaderMap,
     receive_buffer: Option<u32>,
 }
 
-impl Opening {
+impl StreamRequest {
     pub fn new(url: impl Into<String>) -> Self {
         let mut headers = HeaderMap::new();
         headers.insert(header::ACCEPT, HeaderValue::from_static("text/event-stream"));
@@ -396,7 +396,7 @@ impl ReceivedRecord {
 
 enum Instruction {
     Cut,
-    Aim(Vec<Opening>),
+    Aim(Vec<StreamRequest>),
 }
 
 /// An `EventSource` and its page.
@@ -409,7 +409,7 @@ pub struct EventSource {
 impl EventSource {
     /// Opens the first of `openings`; each reconnect uses the next one, as behind a load balancer. Waits at most
     /// `longest_retry` before a reconnect, whatever `retry` says.
-    pub fn open(openings: Vec<Opening>, resume: ReconnectBy, longest_retry: Duration) -> Self {
+    pub fn open(openings: Vec<StreamRequest>, resume: ReconnectBy, longest_retry: Duration) -> Self {
         let (told, record) = watch::channel(ReceivedRecord::default());
         let (orders, taken) = mpsc::channel(8);
         let page = Reconnecting { openings, resume, longest_retry, told, orders: taken };
@@ -448,7 +448,7 @@ impl EventSource {
     }
 
     /// Where to reconnect from now on. The present connection stays.
-    pub async fn aim(&self, openings: Vec<Opening>) {
+    pub async fn aim(&self, openings: Vec<StreamRequest>) {
         self.orders.send(Instruction::Aim(openings)).await.expect("the browser has not given up");
     }
 }
@@ -460,7 +460,7 @@ impl Drop for EventSource {
 }
 
 struct Reconnecting {
-    openings: Vec<Opening>,
+    openings: Vec<StreamRequest>,
     resume: ReconnectBy,
     longest_retry: Duration,
     told: watch::Sender<ReceivedRecord>,
