@@ -6,31 +6,31 @@ use sqlx::PgPool;
 use crate::{
     failures::{Listener, with_redis},
     support::{
-        App, ORIGIN, ORIGIN_NOT_ALLOWED, User, assert_common_headers, assert_problem, redis_url, text,
+        ApiUser, App, ORIGIN, ORIGIN_NOT_ALLOWED, assert_common_headers, assert_problem, redis_url, text,
     },
 };
 
-async fn block(user: &User, other: &User) {
+async fn block(user: &ApiUser, other: &ApiUser) {
     let answer = user.call("PUT", &format!("/api/blocks/{}", other.id)).expect(204).await;
     assert!(answer.body.is_empty());
     assert_common_headers(&answer);
 }
 
-async fn unblock(user: &User, other: &User) {
+async fn unblock(user: &ApiUser, other: &ApiUser) {
     user.call("DELETE", &format!("/api/blocks/{}", other.id)).expect(204).await;
 }
 
 /// The contents of a page of messages, marking nothing.
-async fn page(user: &User, conversation: &str, query: &str) -> Vec<String> {
+async fn page(user: &ApiUser, conversation: &str, query: &str) -> Vec<String> {
     let page = user.messages(conversation, &format!("?markRead=false{query}")).expect(200).await.json();
     page.as_array().unwrap().iter().map(|message| text(&message["content"])).collect()
 }
 
-async fn see(user: &User, conversation: &str) -> Value {
+async fn see(user: &ApiUser, conversation: &str) -> Value {
     user.conversation(conversation).expect(200).await.json()
 }
 
-async fn count(app: &App, user: &User) -> usize {
+async fn count(app: &App, user: &ApiUser) -> usize {
     app.feed(user.id).await.len()
 }
 

@@ -467,7 +467,7 @@ async fn reading_a_page_moves_the_read_position_to_its_newest_message(pool: PgPo
     for n in 1..=4 {
         john.say(&conversation, &format!("m{n}")).await;
     }
-    let state = async |who: &crate::support::User| {
+    let state = async |who: &crate::support::ApiUser| {
         let seen = who.conversation(&conversation).expect(200).await.json();
         (
             seen["unreadCount"].clone(),
@@ -522,7 +522,7 @@ async fn own_messages_are_never_unread(pool: PgPool) {
     jane.say(&conversation, "2").await;
     john.say(&conversation, "3").await;
     jane.say(&conversation, "4").await;
-    let unread = async |who: &crate::support::User| {
+    let unread = async |who: &crate::support::ApiUser| {
         who.conversation(&conversation).expect(200).await.json()["unreadCount"].clone()
     };
     assert_eq!((unread(&john).await, unread(&jane).await), (json!(2), json!(2)));

@@ -165,7 +165,7 @@ async fn behind_a_proxy(pool: &PgPool) -> (Proxy, PgConnectOptions) {
     (proxy, options)
 }
 
-async fn assert_unavailable(app: &App, john: &crate::support::User, conversation: &str) {
+async fn assert_unavailable(app: &App, john: &crate::support::ApiUser, conversation: &str) {
     for call in [
         john.auth_user(),
         john.refresh_token(),

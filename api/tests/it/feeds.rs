@@ -24,11 +24,11 @@ use tokio::io::AsyncWriteExt;
 
 use crate::{
     raw,
-    support::{App, User, assert_problem},
+    support::{ApiUser, App, assert_problem},
 };
 
 /// What one user's feed says about the messages of the world must be what the tables say.
-async fn assert_feeds_agree_with_tables(app: &App, pool: &PgPool, users: &[User]) {
+async fn assert_feeds_agree_with_tables(app: &App, pool: &PgPool, users: &[ApiUser]) {
     let messages: Vec<(i64, i64, i64, String)> =
         sqlx::query_as("SELECT id, conversation_id, sender_id, content FROM messenger.messages ORDER BY id")
             .fetch_all(pool)
@@ -167,7 +167,7 @@ async fn insist(call: impl Fn() -> Call, status: u16) -> Answer {
     }
 }
 
-async fn hang_up(app: &App, who: &User, conversation: &str, after: Duration) {
+async fn hang_up(app: &App, who: &ApiUser, conversation: &str, after: Duration) {
     let mut socket = raw::connect(app).await;
     let body = r#"{"content":"hung up"}"#;
     let request = format!(
@@ -180,7 +180,7 @@ async fn hang_up(app: &App, who: &User, conversation: &str, after: Duration) {
     tokio::time::sleep(after).await;
 }
 
-async fn abort(pool: &PgPool, who: &User, conversation: &str) {
+async fn abort(pool: &PgPool, who: &ApiUser, conversation: &str) {
     let mut transaction = pool.begin().await.unwrap();
     sqlx::query("SELECT * FROM messenger.post_message($1, $2, $3, 'aborted', NULL, 'r', NULL)")
         .bind(who.session().0)

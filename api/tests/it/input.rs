@@ -12,10 +12,10 @@ use tokio::io::AsyncWriteExt;
 
 use crate::{
     raw,
-    support::{App, User, assert_problem},
+    support::{ApiUser, App, assert_problem},
 };
 
-async fn post(app: &App, user: &User, body: impl AsRef<[u8]>) -> testkit::http::Answer {
+async fn post(app: &App, user: &ApiUser, body: impl AsRef<[u8]>) -> testkit::http::Answer {
     let headers =
         [("content-type", "application/json"), ("authorization", &format!("Bearer {}", user.token))];
     raw::post(app, "/api/conversations/1/messages", &headers, body).await

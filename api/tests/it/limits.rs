@@ -12,9 +12,9 @@ use testkit::{PATIENCE, http::Answer, servers::Redis, until};
 
 use crate::{
     failures::metric,
-    providers::{Browser, Fake, begin, github_at, parameter},
+    providers::{Fake, LoginBrowser, begin, github_at, parameter},
     raw,
-    support::{App, ORIGIN, ORIGIN_NOT_ALLOWED, User, assert_problem, channel_prefix, config},
+    support::{ApiUser, App, ORIGIN, ORIGIN_NOT_ALLOWED, assert_problem, channel_prefix, config},
 };
 
 const HOUR: Duration = Duration::from_hours(1);
@@ -54,7 +54,7 @@ fn assert_limited(answer: &Answer) -> u64 {
 }
 
 /// Sends so many; how many were taken. The others were told to wait.
-async fn send(user: &User, conversation: &str, times: u32) -> u32 {
+async fn send(user: &ApiUser, conversation: &str, times: u32) -> u32 {
     let mut taken = 0;
     for _ in 0..times {
         let answer = user.post_message(conversation, "hi").send().await.unwrap();
@@ -319,7 +319,7 @@ async fn limited_provider_login_can_be_repeated_later(pool: PgPool) {
     let with = |limits| Config { providers: vec![github_at(&fake.url)], ..limited(&pool, limits) };
     let app = start(with(RateLimits { login_per_address: Limit::new(2, HOUR), ..OFF })).await;
     let open = App::start_with(with(RateLimits::OFF)).await;
-    let mut browser = Browser::default();
+    let mut browser = LoginBrowser::default();
     let callback = begin(&app, "github", &mut browser).await;
     // One is left.
     assert_eq!(app.get("/api/oauth/github").send().await.unwrap().status, 307);
@@ -349,8 +349,8 @@ async fn users_of_one_address_share_a_limit(pool: PgPool) {
     let conversation = from(john.start_conversation("jane"), home).await.unwrap().json()["id"].clone();
     let conversation = conversation.as_str().unwrap();
     let calls = [
-        |user: &User, _: &str| user.usernames("j"),
-        |user: &User, conversation: &str| user.post_message(conversation, "hi"),
+        |user: &ApiUser, _: &str| user.usernames("j"),
+        |user: &ApiUser, conversation: &str| user.post_message(conversation, "hi"),
     ];
     for call in calls {
         for (user, place) in [(&john, home), (&jane, neighbour), (&john, home)] {

@@ -9,7 +9,7 @@ use sqlx::PgPool;
 use testkit::issuer::{self, AUDIENCE, ISSUER, IssuerKey, TestIssuer};
 
 use crate::{
-    providers::{Browser, CLIENT_ID, Fake, Say, oidc_at, ours, parameter},
+    providers::{CLIENT_ID, Fake, LoginBrowser, Say, oidc_at, ours, parameter},
     support::{App, ORIGIN, config},
 };
 
@@ -78,7 +78,7 @@ async fn name_comes_from_the_id_token_if_userinfo_has_none(pool: PgPool) {
     settings.providers = vec![oidc_at(&fake.url)];
     let app = App::start_with(settings).await;
     fake.say("/me", Say::Json(200, json!({ "sub": "1" })));
-    let mut browser = Browser::default();
+    let mut browser = LoginBrowser::default();
     let there = browser.follow(&app, ours("/api/oauth/oidc"), |url| !url.as_str().starts_with(ORIGIN)).await;
     let claims = json!({
         "iss": fake.url, "sub": "1", "aud": CLIENT_ID, "exp": Utc::now().timestamp() as f64 + 600.5,

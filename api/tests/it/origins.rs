@@ -4,7 +4,7 @@ use api::config::Config;
 use sqlx::PgPool;
 use testkit::http::{Answer, Call};
 
-use crate::support::{App, LISTED, ORIGIN, User, assert_common_headers, assert_problem, config, text};
+use crate::support::{ApiUser, App, LISTED, ORIGIN, assert_common_headers, assert_problem, config, text};
 
 const FOREIGN: &str = "https://evil.example";
 const EXPOSED: &str = "Feed-Cursor, X-Request-Id, Retry-After, Idempotent-Replayed";
@@ -183,7 +183,7 @@ async fn cross_site_request_marks_nothing_read(pool: PgPool) {
     let (john, jane, conversation) = app.pair(&pool).await;
     john.say(&conversation, "hi").await;
     let path = format!("/api/conversations/{conversation}/messages");
-    let unread = async |user: &User| {
+    let unread = async |user: &ApiUser| {
         user.conversation(&conversation).expect(200).await.json()["unreadCount"].as_i64().unwrap()
     };
     let bearer = format!("Bearer {}", jane.token);

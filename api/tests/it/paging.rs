@@ -5,13 +5,13 @@ use std::collections::HashSet;
 use serde_json::Value;
 use sqlx::PgPool;
 
-use crate::support::{App, User, text};
+use crate::support::{ApiUser, App, text};
 
 fn ids(page: &Value) -> Vec<i64> {
     page.as_array().unwrap().iter().map(|item| text(&item["id"]).parse().unwrap()).collect()
 }
 
-async fn all_conversations(user: &User) -> Vec<Value> {
+async fn all_conversations(user: &ApiUser) -> Vec<Value> {
     let mut all: Vec<Value> = Vec::new();
     loop {
         let query = all.last().map(|last| format!("?before={}", text(&last["id"]))).unwrap_or_default();

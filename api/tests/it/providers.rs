@@ -86,7 +86,7 @@ impl Providers {
 /// Keeps cookies and follows redirects, as a person's browser does. What is at ORIGIN it asks `app`, which is a service or
 /// its address.
 #[derive(Default)]
-pub(crate) struct Browser {
+pub(crate) struct LoginBrowser {
     client: Client,
     /// By host, the oldest first.
     cookies: HashMap<String, Vec<Kept>>,
@@ -107,7 +107,7 @@ fn keep(jar: &mut Vec<Kept>, kept: Kept) {
     }
 }
 
-impl Browser {
+impl LoginBrowser {
     pub(crate) async fn get(&mut self, app: &impl AsRef<str>, url: &Url) -> Answer {
         self.call(app, "GET", url, None).await
     }
@@ -349,14 +349,14 @@ impl Fake {
 
     /// Somebody begins to log in, and comes back with a code at once, whatever that is worth.
     pub(crate) async fn sign_in(&self, app: &impl AsRef<str>, provider: &str) -> Url {
-        let mut browser = Browser::default();
+        let mut browser = LoginBrowser::default();
         let callback = begin(app, provider, &mut browser).await;
         browser.follow(app, callback, is_page).await
     }
 }
 
 /// Somebody begins to log in; where a provider would send them back.
-pub(crate) async fn begin(app: &impl AsRef<str>, provider: &str, browser: &mut Browser) -> Url {
+pub(crate) async fn begin(app: &impl AsRef<str>, provider: &str, browser: &mut LoginBrowser) -> Url {
     let start = ours(&format!("/api/oauth/{provider}"));
     let authorize = browser.follow(app, start, |url| !url.as_str().starts_with(ORIGIN)).await;
     if is_page(&authorize) {

@@ -24,11 +24,11 @@ use testkit::http::Answer;
 
 use crate::{
     failures::{Listener, with_redis},
-    support::{App, ORIGIN, User, assert_common_headers, assert_problem, config, keys, redis_url, text},
+    support::{ApiUser, App, ORIGIN, assert_common_headers, assert_problem, config, keys, redis_url, text},
 };
 
 /// The list as pairs of id and device, and which one is the current one.
-async fn listed(user: &User) -> (Vec<(String, String)>, Option<usize>) {
+async fn listed(user: &ApiUser) -> (Vec<(String, String)>, Option<usize>) {
     let answer = user.call("GET", "/api/sessions").expect(200).await;
     assert_common_headers(&answer);
     let Value::Array(list) = answer.json() else { panic!("a list") };
@@ -44,15 +44,15 @@ async fn listed(user: &User) -> (Vec<(String, String)>, Option<usize>) {
     (pairs.collect(), place)
 }
 
-fn id(user: &User) -> String {
+fn id(user: &ApiUser) -> String {
     user.session().to_string()
 }
 
-fn login(user: &User) -> Login {
+fn login(user: &ApiUser) -> Login {
     Login { user: user.id, session: user.session() }
 }
 
-async fn is_refused(user: &User) -> bool {
+async fn is_refused(user: &ApiUser) -> bool {
     user.auth_user().send().await.unwrap().status == 401
 }
 
@@ -213,7 +213,7 @@ async fn sessions_ending_each_other_do_not_deadlock(pool: PgPool) {
     app.stop().await;
 }
 
-async fn last_used(pool: &PgPool, user: &User) -> DateTime<Utc> {
+async fn last_used(pool: &PgPool, user: &ApiUser) -> DateTime<Utc> {
     sqlx::query_scalar("SELECT last_used_at FROM messenger.sessions WHERE id = $1")
         .bind(user.session().0)
         .fetch_one(pool)

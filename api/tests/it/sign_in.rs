@@ -23,7 +23,7 @@ use crate::{
     failures::metric,
     process::serve_with,
     providers::{
-        Browser, CLIENT_SECRET, Fake, Providers, Say, begin, github_at, oidc_at, ours, parameter,
+        CLIENT_SECRET, Fake, LoginBrowser, Providers, Say, begin, github_at, oidc_at, ours, parameter,
         set_cookies, with_parameter,
     },
     raw,
@@ -66,7 +66,7 @@ async fn assert_logged_in(app: &App, answer: &Answer, username: &str) -> Value {
 }
 
 /// To the page, and no further: its code.
-async fn code_of(browser: &mut Browser, app: &App, provider: &str, account: &str) -> String {
+async fn code_of(browser: &mut LoginBrowser, app: &App, provider: &str, account: &str) -> String {
     let page = browser.sign_in(app, provider, account).await;
     parameter(&page, "code").unwrap_or_else(|| panic!("{page}"))
 }
@@ -82,7 +82,7 @@ async fn login_at_a_real_provider_finds_the_same_user_again(pool: PgPool) {
     {
         let name = format!("octo-{provider}");
         providers.account(account, &name, "https://a.example/1").await;
-        let mut browser = Browser::default();
+        let mut browser = LoginBrowser::default();
 
         // There.
         let answer = browser.get(&app, &ours(&format!("/api/oauth/{provider}"))).await;
@@ -139,7 +139,7 @@ async fn login_at_a_real_provider_finds_the_same_user_again(pool: PgPool) {
 
         // Later, after both name and picture have changed there.
         providers.account(account, "renamed", "https://a.example/2").await;
-        let mut phone = Browser::default();
+        let mut phone = LoginBrowser::default();
         let code = code_of(&mut phone, &app, provider, account).await;
         let answer = phone.exchange(&app, &code).await;
         let again = assert_logged_in(&app, &answer, &name).await;
@@ -160,7 +160,7 @@ async fn login_at_a_real_provider_finds_the_same_user_again(pool: PgPool) {
     }
     // Another one's form of the same answer.
     providers.answer_by_forms().await;
-    let mut browser = Browser::default();
+    let mut browser = LoginBrowser::default();
     let code = code_of(&mut browser, &app, "github", "583231").await;
     assert_logged_in(&app, &browser.exchange(&app, &code).await, "octo-github").await;
     app.stop().await;
@@ -187,11 +187,11 @@ async fn refusal_of_a_real_provider_is_shown_on_the_page(pool: PgPool) {
     };
     for provider in ["github", "oidc"] {
         // The person declines.
-        let page = Browser::default().sign_in(&app, provider, "nobody").await;
+        let page = LoginBrowser::default().sign_in(&app, provider, "nobody").await;
         assert_eq!(error(&page), "access_denied");
 
         // The provider's code a second time, with everything else as it was.
-        let mut browser = Browser::default();
+        let mut browser = LoginBrowser::default();
         let callback = browser.come_back(&app, provider, "1").await;
         let (name, sealed) = browser.cookie("login_").unwrap();
         let page = browser.follow(&app, callback.clone(), |_| false).await;
@@ -201,7 +201,7 @@ async fn refusal_of_a_real_provider_is_shown_on_the_page(pool: PgPool) {
         assert_eq!(error(&page), "provider_error");
 
         // A code for which another verifier was promised: one that was stolen from another browser.
-        let mut browser = Browser::default();
+        let mut browser = LoginBrowser::default();
         let callback = browser.come_back(&app, provider, "1").await;
         let seal = Seal::new(&Secrets::parse(SECRET).unwrap());
         let (name, sealed) = browser.cookie("login_").unwrap();
@@ -212,13 +212,13 @@ async fn refusal_of_a_real_provider_is_shown_on_the_page(pool: PgPool) {
         assert_eq!(error(&page), "provider_error");
 
         // We are not who was registered.
-        let page = Browser::default().sign_in(&impostor, provider, "1").await;
+        let page = LoginBrowser::default().sign_in(&impostor, provider, "1").await;
         assert_eq!(error(&page), "provider_error");
         assert_eq!(sign_ins(&app, provider, "access_denied").await, 1);
         assert_eq!(sign_ins(&app, provider, "provider_error").await, 2);
     }
     // An id token of another attempt: only the provider that makes one.
-    let mut browser = Browser::default();
+    let mut browser = LoginBrowser::default();
     let callback = browser.come_back(&app, "oidc", "1").await;
     let seal = Seal::new(&Secrets::parse(SECRET).unwrap());
     let (name, sealed) = browser.cookie("login_").unwrap();
@@ -236,10 +236,10 @@ async fn callback_works_only_in_the_browser_that_began(pool: PgPool) {
     let settings = vec![github_at(&fake.url), oidc_at(&fake.url)];
     let app = App::start_with(config_with(&pool, |config| config.providers = settings)).await;
     for (provider, other) in [("github", "oidc"), ("oidc", "github")] {
-        let mut browser = Browser::default();
+        let mut browser = LoginBrowser::default();
         let callback = begin(&app, provider, &mut browser).await;
         let (name, cookie) = browser.cookie("login_").unwrap();
-        let mut elsewhere = Browser::default();
+        let mut elsewhere = LoginBrowser::default();
         begin(&app, provider, &mut elsewhere).await;
         let (_, foreign) = elsewhere.cookie("login_").unwrap();
         let seal = Seal::new(&Secrets::parse(SECRET).unwrap());
@@ -276,7 +276,7 @@ async fn callback_works_only_in_the_browser_that_began(pool: PgPool) {
             ("another issuer", Some(&cookie), changed("iss", Some("https://evil.example"))),
             ("a denial that is not ours", Some(&foreign), changed("error", Some("access_denied"))),
         ] {
-            let mut browser = Browser::default();
+            let mut browser = LoginBrowser::default();
             if let Some(cookie) = cookie {
                 browser.set_cookie(&name, cookie);
             }
@@ -401,7 +401,7 @@ async fn failing_provider_is_shown_on_the_page(pool: PgPool) {
     assert_eq!(count(&pool, "SELECT count(*) FROM messenger.users").await, 1);
 
     // What the provider says instead of an answer.
-    let mut browser = Browser::default();
+    let mut browser = LoginBrowser::default();
     for (said, code) in [
         ("access_denied", "access_denied"),
         ("temporarily_unavailable", "provider_unavailable"),
@@ -479,7 +479,7 @@ async fn unreachable_provider_is_shown_on_the_page(pool: PgPool) {
     let settings = vec![github_at(&nowhere), oidc_at(&nowhere)];
     let app = App::start_with(config_with(&pool, |config| config.providers = settings)).await;
     for provider in ["github", "oidc"] {
-        let mut browser = Browser::default();
+        let mut browser = LoginBrowser::default();
         let callback = begin(&app, provider, &mut browser).await;
         let page = browser.follow(&app, callback, |_| false).await;
         assert_eq!(page.as_str(), format!("{ORIGIN}/callback?error=provider_unavailable"));
@@ -495,7 +495,7 @@ async fn code_works_once_in_one_browser_for_a_minute(pool: PgPool) {
     };
     let (app, replica) = (start().await, start().await);
     let arrive = async || {
-        let mut browser = Browser::default();
+        let mut browser = LoginBrowser::default();
         let callback = begin(&app, "github", &mut browser).await;
         let page = browser.follow(&app, callback, |_| false).await;
         (parameter(&page, "code").unwrap(), browser)
@@ -508,7 +508,7 @@ async fn code_works_once_in_one_browser_for_a_minute(pool: PgPool) {
     // In another browser: one without the cookie, and one that has its own.
     let (code, mut browser) = arrive().await;
     let (other_code, mut other) = arrive().await;
-    refused(&Browser::default().exchange(&app, &code).await);
+    refused(&LoginBrowser::default().exchange(&app, &code).await);
     refused(&other.exchange(&app, &code).await);
     refused(&browser.exchange(&app, &other_code).await);
     // Nor something else in its place.
@@ -569,7 +569,7 @@ async fn logins_in_several_tabs_do_not_interfere(pool: PgPool) {
     let fake = Fake::start().await;
     let settings = vec![github_at(&fake.url), oidc_at(&fake.url)];
     let app = App::start_with(config_with(&pool, |config| config.providers = settings)).await;
-    let mut browser = Browser::default();
+    let mut browser = LoginBrowser::default();
     // Three are begun, come back the other way round, and fetch their tokens in yet another order.
     let mut callbacks = Vec::new();
     for provider in ["github", "oidc", "github"] {
@@ -616,7 +616,7 @@ async fn logins_in_several_tabs_do_not_interfere(pool: PgPool) {
     app.stop().await;
 }
 
-async fn fake_login(app: &App, browser: &mut Browser) -> url::Url {
+async fn fake_login(app: &App, browser: &mut LoginBrowser) -> url::Url {
     let callback = begin(app, "github", browser).await;
     browser.follow(app, callback, |_| false).await
 }
@@ -626,7 +626,7 @@ async fn code_is_not_consumed_unless_its_session_begins(pool: PgPool) {
     let fake = Fake::start().await;
     let app =
         App::start_with(config_with(&pool, |config| config.providers = vec![github_at(&fake.url)])).await;
-    let mut browser = Browser::default();
+    let mut browser = LoginBrowser::default();
     let page = fake_login(&app, &mut browser).await;
     let code = parameter(&page, "code").unwrap();
     // As if the process died in between.
@@ -654,7 +654,7 @@ async fn login_completes_although_its_client_hung_up(pool: PgPool) {
     let app =
         App::start_with(config_with(&pool, |config| config.providers = vec![github_at(&fake.url)])).await;
     sqlx::query("INSERT INTO messenger.users (username) VALUES ('john')").execute(&pool).await.unwrap();
-    let request = |browser: &Browser, line: &str, body: &Value| {
+    let request = |browser: &LoginBrowser, line: &str, body: &Value| {
         let cookies: Vec<_> =
             browser.cookies("").into_iter().map(|(name, value)| format!("{name}={value}")).collect();
         let body = body.to_string();
@@ -664,14 +664,14 @@ async fn login_completes_although_its_client_hung_up(pool: PgPool) {
             body.len(),
         )
     };
-    let mut browser = Browser::default();
+    let mut browser = LoginBrowser::default();
     let code = parameter(&fake_login(&app, &mut browser).await, "code").unwrap();
     let exchange = request(&browser, "POST /api/oauth/exchange", &json!({ "code": code }));
-    let mut browser = Browser::default();
+    let mut browser = LoginBrowser::default();
     let callback = begin(&app, "github", &mut browser).await;
     let back = callback.as_str().strip_prefix(ORIGIN).unwrap();
     let callback = request(&browser, &format!("GET {back}"), &json!({}));
-    let login = request(&Browser::default(), "POST /api/login", &json!({ "username": "john" }));
+    let login = request(&LoginBrowser::default(), "POST /api/login", &json!({ "username": "john" }));
     // What each looks at first is held, so that the client surely goes before the login can end.
     for (sessions, (app, request, held)) in
         [(&app, exchange, "login_codes"), (&with_token, callback, "identities"), (&app, login, "users")]
@@ -773,7 +773,7 @@ async fn callback_token_in_query_serves_the_original_client(pool: PgPool) {
         config.callback_token_in_query = true;
     }))
     .await;
-    let mut browser = Browser::default();
+    let mut browser = LoginBrowser::default();
     let callback = begin(&app, "github", &mut browser).await;
     let answer = browser.get(&app, &callback).await;
     let page = url::Url::parse(answer.header("location").unwrap()).unwrap();
@@ -834,7 +834,7 @@ async fn taken_name_gets_a_suffix(pool: PgPool) {
             "/user",
             Say::Json(200, json!({ "id": id, "login": " s\u{7}am", "avatar_url": "javascript:1" })),
         );
-        let mut browser = Browser::default();
+        let mut browser = LoginBrowser::default();
         let callback = begin(&app, "github", &mut browser).await;
         let page = browser.follow(&app, callback, |_| false).await;
         let answer = browser.exchange(&app, &parameter(&page, "code").unwrap()).await;
@@ -903,7 +903,7 @@ async fn login_secrets_are_not_logged(pool: PgPool) {
             .envs([("GITHUB_URL", &fake.url), ("GITHUB_API_URL", &fake.url)]);
     });
     let mut secrets = vec![CLIENT_SECRET.to_owned(), "a-code-from-elsewhere".into(), "a secret".into()];
-    let mut browser = Browser::default();
+    let mut browser = LoginBrowser::default();
     for (at, say) in [
         ("/user", None),
         ("/login/oauth/access_token", Some(Say::Json(400, json!({ "error": "a secret" })))),

@@ -168,7 +168,7 @@ impl App {
     }
 
     /// Somebody who is logged in; made if there is nobody of this name.
-    pub(crate) async fn user(&self, pool: &PgPool, username: &str) -> User {
+    pub(crate) async fn user(&self, pool: &PgPool, username: &str) -> ApiUser {
         sqlx::query("INSERT INTO messenger.users (username) VALUES ($1) ON CONFLICT DO NOTHING")
             .bind(username)
             .execute(pool)
@@ -177,10 +177,10 @@ impl App {
         self.login(username).await
     }
 
-    pub(crate) async fn login(&self, username: &str) -> User {
+    pub(crate) async fn login(&self, username: &str) -> ApiUser {
         let answer = self.post("/api/login").json(&json!({ "username": username })).expect(200).await;
         let body = answer.json();
-        User {
+        ApiUser {
             id: body["authUser"]["id"].as_str().unwrap().parse().unwrap(),
             name: username.into(),
             token: body["token"].as_str().unwrap().into(),
@@ -226,7 +226,7 @@ impl App {
     }
 
     /// Two users with a conversation.
-    pub(crate) async fn pair(&self, pool: &PgPool) -> (User, User, String) {
+    pub(crate) async fn pair(&self, pool: &PgPool) -> (ApiUser, ApiUser, String) {
         let (john, jane) = (self.user(pool, "john").await, self.user(pool, "jane").await);
         let conversation = john.start("jane").await;
         (john, jane, conversation)
@@ -235,7 +235,7 @@ impl App {
 
 /// A logged-in client.
 #[derive(Clone)]
-pub(crate) struct User {
+pub(crate) struct ApiUser {
     pub(crate) id: UserId,
     pub(crate) name: String,
     pub(crate) token: String,
@@ -244,7 +244,7 @@ pub(crate) struct User {
     client: Client,
 }
 
-impl User {
+impl ApiUser {
     /// The same person, at another replica.
     pub(crate) fn at(&self, app: &App) -> Self {
         Self { base: app.public.clone(), client: app.client.clone(), ..self.clone() }

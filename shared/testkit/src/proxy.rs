@@ -19,7 +19,7 @@ use super::until;
 const CONNECTIONS: usize = 1_024;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Fault {
+enum LinkFault {
     None,
     /// Delays each piece, both ways.
     Slow(Duration),
@@ -32,7 +32,7 @@ enum Fault {
 #[derive(Debug, Clone)]
 struct ProxyState {
     upstream: SocketAddr,
-    fault: Fault,
+    fault: LinkFault,
     /// A new connection is reset after so many bytes to the client.
     budget: Option<u64>,
     /// A connection is reset after this text.
@@ -53,7 +53,7 @@ impl Proxy {
         let address = listener.local_addr().expect("a bound socket has an address");
         let (state, watched) = watch::channel(ProxyState {
             upstream,
-            fault: Fault::None,
+            fault: LinkFault::None,
             budget: None,
             last_text: None,
             generation: Arc::default(),
@@ -68,21 +68,21 @@ impl Proxy {
 
     pub fn resume(&self) {
         self.state.send_modify(|state| {
-            (state.fault, state.budget, state.last_text) = (Fault::None, None, None);
+            (state.fault, state.budget, state.last_text) = (LinkFault::None, None, None);
         });
     }
 
     pub fn slow(&self, by: Duration) {
-        self.state.send_modify(|state| state.fault = Fault::Slow(by));
+        self.state.send_modify(|state| state.fault = LinkFault::Slow(by));
     }
 
     pub fn silence(&self) {
-        self.state.send_modify(|state| state.fault = Fault::Silent);
+        self.state.send_modify(|state| state.fault = LinkFault::Silent);
     }
 
     pub fn refuse(&self) {
         self.state.send_modify(|state| {
-            state.fault = Fault::Refusing;
+            state.fault = LinkFault::Refusing;
             state.generation = Arc::default();
         });
     }
@@ -124,7 +124,7 @@ async fn accept(listener: TcpListener, mut state: watch::Receiver<ProxyState>) {
     let places = Arc::new(Semaphore::new(CONNECTIONS));
     let mut connections = JoinSet::new(); // Aborted with this task.
     loop {
-        if state.borrow_and_update().fault == Fault::Refusing {
+        if state.borrow_and_update().fault == LinkFault::Refusing {
             listener = None;
         } else if listener.is_none() {
             listener = Some(listen_again(address).await);
@@ -191,7 +191,7 @@ fn end_by_reset(socket: &TcpStream, reset: bool) -> io::Result<()> {
 }
 
 async fn open_again(state: &mut watch::Receiver<ProxyState>) {
-    let _ = state.wait_for(|now| now.fault != Fault::Silent).await;
+    let _ = state.wait_for(|now| now.fault != LinkFault::Silent).await;
 }
 
 async fn pump(
@@ -208,7 +208,7 @@ async fn pump(
         open_again(&mut state).await;
         let length = tokio::select! {
             length = from.read(&mut buffer) => length?,
-            _ = state.wait_for(|now| now.fault == Fault::Silent) => continue,
+            _ = state.wait_for(|now| now.fault == LinkFault::Silent) => continue,
         };
         if length == 0 {
             // An orderly end is passed on as one.
@@ -216,7 +216,7 @@ async fn pump(
             return to.shutdown().await;
         }
         let fault = state.borrow().fault;
-        if let Fault::Slow(by) = fault {
+        if let LinkFault::Slow(by) = fault {
             sleep(by).await;
         }
         open_again(&mut state).await;

@@ -38,9 +38,9 @@ pub(crate) const SECRET: &str = "the-internal-secret-of-these-tests";
 
 /// How an endpoint answers at present.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Mood {
-    Well,
-    /// Answers are made when the question comes and sent when the mood changes.
+pub(crate) enum Fault {
+    None,
+    /// Answers are made when the question comes and sent when the fault changes.
     Holding,
     Failing,
     /// Fails, after this long.
@@ -154,7 +154,7 @@ struct State {
 #[derive(Clone)]
 struct Shared {
     state: Arc<Mutex<State>>,
-    moods: HashMap<&'static str, watch::Sender<Mood>>,
+    faults: HashMap<&'static str, watch::Sender<Fault>>,
     record: watch::Sender<Record>,
 }
 
@@ -182,7 +182,7 @@ impl Api {
         let endpoints = [HEADS_PATH, RANGES_PATH, KEYS_PATH, IDENTITY_PATH];
         let shared = Shared {
             state: Arc::new(Mutex::new(state)),
-            moods: endpoints.map(|path| (path, watch::Sender::new(Mood::Well))).into(),
+            faults: endpoints.map(|path| (path, watch::Sender::new(Fault::None))).into(),
             record: watch::Sender::default(),
         };
         let stop = CancellationToken::new();
@@ -322,14 +322,14 @@ impl Api {
         self.state().page = events;
     }
 
-    pub(crate) fn mood(&self, path: &'static str, mood: Mood) {
-        self.shared.moods[path].send_replace(mood);
+    pub(crate) fn fault(&self, path: &'static str, fault: Fault) {
+        self.shared.faults[path].send_replace(fault);
     }
 
     /// Questions about feeds; keys are published as ever.
-    pub(crate) fn mood_of_feeds(&self, mood: Mood) {
-        self.mood(HEADS_PATH, mood);
-        self.mood(RANGES_PATH, mood);
+    pub(crate) fn fault_of_feeds(&self, fault: Fault) {
+        self.fault(HEADS_PATH, fault);
+        self.fault(RANGES_PATH, fault);
     }
 
     /// The next answer is this instead.
@@ -386,7 +386,7 @@ fn envelope(epoch: Epoch, row: &Row) -> Envelope {
 
 impl Shared {
     async fn answer(&self, path: &str, headers: &HeaderMap, body: &[u8]) -> Response<Bytes> {
-        let Some((path, mood)) = self.moods.get_key_value(path) else {
+        let Some((path, fault)) = self.faults.get_key_value(path) else {
             return respond(StatusCode::NOT_FOUND, Bytes::new());
         };
         let authorized =
@@ -397,15 +397,16 @@ impl Shared {
         // As of now, whenever it is sent.
         let (asked, answer) = self.make(path, body);
         self.record.send_modify(|record| record.0.push(asked));
-        let mut mood = mood.subscribe();
-        let mood = *mood.wait_for(|mood| *mood != Mood::Holding).await.expect("the sender lives as long");
-        match mood {
-            Mood::Well => respond(StatusCode::OK, answer),
-            Mood::FailingAfter(wait) => {
+        let mut fault = fault.subscribe();
+        let fault =
+            *fault.wait_for(|fault| *fault != Fault::Holding).await.expect("the sender lives as long");
+        match fault {
+            Fault::None => respond(StatusCode::OK, answer),
+            Fault::FailingAfter(wait) => {
                 sleep(wait).await;
                 respond(StatusCode::SERVICE_UNAVAILABLE, Bytes::new())
             }
-            Mood::Failing | Mood::Holding => respond(StatusCode::SERVICE_UNAVAILABLE, Bytes::new()),
+            Fault::Failing | Fault::Holding => respond(StatusCode::SERVICE_UNAVAILABLE, Bytes::new()),
         }
     }
 

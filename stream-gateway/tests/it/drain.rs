@@ -95,7 +95,7 @@ async fn readers_that_take_no_goodbye_do_not_hold_it_up() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_gateway_stops_while_everything_else_is_away() {
     let world = Setup::default().redis_is_away().start().await;
-    world.api.mood_of_feeds(crate::api::Mood::Holding);
+    world.api.fault_of_feeds(crate::api::Fault::Holding);
     let user = world.user(3);
     let mut streams = [world.stream(&user).stream().await, world.stream_after(&user, 1).stream().await];
     world.until_metric("messenger_gateway_streams", 2).await;

@@ -6,11 +6,11 @@ use protocol::event::Envelope;
 use serde_json::{json, value::RawValue};
 use testkit::until;
 
-use crate::support::{ANOTHER_EPOCH, Setup, World, goodbye, receives, resync, silence};
+use crate::support::{ANOTHER_EPOCH, GatewayWorld, Setup, goodbye, receives, resync, silence};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_reordering_costs_no_question() {
-    let world = World::new().await;
+    let world = GatewayWorld::new().await;
     let user = world.user(5);
     let mut stream = world.joined(&user).await;
     world.api.forget_questions();
@@ -28,7 +28,7 @@ async fn a_reordering_costs_no_question() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_hole_costs_one_question() {
-    let world = World::new().await;
+    let world = GatewayWorld::new().await;
     let user = world.user(5);
     let mut streams = [world.joined(&user).await, world.joined(&user).await];
     world.api.forget_questions();
@@ -68,7 +68,7 @@ async fn what_redis_never_said_is_found_by_the_reconcile() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn rows_that_were_pruned_before_they_were_delivered_are_a_resync() {
-    let world = World::new().await;
+    let world = GatewayWorld::new().await;
     let user = world.user(5);
     let mut stream = world.joined(&user).await;
     for _ in 0..4 {
@@ -85,7 +85,7 @@ async fn rows_that_were_pruned_before_they_were_delivered_are_a_resync() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_event_of_another_epoch_is_a_doubt_and_no_event() {
-    let world = World::new().await;
+    let world = GatewayWorld::new().await;
     let user = world.user(5);
     let mut stream = world.joined(&user).await;
     world.api.forget_questions();
@@ -114,7 +114,7 @@ async fn an_event_of_another_epoch_is_a_doubt_and_no_event() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_event_from_a_future_that_never_comes_costs_a_question_and_no_more() {
-    let world = World::new().await;
+    let world = GatewayWorld::new().await;
     let user = world.user(5);
     let mut stream = world.joined(&user).await;
     world.api.forget_questions();
@@ -131,7 +131,7 @@ async fn an_event_from_a_future_that_never_comes_costs_a_question_and_no_more() 
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn garbage_on_a_channel_harms_nobody() {
-    let world = World::new().await;
+    let world = GatewayWorld::new().await;
     let (user, other) = (world.user(5), world.user(5));
     let mut stream = world.joined(&user).await;
     let mut another = world.joined(&other).await;
@@ -165,7 +165,7 @@ async fn garbage_on_a_channel_harms_nobody() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_envelope_that_this_build_cannot_take_from_redis_comes_from_the_feed() {
-    let world = World::new().await;
+    let world = GatewayWorld::new().await;
     let user = world.user(5);
     let mut stream = world.joined(&user).await;
     // Of a newer api.
@@ -184,7 +184,7 @@ async fn an_envelope_that_this_build_cannot_take_from_redis_comes_from_the_feed(
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_event_name_that_is_not_known_here_is_passed_on() {
-    let world = World::new().await;
+    let world = GatewayWorld::new().await;
     let user = world.user(5);
     let mut stream = world.joined(&user).await;
     let new = world.api.append_named(user.id, "reaction.added");
@@ -207,7 +207,7 @@ async fn an_event_name_that_is_not_known_here_is_passed_on() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_event_that_no_client_may_get_is_a_resync_for_those_who_would_need_it() {
-    let world = World::new().await;
+    let world = GatewayWorld::new().await;
     let user = world.user(5);
     let mut stream = world.joined(&user).await;
     for (name, head) in [("error", 6), ("a\nid: x", 7)] {
@@ -223,7 +223,7 @@ async fn an_event_that_no_client_may_get_is_a_resync_for_those_who_would_need_it
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_revocation_ends_the_streams_of_that_session_only() {
-    let world = World::new().await;
+    let world = GatewayWorld::new().await;
     let user = world.user(5);
     let phone = world.another_session(user.id);
     let other = world.user(5);
@@ -307,7 +307,7 @@ async fn a_redis_that_is_silently_dead_is_found_by_the_beat() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_redis_that_is_no_longer_where_its_name_points_is_left() {
-    let world = World::new().await;
+    let world = GatewayWorld::new().await;
     let user = world.user(5);
     let mut stream = world.joined(&user).await;
     // The old one lives on with our connection to it, as after a failover; everybody publishes to the new one.

@@ -4,12 +4,12 @@ use protocol::position::Seq;
 use serde_json::{Value, json};
 
 use crate::{
-    api::Mood,
-    support::{ANOTHER_EPOCH, Setup, User, World, ready, receives, resync},
+    api::Fault,
+    support::{ANOTHER_EPOCH, FeedUser, GatewayWorld, Setup, ready, receives, resync},
 };
 
-impl World {
-    async fn explain(&self, user: &User, seq: Seq) -> Value {
+impl GatewayWorld {
+    async fn explain(&self, user: &FeedUser, seq: Seq) -> Value {
         let question = format!("http://{}/admin/explain?user={}&seq={seq}", self.ops, user.id);
         self.client.get(question).expect(200).await.json()
     }
@@ -25,7 +25,7 @@ const BEFORE: &str = "The event was before its time: its client had it, or reads
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_operator_is_told_which_streams_had_an_event_and_what_the_others_wait_for() {
-    let world = World::new().await;
+    let world = GatewayWorld::new().await;
     let user = world.user(10);
     assert_eq!(
         world.explain(&user, 11).await["says"],
@@ -97,7 +97,7 @@ async fn an_operator_is_told_who_is_to_blame_for_an_event_that_does_not_come() {
 
     // api: it does not answer, and an event is missing.
     let mut stream = world.joined(&user).await;
-    world.api.mood_of_feeds(Mood::Failing);
+    world.api.fault_of_feeds(Fault::Failing);
     world.api.append(user.id);
     let second = world.api.append(user.id);
     world.publish_event(&user, &second).await;
@@ -114,7 +114,7 @@ async fn an_operator_is_told_who_is_to_blame_for_an_event_that_does_not_come() {
     let told = world.explain(&new, 4).await;
     assert!(told["says"].to_string().contains("is not known yet"), "{told}");
     assert!(says(&told["streams"])[0].starts_with("It has just come"), "{told}");
-    world.api.mood_of_feeds(Mood::Well);
+    world.api.fault_of_feeds(Fault::None);
     receives(&mut stream, 1..=2).await;
 
     // Redis: it is away.

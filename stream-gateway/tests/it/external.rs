@@ -13,21 +13,21 @@ use testkit::{
 };
 
 use crate::{
-    api::Mood,
-    support::{Setup, User, World, goodbye, now, ready},
+    api::Fault,
+    support::{FeedUser, GatewayWorld, Setup, goodbye, now, ready},
 };
 
 const SUBJECT: &str = "auth0|jane";
 
 /// A gateway that trusts the issuer, and a user who is known there.
-async fn world() -> (World, User) {
+async fn world() -> (GatewayWorld, FeedUser) {
     world_with(Setup::default()).await
 }
 
-async fn world_with(setup: Setup) -> (World, User) {
+async fn world_with(setup: Setup) -> (GatewayWorld, FeedUser) {
     let world = setup.no_keys().start().await;
     world.api.trust(published(&IssuerKey::number(0)));
-    world.api.mood(KEYS_PATH, Mood::Well);
+    world.api.fault(KEYS_PATH, Fault::None);
     until("the gateway is ready", || async { world.readiness().await.status == 200 }).await;
     world.api.forget_questions();
     let user = world.user(3);
@@ -39,7 +39,7 @@ fn token() -> String {
     IssuerKey::number(0).token(SUBJECT, now() + 3_600)
 }
 
-impl World {
+impl GatewayWorld {
     fn with_token(&self, token: &str) -> StreamRequest {
         self.opening().bearer(token)
     }
@@ -71,14 +71,14 @@ async fn many_who_come_at_once_share_a_few_questions() {
     for subject in &subjects {
         world.api.identify(subject, world.user(1).id);
     }
-    world.api.mood(IDENTITY_PATH, Mood::Holding);
+    world.api.fault(IDENTITY_PATH, Fault::Holding);
     let openings = subjects.iter().map(|subject| {
         let token = IssuerKey::number(0).token(subject, now() + 3_600);
         let opening = world.with_token(&token);
         async move { opening.stream().await }
     });
     let streams = join_all(openings).await;
-    world.api.mood(IDENTITY_PATH, Mood::Well);
+    world.api.fault(IDENTITY_PATH, Fault::None);
     join_all(streams.into_iter().map(|mut stream| async move { stream.named("ready").await })).await;
     let asked = world.api.asked();
     let requests = asked.identities();
@@ -90,13 +90,13 @@ async fn many_who_come_at_once_share_a_few_questions() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn while_api_cannot_tell_who_it_is_the_head_comes_and_then_busy() {
     let (world, user) = world().await;
-    world.api.mood(IDENTITY_PATH, Mood::Failing);
+    world.api.fault(IDENTITY_PATH, Fault::Failing);
     let mut stream = world.with_token(&token()).stream().await;
     let told = goodbye(&mut stream, "busy").await;
     assert_eq!(told["reconnect"], true);
     assert!((60_000..=120_000).contains(&stream.retry.unwrap().as_millis()));
     assert_eq!(world.metric("messenger_gateway_streams_rejected_total{reason=\"no_identity\"}").await, 1);
-    world.api.mood(IDENTITY_PATH, Mood::Well);
+    world.api.fault(IDENTITY_PATH, Fault::None);
     let mut stream = world.with_token(&token()).stream().await;
     ready(&mut stream, &world.api.cursor(user.id, 3), false).await;
     drop(stream);
@@ -108,17 +108,17 @@ async fn a_subject_who_opens_too_often_waits_although_nobody_knows_yet_who_it_is
     let per_user = Limit::new(3, Duration::from_hours(1));
     let (world, user) = world_with(Setup::config(move |config| {
         config.opening =
-            stream_gateway::config::StreamRequest { per_user, per_address: Limit::Off, patience: PATIENCE };
+            stream_gateway::config::Opening { per_user, per_address: Limit::Off, patience: PATIENCE };
     }))
     .await;
-    world.api.mood(IDENTITY_PATH, Mood::Holding);
+    world.api.fault(IDENTITY_PATH, Fault::Holding);
     let mut waiting = Vec::new();
     for _ in 0..3 {
         waiting.push(world.with_token(&token()).stream().await);
     }
     goodbye(&mut world.with_token(&token()).stream().await, "busy").await;
     assert_eq!(world.metric("messenger_gateway_streams_rejected_total{reason=\"user_rate\"}").await, 1);
-    world.api.mood(IDENTITY_PATH, Mood::Well);
+    world.api.fault(IDENTITY_PATH, Fault::None);
     for stream in &mut waiting {
         ready(stream, &world.api.cursor(user.id, 3), false).await;
     }
@@ -159,7 +159,7 @@ async fn the_issuers_keys_are_rotated_and_may_be_late() {
 
     let world = Setup::default().no_keys().start().await;
     world.api.trust(ExternalKeysAnswer { issuer: issuer(), jwks: None });
-    world.api.mood(KEYS_PATH, Mood::Well);
+    world.api.fault(KEYS_PATH, Fault::None);
     until("the gateway is ready", || async { world.readiness().await.status == 200 }).await;
     let mut stream = world.with_token(&token).stream().await;
     goodbye(&mut stream, "drain").await;

@@ -6,16 +6,16 @@ use protocol::feed::RANGES_PATH;
 use testkit::{soon, sse::Block};
 
 use crate::{
-    api::Mood,
+    api::Fault,
     support::{
-        A_WHILE, ANOTHER_EPOCH, EPOCH, Setup, World, goodbye, ready, ready_and_resync, receives, resync,
-        silence,
+        A_WHILE, ANOTHER_EPOCH, EPOCH, GatewayWorld, Setup, goodbye, ready, ready_and_resync, receives,
+        resync, silence,
     },
 };
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_stream_without_a_cursor_starts_at_the_head() {
-    let world = World::new().await;
+    let world = GatewayWorld::new().await;
     let user = world.user(7);
     let mut stream = world.stream(&user).stream().await;
     ready(&mut stream, &world.api.cursor(user.id, 7), false).await;
@@ -35,7 +35,7 @@ async fn a_stream_without_a_cursor_starts_at_the_head() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_stream_with_a_cursor_gets_what_follows_it_and_then_goes_live() {
-    let world = World::new().await;
+    let world = GatewayWorld::new().await;
     let user = world.user(7);
     let mut by_header = world.stream_after(&user, 4).last_event_id_in_query("stale").stream().await;
     let mut by_query =
@@ -56,7 +56,7 @@ async fn a_stream_with_a_cursor_gets_what_follows_it_and_then_goes_live() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_page_that_was_cut_is_followed_by_the_next() {
-    let world = World::new().await;
+    let world = GatewayWorld::new().await;
     let user = world.user(25);
     world.api.page(10);
     let mut stream = world.stream_after(&user, 0).stream().await;
@@ -71,7 +71,7 @@ async fn a_page_that_was_cut_is_followed_by_the_next() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_cursor_that_cannot_be_followed_is_a_resync_to_the_head() {
-    let world = World::new().await;
+    let world = GatewayWorld::new().await;
     let user = world.user(20);
     world.api.prune(user.id, 10);
     let head = world.api.cursor(user.id, 20);
@@ -114,7 +114,7 @@ async fn a_cursor_that_cannot_be_followed_is_a_resync_to_the_head() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn nothing_is_asked_before_redis_listens() {
-    let world = World::new().await;
+    let world = GatewayWorld::new().await;
     let (with_cursor, without) = (world.user(3), world.user(3));
     world.until_beat().await; // The next one is two seconds away, so Redis stays trusted meanwhile.
     world.network.silence();
@@ -161,7 +161,7 @@ async fn while_redis_is_away_the_question_is_asked_at_once_and_again_when_redis_
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn joins_that_wait_for_redis_ask_when_it_is_lost() {
-    let world = World::new().await;
+    let world = GatewayWorld::new().await;
     let user = world.user(3);
     world.until_beat().await;
     world.network.silence();
@@ -179,9 +179,9 @@ async fn joins_that_wait_for_redis_ask_when_it_is_lost() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_event_that_directly_follows_the_cursor_needs_no_answer() {
-    let world = World::new().await;
+    let world = GatewayWorld::new().await;
     let user = world.user(5);
-    world.api.mood(RANGES_PATH, Mood::Holding);
+    world.api.fault(RANGES_PATH, Fault::Holding);
     let mut stream = world.stream_after(&user, 5).stream().await;
     world.until_subscribed(&user).await;
     world.api.until_asked("what follows the cursor", |asked| asked.ranges(user.id) == [5]).await;
@@ -189,7 +189,7 @@ async fn an_event_that_directly_follows_the_cursor_needs_no_answer() {
     ready(&mut stream, &world.api.cursor(user.id, 5), true).await;
     receives(&mut stream, 6..=8).await;
     // The answers are older than what was delivered, and change nothing.
-    world.api.mood(RANGES_PATH, Mood::Well);
+    world.api.fault(RANGES_PATH, Fault::None);
     world.say(&user, 1).await;
     receives(&mut stream, 9..=9).await;
     silence(&mut stream).await;
@@ -199,15 +199,15 @@ async fn an_event_that_directly_follows_the_cursor_needs_no_answer() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_event_beyond_the_cursor_waits_for_the_answer() {
-    let world = World::new().await;
+    let world = GatewayWorld::new().await;
     let user = world.user(5);
-    world.api.mood(RANGES_PATH, Mood::Holding);
+    world.api.fault(RANGES_PATH, Fault::Holding);
     let mut stream = world.stream_after(&user, 3).stream().await;
     world.until_subscribed(&user).await;
     world.api.until_asked("what follows the cursor", |asked| asked.ranges(user.id) == [3]).await;
     world.say(&user, 2).await;
     silence(&mut stream).await;
-    world.api.mood(RANGES_PATH, Mood::Well);
+    world.api.fault(RANGES_PATH, Fault::None);
     ready(&mut stream, &world.api.cursor(user.id, 3), true).await;
     receives(&mut stream, 4..=7).await;
     drop(stream);
@@ -218,7 +218,7 @@ async fn an_event_beyond_the_cursor_waits_for_the_answer() {
 async fn the_head_of_the_answer_comes_at_once_whatever_is_down() {
     let world = Setup::default().redis_is_away().start().await;
     // Nothing comes from anywhere until later, so nothing is waited for.
-    world.api.mood_of_feeds(Mood::Holding);
+    world.api.fault_of_feeds(Fault::Holding);
     let user = world.user(3);
     let mut stream = world.stream(&user).stream().await;
     let block = soon("the first block", stream.block()).await;
@@ -234,7 +234,7 @@ async fn the_head_of_the_answer_comes_at_once_whatever_is_down() {
         assert_eq!(stream.header(name), Some(value));
     }
     assert_eq!(stream.header("content-encoding"), None);
-    world.api.mood_of_feeds(Mood::Well);
+    world.api.fault_of_feeds(Fault::None);
     ready(&mut stream, &world.api.cursor(user.id, 3), false).await;
     drop(stream);
     world.ends().await;
@@ -242,7 +242,7 @@ async fn the_head_of_the_answer_comes_at_once_whatever_is_down() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_stream_of_a_user_who_does_not_exist_is_told_to_go() {
-    let world = World::new().await;
+    let world = GatewayWorld::new().await;
     let user = world.user(3);
     world.api.remove(user.id);
     for opening in [world.stream(&user), world.stream(&user).last_event_id(format!("{EPOCH}-1"))] {
@@ -273,7 +273,7 @@ async fn a_feed_that_goes_back_or_becomes_another_is_a_resync_for_those_who_are_
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_user_who_comes_back_while_the_leaving_is_under_way_joins() {
-    let world = World::new().await;
+    let world = GatewayWorld::new().await;
     let user = world.user(3);
     let stream = world.joined(&user).await;
     world.until_beat().await;
@@ -294,22 +294,22 @@ async fn a_user_who_comes_back_while_the_leaving_is_under_way_joins() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_client_that_leaves_before_it_is_ready_leaves_nothing() {
-    let world = World::new().await;
+    let world = GatewayWorld::new().await;
     let user = world.user(3);
-    world.api.mood_of_feeds(Mood::Holding);
+    world.api.fault_of_feeds(Fault::Holding);
     let streams = [world.stream(&user).stream().await, world.stream_after(&user, 1).stream().await];
     world.until_metric("messenger_gateway_streams", 2).await;
     world.api.until_asked("both", |asked| asked.heads(user.id) >= 2).await;
     drop(streams);
     world.until_ended("client", 2).await;
-    world.api.mood_of_feeds(Mood::Well);
+    world.api.fault_of_feeds(Fault::None);
     world.leaves_nothing().await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn half_an_end_is_an_end() {
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
-    let world = World::new().await;
+    let world = GatewayWorld::new().await;
     let user = world.user(3);
     let mut socket = tokio::net::TcpStream::connect(world.public).await.unwrap();
     let head = format!(

@@ -7,15 +7,16 @@ use protocol::{claims::SigningKeys, feed::KEYS_PATH};
 use testkit::{issuer::IssuerKey, sse::StreamRequest, until};
 
 use crate::{
-    api::Mood,
+    api::Fault,
     support::{
-        Setup, User, World, claims, goodbye, keys, new_keys, now, ready, receives, rotated_keys, silence,
+        FeedUser, GatewayWorld, Setup, claims, goodbye, keys, new_keys, now, ready, receives, rotated_keys,
+        silence,
     },
 };
 
-impl World {
+impl GatewayWorld {
     /// A stream of this user with a token of another key.
-    fn signed_by(&self, keys: &SigningKeys, user: &User) -> StreamRequest {
+    fn signed_by(&self, keys: &SigningKeys, user: &FeedUser) -> StreamRequest {
         self.opening().bearer(&keys.sign(&claims(user.id, user.session, now() + 3_600)))
     }
 }
@@ -38,7 +39,7 @@ async fn without_keys_streams_are_told_to_come_back_and_no_token_is_called_bad()
         assert!((2_000..=5_000).contains(&retry), "nobody is over a limit: {retry}");
     }
     assert_eq!(world.opening().open().await.unwrap().status, 401, "no credential is none with any key");
-    world.api.mood(KEYS_PATH, Mood::Well);
+    world.api.fault(KEYS_PATH, Fault::None);
     until("the gateway is ready", || async { world.readiness().await.status == 200 }).await;
     let mut stream = world.stream(&user).stream().await;
     ready(&mut stream, &world.api.cursor(user.id, 3), false).await;
@@ -55,7 +56,7 @@ async fn who_comes_while_a_gateway_starts_waits_for_its_first_keys() {
     let (stream, ()) = tokio::join!(coming.stream(), async {
         let before = world.api.asked().keys();
         world.api.until_asked("for keys again", |asked| asked.keys() > before).await;
-        world.api.mood(KEYS_PATH, Mood::Well);
+        world.api.fault(KEYS_PATH, Fault::None);
     });
     let mut stream = stream;
     ready(&mut stream, &world.api.cursor(user.id, 3), false).await;
@@ -66,7 +67,7 @@ async fn who_comes_while_a_gateway_starts_waits_for_its_first_keys() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_key_that_nobody_publishes_is_asked_about_once_and_then_refused() {
-    let world = World::new().await;
+    let world = GatewayWorld::new().await;
     let user = world.user(3);
     let opening = world.signed_by(&rotated_keys(), &user);
     assert_eq!(statuses(&opening, 20).await, [401; 20]);
@@ -82,7 +83,7 @@ async fn a_key_that_nobody_publishes_is_asked_about_once_and_then_refused() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn keys_are_rotated_without_a_rejected_request() {
-    let world = World::new().await;
+    let world = GatewayWorld::new().await;
     let user = world.user(3);
     let rotated = rotated_keys();
     world.api.publish_keys(rotated.jwks().clone());
@@ -96,9 +97,9 @@ async fn keys_are_rotated_without_a_rejected_request() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_key_that_cannot_be_asked_about_is_not_a_bad_token() {
-    let world = World::new().await;
+    let world = GatewayWorld::new().await;
     let user = world.user(3);
-    world.api.mood(KEYS_PATH, Mood::Failing);
+    world.api.fault(KEYS_PATH, Fault::Failing);
     for _ in 0..3 {
         let mut stream = world.signed_by(&rotated_keys(), &user).stream().await;
         goodbye(&mut stream, "drain").await;
@@ -120,7 +121,7 @@ async fn an_empty_or_senseless_set_of_keys_does_not_take_the_place_of_good_ones(
         r#"{"own":{"keys":[{"kty":"oct","k":"AAAA","kid":"x"}]}}"#,
     ];
     join_all(senseless.map(async |text| {
-        let world = World::new().await;
+        let world = GatewayWorld::new().await;
         let user = world.user(3);
         world.api.next_answer(KEYS_PATH, text);
         let mut stream = world.signed_by(&rotated_keys(), &user).stream().await;
@@ -135,17 +136,17 @@ async fn an_empty_or_senseless_set_of_keys_does_not_take_the_place_of_good_ones(
 }
 
 /// A gateway that knows both keys, as replicas have them that were configured at time 1.
-async fn world_of_two_keys(setup: Setup) -> World {
+async fn world_of_two_keys(setup: Setup) -> GatewayWorld {
     let world = setup.no_keys().start().await;
     world.api.publish_keys_since(rotated_keys().jwks().clone(), 1);
-    world.api.mood(KEYS_PATH, Mood::Well);
+    world.api.fault(KEYS_PATH, Fault::None);
     until("the gateway is ready", || async { world.readiness().await.status == 200 }).await;
     world.api.forget_questions();
     world
 }
 
 /// The usual key is removed, and whoever came by it goes, by whatever way the gateway is told.
-async fn a_removed_key_ends_what_it_opened(world: World, told: impl AsyncFnOnce(&World)) {
+async fn a_removed_key_ends_what_it_opened(world: GatewayWorld, told: impl AsyncFnOnce(&GatewayWorld)) {
     let (leaked, user) = (world.user(3), world.user(3));
     let mut opened = [
         world.stream(&leaked).stream().await,
@@ -238,7 +239,7 @@ async fn a_removed_key_of_an_external_issuer_ends_what_it_opened() {
     world.api.publish_keys_since(keys().jwks().clone(), 1);
     let both = jsonwebtoken::jwk::JwkSet { keys: [old.jwks().keys, new.jwks().keys].concat() };
     world.api.fetched_since(Some(both), 1);
-    world.api.mood(KEYS_PATH, Mood::Well);
+    world.api.fault(KEYS_PATH, Fault::None);
     until("the gateway is ready", || async { world.readiness().await.status == 200 }).await;
     let user = world.user(3);
     world.api.identify("jane", user.id);

@@ -10,7 +10,7 @@ use testkit::{
 };
 use tokio::io::AsyncWriteExt;
 
-use crate::support::{Raw, Setup, World, claims, goodbye, keys, now, ready, receives};
+use crate::support::{GatewayWorld, Raw, Setup, claims, goodbye, keys, now, ready, receives};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn heartbeats_come_as_often_as_asked_for() {
@@ -50,7 +50,7 @@ async fn who_asks_for_it_gets_heartbeats_that_a_script_can_see_and_that_move_no_
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_stream_ends_before_its_token_does() {
-    let world = World::new().await;
+    let world = GatewayWorld::new().await;
     let user = world.user(3);
     let exp = now() + 4;
     let token = keys().sign(&claims(user.id, user.session, exp));
@@ -80,7 +80,7 @@ async fn a_stream_ends_before_its_token_does() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_stream_tokens_end_bounds_the_opening_and_not_the_stream() {
-    let world = World::new().await;
+    let world = GatewayWorld::new().await;
     let user = world.user(3);
     let usual = claims(user.id, user.session, now() + 2);
     let token =
@@ -122,7 +122,7 @@ async fn a_stream_ends_at_a_random_age() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_a_client_says_on_a_stream_is_ignored_and_too_much_of_it_ends_the_stream() {
-    let world = World::new().await;
+    let world = GatewayWorld::new().await;
     let user = world.user(3);
     let mut polite = Raw::open(&world, &user).await;
     let mut rude = Raw::open(&world, &user).await;
@@ -144,7 +144,7 @@ async fn what_a_client_says_on_a_stream_is_ignored_and_too_much_of_it_ends_the_s
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_client_that_does_not_leave_after_the_goodbye_is_left() {
-    let world = World::new().await;
+    let world = GatewayWorld::new().await;
     let user = world.user(3);
     let mut stays = Raw::open(&world, &user).await;
     world.until_subscribed(&user).await;

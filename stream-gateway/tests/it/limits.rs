@@ -5,14 +5,14 @@ use std::time::{Duration, Instant};
 use futures_util::future::join_all;
 use protocol::channels::Channels;
 use service_kit::limiter::{self, Limit};
-use stream_gateway::config::StreamRequest;
+use stream_gateway::config::Opening;
 use testkit::{
     PATIENCE, soon,
     sse::{self, End, Stream},
 };
 use tokio::{io::AsyncWriteExt, net::TcpStream};
 
-use crate::support::{EPOCH, Setup, World, distinct, goodbye, ready, receives};
+use crate::support::{EPOCH, GatewayWorld, Setup, distinct, goodbye, ready, receives};
 
 /// 200, a long `retry` and `goodbye {busy}`, and nothing else.
 async fn assert_busy(stream: &mut Stream) {
@@ -165,7 +165,7 @@ fn once(burst: u32) -> Limit {
 fn opens(per_user: Limit, per_address: Limit, channels: &Channels) -> Setup {
     let channels = channels.clone();
     Setup::config(move |config| {
-        config.opening = StreamRequest { per_user, per_address, patience: PATIENCE };
+        config.opening = Opening { per_user, per_address, patience: PATIENCE };
         config.trusted_proxies = "127.0.0.0/8".parse().unwrap();
         config.channels = channels;
     })
@@ -208,7 +208,7 @@ async fn a_user_who_opens_too_often_is_told_to_come_back_later_by_all_gateways()
 async fn whoever_still_has_an_ended_sessions_token_takes_nothing_from_its_user() {
     let world = Setup::config(|config| {
         config.delivery.streams_per_user = 2;
-        config.opening = StreamRequest { per_user: once(5), per_address: Limit::Off, patience: PATIENCE };
+        config.opening = Opening { per_user: once(5), per_address: Limit::Off, patience: PATIENCE };
     })
     .start()
     .await;
@@ -251,11 +251,8 @@ async fn an_address_that_opens_too_often_is_told_to_come_back_later() {
 async fn a_silent_redis_neither_keeps_a_head_waiting_nor_lets_everybody_in() {
     const MANY: u64 = 30;
     let setup = Setup::config(|config| {
-        config.opening = StreamRequest {
-            per_user: once(MANY as u32),
-            per_address: Limit::Off,
-            patience: limiter::PATIENCE,
-        }
+        config.opening =
+            Opening { per_user: once(MANY as u32), per_address: Limit::Off, patience: limiter::PATIENCE }
     });
     let world = setup.start().await;
     world.until_metric("messenger_gateway_rate_limits_shared", 1).await;
@@ -310,7 +307,7 @@ async fn clients_that_vanish_at_any_moment_keep_no_place() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn many_come_and_go_and_nothing_is_left() {
-    let world = World::new().await;
+    let world = GatewayWorld::new().await;
     let users: Vec<_> = (0..20).map(|_| world.user(3)).collect();
     for round in 0..10_u64 {
         let mut streams =

@@ -2,13 +2,13 @@
 
 use testkit::{http::Answer, sse::StreamRequest};
 
-use crate::support::{ORIGIN, Setup, World, claims, keys, now, ready, rotated_keys};
+use crate::support::{GatewayWorld, ORIGIN, Setup, claims, keys, now, ready, rotated_keys};
 
 const LISTED: &str = "https://shop.example:8443";
 const FOREIGN: &str = "https://evil.example";
 const EXPOSED: &str = "Feed-Cursor, X-Request-Id, Retry-After, Idempotent-Replayed";
 
-async fn start() -> World {
+async fn start() -> GatewayWorld {
     Setup::config(|config| config.allowed_origins = vec![LISTED.parse().unwrap()]).start().await
 }
 

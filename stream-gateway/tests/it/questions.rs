@@ -13,8 +13,8 @@ use testkit::sse::{Stream, StreamRequest};
 use tokio::time::sleep;
 
 use crate::{
-    api::{Asked, Mood},
-    support::{ANOTHER_EPOCH, Setup, World, ready, ready_and_resync, receives, resync},
+    api::{Asked, Fault},
+    support::{ANOTHER_EPOCH, GatewayWorld, Setup, ready, ready_and_resync, receives, resync},
 };
 
 async fn open_all(openings: impl IntoIterator<Item = StreamRequest>) -> Vec<Stream> {
@@ -25,9 +25,9 @@ async fn open_all(openings: impl IntoIterator<Item = StreamRequest>) -> Vec<Stre
 async fn many_who_join_at_once_share_requests_of_bounded_size() {
     const USERS: usize = 600;
     stream_gateway::descriptors::raise().unwrap();
-    let world = World::new().await;
+    let world = GatewayWorld::new().await;
     let users: Vec<_> = (0..USERS).map(|_| world.user(3)).collect();
-    world.api.mood_of_feeds(Mood::Holding);
+    world.api.fault_of_feeds(Fault::Holding);
     let mut streams = Vec::new();
     for after in [1, 2] {
         let opened = open_all(users.iter().map(|user| world.stream_after(user, after))).await;
@@ -35,7 +35,7 @@ async fn many_who_join_at_once_share_requests_of_bounded_size() {
     }
     world.until_metric("messenger_gateway_streams", 2 * USERS as u64).await;
     world.until_metric("messenger_gateway_actual_subscriptions", USERS as u64).await;
-    world.api.mood_of_feeds(Mood::Well);
+    world.api.fault_of_feeds(Fault::None);
     for (user, after, stream) in &mut streams {
         ready(stream, &world.api.cursor(user.id, *after), true).await;
         receives(stream, *after + 1..=3).await;
@@ -51,10 +51,10 @@ async fn many_who_join_at_once_share_requests_of_bounded_size() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_question_that_fails_is_asked_again_ever_more_rarely_and_not_multiplied() {
-    let world = World::new().await;
+    let world = GatewayWorld::new().await;
     let (user, other) = (world.user(5), world.user(5));
     let mut well = world.joined(&other).await;
-    world.api.mood(RANGES_PATH, Mood::Failing);
+    world.api.fault(RANGES_PATH, Fault::Failing);
     let mut stream = world.stream_after(&user, 3).stream().await;
     world.api.until_asked("five times", |asked| asked.range_requests().count() >= 5).await;
     let asked = world.api.asked();
@@ -62,7 +62,7 @@ async fn a_question_that_fails_is_asked_again_ever_more_rarely_and_not_multiplie
     // What needs no answer goes on.
     world.say(&other, 2).await;
     receives(&mut well, 6..=7).await;
-    world.api.mood_of_feeds(Mood::Well);
+    world.api.fault_of_feeds(Fault::None);
     ready(&mut stream, &world.api.cursor(user.id, 3), true).await;
     receives(&mut stream, 4..=5).await;
     drop((stream, well));
@@ -71,8 +71,8 @@ async fn a_question_that_fails_is_asked_again_ever_more_rarely_and_not_multiplie
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_api_that_fails_is_left_alone_for_a_while_however_many_ask() {
-    let world = World::new().await;
-    world.api.mood_of_feeds(Mood::FailingAfter(Duration::from_millis(40)));
+    let world = GatewayWorld::new().await;
+    world.api.fault_of_feeds(Fault::FailingAfter(Duration::from_millis(40)));
     let mut streams = Vec::new();
     let began = Instant::now();
     while began.elapsed() < Duration::from_secs(2) {
@@ -82,7 +82,7 @@ async fn an_api_that_fails_is_left_alone_for_a_while_however_many_ask() {
     }
     let requests = world.api.asked().requests().len();
     assert!(requests <= 40, "{requests} requests in two seconds");
-    world.api.mood_of_feeds(Mood::Well);
+    world.api.fault_of_feeds(Fault::None);
     for (stream, user) in &mut streams {
         ready(stream, &world.api.cursor(user.id, 3), true).await;
         receives(stream, 4..=5).await;
@@ -97,7 +97,7 @@ async fn those_who_come_and_go_while_api_is_down_leave_no_questions_behind() {
     let user = world.user(5);
     let others: Vec<_> = (0..30).map(|_| world.user(5)).collect();
     let mut steady = world.joined(&user).await;
-    world.api.mood_of_feeds(Mood::Failing);
+    world.api.fault_of_feeds(Fault::Failing);
     let mut streams = open_all(others.iter().map(|other| world.stream_after(other, 1))).await;
     for _ in 0..30 {
         let another = world.another_session(user.id);
@@ -118,7 +118,7 @@ async fn those_who_come_and_go_while_api_is_down_leave_no_questions_behind() {
         .await;
     world.api.forget_questions();
     world.api.append(user.id);
-    world.api.mood_of_feeds(Mood::Well);
+    world.api.fault_of_feeds(Fault::None);
     receives(&mut steady, 6..=6).await;
     let asked = world.api.asked();
     let pairs: usize = asked.requests().iter().map(Asked::size).sum();
@@ -129,16 +129,16 @@ async fn those_who_come_and_go_while_api_is_down_leave_no_questions_behind() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_api_that_does_not_answer_is_given_up_and_asked_again() {
-    let world = World::new().await;
+    let world = GatewayWorld::new().await;
     let (user, other) = (world.user(5), world.user(5));
     let mut well = world.joined(&other).await;
-    world.api.mood(RANGES_PATH, Mood::Holding);
+    world.api.fault(RANGES_PATH, Fault::Holding);
     let mut stream = world.stream_after(&user, 3).stream().await;
     world.api.until_asked("once", |asked| asked.ranges(user.id) == [3]).await;
     world.say(&other, 1).await;
     receives(&mut well, 6..=6).await;
     world.api.until_asked("again", |asked| asked.ranges(user.id) == [3, 3]).await;
-    world.api.mood_of_feeds(Mood::Well);
+    world.api.fault_of_feeds(Fault::None);
     ready(&mut stream, &world.api.cursor(user.id, 3), true).await;
     receives(&mut stream, 4..=5).await;
     drop((stream, well));
@@ -202,7 +202,7 @@ const FALSEHOODS: [(&str, Falsify); 3] = [
 async fn of_a_range_that_cannot_be_only_what_is_certain_is_believed() {
     join_all(HALF_TRUTHS.map(async |(what, falsify)| {
         println!("{what}"); // The last ones are those that failed.
-        let world = World::new().await;
+        let world = GatewayWorld::new().await;
         let user = world.user(5);
         // To a stream that joins.
         world.api.falsify_ranges(falsify);
@@ -228,7 +228,7 @@ async fn of_a_range_that_cannot_be_only_what_is_certain_is_believed() {
 async fn a_range_of_which_nothing_can_be_is_a_resync_and_no_endless_question() {
     join_all(FALSEHOODS.map(async |(what, falsify)| {
         println!("{what}");
-        let world = World::new().await;
+        let world = GatewayWorld::new().await;
         let user = world.user(5);
         world.api.falsify_ranges(falsify);
         let mut stream = world.stream_after(&user, 2).stream().await;
@@ -255,7 +255,7 @@ async fn an_answer_of_another_form_is_asked_for_again() {
     let forms = ["", "nonsense", "{}", "[]", r#"{"heads":[{"user":7}]}"#, r#"{"ranges":[{}]}"#, &huge];
     let nothing_said = [r#"{"heads":[],"ended":[]}"#, r#"{"ranges":[]}"#];
     join_all(forms.into_iter().chain(nothing_said).map(|form| async move {
-        let world = World::new().await;
+        let world = GatewayWorld::new().await;
         let user = world.user(5);
         world.api.next_answer(RANGES_PATH, form.to_owned());
         let mut stream = world.stream_after(&user, 3).stream().await;

@@ -9,10 +9,10 @@ use testkit::{
     sse::{End, Stream},
 };
 
-use crate::support::{ANOTHER_EPOCH, Setup, User, World, ready, receives};
+use crate::support::{ANOTHER_EPOCH, FeedUser, GatewayWorld, Setup, ready, receives};
 
 /// A stream whose client reads nothing until the test does. It is ready.
-async fn stalled(world: &World, user: &User) -> Stream {
+async fn stalled(world: &GatewayWorld, user: &FeedUser) -> Stream {
     let head = world.api.cursor(user.id, world.api.head(user.id).seq);
     let mut stream = world.stream(user).tiny_receive_buffer().stream().await;
     ready(&mut stream, &head, false).await;
@@ -21,7 +21,7 @@ async fn stalled(world: &World, user: &User) -> Stream {
 }
 
 /// Commits and publishes so many events of so many bytes; the last one's number.
-async fn flood(world: &World, user: &User, events: usize, bytes: usize) -> Seq {
+async fn flood(world: &GatewayWorld, user: &FeedUser, events: usize, bytes: usize) -> Seq {
     for _ in 0..events {
         let event = world.api.append_large(user.id, bytes);
         world.publish_event(user, &event).await;
@@ -30,13 +30,13 @@ async fn flood(world: &World, user: &User, events: usize, bytes: usize) -> Seq {
 }
 
 /// Until the stream's socket takes no more.
-async fn until_behind(world: &World, readers: u64) {
+async fn until_behind(world: &GatewayWorld, readers: u64) {
     world.until_metric("messenger_gateway_slow_consumers", readers).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_reader_that_stops_costs_others_nothing_and_reads_on_exactly() {
-    let world = World::new().await;
+    let world = GatewayWorld::new().await;
     let (user, other) = (world.user(0), world.user(0));
     let mut slow = stalled(&world, &user).await;
     let mut same = world.joined(&user).await;
@@ -164,7 +164,7 @@ async fn a_goodbye_waits_for_the_frame_that_was_begun() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_goodbye_that_nobody_reads_is_not_waited_for() {
-    let world = World::new().await;
+    let world = GatewayWorld::new().await;
     let user = world.user(0);
     let slow = stalled(&world, &user).await;
     flood(&world, &user, 40, 15_000).await;
@@ -178,7 +178,7 @@ async fn a_goodbye_that_nobody_reads_is_not_waited_for() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_slow_reader_whose_feed_was_lost_gets_the_begun_frame_and_a_resync() {
-    let world = World::new().await;
+    let world = GatewayWorld::new().await;
     let (redrawn, pruned) = (world.user(0), world.user(0));
     let mut a = stalled(&world, &redrawn).await;
     let mut b = stalled(&world, &pruned).await;
@@ -212,7 +212,7 @@ async fn a_slow_reader_whose_feed_was_lost_gets_the_begun_frame_and_a_resync() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_reader_that_leaves_while_it_is_behind_leaves_nothing() {
-    let world = World::new().await;
+    let world = GatewayWorld::new().await;
     let user = world.user(0);
     let slow = [stalled(&world, &user).await, stalled(&world, &user).await];
     flood(&world, &user, 100, 5_000).await;
@@ -225,7 +225,7 @@ async fn a_reader_that_leaves_while_it_is_behind_leaves_nothing() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_long_past_is_read_page_by_page_as_the_reader_takes_it() {
-    let world = World::new().await;
+    let world = GatewayWorld::new().await;
     let user = world.user(0);
     for _ in 0..400 {
         world.api.append_large(user.id, 3_000);

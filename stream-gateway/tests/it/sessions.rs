@@ -7,8 +7,8 @@ use protocol::feed::{HEADS_PATH, RANGES_PATH};
 use testkit::sse::Stream;
 
 use crate::{
-    api::Mood,
-    support::{Setup, User, World, claims, goodbye, keys, now, ready, receives, silence},
+    api::Fault,
+    support::{FeedUser, GatewayWorld, Setup, claims, goodbye, keys, now, ready, receives, silence},
 };
 
 /// The goodbye is all that the stream ever wrote.
@@ -20,7 +20,7 @@ async fn receives_only_a_goodbye(stream: &mut Stream, reason: &str) {
 }
 
 /// A stream of each kind: without a cursor, at the head, behind it, and with one that means nothing.
-async fn one_of_each(world: &World, user: &User, head: u64) -> Vec<Stream> {
+async fn one_of_each(world: &GatewayWorld, user: &FeedUser, head: u64) -> Vec<Stream> {
     let openings = [
         world.stream(user),
         world.stream_after(user, head),
@@ -32,12 +32,12 @@ async fn one_of_each(world: &World, user: &User, head: u64) -> Vec<Stream> {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn nothing_is_written_before_the_session_is_confirmed() {
-    let world = World::new().await;
+    let world = GatewayWorld::new().await;
     let user = world.user(5);
     let (ended, phone) = (world.another_session(user.id), world.another_session(user.id));
     let mut confirmed = world.joined(&user).await;
     world.api.end_session(ended.session);
-    world.api.mood(HEADS_PATH, Mood::Holding);
+    world.api.fault(HEADS_PATH, Fault::Holding);
     let mut of_ended = one_of_each(&world, &ended, 5).await;
     let mut of_phone = one_of_each(&world, &phone, 5).await;
     world.until_metric("messenger_gateway_streams", 9).await;
@@ -46,7 +46,7 @@ async fn nothing_is_written_before_the_session_is_confirmed() {
     receives(&mut confirmed, 6..=8).await;
     join_all(of_ended.iter_mut().chain(&mut of_phone).map(silence)).await;
     assert!(world.api.asked().ranges(user.id).is_empty(), "nothing is read, so nothing is held");
-    world.api.mood(HEADS_PATH, Mood::Well);
+    world.api.fault(HEADS_PATH, Fault::None);
     for stream in &mut of_ended {
         receives_only_a_goodbye(stream, "revoked").await;
     }
@@ -73,8 +73,8 @@ async fn streams_that_waited_for_api_are_whole_and_cost_no_memory() {
     let users: Vec<_> = (0..USERS).map(|_| world.user(2)).collect();
     let ended: Vec<_> = users.iter().map(|user| world.another_session(user.id)).collect();
     ended.iter().for_each(|user| world.api.end_session(user.session));
-    world.api.mood(HEADS_PATH, Mood::Failing);
-    let open = async |users: &[User], after| {
+    world.api.fault(HEADS_PATH, Fault::Failing);
+    let open = async |users: &[FeedUser], after| {
         join_all(users.iter().map(|user| world.stream_after(user, after)).map(async |it| it.stream().await))
             .await
     };
@@ -92,7 +92,7 @@ async fn streams_that_waited_for_api_are_whole_and_cost_no_memory() {
         assert_eq!(world.api.asked().range_requests().count(), 0);
         assert_eq!(world.metric("messenger_gateway_replay_buffer_bytes").await, 0);
     }
-    world.api.mood(HEADS_PATH, Mood::Well);
+    world.api.fault(HEADS_PATH, Fault::None);
     for (user, stream) in users.iter().zip(&mut waiting) {
         ready(stream, &world.api.cursor(user.id, 0), true).await;
         receives(stream, 1..=5).await;
@@ -106,9 +106,9 @@ async fn streams_that_waited_for_api_are_whole_and_cost_no_memory() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_session_check_does_not_wait_for_ranges() {
-    let world = World::new().await;
+    let world = GatewayWorld::new().await;
     let reading = world.user(5);
-    world.api.mood(RANGES_PATH, Mood::Holding);
+    world.api.fault(RANGES_PATH, Fault::Holding);
     let mut readers = Vec::new();
     // More requests than there are places for; each is sent by itself.
     for count in 1..=3 {
@@ -122,7 +122,7 @@ async fn a_session_check_does_not_wait_for_ranges() {
     let mut stream = world.stream(&user).stream().await;
     ready(&mut stream, &world.api.cursor(user.id, 3), false).await;
     receives_only_a_goodbye(&mut world.stream(&gone).stream().await, "revoked").await;
-    world.api.mood(RANGES_PATH, Mood::Well);
+    world.api.fault(RANGES_PATH, Fault::None);
     for reader in &mut readers {
         ready(reader, &world.api.cursor(reading.id, 1), true).await;
         receives(reader, 2..=5).await;
@@ -137,14 +137,14 @@ async fn an_older_answer_does_not_confirm_a_newer_stream() {
     let user = world.user(5);
     let mut early = world.joined(&user).await;
     // The session lives as this is answered, and has ended when the answer arrives.
-    world.api.mood(HEADS_PATH, Mood::Holding);
+    world.api.fault(HEADS_PATH, Fault::Holding);
     world.api.forget_questions();
     world.api.until_asked("the reconcile", |asked| asked.heads(user.id) > 0).await;
     world.api.end_session(user.session);
     let asked = world.api.asked().heads(user.id);
     let mut late = world.stream_after(&user, 2).stream().await;
     world.api.until_asked("the session", |record| record.heads(user.id) > asked).await;
-    world.api.mood(HEADS_PATH, Mood::Well);
+    world.api.fault(HEADS_PATH, Fault::None);
     receives_only_a_goodbye(&mut late, "revoked").await;
     goodbye(&mut early, "revoked").await;
     drop((early, late));
@@ -153,7 +153,7 @@ async fn an_older_answer_does_not_confirm_a_newer_stream() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_session_of_another_user_opens_nothing() {
-    let world = World::new().await;
+    let world = GatewayWorld::new().await;
     let (user, thief) = (world.user(5), world.user(5));
     let token = keys().sign(&claims(user.id, thief.session, now() + 3_600));
     let (mut of_user, mut of_thief) = (world.joined(&user).await, world.joined(&thief).await);

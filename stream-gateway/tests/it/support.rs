@@ -38,7 +38,7 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 use url::Url;
 
-use crate::api::{Api, Mood, SECRET};
+use crate::api::{Api, Fault, SECRET};
 
 pub(crate) const ORIGIN: &str = "http://localhost:8080";
 pub(crate) const EPOCH: Epoch = Epoch(0xabc);
@@ -49,7 +49,7 @@ const ANOTHER_PEM: &[u8] = b"-----BEGIN PRIVATE KEY-----\nMC4CAQAwBQYDK2VwBCIEIB
 
 /// Somebody with a feed at the fake `api`, and a session.
 #[derive(Debug, Clone)]
-pub(crate) struct User {
+pub(crate) struct FeedUser {
     pub(crate) id: UserId,
     pub(crate) session: SessionId,
     pub(crate) token: String,
@@ -81,12 +81,12 @@ impl Setup {
         Self { no_keys: true, ..self }
     }
 
-    pub(crate) async fn start(self) -> World {
-        World::start(self).await
+    pub(crate) async fn start(self) -> GatewayWorld {
+        GatewayWorld::start(self).await
     }
 }
 
-pub(crate) struct World {
+pub(crate) struct GatewayWorld {
     pub(crate) api: Api,
     /// Between the gateway and Redis.
     pub(crate) network: Proxy,
@@ -124,7 +124,7 @@ pub(crate) fn now() -> i64 {
     SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap().as_secs().cast_signed()
 }
 
-impl World {
+impl GatewayWorld {
     pub(crate) async fn new() -> Self {
         Setup::default().start().await
     }
@@ -136,7 +136,7 @@ impl World {
         let signing = keys();
         let api = Api::start(signing.jwks().clone());
         if setup.no_keys {
-            api.mood(protocol::feed::KEYS_PATH, Mood::Failing);
+            api.fault(protocol::feed::KEYS_PATH, Fault::Failing);
         }
         let url = redis_url();
         let address = url.socket_addrs(|| Some(6379)).unwrap()[0];
@@ -194,19 +194,19 @@ impl World {
     // ---- People
 
     /// A new user whose feed ends at `head`.
-    pub(crate) fn user(&self, head: Seq) -> User {
+    pub(crate) fn user(&self, head: Seq) -> FeedUser {
         static USERS: AtomicI64 = AtomicI64::new(1);
         let id = UserId(USERS.fetch_add(1, Ordering::Relaxed));
         self.api.add(id, EPOCH, head);
         self.another_session(id)
     }
 
-    pub(crate) fn another_session(&self, id: UserId) -> User {
+    pub(crate) fn another_session(&self, id: UserId) -> FeedUser {
         static SESSIONS: AtomicI64 = AtomicI64::new(1);
         let session = SessionId(SESSIONS.fetch_add(1, Ordering::Relaxed));
         self.api.add_session(id, session);
         let token = self.signing.sign(&claims(id, session, now() + 3_600));
-        User { id, session, token }
+        FeedUser { id, session, token }
     }
 
     pub(crate) fn opening(&self) -> StreamRequest {
@@ -214,17 +214,17 @@ impl World {
     }
 
     /// A stream of this user, about to be opened.
-    pub(crate) fn stream(&self, user: &User) -> StreamRequest {
+    pub(crate) fn stream(&self, user: &FeedUser) -> StreamRequest {
         self.opening().bearer(&user.token)
     }
 
     /// The same, from a place in the feed.
-    pub(crate) fn stream_after(&self, user: &User, seq: Seq) -> StreamRequest {
+    pub(crate) fn stream_after(&self, user: &FeedUser, seq: Seq) -> StreamRequest {
         self.stream(user).last_event_id(self.api.cursor(user.id, seq))
     }
 
     /// A stream at the head of its feed, for which Redis is being listened to and all that a join asks is answered.
-    pub(crate) async fn joined(&self, user: &User) -> Stream {
+    pub(crate) async fn joined(&self, user: &FeedUser) -> Stream {
         let before = self.api.asked().heads(user.id);
         let mut stream = self.stream(user).stream().await;
         ready(&mut stream, &self.api.cursor(user.id, self.api.head(user.id).seq), false).await;
@@ -235,7 +235,7 @@ impl World {
 
     // ---- Redis
 
-    pub(crate) async fn publish(&self, user: &User, payload: impl AsRef<[u8]>) {
+    pub(crate) async fn publish(&self, user: &FeedUser, payload: impl AsRef<[u8]>) {
         let mut redis = self.redis.clone();
         redis.publish::<_, _, ()>(self.channel(user), payload.as_ref()).await.unwrap();
     }
@@ -248,7 +248,7 @@ impl World {
     }
 
     /// So close together that they are one doubt.
-    pub(crate) async fn publish_at_once(&self, user: &User, envelopes: &[Envelope]) {
+    pub(crate) async fn publish_at_once(&self, user: &FeedUser, envelopes: &[Envelope]) {
         let mut pipeline = redis::pipe();
         for envelope in envelopes {
             pipeline.publish(self.channel(user), serde_json::to_vec(envelope).unwrap()).ignore();
@@ -256,16 +256,16 @@ impl World {
         pipeline.query_async::<()>(&mut self.redis.clone()).await.unwrap();
     }
 
-    pub(crate) fn channel(&self, user: &User) -> String {
+    pub(crate) fn channel(&self, user: &FeedUser) -> String {
         self.channels.user(user.id)
     }
 
-    pub(crate) async fn publish_event(&self, user: &User, envelope: &Envelope) {
+    pub(crate) async fn publish_event(&self, user: &FeedUser, envelope: &Envelope) {
         self.publish(user, serde_json::to_vec(envelope).unwrap()).await;
     }
 
     /// Commits and publishes so many events; the last one's number.
-    pub(crate) async fn say(&self, user: &User, times: usize) -> Seq {
+    pub(crate) async fn say(&self, user: &FeedUser, times: usize) -> Seq {
         for _ in 0..times {
             let envelope = self.api.append(user.id);
             self.publish_event(user, &envelope).await;
@@ -274,7 +274,7 @@ impl World {
     }
 
     /// Whether the gateway listens to this user's channel, by Redis's own account.
-    pub(crate) async fn is_subscribed(&self, user: &User) -> bool {
+    pub(crate) async fn is_subscribed(&self, user: &FeedUser) -> bool {
         let mut redis = self.redis.clone();
         let mut command = redis::cmd("PUBSUB");
         command.arg("NUMSUB").arg(self.channel(user));
@@ -282,7 +282,7 @@ impl World {
         count > 0
     }
 
-    pub(crate) async fn until_subscribed(&self, user: &User) {
+    pub(crate) async fn until_subscribed(&self, user: &FeedUser) {
         until("Redis has the subscription", || self.is_subscribed(user)).await;
     }
 
@@ -454,7 +454,7 @@ pub(crate) struct Raw {
 
 impl Raw {
     /// `version`: of HTTP, 1.1 or 1.0.
-    pub(crate) async fn ask(world: &World, user: &User, version: &str) -> Self {
+    pub(crate) async fn ask(world: &GatewayWorld, user: &FeedUser, version: &str) -> Self {
         let mut socket = TcpStream::connect(world.public).await.unwrap();
         let head = format!(
             "GET /api/messages HTTP/{version}\r\nHost: x\r\nAccept: text/event-stream\r\nAuthorization: Bearer {}\r\n\r\n",
@@ -464,7 +464,7 @@ impl Raw {
         Self { socket, read: vec![] }
     }
 
-    pub(crate) async fn open(world: &World, user: &User) -> Self {
+    pub(crate) async fn open(world: &GatewayWorld, user: &FeedUser) -> Self {
         let mut raw = Self::ask(world, user, "1.1").await;
         raw.until("event: ready").await;
         raw

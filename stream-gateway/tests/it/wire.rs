@@ -8,8 +8,8 @@ use serde_json::json;
 use testkit::{soon, sse::Block};
 
 use crate::{
-    api::Mood,
-    support::{Raw, Setup, User, World, goodbye, ready, receives},
+    api::Fault,
+    support::{FeedUser, GatewayWorld, Raw, Setup, goodbye, ready, receives},
 };
 
 /// The bodies of these chunks. Panics unless the last one is empty and nothing follows it.
@@ -28,7 +28,7 @@ fn chunks(mut body: &str) -> Vec<&str> {
 }
 
 /// Three messages, and a goodbye.
-async fn say_and_revoke(world: &World, user: &User, raw: &mut Raw) {
+async fn say_and_revoke(world: &GatewayWorld, user: &FeedUser, raw: &mut Raw) {
     raw.until("event: ready").await;
     world.until_subscribed(user).await;
     world.say(user, 3).await;
@@ -54,7 +54,7 @@ fn assert_whole_blocks(blocks: &[&str]) {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn each_block_is_one_chunk_and_the_last_chunk_ends_the_body() {
-    let world = World::new().await;
+    let world = GatewayWorld::new().await;
     let user = world.user(3);
     let mut raw = Raw::ask(&world, &user, "1.1").await;
     say_and_revoke(&world, &user, &mut raw).await;
@@ -67,7 +67,7 @@ async fn each_block_is_one_chunk_and_the_last_chunk_ends_the_body() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn http_1_0_gets_the_same_blocks_without_chunks() {
-    let world = World::new().await;
+    let world = GatewayWorld::new().await;
     let user = world.user(3);
     let mut raw = Raw::ask(&world, &user, "1.0").await;
     say_and_revoke(&world, &user, &mut raw).await;
@@ -116,13 +116,13 @@ async fn a_client_chooses_how_often_it_gets_a_heartbeat() {
 async fn heartbeats_before_ready_stand_in_its_block() {
     let world = Setup::config(|config| config.delivery.heartbeat = Duration::from_secs(1)).start().await;
     let user = world.user(3);
-    world.api.mood(HEADS_PATH, Mood::Holding);
+    world.api.fault(HEADS_PATH, Fault::Holding);
     let mut stream = world.stream(&user).stream().await;
     assert!(matches!(stream.block().await, Ok(Block::Retry(_))));
     for _ in 0..2 {
         assert_eq!(soon("a heartbeat", stream.block()).await, Ok(Block::Comment));
     }
-    world.api.mood(HEADS_PATH, Mood::Well);
+    world.api.fault(HEADS_PATH, Fault::None);
     ready(&mut stream, &world.api.cursor(user.id, 3), false).await;
     world.say(&user, 2).await;
     receives(&mut stream, 4..=5).await;
@@ -132,14 +132,14 @@ async fn heartbeats_before_ready_stand_in_its_block() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_stream_that_ends_before_it_is_ready_is_whole() {
-    let world = World::new().await;
+    let world = GatewayWorld::new().await;
     let user = world.user(3);
-    world.api.mood(HEADS_PATH, Mood::Holding);
+    world.api.fault(HEADS_PATH, Fault::Holding);
     let mut stream = world.stream(&user).stream().await;
     world.until_metric("messenger_gateway_streams", 1).await;
     world.publish(&user, json!({ "revoked": user.session }).to_string()).await;
     assert_eq!(goodbye(&mut stream, "revoked").await["reconnect"], false);
-    world.api.mood(HEADS_PATH, Mood::Well);
+    world.api.fault(HEADS_PATH, Fault::None);
     drop(stream);
     world.leaves_nothing().await;
 }

@@ -4,7 +4,11 @@
 use std::time::Duration;
 
 use chrono::Utc;
-use e2e::{Browser, Front, Service, User, browser::{BrowserContext, Page}, ledger::StoredFeed};
+use e2e::{
+    Browser, Front, Service, User,
+    browser::{BrowserContext, Page},
+    ledger::StoredFeed,
+};
 use futures_util::future::join_all;
 use protocol::{claims::Claims, ids::UserId};
 use rand::{RngExt, SeedableRng, rngs::StdRng};
