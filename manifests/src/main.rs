@@ -1,28 +1,32 @@
-//! `manifests FILE…`: judges rendered overlays, each in a file that is named as the overlay is.
+//! `manifests FILE…`: checks overlays that kubectl rendered, each in a file named after it, and then that every rule
+//! finds the defects that planted.list names.
 
-use std::{fs, path::PathBuf, process::ExitCode};
+use std::{collections::BTreeSet, fs, path::PathBuf};
 
-use anyhow::Context as _;
-use manifests::{Installation, root};
+use anyhow::{Context as _, ensure};
+use manifests::{Findings, Installation, planted, rules};
 
-fn main() -> anyhow::Result<ExitCode> {
-    let files: Vec<PathBuf> = std::env::args_os().skip(1).map(PathBuf::from).collect();
-    anyhow::ensure!(
-        !files.is_empty(),
-        "usage: manifests FILE…, where a file is an overlay rendered by kubectl kustomize"
-    );
-    let mut sound = true;
-    for file in files {
+fn main() -> anyhow::Result<()> {
+    let (mut problems, mut found, mut planted) = (0, BTreeSet::new(), 0);
+    for file in std::env::args_os().skip(1).map(PathBuf::from) {
         let overlay = file.file_stem().and_then(|stem| stem.to_str()).context("a file has a name")?;
         let rendered =
-            fs::read_to_string(&file).with_context(|| format!("{} cannot be read", file.display()))?;
-        let installation = Installation::read(root(), overlay, &rendered)?;
-        let findings = installation.findings();
-        for finding in &findings {
-            eprintln!("{overlay}: {finding}");
+            fs::read_to_string(&file).with_context(|| format!("cannot read {}", file.display()))?;
+        let set = Installation::read(overlay, &rendered)?;
+        let mut findings = Findings::default();
+        rules::ALL.iter().for_each(|(_, rule)| rule(&set, &mut findings));
+        findings.0.iter().for_each(|finding| eprintln!("{overlay}: {finding}"));
+        eprintln!("{overlay}: {} objects, {} problems", set.objects.len(), findings.0.len());
+        problems += findings.0.len();
+        for line in planted::of(overlay) {
+            found.insert(planted::found(&set, line).with_context(|| format!("planted.list: {line}"))?);
+            planted += 1;
         }
-        eprintln!("{overlay}: {} objects, {} problem(s)", installation.set.objects.len(), findings.len());
-        sound &= findings.is_empty();
     }
-    Ok(if sound { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    ensure!(problems == 0, "{problems} problems");
+    for (rule, _) in rules::ALL {
+        ensure!(found.contains(rule), "planted.list has no defect for the rule {rule}");
+    }
+    eprintln!("{planted} planted defects, each found");
+    Ok(())
 }
