@@ -19,7 +19,7 @@ use protocol::{
 };
 use service_kit::{
     keyring::{KeyRing, Source},
-    outbound::Outbound,
+    outbound::{Limits, Outbound},
 };
 use thiserror::Error;
 use tokio_util::sync::CancellationToken;
@@ -91,7 +91,7 @@ impl Source for Issuer {
             .header(header::ACCEPT, "application/json")
             .body(Vec::new())
             .context("EXTERNAL_JWKS_URL")?;
-        let answer = self.outbound.ask(request).await?;
+        let answer = self.outbound.send(request).await?;
         anyhow::ensure!(answer.status() == StatusCode::OK, "the issuer answered {}", answer.status());
         let jwks = jose::read_key_set(answer.body()).context("this is no set of keys")?;
         let keys = ExternalKeys::from_jwks(&self.settings.issuer, &jwks);
@@ -105,7 +105,7 @@ impl External {
     pub fn new(settings: ExternalSettings) -> io::Result<Self> {
         Ok(Self {
             issuer: settings.issuer.clone(),
-            ring: KeyRing::new(Issuer { settings, outbound: Outbound::new(TIME_LIMIT)? }),
+            ring: KeyRing::new(Issuer { settings, outbound: Outbound::new(Limits::external(TIME_LIMIT))? }),
             users: Cache::builder().max_capacity(REMEMBERED).time_to_live(REMEMBERED_FOR).build(),
         })
     }

@@ -72,7 +72,9 @@ pub async fn run(config: Config, listeners: Listeners, stop: CancellationToken) 
     metrics.replay_buffer_limit_bytes.set(config.delivery.backlog_bytes as i64);
     let (tracer, exporter) =
         traces::start(config.traces, "stream-gateway", env!("CARGO_PKG_VERSION"), metrics.traces.clone())
-            .context("cannot read whom this machine trusts (SSL_CERT_FILE, ca-certificates)")?;
+            .context(
+                "failed to load the system's trusted CA certificates (SSL_CERT_FILE, ca-certificates)",
+            )?;
     let tasks = Tasks::default();
     let stop_tracing = CancellationToken::new();
     let exporting = tasks.spawn("trace exporter", &stop_tracing, exporter.run(stop_tracing.clone()));

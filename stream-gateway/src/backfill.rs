@@ -15,12 +15,6 @@ use anyhow::Context as _;
 use bytes::Bytes;
 use futures_util::{StreamExt, stream::FuturesUnordered};
 use http::{Method, Request, Response, StatusCode, header};
-use http_body_util::{BodyExt, Full, Limited};
-use hyper::body::Incoming;
-use hyper_util::{
-    client::legacy::{Client, connect::HttpConnector},
-    rt::{TokioExecutor, TokioTimer},
-};
 use protocol::{
     event::Envelope,
     feed::{
@@ -32,7 +26,12 @@ use protocol::{
     position::{Position, Seq},
 };
 use serde::{Serialize, de::DeserializeOwned};
-use service_kit::{backoff::Backoff, secrets::Secrets, traces::Tracer};
+use service_kit::{
+    backoff::Backoff,
+    outbound::{Limits, Outbound},
+    secrets::Secrets,
+    traces::Tracer,
+};
 use tokio::{
     runtime::Handle,
     task::JoinHandle,
@@ -51,6 +50,9 @@ const GATHER: Duration = Duration::from_millis(2);
 /// checked while many feeds are read.
 const MAX_BATCHES: usize = 3;
 const TIMEOUT: Duration = Duration::from_secs(5);
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
+/// Requests of all kinds in flight, those for keys and identities included.
+const IN_FLIGHT: usize = 64;
 /// An answer holds some 4,000 events of some 4 KiB at most.
 const MAX_ANSWER: usize = 32 << 20;
 /// The first pause after a failure, and the longest.
@@ -62,23 +64,22 @@ const REFUSALS_LOGGED_EVERY: Duration = Duration::from_mins(1);
 /// `api`'s internal listener.
 #[derive(Clone)]
 pub struct ApiClient {
-    client: Client<HttpConnector, Full<Bytes>>,
+    outbound: Outbound,
     base: String,
     secrets: Secrets,
     refused: Arc<Mutex<RefusedState>>,
     metrics: Arc<Metrics>,
 }
 
-/// Keeps so many idle connections.
-fn client(idle: usize) -> Client<HttpConnector, Full<Bytes>> {
-    let mut connector = HttpConnector::new();
-    connector.set_nodelay(true);
-    connector.set_connect_timeout(Some(Duration::from_secs(2)));
-    Client::builder(TokioExecutor::new())
-        .pool_idle_timeout(Duration::from_secs(30))
-        .pool_timer(TokioTimer::new())
-        .pool_max_idle_per_host(idle)
-        .build(connector)
+/// With so many idle connections.
+fn outbound(idle: usize) -> Outbound {
+    Outbound::plaintext(Limits {
+        time: TIMEOUT,
+        connect: CONNECT_TIMEOUT,
+        body: MAX_ANSWER,
+        in_flight: IN_FLIGHT,
+        idle,
+    })
 }
 
 /// Whether `api` refuses us, and what of it was logged.
@@ -90,13 +91,13 @@ struct RefusedState {
 
 impl ApiClient {
     pub fn new(base: &str, secrets: Secrets, metrics: Arc<Metrics>) -> Self {
-        let client = client(2 * MAX_BATCHES);
-        Self { client, base: base.into(), secrets, refused: Arc::default(), metrics }
+        let outbound = outbound(2 * MAX_BATCHES);
+        Self { outbound, base: base.into(), secrets, refused: Arc::default(), metrics }
     }
 
     /// The same, with each request on a connection of its own: any replica may answer, not only those asked before.
     pub fn asking_any_replica(&self) -> Self {
-        Self { client: client(0), ..self.clone() }
+        Self { outbound: outbound(0), ..self.clone() }
     }
 
     pub async fn get<A: DeserializeOwned>(&self, path: &str) -> anyhow::Result<A> {
@@ -108,32 +109,23 @@ impl ApiClient {
     }
 
     async fn send<A: DeserializeOwned>(&self, method: Method, path: &str, body: Bytes) -> anyhow::Result<A> {
-        let exchange = async {
-            let response = self.authorized(method, path, body).await?;
-            let status = response.status();
-            anyhow::ensure!(status == StatusCode::OK, "api answered {status} to {path}");
-            let body = Limited::new(response.into_body(), MAX_ANSWER);
-            body.collect().await.map_err(|error| anyhow::anyhow!("api's answer broke off: {error}"))
-        };
-        let body = timeout(TIMEOUT, exchange).await.context("api did not answer in time")??.to_bytes();
-        serde_json::from_slice(&body).context("api's answer is of no known form")
+        let authorized = self.authorized(method, path, body);
+        let response = timeout(TIMEOUT, authorized).await.context("api did not answer in time")??;
+        let status = response.status();
+        anyhow::ensure!(status == StatusCode::OK, "api answered {status} to {path}");
+        serde_json::from_slice(response.body()).context("api's answer is of no known form")
     }
 
     /// By the first secret that `api` accepts: during a rotation it may not know the first one yet, or know another only.
-    async fn authorized(
-        &self,
-        method: Method,
-        path: &str,
-        body: Bytes,
-    ) -> anyhow::Result<Response<Incoming>> {
+    async fn authorized(&self, method: Method, path: &str, body: Bytes) -> anyhow::Result<Response<Bytes>> {
         for secret in self.secrets.iter() {
             let request = Request::builder()
                 .method(&method)
                 .uri(format!("{}{path}", self.base))
                 .header(header::AUTHORIZATION, feed::authorization(secret))
                 .header(header::CONTENT_TYPE, "application/json")
-                .body(Full::new(body.clone()))?;
-            let response = self.client.request(request).await.context("api cannot be reached")?;
+                .body(body.clone())?;
+            let response = self.outbound.send(request).await.context("api gave no answer")?;
             if response.status() != StatusCode::UNAUTHORIZED {
                 self.note_refused(false);
                 return Ok(response);

@@ -21,7 +21,7 @@ use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 use service_kit::{
     config::Origin,
-    outbound::{NoAnswer, Outbound},
+    outbound::{Limits, Outbound, OutboundError},
 };
 use subtle::ConstantTimeEq;
 use thiserror::Error;
@@ -115,7 +115,7 @@ pub fn providers(
     if settings.is_empty() {
         return Ok(Vec::new());
     }
-    let outbound = Outbound::new(time_limit)?;
+    let outbound = Outbound::new(Limits::external(time_limit))?;
     let provider = |settings| Arc::new(Provider::new(settings, origin, outbound.clone()));
     Ok(settings.into_iter().map(provider).collect())
 }
@@ -237,7 +237,7 @@ impl Provider {
             .body(Vec::new())
             .map_err(|_| Failure::Provider("its access token cannot be sent".into()))?;
         let response = ask(&self.outbound, request).await.map_err(|error| match error {
-            Unanswered::No(NoAnswer::TooLarge) => Failure::BadProfile("it is too large"),
+            Unanswered::No(OutboundError::TooLarge(_)) => Failure::BadProfile("it is too large"),
             other => other.into(),
         })?;
         if response.status() != StatusCode::OK {
@@ -251,7 +251,7 @@ impl Provider {
 #[derive(Debug, Error)]
 enum Unanswered {
     #[error(transparent)]
-    No(#[from] NoAnswer),
+    No(#[from] OutboundError),
     #[error("answered {0}")]
     Status(StatusCode),
 }
@@ -259,7 +259,7 @@ enum Unanswered {
 impl From<Unanswered> for Failure {
     fn from(error: Unanswered) -> Self {
         match error {
-            Unanswered::No(NoAnswer::TooLarge) => Self::Provider(error.to_string()),
+            Unanswered::No(OutboundError::TooLarge(_)) => Self::Provider(error.to_string()),
             _ => Self::Unavailable(error.to_string()),
         }
     }
@@ -269,7 +269,7 @@ impl From<Unanswered> for Failure {
 async fn ask(outbound: &Outbound, mut request: Request<Vec<u8>>) -> Result<Response<Vec<u8>>, Unanswered> {
     // GitHub answers nobody without a name.
     request.headers_mut().insert(header::USER_AGENT, header::HeaderValue::from_static("messenger"));
-    let response = outbound.ask(request).await?;
+    let response = outbound.send(request).await?.map(Into::into);
     let status = response.status();
     if status.is_server_error() || status == StatusCode::TOO_MANY_REQUESTS {
         return Err(Unanswered::Status(status));

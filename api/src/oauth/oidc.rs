@@ -205,6 +205,7 @@ pub(super) fn check_id_token(
 mod tests {
     use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
     use serde_json::{Value, json};
+    use service_kit::outbound::Limits;
 
     use super::*;
 
@@ -240,7 +241,7 @@ mod tests {
     #[tokio::test]
     async fn endpoints_that_were_known_go_on_while_they_cannot_be_had() {
         // A port that is never open: of an address that is no machine's.
-        let outbound = Outbound::new(Duration::from_millis(50)).unwrap();
+        let outbound = Outbound::new(Limits::external(Duration::from_millis(50))).unwrap();
         let known_for = |age: Duration| {
             let discovery = Discovery::new("http://127.255.255.255:1".into());
             let at = Instant::now().checked_sub(age).expect("the clock counts from long ago");

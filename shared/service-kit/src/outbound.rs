@@ -1,89 +1,124 @@
-//! Questions to servers that are not ours: over TLS, within a time, up to a size, and so many at once. A redirect is an answer
-//! like any other and is not followed, so a question goes where a setting says and nowhere else.
+//! HTTP requests to other servers: bounded in time, size and number. A redirect is returned as an answer and never followed, so
+//! a request goes where a setting says and nowhere else; proxies of the environment are not used.
 
 use std::{error::Error, io, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use http::{Request, Response};
-use http_body_util::{BodyExt, Full, LengthLimitError, Limited};
-use hyper_rustls::HttpsConnector;
-use hyper_util::{
-    client::legacy::{Client, connect::HttpConnector},
-    rt::{TokioExecutor, TokioTimer},
-};
+use http_body_util::{BodyExt, LengthLimitError, Limited};
+use reqwest::{Body, Client, redirect::Policy};
+use rustls::{ClientConfig, RootCertStore, crypto::ring};
 use thiserror::Error;
 use tokio::{sync::Semaphore, time::timeout};
 
-/// To get a connection, at most.
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
-/// Of an answer's body.
-const BODY_LIMIT: usize = 1024 * 1024;
-/// Questions under way at once. More of them wait, as a part of their time.
-const UNDER_WAY: usize = 64;
-/// Connections kept open to one server, and for how long.
-const KEPT: usize = 4;
-const KEPT_FOR: Duration = Duration::from_secs(30);
+const IDLE_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// Why there is no answer.
+#[derive(Debug, Clone, Copy)]
+pub struct Limits {
+    /// For a whole request, from waiting for a permit to the last byte of the answer.
+    pub time: Duration,
+    /// For a connection.
+    pub connect: Duration,
+    /// Of an answer's body, in bytes.
+    pub body: usize,
+    /// Requests in flight. Others wait, as a part of their time.
+    pub in_flight: usize,
+    /// Idle connections to one server. Without any, each request has a connection of its own.
+    pub idle: usize,
+}
+
+impl Limits {
+    /// For small answers of servers that are not ours.
+    pub const fn external(time: Duration) -> Self {
+        Self { time, connect: Duration::from_secs(5), body: 1024 * 1024, in_flight: 64, idle: 4 }
+    }
+}
+
+/// Why there is no answer. Nothing of the request is repeated.
 #[derive(Debug, Error)]
-pub enum NoAnswer {
+pub enum OutboundError {
     #[error("no answer in time")]
-    TooSlow,
-    #[error("the answer is longer than {BODY_LIMIT} bytes")]
-    TooLarge,
-    #[error("cannot be reached: {0}")]
-    Unreachable(String),
+    Timeout,
+    #[error("the answer is longer than {0} bytes")]
+    TooLarge(usize),
+    #[error("connection failed: {0}")]
+    Connection(String),
 }
 
 #[derive(Clone)]
 pub struct Outbound {
-    client: Client<HttpsConnector<HttpConnector>, Full<Bytes>>,
-    time_limit: Duration,
-    places: Arc<Semaphore>,
+    client: Client,
+    limits: Limits,
+    permits: Arc<Semaphore>,
 }
 
 impl Outbound {
-    /// Trusts whom the machine trusts; `SSL_CERT_FILE` and `SSL_CERT_DIR` name others. `time_limit` is for a whole question,
-    /// from waiting for a place to the last byte of the answer.
-    pub fn new(time_limit: Duration) -> io::Result<Self> {
-        let mut http = HttpConnector::new();
-        http.enforce_http(false);
-        http.set_connect_timeout(Some(CONNECT_TIMEOUT.min(time_limit)));
-        let https = hyper_rustls::HttpsConnectorBuilder::new()
-            .with_provider_and_native_roots(rustls::crypto::ring::default_provider())?
-            .https_or_http()
-            .enable_http1()
-            .wrap_connector(http);
-        let client = Client::builder(TokioExecutor::new())
-            .pool_timer(TokioTimer::new())
-            .pool_idle_timeout(KEPT_FOR)
-            .pool_max_idle_per_host(KEPT)
-            .build(https);
-        Ok(Self { client, time_limit, places: Arc::new(Semaphore::new(UNDER_WAY)) })
+    /// Trusts the certificates of the system, or those of `SSL_CERT_FILE` and `SSL_CERT_DIR`. Fails if there are none.
+    pub fn new(limits: Limits) -> io::Result<Self> {
+        let found = rustls_native_certs::load_native_certs();
+        let mut roots = RootCertStore::empty();
+        if roots.add_parsable_certificates(found.certs).0 == 0 {
+            let reason = found.errors.first().map_or_else(|| "none found".to_owned(), ToString::to_string);
+            return Err(io::Error::new(io::ErrorKind::NotFound, reason));
+        }
+        Ok(Self::build(limits, roots))
     }
 
-    pub async fn ask(&self, request: Request<Vec<u8>>) -> Result<Response<Vec<u8>>, NoAnswer> {
+    /// For plain HTTP to servers of ours: no TLS server is trusted.
+    pub fn plaintext(limits: Limits) -> Self {
+        Self::build(limits, RootCertStore::empty())
+    }
+
+    fn build(limits: Limits, roots: RootCertStore) -> Self {
+        let tls = ClientConfig::builder_with_provider(Arc::new(ring::default_provider()))
+            .with_safe_default_protocol_versions()
+            .expect("ring supports the default TLS versions")
+            .with_root_certificates(roots)
+            .with_no_client_auth();
+        let client = Client::builder()
+            .use_preconfigured_tls(tls)
+            .http1_only()
+            .redirect(Policy::none())
+            .no_proxy()
+            .tcp_nodelay(true)
+            .connect_timeout(limits.connect.min(limits.time))
+            .pool_idle_timeout(IDLE_TIMEOUT)
+            .pool_max_idle_per_host(limits.idle)
+            .build()
+            .expect("only TLS settings can fail, and ours are of the right type");
+        Self { client, limits, permits: Arc::new(Semaphore::new(limits.in_flight)) }
+    }
+
+    pub async fn send<B: Into<Body>>(&self, request: Request<B>) -> Result<Response<Bytes>, OutboundError> {
         let answer = async {
-            let _place = self.places.acquire().await.expect("the semaphore is never closed");
-            let request = request.map(|body| Full::new(Bytes::from(body)));
-            let response = self.client.request(request).await.map_err(|error| unreachable(&error))?;
-            let (head, body) = response.into_parts();
-            let body = Limited::new(body, BODY_LIMIT).collect().await.map_err(|error| {
-                if error.is::<LengthLimitError>() { NoAnswer::TooLarge } else { unreachable(&*error) }
+            let _permit = self.permits.acquire().await.expect("the semaphore is never closed");
+            let request =
+                request.try_into().map_err(|error: reqwest::Error| connection(&error.without_url()))?;
+            let response =
+                self.client.execute(request).await.map_err(|error| connection(&error.without_url()))?;
+            let (head, body) = Response::<Body>::from(response).into_parts();
+            let body = Limited::new(body, self.limits.body).collect().await.map_err(|error| {
+                if error.is::<LengthLimitError>() {
+                    return OutboundError::TooLarge(self.limits.body);
+                }
+                match error.downcast::<reqwest::Error>() {
+                    Ok(error) => connection(&error.without_url()),
+                    Err(error) => connection(&*error),
+                }
             })?;
-            Ok(Response::from_parts(head, body.to_bytes().into()))
+            Ok(Response::from_parts(head, body.to_bytes()))
         };
-        timeout(self.time_limit, answer).await.unwrap_or(Err(NoAnswer::TooSlow))
+        timeout(self.limits.time, answer).await.unwrap_or(Err(OutboundError::Timeout))
     }
 }
 
-/// With its causes: the outer error alone says "client error". None of them repeats what was asked.
-fn unreachable(error: &(dyn Error + 'static)) -> NoAnswer {
+/// With its causes, because the outer error alone says "error sending request".
+fn connection(error: &(dyn Error + 'static)) -> OutboundError {
     let mut causes = vec![error.to_string()];
     let mut inner = error.source();
     while let Some(error) = inner {
         causes.push(error.to_string());
         inner = error.source();
     }
-    NoAnswer::Unreachable(causes.join(": "))
+    OutboundError::Connection(causes.join(": "))
 }

@@ -31,7 +31,10 @@ pub use self::{
     export::Exporter,
     settings::{Settings, Texts},
 };
-use crate::{labels, metrics, outbound::Outbound};
+use crate::{
+    labels, metrics,
+    outbound::{Limits, Outbound},
+};
 
 /// Spans that wait for the collector, of about half a KB each; more are dropped.
 const QUEUE: usize = 4_096;
@@ -80,7 +83,7 @@ pub fn start(
     let Some(settings) = settings else { return Ok((Tracer::default(), Exporter::idle())) };
     let (sender, queue) = mpsc::channel(QUEUE);
     let tracer = Tracer::new(sender, settings.ratio, settings.per_second, metrics.clone());
-    let outbound = Outbound::new(export::TIMEOUT)?;
+    let outbound = Outbound::new(Limits::external(export::TIMEOUT))?;
     Ok((tracer, Exporter::new(queue, outbound, settings, name, version, metrics)))
 }
 

@@ -145,12 +145,12 @@ impl Sending {
         let mut request =
             Request::post(self.endpoint.clone()).body(body).map_err(|error| error.to_string())?;
         *request.headers_mut() = self.headers.clone();
-        let answer = self.outbound.ask(request).await.map_err(|error| error.to_string())?;
+        let answer = self.outbound.send(request).await.map_err(|error| error.to_string())?;
         if !answer.status().is_success() {
             return Err(format!("it answered {}", answer.status()));
         }
         // One that says nothing of the kind took all.
-        let answer = ExportTraceServiceResponse::decode(answer.body().as_slice()).unwrap_or_default();
+        let answer = ExportTraceServiceResponse::decode(&answer.body()[..]).unwrap_or_default();
         Ok(answer.partial_success.map_or(0, |partial| partial.rejected_spans))
     }
 
