@@ -309,7 +309,7 @@ impl RateLimits {
         start_per_address: Limit::Off,
         send_per_user: Limit::Off,
         send_per_address: Limit::Off,
-        patience: limiter::PATIENCE,
+        patience: limiter::SHARED_CHECK_TIMEOUT,
     };
 }
 
@@ -462,7 +462,7 @@ impl Settings {
             start_per_address: start_per_address?,
             send_per_user: send_per_user?,
             send_per_address: send_per_address?,
-            patience: limiter::PATIENCE,
+            patience: limiter::SHARED_CHECK_TIMEOUT,
         };
         Some(if on? { limits } else { RateLimits::OFF })
     }

@@ -1,7 +1,7 @@
-//! Users of a product with a login of its own: a token of its issuer is accepted like ours, and makes its user at first use.
+//! Users of a product with a login of its own: a token of its issuer is accepted like ours and creates its user at first use.
 //!
-//! Keys are fetched from the issuer, kept fresh, and asked for once more when a token names one that is not known. While
-//! none could be had, a token of the issuer is nobody's fault: 503, never 401.
+//! Keys are fetched from the issuer, refreshed regularly, and once more for an unknown key. Until the first fetch succeeds, such a
+//! token gets 503, not 401.
 
 use std::{collections::HashMap, io, sync::Arc, time::Duration};
 
@@ -30,14 +30,14 @@ use crate::{
     store::{StoreError, identities},
 };
 
-/// Subjects that are remembered, at some 200 bytes each.
-const REMEMBERED: u64 = 100_000;
-/// A user who was deleted and comes back is another one.
-const REMEMBERED_FOR: Duration = Duration::from_mins(5);
-/// For the issuer's keys to arrive.
+/// Cached subjects, about 200 bytes each.
+const CACHED_SUBJECTS: u64 = 100_000;
+/// Bounded, because a deleted user who returns is a new one.
+const CACHED_FOR: Duration = Duration::from_mins(5);
+/// For fetching the issuer's keys.
 const TIME_LIMIT: Duration = Duration::from_secs(5);
 
-/// Whose tokens are accepted, and where their keys are.
+/// The issuer and the URL of its keys.
 #[derive(Debug, Clone)]
 pub struct ExternalSettings {
     pub issuer: ExternalIssuer,
@@ -50,7 +50,7 @@ pub struct External {
     users: Cache<String, UserId>,
 }
 
-/// The issuer's keys, and the form in which gateways are told.
+/// The issuer's keys, and their form for gateways.
 struct Published {
     keys: ExternalKeys,
     jwks: JwkSet,
@@ -66,9 +66,9 @@ struct Issuer {
 pub enum ExternalError {
     #[error(transparent)]
     Token(#[from] TokenError),
-    #[error("a subject of no usable form")]
+    #[error("the subject is empty, too long or has control characters")]
     Subject,
-    #[error("the issuer's keys cannot be had")]
+    #[error("the keys of the issuer are not available")]
     NoKeys,
     #[error(transparent)]
     Store(#[from] StoreError),
@@ -93,7 +93,7 @@ impl Source for Issuer {
             .context("EXTERNAL_JWKS_URL")?;
         let answer = self.outbound.send(request).await?;
         anyhow::ensure!(answer.status() == StatusCode::OK, "the issuer answered {}", answer.status());
-        let jwks = jose::read_key_set(answer.body()).context("this is no set of keys")?;
+        let jwks = jose::read_key_set(answer.body()).context("the answer is not a JSON Web Key Set")?;
         let keys = ExternalKeys::from_jwks(&self.settings.issuer, &jwks);
         anyhow::ensure!(!keys.is_empty(), "no key of the issuer is for {:?}", self.settings.issuer.algorithm);
         let version = Version::of(&jwks);
@@ -106,35 +106,35 @@ impl External {
         Ok(Self {
             issuer: settings.issuer.clone(),
             ring: KeyRing::new(Issuer { settings, outbound: Outbound::new(Limits::external(TIME_LIMIT))? }),
-            users: Cache::builder().max_capacity(REMEMBERED).time_to_live(REMEMBERED_FOR).build(),
+            users: Cache::builder().max_capacity(CACHED_SUBJECTS).time_to_live(CACHED_FOR).build(),
         })
     }
 
-    /// Keeps the issuer's keys fresh until `stop`.
+    /// Keeps the issuer's keys current until `stop`.
     pub async fn follow(self: Arc<Self>, stop: CancellationToken) {
         self.ring.follow(stop).await;
     }
 
-    /// It says that it is the issuer's. Then nobody else's keys are tried on it.
+    /// Whether the token names the issuer. If so, only its keys are tried.
     pub fn issued(&self, token: &str) -> bool {
         external::issuer_of(token).is_some_and(|issuer| issuer == self.issuer.issuer)
     }
 
     pub async fn verify(&self, token: &str) -> Result<ExternalClaims, ExternalError> {
         let seen = self.ring.current();
-        let told = seen.as_ref().map(|seen| seen.keys.verify(token));
-        let newest = match told {
-            Some(Err(TokenError::UnknownKey)) | None => self.ring.ask_once(seen.as_ref(), None).await,
-            Some(told) => return Ok(told?),
+        let verified = seen.as_ref().map(|seen| seen.keys.verify(token));
+        let newest = match verified {
+            Some(Err(TokenError::UnknownKey)) | None => self.ring.refresh_once(seen.as_ref(), None).await,
+            Some(result) => return Ok(result?),
         };
         let current = self.ring.current().ok_or(ExternalError::NoKeys)?;
         match current.keys.verify(token) {
             Err(TokenError::UnknownKey) if !newest => Err(ExternalError::NoKeys),
-            told => Ok(told?),
+            result => Ok(result?),
         }
     }
 
-    /// Who this is here, made if need be.
+    /// The user of an identity, created if missing.
     pub async fn user_of(&self, context: &Context, identity: &Identity) -> Result<UserId, ExternalError> {
         match self.users.get(&identity.subject) {
             Some(user) => Ok(user),
@@ -142,26 +142,26 @@ impl External {
         }
     }
 
-    /// Who these are here, in their order; those who are not there yet are made. Names and pictures are the issuer's wish: a
-    /// name is for a new user only, a picture is taken over when there is one. Subjects come from tokens that were checked.
+    /// The users of these identities, in the same order; missing ones are created. The name is used for a new user only, a picture
+    /// is always taken over. The subjects must come from checked tokens.
     pub async fn users_of(
         &self,
         context: &Context,
-        asked: &[Identity],
+        requested: &[Identity],
     ) -> Result<Vec<UserId>, ExternalError> {
         let issuer = &self.issuer.issuer;
-        let mut profiles = Vec::with_capacity(asked.len());
-        for Identity { subject, username, picture } in asked {
+        let mut profiles = Vec::with_capacity(requested.len());
+        for Identity { subject, username, picture } in requested {
             let name = username.as_deref().unwrap_or(subject);
             let profile = Profile::new(issuer, subject, Some(name), picture.as_deref());
             profiles.push(profile.ok_or(ExternalError::Subject)?);
         }
-        let subjects: Vec<_> = asked.iter().map(|identity| identity.subject.clone()).collect();
+        let subjects: Vec<_> = requested.iter().map(|identity| identity.subject.clone()).collect();
         let known = async |connection: &mut _| identities::known(connection, issuer, &subjects).await;
         let known = context.database.run(known);
         let known: HashMap<_, _> =
             known.await?.into_iter().map(|known| (known.subject.clone(), known)).collect();
-        let mut users = Vec::with_capacity(asked.len());
+        let mut users = Vec::with_capacity(requested.len());
         for profile in profiles {
             let user = match known.get(&profile.subject) {
                 Some(known) if profile.avatar_url.is_none() || profile.avatar_url == known.avatar_url => {
@@ -185,12 +185,12 @@ impl External {
         &self.issuer
     }
 
-    /// The version of the keys that are there, if some are.
+    /// The version of the current keys.
     pub fn version(&self) -> Option<Version> {
         self.ring.current().map(|current| current.version.clone())
     }
 
-    /// What gateways are told, and its version. `kid`: a key that one of them misses.
+    /// The keys for gateways and their version. `kid`: a key that a gateway does not have.
     pub async fn published(&self, kid: Option<&str>) -> (ExternalKeysAnswer, Option<Version>) {
         let seen = self.ring.current();
         let missing = match (&seen, kid) {
@@ -199,7 +199,7 @@ impl External {
             (Some(_), None) => false,
         };
         if missing {
-            self.ring.ask_once(seen.as_ref(), kid).await;
+            self.ring.refresh_once(seen.as_ref(), kid).await;
         }
         let current = self.ring.current();
         let (jwks, version) = current.map(|current| (current.jwks.clone(), current.version.clone())).unzip();

@@ -12,7 +12,7 @@ use std::{
 use anyhow::Context as _;
 use service_kit::{
     cookies::Cookies,
-    ended::EndedSessions,
+    ended_sessions::EndedSessions,
     explain,
     limiter::Limiter,
     ops::{self, Readiness},

@@ -325,7 +325,7 @@ impl Settings {
                 opening: Opening {
                     per_user: if limits? { opened_per_user? } else { Limit::Off },
                     per_address: if limits? { opened_per_address? } else { Limit::Off },
-                    patience: limiter::PATIENCE,
+                    patience: limiter::SHARED_CHECK_TIMEOUT,
                 },
                 drain: Drain { wait: wait?, window: window? },
                 traces: traces?,

@@ -197,7 +197,7 @@ impl Keys {
     /// The proofs of those tokens that are good for the stream: one at least. Newer keys are asked for only if none is.
     pub async fn verify(&self, tokens: &[String]) -> Result<Vec<VerifiedToken>, VerifyError> {
         let trusted = match self.ring.current() {
-            None if self.started_at.elapsed() < START_UP => self.ring.first_within(FIRST_KEYS_TIMEOUT).await,
+            None if self.started_at.elapsed() < START_UP => self.ring.wait_for_first(FIRST_KEYS_TIMEOUT).await,
             current => current,
         };
         let trusted = trusted.ok_or(VerifyError::NoKeys)?;
@@ -210,7 +210,7 @@ impl Keys {
         tracing::debug!(?refused, "asking api for newer keys");
         // Without a name it misses a key all the same.
         let kid = external::kid_of(unknown).unwrap_or_default();
-        let newest = self.ring.ask_once(Some(&trusted), Some(&kid)).await;
+        let newest = self.ring.refresh_once(Some(&trusted), Some(&kid)).await;
         let trusted = self.ring.current().ok_or(VerifyError::NoKeys)?;
         trusted.verify_each(tokens).map_err(|(refused, _)| match refused {
             VerifyError::Token(TokenError::UnknownKey) if !newest => VerifyError::NoKeys,

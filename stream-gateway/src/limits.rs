@@ -13,7 +13,7 @@ use std::{
 
 use governor::{DefaultDirectRateLimiter, Quota, RateLimiter};
 use service_kit::{
-    client_address::household,
+    client_address::client_network,
     limiter::{Limiter, Over, Rule, Subject},
 };
 
@@ -84,14 +84,14 @@ impl StreamLimits {
     /// many; and Redis is asked last, for those only whom nothing here refuses.
     pub async fn admit(self: &Arc<Self>, user: Subject<'_>, client: IpAddr) -> Result<Permit, LimitReached> {
         let charges = [(&self.opened_per_user, user), (&self.opened_per_address, Subject::Address(client))];
-        self.limiter.check_here(&charges)?;
+        self.limiter.check_local(&charges)?;
         let permit = self.take(client)?;
-        self.limiter.check_together(&charges).await?;
+        self.limiter.check_shared(&charges).await?;
         Ok(permit)
     }
 
     fn take(self: &Arc<Self>, address: IpAddr) -> Result<Permit, LimitReached> {
-        let address = household(address);
+        let address = client_network(address);
         if self.rate.check().is_err() {
             return Err(LimitReached::Rate);
         }

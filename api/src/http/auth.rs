@@ -13,7 +13,7 @@ use protocol::{
     keys_version::{KeysVersion, Version},
     position::Position,
 };
-use service_kit::{cookies::Cookies, ended::EndedSessions, http::PresentedTokens, origins::Origins};
+use service_kit::{cookies::Cookies, ended_sessions::EndedSessions, http::PresentedTokens, origins::Origins};
 
 use super::{Answer, error::ApiError, request::Inbound};
 use crate::{

@@ -9,7 +9,7 @@ use serde::{
     Deserialize, Deserializer,
     de::{DeserializeOwned, MapAccess, Visitor, value::MapAccessDeserializer},
 };
-use service_kit::{client_address::ClientAddress, origins::is_cross_site, preference::essence};
+use service_kit::{client_address::ClientAddress, origins::is_cross_site, quality_values::essence};
 use tokio::time::timeout;
 use warp::Filter;
 

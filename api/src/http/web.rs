@@ -11,7 +11,7 @@ use bytes::Bytes;
 use flate2::{Compression, write::GzEncoder};
 use http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
 use rust_embed::{EmbeddedFile, RustEmbed};
-use service_kit::preference::{entries, weight};
+use service_kit::quality_values::{entries, weight};
 use warp::reply::Response;
 
 use super::{

@@ -1,10 +1,8 @@
-//! What a browser carries through a login at a provider: which provider, the `state` and `nonce` that must come back, the
-//! verifier that proves it was us who asked, and until when. It is kept by the browser and by nobody here, so that a login
-//! may begin at one replica and end at another, and costs nothing if it never ends.
+//! The state of a login, which the browser keeps in a cookie: provider, `state`, `nonce`, PKCE verifier and expiry. Any replica can
+//! finish a login, and an abandoned one costs nothing.
 //!
-//! It is signed, so that nobody can make one up. The key is derived from `STATE_SECRET`, which all replicas share, with a label of
-//! its own. Of several secrets the first signs and all are accepted, so that a rotation interrupts no login.
-//! It is not encrypted: whoever can read this browser's cookies needs no login of theirs.
+//! The cookie is signed with a key derived from `STATE_SECRET`, which all replicas share. The first secret signs and all are accepted,
+//! so that a rotation interrupts no login. It is not encrypted: reading a browser's cookies is worse than reading this one.
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -14,11 +12,11 @@ use serde::{Deserialize, Serialize};
 use service_kit::secrets::Secrets;
 use sha2::Sha256;
 
-/// For a person to log in at the provider.
+/// To log in at the provider.
 pub const LIFETIME: Duration = Duration::from_mins(10);
 const LABEL: &[u8] = b"messenger api: oauth attempt, version 1";
-/// A sealed attempt is some 300 bytes; more is not looked at.
-const LONGEST: usize = 2_048;
+/// A sealed attempt has about 300 bytes; longer ones are rejected.
+const MAX_LENGTH: usize = 2_048;
 
 /// One attempt of one browser to log in.
 #[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -53,27 +51,27 @@ impl Seal {
 
     /// As the value of a cookie.
     pub fn seal(&self, attempt: &Attempt) -> String {
-        let said = serde_json::to_vec(attempt).expect("an attempt is texts and a number");
-        let said = URL_SAFE_NO_PAD.encode(said);
-        let signature = self.signs.clone().chain_update(&said).finalize().into_bytes();
-        format!("{said}.{}", URL_SAFE_NO_PAD.encode(signature))
+        let payload = serde_json::to_vec(attempt).expect("an attempt is texts and a number");
+        let payload = URL_SAFE_NO_PAD.encode(payload);
+        let signature = self.signs.clone().chain_update(&payload).finalize().into_bytes();
+        format!("{payload}.{}", URL_SAFE_NO_PAD.encode(signature))
     }
 
-    /// `None`: not sealed by us, or too long ago.
+    /// `None`: an invalid signature, or expired.
     pub fn open(&self, sealed: &str) -> Option<Attempt> {
         self.open_at(sealed, now())
     }
 
     fn open_at(&self, sealed: &str, now: Duration) -> Option<Attempt> {
-        if sealed.len() > LONGEST {
+        if sealed.len() > MAX_LENGTH {
             return None;
         }
-        let (said, signature) = sealed.split_once('.')?;
+        let (payload, signature) = sealed.split_once('.')?;
         let signature = URL_SAFE_NO_PAD.decode(signature).ok()?;
         // Compares in constant time.
-        let fits = |key: &Hmac<Sha256>| key.clone().chain_update(said).verify_slice(&signature).is_ok();
+        let fits = |key: &Hmac<Sha256>| key.clone().chain_update(payload).verify_slice(&signature).is_ok();
         self.accepted.iter().any(fits).then_some(())?;
-        let attempt: Attempt = serde_json::from_slice(&URL_SAFE_NO_PAD.decode(said).ok()?).ok()?;
+        let attempt: Attempt = serde_json::from_slice(&URL_SAFE_NO_PAD.decode(payload).ok()?).ok()?;
         (now.as_secs() < attempt.expires_at).then_some(attempt)
     }
 }
@@ -110,7 +108,7 @@ mod tests {
     }
 
     #[test]
-    fn what_others_made_or_changed_is_not_opened() {
+    fn a_forged_or_changed_attempt_is_rejected() {
         let seal = seal(SECRET);
         let sealed = seal.seal(&attempt());
         for index in 0..sealed.len() {

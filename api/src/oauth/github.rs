@@ -1,4 +1,4 @@
-//! GitHub, and GitHub Enterprise under another address: an OAuth provider from before `OpenID` Connect.
+//! GitHub and GitHub Enterprise, which speak OAuth without `OpenID` Connect.
 
 use oauth2::{AuthType, AuthUrl, TokenUrl};
 use protocol::jose;
@@ -29,15 +29,15 @@ struct GitHubUser {
     avatar_url: Value,
 }
 
-/// An account is its number: a name can be given up, and then be somebody else's.
+/// An account is identified by its number, because a name can be given up and taken by another person.
 pub(super) fn profile(issuer: &str, answer: &[u8]) -> Result<Profile, Failure> {
-    let user: GitHubUser = object(answer).ok_or(Failure::BadProfile("no JSON with an id"))?;
+    let user: GitHubUser = object(answer).ok_or(Failure::BadProfile("not a JSON object with an id"))?;
     let subject = user.id;
     let is_number = subject.parse::<u64>().is_ok_and(|id| id > 0 && id.to_string() == subject);
     is_number
         .then(|| Profile::new(issuer, &subject, text(&user.login), text(&user.avatar_url)))
         .flatten()
-        .ok_or(Failure::BadProfile("its id is no number"))
+        .ok_or(Failure::BadProfile("id is not a number"))
 }
 
 #[cfg(test)]
@@ -51,7 +51,7 @@ mod tests {
     }
 
     #[test]
-    fn a_user_is_known_by_the_number_however_it_is_written() {
+    fn a_user_is_identified_by_number_in_any_form() {
         for id in [json!(583_231), json!("583231")] {
             let profile = read(json!({ "id": id, "login": "octocat", "avatar_url": "https://a.example/1" }));
             let profile = profile.unwrap();
@@ -73,7 +73,7 @@ mod tests {
     }
 
     #[test]
-    fn an_odd_name_or_avatar_keeps_nobody_out() {
+    fn an_invalid_name_or_avatar_is_ignored() {
         for odd in [json!(null), json!(7), json!(""), json!(["x"])] {
             let profile = read(json!({ "id": 1, "login": odd, "avatar_url": odd })).unwrap();
             assert_eq!((profile.username.as_str(), profile.avatar_url), ("user", None));

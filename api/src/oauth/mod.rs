@@ -1,8 +1,7 @@
-//! Logging in at a provider by OAuth 2.0: where a browser is sent, and who it is that comes back. GitHub, and any provider
-//! that speaks `OpenID` Connect. What comes from a provider is believed only as far as it was checked, and each way in which this
-//! can go wrong has a name.
+//! Login by OAuth 2.0 at GitHub or any `OpenID` Connect provider: the authorization request, and the account behind the callback.
+//! Every claim of a provider is checked, and every failure has a code.
 //!
-//! Nothing here is remembered about a login under way: the browser carries it ([`attempt`]).
+//! The state of a login is kept by the browser ([`attempt`]), not here.
 
 pub mod attempt;
 mod github;
@@ -32,29 +31,29 @@ use crate::domain::user::Profile;
 use attempt::Attempt;
 use oidc::Discovery;
 
-/// For one question to a provider.
+/// For one request to a provider.
 pub const TIME_LIMIT: Duration = Duration::from_secs(10);
 
-/// How a login ended that was no success. The text is for the log; it holds nothing that was secret.
+/// Why a login failed. The text is for the log and contains no secret.
 #[derive(Debug, Clone, Error)]
 pub enum Failure {
-    #[error("the person declined, or the provider did")]
+    #[error("access was denied at the provider")]
     AccessDenied,
-    /// This is no answer to what we asked in this browser.
+    /// The callback does not belong to a login of this browser.
     #[error("{0}")]
     BadState(&'static str),
-    /// The provider answers, but not with what it should.
+    /// The provider sent an invalid answer.
     #[error("{0}")]
     Provider(String),
-    /// It may work again in a while.
+    /// The provider may be available again later.
     #[error("{0}")]
     Unavailable(String),
-    #[error("the profile cannot be used: {0}")]
+    #[error("invalid profile: {0}")]
     BadProfile(&'static str),
 }
 
 impl Failure {
-    /// As the page is told, and as it is counted.
+    /// The code for the page and the metric.
     pub fn code(&self) -> &'static str {
         match self {
             Self::AccessDenied => "access_denied",
@@ -66,7 +65,7 @@ impl Failure {
     }
 }
 
-/// What a provider sends the browser back with.
+/// The parameters of the callback.
 #[derive(Debug, Default)]
 pub struct Returned {
     pub state: Option<String>,
@@ -75,7 +74,7 @@ pub struct Returned {
     pub iss: Option<String>,
 }
 
-/// A provider that has settings. Others do not exist.
+/// A provider with settings. Providers without settings are disabled.
 pub struct Provider {
     name: &'static str,
     kind: Kind,
@@ -89,24 +88,24 @@ enum Kind {
     Oidc(Box<Discovery>),
 }
 
-/// Where a provider is asked for what.
+/// The endpoints of a provider.
 struct Endpoints {
     authorize: AuthUrl,
     token: TokenUrl,
     profile: String,
-    /// How we show that we are the client that was registered.
+    /// How the client authenticates.
     auth: AuthType,
-    /// It says that its callback always names its issuer.
+    /// Its callback always has `iss` (RFC 9207).
     names_itself: bool,
 }
 
-/// Where to send the browser, and what it must bring back.
+/// The authorization URL, and what the browser must send back.
 pub struct Begun {
     pub url: String,
     pub attempt: Attempt,
 }
 
-/// All that have settings. `origin` is where they send browsers back to.
+/// All providers with settings. They redirect browsers back to `origin`.
 pub fn providers(
     settings: Vec<ProviderSettings>,
     origin: &Origin,
@@ -140,7 +139,7 @@ impl Provider {
         self.name
     }
 
-    /// Sends a browser on its way.
+    /// Begins a login.
     pub async fn begin(&self) -> Result<Begun, Failure> {
         let client = self.client(&*self.endpoints().await?);
         let (challenge, verifier) = PkceCodeChallenge::new_random_sha256();
@@ -158,32 +157,34 @@ impl Provider {
         Ok(Begun { url: url.into(), attempt })
     }
 
-    /// Whose account is it? `attempt` is what this browser carried, if we have sealed it and it is in time.
+    /// Completes a login. `attempt` is the browser's, if its signature is valid and it has not expired.
     pub async fn finish(&self, attempt: Option<Attempt>, returned: Returned) -> Result<Profile, Failure> {
-        let attempt = attempt.ok_or(Failure::BadState("this browser carries no attempt that still lasts"))?;
+        let attempt = attempt.ok_or(Failure::BadState("the browser has no valid login attempt"))?;
         if attempt.provider != self.name {
-            return Err(Failure::BadState("this browser's attempt is at another provider"));
+            return Err(Failure::BadState("the login attempt is for another provider"));
         }
         let state = returned.state.unwrap_or_default();
-        // In constant time: how long a refusal takes says nothing about how much of a guess was right.
+        // In constant time, so that timing does not reveal how much of a guess is right.
         if !bool::from(state.as_bytes().ct_eq(attempt.state.as_bytes())) {
-            return Err(Failure::BadState("the state is not the one of this browser's attempt"));
+            return Err(Failure::BadState("state does not match the login attempt"));
         }
         if returned.iss.as_deref().is_some_and(|iss| !self.is_issuer(iss)) {
-            return Err(Failure::BadState("the answer is from another issuer"));
+            return Err(Failure::BadState("iss names another issuer"));
         }
         if let Some(error) = returned.error {
             return Err(match error.as_str() {
                 "access_denied" => Failure::AccessDenied,
-                "temporarily_unavailable" | "server_error" => Failure::Unavailable(told(&error)),
-                _ => Failure::Provider(told(&error)),
+                "temporarily_unavailable" | "server_error" => Failure::Unavailable(error_code(&error)),
+                _ => Failure::Provider(error_code(&error)),
             });
         }
-        let code = returned.code.ok_or_else(|| Failure::Provider("neither code nor error".into()))?;
+        let code = returned
+            .code
+            .ok_or_else(|| Failure::Provider("the callback has neither code nor error".into()))?;
         let endpoints = self.endpoints().await?;
-        // RFC 9207: from one that always says who it is, an answer that does not is not its answer.
+        // RFC 9207: without `iss`, the answer is not from this provider.
         if endpoints.names_itself && returned.iss.is_none() {
-            return Err(Failure::BadState("the answer does not say which issuer it is from"));
+            return Err(Failure::BadState("iss is missing"));
         }
         let tokens =
             token::exchange(&self.client(&endpoints), &self.outbound, code, attempt.verifier).await?;
@@ -193,20 +194,20 @@ impl Provider {
             Kind::Oidc(discovery) => {
                 let (issuer, client_id) = (discovery.issuer(), &self.registration.client_id);
                 let info = oidc::user_info(&answer)?;
-                let told = match tokens.id_token() {
+                let id_claims = match tokens.id_token() {
                     Some(id_token) => {
                         oidc::check_id_token(id_token, issuer, client_id, &attempt.nonce, &info.sub)?
                     }
                     None => Person::default(),
                 };
-                oidc::profile(issuer, &info, &told)
+                oidc::profile(issuer, &info, &id_claims)
             }
         }
     }
 
     fn is_issuer(&self, iss: &str) -> bool {
         match &self.kind {
-            // GitHub is older than the rule, and has no issuer but where it is; its metadata say it with the path.
+            // GitHub predates RFC 9207: its issuer is its address, in its metadata with the path.
             Kind::GitHub { issuer, .. } => {
                 iss == issuer || iss.strip_suffix("/login/oauth").is_some_and(|base| base == issuer)
             }
@@ -235,19 +236,22 @@ impl Provider {
             .header(header::ACCEPT, "application/json")
             .header(header::AUTHORIZATION, format!("Bearer {access_token}"))
             .body(Vec::new())
-            .map_err(|_| Failure::Provider("its access token cannot be sent".into()))?;
-        let response = ask(&self.outbound, request).await.map_err(|error| match error {
-            Unanswered::No(OutboundError::TooLarge(_)) => Failure::BadProfile("it is too large"),
+            .map_err(|_| Failure::Provider("its access token is not a valid header".into()))?;
+        let response = self::request(&self.outbound, request).await.map_err(|error| match error {
+            Unanswered::No(OutboundError::TooLarge(_)) => Failure::BadProfile("too large"),
             other => other.into(),
         })?;
         if response.status() != StatusCode::OK {
-            return Err(Failure::Provider(format!("the profile is answered with {}", response.status())));
+            return Err(Failure::Provider(format!(
+                "the profile request was answered with {}",
+                response.status()
+            )));
         }
         Ok(response.into_body())
     }
 }
 
-/// Why a provider gave no answer to judge.
+/// Why a request to a provider failed.
 #[derive(Debug, Error)]
 enum Unanswered {
     #[error(transparent)]
@@ -265,9 +269,12 @@ impl From<Unanswered> for Failure {
     }
 }
 
-/// An answer that is not merely a bad moment of the provider's.
-async fn ask(outbound: &Outbound, mut request: Request<Vec<u8>>) -> Result<Response<Vec<u8>>, Unanswered> {
-    // GitHub answers nobody without a name.
+/// Sends a request; 5xx and 429 are errors.
+async fn request(
+    outbound: &Outbound,
+    mut request: Request<Vec<u8>>,
+) -> Result<Response<Vec<u8>>, Unanswered> {
+    // GitHub requires a user agent.
     request.headers_mut().insert(header::USER_AGENT, header::HeaderValue::from_static("messenger"));
     let response = outbound.send(request).await?.map(Into::into);
     let status = response.status();
@@ -277,19 +284,19 @@ async fn ask(outbound: &Outbound, mut request: Request<Vec<u8>>) -> Result<Respo
     Ok(response)
 }
 
-/// An error's code as a provider named it, if it has the form of one: anything could stand there, and it goes to the log.
-fn told(code: &str) -> String {
+/// The error code of a provider for the log, if it has the form of one.
+fn error_code(code: &str) -> String {
     let is_a_code = code.len() <= 64 && code.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'_');
-    format!("the provider says {}", if is_a_code { code } else { "something odd" })
+    format!("the provider answered error {}", if is_a_code { code } else { "of an invalid form" })
 }
 
-/// A JSON object of this shape. Derived code alone would take an array of the values as well.
+/// A JSON object. Derived code alone would also accept an array of the values.
 fn object<T: DeserializeOwned>(json: &[u8]) -> Option<T> {
     let members: Map<String, Value> = serde_json::from_slice(json).ok()?;
     serde_json::from_value(Value::Object(members)).ok()
 }
 
-/// What should be a text and may be anything.
+/// A non-empty string, or nothing.
 fn text(value: &Value) -> Option<&str> {
     value.as_str().filter(|text| !text.trim().is_empty())
 }

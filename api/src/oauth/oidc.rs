@@ -1,4 +1,4 @@
-//! Any provider that speaks `OpenID` Connect: it tells where it is asked for what, and who logged in.
+//! `OpenID` Connect: discovery, user info and the checks of the id token.
 
 use std::{
     sync::Arc,
@@ -14,22 +14,22 @@ use service_kit::outbound::Outbound;
 use tokio::sync::Mutex;
 use url::Url;
 
-use super::{Endpoints, Failure, ask, object, settings::protected_url};
+use super::{Endpoints, Failure, object, request, settings::protected_url};
 use crate::domain::user::Profile;
 
-/// A provider's endpoints are asked for again after this.
+/// The discovery document is fetched again after this.
 const FRESH: Duration = Duration::from_hours(1);
-/// While they cannot be had, those that were known go on for so long.
+/// If that fails, the known endpoints are used for this long.
 const USABLE: Duration = Duration::from_hours(24);
-/// After a failure nobody asks for so long: a provider that is down is not asked by everybody who wants to log in.
+/// Between a failed discovery and the next, so that every login does not query a provider that is down.
 const PAUSE: Duration = Duration::from_secs(2);
-/// How far the provider's clock may be off from ours.
+/// Tolerated difference of clocks, in seconds.
 const LEEWAY: i64 = 60;
 
-/// A provider's endpoints, as it tells them, asked for when first needed.
+/// The endpoints of a provider, discovered when first needed.
 pub(super) struct Discovery {
     issuer: String,
-    /// Held while asking: of many who need it at once one asks, and the others wait for what it hears.
+    /// Held while discovering, so that concurrent logins share one request.
     known: Mutex<Known>,
 }
 
@@ -77,7 +77,7 @@ impl Discovery {
                     return Ok(endpoints);
                 }
                 Err(failure) => {
-                    tracing::warn!(issuer = self.issuer, %failure, "the provider does not tell its endpoints");
+                    tracing::warn!(issuer = self.issuer, %failure, "provider discovery failed");
                     known.failed = Some((failure.clone(), Instant::now()));
                     failure
                 }
@@ -91,42 +91,41 @@ impl Discovery {
 
     async fn discover(&self, outbound: &Outbound) -> Result<Endpoints, Failure> {
         let url = format!("{}/.well-known/openid-configuration", self.issuer.trim_end_matches('/'));
-        // The issuer is compared as it calls itself; its address may need writing in another way, as a host that is not ASCII.
+        // The issuer is compared as it is written; the URL may be another form of it, as for a host that is not ASCII.
         let url = Url::parse(&url).expect("the setting was checked to be a URL");
         let request = Request::get(url.as_str())
             .header(header::ACCEPT, "application/json")
             .body(Vec::new())
             .expect("a URL is an address");
-        let response = ask(outbound, request).await?;
+        let response = self::request(outbound, request).await?;
         if response.status() != StatusCode::OK {
-            return Err(Failure::Provider(format!("its discovery is answered with {}", response.status())));
+            return Err(Failure::Provider(format!("discovery was answered with {}", response.status())));
         }
         read_document(&self.issuer, response.body())
     }
 }
 
 fn read_document(issuer: &str, body: &[u8]) -> Result<Endpoints, Failure> {
-    let bad = |what: &str| Failure::Provider(format!("its discovery document {what}"));
-    let document: Document =
-        object(body).ok_or_else(|| bad("does not name the endpoints that are needed"))?;
-    // Or else one provider could speak for another one's accounts.
+    let bad = |what: &str| Failure::Provider(format!("the discovery document {what}"));
+    let document: Document = object(body).ok_or_else(|| bad("lacks required endpoints"))?;
+    // Otherwise a provider could assert accounts of another one.
     if document.issuer != issuer {
-        return Err(bad("is of another issuer than OIDC_ISSUER"));
+        return Err(bad("names another issuer than OIDC_ISSUER"));
     }
-    // The same rule as for the setting; and from https nothing leads back to http.
+    // As for the setting, and https never leads back to http.
     let must_be_https = issuer.starts_with("https://");
     let allowed = |url: String| match protected_url(&url) {
         Ok(parsed) if parsed.scheme() == "https" || !must_be_https => Ok(String::from(parsed)),
-        _ => Err(bad("names an endpoint that is not https")),
+        _ => Err(bad("names an endpoint without https")),
     };
     let supported = document.token_endpoint_auth_methods_supported;
     let can = |method: &str| supported.iter().flatten().any(|supported| supported == method);
-    let endpoint = |_| bad("names an endpoint that is no URL");
+    let endpoint = |_| bad("names an endpoint that is not a URL");
     Ok(Endpoints {
         authorize: AuthUrl::new(allowed(document.authorization_endpoint)?).map_err(endpoint)?,
         token: TokenUrl::new(allowed(document.token_endpoint)?).map_err(endpoint)?,
         profile: allowed(document.userinfo_endpoint)?,
-        // Basic is what a provider does that says nothing.
+        // Basic is the default of the standard.
         auth: if can("client_secret_post") && !can("client_secret_basic") {
             AuthType::RequestBody
         } else {
@@ -136,7 +135,7 @@ fn read_document(issuer: &str, body: &[u8]) -> Result<Endpoints, Failure> {
     })
 }
 
-/// Who logged in, as the provider answers to their access token.
+/// The answer of the user info endpoint.
 #[derive(Deserialize)]
 pub(super) struct UserInfo {
     #[serde(deserialize_with = "jose::subject")]
@@ -146,14 +145,14 @@ pub(super) struct UserInfo {
 }
 
 pub(super) fn user_info(answer: &[u8]) -> Result<UserInfo, Failure> {
-    object(answer).ok_or(Failure::BadProfile("no JSON with a sub"))
+    object(answer).ok_or(Failure::BadProfile("not a JSON object with a sub"))
 }
 
-/// `told`: by the id token. AD FS answers with the subject alone, and has the names there.
-pub(super) fn profile(issuer: &str, info: &UserInfo, told: &Person) -> Result<Profile, Failure> {
-    let name = info.person.name().or(told.name());
-    let picture = info.person.picture.as_deref().or(told.picture.as_deref());
-    Profile::new(issuer, &info.sub, name, picture).ok_or(Failure::BadProfile("its sub cannot be kept"))
+/// Names come from user info, else from the id token, where AD FS has them.
+pub(super) fn profile(issuer: &str, info: &UserInfo, id_claims: &Person) -> Result<Profile, Failure> {
+    let name = info.person.name().or(id_claims.name());
+    let picture = info.person.picture.as_deref().or(id_claims.picture.as_deref());
+    Profile::new(issuer, &info.sub, name, picture).ok_or(Failure::BadProfile("sub is invalid"))
 }
 
 #[derive(Deserialize)]
@@ -171,9 +170,8 @@ struct IdClaims {
     person: Person,
 }
 
-/// The id token says that this login was meant for us, and for this attempt; and what the person is called. It came from the
-/// provider itself, over a connection that proves who answers; then its signature need not be looked at (`OpenID` Connect Core
-/// 3.1.3.7, 6).
+/// Checks that the id token is for us and for this attempt, and returns its names. The signature is not checked, because the token
+/// came from the token endpoint over TLS (`OpenID` Connect Core 3.1.3.7, 6).
 pub(super) fn check_id_token(
     id_token: &str,
     issuer: &str,
@@ -181,13 +179,13 @@ pub(super) fn check_id_token(
     nonce: &str,
     subject: &str,
 ) -> Result<Person, Failure> {
-    let bad = |what: &str| Failure::Provider(format!("its id token {what}"));
+    let bad = |what: &str| Failure::Provider(format!("the id token {what}"));
     let claims = Unverified::read(id_token).and_then(|token| token.claims::<IdClaims>());
-    let claims = claims.ok_or_else(|| bad("cannot be read"))?;
+    let claims = claims.ok_or_else(|| bad("is malformed"))?;
     let audiences = claims.aud.as_slice();
     let ours = audiences.iter().any(|one| one == client_id) && (audiences.len() == 1 || claims.azp.is_some());
     if claims.iss != issuer {
-        Err(bad("is of another issuer"))
+        Err(bad("names another issuer"))
     } else if !ours || claims.azp.is_some_and(|azp| azp != client_id) {
         Err(bad("is for another client"))
     } else if claims.exp.second() <= Utc::now().timestamp() - LEEWAY {
@@ -239,7 +237,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn endpoints_that_were_known_go_on_while_they_cannot_be_had() {
+    async fn known_endpoints_are_used_while_discovery_fails() {
         // A port that is never open: of an address that is no machine's.
         let outbound = Outbound::new(Limits::external(Duration::from_millis(50))).unwrap();
         let known_for = |age: Duration| {
@@ -260,7 +258,7 @@ mod tests {
     }
 
     #[test]
-    fn the_secret_is_shown_in_the_way_that_the_provider_takes() {
+    fn the_client_authenticates_as_the_provider_supports() {
         let auth =
             |methods| document(json!({ "token_endpoint_auth_methods_supported": methods })).unwrap().auth;
         assert!(matches!(auth(json!(null)), AuthType::BasicAuth));
@@ -269,7 +267,7 @@ mod tests {
     }
 
     #[test]
-    fn a_person_has_the_first_name_that_the_provider_tells() {
+    fn a_person_has_the_first_known_name() {
         let read = |info: Value, told: Value| {
             let info = user_info(&serde_json::to_vec(&info).unwrap())?;
             profile(ISSUER, &info, &serde_json::from_value(told).unwrap())
@@ -291,7 +289,7 @@ mod tests {
     }
 
     #[test]
-    fn an_id_token_is_for_us_now_and_about_the_same_person() {
+    fn an_id_token_must_be_for_this_client_attempt_and_subject() {
         let part = |value: &Value| URL_SAFE_NO_PAD.encode(serde_json::to_vec(value).unwrap());
         let check_with = |header: Value, change: Value| {
             let mut claims =

@@ -1,10 +1,10 @@
-//! Which providers there are. One without settings does not exist; one with half of its settings is a problem.
+//! Settings of providers. Providers without settings are disabled; incomplete settings are an error.
 
 use service_kit::config::{Problems, is_loopback};
 use thiserror::Error;
 use url::Url;
 
-/// What a provider knows us by.
+/// The client credentials at a provider.
 #[derive(Clone)]
 pub struct Registration {
     pub client_id: String,
@@ -15,7 +15,7 @@ pub struct Registration {
 pub enum ProviderSettings {
     /// Neither URL ends with a slash.
     GitHub { url: String, api_url: String, registration: Registration },
-    /// Exactly as the provider calls itself.
+    /// Exactly as the provider writes it.
     Oidc { issuer: String, registration: Registration },
 }
 
@@ -23,58 +23,57 @@ pub const GITHUB_URL: &str = "https://github.com";
 pub const GITHUB_API_URL: &str = "https://api.github.com";
 
 #[derive(Debug, Error)]
-pub enum NotAProviderUrl {
-    #[error("a provider's address has the form https://host/path, without a query")]
+pub enum InvalidProviderUrl {
+    #[error("it must have the form https://host/path, without a query")]
     Form,
-    #[error("http:// is for loopback hosts only: what is said there is a secret")]
+    #[error("http:// is allowed for loopback hosts only, because secrets are sent there")]
     Unprotected,
 }
 
-/// Something is put behind a provider's address, so it ends with its path.
-fn provider_url(text: &str) -> Result<Url, NotAProviderUrl> {
+/// Paths are appended to it, so it must not have a query.
+fn provider_url(text: &str) -> Result<Url, InvalidProviderUrl> {
     protected_url(text)
-        .and_then(|url| if url.query().is_none() { Ok(url) } else { Err(NotAProviderUrl::Form) })
+        .and_then(|url| if url.query().is_none() { Ok(url) } else { Err(InvalidProviderUrl::Form) })
 }
 
-/// May codes and tokens be sent there?
-pub fn protected_url(text: &str) -> Result<Url, NotAProviderUrl> {
-    let url = Url::parse(text).map_err(|_| NotAProviderUrl::Form)?;
+/// Checks that codes and tokens may be sent to a URL.
+pub fn protected_url(text: &str) -> Result<Url, InvalidProviderUrl> {
+    let url = Url::parse(text).map_err(|_| InvalidProviderUrl::Form)?;
     let plain = url.fragment().is_none() && url.username().is_empty() && url.password().is_none();
-    let host = url.host().filter(|_| plain).ok_or(NotAProviderUrl::Form)?;
+    let host = url.host().filter(|_| plain).ok_or(InvalidProviderUrl::Form)?;
     match url.scheme() {
         "https" => Ok(url),
         "http" if is_loopback(&host) => Ok(url),
-        "http" => Err(NotAProviderUrl::Unprotected),
-        _ => Err(NotAProviderUrl::Form),
+        "http" => Err(InvalidProviderUrl::Unprotected),
+        _ => Err(InvalidProviderUrl::Form),
     }
 }
 
 impl ProviderSettings {
-    /// `None`: it does not exist, or a problem was recorded.
+    /// `None`: disabled, or a problem was recorded.
     pub fn github(problems: &mut Problems, url: &str, api_url: &str, id: &str, secret: &str) -> Option<Self> {
         if id.is_empty() && secret.is_empty() {
             return None;
         }
         let registration = registration(problems, ["GITHUB_CLIENT_ID", "GITHUB_CLIENT_SECRET"], [id, secret]);
         let mut base = |name, text: &str| match provider_url(text) {
-            // In one form, however it was written: it is compared, and accounts are kept by it.
+            // Normalized, because it is compared and stored with accounts.
             Ok(url) => Some(url.as_str().trim_end_matches('/').to_owned()),
             Err(error) => {
-                problems.add(format!("{name} cannot be used: {error}"));
+                problems.add(format!("{name} is invalid: {error}"));
                 None
             }
         };
         let (url, api_url) = (base("GITHUB_URL", url), base("GITHUB_API_URL", api_url));
-        // One of them alone would send tokens of a company's own server to github.com.
+        // One of them alone would send tokens of a company's server to github.com.
         if let (Some(url), Some(api_url)) = (&url, &api_url)
             && (url == GITHUB_URL) != (api_url == GITHUB_API_URL)
         {
-            problems.add("GITHUB_URL and GITHUB_API_URL are of different servers: set both or neither");
+            problems.add("GITHUB_URL and GITHUB_API_URL name different servers; set both or neither");
         }
         Some(Self::GitHub { url: url?, api_url: api_url?, registration: registration? })
     }
 
-    /// The same.
     pub fn oidc(problems: &mut Problems, issuer: &str, id: &str, secret: &str) -> Option<Self> {
         if issuer.is_empty() && id.is_empty() && secret.is_empty() {
             return None;
@@ -82,7 +81,7 @@ impl ProviderSettings {
         let registration = registration(problems, ["OIDC_CLIENT_ID", "OIDC_CLIENT_SECRET"], [id, secret]);
         let issuer = problems.require("OIDC_ISSUER", Some(issuer))?;
         if let Err(error) = provider_url(issuer) {
-            problems.add(format!("OIDC_ISSUER cannot be used: {error}"));
+            problems.add(format!("OIDC_ISSUER is invalid: {error}"));
             return None;
         }
         Some(Self::Oidc { issuer: issuer.to_owned(), registration: registration? })
@@ -122,7 +121,7 @@ mod tests {
     }
 
     #[test]
-    fn half_of_the_settings_is_a_problem_and_none_of_them_is_none() {
+    fn incomplete_settings_are_an_error_and_none_disable_it() {
         let said = |settings: &dyn Fn(&mut Problems) -> Option<ProviderSettings>| {
             let mut problems = Problems::default();
             let made = settings(&mut problems).is_some();

@@ -1,4 +1,4 @@
-//! A code becomes an access token: the one question that a provider must be asked by us and not by the browser.
+//! Exchanges the authorization code for an access token.
 
 use http::{HeaderValue, StatusCode, header};
 use oauth2::{
@@ -11,9 +11,9 @@ use oauth2::{
 };
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
-use service_kit::{outbound::Outbound, preference::essence};
+use service_kit::{outbound::Outbound, quality_values::essence};
 
-use super::{Failure, ask, told};
+use super::{Failure, error_code, request};
 
 type TokenAnswer = StandardTokenResponse<IdToken, BasicTokenType>;
 
@@ -30,7 +30,7 @@ pub(super) type Client = oauth2::Client<
     EndpointSet,
 >;
 
-/// `OpenID` Connect's addition to the answer.
+/// The addition of `OpenID` Connect to the token response.
 #[derive(Clone, Serialize, Deserialize)]
 pub(super) struct IdToken {
     #[serde(default)]
@@ -39,7 +39,7 @@ pub(super) struct IdToken {
 
 impl ExtraTokenFields for IdToken {}
 
-/// Required of it, and never to be shown.
+/// Required, and must not show the token.
 impl std::fmt::Debug for IdToken {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str("IdToken")
@@ -66,33 +66,33 @@ pub(super) async fn exchange(
 ) -> Result<Tokens, Failure> {
     let http = |request| {
         let outbound = outbound.clone();
-        async move { ask(&outbound, request).await.map(plain) }
+        async move { self::request(&outbound, request).await.map(normalized) }
     };
-    let asked = client
+    let response = client
         .exchange_code(AuthorizationCode::new(code))
         .set_pkce_verifier(PkceCodeVerifier::new(verifier))
         .request_async(&http)
         .await;
-    asked.map(Tokens).map_err(|error| match error {
+    response.map(Tokens).map_err(|error| match error {
         RequestTokenError::Request(error) => error.into(),
         RequestTokenError::ServerResponse(error) => match error.error() {
             BasicErrorResponseType::Extension(code)
                 if matches!(code.as_str(), "temporarily_unavailable" | "server_error") =>
             {
-                Failure::Unavailable(told(code))
+                Failure::Unavailable(error_code(code))
             }
-            code => Failure::Provider(told(code.as_ref())),
+            code => Failure::Provider(error_code(code.as_ref())),
         },
-        // The errors themselves may repeat what was answered, and so a token.
+        // The errors may repeat the answer, and so a token.
         RequestTokenError::Parse(..) | RequestTokenError::Other(_) => {
-            Failure::Provider("its answer to the code is not of the form that it should have".into())
+            Failure::Provider("its token response is malformed".into())
         }
     })
 }
 
-/// An answer of the standard's form: GitHub says 200 to a code that it refuses, answers by a form where JSON is not asked for, and
-/// some write numbers as texts in members that nobody reads here.
-fn plain(response: HttpResponse) -> HttpResponse {
+/// The token response in the standard form: GitHub answers 200 to an invalid code and may answer form-encoded, and some providers
+/// write numbers as strings in members that are not used here.
+fn normalized(response: HttpResponse) -> HttpResponse {
     let (mut head, body) = response.into_parts();
     let form = head.headers.get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok());
     let is_form =
@@ -126,30 +126,30 @@ mod tests {
 
     use super::*;
 
-    fn made_plain(status: u16, form: &str, body: &str) -> (u16, String) {
+    fn normalize(status: u16, form: &str, body: &str) -> (u16, String) {
         let response = Response::builder().status(status).header("content-type", form);
-        let response = plain(response.body(body.as_bytes().to_vec()).unwrap());
+        let response = normalized(response.body(body.as_bytes().to_vec()).unwrap());
         (response.status().as_u16(), String::from_utf8(response.into_body()).unwrap())
     }
 
     #[test]
-    fn a_refusal_is_one_whatever_its_status() {
+    fn an_error_is_one_whatever_its_status() {
         let refused = (400, r#"{"error":"bad_verification_code"}"#.to_owned());
         let json = r#"{"error":"bad_verification_code","error_description":"The code is …"}"#;
-        assert_eq!(made_plain(200, "application/json; charset=utf-8", json), refused);
+        assert_eq!(normalize(200, "application/json; charset=utf-8", json), refused);
         let form = "error=bad_verification_code&error_description=The+code+is";
-        assert_eq!(made_plain(200, "application/x-www-form-urlencoded; charset=utf-8", form), refused);
+        assert_eq!(normalize(200, "application/x-www-form-urlencoded; charset=utf-8", form), refused);
     }
 
     #[test]
-    fn what_nobody_reads_cannot_be_wrong() {
+    fn unused_members_are_ignored() {
         let plain = (200, r#"{"access_token":"a","token_type":"bearer"}"#.to_owned());
         let json = r#"{"access_token":"a","token_type":"bearer","expires_in":"28800","scope":["x"],"id_token":null}"#;
-        assert_eq!(made_plain(200, "application/json", json), plain);
+        assert_eq!(normalize(200, "application/json", json), plain);
         let form = "access_token=a&scope=read%3Auser&token_type=bearer";
-        assert_eq!(made_plain(200, "application/x-www-form-urlencoded", form), plain);
+        assert_eq!(normalize(200, "application/x-www-form-urlencoded", form), plain);
         for odd in ["", "<html>", "[]", "7"] {
-            assert_eq!(made_plain(200, "text/html", odd), (200, odd.to_owned()));
+            assert_eq!(normalize(200, "text/html", odd), (200, odd.to_owned()));
         }
     }
 }

@@ -1,5 +1,5 @@
-//! Redis names, spelled only here. The prefix is a setting, the same on both services; it separates installations and
-//! tests that share one Redis.
+//! The names of Redis channels and keys. The prefix is a setting, the same in both services; it separates installations and tests
+//! that share one Redis.
 
 use std::fmt::Display;
 

@@ -1,6 +1,5 @@
-//! Tokens: JWT signed with Ed25519 (`EdDSA`), named by `kid`. `api` holds the private keys; everybody else learns the
-//! public ones from its JWKS. Leeway is zero, and algorithm, issuer and audience are pinned. No token text is ever in an
-//! error or a log.
+//! Tokens of ours: JWT signed with Ed25519 (`EdDSA`). `api` holds the private keys and publishes the public ones as a JWKS. There is
+//! no leeway; algorithm, issuer and audience are pinned. Errors and logs never contain a token.
 
 use std::collections::HashMap;
 
@@ -48,7 +47,7 @@ impl Claims {
 #[error("not an Ed25519 private key in PKCS#8 PEM")]
 pub struct BadKey;
 
-/// The private keys of `api`: the first signs, all of them are published, so that a key can be rotated.
+/// The private keys of `api`. The first signs and all are published, so that keys can be rotated.
 pub struct SigningKeys {
     issuer: String,
     header: Header,
@@ -107,13 +106,13 @@ fn read_pem(pem: &[u8]) -> Result<(EncodingKey, Jwk), BadKey> {
 /// Why a token is not accepted. Clients only see 401.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 pub enum TokenError {
-    #[error("signed with a key that is not known here")]
+    #[error("signed with an unknown key")]
     UnknownKey,
     #[error("expired")]
     Expired,
     #[error("for another audience")]
     Audience,
-    #[error("not a token of ours")]
+    #[error("malformed token or invalid signature")]
     Invalid,
 }
 

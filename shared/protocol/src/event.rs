@@ -22,7 +22,7 @@ pub mod kind {
     pub const RECEIPT_READ: &str = "receipt.read";
 }
 
-/// One event of one user's feed. Unknown members are ignored, so that a newer `api` may add some.
+/// One event of one user's feed. Unknown members are ignored, so that a newer `api` can add some.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Envelope {

@@ -18,7 +18,7 @@ use crate::{
 
 /// The longest subject in `OpenID` Connect.
 const MAX_SUBJECT: usize = 255;
-/// How far the issuer's clock may be ahead of ours: many issuers say "not before now".
+/// How far the issuer's clock may be ahead, because many issuers set `nbf` to now.
 const NOT_BEFORE_LEEWAY: i64 = 30;
 /// Keys that are tried on one token, at most.
 pub const KEYS_TRIED: usize = 8;
@@ -32,7 +32,7 @@ pub struct ExternalIssuer {
     pub algorithm: ExternalAlgorithm,
 }
 
-/// How the issuer signs: asymmetric algorithms only, so that no verifier could sign.
+/// Asymmetric algorithms only, so that a verifier cannot sign.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum ExternalAlgorithm {
     RS256,
@@ -90,17 +90,17 @@ impl ExternalAlgorithm {
 }
 
 impl std::str::FromStr for ExternalAlgorithm {
-    type Err = NotAnAlgorithm;
+    type Err = UnknownAlgorithm;
 
-    fn from_str(text: &str) -> Result<Self, NotAnAlgorithm> {
-        Self::ALL.iter().find(|(name, _)| *name == text).map(|(_, it)| *it).ok_or(NotAnAlgorithm)
+    fn from_str(text: &str) -> Result<Self, UnknownAlgorithm> {
+        Self::ALL.iter().find(|(name, _)| *name == text).map(|(_, it)| *it).ok_or(UnknownAlgorithm)
     }
 }
 
 #[derive(Debug)]
-pub struct NotAnAlgorithm;
+pub struct UnknownAlgorithm;
 
-impl fmt::Display for NotAnAlgorithm {
+impl fmt::Display for UnknownAlgorithm {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let names: Vec<_> = ExternalAlgorithm::ALL.iter().map(|(name, _)| *name).collect();
         write!(f, "it must be one of {}", names.join(", "))
@@ -129,7 +129,7 @@ struct Claims {
     person: Person,
 }
 
-/// An issuer's public keys, with their names if they have any.
+/// The public keys of an issuer, with their `kid` if they have one.
 pub struct ExternalKeys {
     issuer: ExternalIssuer,
     algorithm: Algorithm,

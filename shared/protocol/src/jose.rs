@@ -74,7 +74,7 @@ pub fn verifies(jwk: &Jwk) -> bool {
         && common.key_operations.as_ref().is_none_or(|it| it.contains(&KeyOperations::Verify))
 }
 
-/// Seconds since 1970, not always whole ones (RFC 7519 2).
+/// Seconds since 1970, possibly with a fraction (RFC 7519 2).
 #[derive(Debug, Clone, Copy, PartialEq, PartialOrd, Deserialize)]
 pub struct NumericDate(f64);
 
@@ -101,7 +101,7 @@ impl Audiences {
     }
 }
 
-/// A subject: a text, or a whole number, as some issuers write it.
+/// A subject: a string, or an integer, which some issuers write.
 pub fn subject<'de, D: Deserializer<'de>>(deserializer: D) -> Result<String, D::Error> {
     #[derive(Deserialize)]
     #[serde(untagged)]
@@ -160,7 +160,7 @@ mod tests {
     }
 
     #[test]
-    fn a_header_that_must_be_understood_is_refused() {
+    fn a_crit_header_is_rejected() {
         assert!(Unverified::read(&token(&json!({ "alg": "ES256" }), &json!({}))).is_some());
         for header in [
             json!({ "alg": "ES256", "crit": ["exp"], "exp": 1 }),
@@ -177,7 +177,7 @@ mod tests {
     }
 
     #[test]
-    fn an_entry_that_is_odd_spoils_no_set_of_keys() {
+    fn a_malformed_key_does_not_invalidate_the_set() {
         let good =
             json!({ "kty": "OKP", "crv": "Ed25519", "x": "11qYAYKxCrfVS_7TyWQHOg7hcvPapiMlrwIaaPcHURo" });
         let set = json!({ "keys": [{ "kty": "RSA", "n": 5 }, 7, null, { "kty": "RSA", "use": 5 }, good], "more": 1 });
@@ -189,7 +189,7 @@ mod tests {
     }
 
     #[test]
-    fn a_claim_of_an_odd_form_is_as_good_as_none() {
+    fn a_claim_of_another_type_is_ignored() {
         let person = |claims: Value| serde_json::from_value::<Person>(claims).unwrap();
         for odd in [json!(5), json!(null), json!(""), json!(" "), json!(["x"]), json!({})] {
             let claims = json!({ "preferred_username": odd, "name": "John", "picture": odd });

@@ -1,11 +1,10 @@
-//! Whose request is it: the address of the client, although proxies stand between. Pure.
+//! The address of the client behind our proxies.
 //!
-//! Each proxy appends to `X-Forwarded-For` the address that it was asked from, so the header is to be believed from its right
-//! end, and only as far as the proxies are ours: what stands further left, a client may have made up. Nothing of it is
-//! believed when the peer itself is none of ours.
+//! Each proxy appends the address of its peer to `X-Forwarded-For`. The header is read from its right end and only while the
+//! addresses are trusted proxies, because a client can forge everything further left. It is ignored if the peer is not a trusted
+//! proxy.
 //!
-//! `Forwarded` (RFC 7239) is not read. A proxy writes one of the two and passes the other on as the client sent it, so who
-//! reads both believes the client.
+//! `Forwarded` (RFC 7239) is not read: a proxy sets one of the two headers and passes the other through from the client.
 
 use std::{
     net::{IpAddr, Ipv6Addr, SocketAddr},
@@ -18,28 +17,28 @@ use thiserror::Error;
 
 const FORWARDED_FOR: &str = "x-forwarded-for";
 
-/// The client of a request, in its extensions.
+/// The client of a request, as a request extension.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ClientAddress(pub IpAddr);
 
-/// The networks of our own proxies. None: the peer is the client.
+/// The networks of our own proxies. If empty, the peer is the client.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct TrustedProxies(Vec<IpNet>);
 
 #[derive(Debug, Error)]
-#[error("networks have the form 10.0.0.0/8,fd00::/8,192.0.2.1")]
-pub struct NotNetworks;
+#[error("it must be a list of networks or addresses, such as 10.0.0.0/8,fd00::/8,192.0.2.1")]
+pub struct InvalidNetworks;
 
 impl FromStr for TrustedProxies {
-    type Err = NotNetworks;
+    type Err = InvalidNetworks;
 
-    fn from_str(text: &str) -> Result<Self, NotNetworks> {
+    fn from_str(text: &str) -> Result<Self, InvalidNetworks> {
         let parts = text.split(',').map(str::trim).filter(|part| !part.is_empty());
         let networks = parts.map(|part| {
             let address = || part.parse::<IpAddr>().map(IpNet::from);
             part.parse().or_else(|_| address())
         });
-        networks.collect::<Result<_, _>>().map(Self).map_err(|_| NotNetworks)
+        networks.collect::<Result<_, _>>().map(Self).map_err(|_| InvalidNetworks)
     }
 }
 
@@ -49,12 +48,12 @@ impl TrustedProxies {
         self.0.iter().any(|network| network.contains(&address))
     }
 
-    /// The first address, from our side, that is none of our proxies. When all are, the farthest; where a proxy of ours says
-    /// what is no address, that proxy.
+    /// The nearest address that is not a trusted proxy. If all are trusted, the farthest; if a trusted proxy sent an invalid
+    /// address, that proxy.
     pub fn client(&self, peer: IpAddr, headers: &HeaderMap) -> IpAddr {
         let mut nearest = peer.to_canonical();
         let hops = headers.get_all(FORWARDED_FOR).iter().rev();
-        // Of a value that is no text, nothing is believed, nor of what stands left of it.
+        // A value that is not text ends the walk.
         let mut hops = hops.flat_map(|value| value.to_str().unwrap_or_default().rsplit(','));
         while self.trusts(nearest) {
             let Some(address) = hops.next().and_then(hop) else { break };
@@ -63,8 +62,8 @@ impl TrustedProxies {
         nearest
     }
 
-    /// Somebody who is no proxy of ours forwards a request: made up, or an ingress that was not named in the settings.
-    pub fn is_unheard(&self, peer: IpAddr, headers: &HeaderMap) -> bool {
+    /// Whether an untrusted peer forwards a request: a forged header, or an ingress that is missing in the settings.
+    pub fn is_from_untrusted_proxy(&self, peer: IpAddr, headers: &HeaderMap) -> bool {
         headers.contains_key(FORWARDED_FOR) && !self.trusts(peer)
     }
 }
@@ -81,8 +80,8 @@ fn hop(text: &str) -> Option<IpAddr> {
     Some(address.to_canonical())
 }
 
-/// What counts as one client. An IPv6 customer has at least a /64 to choose addresses from.
-pub fn household(address: IpAddr) -> IpAddr {
+/// The network that counts as one client: an IPv6 customer has at least a /64.
+pub fn client_network(address: IpAddr) -> IpAddr {
     match address.to_canonical() {
         IpAddr::V6(address) => IpAddr::V6(Ipv6Addr::from_bits(address.to_bits() & !u128::from(u64::MAX))),
         address => address,
@@ -167,14 +166,14 @@ mod tests {
             http::HeaderValue::from_static("192.0.2.1"),
         )]);
         let [ours, other] = ["10.0.0.1", "172.16.0.1"].map(|address| address.parse().unwrap());
-        assert!(proxies.is_unheard(other, &forwarded));
-        assert!(!proxies.is_unheard(ours, &forwarded));
-        assert!(!proxies.is_unheard(other, &HeaderMap::new()));
+        assert!(proxies.is_from_untrusted_proxy(other, &forwarded));
+        assert!(!proxies.is_from_untrusted_proxy(ours, &forwarded));
+        assert!(!proxies.is_from_untrusted_proxy(other, &HeaderMap::new()));
     }
 
     #[test]
-    fn an_ipv6_household_is_one_client() {
-        let one = |address: &str| household(address.parse().unwrap()).to_string();
+    fn an_ipv6_64_is_one_client() {
+        let one = |address: &str| client_network(address.parse().unwrap()).to_string();
         assert_eq!(one("2001:db8:1:2:3:4:5:6"), "2001:db8:1:2::");
         assert_eq!(one("2001:db8:1:2::"), "2001:db8:1:2::");
         assert_ne!(one("2001:db8:1:3::"), one("2001:db8:1:2::"));

@@ -1,18 +1,17 @@
-//! Cookies of the product: names that no other program uses, and reading them back where another program's may be beside them.
+//! The product's cookies: their names, and how they are read beside cookies of other programs.
 //!
-//! A browser sends the cookies of all programs on a host, of any port, and of its parent domains; two of one name are told
-//! apart by nothing that it sends. Behind https the names begin with `__Host-`: then browsers take such a cookie only from
-//! this very host, over TLS, for all paths (RFC 6265bis, 4.1.3.2). Without https that is not to be had, so every cookie of a
-//! name is tried.
+//! A browser sends the cookies of every port of a host and of its parent domains, and cookies of the same name cannot be told
+//! apart. Behind https the names begin with `__Host-`, so browsers accept them only from this host, over TLS and for all paths
+//! (RFC 6265bis, 4.1.3.2). Without https every cookie of the name is tried.
 
 use http::{HeaderMap, HeaderValue, header};
 
 use crate::config::Origin;
 
-/// Cookies of one name that are tried. More come from nobody but a program that floods the host.
-const TRIED: usize = 8;
+/// Cookies of one name that are tried.
+const MAX_TRIED: usize = 8;
 
-/// How this deployment calls and sets its cookies.
+/// Names and attributes of this deployment's cookies.
 #[derive(Debug, Clone)]
 pub struct Cookies {
     secure: bool,
@@ -26,7 +25,7 @@ impl Cookies {
         Self { secure, session: full_name(secure, "session") }
     }
 
-    /// What the cookie is called that holds a session's token.
+    /// The name of the session cookie.
     pub fn session(&self) -> &str {
         &self.session
     }
@@ -36,10 +35,10 @@ impl Cookies {
         full_name(self.secure, own)
     }
 
-    /// The value of a `Set-Cookie` that lets a browser keep the cookie for `seconds`; 0 takes it back, which works only by the
-    /// same attributes. `name` and `value` are of characters that cookies have.
+    /// The value of `Set-Cookie` with `Max-Age` in seconds; 0 deletes the cookie, which needs the same attributes. `name` and
+    /// `value` must consist of cookie characters.
     pub fn set(&self, name: &str, value: &str, seconds: u64) -> HeaderValue {
-        // Lax, not Strict: people come by links, back from a provider too. `__Host-` requires this path and no domain.
+        // Lax, not Strict, because users arrive by links and from providers. `__Host-` requires this path and no domain.
         let secure = if self.secure { "; Secure" } else { "" };
         let cookie = format!("{name}={value}; Path=/; Max-Age={seconds}; HttpOnly; SameSite=Lax{secure}");
         HeaderValue::from_str(&cookie).expect("names are ours, values are base64 and dots")
@@ -51,13 +50,13 @@ fn full_name(secure: bool, own: &str) -> String {
     format!("{prefix}messenger_{own}")
 }
 
-/// The values of the cookies of this name, as many as are tried, in the browser's order.
+/// The values of the cookies of this name in the browser's order, at most [`MAX_TRIED`].
 pub fn values<'a>(headers: &'a HeaderMap, name: &str) -> Vec<&'a str> {
-    pairs(headers).filter(|(found, _)| *found == name).map(|(_, value)| value).take(TRIED).collect()
+    pairs(headers).filter(|(found, _)| *found == name).map(|(_, value)| value).take(MAX_TRIED).collect()
 }
 
-/// The names that begin with `prefix`, in the browser's order: of one path, as ours are, the oldest first (RFC 6265, 5.4).
-/// Those that we would not have given are left out, so each can be set again.
+/// The names that begin with `prefix` in the browser's order, which is the oldest first for one path (RFC 6265, 5.4). Names that
+/// we would not set are skipped, so each can be set again.
 pub fn names<'a>(headers: &'a HeaderMap, prefix: &str) -> Vec<&'a str> {
     let is_ours = |name: &&str| name.starts_with(prefix) && name.bytes().all(is_plain);
     pairs(headers).map(|(name, _)| name).filter(is_ours).collect()
@@ -71,7 +70,7 @@ fn pairs(headers: &HeaderMap) -> impl Iterator<Item = (&str, &str)> {
     headers
         .get_all(header::COOKIE)
         .iter()
-        // As bytes, because another program's cookie may be no text.
+        // As bytes, because another program's cookie may not be text.
         .flat_map(|value| value.as_bytes().split(|b| *b == b';'))
         .filter_map(|pair| std::str::from_utf8(pair).ok()?.trim().split_once('='))
 }
@@ -85,7 +84,7 @@ mod tests {
     }
 
     #[test]
-    fn names_are_locked_to_the_host_behind_https() {
+    fn cookies_are_bound_to_the_host_behind_https() {
         let cookies = |origin: &str| Cookies::new(&origin.parse().unwrap());
         let (locked, plain) = (cookies("https://chat.example"), cookies("http://localhost:8080"));
         assert_eq!(locked.session(), "__Host-messenger_session");
@@ -108,7 +107,7 @@ mod tests {
         for none in [&b""[..], b"sessions=x", b"mysession=x", b"session", b"Session=x"] {
             assert!(of(&[none]).is_empty(), "{none:?}");
         }
-        assert_eq!(of(&[b"session=x; ".repeat(100).as_slice()]).len(), TRIED);
+        assert_eq!(of(&[b"session=x; ".repeat(100).as_slice()]).len(), MAX_TRIED);
     }
 
     #[test]

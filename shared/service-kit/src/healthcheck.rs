@@ -35,7 +35,7 @@ impl Probe {
 
 #[derive(Debug, Error)]
 pub enum Unhealthy {
-    #[error("OPS_LISTEN cannot be read: it has the form 127.0.0.1:8082")]
+    #[error("OPS_LISTEN is invalid; it must be an address and a port, such as 127.0.0.1:8082")]
     NotAnAddress,
     #[error("{0} does not answer: {1}")]
     Silent(SocketAddr, io::Error),

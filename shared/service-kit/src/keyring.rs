@@ -1,8 +1,7 @@
-//! Public keys that somebody else publishes: fetched at the start, renewed now and then, and asked for once more when a
-//! token names a key that is not known here, or somebody says that there are newer ones.
+//! Public keys of a token issuer: fetched at start-up, refreshed regularly, and once more when a token names an unknown key.
 //!
-//! It promises that strangers' tokens are no load on the source, and that whoever needs newer keys learns whether these are
-//! the newest there are.
+//! Refreshes for unknown keys are rate limited, so invalid tokens do not load the issuer. The caller learns whether the current
+//! keys are the newest.
 
 use std::{fmt::Display, sync::Arc, time::Duration};
 
@@ -14,15 +13,15 @@ use tokio_util::sync::CancellationToken;
 
 use crate::backoff::Backoff;
 
-/// Where keys come from.
+/// The issuer that keys are fetched from.
 pub trait Source: Send + Sync {
     type Keys: Send + Sync;
     type Error: Display + Send;
 
-    /// Whose keys, for the log.
+    /// For the log.
     fn name(&self) -> &str;
 
-    /// The newest keys; those that are in use, if they are. `kid`: the key that a token names and that is not known here.
+    /// The newest keys, or `in_use` if those are the newest. `kid`: the unknown key that a token names.
     fn fetch(
         &self,
         kid: Option<&str>,
@@ -30,20 +29,20 @@ pub trait Source: Send + Sync {
     ) -> impl Future<Output = Result<Arc<Self::Keys>, Self::Error>> + Send;
 }
 
-const RENEW_EVERY: Duration = Duration::from_secs(300);
-/// After a failure, while there are keys to go on with.
-const RENEW_AGAIN: Duration = Duration::from_secs(30);
-/// After a failure, while there are none: the first delay and the longest.
-const RETRY: [Duration; 2] = [Duration::from_millis(200), Duration::from_secs(2)];
-/// Between two questions about unknown keys.
-const ASK_AGAIN_AFTER: Duration = Duration::from_secs(5);
+const REFRESH_EVERY: Duration = Duration::from_secs(300);
+/// After a failed refresh.
+const REFRESH_RETRY: Duration = Duration::from_secs(30);
+/// After a failure, while there are no keys: the first delay and the longest.
+const FIRST_FETCH_RETRY: [Duration; 2] = [Duration::from_millis(200), Duration::from_secs(2)];
+/// Between two refreshes for unknown keys.
+const UNKNOWN_KEY_INTERVAL: Duration = Duration::from_secs(5);
 
 pub struct KeyRing<S: Source> {
     source: S,
     current: watch::Sender<Option<Arc<S::Keys>>>,
-    /// When an unknown key was last asked about, and whether an answer came.
-    last_asked: Mutex<Option<(Instant, bool)>>,
-    /// One at a time: of two answers the later one must know the earlier.
+    /// The last refresh for an unknown key, and whether it succeeded.
+    last_refresh: Mutex<Option<(Instant, bool)>>,
+    /// One fetch at a time, so that an older answer cannot replace a newer one.
     fetching: Mutex<()>,
 }
 
@@ -52,7 +51,7 @@ impl<S: Source> KeyRing<S> {
         Self {
             source,
             current: watch::Sender::default(),
-            last_asked: Mutex::default(),
+            last_refresh: Mutex::default(),
             fetching: Mutex::default(),
         }
     }
@@ -61,33 +60,33 @@ impl<S: Source> KeyRing<S> {
         &self.source
     }
 
-    /// `None`: none were had yet.
+    /// `None` until the first fetch succeeds.
     pub fn current(&self) -> Option<Arc<S::Keys>> {
         self.current.borrow().clone()
     }
 
-    /// Notified when others take their place.
+    /// Notified when the keys change.
     pub fn subscribe(&self) -> watch::Receiver<Option<Arc<S::Keys>>> {
         self.current.subscribe()
     }
 
-    /// The present ones, and if there are none yet, waits for the first ones for this long.
-    pub async fn first_within(&self, patience: Duration) -> Option<Arc<S::Keys>> {
+    /// The current keys. Waits for the first ones if there are none yet.
+    pub async fn wait_for_first(&self, limit: Duration) -> Option<Arc<S::Keys>> {
         let mut changes = self.current.subscribe();
-        let first = timeout(patience, changes.wait_for(Option::is_some)).await;
+        let first = timeout(limit, changes.wait_for(Option::is_some)).await;
         first.ok()?.ok()?.clone()
     }
 
-    /// Keeps the keys fresh until `stop`.
+    /// Keeps the keys current until `stop`.
     pub async fn follow(&self, stop: CancellationToken) {
-        let mut backoff = Backoff::new(RETRY[0], RETRY[1]);
+        let mut backoff = Backoff::new(FIRST_FETCH_RETRY[0], FIRST_FETCH_RETRY[1]);
         loop {
             let wait = match self.fetch(None).await {
-                Ok(()) => RENEW_EVERY.mul_f64(jitter()),
+                Ok(()) => REFRESH_EVERY.mul_f64(jitter()),
                 Err(error) => {
-                    let have = self.current().is_some();
-                    tracing::warn!(of = self.source.name(), %error, have, "cannot get public keys; trying again");
-                    if have { RENEW_AGAIN.mul_f64(jitter()) } else { backoff.next_delay() }
+                    let has_keys = self.current().is_some();
+                    tracing::warn!(issuer = self.source.name(), %error, has_keys, "public key fetch failed; retrying");
+                    if has_keys { REFRESH_RETRY.mul_f64(jitter()) } else { backoff.next_delay() }
                 }
             };
             tokio::select! {
@@ -97,22 +96,22 @@ impl<S: Source> KeyRing<S> {
         }
     }
 
-    /// Asks for newer keys than those that were `seen`; whether the present ones are now the newest there are. Whoever waits
-    /// here while another asks gets that answer.
-    pub async fn ask_once(&self, seen: Option<&Arc<S::Keys>>, kid: Option<&str>) -> bool {
-        let mut last = self.last_asked.lock().await;
+    /// Refreshes the keys if they are still those that were `seen`. Returns whether the current keys are the newest. Concurrent
+    /// callers share one refresh.
+    pub async fn refresh_once(&self, seen: Option<&Arc<S::Keys>>, kid: Option<&str>) -> bool {
+        let mut last = self.last_refresh.lock().await;
         let is_seen = |current: &Arc<S::Keys>| seen.is_some_and(|seen| Arc::ptr_eq(current, seen));
         if self.current().is_some_and(|current| !is_seen(&current)) {
             return true;
         }
-        if let Some((at, answered)) = *last
-            && at.elapsed() < ASK_AGAIN_AFTER
+        if let Some((at, succeeded)) = *last
+            && at.elapsed() < UNKNOWN_KEY_INTERVAL
         {
-            return answered;
+            return succeeded;
         }
         let result = self.fetch(kid).await;
         if let Err(error) = &result {
-            tracing::warn!(of = self.source.name(), %error, "cannot ask for a key that a token names");
+            tracing::warn!(issuer = self.source.name(), %error, "public key refresh for an unknown key failed");
         }
         *last = Some((Instant::now(), result.is_ok()));
         result.is_ok()
@@ -121,7 +120,7 @@ impl<S: Source> KeyRing<S> {
     /// Fetches now.
     pub async fn renew(&self) {
         if let Err(error) = self.fetch(None).await {
-            tracing::warn!(of = self.source.name(), %error, "cannot get newer public keys");
+            tracing::warn!(issuer = self.source.name(), %error, "public key refresh failed");
         }
     }
 
@@ -137,7 +136,7 @@ impl<S: Source> KeyRing<S> {
     }
 }
 
-/// So that replicas do not march in step.
+/// So that replicas do not refresh in step.
 fn jitter() -> f64 {
     rand::random_range(0.8..1.2)
 }

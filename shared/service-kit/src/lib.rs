@@ -1,5 +1,5 @@
-//! What both services run on: settings, logs, traces, the accept loop, the operators' listener, rate limits, Redis, cookies and
-//! origins, and the life of a process. No product rules.
+//! What both services share: configuration, telemetry, the accept loop, the operations listener, rate limits, the Redis topology,
+//! cookies, origins and the process lifecycle. No product rules.
 
 #![cfg_attr(test, allow(clippy::disallowed_methods, reason = "tests notice the end of what they start"))]
 
@@ -7,7 +7,7 @@ pub mod backoff;
 pub mod client_address;
 pub mod config;
 pub mod cookies;
-pub mod ended;
+pub mod ended_sessions;
 pub mod explain;
 pub mod healthcheck;
 pub mod http;
@@ -18,8 +18,8 @@ pub mod metrics;
 pub mod ops;
 pub mod origins;
 pub mod outbound;
-pub mod preference;
 pub mod process_metrics;
+pub mod quality_values;
 pub mod redis_topology;
 pub mod secrets;
 pub mod server;

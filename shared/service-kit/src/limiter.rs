@@ -1,9 +1,8 @@
-//! How often somebody may do something: so many times at once, refilled evenly (GCRA). Counted by user, by client address,
-//! by a name that was tried.
+//! Rate limits (GCRA) per user, client address or login name.
 //!
-//! Asked are first the counts of this process ([`table`]), then those of all replicas in Redis ([`replicas`]). It promises
-//! that what it limits neither fails nor is noticeably late because of it: when Redis is away, slow or full, this process
-//! decides alone, and a metric and one log line say so. Memory and everything in flight are bounded, whoever comes.
+//! The counts of this process ([`table`]) are checked first, then those that all replicas share in Redis ([`replicas`]). If Redis
+//! is unavailable, slow or full, this process decides alone; a metric and one log line say so. Requests never fail and are hardly
+//! delayed by the check. Memory and checks in flight are bounded.
 
 mod replicas;
 mod table;
@@ -31,13 +30,13 @@ use thiserror::Error;
 
 pub use self::replicas::Worker;
 use self::{
-    replicas::{Question, Replicas},
+    replicas::{Replicas, SharedCheck},
     table::Table,
 };
-use crate::{client_address::household, labels, metrics, redis_topology::RedisTopology};
+use crate::{client_address::client_network, labels, metrics, redis_topology::RedisTopology};
 use protocol::{channels::Channels, ids::UserId};
 
-/// So many at once, refilled evenly over the period.
+/// `burst` at once, refilled evenly over `period`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Limit {
     Off,
@@ -46,41 +45,41 @@ pub enum Limit {
 
 #[derive(Debug, Error)]
 #[error(
-    "a limit has the form 60/30 (60 at once, refilled within 30 seconds), at most 1000000/86400, or is off"
+    "it must be off or a burst and a period such as 60/30 (60 at once, refilled within 30 seconds), at most 1000000/86400"
 )]
-pub struct NotALimit;
+pub struct InvalidLimit;
 
 impl Limit {
-    /// None at once is no limit.
+    /// A burst of 0 means no limit.
     pub fn new(burst: u32, period: Duration) -> Self {
         NonZeroU32::new(burst).map_or(Self::Off, |burst| Self::Of { burst, period })
     }
 }
 
 impl FromStr for Limit {
-    type Err = NotALimit;
+    type Err = InvalidLimit;
 
-    fn from_str(text: &str) -> Result<Self, NotALimit> {
+    fn from_str(text: &str) -> Result<Self, InvalidLimit> {
         if matches!(text, "off" | "0") {
             return Ok(Self::Off);
         }
-        let (burst, seconds) = text.split_once('/').ok_or(NotALimit)?;
+        let (burst, seconds) = text.split_once('/').ok_or(InvalidLimit)?;
         let (burst, seconds): (u32, u64) =
-            (burst.parse().map_err(|_| NotALimit)?, seconds.parse().map_err(|_| NotALimit)?);
+            (burst.parse().map_err(|_| InvalidLimit)?, seconds.parse().map_err(|_| InvalidLimit)?);
         if !(1..=1_000_000).contains(&burst) || !(1..=86_400).contains(&seconds) {
-            return Err(NotALimit);
+            return Err(InvalidLimit);
         }
         Ok(Self::new(burst, Duration::from_secs(seconds)))
     }
 }
 
-/// Who is counted.
+/// Whom a limit counts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Subject<'a> {
     User(UserId),
     /// IPv6 by /64.
     Address(IpAddr),
-    /// Kept as a hash: it is of any length, and somebody's.
+    /// Stored as a hash, because it is personal and of any length.
     Name(&'a str),
 }
 
@@ -98,7 +97,7 @@ impl fmt::Display for Subject<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::User(user) => user.fmt(f),
-            Self::Address(address) => household(*address).fmt(f),
+            Self::Address(address) => client_network(*address).fmt(f),
             Self::Name(name) => write!(f, "{:.32x}", Sha256::digest(name)),
         }
     }
@@ -112,12 +111,12 @@ pub struct Rule {
 
 struct Active {
     local: RateLimiter<u64, Table, DefaultClock, NoOpMiddleware<<DefaultClock as Clock>::Instant>>,
-    /// Between two, when the burst is used up.
+    /// Between two requests when the burst is used up.
     interval: Duration,
     burst: u32,
 }
 
-/// A limit that was reached, and after how long there is room again.
+/// A limit was exceeded; the next request is allowed after `wait`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Over {
     pub rule: &'static str,
@@ -126,7 +125,7 @@ pub struct Over {
 }
 
 impl Over {
-    /// What `Retry-After` says: whole seconds, long enough.
+    /// For `Retry-After`: `wait` in seconds, rounded up.
     pub fn retry_after(&self) -> u64 {
         (self.wait.as_millis().div_ceil(1_000) as u64).max(1)
     }
@@ -145,10 +144,10 @@ metrics! {
     }
 }
 
-/// How long the answer of Redis may take before this process decides alone, and stops asking until Redis is found well.
-pub const PATIENCE: Duration = Duration::from_millis(40);
+/// If Redis does not answer within this, this process decides alone until Redis works again.
+pub const SHARED_CHECK_TIMEOUT: Duration = Duration::from_millis(40);
 
-/// What all rules of a process share.
+/// The rate limiter of a process.
 pub struct Limiter {
     table: Table,
     hasher: RandomState,
@@ -159,14 +158,14 @@ pub struct Limiter {
 }
 
 impl Limiter {
-    /// With the task that keeps up the connection to Redis, one of its own.
+    /// Also returns the task that keeps the limiter's own connection to Redis.
     pub fn new(
         topology: RedisTopology,
         channels: Channels,
-        patience: Duration,
+        timeout: Duration,
         metrics: Metrics,
     ) -> (Self, Worker) {
-        let (replicas, worker) = replicas::new(topology, channels.clone(), patience, metrics.clone());
+        let (replicas, worker) = replicas::new(topology, channels.clone(), timeout, metrics.clone());
         let limiter = Self {
             table: Table::default(),
             hasher: RandomState::new(),
@@ -192,20 +191,20 @@ impl Limiter {
         Rule { name, active }
     }
 
-    /// Counts it, here and at all replicas together. Under several rules, the longest wait is told; where one of them refuses,
-    /// the others have counted it all the same.
+    /// Counts a request locally and in Redis. If several rules reject it, the longest wait is returned. All rules count it, even if
+    /// one rejects it.
     pub async fn check(&self, charges: &[(&Rule, Subject<'_>)]) -> Result<(), Over> {
-        self.check_here(charges)?;
-        self.check_together(charges).await
+        self.check_local(charges)?;
+        self.check_shared(charges).await
     }
 
-    /// The first half of [`Self::check`]: no waiting.
-    pub fn check_here(&self, charges: &[(&Rule, Subject<'_>)]) -> Result<(), Over> {
+    /// The local half of [`Self::check`], which never waits.
+    pub fn check_local(&self, charges: &[(&Rule, Subject<'_>)]) -> Result<(), Over> {
         let waits = charges.iter().filter_map(|(rule, subject)| {
             let active = rule.active.as_ref()?;
             let subject_of = |subject| self.hasher.hash_one((rule.name, subject));
             let key = match *subject {
-                Subject::Address(address) => subject_of(Subject::Address(household(address))),
+                Subject::Address(address) => subject_of(Subject::Address(client_network(address))),
                 other => subject_of(other),
             };
             let until = active.local.check_key(&key).err()?;
@@ -214,28 +213,28 @@ impl Limiter {
         self.longest(waits)
     }
 
-    /// The second half: asks Redis, if it is well.
-    pub async fn check_together(&self, charges: &[(&Rule, Subject<'_>)]) -> Result<(), Over> {
+    /// The shared half, if Redis is available.
+    pub async fn check_shared(&self, charges: &[(&Rule, Subject<'_>)]) -> Result<(), Over> {
         let active = |(rule, subject): &(&Rule, Subject<'_>)| {
             let Active { interval, burst, .. } = rule.active.as_ref()?;
             let key = self.channels.limit(rule.name, subject.by(), subject);
-            Some((rule.name, subject.by(), Question { key, interval: *interval, burst: *burst }))
+            Some((rule.name, subject.by(), SharedCheck { key, interval: *interval, burst: *burst }))
         };
-        let asked: Vec<_> = charges.iter().filter_map(active).collect();
-        if asked.is_empty() {
+        let checks: Vec<_> = charges.iter().filter_map(active).collect();
+        if checks.is_empty() {
             return Ok(());
         }
-        let Some(waits) = self.replicas.ask(asked.iter().map(|(.., question)| question)).await else {
+        let Some(waits) = self.replicas.ask(checks.iter().map(|(.., check)| check)).await else {
             return Ok(());
         };
-        let waits = asked.iter().zip(waits).map(|((rule, by, _), wait)| Over { rule, by, wait });
+        let waits = checks.iter().zip(waits).map(|((rule, by, _), wait)| Over { rule, by, wait });
         self.longest(waits.filter(|over| !over.wait.is_zero()))
     }
 
     fn longest(&self, waits: impl Iterator<Item = Over>) -> Result<(), Over> {
         let Some(over) = waits.max_by_key(|over| over.wait) else { return Ok(()) };
         self.metrics.rate_limited.get_or_create(&Limited { rule: over.rule, by: over.by }).inc();
-        tracing::debug!(rule = over.rule, by = over.by, wait = ?over.wait, "over a limit");
+        tracing::debug!(rule = over.rule, by = over.by, wait = ?over.wait, "request rejected by a rate limit");
         Err(over)
     }
 }

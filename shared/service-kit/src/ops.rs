@@ -11,7 +11,7 @@ use serde::Serialize;
 use warp::{Filter, Rejection};
 
 use crate::{
-    preference::weight,
+    quality_values::weight,
     tasks::{Failure, Tasks},
     telemetry,
 };

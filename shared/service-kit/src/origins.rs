@@ -1,31 +1,30 @@
-//! Which pages a service works for: our own, and those of the listed origins, exactly. A browser sends the session cookie
-//! whichever page asks, so the page must be one of these; and by CORS only these may read the answers. Both services say the
-//! same.
+//! Allowed origins: our own and those in the settings, by exact match. A browser sends the session cookie whichever page makes the
+//! request, so requests by cookie must come from an allowed origin, and CORS lets only allowed origins read answers.
 
 use http::{HeaderMap, HeaderValue, Method, Response, StatusCode, header};
 use thiserror::Error;
 
 use crate::config::Origin;
 
-/// What a page of a listed origin may send.
+/// Request headers that CORS allows.
 const REQUEST_HEADERS: &str =
     "Authorization, Cache-Control, Content-Type, Idempotency-Key, Last-Event-ID, X-Request-Id";
-/// What it may read of an answer's head, beside what any page may.
+/// Response headers that CORS exposes.
 const EXPOSED_HEADERS: &str = "Feed-Cursor, X-Request-Id, Retry-After, Idempotent-Replayed";
-/// For how many seconds a browser need not ask again.
+/// Of a preflight answer, in seconds.
 const MAX_AGE: &str = "600";
 
 const SEC_FETCH_SITE: &str = "sec-fetch-site";
 
-/// Of an origin from outside, as many bytes as are repeated: the longest host fits.
-const REPEATED: usize = 300;
+/// The longest received origin that an error repeats, in bytes; the longest host fits.
+const MAX_REPEATED: usize = 300;
 
-/// Why a request is refused that has a good cookie. The answer is 403 with this sentence.
+/// Why a request with a valid cookie is rejected. The answer is 403 with this sentence.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 pub enum OriginNotAllowed {
     #[error("Origin {0} is not allowed; add it to ALLOWED_ORIGINS")]
     NotListed(String),
-    /// It has no form that could be listed: `null`, of a sandboxed frame or a file, is one.
+    /// It cannot be listed, for example `null`, which sandboxed frames and files send.
     #[error("Origin {0} is not allowed; send a bearer token instead of the cookie")]
     NoOrigin(String),
     #[error("Two Origin headers are not allowed")]
@@ -37,7 +36,7 @@ pub enum OriginNotAllowed {
 }
 
 impl OriginNotAllowed {
-    /// Its stable code, in both services.
+    /// The error code in both services.
     pub const CODE: &str = "origin_not_allowed";
 }
 
@@ -52,12 +51,11 @@ impl Origins {
         Self { own, listed }
     }
 
-    /// Where browsers find the product.
     pub fn own(&self) -> &Origin {
         &self.own
     }
 
-    /// The origin of the page that asks, if it is one of ours.
+    /// The `Origin` of the request if it is allowed.
     pub fn named<'a>(&self, headers: &'a HeaderMap) -> Option<&'a HeaderValue> {
         let mut values = headers.get_all(header::ORIGIN).iter();
         let value = values.next().filter(|_| values.next().is_none())?;
@@ -65,10 +63,10 @@ impl Origins {
         (same(&self.own) || self.listed.iter().any(same)).then_some(value)
     }
 
-    /// Did a page of ours send this? Asked only where the credential is the cookie, which proves who sends and not who meant it.
+    /// Checks that an allowed page sent a request by cookie, because a cookie does not prove which page sent it.
     ///
-    /// To read, it is enough that no other page is named: without CORS it could not see the answer. To change something takes
-    /// the name of a page of ours; a browser that leaves out `Origin` must say that the page is from where the request goes.
+    /// A read may omit `Origin`: without CORS no other page sees the answer. A change needs an allowed `Origin`, or without one
+    /// `Sec-Fetch-Site: same-origin`.
     pub fn check_cookie(&self, method: &Method, headers: &HeaderMap) -> Result<(), OriginNotAllowed> {
         let mut origins = headers.get_all(header::ORIGIN).iter();
         let mut sites = headers.get_all(SEC_FETCH_SITE).iter();
@@ -86,7 +84,7 @@ impl Origins {
         }
     }
 
-    /// To an answer for such a page, of any status: that the page may read it. To any answer: that it depends on the page.
+    /// Adds the CORS headers for an allowed page, and `Vary: Origin` to any answer.
     pub fn let_read(&self, page: Option<&HeaderValue>, answer: &mut HeaderMap) {
         answer.append(header::VARY, HeaderValue::from_static("Origin"));
         let Some(page) = page else { return };
@@ -117,8 +115,8 @@ impl Origins {
 
 fn not_allowed(origin: &HeaderValue) -> OriginNotAllowed {
     let text = String::from_utf8_lossy(origin.as_bytes());
-    // What is not in the form that browsers send would not match when listed.
-    if text.len() <= REPEATED && text.parse::<Origin>().is_ok_and(|origin| origin.as_str() == text) {
+    // An origin in another form than browsers send would not match if it were listed.
+    if text.len() <= MAX_REPEATED && text.parse::<Origin>().is_ok_and(|origin| origin.as_str() == text) {
         return OriginNotAllowed::NotListed(text.into());
     }
     let (shown, more) = match origin.as_bytes().split_at_checked(REPEATED) {

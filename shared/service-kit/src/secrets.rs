@@ -1,9 +1,9 @@
-//! A shared secret that can be rotated: a list, of which the first is used and all are accepted. It never shows itself.
+//! A shared secret that can be rotated: a list whose first entry is used and whose entries are all accepted. `Debug` hides it.
 
 use std::fmt;
 
-/// In characters: guessing it is hopeless.
-const SHORTEST: usize = 32;
+/// In characters.
+const MIN_LENGTH: usize = 32;
 
 /// At least one secret.
 #[derive(Clone, PartialEq, Eq)]
@@ -13,17 +13,16 @@ pub struct Secrets {
 }
 
 impl Secrets {
-    /// From a comma-separated list, in which white space around a secret and empty entries do not count. `None`: one of
-    /// them is too short, or there is none.
+    /// From a comma-separated list; white space and empty entries are ignored. `None` if there is no secret or one is too short.
     pub fn parse(list: &str) -> Option<Self> {
         let mut secrets =
             list.split(',').map(str::trim).filter(|secret| !secret.is_empty()).map(str::to_owned);
         let secrets = Self { first: secrets.next()?, others: secrets.collect() };
-        let long_enough = secrets.iter().all(|secret| secret.len() >= SHORTEST);
+        let long_enough = secrets.iter().all(|secret| secret.len() >= MIN_LENGTH);
         long_enough.then_some(secrets)
     }
 
-    /// One that nobody else has, for what nobody else is to open.
+    /// A random secret that no other process knows.
     pub fn random() -> Self {
         Self { first: format!("{:032x}", rand::random::<u128>()), others: Vec::new() }
     }
@@ -33,7 +32,7 @@ impl Secrets {
         &self.first
     }
 
-    /// All that are accepted, beginning with the first.
+    /// All accepted secrets, the first one first.
     pub fn iter(&self) -> impl Iterator<Item = &str> {
         std::iter::once(&self.first).chain(&self.others).map(String::as_str)
     }
@@ -51,7 +50,7 @@ mod tests {
 
     #[test]
     fn the_first_of_a_list_is_used_and_all_are_accepted() {
-        let [one, two] = ["1".repeat(SHORTEST), "2".repeat(SHORTEST)];
+        let [one, two] = ["1".repeat(MIN_LENGTH), "2".repeat(MIN_LENGTH)];
         let secrets = Secrets::parse(&format!(" {one} , {two},")).unwrap();
         assert_eq!(secrets.first(), one);
         assert_eq!(secrets.iter().collect::<Vec<_>>(), [&one, &two]);
@@ -59,8 +58,8 @@ mod tests {
     }
 
     #[test]
-    fn a_short_secret_spoils_the_list() {
-        let good = "1".repeat(SHORTEST);
+    fn a_list_with_a_short_secret_is_rejected() {
+        let good = "1".repeat(MIN_LENGTH);
         for bad in ["", ",", "short", &format!("{good},short"), &format!("short,{good}")] {
             assert_eq!(Secrets::parse(bad), None, "{bad}");
         }

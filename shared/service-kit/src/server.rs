@@ -1,12 +1,12 @@
 //! The accept loop of both services: hyper's HTTP/1.1 under a tower service such as `warp::service`, with what hyper does
-//! not give: bounds on connections, a deadline for a request head, an idle limit, a write deadline, the peer's address as
-//! an extension, an orderly stop; and the handoff, by which a handler takes the bare socket out of hyper.
+//! not provide: bounds on connections, a deadline for a request head, an idle limit, a write deadline, the peer's address as
+//! an extension, a graceful stop, and the handoff, by which a handler takes the socket out of hyper.
 //!
-//! What holds for every request of every listener is here as well: malformed heads are refused before any route sees them, a
-//! panic of a handler is an answer and a metric, and a connection closes only after an answer that says so.
+//! It also handles what is common to every request: malformed heads are rejected before routing, a panicking handler is answered
+//! with 500 and counted, and an answer announces when the connection closes.
 //!
-//! Each connection is one task that polls hyper. [`watch`], between hyper and the socket, only notes what it sees; after
-//! every poll the task looks at the notes to know which deadline runs and whether a handoff may happen.
+//! Each connection is one task that polls hyper. [`watch`], between hyper and the socket, records the connection's phase; after
+//! every poll the task reads it to choose the deadline and to decide whether a handoff may happen.
 
 mod body;
 mod connections;
@@ -57,19 +57,19 @@ use protocol::problem::Problem;
 /// Bounds of one listener.
 #[derive(Debug, Clone)]
 pub struct Limits {
-    /// Connections inside HTTP at the same time; more wait in the kernel's backlog. Handed-over sockets no longer count.
+    /// Concurrent HTTP connections; more wait in the kernel's backlog. Handed-off sockets do not count.
     pub connections: usize,
-    /// Of these, as many of one client address (IPv6: of one /64), and never more than half; 0: no bound. More are closed.
+    /// Of these, per client address (IPv6: per /64), and at most half; more are closed. 0: no bound.
     pub per_address: usize,
-    /// Whose addresses have no such bound: each stands for many clients.
+    /// Addresses without that bound, because each carries many clients.
     pub proxies: TrustedProxies,
-    /// A request head must be whole this long after its first byte, or after the connection was made.
+    /// From the first byte of a request head, or from accepting the connection, until the head is complete.
     pub head: Duration,
-    /// A connection without a request in progress is closed after this long.
+    /// A connection without a request is closed after this.
     pub idle: Duration,
-    /// A peer that takes nothing of what we write for this long is cut.
+    /// A peer that accepts no bytes for this long is disconnected.
     pub write: Duration,
-    /// How long connections may take to finish once a stop was asked for.
+    /// For requests in progress after a stop.
     pub stop: Duration,
 }
 
@@ -87,11 +87,11 @@ impl Default for Limits {
     }
 }
 
-/// The other end of the connection, in every request's extensions.
+/// The peer of the connection, as a request extension.
 #[derive(Debug, Clone, Copy)]
 pub struct PeerAddr(pub SocketAddr);
 
-/// A listening socket whose connections send small writes at once.
+/// A listening socket with `TCP_NODELAY` for its connections.
 pub fn bind(address: SocketAddr) -> io::Result<TcpListener> {
     let socket = socket2::Socket::new(
         socket2::Domain::for_address(address),
@@ -101,19 +101,19 @@ pub fn bind(address: SocketAddr) -> io::Result<TcpListener> {
     socket.set_reuse_address(true)?;
     socket.set_tcp_nodelay(true)?; // Accepted sockets inherit it.
     socket.bind(&address.into())?;
-    socket.listen(65_535)?; // The kernel lowers it to net.core.somaxconn: how long the queue may be is the operator's.
+    socket.listen(65_535)?; // The kernel caps it at net.core.somaxconn.
     TcpListener::from_std(socket.into())
 }
 
 type Takeover = Box<dyn FnOnce(TcpStream) + Send>;
 
-/// In a response's extensions: not an answer, but the wish to have the socket.
+/// A response extension that requests the socket instead of answering.
 #[derive(Clone)]
 struct Ticket(Arc<Mutex<Option<Takeover>>>);
 
 /// A response that makes [`serve`] give the connection's socket to `takeover`, which then writes the whole answer, head
-/// included. Everything that hyper had to send before is sent; bytes that the client sent after its request head are lost.
-/// `takeover` is dropped uncalled when the connection breaks first.
+/// included. Earlier answers are sent first; bytes that the client sent after its request head are lost. If the connection breaks
+/// before, `takeover` is dropped without a call.
 pub fn hand_off<B: Default>(takeover: impl FnOnce(TcpStream) + Send + 'static) -> Response<B> {
     let mut response = Response::new(B::default());
     response.extensions_mut().insert(Ticket(Arc::new(Mutex::new(Some(Box::new(takeover))))));
@@ -148,8 +148,8 @@ pub async fn serve<S, B>(
             Ok(accepted) => accepted,
             Err(error) if is_about_one_connection(&error) => continue,
             Err(error) => {
-                // Out of descriptors or memory: connections end, and the next try may succeed.
-                tracing::error!(%error, "cannot accept connections");
+                // Out of descriptors or memory, which end when connections do.
+                tracing::error!(%error, "accept failed; retrying");
                 sleep(Duration::from_millis(100)).await;
                 continue;
             }
@@ -168,7 +168,7 @@ pub async fn serve<S, B>(
         let connection = drive(socket, edge, connections.clone(), limits.clone(), stop.clone());
         let (cut, metrics) = (cut.clone(), metrics.clone());
         tasks.spawn(async move {
-            // Outside a handler, too, a panic is no reason to lose count.
+            // A panic outside a handler must release the permit, too.
             let connection = AssertUnwindSafe(connection).catch_unwind();
             tokio::select! {
                 ended = connection => if ended.is_err() {
@@ -183,7 +183,10 @@ pub async fn serve<S, B>(
     drop(listener);
     tasks.close();
     if tokio::time::timeout(limits.stop, tasks.wait()).await.is_err() {
-        tracing::warn!(connections = tasks.len(), "cutting connections that did not finish in time");
+        tracing::warn!(
+            connections = tasks.len(),
+            "shutdown deadline reached; closing the remaining connections"
+        );
         cut.cancel();
         tasks.wait().await;
     }
@@ -209,12 +212,12 @@ async fn drive<S, B>(
     B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
 {
     let (peer, watch, metrics) = (edge.peer, edge.watch.clone(), edge.metrics.clone());
-    // It may have waited for its permit.
+    // The connection may have waited for its permit.
     watch.enter(Phase::Head);
     let io = TokioIo::new(Watched { socket, watch: watch.clone(), connections });
     let mut connection = http1::Builder::new()
         .timer(TokioTimer::new())
-        .header_read_timeout(None) // It runs while a connection is idle, too; ours does not.
+        .header_read_timeout(None) // It also runs while a connection is idle; ours does not.
         .max_buf_size(16 * 1024)
         .serve_connection(io, edge);
     let mut stopped = pin!(stop.cancelled_owned());
@@ -227,7 +230,6 @@ async fn drive<S, B>(
             Pin::new(&mut connection).graceful_shutdown();
         }
         if let Poll::Ready(result) = Pin::new(&mut connection).poll(cx) {
-            // A broken connection is the client's matter; nothing of ours failed.
             return Poll::Ready(Outcome::Ended(result.is_ok()));
         }
         if !making_room && makes_room.as_mut().poll(cx).is_ready() {
@@ -235,7 +237,7 @@ async fn drive<S, B>(
             if watch.idle_since().is_some() {
                 return Poll::Ready(Outcome::Cut("made_room"));
             }
-            // A request came first: its answer says that the connection closes.
+            // A request arrived first: its answer announces the close.
             Pin::new(&mut connection).graceful_shutdown();
         }
         if watch.may_hand_off() {
@@ -253,7 +255,7 @@ async fn drive<S, B>(
         Outcome::Ended(clean) => tracing::trace!(%peer, clean, "connection ended"),
         Outcome::Cut(reason) => {
             metrics.closed(reason);
-            tracing::debug!(listener = metrics.name, %peer, reason, "connection cut");
+            tracing::debug!(listener = metrics.name, %peer, reason, "connection closed");
         }
         Outcome::HandOff => {
             let socket = connection.into_parts().io.into_inner().socket;
@@ -282,7 +284,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// The service under hyper: what holds for every request, around the routes of one listener.
+/// The service under hyper: what is common to every request, around the routes of one listener.
 struct Edge<S> {
     service: S,
     peer: SocketAddr,
@@ -307,10 +309,9 @@ where
         let rest = body.rest();
         let id = request_id(&head.headers);
         let id_header = HeaderValue::from_str(&id).expect("letters, digits, dashes");
-        // Routes and logs take it from there.
         head.headers.insert(REQUEST_ID, id_header.clone());
         head.extensions.insert(PeerAddr(self.peer));
-        // A handler that takes the socket over writes the answer itself, and warp does not expose the version.
+        // A handler that takes the socket needs the version, which warp does not expose.
         head.extensions.insert(head.version);
         let request = Request::from_parts(head, body);
         let (watch, metrics, peer) = (self.watch.clone(), self.metrics.clone(), self.peer);
@@ -336,7 +337,7 @@ where
             };
             if let Some(ticket) = answer.extensions_mut().remove::<Ticket>() {
                 watch.hand_off(ticket);
-                // Hyper never gets an answer: the driver takes the connection apart.
+                // Hyper gets no answer; `drive` takes the connection apart.
                 return std::future::pending().await;
             }
             set_common_headers(answer.headers_mut(), id_header);

@@ -1,5 +1,4 @@
-//! Logs: one line an event on standard output, for people or as JSON. Never a token, never the text of a message. What is
-//! logged can be changed while the process runs.
+//! Logs on standard output, one line per event, human-readable or as JSON. The filter can be changed while the process runs.
 
 use std::{str::FromStr, sync::OnceLock};
 
@@ -13,25 +12,25 @@ pub enum LogFormat {
 }
 
 #[derive(Debug, Error)]
-#[error("the log format is `human` or `json`")]
-pub struct NotALogFormat;
+#[error("it must be human or json")]
+pub struct UnknownLogFormat;
 
 impl FromStr for LogFormat {
-    type Err = NotALogFormat;
+    type Err = UnknownLogFormat;
 
-    fn from_str(text: &str) -> Result<Self, NotALogFormat> {
+    fn from_str(text: &str) -> Result<Self, UnknownLogFormat> {
         match text {
             "human" => Ok(Self::Human),
             "json" => Ok(Self::Json),
-            _ => Err(NotALogFormat),
+            _ => Err(UnknownLogFormat),
         }
     }
 }
 
-/// The filter in use: there is one for the process, as there is one log.
+/// One per process, as there is one log.
 static FILTER: OnceLock<reload::Handle<EnvFilter, Registry>> = OnceLock::new();
 
-/// Starts logging for the process. `filter` has the form of `tracing`'s directives: `info`, `info,api=debug`.
+/// Starts logging. `filter` consists of `tracing`'s directives: `info`, `info,api=debug`.
 pub fn start(filter: EnvFilter, format: LogFormat) {
     let (filter, handle) = reload::Layer::new(filter);
     let lines = tracing_subscriber::fmt::layer().with_writer(std::io::stdout);
@@ -46,21 +45,21 @@ pub fn start(filter: EnvFilter, format: LogFormat) {
     let _ = FILTER.set(handle);
 }
 
-/// What is logged now, in the form of `start`. `None`: this process has no log.
+/// The current directives. `None`: logging was not started.
 pub fn filter() -> Option<String> {
     FILTER.get()?.with_current(ToString::to_string).ok()
 }
 
-/// Why the filter was left as it is.
+/// Why the filter was not changed.
 #[derive(Debug, Error)]
 pub enum FilterUnchanged {
-    #[error("this process has no log")]
+    #[error("logging was not started")]
     NoLog,
-    #[error("these are no directives like `info` or `info,api=debug`: {0}")]
+    #[error("invalid directives, expected for example `info` or `info,api=debug`: {0}")]
     Unreadable(String),
 }
 
-/// Logs by these directives from now on.
+/// Replaces the log filter.
 pub fn change_filter(directives: &str) -> Result<(), FilterUnchanged> {
     let filter: EnvFilter =
         directives.parse().map_err(|error| FilterUnchanged::Unreadable(format!("{error}")))?;

@@ -1,10 +1,9 @@
-//! Traces: what became of one request, through both services, in spans for an OpenTelemetry collector.
+//! Traces of requests through both services, exported to an OpenTelemetry collector. Off unless a collector is configured.
 //!
-//! Off unless a collector is configured; then a request that is not traced costs one decision, and an event of it one branch.
-//! It promises that no request, event or socket waits for a collector: a span is offered to a bounded queue when it ends, and
-//! dropped and counted when that is full. How many traces begin in a second is bounded, whatever clients ask for.
+//! Nothing waits for the collector: a span that ends goes to a bounded queue, and is dropped and counted if that is full. New
+//! traces per second are bounded, whatever clients request. An untraced request costs one decision, its events one branch each.
 //!
-//! Spans hold ids, numbers and names of routes and events; never a token, never the text of a message.
+//! Spans contain ids, numbers and names of routes and events, never tokens or message text.
 
 mod context;
 mod export;
@@ -27,7 +26,7 @@ use prometheus_client::metrics::{counter::Counter, family::Family};
 use tokio::sync::mpsc::{self, error::TrySendError};
 
 pub use self::{
-    context::{NotATraceContext, TraceContext},
+    context::{InvalidTraceContext, TraceContext},
     export::Exporter,
     settings::{Settings, Texts},
 };
@@ -36,9 +35,9 @@ use crate::{
     outbound::{Limits, Outbound},
 };
 
-/// Spans that wait for the collector, of about half a KB each; more are dropped.
+/// Spans that wait for export, about half a KB each; more are dropped.
 const QUEUE: usize = 4_096;
-/// How long a process that ends may take for the last ones.
+/// Limit for the export of the last spans at shutdown.
 pub const LAST_SPANS: Duration = Duration::from_secs(1);
 
 labels!(Dropped { reason });
@@ -64,16 +63,16 @@ pub struct Tracer(Option<Arc<Active>>);
 struct Active {
     queue: mpsc::Sender<proto::Span>,
     metrics: Metrics,
-    /// Of traces that begin here, those whose id is below are recorded.
+    /// Traces that begin here are recorded if their id is below this.
     below: u64,
     own: DefaultDirectRateLimiter,
-    /// Others can ask for traces: they share a bound of their own, and cannot use up ours.
-    asked: DefaultDirectRateLimiter,
+    /// Traces that clients request have a bound of their own, so that they cannot use up ours.
+    requested: DefaultDirectRateLimiter,
 }
 
-/// The tracer of a service, and the task that sends its spans. `name` and `version` are of the program.
+/// The tracer of a service and the task that exports its spans. `name` and `version` are those of the program.
 ///
-/// Fails when this machine trusts nobody: no certificates are found.
+/// Fails if the system has no trusted certificates.
 pub fn start(
     settings: Option<Settings>,
     name: &'static str,
@@ -92,15 +91,15 @@ impl Tracer {
         let bound = || RateLimiter::direct(Quota::per_second(per_second));
         // The conversion saturates: with a ratio of 1, all ids but one are below.
         let below = (ratio * 2f64.powi(64)) as u64;
-        Self(Some(Arc::new(Active { queue, metrics, below, own: bound(), asked: bound() })))
+        Self(Some(Arc::new(Active { queue, metrics, below, own: bound(), requested: bound() })))
     }
 
-    /// The first span of a trace in this process. It records if whoever sent `given` does, within the bound; without it, a
-    /// new trace may begin, as often as configured.
+    /// The first span of a trace in this process. With a sampled parent it records, within the bound; without a parent, a new trace
+    /// may begin, as often as configured.
     pub fn begin(&self, given: Option<TraceContext>, name: &'static str, kind: SpanKind) -> Span {
         let Some(active) = &self.0 else { return Span::NONE };
         let (trace, wanted, bound) = match given {
-            Some(given) => (given.trace, given.is_sampled(), &active.asked),
+            Some(given) => (given.trace, given.is_sampled(), &active.requested),
             None => {
                 let trace = rand::random_range(1..=u128::MAX);
                 (trace, (trace as u64) < active.below, &active.own)
@@ -110,7 +109,7 @@ impl Tracer {
             return Span::NONE;
         }
         let mut span = Span::start(active, trace, given.map(|given| given.span), name, kind);
-        span.hangs_below_another_process(given.is_some());
+        span.set_parent_is_remote(given.is_some());
         span
     }
 
@@ -124,13 +123,13 @@ impl Tracer {
         }
     }
 
-    /// What to tell those behind us about a trace that is not recorded here.
+    /// The context for downstream services if this trace is not recorded here.
     pub fn pass_on(&self, given: Option<TraceContext>) -> Option<TraceContext> {
         if self.0.is_some() { given.map(TraceContext::unsampled) } else { given }
     }
 }
 
-/// A piece of work, from its making until it is dropped; or nothing, where no trace is recorded: then all here is a branch.
+/// A span that ends when it is dropped; empty if its trace is not recorded.
 #[derive(Default)]
 pub struct Span(Option<Box<Recording>>);
 
@@ -163,7 +162,7 @@ impl Span {
         Self(Some(Box::new(Recording { context, span, tracer: tracer.clone() })))
     }
 
-    fn hangs_below_another_process(&mut self, remote: bool) {
+    fn set_parent_is_remote(&mut self, remote: bool) {
         if let Some(recording) = &mut self.0 {
             let known = proto::SpanFlags::ContextHasIsRemoteMask as u32;
             let remote = if remote { proto::SpanFlags::ContextIsRemoteMask as u32 } else { 0 };
@@ -171,7 +170,7 @@ impl Span {
         }
     }
 
-    /// What hangs below it is told this. `None`: it does not record.
+    /// The context for child spans. `None`: it does not record.
     pub fn context(&self) -> Option<TraceContext> {
         self.0.as_ref().map(|recording| recording.context)
     }
@@ -205,7 +204,7 @@ impl Span {
         }
     }
 
-    /// The work came to nothing.
+    /// Marks the span as failed.
     pub fn fail(&mut self, why: impl fmt::Display) {
         if let Some(recording) = &mut self.0 {
             recording.span.status = Some(Status { code: StatusCode::Error.into(), message: why.to_string() });
@@ -265,7 +264,7 @@ mod tests {
     }
 
     #[test]
-    fn without_a_collector_there_are_no_spans_and_contexts_pass_unchanged() {
+    fn without_a_collector_contexts_pass_unchanged() {
         let tracer = Tracer::default();
         let span = tracer.begin(given(), "request", SpanKind::Server);
         assert_eq!(span.context(), None);
@@ -274,7 +273,7 @@ mod tests {
     }
 
     #[test]
-    fn a_span_ends_when_it_is_dropped_and_hangs_below_its_parent() {
+    fn a_span_ends_when_dropped_and_has_its_parent() {
         let (tracer, mut ended, _) = tracer(0.0, 10, 10);
         let mut request = tracer.begin(given(), "request", SpanKind::Server);
         let mut commit = tracer.child(request.context(), "commit", SpanKind::Client);
@@ -301,7 +300,7 @@ mod tests {
     }
 
     #[test]
-    fn clients_cannot_ask_for_more_than_the_bound_nor_use_up_ours() {
+    fn requested_traces_are_bounded_apart_from_our_own() {
         let (tracer, _ended, _) = tracer(1.0, 5, 1_000);
         let recorded = |given: Option<TraceContext>| {
             (0..100).filter(|_| tracer.begin(given, "request", SpanKind::Server).context().is_some()).count()
@@ -314,7 +313,7 @@ mod tests {
     }
 
     #[test]
-    fn so_many_traces_begin_as_the_ratio_says() {
+    fn new_traces_follow_the_ratio() {
         let began = |ratio| {
             let (tracer, _ended, _) = tracer(ratio, 100_000, 1);
             (0..2_000).filter(|_| tracer.begin(None, "request", SpanKind::Server).context().is_some()).count()
@@ -329,7 +328,7 @@ mod tests {
     }
 
     #[test]
-    fn a_full_queue_costs_spans_and_nothing_else() {
+    fn a_full_queue_drops_and_counts_spans() {
         let (tracer, mut ended, metrics) = tracer(1.0, 100, 3);
         for _ in 0..10 {
             drop(tracer.begin(None, "request", SpanKind::Server));

@@ -288,7 +288,7 @@ mod tests {
     use mio::Poll;
     use protocol::{channels::Channels, claims::KeyName};
     use service_kit::{
-        ended::EndedSessions,
+        ended_sessions::EndedSessions,
         limiter::{self, Limit, Limiter, Subject},
         redis_topology::RedisTopology,
         secrets::Secrets,

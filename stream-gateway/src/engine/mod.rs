@@ -38,7 +38,7 @@ use protocol::{
     position::Seq,
 };
 use rand::RngExt;
-use service_kit::{ended::EndedSessions, tasks::Tasks, traces::Tracer};
+use service_kit::{ended_sessions::EndedSessions, tasks::Tasks, traces::Tracer};
 use slab::Slab;
 use tokio::{
     io::{Interest as Readiness, unix::AsyncFd},

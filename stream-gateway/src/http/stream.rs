@@ -27,11 +27,11 @@ use rand::RngExt;
 use service_kit::{
     client_address::TrustedProxies,
     cookies::Cookies,
-    ended::EndedSessions,
+    ended_sessions::EndedSessions,
     http::{request_id, set_common_headers},
     limiter::Subject,
     origins::{OriginNotAllowed, Origins, is_preflight},
-    preference::weight,
+    quality_values::weight,
     server,
 };
 use tokio::{

@@ -1,9 +1,8 @@
-//! What all replicas have counted, in Redis: one small script per key, by Redis' own clock, on a connection of its own; on a
-//! cluster, one to each node.
+//! The counts that all replicas share in Redis: a small script per key, by the clock of Redis, on a connection of its own; on a
+//! cluster, on one connection to each node.
 //!
-//! It is asked only while it is well. The first answer that fails or does not come in time ends that, for everybody and at
-//! once; then a task looks for Redis, less and less often, until it answers again. So an outage delays those who were asking
-//! when it began, once, and nobody else.
+//! The first check that fails or times out disconnects; a task then reconnects with back-off until a trial check succeeds. An
+//! outage therefore delays only the checks in flight when it begins.
 
 use std::{
     collections::BTreeMap,
@@ -32,9 +31,9 @@ use crate::{
 };
 use protocol::channels::Channels;
 
-/// GCRA: the key holds until when its subject owes, in microseconds. Answers for how long to wait; 0: it was counted.
+/// GCRA: the key holds the theoretical arrival time in microseconds. Returns how long to wait; 0: it was counted.
 ///
-/// One that owes for longer than the burst was counted by a clock that has been set back since, as after a failover.
+/// A time beyond the burst was written by a clock that has been set back since, as after a failover.
 const SCRIPT: &str = r"
 local time = redis.call('TIME')
 local now = time[1] * 1000000 + time[2]
@@ -51,43 +50,43 @@ redis.call('SET', KEYS[1], string.format('%.0f', owes_until), 'PX', lasts)
 return 0
 ";
 
-/// Questions in flight; who finds more is decided upon without asking.
-const QUESTIONS: usize = 512;
+/// Checks in flight; further ones are decided locally.
+const MAX_IN_FLIGHT: usize = 512;
 /// For connecting, and for the first answer.
-const CONNECT_WITHIN: Duration = Duration::from_secs(1);
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
 /// Between attempts to connect: the first delay and the longest.
 const BACKOFF: [Duration; 2] = [Duration::from_millis(100), Duration::from_secs(5)];
-/// A Redis that was well for so long is looked for eagerly again. One that is slow every other moment is left alone.
-const STEADY: Duration = Duration::from_secs(10);
+/// A connection that lasted this long resets the back-off, so that a flapping Redis is left alone.
+const STABLE_AFTER: Duration = Duration::from_secs(10);
 
-/// May this be counted?
-pub(super) struct Question {
+/// One check of one key.
+pub(super) struct SharedCheck {
     pub(super) key: String,
     pub(super) interval: Duration,
     pub(super) burst: u32,
 }
 
 pub(super) struct Replicas {
-    /// There while Redis is well.
-    link: watch::Sender<Option<Link>>,
-    places: Semaphore,
-    /// There is something to ask about.
+    /// `None` while Redis is not used.
+    connection: watch::Sender<Option<SharedConnection>>,
+    permits: Semaphore,
+    /// Whether any rule needs Redis.
     pub(super) wanted: AtomicBool,
-    patience: Duration,
+    timeout: Duration,
     metrics: Metrics,
 }
 
 #[derive(Clone)]
-struct Link {
+struct SharedConnection {
     nodes: Arc<BTreeMap<Node, MultiplexedConnection>>,
     map: Arc<SlotMap>,
-    /// The script's name at Redis.
+    /// The SHA1 by which Redis knows the script.
     script: Arc<str>,
-    /// Tells it from those before and after.
+    /// Distinguishes this connection from earlier and later ones.
     number: u64,
 }
 
-/// The task that looks for Redis.
+/// The task that keeps the connection to Redis.
 pub struct Worker {
     topology: RedisTopology,
     channels: Channels,
@@ -97,78 +96,75 @@ pub struct Worker {
 pub(super) fn new(
     topology: RedisTopology,
     channels: Channels,
-    patience: Duration,
+    timeout: Duration,
     metrics: Metrics,
 ) -> (Arc<Replicas>, Worker) {
     let replicas = Arc::new(Replicas {
-        link: watch::Sender::default(),
-        places: Semaphore::new(QUESTIONS),
+        connection: watch::Sender::default(),
+        permits: Semaphore::new(MAX_IN_FLIGHT),
         wanted: AtomicBool::new(false),
-        patience,
+        timeout,
         metrics,
     });
     (replicas.clone(), Worker { topology, channels, replicas })
 }
 
 impl Replicas {
-    /// How long each has to wait, zero if it was counted. `None`: Redis did not say.
+    /// How long each has to wait, zero if it was counted. `None`: Redis gave no answer.
     pub(super) async fn ask(
         &self,
-        questions: impl ExactSizeIterator<Item = &Question>,
+        checks: impl ExactSizeIterator<Item = &SharedCheck>,
     ) -> Option<Vec<Duration>> {
-        let Some(link) = self.link.borrow().clone() else { return self.alone("away") };
-        let count = u32::try_from(questions.len()).expect("one for each rule");
-        let Ok(_places) = self.places.try_acquire_many(count) else { return self.alone("busy") };
+        let Some(connection) = self.connection.borrow().clone() else { return self.decide_locally("away") };
+        let count = u32::try_from(checks.len()).expect("one for each rule");
+        let Ok(_permits) = self.permits.try_acquire_many(count) else { return self.decide_locally("busy") };
         // One key each, so that a cluster may keep them on different nodes.
-        match timeout(self.patience, try_join_all(questions.map(|question| link.ask(question)))).await {
+        match timeout(self.timeout, try_join_all(checks.map(|check| connection.ask(check)))).await {
             Ok(Ok(waits)) => Some(waits.into_iter().map(Duration::from_micros).collect()),
             Ok(Err(error)) => {
-                self.leave(&link, &error.to_string());
-                self.alone("failed")
+                self.disconnect(&connection, &error.to_string());
+                self.decide_locally("failed")
             }
             Err(_) => {
-                self.leave(&link, "no answer in time");
-                self.alone("slow")
+                self.disconnect(&connection, "no answer in time");
+                self.decide_locally("slow")
             }
         }
     }
 
-    fn alone<T>(&self, reason: &'static str) -> Option<T> {
+    fn decide_locally<T>(&self, reason: &'static str) -> Option<T> {
         self.metrics.rate_limit_local_decisions.get_or_create(&Reason { reason }).inc();
         None
     }
 
-    /// The first one who notices says so.
-    fn leave(&self, link: &Link, reason: &str) {
-        let left = self
-            .link
-            .send_if_modified(|current| current.take_if(|current| current.number == link.number).is_some());
+    /// Logs once per connection.
+    fn disconnect(&self, connection: &SharedConnection, reason: &str) {
+        let left = self.connection.send_if_modified(|current| {
+            current.take_if(|current| current.number == connection.number).is_some()
+        });
         if left {
             self.metrics.rate_limits_shared.set(0);
-            tracing::warn!(
-                reason,
-                "Redis does not count for rate limits; each process does so alone until it is back"
-            );
+            tracing::warn!(reason, "redis unavailable; rate limits are enforced per process");
         }
     }
 }
 
-impl Link {
-    async fn ask(&self, question: &Question) -> RedisResult<u64> {
-        let absent = || RedisError::from((ErrorKind::Io, "nobody owns the key"));
-        let node = self.map.node_of(&question.key).ok_or_else(absent)?;
+impl SharedConnection {
+    async fn ask(&self, check: &SharedCheck) -> RedisResult<u64> {
+        let absent = || RedisError::from((ErrorKind::Io, "no node owns the slot of the key"));
+        let node = self.map.node_of(&check.key).ok_or_else(absent)?;
         let mut connection = self.nodes.get(node).ok_or_else(absent)?.clone();
-        match question.run("EVALSHA", &self.script).query_async(&mut connection).await {
-            // Redis has forgotten it: this tells it again.
+        match check.run("EVALSHA", &self.script).query_async(&mut connection).await {
+            // EVAL loads the script again.
             Err(error) if error.kind() == ErrorKind::Server(ServerErrorKind::NoScript) => {
-                question.run("EVAL", SCRIPT).query_async(&mut connection).await
+                check.run("EVAL", SCRIPT).query_async(&mut connection).await
             }
-            // The slot is on its way to another node, and there the key is or will be.
+            // The slot is being migrated to another node.
             Err(error) if error.kind() == ErrorKind::Server(ServerErrorKind::Ask) => {
                 let other = redirect_target(&error, node).and_then(|node| self.nodes.get(&node));
                 let mut other = other.ok_or(error)?.clone();
                 let mut asking = redis::pipe();
-                asking.cmd("ASKING").ignore().add_command(question.run("EVAL", SCRIPT));
+                asking.cmd("ASKING").ignore().add_command(check.run("EVAL", SCRIPT));
                 asking.query_async::<(u64,)>(&mut other).await.map(|(wait,)| wait)
             }
             answer => answer,
@@ -176,7 +172,7 @@ impl Link {
     }
 }
 
-impl Question {
+impl SharedCheck {
     fn run(&self, command: &str, script: &str) -> Cmd {
         let mut command = redis::cmd(command);
         command.arg(script).arg(1).arg(&self.key);
@@ -186,69 +182,67 @@ impl Question {
 }
 
 impl Worker {
-    /// Until `stop`. The connection that is there then goes on, for who still asks. Begins once all rules are made: without
-    /// any, there is nothing to do.
+    /// Runs until `stop`; the connection then stays for checks of the shutdown. All rules must exist before; without any, there is
+    /// nothing to do.
     pub async fn run(self, stop: CancellationToken) {
         if !self.replicas.wanted.load(Ordering::Relaxed) {
             return stop.cancelled().await;
         }
-        if stop.run_until_cancelled(self.look_for_redis()).await.is_none() {
-            tracing::debug!("looks for Redis no more");
-        }
+        stop.run_until_cancelled(self.keep_connected()).await;
     }
 
-    async fn look_for_redis(&self) {
-        let Replicas { link, metrics, .. } = &*self.replicas;
-        let mut links = link.subscribe();
+    async fn keep_connected(&self) {
+        let Replicas { connection, metrics, .. } = &*self.replicas;
+        let mut changes = connection.subscribe();
         let mut backoff = Backoff::new(BACKOFF[0], BACKOFF[1]);
-        let mut told = false;
+        let mut logged = false;
         for number in 1.. {
             match self.connect(number).await {
                 Ok(found) => {
                     metrics.rate_limits_shared.set(1);
-                    tracing::info!("rate limits are counted together with the other replicas");
-                    told = true; // Whoever ends it tells it.
+                    tracing::info!("rate limits are shared through redis");
+                    logged = true; // `disconnect` logs the end.
                     let began = Instant::now();
-                    link.send_replace(Some(found));
-                    let _ = links.wait_for(Option::is_none).await;
-                    if began.elapsed() >= STEADY {
+                    connection.send_replace(Some(found));
+                    let _ = changes.wait_for(Option::is_none).await;
+                    if began.elapsed() >= STABLE_AFTER {
                         backoff.reset();
                     }
                 }
-                Err(error) if told => tracing::debug!(%error, "Redis does not answer yet"),
+                Err(error) if logged => tracing::debug!(%error, "redis still unavailable for rate limits"),
                 Err(error) => {
-                    told = true;
-                    tracing::warn!(%error, "Redis does not count for rate limits; each process does so alone until it is there");
+                    logged = true;
+                    tracing::warn!(%error, "redis unavailable; rate limits are enforced per process");
                 }
             }
             sleep(backoff.next_delay()).await;
         }
     }
 
-    async fn connect(&self, number: u64) -> RedisResult<Link> {
+    async fn connect(&self, number: u64) -> RedisResult<SharedConnection> {
         let map = self.topology.fetch_slot_map(&SlotMap::default()).await?;
         let connect = async |node: &Node| Ok::<_, RedisError>((node.clone(), self.connect_to(node).await?));
         let nodes = try_join_all(map.nodes().iter().map(connect)).await?;
         let script = nodes.first().map(|(_, (_, script))| script.as_str().into()).unwrap_or_default();
         let nodes = nodes.into_iter().map(|(node, (connection, _))| (node, connection)).collect();
-        let link = Link { nodes: Arc::new(nodes), map: Arc::new(map), script, number };
-        // Only one that counts is well: not a replica, nor one without memory left.
-        for node in link.map.nodes() {
+        let connection = SharedConnection { nodes: Arc::new(nodes), map: Arc::new(map), script, number };
+        // A trial finds a replica or a Redis without memory, which cannot count.
+        for node in connection.map.nodes() {
             let keys =
                 (0..).map(|turn| self.channels.limit("none", "trial", format_args!("{number}-{turn}")));
-            let Some(key) = link.map.first_name_on(node, keys) else { continue };
-            link.ask(&Question { key, interval: Duration::from_millis(1), burst: 1 }).await?;
+            let Some(key) = connection.map.first_name_on(node, keys) else { continue };
+            connection.ask(&SharedCheck { key, interval: Duration::from_millis(1), burst: 1 }).await?;
         }
-        Ok(link)
+        Ok(connection)
     }
 
-    /// With the script's name.
+    /// With the SHA1 of the script.
     async fn connect_to(&self, node: &Node) -> RedisResult<(MultiplexedConnection, String)> {
         let config = AsyncConnectionConfig::new()
-            .set_connection_timeout(Some(CONNECT_WITHIN))
-            .set_response_timeout(Some(CONNECT_WITHIN))
-            .set_pipeline_buffer_size(QUESTIONS)
-            .set_concurrency_limit(QUESTIONS);
+            .set_connection_timeout(Some(CONNECT_TIMEOUT))
+            .set_response_timeout(Some(CONNECT_TIMEOUT))
+            .set_pipeline_buffer_size(MAX_IN_FLIGHT)
+            .set_concurrency_limit(MAX_IN_FLIGHT);
         let mut connection = self.topology.connect(node, &config).await?;
         let mut load = redis::cmd("SCRIPT");
         load.arg("LOAD").arg(SCRIPT);

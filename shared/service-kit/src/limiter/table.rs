@@ -85,7 +85,7 @@ mod tests {
     }
 
     #[test]
-    fn a_crowd_takes_no_more_memory_and_frees_nobody_who_is_held_back() {
+    fn many_keys_use_no_more_memory_and_release_no_limited_key() {
         let (table, clock, hashes) = (Table::default(), FakeRelativeClock::default(), RandomState::new());
         let limiter = limiter(&table, &clock);
         let held_back: Vec<u64> = (0..100).map(|n| hashes.hash_one(("held back", n))).collect();

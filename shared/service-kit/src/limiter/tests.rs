@@ -55,7 +55,7 @@ impl Replica {
         allowed
     }
 
-    fn alone(&self, reason: &'static str) -> u64 {
+    fn local_decisions(&self, reason: &'static str) -> u64 {
         self.metrics.rate_limit_local_decisions.get_or_create(&Reason { reason }).get()
     }
 }
@@ -80,7 +80,7 @@ async fn replicas_share_one_budget_and_subjects_do_not() {
 }
 
 #[tokio::test]
-async fn of_several_rules_the_longest_wait_is_told() {
+async fn the_longest_wait_of_several_rules_is_returned() {
     let redis = Redis::start();
     let replica = Replica::ready(&redis, LONG).await;
     let (minute, hour) = (Limit::new(1, Duration::from_secs(60)), Limit::new(1, HOUR));
@@ -105,7 +105,7 @@ async fn of_several_rules_the_longest_wait_is_told() {
 
 /// The script at random moments, judged by a model that knows the moment to within a question's round trip.
 #[tokio::test]
-async fn the_script_is_the_model() {
+async fn the_script_agrees_with_a_model() {
     const INTERVAL: i64 = 10_000;
     const BURST: i64 = 4;
     let redis = Redis::start();
@@ -124,7 +124,7 @@ async fn the_script_is_the_model() {
     for _ in 0..400 {
         let before = time().await;
         // The local half would refuse first: it has the same rule.
-        let answer = replica.limiter.check_together(&[(&rule, ALICE)]).await;
+        let answer = replica.limiter.check_shared(&[(&rule, ALICE)]).await;
         let after = time().await;
         let wait = |now: i64| owes.max(now) + INTERVAL - now - INTERVAL * BURST;
         match answer {
@@ -156,25 +156,25 @@ async fn the_script_is_the_model() {
 }
 
 #[tokio::test]
-async fn what_a_clock_that_was_set_says_is_kept_within_bounds() {
+async fn a_clock_that_is_set_back_keeps_waits_bounded() {
     let redis = Redis::start();
     let replica = Replica::ready(&redis, LONG).await;
     let rule = replica.limiter.rule("send", Limit::new(60, Duration::from_secs(60)));
     let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap().as_micros();
     let in_an_hour = (now + HOUR.as_micros()).to_string();
     redis.command(&["SET", "t:limit:send:user:1", &in_an_hour]).unwrap();
-    let over = replica.limiter.check_together(&[(&rule, ALICE)]).await.unwrap_err();
+    let over = replica.limiter.check_shared(&[(&rule, ALICE)]).await.unwrap_err();
     assert!(over.wait <= Duration::from_secs(1), "{over:?}");
     redis.command(&["SET", "t:limit:send:user:1", "1"]).unwrap();
     let mut allowed = 0;
     for _ in 0..70 {
-        allowed += u32::from(replica.limiter.check_together(&[(&rule, ALICE)]).await.is_ok());
+        allowed += u32::from(replica.limiter.check_shared(&[(&rule, ALICE)]).await.is_ok());
     }
     assert!((60..70).contains(&allowed), "{allowed}: a debt of long ago is no credit");
 }
 
 #[tokio::test]
-async fn a_forgotten_script_is_told_again() {
+async fn a_flushed_script_is_loaded_again() {
     let redis = Redis::start();
     let replica = Replica::ready(&redis, LONG).await;
     let rule = replica.limiter.rule("send", Limit::new(3, HOUR));
@@ -197,7 +197,7 @@ async fn hurry(replica: &Replica, rule: &Rule, checks: u32) -> (Duration, u32) {
 }
 
 #[tokio::test]
-async fn without_redis_each_process_limits_alone_and_at_once_until_it_is_back() {
+async fn without_redis_each_process_limits_locally_until_it_returns() {
     let mut redis = Redis::start();
     let replica = Replica::ready(&redis, LONG).await;
     let rule = replica.limiter.rule("send", Limit::new(500, HOUR));
@@ -205,7 +205,7 @@ async fn without_redis_each_process_limits_alone_and_at_once_until_it_is_back() 
     redis.kill();
     let (_, allowed) = hurry(&replica, &rule, 1_000).await;
     assert_eq!(allowed, 400, "its own count goes on");
-    assert_eq!(replica.alone("failed") + replica.alone("away"), 400);
+    assert_eq!(replica.local_decisions("failed") + replica.local_decisions("away"), 400);
     assert_eq!(replica.metrics.rate_limits_shared.get(), 0);
     redis.restart();
     replica.until_shared(1).await;
@@ -214,22 +214,22 @@ async fn without_redis_each_process_limits_alone_and_at_once_until_it_is_back() 
 }
 
 #[tokio::test]
-async fn a_frozen_redis_delays_once() {
+async fn a_frozen_redis_delays_only_checks_in_flight() {
     let mut redis = Redis::start();
-    let replica = Replica::ready(&redis, PATIENCE).await;
+    let replica = Replica::ready(&redis, SHARED_CHECK_TIMEOUT).await;
     let rule = replica.limiter.rule("send", Limit::new(1_000, HOUR));
     redis.freeze();
     let began = Instant::now();
     let (_, allowed) = hurry(&replica, &rule, 500).await;
     assert_eq!(allowed, 500);
-    assert_eq!((replica.alone("slow"), replica.alone("away")), (1, 499));
-    assert!(began.elapsed() >= PATIENCE, "it was asked");
+    assert_eq!((replica.local_decisions("slow"), replica.local_decisions("away")), (1, 499));
+    assert!(began.elapsed() >= SHARED_CHECK_TIMEOUT, "it was asked");
     redis.thaw();
     replica.until_shared(1).await;
 }
 
 #[tokio::test]
-async fn those_who_ask_a_frozen_redis_together_are_bounded() {
+async fn checks_waiting_for_a_frozen_redis_are_bounded() {
     let mut redis = Redis::start();
     let replica = Replica::ready(&redis, LONG).await;
     let rule = Arc::new(replica.limiter.rule("send", Limit::new(10_000, HOUR)));
@@ -244,7 +244,8 @@ async fn those_who_ask_a_frozen_redis_together_are_bounded() {
     };
     let all = futures_util::future::join_all((0..2_000).map(|_| ask()));
     let busy = async {
-        until("the rest is not kept waiting", || async { replica.alone("busy") == 2_000 - 512 }).await;
+        until("the rest is not kept waiting", || async { replica.local_decisions("busy") == 2_000 - 512 })
+            .await;
         let kept = waiting.load(Ordering::Relaxed);
         redis.thaw();
         kept
@@ -260,7 +261,7 @@ async fn a_redis_without_memory_left_does_not_count() {
     let rule = replica.limiter.rule("send", Limit::new(10, HOUR));
     redis.command(&["CONFIG", "SET", "maxmemory", "1"]).unwrap();
     assert_eq!(replica.allowed(&rule, ALICE, 20).await, 10);
-    assert_eq!((replica.alone("failed"), replica.alone("away")), (1, 9));
+    assert_eq!((replica.local_decisions("failed"), replica.local_decisions("away")), (1, 9));
     // It is not asked again and again: a trial shows that it does not count yet.
     tokio::time::sleep(Duration::from_millis(300)).await;
     assert_eq!(replica.metrics.rate_limits_shared.get(), 0);

@@ -1,5 +1,5 @@
-//! The bodies on both sides of a handler. A request's body is read to its end, or the answer says that the connection closes;
-//! an answer's body says when hyper has all of it.
+//! The bodies around a handler. A request's body is read to its end, or the answer closes the connection; an answer's body
+//! records when hyper has taken all of it.
 
 use std::{
     pin::Pin,
@@ -19,34 +19,40 @@ use super::{
     watch::{Phase, Tail, Watch},
 };
 
-/// How much of a body that its handler does not want is read, and for how long: a client that is sending reads the answer
-/// afterwards, and its connection, which a proxy may share among others, stays open.
+/// How much of an unread body is read after the answer, and for how long, so that the client gets its answer and a connection
+/// that a proxy shares stays open.
 const UNWANTED_BYTES: u64 = 1 << 20;
 const UNWANTED_TIME: Duration = Duration::from_secs(1);
 
 /// The end of a request without a body, and of one in chunks.
 const BLANK_LINE: &[u8] = b"\r\n\r\n";
 
-/// What a handler gets. It need not read it.
+/// The body that a handler gets, and may leave unread.
 pub struct RequestBody(Arc<Mutex<Received>>);
 
 struct Received {
     body: Incoming,
     begun: bool,
     ended: bool,
-    /// The client waits for `100 Continue`, which hyper sends when the body is first asked for.
-    waits: bool,
+    /// The client waits for `100 Continue`, which hyper sends at the first read.
+    expects_continue: bool,
     tail: Tail,
 }
 
 impl RequestBody {
     pub(super) fn new(body: Incoming, headers: &HeaderMap) -> Self {
-        let waits = headers.contains_key(header::EXPECT);
+        let expects_continue = headers.contains_key(header::EXPECT);
         let ended = body.is_end_stream();
-        Self(Arc::new(Mutex::new(Received { body, begun: false, ended, waits, tail: Tail::of(BLANK_LINE) })))
+        Self(Arc::new(Mutex::new(Received {
+            body,
+            begun: false,
+            ended,
+            expects_continue,
+            tail: Tail::of(BLANK_LINE),
+        })))
     }
 
-    /// What is left of the body once its handler has let go of it.
+    /// What the handler leaves unread.
     pub(super) fn rest(&self) -> Rest {
         Rest(self.0.clone())
     }
@@ -91,13 +97,13 @@ impl Body for RequestBody {
 pub(super) struct Rest(Arc<Mutex<Received>>);
 
 impl Rest {
-    /// Reads the rest. The last bytes of the request; `None`: its end was not seen, so the connection must close.
+    /// Reads the rest and returns the last bytes of the request. `None`: the end was not reached, so the connection must close.
     pub(super) async fn read(self) -> Option<Tail> {
-        // A handler that has answered and still reads is let alone.
+        // The handler answered and still reads.
         let received = Arc::into_inner(self.0)?;
         let received = received.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner);
-        let unwanted =
-            received.body.size_hint().lower() > UNWANTED_BYTES || received.waits && !received.begun;
+        let unwanted = received.body.size_hint().lower() > UNWANTED_BYTES
+            || received.expects_continue && !received.begun;
         if received.ended {
             return Some(received.tail);
         }
@@ -120,7 +126,7 @@ async fn read_to_end(mut received: Received) -> Option<Tail> {
     Some(received.tail)
 }
 
-/// What hyper gets.
+/// The body that hyper gets.
 pub(super) struct AnswerBody<B> {
     pub(super) body: B,
     pub(super) watch: Arc<Watch>,
@@ -147,7 +153,7 @@ impl<B: Body + Unpin> Body for AnswerBody<B> {
 }
 
 impl<B> Drop for AnswerBody<B> {
-    /// Hyper lets go of a body as soon as it has taken all of it.
+    /// Hyper drops a body as soon as it has taken all of it.
     fn drop(&mut self) {
         self.watch.enter(Phase::Flushing);
     }

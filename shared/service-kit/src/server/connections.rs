@@ -1,5 +1,4 @@
-//! Which connections a listener keeps: so many in all, and so many of one client address. When a bound is reached, the
-//! connection that has been idle longest makes room.
+//! The connection limits of a listener, in total and per client address. At a limit, the longest idle connection is closed.
 
 use std::{
     collections::HashMap,
@@ -11,7 +10,7 @@ use prometheus_client::metrics::gauge::Gauge;
 use tokio::{sync::Notify, time::Instant};
 
 use super::{Limits, lock, watch::Watch};
-use crate::client_address::{TrustedProxies, household};
+use crate::client_address::{TrustedProxies, client_network};
 
 pub(super) struct Connections {
     limit: usize,
@@ -31,12 +30,12 @@ struct Open {
 }
 
 struct Connection {
-    /// `None`: of a proxy, whose address stands for many clients.
+    /// `None` for a proxy, which carries many clients.
     address: Option<IpAddr>,
     watch: Arc<Watch>,
 }
 
-/// Lets a connection be open; ended by drop.
+/// Admits a connection until it is dropped.
 pub(super) struct Permit {
     connections: Arc<Connections>,
     number: u64,
@@ -44,9 +43,9 @@ pub(super) struct Permit {
 
 #[derive(Debug, PartialEq, Eq)]
 enum Refused {
-    /// All connections are in use; one of them will end.
+    /// All connections are in use.
     Full,
-    /// All that this address may have are in use.
+    /// The address has reached its limit.
     Address,
 }
 
@@ -55,7 +54,7 @@ impl Connections {
         let per_address = (limits.per_address > 0).then_some(limits.per_address);
         Self {
             limit: limits.connections,
-            // However large the setting is, no one address takes a whole listener.
+            // Whatever the setting, one address cannot fill the listener.
             per_address: per_address.map(|bound| bound.min(limits.connections / 2).max(1)),
             proxies: limits.proxies.clone(),
             open: Mutex::default(),
@@ -64,7 +63,7 @@ impl Connections {
         }
     }
 
-    /// Waits while the listener is full. `None`: this address has as many as it may have.
+    /// Waits while the listener is full. `None`: the address has reached its limit.
     pub(super) async fn permit(self: &Arc<Self>, peer: IpAddr, watch: &Arc<Watch>) -> Option<Permit> {
         loop {
             match self.admit(peer, watch) {
@@ -76,7 +75,7 @@ impl Connections {
     }
 
     fn admit(self: &Arc<Self>, peer: IpAddr, watch: &Arc<Watch>) -> Result<Permit, Refused> {
-        let address = (!self.proxies.trusts(peer)).then(|| household(peer));
+        let address = (!self.proxies.trusts(peer)).then(|| client_network(peer));
         let mut open = lock(&self.open);
         if let (Some(address), Some(bound)) = (address, self.per_address)
             && open.by_address.get(&address).is_some_and(|count| *count >= bound)
@@ -99,7 +98,7 @@ impl Connections {
 }
 
 impl Open {
-    /// Tells the longest idle connection, of this address or of any, to end, and no longer counts it. `false`: none is idle.
+    /// Closes the longest idle connection, of this address or of any, and stops counting it. `false`: none is idle.
     fn make_room(&mut self, of: Option<IpAddr>) -> bool {
         let candidates =
             self.connections.iter().filter(|(_, connection)| of.is_none() || connection.address == of);
@@ -153,7 +152,7 @@ mod tests {
     }
 
     #[test]
-    fn an_address_has_its_bound_and_a_proxy_has_none() {
+    fn an_address_is_limited_and_a_proxy_is_not() {
         let connections = connections(100, 2);
         let first = open(&connections, "192.0.2.1").ok().unwrap();
         let _second = open(&connections, "::ffff:192.0.2.1").ok().unwrap();
@@ -168,21 +167,21 @@ mod tests {
     }
 
     #[test]
-    fn no_address_takes_a_whole_listener() {
+    fn one_address_cannot_fill_a_listener() {
         let connections = connections(4, 1_000);
         let _half: Vec<_> = (0..2).map(|_| open(&connections, "192.0.2.1").ok().unwrap()).collect();
         assert_eq!(open(&connections, "192.0.2.1").err(), Some(Refused::Address));
     }
 
     #[test]
-    fn without_a_bound_one_address_may_take_all() {
+    fn without_a_limit_one_address_may_fill_a_listener() {
         let connections = connections(3, 0);
         let _all: Vec<_> = (0..3).map(|_| open(&connections, "192.0.2.1").ok().unwrap()).collect();
         assert_eq!(open(&connections, "192.0.2.2").err(), Some(Refused::Full));
     }
 
     #[tokio::test]
-    async fn the_longest_idle_connection_makes_room() {
+    async fn the_longest_idle_connection_is_closed_first() {
         let connections = connections(3, 0);
         let opened: Vec<_> = (0..3).map(|_| open(&connections, "192.0.2.1").ok().unwrap()).collect();
         for number in [1, 2, 0] {

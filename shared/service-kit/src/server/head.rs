@@ -5,7 +5,7 @@ use std::str::FromStr;
 use http::{HeaderMap, Request, Response, StatusCode, Uri, Version, header, uri::Authority};
 use protocol::problem::Problem;
 
-/// Why a request head is refused.
+/// Why a request head is rejected.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Malformed {
     Target,
@@ -13,7 +13,7 @@ pub(super) enum Malformed {
 }
 
 impl Malformed {
-    /// RFC 9112, 3.2. Hyper takes every target that a URI parser takes, and looks at no `Host`.
+    /// RFC 9112, 3.2. Hyper accepts every target that a URI parser accepts, and ignores `Host`.
     pub(super) fn find<B>(request: &Request<B>) -> Option<Self> {
         if !names_a_path(request.uri()) {
             Some(Self::Target)
@@ -40,7 +40,7 @@ impl Malformed {
     }
 }
 
-/// Routes look at paths alone. `*` and the authority form (of CONNECT) are for proxies and for servers as a whole.
+/// Routes need a path; `*` and the authority form (of CONNECT) have none.
 fn names_a_path(target: &Uri) -> bool {
     target.path_and_query().is_some_and(|target| target.path().starts_with('/'))
 }
@@ -49,7 +49,7 @@ fn names_one_host(version: Version, headers: &HeaderMap) -> bool {
     let mut hosts = headers.get_all(header::HOST).iter();
     match (hosts.next(), hosts.next()) {
         (Some(host), None) => {
-            // An empty one is legal: the target names no authority.
+            // An empty host is legal for a target without an authority.
             host.is_empty()
                 || host.to_str().is_ok_and(|host| !host.contains('@') && Authority::from_str(host).is_ok())
         }

@@ -1,5 +1,4 @@
-//! Over real sockets: the deadlines, the bounds, the orderly stop, what every request and answer has in common, and the handoff
-//! with what comes before and behind it.
+//! Over real sockets: deadlines, bounds, the graceful stop, what is common to every request and answer, and the handoff.
 
 use prometheus_client::registry::Registry;
 use tokio::{
@@ -27,15 +26,18 @@ fn limits() -> Limits {
     }
 }
 
-/// Nothing that takes longer than a test is waited for.
+/// A limit that no test reaches.
 const NEVER: Duration = Duration::from_secs(3_600);
 
 struct Running {
     address: SocketAddr,
     stop: CancellationToken,
     done: tokio::task::JoinHandle<()>,
-    /// A handler that wants no body has been asked.
+    /// A handler that reads no body was called.
     asked: Arc<Notify>,
+    /// `/slow` was called; it answers once it is released.
+    slow: Arc<Notify>,
+    release: Arc<Notify>,
     registry: Registry,
 }
 
@@ -52,8 +54,14 @@ impl Running {
         self.metric(&format!(r#"http_connections_closed_total{{listener="test",reason="{reason}"}}"#))
     }
 
-    async fn until_cut(&self, reason: &str) {
+    async fn until_closed(&self, reason: &str) {
         until(reason, || async { self.closed(reason) > 0 }).await;
+    }
+
+    /// Returns when `limits.head` has passed since the call: a head that began after it has timed out.
+    async fn head_limit_passes(&self) {
+        let begun = send(self.address, b"GET /hello HTTP/1.1\r\nHo").await;
+        assert_eq!(soon("the head limit", rest(begun)).await, "");
     }
 }
 
@@ -61,7 +69,7 @@ fn start() -> Running {
     start_with(limits())
 }
 
-/// `/hello` answers, `/slow` answers after a while, `/big` answers a lot, `/read` answers with the length of the body, `/panic`
+/// `/hello` answers, `/slow` answers when it is released, `/big` answers a lot, `/read` answers with the length of the body, `/panic`
 /// panics, `/take` hands the socket off.
 fn start_with(limits: Limits) -> Running {
     let asked = Arc::new(Notify::new());
@@ -70,9 +78,15 @@ fn start_with(limits: Limits) -> Running {
         asking.notify_one();
         Response::new("hello".into())
     });
-    let slow = warp::path!("slow").then(|| async {
-        sleep(Duration::from_millis(250)).await;
-        Response::new("slow".into())
+    let (slow_called, release) = (Arc::new(Notify::new()), Arc::new(Notify::new()));
+    let (calling, released) = (slow_called.clone(), release.clone());
+    let slow = warp::path!("slow").then(move || {
+        let (calling, released) = (calling.clone(), released.clone());
+        async move {
+            calling.notify_one();
+            released.notified().await;
+            Response::new("slow".into())
+        }
     });
     let big = warp::path!("big").map(|| Response::new("#".repeat(BIG).into()));
     let read = warp::path!("read")
@@ -97,7 +111,7 @@ fn start_with(limits: Limits) -> Running {
     let mut registry = Registry::default();
     let metrics = Metrics::register(&mut registry).listener("test");
     let done = tokio::spawn(serve(listener, warp::service(routes), limits, metrics, stop.clone()));
-    Running { address, stop, done, asked, registry }
+    Running { address, stop, done, asked, slow: slow_called, release, registry }
 }
 
 async fn send(address: SocketAddr, bytes: &[u8]) -> TcpStream {
@@ -114,58 +128,61 @@ async fn rest(mut socket: TcpStream) -> String {
 }
 
 #[tokio::test]
-async fn an_unfinished_head_is_cut_and_a_slow_handler_is_not() {
+async fn an_unfinished_head_times_out_and_a_slow_handler_does_not() {
     let server = start();
-    let began = Instant::now();
+    let slow = send(server.address, b"GET /slow HTTP/1.1\r\nHost: a\r\n\r\n").await;
+    soon("the slow handler", server.slow.notified()).await;
     let half = rest(send(server.address, b"GET /hello HTTP/1.1\r\nHo").await);
     let silent = rest(send(server.address, b"").await);
-    let (half, silent) = tokio::join!(half, silent);
+    let (half, silent) = soon("both time out", async { tokio::join!(half, silent) }).await;
     assert_eq!((half.as_str(), silent.as_str()), ("", ""));
-    assert!(began.elapsed() < Duration::from_secs(5));
-    let slow = rest(send(server.address, b"GET /slow HTTP/1.1\r\nHost: a\r\n\r\n").await).await;
+    server.release.notify_one();
+    let slow = soon("the slow answer", rest(slow)).await;
     assert!(slow.ends_with("slow"), "{slow}");
 }
 
 #[tokio::test]
 async fn a_trickled_head_gets_no_extension() {
     let server = start();
-    let mut socket = send(server.address, b"GET /hello HTTP/1.1\r\n").await;
-    for _ in 0..100 {
-        sleep(Duration::from_millis(20)).await;
-        if socket.write_all(b"a: b\r\n").await.is_err() {
-            return;
-        }
-    }
-    panic!("still open after two seconds of trickling");
+    let socket = send(server.address, b"GET /hello HTTP/1.1\r\n").await;
+    until("the trickled head times out", || async {
+        let _ = socket.try_write(b"a: b\r\n");
+        server.closed("slow_head") > 0
+    })
+    .await;
 }
 
 #[tokio::test]
-async fn an_idle_connection_lives_longer_than_a_head_may_take_and_then_ends() {
-    let server = start();
-    let mut socket = send(server.address, b"GET /hello HTTP/1.1\r\nHost: a\r\n\r\n").await;
-    sleep(Duration::from_millis(250)).await;
-    socket.write_all(b"GET /hello HTTP/1.1\r\nHost: a\r\n\r\n").await.unwrap();
-    let text = rest(socket).await;
-    assert_eq!(text.matches("hello").count(), 2, "{text}");
+async fn an_idle_connection_is_not_closed_by_the_head_limit() {
+    let server = start_with(Limits { idle: NEVER, ..limits() });
+    let mut socket = send(server.address, HELLO).await;
+    assert_eq!(answer(&mut socket).await.1, "hello");
+    server.head_limit_passes().await;
+    socket.write_all(HELLO).await.unwrap();
+    assert_eq!(answer(&mut socket).await.1, "hello");
 }
 
 #[tokio::test]
-async fn a_peer_that_takes_nothing_is_cut() {
+async fn a_peer_that_accepts_no_bytes_is_disconnected() {
     let server = start();
     let socket = send(server.address, b"GET /big HTTP/1.1\r\nHost: a\r\n\r\n").await;
-    sleep(Duration::from_secs(1)).await;
+    server.until_closed("slow_reader").await;
     assert!(rest(socket).await.len() < BIG);
 }
 
 #[tokio::test]
-async fn a_socket_is_handed_over_after_what_came_before_it() {
+async fn a_socket_is_handed_off_after_earlier_answers() {
     let server = start();
+    server.release.notify_one();
     let pipelined = b"GET /slow HTTP/1.1\r\nHost: a\r\n\r\nGET /hello HTTP/1.1\r\nHost: a\r\n\r\nGET /take HTTP/1.1\r\nHost: a\r\n\r\n";
     let mut socket = send(server.address, pipelined).await;
-    sleep(Duration::from_millis(500)).await;
+    let mut text = Vec::new();
+    while !text.ends_with(b"taken") {
+        assert!(soon("the handoff", socket.read_buf(&mut text)).await.unwrap() > 0);
+    }
     socket.write_all(b" later").await.unwrap();
     socket.shutdown().await.unwrap();
-    let text = rest(socket).await;
+    let text = String::from_utf8(text).unwrap() + &rest(socket).await;
     let places: Vec<_> = ["slow", "hello", "taken later"].iter().map(|part| text.find(part)).collect();
     assert!(places.iter().all(Option::is_some) && places.is_sorted(), "{text}");
     assert!(text.ends_with("taken later"), "{text}");
@@ -197,7 +214,7 @@ async fn garbage_ends_one_connection_and_nothing_else() {
 }
 
 #[tokio::test]
-async fn connections_beyond_the_limit_wait_for_a_place() {
+async fn connections_beyond_the_limit_wait() {
     let server = start();
     let mut idle = Vec::new();
     for _ in 0..limits().connections {
@@ -208,11 +225,12 @@ async fn connections_beyond_the_limit_wait_for_a_place() {
 }
 
 #[tokio::test]
-async fn a_stop_lets_a_request_finish_and_takes_no_more() {
-    let server = start();
+async fn a_stop_lets_a_request_finish_and_accepts_no_more() {
+    let server = start_with(Limits { stop: NEVER, ..limits() });
     let socket = send(server.address, b"GET /slow HTTP/1.1\r\nHost: a\r\n\r\n").await;
-    sleep(Duration::from_millis(100)).await;
+    soon("the slow handler", server.slow.notified()).await;
     server.stop.cancel();
+    server.release.notify_one();
     let text = rest(socket).await;
     assert!(text.ends_with("slow"), "{text}");
     server.done.await.unwrap();
@@ -238,7 +256,7 @@ async fn answer(socket: &mut TcpStream) -> (String, String) {
 const HELLO: &[u8] = b"GET /hello HTTP/1.1\r\nHost: a\r\n\r\n";
 
 #[tokio::test]
-async fn half_of_a_pipelined_head_has_the_time_of_a_head() {
+async fn a_pipelined_partial_head_has_the_head_limit() {
     let whole: [&[u8]; 4] = [
         HELLO,
         b"POST /read HTTP/1.1\r\nHost: a\r\nContent-Length: 4\r\n\r\nbody",
@@ -264,7 +282,7 @@ async fn half_of_a_pipelined_head_has_the_time_of_a_head() {
 }
 
 #[tokio::test]
-async fn half_a_head_that_came_while_a_request_was_served_is_one() {
+async fn a_partial_head_that_arrives_while_serving_has_the_head_limit() {
     let server = start_with(Limits { head: Duration::from_millis(500), idle: NEVER, ..limits() });
     let mut socket =
         send(server.address, b"POST /hello HTTP/1.1\r\nHost: a\r\nContent-Length: 4\r\n\r\n").await;
@@ -276,16 +294,15 @@ async fn half_a_head_that_came_while_a_request_was_served_is_one() {
 }
 
 #[tokio::test]
-async fn a_head_has_its_time_after_the_answer_before_it() {
+async fn a_head_limit_begins_after_the_previous_answer() {
     let server =
         start_with(Limits { head: Duration::from_millis(500), write: NEVER, idle: NEVER, ..limits() });
     let mut socket = send(server.address, b"GET /big HTTP/1.1\r\nHost: a\r\n\r\n").await;
     let mut text = vec![0; 1_000];
     socket.read_exact(&mut text).await.unwrap();
-    // It waits in our buffer or the kernel's while the answer is stuck for as long as the head of another connection may take.
+    // It waits in a buffer while the answer is blocked for longer than the head limit.
     socket.write_all(HELLO).await.unwrap();
-    soon("the other connection is cut", rest(send(server.address, b"GET /he").await)).await;
-    assert_eq!(server.closed("slow_head"), 1);
+    server.head_limit_passes().await;
     while !text.ends_with(b"hello") {
         assert!(
             soon("the answers", socket.read_buf(&mut text)).await.unwrap() > 0,
@@ -296,7 +313,7 @@ async fn a_head_has_its_time_after_the_answer_before_it() {
 }
 
 #[tokio::test]
-async fn a_body_that_nobody_wants_is_read_and_the_connection_goes_on() {
+async fn an_unwanted_body_is_read_and_the_connection_stays() {
     let server = start_with(Limits { idle: NEVER, ..limits() });
     let bodies: [(&str, &[u8]); 3] = [
         ("Content-Length: 4", b"body"),
@@ -319,14 +336,14 @@ async fn a_body_that_nobody_wants_is_read_and_the_connection_goes_on() {
 }
 
 #[tokio::test]
-async fn an_answer_before_the_end_of_a_body_says_close() {
+async fn an_answer_before_the_end_of_the_body_closes() {
     let server = start_with(Limits { idle: NEVER, ..limits() });
     let bodies = [
         "Content-Length: 9000000\r\n\r\n",
         "Content-Length: 4\r\n\r\nbo",
         "Transfer-Encoding: chunked\r\n\r\n4\r\nbody\r\n",
         "Transfer-Encoding: chunked\r\n\r\nzz\r\n",
-        // Told to go on, the client would send what nobody wants.
+        // With 100 Continue, the client would send an unwanted body.
         "Expect: 100-continue\r\nContent-Length: 4\r\n\r\n",
     ];
     for body in bodies {
@@ -339,7 +356,7 @@ async fn an_answer_before_the_end_of_a_body_says_close() {
 }
 
 #[tokio::test]
-async fn a_client_that_waits_for_continue_is_told_to_go_on() {
+async fn a_client_that_expects_continue_gets_it() {
     let server = start();
     let head = b"POST /read HTTP/1.1\r\nHost: a\r\nExpect: 100-continue\r\nContent-Length: 4\r\n\r\n";
     let mut socket = send(server.address, head).await;
@@ -350,7 +367,7 @@ async fn a_client_that_waits_for_continue_is_told_to_go_on() {
 }
 
 #[tokio::test]
-async fn malformed_heads_are_refused_and_the_connection_goes_on() {
+async fn malformed_heads_are_rejected_and_the_connection_stays() {
     let server = start();
     for (request, code) in [
         ("GET foo HTTP/1.1\r\nHost: a\r\n\r\n", "bad_target"),
@@ -397,7 +414,7 @@ async fn a_handler_that_panics_is_answered_500_and_counted() {
 }
 
 #[tokio::test]
-async fn a_full_listener_takes_the_place_of_its_longest_idle_connection() {
+async fn a_full_listener_closes_its_longest_idle_connection() {
     let server = start_with(Limits { connections: 2, idle: NEVER, head: NEVER, ..limits() });
     let mut idle = Vec::new();
     for _ in 0..2 {
@@ -409,13 +426,13 @@ async fn a_full_listener_takes_the_place_of_its_longest_idle_connection() {
     assert_eq!(answer(&mut new).await.1, "hello");
     let [first, mut second] = idle.try_into().unwrap();
     assert_eq!(soon("the longest idle one ends", rest(first)).await, "");
-    server.until_cut("made_room").await;
+    server.until_closed("made_room").await;
     second.write_all(HELLO).await.unwrap();
     assert_eq!(answer(&mut second).await.1, "hello");
 }
 
 #[tokio::test]
-async fn a_full_listener_takes_the_next_place_that_becomes_idle() {
+async fn a_full_listener_closes_the_next_connection_that_idles() {
     let server = start_with(Limits { connections: 1, idle: NEVER, head: NEVER, ..limits() });
     let mut busy = send(server.address, b"POST /read HTTP/1.1\r\nHost: a\r\nContent-Length: 1\r\n\r\n").await;
     let mut waiting = send(server.address, HELLO).await;
@@ -425,7 +442,7 @@ async fn a_full_listener_takes_the_next_place_that_becomes_idle() {
 }
 
 #[tokio::test]
-async fn an_address_over_its_bound_is_closed_and_a_proxy_is_not() {
+async fn an_address_over_its_limit_is_closed_and_a_proxy_is_not() {
     let bounded = Limits { per_address: 2, head: NEVER, idle: NEVER, ..limits() };
     let server = start_with(bounded.clone());
     let mut held = Vec::new();
@@ -434,7 +451,7 @@ async fn an_address_over_its_bound_is_closed_and_a_proxy_is_not() {
     }
     let over = send(server.address, b"").await;
     assert_eq!(soon("the end", rest(over)).await, "");
-    server.until_cut("address_limit").await;
+    server.until_closed("address_limit").await;
     held[0].write_all(b"Host: a\r\n\r\n").await.unwrap();
     assert_eq!(answer(&mut held[0]).await.1, "hello");
     // Its own idle connection makes room.

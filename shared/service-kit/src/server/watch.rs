@@ -1,4 +1,4 @@
-//! What is seen of one connection from between hyper and its socket: which phase it is in, and which deadline runs.
+//! Observes a connection between hyper and its socket: its phase, and which deadline applies.
 
 use std::{
     pin::Pin,
@@ -18,15 +18,15 @@ use super::{Limits, Ticket, connections::Connections, lock};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Phase {
-    /// Nothing of a next request was seen.
+    /// No byte of a next request has arrived.
     Idle,
     /// A request head has begun.
     Head,
-    /// A handler has the request; it bounds its own time.
+    /// A handler has the request and bounds its own time.
     Serving,
     /// Hyper has the whole answer and writes it.
     Flushing,
-    /// All is said. What the client still sends is thrown away, so that the kernel does not reset what it has not read yet.
+    /// Everything is written. Input is discarded, because closing with unread input would reset the connection.
     Closing,
 }
 
@@ -43,22 +43,21 @@ pub(super) struct Watch {
 struct Notes {
     phase: Phase,
     since: Instant,
-    /// Since when the peer takes nothing of what we write.
+    /// Since when the peer accepts no bytes.
     blocked: Option<Instant>,
-    /// How often everything that hyper had to send was sent.
+    /// How often hyper flushed everything.
     flushes: u64,
-    /// The wish for a handoff, and `flushes` when it was made.
+    /// The requested handoff, and `flushes` at that time.
     ticket: Option<(Ticket, u64)>,
-    /// The last bytes that came.
+    /// The last bytes that arrived.
     read: Tail,
-    /// The last bytes of the request that was answered: if other ones came after them, hyper has them in its buffer.
+    /// The last bytes of the answered request: if others arrived after them, hyper has those in its buffer.
     answered: Tail,
 }
 
 impl Default for Notes {
     fn default() -> Self {
         Self {
-            // A new connection owes us a head immediately, so it starts there.
             phase: Phase::Head,
             since: Instant::now(),
             blocked: None,
@@ -75,7 +74,7 @@ impl Watch {
         lock(&self.notes).enter(phase);
     }
 
-    /// The request that ends like this has its answer.
+    /// The request with these last bytes was answered.
     pub(super) fn answered(&self, request: Tail) {
         lock(&self.notes).answered = request;
     }
@@ -86,8 +85,8 @@ impl Watch {
         notes.ticket = Some((ticket, flushes));
     }
 
-    /// `into_parts` forgets what hyper has not sent yet, so an earlier answer on this connection must be out first. Hyper
-    /// flushes at the end of each poll: one flush after the wish means that nothing is left.
+    /// `into_parts` discards what hyper has not sent, so earlier answers must be sent first. Hyper flushes at the end of each poll:
+    /// after one flush nothing is left.
     pub(super) fn may_hand_off(&self) -> bool {
         let notes = lock(&self.notes);
         notes.ticket.as_ref().is_some_and(|(_, before)| notes.flushes > *before)
@@ -102,7 +101,7 @@ impl Watch {
         (notes.phase == Phase::Idle).then_some(notes.since)
     }
 
-    /// When the connection is cut, and the reason as a metric names it.
+    /// When the connection is closed, and the reason for the metric.
     pub(super) fn deadline(&self, limits: &Limits) -> Option<(Instant, &'static str)> {
         let notes = lock(&self.notes);
         if let Some(blocked) = notes.blocked {

@@ -1,4 +1,4 @@
-//! Which trace something belongs to, and the span that it hangs below: `traceparent` of W3C Trace Context, version 00.
+//! The `traceparent` of W3C Trace Context, version 00.
 
 use std::{fmt, str::FromStr};
 
@@ -17,10 +17,10 @@ pub struct TraceContext {
 
 #[derive(Debug, PartialEq, Eq, Error)]
 #[error("a traceparent has the form 00-<32 hex digits>-<16 hex digits>-<2 hex digits>, neither id all zeros")]
-pub struct NotATraceContext;
+pub struct InvalidTraceContext;
 
 impl TraceContext {
-    /// A new span of this trace, which is recorded.
+    /// A new, sampled span of this trace.
     pub(super) fn sampled(trace: u128) -> Self {
         Self { trace, span: rand::random_range(1..=u64::MAX), flags: SAMPLED }
     }
@@ -29,12 +29,11 @@ impl TraceContext {
         self.flags & SAMPLED != 0
     }
 
-    /// The same, for whoever must not record it.
     pub(super) fn unsampled(self) -> Self {
         Self { flags: self.flags & !SAMPLED, ..self }
     }
 
-    /// As collectors and logs write it.
+    /// As hex digits.
     pub fn trace_id(self) -> String {
         format!("{:032x}", self.trace)
     }
@@ -47,9 +46,9 @@ impl fmt::Display for TraceContext {
 }
 
 impl FromStr for TraceContext {
-    type Err = NotATraceContext;
+    type Err = InvalidTraceContext;
 
-    fn from_str(text: &str) -> Result<Self, NotATraceContext> {
+    fn from_str(text: &str) -> Result<Self, InvalidTraceContext> {
         let hex = |part: &str, length| {
             part.len() == length && part.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'))
         };
@@ -57,17 +56,17 @@ impl FromStr for TraceContext {
         let (Some("00"), Some(trace), Some(span), Some(flags), None) =
             (parts.next(), parts.next(), parts.next(), parts.next(), parts.next())
         else {
-            return Err(NotATraceContext);
+            return Err(InvalidTraceContext);
         };
         if !(hex(trace, 32) && hex(span, 16) && hex(flags, 2)) {
-            return Err(NotATraceContext);
+            return Err(InvalidTraceContext);
         }
         let context = Self {
-            trace: u128::from_str_radix(trace, 16).map_err(|_| NotATraceContext)?,
-            span: u64::from_str_radix(span, 16).map_err(|_| NotATraceContext)?,
-            flags: u8::from_str_radix(flags, 16).map_err(|_| NotATraceContext)?,
+            trace: u128::from_str_radix(trace, 16).map_err(|_| InvalidTraceContext)?,
+            span: u64::from_str_radix(span, 16).map_err(|_| InvalidTraceContext)?,
+            flags: u8::from_str_radix(flags, 16).map_err(|_| InvalidTraceContext)?,
         };
-        if context.trace == 0 || context.span == 0 { Err(NotATraceContext) } else { Ok(context) }
+        if context.trace == 0 || context.span == 0 { Err(InvalidTraceContext) } else { Ok(context) }
     }
 }
 
@@ -76,7 +75,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_well_formed_traceparent_is_kept_as_it_is() {
+    fn a_well_formed_traceparent_round_trips() {
         for (text, sampled) in [
             ("00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01", true),
             ("00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-00", false),
@@ -88,7 +87,7 @@ mod tests {
     }
 
     #[test]
-    fn anything_else_is_none() {
+    fn a_malformed_traceparent_is_rejected() {
         for bad in [
             "",
             "00",
@@ -99,7 +98,7 @@ mod tests {
             "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01-x",
             "00-+af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01",
         ] {
-            assert_eq!(bad.parse::<TraceContext>(), Err(NotATraceContext), "{bad}");
+            assert_eq!(bad.parse::<TraceContext>(), Err(InvalidTraceContext), "{bad}");
         }
     }
 }

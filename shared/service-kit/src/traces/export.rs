@@ -1,5 +1,5 @@
-//! Spans to the collector: OTLP over HTTP, protobuf, a batch a second. Best effort: what a collector does not take at once is
-//! dropped and counted, and a log line says so once in a while.
+//! Exports spans by OTLP over HTTP with protobuf, a batch per second. Best effort: spans that the collector does not accept are
+//! dropped and counted, and a log line says so at most once a minute.
 
 use std::time::Duration;
 
@@ -20,16 +20,16 @@ use tokio_util::sync::CancellationToken;
 use super::{Metrics, Settings, attribute};
 use crate::outbound::Outbound;
 
-/// For one batch to be taken, from connecting to the answer's end.
+/// For one batch, from connecting to the end of the answer.
 pub(super) const TIMEOUT: Duration = Duration::from_secs(10);
 /// Spans in one batch.
 const BATCH: usize = 512;
 /// How long the first span of a batch waits for others.
 const GATHER: Duration = Duration::from_secs(1);
-/// A collector that is away stays away for a while; its log line does not say so every second.
-const TOLD_EVERY: Duration = Duration::from_secs(60);
+/// Between two log lines about failures.
+const LOG_INTERVAL: Duration = Duration::from_secs(60);
 
-/// The task that sends spans; without a collector it has nothing to do.
+/// The task that exports spans; idle without a collector.
 pub struct Exporter(Option<Sending>);
 
 struct Sending {
@@ -40,8 +40,8 @@ struct Sending {
     resource: Resource,
     scope: InstrumentationScope,
     metrics: Metrics,
-    told: Option<Instant>,
-    untold: u64,
+    logged_at: Option<Instant>,
+    unlogged: u64,
 }
 
 impl Exporter {
@@ -77,12 +77,27 @@ impl Exporter {
             ..InstrumentationScope::default()
         };
         let collector = endpoint.authority().map_or("", |authority| authority.as_str());
-        tracing::info!(collector, ratio = settings.ratio, most_per_second = settings.per_second, "tracing");
-        let (told, untold) = (None, 0);
-        Self(Some(Sending { queue, outbound, endpoint, headers, resource, scope, metrics, told, untold }))
+        tracing::info!(
+            collector,
+            ratio = settings.ratio,
+            most_per_second = settings.per_second,
+            "trace export enabled"
+        );
+        let (logged_at, unlogged) = (None, 0);
+        Self(Some(Sending {
+            queue,
+            outbound,
+            endpoint,
+            headers,
+            resource,
+            scope,
+            metrics,
+            logged_at,
+            unlogged,
+        }))
     }
 
-    /// Runs until `stop`, then sends what is still queued. How long that may take is the caller's to bound.
+    /// Runs until `stop`, then exports the rest of the queue; the caller bounds how long that may take.
     pub async fn run(self, stop: CancellationToken) {
         if let Some(mut sending) = self.0 {
             loop {
@@ -98,7 +113,7 @@ impl Exporter {
 }
 
 impl Sending {
-    /// Waits for spans, and a moment for more. None: stopped, and nothing is left.
+    /// The next batch. Empty: stopped, and nothing is left.
     async fn gather(&mut self, stop: &CancellationToken) -> Vec<Span> {
         let mut batch = Vec::new();
         let mut until = None;
@@ -126,14 +141,14 @@ impl Sending {
                 let refused = u64::try_from(refused).unwrap_or(0).min(count);
                 self.metrics.exported_spans.inc_by(count - refused);
                 if refused > 0 {
-                    self.tell(refused, "refused", "it refused some of them");
+                    self.count_dropped(refused, "refused", "it rejected some of them");
                 }
             }
-            Err(error) => self.tell(count, "failed", &error),
+            Err(error) => self.count_dropped(count, "failed", &error),
         }
     }
 
-    /// How many of them the collector says it refused.
+    /// How many spans the collector rejected.
     async fn send(&self, spans: Vec<Span>) -> Result<i64, String> {
         let scope_spans = ScopeSpans { scope: Some(self.scope.clone()), spans, schema_url: String::new() };
         let resource_spans = ResourceSpans {
@@ -147,19 +162,19 @@ impl Sending {
         *request.headers_mut() = self.headers.clone();
         let answer = self.outbound.send(request).await.map_err(|error| error.to_string())?;
         if !answer.status().is_success() {
-            return Err(format!("it answered {}", answer.status()));
+            return Err(format!("status {}", answer.status()));
         }
-        // One that says nothing of the kind took all.
+        // Without a partial success, all were accepted.
         let answer = ExportTraceServiceResponse::decode(&answer.body()[..]).unwrap_or_default();
         Ok(answer.partial_success.map_or(0, |partial| partial.rejected_spans))
     }
 
-    fn tell(&mut self, spans: u64, reason: &'static str, error: &str) {
+    fn count_dropped(&mut self, spans: u64, reason: &'static str, error: &str) {
         self.metrics.drop(spans, reason);
-        self.untold += spans;
-        if self.told.is_none_or(|told| told.elapsed() > TOLD_EVERY) {
-            tracing::warn!(spans = self.untold, error, "the collector did not take spans; they are dropped");
-            (self.told, self.untold) = (Some(Instant::now()), 0);
+        self.unlogged += spans;
+        if self.logged_at.is_none_or(|at| at.elapsed() > LOG_INTERVAL) {
+            tracing::warn!(spans = self.unlogged, error, "trace export failed; spans are dropped");
+            (self.logged_at, self.unlogged) = (Some(Instant::now()), 0);
         }
     }
 }

@@ -1,4 +1,4 @@
-//! Where spans go, and how many are made: by the names of the OpenTelemetry specification where it has one.
+//! Settings of tracing, by the names of the OpenTelemetry specification where it has one.
 
 use std::num::NonZeroU32;
 
@@ -6,13 +6,12 @@ use http::{HeaderMap, HeaderName, HeaderValue, Uri};
 
 use crate::config::Problems;
 
-/// As given.
 pub struct Texts<'a> {
     /// `OTEL_EXPORTER_OTLP_ENDPOINT`
     pub endpoint: &'a str,
     /// `OTEL_EXPORTER_OTLP_HEADERS`
     pub headers: &'a str,
-    /// `OTEL_TRACES_SAMPLER_ARG`. None: this service begins no trace by itself.
+    /// `OTEL_TRACES_SAMPLER_ARG`. None: this service begins no traces.
     pub ratio: Option<&'a str>,
     /// `TRACES_PER_SECOND`
     pub per_second: &'a str,
@@ -21,15 +20,15 @@ pub struct Texts<'a> {
 #[derive(Debug, Clone)]
 pub struct Settings {
     pub(super) endpoint: Uri,
-    /// May hold a secret; none is shown.
+    /// May hold a secret, so they are marked sensitive.
     pub(super) headers: HeaderMap,
-    /// Of the traces that begin here, from 0 to 1.
+    /// Of the traces that begin here; from 0 to 1.
     pub(super) ratio: f64,
     pub(super) per_second: NonZeroU32,
 }
 
 impl Settings {
-    /// `Some(None)`: no endpoint, so nothing is traced. All texts are checked in any case.
+    /// `Some(None)`: tracing is off. All settings are validated in any case.
     pub fn read(problems: &mut Problems, texts: &Texts) -> Option<Option<Self>> {
         let headers = headers(texts.headers);
         if headers.is_none() {
@@ -59,7 +58,7 @@ impl Settings {
     }
 }
 
-/// The collector's address with the path for traces behind it, as the specification has it.
+/// The address of the collector with the path for traces.
 fn endpoint(text: &str) -> Option<Uri> {
     let uri: Uri = format!("{}/v1/traces", text.trim_end_matches('/')).parse().ok()?;
     let plain = uri.query().is_none() && !uri.authority()?.as_str().contains('@');
@@ -91,12 +90,12 @@ mod tests {
     }
 
     #[test]
-    fn without_an_endpoint_nothing_is_traced() {
+    fn without_an_endpoint_tracing_is_off() {
         assert!(read(&OFF).unwrap().is_none());
     }
 
     #[test]
-    fn the_path_for_traces_is_added_and_headers_are_decoded() {
+    fn the_traces_path_is_added_and_headers_are_decoded() {
         for given in ["http://collector:4318", "http://collector:4318/"] {
             let headers = "Authorization=Basic%20YTpi, x-scope=a";
             let settings = read(&Texts { endpoint: given, headers, ..OFF }).unwrap().unwrap();
@@ -108,7 +107,7 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_is_said_and_no_secret_is_repeated() {
+    fn invalid_settings_are_reported_without_secrets() {
         let bad = [
             ("OTEL_EXPORTER_OTLP_ENDPOINT", Texts { endpoint: "collector:4318", ..OFF }),
             ("OTEL_EXPORTER_OTLP_ENDPOINT", Texts { endpoint: "grpc://collector", ..OFF }),

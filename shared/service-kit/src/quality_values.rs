@@ -1,22 +1,21 @@
-//! Headers that list what a client accepts or knows, each entry with parameters: `Accept`, `Accept-Encoding`, `If-None-Match`
-//! (RFC 9110, 5.6.1, 12.4.2). Pure.
+//! List headers whose entries have parameters: `Accept`, `Accept-Encoding`, `If-None-Match` (RFC 9110, 5.6.1, 12.4.2).
 
 use std::ops::ControlFlow;
 
 use http::{HeaderMap, HeaderName};
 
-/// The weight, in thousandths, that the header gives this type or coding. `None`: it is not named. `Some(0)`: it is refused.
+/// The quality value of a type or coding in thousandths. `None`: it is not listed. `Some(0)`: it is not acceptable.
 pub fn weight(headers: &HeaderMap, name: HeaderName, wanted: &str) -> Option<u16> {
     let named = |entry: &str| {
         let mut parts = split(entry, ';');
         parts.next().filter(|name| name.eq_ignore_ascii_case(wanted))?;
         Some(parts.find_map(quality).unwrap_or(1_000))
     };
-    // Named twice, with weights that contradict each other, it is wanted rather than not.
+    // If it is listed twice, the higher value counts.
     entries(headers, name).filter_map(named).max()
 }
 
-/// All entries of a header's lists, without the white space around them. A value that is no text is as if absent.
+/// All entries of the header, trimmed. A value that is not text is ignored.
 pub fn entries(headers: &HeaderMap, name: HeaderName) -> impl Iterator<Item = &str> {
     let values = headers.get_all(name).iter().filter_map(|value| value.to_str().ok());
     values.flat_map(|value| split(value, ',')).filter(|entry| !entry.is_empty())
@@ -27,7 +26,7 @@ pub fn essence(content_type: &str) -> &str {
     split(content_type, ';').next().unwrap_or_default()
 }
 
-/// Of `q=0.5`. A weight of no known form counts as none.
+/// Parses `q=0.5`. An invalid value is ignored.
 fn quality(parameter: &str) -> Option<u16> {
     let (name, value) = parameter.split_once('=')?;
     let value: f32 = value.trim().parse().ok()?;
@@ -35,7 +34,7 @@ fn quality(parameter: &str) -> Option<u16> {
     weight.then_some((value * 1_000.0) as u16)
 }
 
-/// The parts between separators, but for those in quotes.
+/// Splits at separators outside of quotes.
 fn split(text: &str, separator: char) -> impl Iterator<Item = &str> {
     let mut rest = Some(text);
     std::iter::from_fn(move || {
@@ -76,7 +75,7 @@ mod tests {
     }
 
     #[test]
-    fn weights_are_read_with_their_type() {
+    fn quality_values_are_read_with_their_type() {
         for (accept, expected) in [
             ("text/event-stream", Some(1_000)),
             ("Text/Event-Stream", Some(1_000)),
@@ -113,7 +112,7 @@ mod tests {
     }
 
     #[test]
-    fn parameters_are_no_part_of_a_media_type() {
+    fn media_type_is_read_without_parameters() {
         assert_eq!(essence(" application/json ; charset=utf-8"), "application/json");
         assert_eq!(essence(""), "");
     }
