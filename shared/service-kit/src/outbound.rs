@@ -45,7 +45,7 @@ pub enum OutboundError {
     Connection(String),
 }
 
-#[derive(Clone)]
+#[derive(Debug, Clone)]
 pub struct Outbound {
     client: Client,
     limits: Limits,

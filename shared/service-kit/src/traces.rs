@@ -7,23 +7,22 @@
 
 mod context;
 mod export;
+mod queue;
 mod settings;
 
-use std::{
-    fmt,
-    num::NonZeroU32,
-    sync::Arc,
-    time::{Duration, SystemTime},
-};
+use std::{fmt, num::NonZeroU32, sync::Arc, time::Duration};
 
 use governor::{DefaultDirectRateLimiter, Quota, RateLimiter};
-pub use opentelemetry_proto::tonic::trace::v1::span::SpanKind;
-use opentelemetry_proto::tonic::{
-    common::v1::{AnyValue, KeyValue, any_value::Value},
-    trace::v1::{self as proto, Status, status::StatusCode},
+pub use opentelemetry::trace::SpanKind;
+use opentelemetry::{
+    Context, InstrumentationScope, KeyValue,
+    trace::{Span as _, Status, TraceContextExt as _, Tracer as _, TracerProvider as _},
+};
+use opentelemetry_sdk::trace::{
+    Sampler, SdkTracer, SdkTracerProvider, Span as SdkSpan, SpanLimits, SpanProcessor,
 };
 use prometheus_client::metrics::{counter::Counter, family::Family};
-use tokio::sync::mpsc::{self, error::TrySendError};
+use tokio::sync::mpsc;
 
 pub use self::{
     context::{InvalidTraceContext, TraceContext},
@@ -61,10 +60,9 @@ impl Metrics {
 pub struct Tracer(Option<Arc<Active>>);
 
 struct Active {
-    queue: mpsc::Sender<proto::Span>,
-    metrics: Metrics,
-    /// Traces that begin here are recorded if their id is below this.
-    below: u64,
+    tracer: SdkTracer,
+    /// Of the traces that begin here.
+    ratio: f64,
     own: DefaultDirectRateLimiter,
     /// Traces that clients request have a bound of their own, so that they cannot use up ours.
     requested: DefaultDirectRateLimiter,
@@ -80,44 +78,51 @@ pub fn start(
     metrics: Metrics,
 ) -> std::io::Result<(Tracer, Exporter)> {
     let Some(settings) = settings else { return Ok((Tracer::default(), Exporter::idle())) };
-    let (sender, queue) = mpsc::channel(QUEUE);
-    let tracer = Tracer::new(sender, settings.ratio, settings.per_second, metrics.clone());
+    let (queue, ended) = mpsc::channel(QUEUE);
+    let scope = InstrumentationScope::builder(name).with_version(version).build();
+    let processor = QueueProcessor { queue, metrics: metrics.clone() };
+    let tracer = Tracer::new(processor, scope, settings.ratio, settings.per_second);
     let outbound = Outbound::new(Limits::external(export::TIMEOUT))?;
-    Ok((tracer, Exporter::new(queue, outbound, settings, name, version, metrics)))
+    Ok((tracer, Exporter::new(ended, outbound, settings, name, version, metrics)?))
 }
 
 impl Tracer {
-    fn new(queue: mpsc::Sender<proto::Span>, ratio: f64, per_second: NonZeroU32, metrics: Metrics) -> Self {
+    fn new(
+        processor: impl SpanProcessor + 'static,
+        scope: InstrumentationScope,
+        ratio: f64,
+        per_second: NonZeroU32,
+    ) -> Self {
+        // Explicit, because the SDK would read the environment: whether to record is decided in `begin`.
+        let provider = SdkTracerProvider::builder()
+            .with_span_processor(processor)
+            .with_sampler(Sampler::AlwaysOn)
+            .with_span_limits(SpanLimits::default())
+            .build();
         let bound = || RateLimiter::direct(Quota::per_second(per_second));
-        // The conversion saturates: with a ratio of 1, all ids but one are below.
-        let below = (ratio * 2f64.powi(64)) as u64;
-        Self(Some(Arc::new(Active { queue, metrics, below, own: bound(), requested: bound() })))
+        let tracer = provider.tracer_with_scope(scope);
+        Self(Some(Arc::new(Active { tracer, ratio, own: bound(), requested: bound() })))
     }
 
     /// The first span of a trace in this process. With a sampled parent it records, within the bound; without a parent, a new trace
     /// may begin, as often as configured.
     pub fn begin(&self, given: Option<TraceContext>, name: &'static str, kind: SpanKind) -> Span {
         let Some(active) = &self.0 else { return Span::NONE };
-        let (trace, wanted, bound) = match given {
-            Some(given) => (given.trace, given.is_sampled(), &active.requested),
-            None => {
-                let trace = rand::random_range(1..=u128::MAX);
-                (trace, (trace as u64) < active.below, &active.own)
-            }
+        let (wanted, bound) = match given {
+            Some(given) => (given.is_sampled(), &active.requested),
+            None => (rand::random_bool(active.ratio), &active.own),
         };
         if !wanted || bound.check().is_err() {
             return Span::NONE;
         }
-        let mut span = Span::start(active, trace, given.map(|given| given.span), name, kind);
-        span.set_parent_is_remote(given.is_some());
-        span
+        Span::start(active, given, true, name, kind)
     }
 
     /// A span below one of this process.
     pub fn child(&self, parent: Option<TraceContext>, name: &'static str, kind: SpanKind) -> Span {
         match (&self.0, parent) {
             (Some(active), Some(parent)) if parent.is_sampled() => {
-                Span::start(active, parent.trace, Some(parent.span), name, kind)
+                Span::start(active, Some(parent), false, name, kind)
             }
             _ => Span::NONE,
         }
@@ -134,8 +139,7 @@ impl Tracer {
 pub struct Span(Option<Box<Recording>>);
 
 struct Recording {
-    context: TraceContext,
-    span: proto::Span,
+    span: SdkSpan,
     tracer: Arc<Active>,
 }
 
@@ -143,86 +147,58 @@ impl Span {
     pub const NONE: Self = Self(None);
 
     fn start(
-        tracer: &Arc<Active>,
-        trace: u128,
-        parent: Option<u64>,
+        active: &Arc<Active>,
+        parent: Option<TraceContext>,
+        is_remote: bool,
         name: &'static str,
         kind: SpanKind,
     ) -> Self {
-        let context = TraceContext::sampled(trace);
-        let span = proto::Span {
-            trace_id: context.trace.to_be_bytes().into(),
-            span_id: context.span.to_be_bytes().into(),
-            parent_span_id: parent.map_or_else(Vec::new, |parent| parent.to_be_bytes().into()),
-            name: name.into(),
-            kind: kind.into(),
-            start_time_unix_nano: now(),
-            ..proto::Span::default()
-        };
-        Self(Some(Box::new(Recording { context, span, tracer: tracer.clone() })))
-    }
-
-    fn set_parent_is_remote(&mut self, remote: bool) {
-        if let Some(recording) = &mut self.0 {
-            let known = proto::SpanFlags::ContextHasIsRemoteMask as u32;
-            let remote = if remote { proto::SpanFlags::ContextIsRemoteMask as u32 } else { 0 };
-            recording.span.flags = 1 | known | remote;
+        let mut context = Context::new();
+        if let Some(parent) = parent {
+            context = context.with_remote_span_context(parent.to_span_context(is_remote));
         }
+        let builder = active.tracer.span_builder(name).with_kind(kind);
+        let span = active.tracer.build_with_context(builder, &context);
+        Self(Some(Box::new(Recording { span, tracer: active.clone() })))
     }
 
     /// The context for child spans. `None`: it does not record.
     pub fn context(&self) -> Option<TraceContext> {
-        self.0.as_ref().map(|recording| recording.context)
+        self.0.as_ref().map(|recording| TraceContext::of(recording.span.span_context()))
     }
 
     /// A span below this one.
     pub fn child(&self, name: &'static str, kind: SpanKind) -> Self {
-        let Some(recording) = &self.0 else { return Self::NONE };
-        let TraceContext { trace, span, .. } = recording.context;
-        Self::start(&recording.tracer, trace, Some(span), name, kind)
+        match &self.0 {
+            Some(recording) => Self::start(&recording.tracer, self.context(), false, name, kind),
+            None => Self::NONE,
+        }
     }
 
     pub fn rename(&mut self, name: impl fmt::Display) {
         if let Some(recording) = &mut self.0 {
-            recording.span.name = name.to_string();
+            recording.span.update_name(name.to_string());
         }
     }
 
     pub fn text(&mut self, key: &'static str, value: impl fmt::Display) {
-        if self.0.is_some() {
-            self.attribute(key, Value::StringValue(value.to_string()));
+        if let Some(recording) = &mut self.0 {
+            recording.span.set_attribute(KeyValue::new(key, value.to_string()));
         }
     }
 
     pub fn number(&mut self, key: &'static str, value: u64) {
-        self.attribute(key, Value::IntValue(i64::try_from(value).unwrap_or(i64::MAX)));
-    }
-
-    fn attribute(&mut self, key: &'static str, value: Value) {
         if let Some(recording) = &mut self.0 {
-            recording.span.attributes.push(attribute(key, value));
+            let value = i64::try_from(value).unwrap_or(i64::MAX);
+            recording.span.set_attribute(KeyValue::new(key, value));
         }
     }
 
     /// Marks the span as failed.
     pub fn fail(&mut self, why: impl fmt::Display) {
         if let Some(recording) = &mut self.0 {
-            recording.span.status = Some(Status { code: StatusCode::Error.into(), message: why.to_string() });
+            recording.span.set_status(Status::error(why.to_string()));
         }
-    }
-}
-
-impl Drop for Recording {
-    fn drop(&mut self) {
-        let mut span = std::mem::take(&mut self.span);
-        // The clock may have been set back.
-        span.end_time_unix_nano = now().max(span.start_time_unix_nano);
-        let reason = match self.tracer.queue.try_send(span) {
-            Ok(()) => return,
-            Err(TrySendError::Full(_)) => "queue_full",
-            Err(TrySendError::Closed(_)) => "stopping",
-        };
-        self.tracer.metrics.drop(1, reason);
     }
 }
 
@@ -232,18 +208,10 @@ impl fmt::Debug for Span {
     }
 }
 
-fn attribute(key: &str, value: Value) -> KeyValue {
-    KeyValue { key: key.into(), value: Some(AnyValue { value: Some(value) }), ..KeyValue::default() }
-}
-
-/// Nanoseconds since 1970.
-fn now() -> u64 {
-    let since_1970 = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-    u64::try_from(since_1970.as_nanos()).unwrap_or(u64::MAX)
-}
-
 #[cfg(test)]
 mod tests {
+    use opentelemetry_sdk::trace::SpanData;
+
     use super::*;
 
     const GIVEN: &str = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01";
@@ -252,11 +220,16 @@ mod tests {
         Metrics::default()
     }
 
-    fn tracer(ratio: f64, per_second: u32, queue: usize) -> (Tracer, mpsc::Receiver<proto::Span>, Metrics) {
-        let (sender, ended) = mpsc::channel(queue);
+    fn tracer(ratio: f64, per_second: u32, queue: usize) -> (Tracer, mpsc::Receiver<SpanData>, Metrics) {
+        let (queue, ended) = mpsc::channel(queue);
         let metrics = metrics();
         let per_second = NonZeroU32::new(per_second).unwrap();
-        (Tracer::new(sender, ratio, per_second, metrics.clone()), ended, metrics)
+        let processor = QueueProcessor { queue, metrics: metrics.clone() };
+        (
+            Tracer::new(processor, InstrumentationScope::builder("test").build(), ratio, per_second),
+            ended,
+            metrics,
+        )
     }
 
     fn given() -> Option<TraceContext> {
@@ -284,19 +257,24 @@ mod tests {
         request.number("http.response.status_code", 201);
         drop((publish, commit, request));
         let spans: Vec<_> = std::iter::from_fn(|| ended.try_recv().ok()).collect();
-        let names: Vec<_> = spans.iter().map(|span| span.name.as_str()).collect();
+        let names: Vec<_> = spans.iter().map(|span| &*span.name).collect();
         assert_eq!(names, ["publish", "commit", "POST /api"]);
         for (span, parent) in spans.iter().zip(&spans[1..]) {
-            assert_eq!(span.parent_span_id, parent.span_id);
-            assert!(parent.start_time_unix_nano <= span.start_time_unix_nano);
-            assert!(span.end_time_unix_nano <= parent.end_time_unix_nano);
+            assert_eq!(span.parent_span_id, parent.span_context.span_id());
+            assert!(parent.start_time <= span.start_time);
+            assert!(span.end_time <= parent.end_time);
         }
         let root = &spans[2];
-        assert_eq!(root.parent_span_id, given().unwrap().span.to_be_bytes());
-        assert!(spans.iter().all(|span| span.trace_id == given().unwrap().trace.to_be_bytes()));
+        assert_eq!(root.parent_span_id.to_bytes(), given().unwrap().span.to_be_bytes());
+        assert!(root.parent_span_is_remote && !spans[0].parent_span_is_remote);
+        assert!(
+            spans
+                .iter()
+                .all(|span| span.span_context.trace_id().to_bytes() == given().unwrap().trace.to_be_bytes())
+        );
         let keys: Vec<_> = root.attributes.iter().map(|attribute| attribute.key.as_str()).collect();
         assert_eq!(keys, ["user.id", "http.response.status_code"]);
-        assert_eq!(spans[1].status.as_ref().unwrap().code(), StatusCode::Error);
+        assert!(matches!(spans[1].status, Status::Error { .. }));
     }
 
     #[test]

@@ -2,6 +2,7 @@
 
 use std::{fmt, str::FromStr};
 
+use opentelemetry::trace::{SpanContext, SpanId, TraceFlags, TraceId, TraceState};
 use thiserror::Error;
 
 const SAMPLED: u8 = 1;
@@ -20,9 +21,17 @@ pub struct TraceContext {
 pub struct InvalidTraceContext;
 
 impl TraceContext {
-    /// A new, sampled span of this trace.
-    pub(super) fn sampled(trace: u128) -> Self {
-        Self { trace, span: rand::random_range(1..=u64::MAX), flags: SAMPLED }
+    pub(super) fn of(context: &SpanContext) -> Self {
+        Self {
+            trace: u128::from_be_bytes(context.trace_id().to_bytes()),
+            span: u64::from_be_bytes(context.span_id().to_bytes()),
+            flags: context.trace_flags().to_u8(),
+        }
+    }
+
+    pub(super) fn to_span_context(self, is_remote: bool) -> SpanContext {
+        let (trace, span) = (TraceId::from(self.trace), SpanId::from(self.span));
+        SpanContext::new(trace, span, TraceFlags::new(self.flags), is_remote, TraceState::NONE)
     }
 
     pub fn is_sampled(self) -> bool {

@@ -1,14 +1,25 @@
 //! Exports spans by OTLP over HTTP with protobuf, a batch per second. Best effort: spans that the collector does not accept are
 //! dropped and counted, and a log line says so at most once a minute.
 
-use std::time::Duration;
+use std::{
+    io,
+    sync::{
+        Arc,
+        atomic::{AtomicI64, Ordering},
+    },
+    time::Duration,
+};
 
-use http::{HeaderMap, HeaderValue, Request, Uri, header};
-use opentelemetry_proto::tonic::{
-    collector::trace::v1::{ExportTraceServiceRequest, ExportTraceServiceResponse},
-    common::v1::{InstrumentationScope, any_value::Value},
-    resource::v1::Resource,
-    trace::v1::{ResourceSpans, ScopeSpans, Span},
+use async_trait::async_trait;
+use bytes::Bytes;
+use http::{HeaderMap, Request, Response, header};
+use opentelemetry::KeyValue;
+use opentelemetry_http::{HttpClient, HttpError};
+use opentelemetry_otlp::{Protocol, RetryPolicy, SpanExporter, WithExportConfig as _, WithHttpConfig as _};
+use opentelemetry_proto::tonic::collector::trace::v1::ExportTraceServiceResponse;
+use opentelemetry_sdk::{
+    Resource,
+    trace::{SpanData, SpanExporter as _},
 };
 use prost::Message;
 use tokio::{
@@ -17,7 +28,7 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
-use super::{Metrics, Settings, attribute};
+use super::{Metrics, Settings};
 use crate::outbound::Outbound;
 
 /// For one batch, from connecting to the end of the answer.
@@ -33,15 +44,33 @@ const LOG_INTERVAL: Duration = Duration::from_secs(60);
 pub struct Exporter(Option<Sending>);
 
 struct Sending {
-    queue: mpsc::Receiver<Span>,
-    outbound: Outbound,
-    endpoint: Uri,
-    headers: HeaderMap,
-    resource: Resource,
-    scope: InstrumentationScope,
+    queue: mpsc::Receiver<SpanData>,
+    exporter: SpanExporter,
+    rejected: Arc<AtomicI64>,
     metrics: Metrics,
     logged_at: Option<Instant>,
     unlogged: u64,
+}
+
+/// Sends the requests of the SDK, and reads from the answers how many spans were rejected, which the SDK only logs.
+#[derive(Debug)]
+struct CollectorClient {
+    outbound: Outbound,
+    headers: HeaderMap,
+    rejected: Arc<AtomicI64>,
+}
+
+#[async_trait]
+impl HttpClient for CollectorClient {
+    async fn send_bytes(&self, mut request: Request<Bytes>) -> Result<Response<Bytes>, HttpError> {
+        request.headers_mut().extend(self.headers.clone());
+        let answer = self.outbound.send(request).await?;
+        // Without a partial success, all were accepted.
+        let body = ExportTraceServiceResponse::decode(answer.body().clone()).unwrap_or_default();
+        let rejected = body.partial_success.map_or(0, |partial| partial.rejected_spans);
+        self.rejected.store(rejected, Ordering::Relaxed);
+        Ok(answer)
+    }
 }
 
 impl Exporter {
@@ -50,51 +79,38 @@ impl Exporter {
     }
 
     pub(super) fn new(
-        queue: mpsc::Receiver<Span>,
+        queue: mpsc::Receiver<SpanData>,
         outbound: Outbound,
         settings: Settings,
         name: &'static str,
         version: &'static str,
         metrics: Metrics,
-    ) -> Self {
-        let Settings { endpoint, mut headers, .. } = settings;
-        headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/x-protobuf"));
-        let text = |key, value: &str| attribute(key, Value::StringValue(value.into()));
+    ) -> io::Result<Self> {
+        let Settings { endpoint, mut headers, ratio, per_second } = settings;
+        headers.remove(header::CONTENT_TYPE);
+        let rejected = Arc::new(AtomicI64::new(0));
+        let mut exporter = SpanExporter::builder()
+            .with_http()
+            .with_http_client(CollectorClient { outbound, headers, rejected: rejected.clone() })
+            .with_protocol(Protocol::HttpBinary)
+            .with_endpoint(endpoint.to_string())
+            .with_timeout(TIMEOUT)
+            .with_retry_policy(RetryPolicy::default().with_max_retries(0))
+            .build()
+            .map_err(io::Error::other)?;
         let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
-        let resource = Resource {
-            attributes: vec![
-                text("service.namespace", "messenger"),
-                text("service.name", name),
-                text("service.version", version),
-                text("service.instance.id", &uuid::Uuid::new_v4().to_string()),
-                text("host.name", host.trim()),
-            ],
-            ..Resource::default()
-        };
-        let scope = InstrumentationScope {
-            name: name.into(),
-            version: version.into(),
-            ..InstrumentationScope::default()
-        };
+        let resource = Resource::builder_empty().with_attributes([
+            KeyValue::new("service.namespace", "messenger"),
+            KeyValue::new("service.name", name),
+            KeyValue::new("service.version", version),
+            KeyValue::new("service.instance.id", uuid::Uuid::new_v4().to_string()),
+            KeyValue::new("host.name", host.trim().to_owned()),
+        ]);
+        exporter.set_resource(&resource.build());
         let collector = endpoint.authority().map_or("", |authority| authority.as_str());
-        tracing::info!(
-            collector,
-            ratio = settings.ratio,
-            most_per_second = settings.per_second,
-            "trace export enabled"
-        );
+        tracing::info!(collector, ratio, most_per_second = per_second, "trace export enabled");
         let (logged_at, unlogged) = (None, 0);
-        Self(Some(Sending {
-            queue,
-            outbound,
-            endpoint,
-            headers,
-            resource,
-            scope,
-            metrics,
-            logged_at,
-            unlogged,
-        }))
+        Ok(Self(Some(Sending { queue, exporter, rejected, metrics, logged_at, unlogged })))
     }
 
     /// Runs until `stop`, then exports the rest of the queue; the caller bounds how long that may take.
@@ -114,7 +130,7 @@ impl Exporter {
 
 impl Sending {
     /// The next batch. Empty: stopped, and nothing is left.
-    async fn gather(&mut self, stop: &CancellationToken) -> Vec<Span> {
+    async fn gather(&mut self, stop: &CancellationToken) -> Vec<SpanData> {
         let mut batch = Vec::new();
         let mut until = None;
         while batch.len() < BATCH {
@@ -133,40 +149,17 @@ impl Sending {
         batch
     }
 
-    async fn export(&mut self, spans: Vec<Span>) {
+    async fn export(&mut self, spans: Vec<SpanData>) {
         let count = spans.len() as u64;
-        match self.send(spans).await {
-            Ok(refused) => {
-                // A number from outside.
-                let refused = u64::try_from(refused).unwrap_or(0).min(count);
-                self.metrics.exported_spans.inc_by(count - refused);
-                if refused > 0 {
-                    self.count_dropped(refused, "refused", "it rejected some of them");
-                }
-            }
-            Err(error) => self.count_dropped(count, "failed", &error),
+        if let Err(error) = self.exporter.export(spans).await {
+            return self.count_dropped(count, "failed", &error.to_string());
         }
-    }
-
-    /// How many spans the collector rejected.
-    async fn send(&self, spans: Vec<Span>) -> Result<i64, String> {
-        let scope_spans = ScopeSpans { scope: Some(self.scope.clone()), spans, schema_url: String::new() };
-        let resource_spans = ResourceSpans {
-            resource: Some(self.resource.clone()),
-            scope_spans: vec![scope_spans],
-            schema_url: String::new(),
-        };
-        let body = ExportTraceServiceRequest { resource_spans: vec![resource_spans] }.encode_to_vec();
-        let mut request =
-            Request::post(self.endpoint.clone()).body(body).map_err(|error| error.to_string())?;
-        *request.headers_mut() = self.headers.clone();
-        let answer = self.outbound.send(request).await.map_err(|error| error.to_string())?;
-        if !answer.status().is_success() {
-            return Err(format!("status {}", answer.status()));
+        // Untrusted, so it is bounded.
+        let rejected = u64::try_from(self.rejected.swap(0, Ordering::Relaxed)).unwrap_or(0).min(count);
+        self.metrics.exported_spans.inc_by(count - rejected);
+        if rejected > 0 {
+            self.count_dropped(rejected, "refused", "the collector rejected some of them");
         }
-        // Without a partial success, all were accepted.
-        let answer = ExportTraceServiceResponse::decode(&answer.body()[..]).unwrap_or_default();
-        Ok(answer.partial_success.map_or(0, |partial| partial.rejected_spans))
     }
 
     fn count_dropped(&mut self, spans: u64, reason: &'static str, error: &str) {

@@ -1,0 +1,41 @@
+//! The span processor: a span that ends goes to a bounded queue, and is dropped and counted if that is full.
+
+use std::time::Duration;
+
+use opentelemetry::Context;
+use opentelemetry_sdk::{
+    error::OTelSdkResult,
+    trace::{Span, SpanData, SpanProcessor},
+};
+use tokio::sync::mpsc::{self, error::TrySendError};
+
+use super::Metrics;
+
+#[derive(Debug)]
+pub(super) struct QueueProcessor {
+    pub(super) queue: mpsc::Sender<SpanData>,
+    pub(super) metrics: Metrics,
+}
+
+impl SpanProcessor for QueueProcessor {
+    fn on_start(&self, _: &mut Span, _: &Context) {}
+
+    fn on_end(&self, mut span: SpanData) {
+        // The clock may have been set back.
+        span.end_time = span.end_time.max(span.start_time);
+        match self.queue.try_send(span) {
+            Ok(()) => {}
+            Err(TrySendError::Full(_)) => self.metrics.drop(1, "queue_full"),
+            Err(TrySendError::Closed(_)) => self.metrics.drop(1, "stopping"),
+        }
+    }
+
+    /// The exporter empties the queue.
+    fn force_flush(&self) -> OTelSdkResult {
+        Ok(())
+    }
+
+    fn shutdown_with_timeout(&self, _: Duration) -> OTelSdkResult {
+        Ok(())
+    }
+}
