@@ -197,7 +197,9 @@ impl Keys {
     /// The proofs of those tokens that are good for the stream: one at least. Newer keys are asked for only if none is.
     pub async fn verify(&self, tokens: &[String]) -> Result<Vec<VerifiedToken>, VerifyError> {
         let trusted = match self.ring.current() {
-            None if self.started_at.elapsed() < START_UP => self.ring.wait_for_first(FIRST_KEYS_TIMEOUT).await,
+            None if self.started_at.elapsed() < START_UP => {
+                self.ring.wait_for_first(FIRST_KEYS_TIMEOUT).await
+            }
             current => current,
         };
         let trusted = trusted.ok_or(VerifyError::NoKeys)?;

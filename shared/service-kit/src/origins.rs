@@ -119,7 +119,7 @@ fn not_allowed(origin: &HeaderValue) -> OriginNotAllowed {
     if text.len() <= MAX_REPEATED && text.parse::<Origin>().is_ok_and(|origin| origin.as_str() == text) {
         return OriginNotAllowed::NotListed(text.into());
     }
-    let (shown, more) = match origin.as_bytes().split_at_checked(REPEATED) {
+    let (shown, more) = match origin.as_bytes().split_at_checked(MAX_REPEATED) {
         Some((shown, rest)) if !rest.is_empty() => (shown, "…"),
         _ => (origin.as_bytes(), ""),
     };
@@ -237,7 +237,7 @@ mod tests {
             assert_eq!(told(&[sent]), format!("Origin {shown} is not allowed; {instead}"));
         }
         let long = format!("https://{}.example", "x".repeat(1_000));
-        assert!(told(&[long.as_bytes()]).len() < REPEATED + 100, "it is cut");
+        assert!(told(&[long.as_bytes()]).len() < MAX_REPEATED + 100, "it is cut");
         assert_eq!(told(&[b"https://chat.example", b"null"]), "Two Origin headers are not allowed");
         assert!(told(&[]).starts_with("Origin is missing"));
     }

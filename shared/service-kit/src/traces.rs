@@ -24,6 +24,7 @@ use opentelemetry_sdk::trace::{
 use prometheus_client::metrics::{counter::Counter, family::Family};
 use tokio::sync::mpsc;
 
+use self::queue::QueueProcessor;
 pub use self::{
     context::{InvalidTraceContext, TraceContext},
     export::Exporter,

@@ -251,8 +251,11 @@ async fn an_address_that_opens_too_often_is_told_to_come_back_later() {
 async fn a_silent_redis_neither_keeps_a_head_waiting_nor_lets_everybody_in() {
     const MANY: u64 = 30;
     let setup = Setup::config(|config| {
-        config.opening =
-            Opening { per_user: once(MANY as u32), per_address: Limit::Off, patience: limiter::SHARED_CHECK_TIMEOUT }
+        config.opening = Opening {
+            per_user: once(MANY as u32),
+            per_address: Limit::Off,
+            patience: limiter::SHARED_CHECK_TIMEOUT,
+        }
     });
     let world = setup.start().await;
     world.until_metric("messenger_gateway_rate_limits_shared", 1).await;

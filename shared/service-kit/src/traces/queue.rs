@@ -1,6 +1,6 @@
 //! The span processor: a span that ends goes to a bounded queue, and is dropped and counted if that is full.
 
-use std::time::Duration;
+use std::{fmt, time::Duration};
 
 use opentelemetry::Context;
 use opentelemetry_sdk::{
@@ -11,10 +11,15 @@ use tokio::sync::mpsc::{self, error::TrySendError};
 
 use super::Metrics;
 
-#[derive(Debug)]
 pub(super) struct QueueProcessor {
     pub(super) queue: mpsc::Sender<SpanData>,
     pub(super) metrics: Metrics,
+}
+
+impl fmt::Debug for QueueProcessor {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("QueueProcessor")
+    }
 }
 
 impl SpanProcessor for QueueProcessor {
