@@ -53,7 +53,9 @@ impl<S> Edge<S> {
 
 impl Proxies {
     fn client(&self, peer: SocketAddr, headers: &HeaderMap) -> IpAddr {
-        if self.trusted.is_from_untrusted_proxy(peer.ip(), headers) && !self.has_warned.swap(true, Ordering::Relaxed) {
+        if self.trusted.is_from_untrusted_proxy(peer.ip(), headers)
+            && !self.has_warned.swap(true, Ordering::Relaxed)
+        {
             tracing::warn!(
                 peer = %peer.ip(),
                 "untrusted peer sends X-Forwarded-For; if it is the ingress, add it to TRUSTED_PROXIES: until then all its \
