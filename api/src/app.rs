@@ -218,6 +218,8 @@ fn make_api(
         config.limits.patience,
         metrics.limits.clone(),
     );
+    // Before its worker, which has nothing to do when there are no rules.
+    let limits = http::limits::RequestLimits::new(limiter, &config.limits);
     stages.serving.spawn("shared rate limits", |stop| counter.run(stop));
     let (publisher, worker) = publisher(config.redis, config.channels, tracer.clone(), metrics.clone());
     stages.publishing.spawn("publisher", |stop| worker.run(tasks.clone(), stop));
@@ -243,7 +245,7 @@ fn make_api(
     Ok(Arc::new(Api {
         context,
         auth,
-        limits: http::limits::RequestLimits::new(limiter, &config.limits),
+        limits,
         external,
         dev_login: config.dev_login,
         sign_in,
