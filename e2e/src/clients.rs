@@ -214,7 +214,7 @@ impl ClientProgram {
             "{}: ended: {:?}, its last troubles: {:#?}",
             self.name,
             self.process.ended(),
-            Vec::from_iter(last)
+            last.collect::<Vec<_>>()
         )
     }
 }

@@ -66,18 +66,14 @@ struct StreamTokenAnswer {
 
 pub(super) async fn stream_token(api: Arc<Api>, Caller { actor, expires_at, .. }: Caller, (): ()) -> Answer {
     let database = &api.context.database;
-    let ends_at = match actor.session {
-        Some(id) => {
-            let session =
-                database.run(async |connection| store::find(connection, id, actor.user).await).await?;
-            session.map(|session| session.expires_at)
-        }
+    let ends_at = if let Some(id) = actor.session {
+        let session = database.run(async |connection| store::find(connection, id, actor.user).await).await?;
+        session.map(|session| session.expires_at)
+    } else {
         // The stream of an external token ends with the token.
-        None => {
-            let exists =
-                database.run(async |connection| store::is_live(connection, None, actor.user).await).await?;
-            DateTime::from_timestamp(expires_at, 0).filter(|_| exists)
-        }
+        let exists =
+            database.run(async |connection| store::is_live(connection, None, actor.user).await).await?;
+        DateTime::from_timestamp(expires_at, 0).filter(|_| exists)
     };
     let token = api.auth.issue_for_stream(actor, ends_at.ok_or(ApiError::Unauthorized)?);
     let answer = StreamTokenAnswer { token: token.text, expires_at: token.expires_at };

@@ -255,7 +255,7 @@ async fn server_does_not_start_on_another_schema(pool: PgPool) {
         let listeners = api::app::Listeners::bind(crate::support::anywhere()).unwrap();
         let stop = tokio_util::sync::CancellationToken::new();
         let run = api::app::run(config(options()), listeners, stop);
-        soon("it refuses", run).await.unwrap_err().to_string()
+        soon("it refuses", Box::pin(run)).await.unwrap_err().to_string()
     };
     assert!(refused().await.contains("0 of 1 migrations are applied; run `api migrate`"));
     let (one, other) =

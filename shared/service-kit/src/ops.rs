@@ -121,11 +121,11 @@ fn classic(openmetrics: &str) -> String {
     for line in openmetrics.lines() {
         let described = line.strip_prefix("# ").and_then(|rest| rest.split_once(' '));
         match described.and_then(|(what, rest)| Some((what, rest.split_once(' ')?))) {
-            Some(("UNIT", _)) => continue,
+            Some(("UNIT", _)) => {}
             Some((what, (name, rest))) if counters.contains(name) => {
                 text.extend(["# ", what, " ", name, "_total ", rest, "\n"]);
             }
-            _ if line == "# EOF" => continue,
+            _ if line == "# EOF" => {}
             _ => text.extend([line, "\n"]),
         }
     }

@@ -59,7 +59,8 @@ impl Front {
     }
 
     pub async fn open(self, apis: &[&Service], gateways: &[&Service]) -> Nginx {
-        let public = |services: &[&Service]| Vec::from_iter(services.iter().map(|service| service.public()));
+        let public =
+            |services: &[&Service]| services.iter().map(|service| service.public()).collect::<Vec<_>>();
         self.open_at(&public(apis), &public(gateways)).await
     }
 

@@ -230,11 +230,10 @@ impl Stream {
                         self.fed.push(bytes);
                     }
                 }
-                Some(Err(_)) => return Err(End::Broken),
                 None if self.raw.is_empty() && self.fields.iter().all(Option::is_none) => {
                     return Err(End::Clean);
                 }
-                None => return Err(End::Broken),
+                Some(Err(_)) | None => return Err(End::Broken),
             }
         }
     }
@@ -251,7 +250,7 @@ impl Stream {
         match timeout(PATIENCE, self.event()).await {
             Ok(Ok(event)) => event,
             Ok(Err(end)) => panic!("the stream ended ({end:?}) where an event was due"),
-            Err(_) => panic!("waited {PATIENCE:?} in vain for an event"),
+            Err(elapsed) => panic!("no event within {PATIENCE:?}: {elapsed}"),
         }
     }
 

@@ -76,7 +76,7 @@ const GOODBYE_WITHIN: Millis = 3_000;
 /// The same where the right to be connected has ended: a reader that is stalled must not gain time by it.
 const EXPIRED_WITHIN: Millis = 500;
 const REVOKED_WITHIN: Millis = 1_000;
-/// RedisUpdate taken before sockets and timers get their turn.
+/// Redis updates taken before sockets and timers get their turn.
 const UPDATES_PER_TURN: usize = 512;
 /// The kernel doubles it. Enough for a page of the feed; what does not fit stays in the replay or in Postgres.
 const SEND_BUFFER: usize = 64 * 1024;

@@ -69,7 +69,7 @@ pub struct Streams {
     pub trusted_proxies: TrustedProxies,
     pub max_age: Duration,
     pub new_streams: mpsc::Sender<NewStream>,
-    /// VerifyError streams that are still being said goodbye to; beyond these a goodbye is one write.
+    /// Rejected streams that are still sent their goodbye; beyond these a goodbye is one write.
     pub rejecting: Arc<Semaphore>,
     /// Set when this process parts from its streams.
     pub draining: AtomicBool,

@@ -247,6 +247,7 @@ impl Api {
     }
 
     /// An event that was never committed.
+    #[expect(clippy::unused_self, reason = "events that exist come from this fake, too")]
     pub(crate) fn made_up(&self, seq: Seq) -> Envelope {
         let data = json!({ "n": seq }).to_string();
         envelope(crate::support::EPOCH, &Row { seq, name: event::kind::MESSAGE.into(), data })

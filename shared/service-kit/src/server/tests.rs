@@ -197,13 +197,14 @@ async fn an_unread_big_answer_is_flushed_before_a_handoff() {
     while !text.ends_with(b"taken") {
         assert!(socket.read_buf(&mut text).await.unwrap() > 0, "ended after {} bytes", text.len());
     }
-    assert_eq!(text.iter().filter(|byte| **byte == b'#').count(), BIG);
+    assert_eq!(text.split(|byte| *byte == b'#').count(), BIG + 1);
 }
 
 #[tokio::test]
 async fn garbage_ends_one_connection_and_nothing_else() {
     let server = start();
-    for garbage in [&b"\0\0\0\0\r\n\r\n"[..], b"GET\r\n\r\n", &[b'a'; 100_000], b"GET / HTTP/9.9\r\n\r\n"] {
+    for garbage in [&b"\0\0\0\0\r\n\r\n"[..], b"GET\r\n\r\n", &vec![b'a'; 100_000], b"GET / HTTP/9.9\r\n\r\n"]
+    {
         let text = rest(send(server.address, garbage).await).await;
         assert!(text.is_empty() || text.starts_with("HTTP/1.1 4"), "{text}");
     }
@@ -317,7 +318,7 @@ async fn an_unwanted_body_is_read_and_the_connection_stays() {
     let server = start_with(Limits { idle: NEVER, ..limits() });
     let bodies: [(&str, &[u8]); 3] = [
         ("Content-Length: 4", b"body"),
-        ("Content-Length: 300000", &[b'x'; 300_000]),
+        ("Content-Length: 300000", &vec![b'x'; 300_000]),
         ("Transfer-Encoding: chunked", b"4\r\nbody\r\n0\r\n\r\n"),
     ];
     for (framing, body) in bodies {
