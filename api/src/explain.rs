@@ -7,7 +7,7 @@ use protocol::{
     position::{Epoch, Position, Seq},
 };
 use serde::Serialize;
-use service_kit::explain::{Event, Question, Refusal};
+use service_kit::explain::{Event, ExplainError, ExplainRequest};
 
 use crate::{
     metrics::Metrics,
@@ -42,16 +42,16 @@ pub struct Kept {
 pub async fn explain(
     database: &Database,
     metrics: &Metrics,
-    question: Question,
-) -> Result<Explanation, Refusal> {
-    let Question { user, event } = question;
+    question: ExplainRequest,
+) -> Result<Explanation, ExplainError> {
+    let ExplainRequest { user, event } = question;
     let found = database.run(async |connection| feed::look_up(connection, user, event).await).await;
     let found = found.map_err(|error| {
         tracing::warn!(%error, "explain failed");
-        Refusal(StatusCode::SERVICE_UNAVAILABLE, "Postgres does not answer".into())
+        ExplainError(StatusCode::SERVICE_UNAVAILABLE, "Postgres does not answer".into())
     })?;
     let Some(LookedUp { username, head, first, event: written }) = found else {
-        return Err(Refusal(StatusCode::NOT_FOUND, format!("There is no user {user}")));
+        return Err(ExplainError(StatusCode::NOT_FOUND, format!("There is no user {user}")));
     };
     let mut says = vec![sentence(event, head, first, written.as_ref())];
     if written.is_some() {

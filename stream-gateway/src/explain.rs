@@ -8,7 +8,7 @@ use protocol::{
     position::{Position, Seq},
 };
 use serde::Serialize;
-use service_kit::explain::{Event, Question, Refusal};
+use service_kit::explain::{Event, ExplainError, ExplainRequest};
 use tokio::{
     sync::{mpsc, oneshot},
     time::{Duration, timeout},
@@ -66,18 +66,19 @@ pub struct EndedStream {
 
 pub async fn explain(
     engine: &mpsc::Sender<EngineCommand>,
-    question: Question,
-) -> Result<Explanation, Refusal> {
-    let Question { user, event } = question;
+    question: ExplainRequest,
+) -> Result<Explanation, ExplainError> {
+    let ExplainRequest { user, event } = question;
     let Event::Seq(seq) = event else {
         let sentence = "A gateway knows events by seq; api tells the seq of a message's event";
-        return Err(Refusal(StatusCode::BAD_REQUEST, sentence.into()));
+        return Err(ExplainError(StatusCode::BAD_REQUEST, sentence.into()));
     };
     let (answer, answered) = oneshot::channel();
     let asked = async {
         engine.send(EngineCommand::Explain { user, seq, answer }).await.ok()?;
         answered.await.ok()
     };
-    let busy = || Refusal(StatusCode::SERVICE_UNAVAILABLE, "The delivery thread does not answer now".into());
+    let busy =
+        || ExplainError(StatusCode::SERVICE_UNAVAILABLE, "The delivery thread does not answer now".into());
     timeout(PATIENCE, asked).await.ok().flatten().ok_or_else(busy)
 }

@@ -221,7 +221,7 @@ mod tests {
     }
 
     #[test]
-    fn a_document_of_another_issuer_or_with_unsafe_endpoints_is_not_used() {
+    fn discovery_of_another_issuer_or_unsafe_endpoints_is_rejected() {
         assert!(document(json!({})).is_ok());
         for change in [
             json!({ "issuer": "https://id.example" }),

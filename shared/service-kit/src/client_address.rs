@@ -104,7 +104,7 @@ mod tests {
     fn the_client_is_the_nearest_address_that_is_no_proxy_of_ours() {
         const OURS: &str = "10.0.0.0/8, 127.0.0.1,fd00::/8";
         for (peer, forwarded_for, expected) in [
-            // The peer is no proxy of ours: whatever it says, it is the client.
+            // The peer is not a trusted proxy, so it is the client.
             ("203.0.113.9", &[][..], "203.0.113.9"),
             ("203.0.113.9", &["198.51.100.1"], "203.0.113.9"),
             ("11.0.0.1", &["10.0.0.1"], "11.0.0.1"),

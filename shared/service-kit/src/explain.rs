@@ -1,5 +1,5 @@
-//! `GET /admin/explain?user=&seq=` on the operators' listener of both services: why did this user get this event, or not?
-//! `api` tells what the feed says; a gateway what it has done with it. Ids and times, never a text or a token.
+//! `GET /admin/explain?user=&seq=` on the operations listener of both services: whether and how a user received an event. `api` reports
+//! the feed, a gateway its delivery; only ids and times, never message text or tokens.
 
 use std::{future::Future, str::FromStr};
 
@@ -13,9 +13,9 @@ use protocol::{
     position::Seq,
 };
 
-/// About one event of one user's feed.
+/// One event of one user's feed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Question {
+pub struct ExplainRequest {
     pub user: UserId,
     pub event: Event,
 }
@@ -23,20 +23,20 @@ pub struct Question {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Event {
     Seq(Seq),
-    /// The first one about this message; only `api` can find it.
+    /// The first event of this message; only `api` can find it.
     Message(MessageId),
 }
 
-/// Why there is no explanation, in a sentence.
+/// The status and sentence of a failed request.
 #[derive(Debug)]
-pub struct Refusal(pub StatusCode, pub String);
+pub struct ExplainError(pub StatusCode, pub String);
 
-/// Answers 200 with the explanation as JSON; 400 to what is no question.
+/// Answers 200 with the explanation as JSON, 400 to a malformed request.
 pub fn route<F, E>(
-    explain: impl Fn(Question) -> F + Clone + Send + Sync + 'static,
+    explain: impl Fn(ExplainRequest) -> F + Clone + Send + Sync + 'static,
 ) -> impl Filter<Extract = (impl Reply,), Error = Rejection> + Clone + Send + Sync + 'static
 where
-    F: Future<Output = Result<E, Refusal>> + Send,
+    F: Future<Output = Result<E, ExplainError>> + Send,
     E: Serialize,
 {
     let query = warp::query::raw().or(warp::any().map(String::new)).unify();
@@ -45,19 +45,19 @@ where
         let explain = explain.clone();
         async move {
             let explained = match parse(&query) {
-                Ok(question) => explain(question).await,
-                Err(problem) => Err(Refusal(StatusCode::BAD_REQUEST, problem.into())),
+                Ok(request) => explain(request).await,
+                Err(problem) => Err(ExplainError(StatusCode::BAD_REQUEST, problem.into())),
             };
             match explained {
                 Ok(explanation) => json(&explanation),
-                Err(Refusal(status, sentence)) => plain(status, format!("{sentence}\n")),
+                Err(ExplainError(status, sentence)) => plain(status, format!("{sentence}\n")),
             }
         }
     });
     get.or(path.map(|| not_allowed("GET, HEAD"))).unify()
 }
 
-fn parse(query: &str) -> Result<Question, &'static str> {
+fn parse(query: &str) -> Result<ExplainRequest, &'static str> {
     let (mut user, mut events) = (None, Vec::new());
     for (name, value) in form_urlencoded::parse(query.as_bytes()) {
         match &*name {
@@ -73,7 +73,7 @@ fn parse(query: &str) -> Result<Question, &'static str> {
         }
     }
     match (user, events.as_slice()) {
-        (Some(user), &[event]) => Ok(Question { user, event }),
+        (Some(user), &[event]) => Ok(ExplainRequest { user, event }),
         _ => Err("ask about one user and one event: ?user=<id>&seq=<number>"),
     }
 }
@@ -88,7 +88,7 @@ mod tests {
 
     #[test]
     fn a_question_names_one_user_and_one_event() {
-        let about = |event| Ok(Question { user: UserId(7), event });
+        let about = |event| Ok(ExplainRequest { user: UserId(7), event });
         assert_eq!(parse("user=7&seq=12"), about(Event::Seq(12)));
         assert_eq!(parse("message=5&user=7"), about(Event::Message(MessageId(5))));
         for bad in [

@@ -57,7 +57,7 @@ pub fn ask(ops_listen: &str, probe: Probe) -> Result<String, Unhealthy> {
     }
 }
 
-/// Who listens at every address listens at the loopback too.
+/// A listener on all addresses is reachable at the loopback.
 fn reachable(listening: SocketAddr) -> SocketAddr {
     let ip = match listening.ip() {
         IpAddr::V4(ip) if ip.is_unspecified() => Ipv4Addr::LOCALHOST.into(),

@@ -94,12 +94,12 @@ impl Origins {
     }
 
     /// Answers a preflight. A page that is not ours learns nothing from it.
-    pub fn answer_preflight<B: Default>(&self, methods: &'static str, asked: &HeaderMap) -> Response<B> {
+    pub fn answer_preflight<B: Default>(&self, methods: &'static str, request: &HeaderMap) -> Response<B> {
         let mut answer = Response::new(B::default());
         *answer.status_mut() = StatusCode::NO_CONTENT;
         let headers = answer.headers_mut();
         headers.append(header::VARY, HeaderValue::from_static("Origin"));
-        let Some(page) = self.named(asked) else { return answer };
+        let Some(page) = self.named(request) else { return answer };
         headers.insert(header::ACCESS_CONTROL_ALLOW_ORIGIN, page.clone());
         for (name, value) in [
             (header::ACCESS_CONTROL_ALLOW_CREDENTIALS, "true"),
@@ -180,7 +180,7 @@ mod tests {
     }
 
     #[test]
-    fn a_change_by_cookie_needs_a_page_of_ours_and_a_read_no_other_one() {
+    fn a_change_by_cookie_needs_an_allowed_origin() {
         let (ours, listed, foreign) = (
             ("origin", "https://chat.example"),
             ("origin", "https://shop.example:8443"),

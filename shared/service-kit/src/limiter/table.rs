@@ -1,7 +1,7 @@
-//! What this process has counted, in memory that does not grow. Pure.
+//! The counts of this process, in memory of a fixed size.
 //!
-//! A key has eight places. A new one takes the place of that which owes least, so that a crowd of new addresses pushes out
-//! those that a moment later would be forgotten anyway, and not somebody who is being held back.
+//! A key may be in any of eight entries of its bucket. A new key replaces the entry with the earliest arrival time, so that many new
+//! addresses displace keys that would expire next, and not keys that are limited.
 
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -9,24 +9,24 @@ use governor::{nanos::Nanos, state::StateStore};
 
 const SHARDS: usize = 16;
 const BUCKETS: usize = 1_024;
-const PLACES: usize = 8;
+const ENTRIES: usize = 8;
 
-/// A key's hash, or 0 for nobody; and until when it owes (GCRA's theoretical arrival time).
-type Place = [u64; 2];
-type Bucket = [Place; PLACES];
+/// The hash of a key, or 0 if unused, and its theoretical arrival time (GCRA).
+type Entry = [u64; 2];
+type Bucket = [Entry; ENTRIES];
 
-/// 2 MiB when it has been full, shared by its clones.
+/// At most 2 MiB; clones share it.
 #[derive(Clone)]
 pub(super) struct Table(Arc<[Mutex<Vec<Bucket>>]>);
 
 impl Default for Table {
     fn default() -> Self {
         // Zeroed pages cost nothing until they are used.
-        Self((0..SHARDS).map(|_| Mutex::new(vec![[[0; 2]; PLACES]; BUCKETS])).collect())
+        Self((0..SHARDS).map(|_| Mutex::new(vec![[[0; 2]; ENTRIES]; BUCKETS])).collect())
     }
 }
 
-/// Keys are hashes with a secret of this process: nobody can aim for a place, and two that are equal are one in 2^64.
+/// Keys are hashes with a random key of this process, so that clients cannot choose a bucket; collisions are one in 2^64.
 impl StateStore for Table {
     type Key = u64;
 
@@ -39,12 +39,12 @@ impl StateStore for Table {
         let mut shard = shard.lock().unwrap_or_else(PoisonError::into_inner);
         let bucket = &mut shard[hash as usize / SHARDS % BUCKETS];
         let found = bucket.iter_mut().find(|[present, _]| *present == hash);
-        let (outcome, owes_until) = judge(found.as_ref().map(|[_, owes_until]| Nanos::new(*owes_until)))?;
-        let place = match found {
-            Some(place) => place,
-            None => bucket.iter_mut().min_by_key(|[_, owes_until]| *owes_until).expect("there are eight"),
+        let (outcome, arrival) = judge(found.as_ref().map(|[_, arrival]| Nanos::new(*arrival)))?;
+        let entry = match found {
+            Some(entry) => entry,
+            None => bucket.iter_mut().min_by_key(|[_, arrival]| *arrival).expect("there are eight"),
         };
-        *place = [hash, owes_until.as_u64()];
+        *entry = [hash, arrival.as_u64()];
         Ok(outcome)
     }
 }
