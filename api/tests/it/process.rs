@@ -69,7 +69,7 @@ fn all_configuration_problems_are_reported_together() {
         "LOG_FORMAT",
         "SIGNING_KEY_FILES is not set",
         "GITHUB_CLIENT_ID is not set",
-        "GITHUB_URL cannot be used",
+        "GITHUB_URL is invalid",
         "OIDC_CLIENT_ID is not set",
         "OIDC_CLIENT_SECRET is not set",
         "CALLBACK_TOKEN_IN_QUERY",
