@@ -13,7 +13,7 @@ use crate::{
     metrics::Metrics,
     store::{
         Database,
-        feed::{self, LookedUp, Written},
+        feed::{self, FeedSummary, StoredEvent},
     },
 };
 
@@ -26,7 +26,7 @@ pub struct Explanation {
     pub says: Vec<String>,
     pub feed: Kept,
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub event: Option<Written>,
+    pub event: Option<StoredEvent>,
 }
 
 /// The part of the feed that is kept.
@@ -50,7 +50,7 @@ pub async fn explain(
         tracing::warn!(%error, "explain failed");
         ExplainError(StatusCode::SERVICE_UNAVAILABLE, "Postgres does not answer".into())
     })?;
-    let Some(LookedUp { username, head, first, event: written }) = found else {
+    let Some(FeedSummary { username, head, first, event: written }) = found else {
         return Err(ExplainError(StatusCode::NOT_FOUND, format!("There is no user {user}")));
     };
     let mut says = vec![sentence(event, head, first, written.as_ref())];
@@ -72,9 +72,9 @@ pub async fn explain(
     })
 }
 
-fn sentence(event: Event, head: Position, first: Option<Seq>, written: Option<&Written>) -> String {
+fn sentence(event: Event, head: Position, first: Option<Seq>, written: Option<&StoredEvent>) -> String {
     match (event, written) {
-        (_, Some(Written { seq, name, created_at, .. })) => format!(
+        (_, Some(StoredEvent { seq, name, created_at, .. })) => format!(
             "Event {seq} ({name}) was written at {created_at:?} and is kept: clients with the cursor {} receive it",
             seq - 1,
         ),

@@ -157,7 +157,7 @@ impl External {
             profiles.push(profile.ok_or(ExternalError::Subject)?);
         }
         let subjects: Vec<_> = requested.iter().map(|identity| identity.subject.clone()).collect();
-        let known = async |connection: &mut _| identities::known(connection, issuer, &subjects).await;
+        let known = async |connection: &mut _| identities::find_subjects(connection, issuer, &subjects).await;
         let known = context.database.run(known);
         let known: HashMap<_, _> =
             known.await?.into_iter().map(|known| (known.subject.clone(), known)).collect();

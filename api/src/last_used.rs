@@ -55,7 +55,8 @@ impl LastUsed {
         };
         let mut moved = 0;
         for batch in unwritten.chunks(BATCH) {
-            moved += database.run(async |connection| sessions::used(connection, batch, COARSE).await).await?;
+            moved +=
+                database.run(async |connection| sessions::touch(connection, batch, COARSE).await).await?;
             let mut noted = self.noted();
             for login in batch {
                 if let Some(note) = noted.get_mut(login) {

@@ -13,7 +13,7 @@ use crate::{
         self, Database,
         feed::{self, Keep},
         schema,
-        session::{self, Route, Unfit},
+        session::{self, Route, UnusableDatabase},
     },
 };
 
@@ -48,7 +48,7 @@ pub async fn check_database(postgres: &PgConnectOptions) -> anyhow::Result<bool>
             close(connections).await;
             Ok(true)
         }
-        Ok(Err(Unfit::Store(error))) if store::is_passing(&error) => Ok(false),
+        Ok(Err(UnusableDatabase::Store(error))) if store::is_transient(&error) => Ok(false),
         Ok(Err(error)) => Err(error.into()),
         Err(_) => Ok(false),
     }
@@ -81,7 +81,7 @@ async fn connect(postgres: &PgConnectOptions) -> anyhow::Result<([PgConnection; 
         loop {
             match timeout(CONNECT_TIMEOUT, session::connect(postgres)).await {
                 Ok(Ok(connected)) => return Ok(connected),
-                Ok(Err(Unfit::Store(error))) if store::is_passing(&error) => {
+                Ok(Err(UnusableDatabase::Store(error))) if store::is_transient(&error) => {
                     tracing::warn!(%error, "postgres is unreachable; retrying");
                 }
                 Ok(Err(error)) => return Err(error),

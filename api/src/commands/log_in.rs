@@ -13,7 +13,7 @@ use crate::{
     domain::user::{Profile, User},
     store::{
         StoreError,
-        identities::{self, Arrived, Hash},
+        identities::{self, Hash, Provisioned},
         sessions::{self, Session},
         users,
     },
@@ -56,14 +56,14 @@ pub struct Halves {
 }
 
 /// As the account of this profile: the first of two steps.
-pub async fn arrive(context: &Context, profile: Profile) -> Result<(Arrived, Halves), StoreError> {
+pub async fn arrive(context: &Context, profile: Profile) -> Result<(Provisioned, Halves), StoreError> {
     let halves = Halves { code: secret(), binding: secret() };
     let (code, binding) = (hash(&halves.code), hash(&halves.binding));
     let database = context.database.clone();
     let work = async move {
         database
             .run(async |connection| {
-                identities::arrive(connection, &profile, &code, &binding, CODE_LIFETIME).await
+                identities::provision_with_code(connection, &profile, &code, &binding, CODE_LIFETIME).await
             })
             .await
     };
@@ -97,7 +97,7 @@ pub async fn log_in_by_profile(
     profile: Profile,
     device: String,
     lifetime: Duration,
-) -> Result<(Arrived, Session), StoreError> {
+) -> Result<(Provisioned, Session), StoreError> {
     let database = context.database.clone();
     let work = async move {
         database
@@ -108,7 +108,7 @@ pub async fn log_in_by_profile(
 }
 
 /// The user of a profile that comes with each request and needs no session.
-pub async fn provision(context: &Context, profile: Profile) -> Result<Arrived, StoreError> {
+pub async fn provision(context: &Context, profile: Profile) -> Result<Provisioned, StoreError> {
     let database = context.database.clone();
     let work = async move {
         database.run(async |connection| identities::provision(connection, &profile).await).await

@@ -24,7 +24,7 @@ pub async fn refresh_session(
     let database = context.database.clone();
     let work = async move {
         database
-            .run(async |connection| sessions::slide(connection, session, actor.user, lifetime).await)
+            .run(async |connection| sessions::extend(connection, session, actor.user, lifetime).await)
             .await
     };
     let session = context.run_to_completion(work).await?;

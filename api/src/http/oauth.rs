@@ -31,7 +31,7 @@ use crate::{
         Failure, Provider, Returned,
         attempt::{self, Seal},
     },
-    store::{StoreError, identities::Arrived},
+    store::{StoreError, identities::Provisioned},
 };
 
 /// Prefixes of cookies: one from here to the provider and back for each attempt, one from the callback to the exchange for
@@ -189,7 +189,7 @@ async fn arrived(
     inbound: &Inbound,
 ) -> Result<Response, StoreError> {
     let (sign_in, context) = (&api.sign_in, &api.context);
-    let (Arrived { user, created }, response) = if sign_in.token_in_query {
+    let (Provisioned { user, created }, response) = if sign_in.token_in_query {
         let (arrived, session) =
             log_in_by_profile(context, profile, inbound.device(), api.auth.lifetime()).await?;
         let token = api.auth.issue(arrived.user, session);

@@ -1,12 +1,11 @@
-//! Blocks: who does not want to hear from whom. What they change is in `post_message()`, `start_conversation()` and in what
-//! readers of messages see.
+//! Blocks. Their effects are in `post_message()`, `start_conversation()` and in the queries that read messages.
 
 use protocol::ids::{SessionId, UserId};
 use sqlx::PgConnection;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum BlockUserOutcome {
-    /// It is as wanted, whether or not it was before.
+    /// Also if nothing had to change.
     Done,
     /// There is no such user, or it is the caller.
     NoUser,
@@ -14,8 +13,8 @@ pub enum BlockUserOutcome {
 }
 
 impl BlockUserOutcome {
-    fn from_row(lives: bool, found: bool) -> Self {
-        match (lives, found) {
+    fn from_row(is_live: bool, found: bool) -> Self {
+        match (is_live, found) {
             (false, _) => Self::NoSession,
             (true, false) => Self::NoUser,
             (true, true) => Self::Done,
@@ -30,20 +29,20 @@ pub async fn block(
     blocked: UserId,
 ) -> sqlx::Result<BlockUserOutcome> {
     let row = sqlx::query!(
-        r#"WITH caller AS MATERIALIZED (SELECT messenger.session_is_live($1, $2) AS lives),
+        r#"WITH caller AS MATERIALIZED (SELECT messenger.session_is_live($1, $2) AS is_live),
                 other AS (SELECT id FROM messenger.users WHERE id = $3 AND id <> $2),
                 made AS (
-                    INSERT INTO messenger.blocks (blocker_id, blocked_id) SELECT $2, other.id FROM other, caller WHERE caller.lives
+                    INSERT INTO messenger.blocks (blocker_id, blocked_id) SELECT $2, other.id FROM other, caller WHERE caller.is_live
                     ON CONFLICT DO NOTHING
                 )
-           SELECT lives AS "lives!", EXISTS (SELECT FROM other) AS "found!" FROM caller"#,
+           SELECT is_live AS "is_live!", EXISTS (SELECT FROM other) AS "found!" FROM caller"#,
         session.map(|session| session.0),
         user.0,
         blocked.0,
     )
     .fetch_one(connection)
     .await?;
-    Ok(BlockUserOutcome::from_row(row.lives, row.found))
+    Ok(BlockUserOutcome::from_row(row.is_live, row.found))
 }
 
 pub async fn unblock(
@@ -53,17 +52,17 @@ pub async fn unblock(
     blocked: UserId,
 ) -> sqlx::Result<BlockUserOutcome> {
     let row = sqlx::query!(
-        r#"WITH caller AS MATERIALIZED (SELECT messenger.session_is_live($1, $2) AS lives),
+        r#"WITH caller AS MATERIALIZED (SELECT messenger.session_is_live($1, $2) AS is_live),
                 other AS (SELECT id FROM messenger.users WHERE id = $3 AND id <> $2),
                 ended AS (
-                    DELETE FROM messenger.blocks USING caller WHERE caller.lives AND blocker_id = $2 AND blocked_id = $3
+                    DELETE FROM messenger.blocks USING caller WHERE caller.is_live AND blocker_id = $2 AND blocked_id = $3
                 )
-           SELECT lives AS "lives!", EXISTS (SELECT FROM other) AS "found!" FROM caller"#,
+           SELECT is_live AS "is_live!", EXISTS (SELECT FROM other) AS "found!" FROM caller"#,
         session.map(|session| session.0),
         user.0,
         blocked.0,
     )
     .fetch_one(connection)
     .await?;
-    Ok(BlockUserOutcome::from_row(row.lives, row.found))
+    Ok(BlockUserOutcome::from_row(row.is_live, row.found))
 }

@@ -1,11 +1,11 @@
-//! Conversations, as one of their two people sees them.
+//! Conversations, as one of their two users sees them.
 
 use chrono::{DateTime, Utc};
 use protocol::ids::{ConversationId, MessageId, SessionId, UserId};
 use serde_json::value::RawValue;
 use sqlx::PgConnection;
 
-use super::{Appended, CommandRow, Settled};
+use super::{Appended, CommandOutput, CommandRow};
 use crate::{
     domain::{conversation::Conversation, message::Message, user::User},
     request_context::RequestContext,
@@ -13,7 +13,7 @@ use crate::{
 
 #[derive(Debug)]
 pub enum StartConversationOutcome {
-    /// With the conversation as the starter sees it, which is the data of their event.
+    /// With the data of the starter's event: the conversation as they see it.
     Created(ConversationId, Box<RawValue>),
     Exists(ConversationId),
     NoUser,
@@ -43,23 +43,22 @@ pub async fn start(
     )
     .fetch_all(connection)
     .await?;
-    let settled = Settled::from_rows(rows, request)?;
-    let outcome = match (settled.outcome.as_str(), settled.subject.map(ConversationId)) {
+    let output = CommandOutput::from_rows(rows, request)?;
+    let outcome = match (output.outcome.as_str(), output.subject.map(ConversationId)) {
         ("created", Some(id)) => {
             let mine =
-                settled.events.iter().find(|event| event.receiver == user).ok_or(sqlx::Error::RowNotFound)?;
+                output.events.iter().find(|event| event.receiver == user).ok_or(sqlx::Error::RowNotFound)?;
             StartConversationOutcome::Created(id, mine.envelope.data.clone())
         }
         ("exists", Some(id)) => StartConversationOutcome::Exists(id),
         ("no_user", _) => StartConversationOutcome::NoUser,
         ("self", _) => StartConversationOutcome::Oneself,
         ("no_session", _) => StartConversationOutcome::NoSession,
-        _ => return Err(settled.unexpected()),
+        _ => return Err(output.unexpected()),
     };
-    Ok((outcome, settled.events))
+    Ok((outcome, output.events))
 }
 
-/// A participant's row with everything that belongs to it.
 struct Row {
     id: i64,
     unread_count: i64,
@@ -124,8 +123,8 @@ pub async fn find(
     Ok(row.map(Conversation::from))
 }
 
-/// Those with a message, the newest last message first, of which the caller sees a page. With `before`, those after that
-/// conversation's place in this order. `None`: `before` is no conversation of the reader.
+/// Conversations that have a message, the newest last message first; with `before`, those that follow it. `None`: `before` is not a
+/// conversation of the reader.
 pub async fn page(
     connection: &mut PgConnection,
     reader: UserId,
@@ -135,16 +134,16 @@ pub async fn page(
     let below = match before {
         None => i64::MAX,
         Some(before) => {
-            let place = sqlx::query_scalar!(
+            let last_message = sqlx::query_scalar!(
                 "SELECT last_message_id FROM messenger.participants WHERE conversation_id = $1 AND user_id = $2",
                 before.0,
                 reader.0,
             )
             .fetch_optional(&mut *connection)
             .await?;
-            match place {
+            match last_message {
                 None => return Ok(None),
-                // Without a message it has no place in the list, and nothing comes after it.
+                // Without a message it is not in the list, and nothing follows it.
                 Some(None) => return Ok(Some(Vec::new())),
                 Some(Some(last_message)) => last_message,
             }

@@ -1,4 +1,4 @@
-//! Feeds, read for many users at once; and cut off at their old end.
+//! Feeds: read for many users at once, and pruned.
 
 use std::time::Duration;
 
@@ -14,14 +14,14 @@ use sqlx::PgConnection;
 
 use super::{envelope, number};
 
-/// One answer carries about this many events, however the question divides them.
+/// About this many events in one answer, shared among its ranges.
 const EVENTS_PER_ANSWER: usize = 4_000;
 const EVENTS_PER_RANGE: std::ops::RangeInclusive<usize> = 4..=100;
 
-/// The heads that are not what the asker has.
+/// The heads that differ from what the requester has.
 ///
-/// Here and below each row that is asked for is looked up by its key (`LATERAL … LIMIT 1`): left to itself, the planner reads
-/// the whole table for a thousand of them, and takes ten times as long.
+/// Here and below each requested row is looked up by its key (`LATERAL … LIMIT 1`): for a thousand rows the planner otherwise reads the
+/// whole table, which takes ten times as long.
 pub async fn heads(connection: &mut PgConnection, known: &[KnownHead]) -> sqlx::Result<Vec<UserHead>> {
     if known.is_empty() {
         return Ok(Vec::new());
@@ -29,7 +29,7 @@ pub async fn heads(connection: &mut PgConnection, known: &[KnownHead]) -> sqlx::
     let users: Vec<i64> = known.iter().map(|known| known.user.0).collect();
     let epochs: Vec<Option<i64>> =
         known.iter().map(|known| known.head.map(|head| head.epoch.to_sql())).collect();
-    let seqs: Vec<Option<i64>> = known.iter().map(|known| known.head.map(|head| place(head.seq))).collect();
+    let seqs: Vec<Option<i64>> = known.iter().map(|known| known.head.map(|head| bigint(head.seq))).collect();
     let rows = sqlx::query!(
         r#"SELECT known.user_id AS "user_id!", h.epoch AS "epoch?", h.head_seq AS "head_seq?"
            FROM unnest($1::bigint[], $2::bigint[], $3::bigint[]) AS known (user_id, epoch, seq)
@@ -46,24 +46,25 @@ pub async fn heads(connection: &mut PgConnection, known: &[KnownHead]) -> sqlx::
         .collect()
 }
 
-/// What follows each place, answered in the order of the question. One statement, so one snapshot: a head and its rows agree.
-pub async fn ranges(connection: &mut PgConnection, asked: &[RangeAfter]) -> sqlx::Result<Vec<Range>> {
-    if asked.is_empty() {
+/// What follows each position, in the order of the request. One statement, so one snapshot: a head and its rows agree.
+pub async fn ranges(connection: &mut PgConnection, requested: &[RangeAfter]) -> sqlx::Result<Vec<Range>> {
+    if requested.is_empty() {
         return Ok(Vec::new());
     }
-    let users: Vec<i64> = asked.iter().map(|range| range.user.0).collect();
-    let afters: Vec<i64> = asked.iter().map(|range| place(range.after)).collect();
-    let limit = (EVENTS_PER_ANSWER / asked.len()).clamp(*EVENTS_PER_RANGE.start(), *EVENTS_PER_RANGE.end());
+    let users: Vec<i64> = requested.iter().map(|range| range.user.0).collect();
+    let afters: Vec<i64> = requested.iter().map(|range| bigint(range.after)).collect();
+    let limit =
+        (EVENTS_PER_ANSWER / requested.len()).clamp(*EVENTS_PER_RANGE.start(), *EVENTS_PER_RANGE.end());
     let rows = sqlx::query!(
-        r#"SELECT asked.ordinality AS "nth!", h.epoch AS "epoch?", h.head_seq AS "head_seq?",
+        r#"SELECT requested.ordinality AS "nth!", h.epoch AS "epoch?", h.head_seq AS "head_seq?",
                   f.seq AS "seq?", f.kind AS "kind?", f.payload AS "payload?", f.created_at AS "created_at?",
                   f.request_id, f.traceparent
-           FROM unnest($1::bigint[], $2::bigint[]) WITH ORDINALITY AS asked (user_id, after, ordinality)
-           LEFT JOIN LATERAL (SELECT * FROM messenger.feed_heads WHERE feed_heads.user_id = asked.user_id LIMIT 1) AS h ON true
+           FROM unnest($1::bigint[], $2::bigint[]) WITH ORDINALITY AS requested (user_id, after, ordinality)
+           LEFT JOIN LATERAL (SELECT * FROM messenger.feed_heads WHERE feed_heads.user_id = requested.user_id LIMIT 1) AS h ON true
            LEFT JOIN LATERAL (
-               SELECT * FROM messenger.feed WHERE feed.user_id = h.user_id AND feed.seq > asked.after ORDER BY feed.seq LIMIT $3
+               SELECT * FROM messenger.feed WHERE feed.user_id = h.user_id AND feed.seq > requested.after ORDER BY feed.seq LIMIT $3
            ) AS f ON true
-           ORDER BY asked.ordinality, f.seq"#,
+           ORDER BY requested.ordinality, f.seq"#,
         &users,
         &afters,
         i64::try_from(limit).expect("at most 100"),
@@ -71,7 +72,7 @@ pub async fn ranges(connection: &mut PgConnection, asked: &[RangeAfter]) -> sqlx
     .fetch_all(connection)
     .await?;
 
-    let mut ranges: Vec<Range> = asked
+    let mut ranges: Vec<Range> = requested
         .iter()
         .map(|&RangeAfter { user, after }| Range { user, after, head: None, events: Vec::new(), more: false })
         .collect();
@@ -96,19 +97,19 @@ pub async fn ranges(connection: &mut PgConnection, asked: &[RangeAfter]) -> sqlx
     Ok(ranges)
 }
 
-/// A feed, and one event of it without what it says.
-pub struct LookedUp {
+/// A feed, and one of its events.
+pub struct FeedSummary {
     pub username: String,
     pub head: Position,
     /// The oldest event that is kept.
     pub first: Option<Seq>,
-    pub event: Option<Written>,
+    pub event: Option<StoredEvent>,
 }
 
-/// One event, without what it says.
+/// An event without its payload.
 #[derive(Serialize)]
 #[serde(rename_all = "camelCase")]
-pub struct Written {
+pub struct StoredEvent {
     pub seq: Seq,
     pub name: String,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -120,14 +121,14 @@ pub struct Written {
     pub traceparent: Option<String>,
 }
 
-/// For operators: by an event about a message, all that is kept of one feed is looked through.
+/// For operators: finding an event by its message reads the whole feed.
 pub async fn look_up(
     connection: &mut PgConnection,
     user: UserId,
     event: Event,
-) -> sqlx::Result<Option<LookedUp>> {
+) -> sqlx::Result<Option<FeedSummary>> {
     let (seq, message) = match event {
-        Event::Seq(seq) => (Some(place(seq)), None),
+        Event::Seq(seq) => (Some(bigint(seq)), None),
         Event::Message(message) => (None, Some(message.0)),
     };
     let found = sqlx::query!(
@@ -148,7 +149,7 @@ pub async fn look_up(
     .await?;
     let Some(row) = found else { return Ok(None) };
     let event = match (row.seq, row.kind, row.created_at) {
-        (Some(seq), Some(name), Some(created_at)) => Some(Written {
+        (Some(seq), Some(name), Some(created_at)) => Some(StoredEvent {
             seq: number(seq)?,
             name,
             message_id: row.message_id.map(MessageId),
@@ -158,7 +159,7 @@ pub async fn look_up(
         }),
         _ => None,
     };
-    Ok(Some(LookedUp {
+    Ok(Some(FeedSummary {
         username: row.username,
         head: Position { epoch: Epoch::from_sql(row.epoch), seq: number(row.head_seq)? },
         first: row.first_seq.map(number).transpose()?,
@@ -166,8 +167,8 @@ pub async fn look_up(
     }))
 }
 
-/// A number from outside may be larger than any that the database holds; then nothing follows it, as nothing follows the largest.
-fn place(seq: u64) -> i64 {
+/// A number from outside may be larger than any in the database: nothing follows it, as nothing follows the largest.
+fn bigint(seq: Seq) -> i64 {
     i64::try_from(seq).unwrap_or(i64::MAX)
 }
 
@@ -185,18 +186,17 @@ pub struct Keep {
     pub events: u64,
 }
 
-/// The start of one feed that need not be kept: everything up to `seq`.
+/// The old end of one feed: everything up to `seq`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct OldPrefix {
     pub user: UserId,
     pub seq: i64,
 }
 
-/// Looks at the oldest `rows` events of the next `users` feeds after `after`. Answers what is old there, and the last user
-/// looked at; `None` when there are no more users.
+/// Looks at the oldest `rows` events of the next `users` feeds after `after`. Returns their old prefixes, and the last user looked at;
+/// `None` if there are no more users.
 ///
-/// Old is a prefix: events are old while each one and all before it are beyond the count or the age. A clock that once went
-/// wrong leaves no hole.
+/// An event is old if it and all before it are beyond the count or the age, so a clock that was once wrong leaves no gap.
 pub async fn old_prefixes(
     connection: &mut PgConnection,
     keep: Keep,
@@ -205,13 +205,13 @@ pub async fn old_prefixes(
     rows: i64,
 ) -> sqlx::Result<(Vec<OldPrefix>, Option<UserId>)> {
     let found = sqlx::query!(
-        r#"WITH looked_at AS MATERIALIZED (
+        r#"WITH scanned AS MATERIALIZED (
                SELECT user_id, head_seq FROM messenger.feed_heads WHERE user_id > $1 ORDER BY user_id LIMIT $2
            )
            SELECT l.user_id, old.seq AS "seq?"
-           FROM looked_at AS l
+           FROM scanned AS l
            LEFT JOIN LATERAL (
-               SELECT max(judged.seq) AS seq
+               SELECT max(aged.seq) AS seq
                FROM (
                    SELECT oldest.seq,
                           bool_and(oldest.seq <= l.head_seq - $3
@@ -219,8 +219,8 @@ pub async fn old_prefixes(
                               OVER (ORDER BY oldest.seq) AS is_old
                    FROM (SELECT f.seq, f.created_at FROM messenger.feed AS f
                          WHERE f.user_id = l.user_id ORDER BY f.seq LIMIT $5) AS oldest
-               ) AS judged
-               WHERE judged.is_old
+               ) AS aged
+               WHERE aged.is_old
            ) AS old ON true
            ORDER BY l.user_id"#,
         after.0,
@@ -237,7 +237,7 @@ pub async fn old_prefixes(
     Ok((old.collect(), last))
 }
 
-/// Deletes everything up to there. Repeating it, from several replicas at once too, does no harm.
+/// Safe to repeat, also from several replicas at once.
 pub async fn delete_prefix(connection: &mut PgConnection, prefix: OldPrefix) -> sqlx::Result<u64> {
     let done = sqlx::query!(
         "DELETE FROM messenger.feed WHERE user_id = $1 AND seq <= $2",
@@ -249,7 +249,7 @@ pub async fn delete_prefix(connection: &mut PgConnection, prefix: OldPrefix) -> 
     Ok(done.rows_affected())
 }
 
-/// Every feed becomes another one: cursors from before are seen to be from another history.
+/// Starts a new history of every feed: earlier cursors no longer match.
 pub async fn redraw_epochs(connection: &mut PgConnection) -> sqlx::Result<u64> {
     let done = sqlx::query!("UPDATE messenger.feed_heads SET epoch = messenger.random_epoch()")
         .execute(connection)

@@ -1,4 +1,4 @@
-//! Accounts elsewhere and the users that they are here, and logins that wait to be fetched.
+//! Identities at issuers and their users, and logins whose token has not been fetched yet.
 
 use std::time::Duration;
 
@@ -8,21 +8,21 @@ use sqlx::PgConnection;
 use super::sessions::Session;
 use crate::domain::user::{Profile, User};
 
-/// SHA-256 of something that was given out once.
+/// SHA-256 of a secret that was handed out once.
 pub type Hash = [u8; 32];
 
-/// A user as an issuer or a provider identified them.
+/// The user of an identity.
 #[derive(Debug, Clone, Copy)]
-pub struct Arrived {
+pub struct Provisioned {
     pub user: UserId,
-    /// For the first time: the user was made.
+    /// By this login, their first.
     pub created: bool,
 }
 
 /// Returns the user of this profile; creates them at the first login.
-pub async fn provision(connection: &mut PgConnection, profile: &Profile) -> sqlx::Result<Arrived> {
+pub async fn provision(connection: &mut PgConnection, profile: &Profile) -> sqlx::Result<Provisioned> {
     sqlx::query_as!(
-        Arrived,
+        Provisioned,
         r#"SELECT user_id AS "user!", created AS "created!" FROM messenger.provision_user($1, $2, $3, $4)"#,
         profile.issuer,
         profile.subject,
@@ -33,22 +33,22 @@ pub async fn provision(connection: &mut PgConnection, profile: &Profile) -> sqlx
     .await
 }
 
-/// The same, and keeps their login for whoever brings both halves back in time.
-pub async fn arrive(
+/// The same, and stores their login until both secrets come back, for at most `lifetime`.
+pub async fn provision_with_code(
     connection: &mut PgConnection,
     profile: &Profile,
     code: &Hash,
     binding: &Hash,
     lifetime: Duration,
-) -> sqlx::Result<Arrived> {
+) -> sqlx::Result<Provisioned> {
     sqlx::query_as!(
-        Arrived,
-        r#"WITH arrived AS MATERIALIZED (SELECT * FROM messenger.provision_user($1, $2, $3, $4)),
-                kept AS (
+        Provisioned,
+        r#"WITH provisioned AS MATERIALIZED (SELECT * FROM messenger.provision_user($1, $2, $3, $4)),
+                stored AS (
                     INSERT INTO messenger.login_codes (code_hash, binding_hash, user_id, expires_at)
-                    SELECT $5, $6, user_id, now() + make_interval(secs => $7) FROM arrived
+                    SELECT $5, $6, user_id, now() + make_interval(secs => $7) FROM provisioned
                 )
-           SELECT user_id AS "user!", created AS "created!" FROM arrived"#,
+           SELECT user_id AS "user!", created AS "created!" FROM provisioned"#,
         profile.issuer,
         profile.subject,
         profile.username,
@@ -61,21 +61,21 @@ pub async fn arrive(
     .await
 }
 
-/// The same, and begins their session.
+/// The same, and starts a session.
 pub async fn log_in(
     connection: &mut PgConnection,
     profile: &Profile,
     device: &str,
     lifetime: Duration,
-) -> sqlx::Result<(Arrived, Session)> {
+) -> sqlx::Result<(Provisioned, Session)> {
     let row = sqlx::query!(
-        r#"WITH arrived AS MATERIALIZED (SELECT * FROM messenger.provision_user($1, $2, $3, $4)),
+        r#"WITH provisioned AS MATERIALIZED (SELECT * FROM messenger.provision_user($1, $2, $3, $4)),
                 started AS (
                     INSERT INTO messenger.sessions (user_id, device, expires_at)
-                    SELECT user_id, $5, now() + make_interval(secs => $6) FROM arrived
+                    SELECT user_id, $5, now() + make_interval(secs => $6) FROM provisioned
                     RETURNING id, expires_at
                 )
-           SELECT user_id AS "user_id!", created AS "created!", started.id, started.expires_at FROM arrived, started"#,
+           SELECT user_id AS "user_id!", created AS "created!", started.id, started.expires_at FROM provisioned, started"#,
         profile.issuer,
         profile.subject,
         profile.username,
@@ -85,12 +85,12 @@ pub async fn log_in(
     )
     .fetch_one(connection)
     .await?;
-    let arrived = Arrived { user: UserId(row.user_id), created: row.created };
-    Ok((arrived, Session { id: SessionId(row.id), expires_at: row.expires_at }))
+    let provisioned = Provisioned { user: UserId(row.user_id), created: row.created };
+    Ok((provisioned, Session { id: SessionId(row.id), expires_at: row.expires_at }))
 }
 
-/// Uses a code up and begins its session, both or neither, whichever replica is asked, and however many at once: one of them
-/// deletes the row. With another browser's binding it is left for the one whose it is.
+/// Uses a code and starts its session, both or neither. Of several requests at once one deletes the row. With another browser's binding
+/// the code stays.
 pub async fn use_code(
     connection: &mut PgConnection,
     code: &Hash,
@@ -123,7 +123,7 @@ pub async fn use_code(
     }))
 }
 
-/// Deletes up to `limit` codes that nobody fetched in time.
+/// At most `limit` of them.
 pub async fn delete_expired_codes(connection: &mut PgConnection, limit: i64) -> sqlx::Result<u64> {
     let deleted = sqlx::query!(
         "DELETE FROM messenger.login_codes WHERE code_hash IN (
@@ -136,21 +136,20 @@ pub async fn delete_expired_codes(connection: &mut PgConnection, limit: i64) -> 
     Ok(deleted.rows_affected())
 }
 
-/// A subject who is a user here.
-pub struct Known {
+pub struct KnownSubject {
     pub subject: String,
     pub user: UserId,
     pub avatar_url: Option<String>,
 }
 
-/// Those of an issuer's subjects who are users here.
-pub async fn known(
+/// The subjects of an issuer that have a user.
+pub async fn find_subjects(
     connection: &mut PgConnection,
     issuer: &str,
     subjects: &[String],
-) -> sqlx::Result<Vec<Known>> {
+) -> sqlx::Result<Vec<KnownSubject>> {
     sqlx::query_as!(
-        Known,
+        KnownSubject,
         r#"SELECT i.subject, u.id AS "user", u.avatar_url
            FROM messenger.identities AS i JOIN messenger.users AS u ON u.id = i.user_id
            WHERE i.issuer = $1 AND i.subject = ANY ($2)"#,

@@ -1,10 +1,10 @@
-//! Messages of a conversation, and how far its people have read.
+//! Messages of a conversation, and how far its users have read.
 
 use chrono::{DateTime, Utc};
 use protocol::ids::{ConversationId, MessageId, SessionId, UserId};
 use sqlx::PgConnection;
 
-use super::{Appended, CommandRow, Settled};
+use super::{Appended, CommandOutput, CommandRow};
 use crate::{
     domain::message::{Content, IdempotencyKey, Message},
     request_context::RequestContext,
@@ -13,9 +13,9 @@ use crate::{
 #[derive(Debug)]
 pub enum PostMessageOutcome {
     Sent(Message),
-    /// The key was used for exactly this before: the message of that time.
+    /// The same key and content as before: the message that was posted then.
     Replayed(Message),
-    /// The key was used for something else.
+    /// The key was used for another message.
     KeyConflict,
     NoConversation,
     NoSession,
@@ -46,7 +46,7 @@ pub async fn post(
     )
     .fetch_all(connection)
     .await?;
-    let settled = Settled::from_rows(rows, request)?;
+    let output = CommandOutput::from_rows(rows, request)?;
     let message = |(id, created_at)| Message {
         id: MessageId(id),
         content: content.as_str().to_owned(),
@@ -54,15 +54,15 @@ pub async fn post(
         created_at,
         mine: true,
     };
-    let outcome = match (settled.outcome.as_str(), settled.subject.zip(settled.subject_at).map(message)) {
+    let outcome = match (output.outcome.as_str(), output.subject.zip(output.subject_at).map(message)) {
         ("posted", Some(message)) => PostMessageOutcome::Sent(message),
         ("replayed", Some(message)) => PostMessageOutcome::Replayed(message),
         ("key_conflict", _) => PostMessageOutcome::KeyConflict,
         ("no_conversation", _) => PostMessageOutcome::NoConversation,
         ("no_session", _) => PostMessageOutcome::NoSession,
-        _ => return Err(settled.unexpected()),
+        _ => return Err(output.unexpected()),
     };
-    Ok((outcome, settled.events))
+    Ok((outcome, output.events))
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -73,7 +73,7 @@ pub enum MarkReadOutcome {
     NoSession,
 }
 
-/// SQL `mark_read()`: to the message `to`, or to the last one.
+/// SQL `mark_read()`: up to the message `to`, or the last one.
 pub async fn mark_read(
     connection: &mut PgConnection,
     session: Option<SessionId>,
@@ -96,18 +96,18 @@ pub async fn mark_read(
     )
     .fetch_all(connection)
     .await?;
-    let settled = Settled::from_rows(rows, request)?;
-    let outcome = match settled.outcome.as_str() {
+    let output = CommandOutput::from_rows(rows, request)?;
+    let outcome = match output.outcome.as_str() {
         "moved" => MarkReadOutcome::Moved,
         "unmoved" => MarkReadOutcome::Unmoved,
         "no_conversation" => MarkReadOutcome::NoConversation,
         "no_session" => MarkReadOutcome::NoSession,
-        _ => return Err(settled.unexpected()),
+        _ => return Err(output.unexpected()),
     };
-    Ok((outcome, settled.events))
+    Ok((outcome, output.events))
 }
 
-/// Which messages of a conversation: those between two places, both exclusive.
+/// The messages between two ids, both exclusive.
 #[derive(Debug, Clone, Copy)]
 pub struct Window {
     pub after: Option<MessageId>,
@@ -119,7 +119,6 @@ pub struct Window {
 pub struct Page {
     /// The newest first; with `after`, the oldest first.
     pub messages: Vec<Message>,
-    /// How far the reader had read.
     pub last_read: Option<MessageId>,
 }
 
@@ -131,16 +130,16 @@ struct Row {
     mine: Option<bool>,
 }
 
-/// What is hidden from the reader is passed over, one by one: a page costs what lies between its messages too.
+/// `None`: not a conversation of the reader. One row without a message: the window is empty.
 ///
-/// `None`: no conversation of the reader. One row without a message says that the conversation is there but the window empty.
+/// Hidden messages are skipped one by one, so a page also costs those between its messages.
 pub async fn page(
     connection: &mut PgConnection,
     conversation: ConversationId,
     reader: UserId,
     window: Window,
 ) -> sqlx::Result<Option<Page>> {
-    // Both bounds are always there, so that the index serves them whatever the plan: ids are positive 64-bit integers.
+    // Both bounds are always set, so that every plan uses the index. Ids are positive.
     let above = window.after.map_or(0, |id| id.0);
     let below = window.before.map_or(i64::MAX, |id| id.0);
     let rows = if window.after.is_none() {

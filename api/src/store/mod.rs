@@ -1,7 +1,6 @@
-//! Postgres, and nothing else knows SQL. Each function is one statement on a connection that the caller holds.
+//! Postgres; nothing else knows SQL. Each function runs one statement on the caller's connection.
 //!
-//! [`Database`] bounds what a question may cost: so many connections, so long to get one, so long to be answered. Whoever
-//! cannot be served in that time is told so.
+//! [`Database`] bounds the number of connections, the wait for one, and the wait for an answer.
 
 pub mod blocks;
 pub mod conversations;
@@ -31,10 +30,10 @@ use pool::Pool;
 
 #[derive(Debug, Error)]
 pub enum StoreError {
-    /// It may work again in a while; the client may repeat the request.
-    #[error("the database does not answer: {0}")]
+    /// Temporary: the client may repeat the request.
+    #[error("database unavailable: {0}")]
     Unavailable(String),
-    #[error("the database refuses: {0}")]
+    #[error("database error: {0}")]
     Fault(#[from] sqlx::Error),
 }
 
@@ -44,12 +43,12 @@ pub struct Database {
     conflicts: Counter,
 }
 
-/// For the server to say anything at all: it has vanished.
+/// The server has sent nothing for this long: it is gone.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
 
 impl Database {
-    /// Connects when first needed. Until [`Self::use_sessions`], each piece of work is a transaction that sets what it needs,
-    /// which holds through any pooler.
+    /// Connects when first needed. Until [`Self::use_sessions`], each piece of work is a transaction with its own settings, which
+    /// works through any pooler.
     pub fn new(options: PgConnectOptions, connections: usize, conflicts: Counter) -> Self {
         Self { pool: Arc::new(Pool::new(options, connections)), conflicts }
     }
@@ -59,16 +58,16 @@ impl Database {
         self.pool.use_sessions();
     }
 
-    /// Runs `work` on a connection, within the time a client can be kept waiting. A second time if Postgres ended it for a
-    /// conflict with another transaction: then it has rolled back, so `work` has no effect that a repeat would double.
+    /// Runs `work` on a connection, in bounded time. A conflict with another transaction is retried once: Postgres has rolled it back,
+    /// so nothing happens twice.
     pub async fn run<T>(
         &self,
         work: impl AsyncFnOnce(&mut PgConnection) -> Result<T, sqlx::Error> + Clone,
     ) -> Result<T, StoreError> {
-        let mut used = self.pool.take().await.map_err(judge)?;
+        let mut in_use = self.pool.acquire().await.map_err(classify)?;
         let answer = async {
-            match used.run(work.clone()).await {
-                Err(error) if self.is_conflict(&error) => used.run(work).await.inspect_err(|error| {
+            match in_use.run(work.clone()).await {
+                Err(error) if self.is_conflict(&error) => in_use.run(work).await.inspect_err(|error| {
                     self.is_conflict(error);
                 }),
                 answer => answer,
@@ -76,27 +75,25 @@ impl Database {
         };
         match tokio::time::timeout(ANSWER_TIMEOUT, answer).await {
             Ok(Ok(answer)) => {
-                self.pool.put_back(used);
+                self.pool.put_back(in_use);
                 Ok(answer)
             }
-            Ok(Err(error)) => Err(judge(error)),
+            Ok(Err(error)) => Err(classify(error)),
             Err(_) => Err(StoreError::Unavailable("no answer in time".into())),
         }
     }
 
-    /// Connections in use, and at rest.
+    /// Connections in use, and idle ones.
     pub fn connections(&self) -> (usize, usize) {
         (self.pool.in_use(), self.pool.idle())
     }
 
-    /// What is asked from now on is not answered.
+    /// Every later [`Self::run`] fails.
     pub async fn close(&self) {
         self.pool.close().await;
     }
-}
 
-impl Database {
-    /// Counts it, if it is one: two transactions could not both go on (40001), or waited for each other (40P01).
+    /// Counts it if it is one: two transactions could not both continue (40001), or waited for each other (40P01).
     fn is_conflict(&self, error: &sqlx::Error) -> bool {
         let is_conflict = sql_state(error).is_some_and(|code| CONFLICTS.contains(&&*code));
         if is_conflict {
@@ -106,16 +103,14 @@ impl Database {
     }
 }
 
-/// Is this a bad moment, or a fault of ours?
-fn judge(error: sqlx::Error) -> StoreError {
-    let passing = matches!(error, sqlx::Error::Tls(_)) || is_passing(&error);
-    if passing { StoreError::Unavailable(error.to_string()) } else { StoreError::Fault(error) }
+fn classify(error: sqlx::Error) -> StoreError {
+    let transient = matches!(error, sqlx::Error::Tls(_)) || is_transient(&error);
+    if transient { StoreError::Unavailable(error.to_string()) } else { StoreError::Fault(error) }
 }
 
-/// It may work again in a while. By SQLSTATE: connection lost, or so says a pooler (08), too many connections or out of memory or
-/// disk (53), shutting down or starting (57P), a time limit (57014, 55P03, 25P03, 25P04), a read-only standby after a failover
-/// (25006), a conflict.
-pub fn is_passing(error: &sqlx::Error) -> bool {
+/// By SQLSTATE: connection lost, also behind a pooler (08), too many connections or out of memory or disk (53), shutting down or starting
+/// (57P), a time limit (57014, 55P03, 25P03, 25P04), a read-only standby after a failover (25006), a conflict.
+pub fn is_transient(error: &sqlx::Error) -> bool {
     match error {
         sqlx::Error::Io(_) | sqlx::Error::PoolTimedOut | sqlx::Error::PoolClosed => true,
         _ => sql_state(error).is_some_and(|code| {
@@ -139,7 +134,7 @@ pub struct Appended {
     pub envelope: Envelope,
 }
 
-/// What a command function answers, row by row: its outcome, what that is about, and an event that was appended.
+/// One row of a command function: its outcome, what that is about, and an event that was appended.
 struct CommandRow {
     outcome: String,
     subject: Option<i64>,
@@ -152,18 +147,18 @@ struct CommandRow {
     event_at: Option<DateTime<Utc>>,
 }
 
-/// All rows of one answer together.
-struct Settled {
+/// All rows of a command function.
+struct CommandOutput {
     outcome: String,
     subject: Option<i64>,
     subject_at: Option<DateTime<Utc>>,
     events: Vec<Appended>,
 }
 
-impl Settled {
+impl CommandOutput {
     fn from_rows(rows: Vec<CommandRow>, request: &RequestContext) -> Result<Self, sqlx::Error> {
         let first = rows.first().ok_or(sqlx::Error::RowNotFound)?;
-        let mut settled = Self {
+        let mut output = Self {
             outcome: first.outcome.clone(),
             subject: first.subject,
             subject_at: first.subject_at,
@@ -177,12 +172,12 @@ impl Settled {
             };
             let request_id = Some(request.request_id.clone());
             let envelope = envelope(epoch, seq, kind, payload, at, request_id, request.traceparent())?;
-            settled.events.push(Appended { receiver: UserId(receiver), envelope });
+            output.events.push(Appended { receiver: UserId(receiver), envelope });
         }
-        Ok(settled)
+        Ok(output)
     }
 
-    /// The function answered something that its comment does not name.
+    /// An outcome that the function's comment does not name.
     fn unexpected(&self) -> sqlx::Error {
         sqlx::Error::Decode(format!("unexpected outcome {:?}", self.outcome).into())
     }
@@ -211,7 +206,6 @@ fn envelope(
     })
 }
 
-/// A number of a feed: never negative in the database.
 fn number(seq: i64) -> Result<Seq, sqlx::Error> {
     Seq::try_from(seq).map_err(|error| sqlx::Error::Decode(error.into()))
 }

@@ -1,8 +1,8 @@
 //! Connections to Postgres, kept open between statements.
 //!
-//! Sqlx's own pool tries each connection when it is handed out and again when it comes back: two more round trips around every
-//! statement, and the second one without a limit, so that a link that dies at that moment takes a place of the pool with it for
-//! a quarter of an hour. Here a connection is tried only if it has rested for a while, and what did not end well is dropped.
+//! A connection is tested before use only if it was idle for a while, so a statement is one round trip. One whose work did not end well (an
+//! error, a time-out, a cancelled request) is closed and never used again. Why neither sqlx's pool nor `deadpool`:
+//! `docs/decisions/0010-a-connection-pool-of-our-own.md`.
 
 use std::{
     sync::{
@@ -20,27 +20,27 @@ use tokio::{
 
 use super::session;
 
-/// To get a connection, waiting for one included.
-const TAKE_TIMEOUT: Duration = Duration::from_secs(2);
-/// A connection that has rested longer is tried before it is used, and must answer in as short a time.
-const RESTED: Duration = Duration::from_secs(1);
-/// A connection is not used for longer, so that a pool finds its way to where the name of the server leads by now.
+/// To get a connection, waiting and connecting included.
+const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(2);
+/// A connection that was idle for longer is tested before use, and must answer within this time.
+const IDLE: Duration = Duration::from_secs(1);
+/// A connection is not used for longer, so that the pool follows the server's name to another address.
 const LIFETIME: Duration = Duration::from_mins(30);
 
 pub(super) struct Pool {
     options: PgConnectOptions,
     size: usize,
-    places: Arc<Semaphore>,
+    permits: Arc<Semaphore>,
     /// A connection is a session of the server, which keeps the settings that it begins with.
     has_sessions: AtomicBool,
-    /// The last one used is the next one used, so that no more are kept busy than are needed.
-    resting: Mutex<Vec<Resting>>,
+    /// The last one used is the next one used, so that no more stay open than are needed.
+    idle: Mutex<Vec<Idle>>,
 }
 
-struct Resting {
+struct Idle {
     connection: PgConnection,
     is_session: bool,
-    made: Instant,
+    opened: Instant,
     since: Instant,
 }
 
@@ -49,72 +49,73 @@ pub(super) struct InUse {
     connection: PgConnection,
     /// Its session has our settings. Otherwise each transaction sets them.
     is_session: bool,
-    made: Instant,
-    _place: OwnedSemaphorePermit,
+    opened: Instant,
+    /// Dropped after the connection is closed, so that the server never sees more than `size`.
+    _permit: OwnedSemaphorePermit,
 }
 
 impl Pool {
     pub(super) fn new(options: PgConnectOptions, size: usize) -> Self {
-        let places = Arc::new(Semaphore::new(size));
-        Self { options, size, places, has_sessions: AtomicBool::new(false), resting: Mutex::default() }
+        let permits = Arc::new(Semaphore::new(size));
+        Self { options, size, permits, has_sessions: AtomicBool::new(false), idle: Mutex::default() }
     }
 
-    /// No pooler is in between: connections that are made from now on are sessions.
+    /// No pooler is in between: connections opened from now on are sessions.
     pub(super) fn use_sessions(&self) {
         self.has_sessions.store(true, Ordering::Relaxed);
     }
 
-    pub(super) async fn take(&self) -> sqlx::Result<InUse> {
-        timeout(TAKE_TIMEOUT, self.find()).await.unwrap_or(Err(sqlx::Error::PoolTimedOut))
+    pub(super) async fn acquire(&self) -> sqlx::Result<InUse> {
+        timeout(ACQUIRE_TIMEOUT, self.reuse_or_connect()).await.unwrap_or(Err(sqlx::Error::PoolTimedOut))
     }
 
-    async fn find(&self) -> sqlx::Result<InUse> {
-        let place = self.places.clone().acquire_owned().await.map_err(|_| sqlx::Error::PoolClosed)?;
-        let resting = self.resting().pop();
-        if let Some(Resting { mut connection, is_session, made, since }) = resting {
-            if since.elapsed() < RESTED || answers(&mut connection).await {
-                return Ok(InUse { connection, is_session, made, _place: place });
+    async fn reuse_or_connect(&self) -> sqlx::Result<InUse> {
+        let permit = self.permits.clone().acquire_owned().await.map_err(|_| sqlx::Error::PoolClosed)?;
+        let idle = self.idle_connections().pop();
+        if let Some(Idle { mut connection, is_session, opened, since }) = idle {
+            if since.elapsed() < IDLE || answers(&mut connection).await {
+                return Ok(InUse { connection, is_session, opened, _permit: permit });
             }
-            // What has ended this one has most likely ended those that rest for longer.
-            self.resting().clear();
+            // Whatever ended this one has most likely ended those that were idle for longer.
+            self.idle_connections().clear();
         }
         let mut connection = PgConnection::connect_with(&self.options).await?;
         let is_session = self.has_sessions.load(Ordering::Relaxed);
         if is_session {
             session::begin(&mut connection).await?;
         }
-        Ok(InUse { connection, is_session, made: Instant::now(), _place: place })
+        Ok(InUse { connection, is_session, opened: Instant::now(), _permit: permit })
     }
 
-    /// Only what is in good order comes back: after a whole answer, not after a wait that was given up.
-    pub(super) fn put_back(&self, InUse { connection, is_session, made, _place: place }: InUse) {
-        if made.elapsed() < LIFETIME && !self.places.is_closed() {
-            self.resting().push(Resting { connection, is_session, made, since: Instant::now() });
+    /// Call it only after a complete answer.
+    pub(super) fn put_back(&self, InUse { connection, is_session, opened, _permit: permit }: InUse) {
+        if opened.elapsed() < LIFETIME && !self.permits.is_closed() {
+            self.idle_connections().push(Idle { connection, is_session, opened, since: Instant::now() });
         }
-        // Last, so that whoever gets the place finds the connection.
-        drop(place);
+        // Last, so that the next owner of the permit finds the connection.
+        drop(permit);
     }
 
-    /// Connections that are in use or being made.
+    /// Connections that are in use or being opened.
     pub(super) fn in_use(&self) -> usize {
-        self.size - self.places.available_permits()
+        self.size - self.permits.available_permits()
     }
 
     pub(super) fn idle(&self) -> usize {
-        self.resting().len()
+        self.idle_connections().len()
     }
 
-    /// Nobody gets a connection any more, and Postgres is told that those at rest are done.
+    /// Hands out no more connections, and closes the idle ones in the protocol's way.
     pub(super) async fn close(&self) {
-        self.places.close();
-        let resting = std::mem::take(&mut *self.resting());
-        for Resting { connection, .. } in resting {
-            let _ = timeout(RESTED, connection.close()).await;
+        self.permits.close();
+        let idle = std::mem::take(&mut *self.idle_connections());
+        for Idle { connection, .. } in idle {
+            let _ = timeout(IDLE, connection.close()).await;
         }
     }
 
-    fn resting(&self) -> MutexGuard<'_, Vec<Resting>> {
-        self.resting.lock().unwrap_or_else(PoisonError::into_inner)
+    fn idle_connections(&self) -> MutexGuard<'_, Vec<Idle>> {
+        self.idle.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -135,7 +136,7 @@ impl InUse {
 }
 
 async fn answers(connection: &mut PgConnection) -> bool {
-    timeout(RESTED, connection.ping()).await.is_ok_and(|answer| answer.is_ok())
+    timeout(IDLE, connection.ping()).await.is_ok_and(|answer| answer.is_ok())
 }
 
 #[cfg(test)]
@@ -145,11 +146,11 @@ mod tests {
 
     use super::*;
 
-    /// A machine that is slow makes connections slowly, which is no fault of those that were cut.
-    async fn take(pool: &Pool) -> InUse {
+    /// A slow machine opens connections slowly, which is no fault of the pool.
+    async fn acquire(pool: &Pool) -> InUse {
         loop {
-            match pool.take().await {
-                Ok(taken) => return taken,
+            match pool.acquire().await {
+                Ok(in_use) => return in_use,
                 Err(sqlx::Error::PoolTimedOut) => {}
                 Err(error) => panic!("{error}"),
             }
@@ -157,26 +158,26 @@ mod tests {
     }
 
     #[sqlx::test(migrations = false)]
-    async fn connections_cut_while_at_rest_are_replaced(database: PgPool) {
+    async fn idle_connections_that_were_cut_are_replaced(database: PgPool) {
         let options = (*database.connect_options()).clone();
         let upstream = (options.get_host(), options.get_port());
         let upstream = tokio::net::lookup_host(upstream).await.unwrap().next().unwrap();
         let proxy = Proxy::start(upstream).await;
         let pool = Pool::new(options.host("127.0.0.1").port(proxy.address().port()), 4);
-        let mut taken = Vec::new();
+        let mut in_use = Vec::new();
         for _ in 0..4 {
-            taken.push(take(&pool).await);
+            in_use.push(acquire(&pool).await);
         }
-        taken.into_iter().for_each(|taken| pool.put_back(taken));
-        // A restart of Postgres, seen by connections that rest.
+        in_use.into_iter().for_each(|in_use| pool.put_back(in_use));
+        // Postgres restarts while all of them are idle.
         proxy.cut_all().await;
-        for resting in &mut *pool.resting() {
-            resting.since -= RESTED;
+        for idle in &mut *pool.idle_connections() {
+            idle.since -= IDLE;
         }
         for _ in 0..4 {
-            let mut taken = take(&pool).await;
-            taken.connection.ping().await.unwrap();
-            pool.put_back(taken);
+            let mut in_use = acquire(&pool).await;
+            in_use.connection.ping().await.unwrap();
+            pool.put_back(in_use);
         }
         assert_eq!((pool.idle(), pool.in_use()), (1, 0), "the others are not kept");
     }

@@ -1,4 +1,4 @@
-//! Logins. A session that is revoked, expired or not this user's does not exist, for everybody who asks.
+//! Sessions. One that is revoked, expired or another user's is treated as absent everywhere.
 
 use std::time::Duration;
 
@@ -13,14 +13,14 @@ use sqlx::PgConnection;
 use super::number;
 use crate::domain::{device, session::ListedSession, user::User};
 
-/// A session and its last second, by the database's clock.
+/// `expires_at` is by the database's clock.
 #[derive(Debug, Clone, Copy)]
 pub struct Session {
     pub id: SessionId,
     pub expires_at: DateTime<Utc>,
 }
 
-/// `device` is what its owner will recognise it by.
+/// `device` is what the user will recognise it by.
 pub async fn start(
     connection: &mut PgConnection,
     user: UserId,
@@ -39,8 +39,8 @@ pub async fn start(
     Ok(Session { id: SessionId(row.id), expires_at: row.expires_at })
 }
 
-/// Lets a live session live on for another `lifetime`.
-pub async fn slide(
+/// A live session lasts another `lifetime` from now.
+pub async fn extend(
     connection: &mut PgConnection,
     session: SessionId,
     user: UserId,
@@ -70,7 +70,6 @@ pub async fn is_live(
         .await
 }
 
-/// The live session itself.
 pub async fn find(
     connection: &mut PgConnection,
     session: SessionId,
@@ -87,7 +86,7 @@ pub async fn find(
     Ok(expires_at.map(|expires_at| Session { id: session, expires_at }))
 }
 
-/// A user's live sessions, the newest use first.
+/// A user's live sessions, the most recently used first.
 pub async fn of_user(
     connection: &mut PgConnection,
     user: UserId,
@@ -124,9 +123,9 @@ pub enum Which {
     Own,
 }
 
-/// Ends them, if the caller's session lives: then answers those that ended, else `None`.
+/// Ends sessions and returns their ids; `None` if the caller's own session is not live.
 ///
-/// Rows are locked in the order of their ids, so that two who end each other do not wait in a circle.
+/// Rows are locked in the order of their ids, so that two sessions that end each other do not wait in a circle.
 pub async fn end(
     connection: &mut PgConnection,
     caller: Option<SessionId>,
@@ -140,10 +139,10 @@ pub async fn end(
         Which::Own => (caller, false),
     };
     let row = sqlx::query!(
-        r#"WITH caller AS MATERIALIZED (SELECT messenger.session_is_live($1, $2) AS lives),
+        r#"WITH caller AS MATERIALIZED (SELECT messenger.session_is_live($1, $2) AS is_live),
                 ending AS MATERIALIZED (
                     SELECT s.id FROM messenger.sessions AS s, caller
-                    WHERE caller.lives AND s.user_id = $2 AND s.revoked_at IS NULL AND s.expires_at > now()
+                    WHERE caller.is_live AND s.user_id = $2 AND s.revoked_at IS NULL AND s.expires_at > now()
                       AND CASE WHEN $4 THEN s.id IS DISTINCT FROM $1 ELSE s.id = $3 END
                     ORDER BY s.id
                     FOR NO KEY UPDATE OF s
@@ -151,7 +150,7 @@ pub async fn end(
                 ended AS (
                     UPDATE messenger.sessions SET revoked_at = now() WHERE id IN (SELECT id FROM ending) RETURNING id
                 )
-           SELECT lives AS "lives!", ARRAY(SELECT id FROM ended) AS "ended!" FROM caller"#,
+           SELECT is_live AS "is_live!", ARRAY(SELECT id FROM ended) AS "ended!" FROM caller"#,
         caller,
         user.0,
         one,
@@ -159,19 +158,18 @@ pub async fn end(
     )
     .fetch_one(connection)
     .await?;
-    Ok(row.lives.then(|| row.ended.into_iter().map(SessionId).collect()))
+    Ok(row.is_live.then(|| row.ended.into_iter().map(SessionId).collect()))
 }
 
-/// Notes that these are in use: moves the time of those where it is older than `coarse`, and says how many.
-///
-/// A row that somebody else holds is being refreshed or ended, and needs no note.
-pub async fn used(connection: &mut PgConnection, logins: &[Login], coarse: Duration) -> sqlx::Result<u64> {
+/// Sets `last_used_at` where it is older than `coarse`; returns how many rows changed. A locked row is being refreshed or ended, and
+/// is skipped.
+pub async fn touch(connection: &mut PgConnection, logins: &[Login], coarse: Duration) -> sqlx::Result<u64> {
     let (ids, users) = columns(logins);
     let done = sqlx::query!(
         "UPDATE messenger.sessions SET last_used_at = now()
          WHERE id IN (
-             SELECT s.id FROM unnest($1::bigint[], $2::bigint[]) AS asked (id, user_id)
-                 JOIN messenger.sessions AS s ON s.id = asked.id AND s.user_id = asked.user_id
+             SELECT s.id FROM unnest($1::bigint[], $2::bigint[]) AS requested (id, user_id)
+                 JOIN messenger.sessions AS s ON s.id = requested.id AND s.user_id = requested.user_id
              WHERE s.last_used_at < now() - make_interval(secs => $3)
                AND s.revoked_at IS NULL AND s.expires_at > now()
              FOR NO KEY UPDATE OF s SKIP LOCKED
@@ -185,8 +183,8 @@ pub async fn used(connection: &mut PgConnection, logins: &[Login], coarse: Durat
     Ok(done.rows_affected())
 }
 
-/// Of the next `rows` sessions after `after`, deletes those that ended longer than `keep` ago. Answers how many, and the
-/// last one looked at; `None` when there are no more.
+/// Of the next `rows` sessions after `after`, deletes those that ended longer than `keep` ago. Returns how many, and the last one looked
+/// at; `None` if there are no more.
 pub async fn delete_ended(
     connection: &mut PgConnection,
     keep: Duration,
@@ -194,14 +192,14 @@ pub async fn delete_ended(
     rows: i64,
 ) -> sqlx::Result<(u64, Option<SessionId>)> {
     let row = sqlx::query!(
-        r#"WITH looked_at AS MATERIALIZED (
+        r#"WITH scanned AS MATERIALIZED (
                SELECT id, least(revoked_at, expires_at) AS ended_at FROM messenger.sessions WHERE id > $1 ORDER BY id LIMIT $2
            ), deleted AS (
                DELETE FROM messenger.sessions WHERE id IN (
-                   SELECT id FROM looked_at WHERE ended_at < now() - make_interval(secs => $3)
+                   SELECT id FROM scanned WHERE ended_at < now() - make_interval(secs => $3)
                ) RETURNING id
            )
-           SELECT (SELECT count(*) FROM deleted) AS "deleted!", (SELECT max(id) FROM looked_at) AS last"#,
+           SELECT (SELECT count(*) FROM deleted) AS "deleted!", (SELECT max(id) FROM scanned) AS last"#,
         after.0,
         rows,
         keep.as_secs_f64(),
@@ -211,7 +209,7 @@ pub async fn delete_ended(
     Ok((row.deleted.cast_unsigned(), row.last.map(SessionId)))
 }
 
-/// Who is calling, and their place in their feed at this moment: what is read after this is at least as new.
+/// The caller and their head at this moment: whatever is read after this is at least as new.
 pub async fn caller(
     connection: &mut PgConnection,
     session: Option<SessionId>,
@@ -227,24 +225,24 @@ pub async fn caller(
     .fetch_optional(connection)
     .await?;
     row.map(|row| {
-        let cursor = Position { epoch: Epoch::from_sql(row.epoch), seq: number(row.head_seq)? };
-        Ok((User { id: user, username: row.username, avatar_url: row.avatar_url }, cursor))
+        let head = Position { epoch: Epoch::from_sql(row.epoch), seq: number(row.head_seq)? };
+        Ok((User { id: user, username: row.username, avatar_url: row.avatar_url }, head))
     })
     .transpose()
 }
 
 /// The logins whose session is revoked, expired, unknown or another user's.
-pub async fn ended_logins(connection: &mut PgConnection, asked: &[Login]) -> sqlx::Result<Vec<Login>> {
-    if asked.is_empty() {
+pub async fn ended_logins(connection: &mut PgConnection, requested: &[Login]) -> sqlx::Result<Vec<Login>> {
+    if requested.is_empty() {
         return Ok(Vec::new());
     }
-    let (ids, users) = columns(asked);
+    let (ids, users) = columns(requested);
     let ended = sqlx::query!(
-        r#"SELECT DISTINCT asked.id AS "id!", asked.user_id AS "user_id!"
-           FROM unnest($1::bigint[], $2::bigint[]) AS asked (id, user_id)
+        r#"SELECT DISTINCT requested.id AS "id!", requested.user_id AS "user_id!"
+           FROM unnest($1::bigint[], $2::bigint[]) AS requested (id, user_id)
            LEFT JOIN LATERAL (
                SELECT * FROM messenger.sessions
-               WHERE sessions.id = asked.id AND sessions.user_id = asked.user_id
+               WHERE sessions.id = requested.id AND sessions.user_id = requested.user_id
                  AND revoked_at IS NULL AND expires_at > now()
                LIMIT 1
            ) AS s ON true
@@ -257,7 +255,7 @@ pub async fn ended_logins(connection: &mut PgConnection, asked: &[Login]) -> sql
     Ok(ended.into_iter().map(|row| Login { user: UserId(row.user_id), session: SessionId(row.id) }).collect())
 }
 
-/// Of many logins: their sessions, and in the same order their users.
+/// Sessions and users, in the same order.
 fn columns(logins: &[Login]) -> (Vec<i64>, Vec<i64>) {
     logins.iter().map(|login| (login.session.0, login.user.0)).unzip()
 }

@@ -1,11 +1,10 @@
-//! People.
+//! Users by name.
 
 use protocol::ids::UserId;
 use sqlx::PgConnection;
 
 use crate::domain::user::User;
 
-/// The names that are suggested for a prefix.
 const SUGGESTIONS: i64 = 5;
 
 /// SQL `find_user()`.
@@ -19,8 +18,8 @@ pub async fn find_by_name(connection: &mut PgConnection, username: &str) -> sqlx
     .await
 }
 
-/// The first names with this prefix, whatever its case and normal form, without `me`. A range and no pattern: every character of the prefix is
-/// a plain one, and the index serves it whatever the plan. U+10FFFF comes after every character that a name has.
+/// The first names with this prefix, in any case and normal form, without `me`. A range, not a pattern: no character of the prefix is
+/// special, and every plan uses the index. U+10FFFF sorts after every character of a name.
 pub async fn names_with_prefix(
     connection: &mut PgConnection,
     prefix: &str,
