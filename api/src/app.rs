@@ -21,11 +21,11 @@ use tokio_util::sync::CancellationToken;
 use warp::Filter;
 
 use crate::{
-    commands::Context,
+    commands::CommandContext,
     config::{Addresses, Config},
     explain::explain,
     external::External,
-    http::{self, Api, Cors, Edge, auth::Auth, oauth::SignIn},
+    http::{self, Api, ApiEdge, Cors, auth::Auth, oauth::SignIn},
     last_used::{self, LastUsed},
     maintenance,
     metrics::Metrics,
@@ -132,13 +132,13 @@ pub async fn run(config: Config, listeners: Listeners, stop: CancellationToken) 
     background.spawn("key announcements", |stop| announce_keys(api.clone(), stop));
 
     let routes = Cors::new(warp::service(http::public(&api)), origins);
-    let service = Edge::new(routes, proxies, tracer, metrics.clone());
+    let service = ApiEdge::new(routes, proxies, tracer, metrics.clone());
     let counted = metrics.http.listener("public");
     let listen = |stop| server::serve(listeners.public, service, limits.clone(), counted, stop);
     stages.serving.spawn("public listener", listen);
     // Gateways connect without a proxy, and their requests are not traced.
     let routes = warp::service(http::internal(&api));
-    let service = Edge::new(routes, TrustedProxies::default(), Tracer::default(), metrics.clone());
+    let service = ApiEdge::new(routes, TrustedProxies::default(), Tracer::default(), metrics.clone());
     let counted = metrics.http.listener("internal");
     let listen = |stop| server::serve(listeners.internal, service, limits, counted, stop);
     stages.serving.spawn("internal listener", listen);
@@ -223,7 +223,7 @@ fn make_api(
     stages.serving.spawn("shared rate limits", |stop| counter.run(stop));
     let (publisher, worker) = publisher(config.redis, config.channels, tracer.clone(), metrics.clone());
     stages.publishing.spawn("publisher", |stop| worker.run(tasks.clone(), stop));
-    let context = Context::new(database.clone(), publisher, tracer.clone());
+    let context = CommandContext::new(database.clone(), publisher, tracer.clone());
 
     let used = LastUsed::default();
     let external = config.external.map(External::new).transpose().context(CA_CERTIFICATES)?.map(Arc::new);

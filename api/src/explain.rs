@@ -19,19 +19,19 @@ use crate::{
 
 #[derive(Serialize)]
 #[serde(rename_all = "camelCase")]
-pub struct Explanation {
+pub struct FeedExplanation {
     pub user: UserId,
     pub username: String,
     /// Sentences, the most important one first.
     pub says: Vec<String>,
-    pub feed: Kept,
+    pub feed: KeptFeed,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub event: Option<StoredEvent>,
 }
 
 /// The part of the feed that is kept.
 #[derive(Serialize)]
-pub struct Kept {
+pub struct KeptFeed {
     pub epoch: Epoch,
     /// The oldest event that is kept; absent when none is.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -43,7 +43,7 @@ pub async fn explain(
     database: &Database,
     metrics: &Metrics,
     question: ExplainRequest,
-) -> Result<Explanation, ExplainError> {
+) -> Result<FeedExplanation, ExplainError> {
     let ExplainRequest { user, event } = question;
     let found = database.run(async |connection| feed::look_up(connection, user, event).await).await;
     let found = found.map_err(|error| {
@@ -63,11 +63,11 @@ pub async fn explain(
             );
         }
     }
-    Ok(Explanation {
+    Ok(FeedExplanation {
         user,
         username,
         says,
-        feed: Kept { epoch: head.epoch, first, head: head.seq },
+        feed: KeptFeed { epoch: head.epoch, first, head: head.seq },
         event: written,
     })
 }

@@ -25,7 +25,7 @@ use thiserror::Error;
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    commands::{Context, log_in::provision},
+    commands::{CommandContext, log_in::provision},
     domain::user::Profile,
     store::{StoreError, identities},
 };
@@ -135,7 +135,11 @@ impl External {
     }
 
     /// The user of an identity, created if missing.
-    pub async fn user_of(&self, context: &Context, identity: &Identity) -> Result<UserId, ExternalError> {
+    pub async fn user_of(
+        &self,
+        context: &CommandContext,
+        identity: &Identity,
+    ) -> Result<UserId, ExternalError> {
         match self.users.get(&identity.subject) {
             Some(user) => Ok(user),
             None => Ok(self.users_of(context, std::slice::from_ref(identity)).await?[0]),
@@ -146,7 +150,7 @@ impl External {
     /// is always taken over. The subjects must come from checked tokens.
     pub async fn users_of(
         &self,
-        context: &Context,
+        context: &CommandContext,
         requested: &[Identity],
     ) -> Result<Vec<UserId>, ExternalError> {
         let issuer = &self.issuer.issuer;

@@ -30,14 +30,14 @@ const STEP_PAUSE: Duration = Duration::from_secs(1);
 const WALK_PAUSE: Duration = Duration::from_mins(10);
 
 #[derive(Debug, PartialEq, Eq)]
-pub struct Step {
+pub struct PruneStep {
     pub deleted: u64,
     /// Where the next step continues; `None` after the last user.
     pub next: Option<UserId>,
 }
 
 /// One step of a walk: the users after this one.
-pub async fn prune_after(database: &Database, keep: Keep, after: UserId) -> Result<Step, StoreError> {
+pub async fn prune_after(database: &Database, keep: Keep, after: UserId) -> Result<PruneStep, StoreError> {
     let (prefixes, last) = database
         .run(async |connection| feed::old_prefixes(connection, keep, after, USERS, ROWS).await)
         .await?;
@@ -51,7 +51,7 @@ pub async fn prune_after(database: &Database, keep: Keep, after: UserId) -> Resu
             full = Some(UserId(prefix.user.0 - 1));
         }
     }
-    Ok(Step { deleted, next: full.or(last) })
+    Ok(PruneStep { deleted, next: full.or(last) })
 }
 
 /// One step over codes of logins that have expired.
@@ -107,7 +107,7 @@ pub async fn run(database: Database, keep: Keep, metrics: Metrics, stop: Cancell
         let mut after = UserId(0);
         loop {
             let step = prune_after(&database, keep, after).await;
-            let more = step.map(|Step { deleted, next }| {
+            let more = step.map(|PruneStep { deleted, next }| {
                 metrics.pruned_events.inc_by(deleted);
                 after = next.unwrap_or(UserId(0));
                 next.is_some()

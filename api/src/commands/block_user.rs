@@ -2,12 +2,12 @@
 
 use protocol::ids::UserId;
 
-use super::{Actor, Context};
+use super::{Actor, CommandContext};
 pub use crate::store::blocks::BlockUserOutcome;
 use crate::store::{StoreError, blocks};
 
 pub async fn block_user(
-    context: &Context,
+    context: &CommandContext,
     actor: Actor,
     other: UserId,
 ) -> Result<BlockUserOutcome, StoreError> {
@@ -16,7 +16,7 @@ pub async fn block_user(
 
 /// Messages that were hidden by the block stay hidden.
 pub async fn unblock_user(
-    context: &Context,
+    context: &CommandContext,
     actor: Actor,
     other: UserId,
 ) -> Result<BlockUserOutcome, StoreError> {
@@ -24,7 +24,7 @@ pub async fn unblock_user(
 }
 
 async fn set(
-    context: &Context,
+    context: &CommandContext,
     actor: Actor,
     other: UserId,
     blocked: bool,

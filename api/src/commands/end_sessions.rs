@@ -1,7 +1,7 @@
 //! A user ends sessions of theirs. Every replica rejects them from the next statement on; open streams are told through Redis,
 //! or found by the gateways' next reconcile.
 
-use super::{Actor, Context};
+use super::{Actor, CommandContext};
 use crate::store::{
     StoreError,
     sessions::{self, Which},
@@ -17,11 +17,11 @@ pub enum EndSessionsOutcome {
 }
 
 pub async fn end_sessions(
-    context: &Context,
+    context: &CommandContext,
     actor: Actor,
     which: Which,
 ) -> Result<EndSessionsOutcome, StoreError> {
-    let Context { database, publisher, .. } = context.clone();
+    let CommandContext { database, publisher, .. } = context.clone();
     let work = async move {
         let ended = database
             .run(async |connection| sessions::end(connection, actor.session, actor.user, which).await)

@@ -8,7 +8,7 @@ use std::time::Duration;
 use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
 use sha2::{Digest, Sha256};
 
-use super::Context;
+use super::CommandContext;
 use crate::{
     domain::user::{Profile, User},
     store::{
@@ -31,7 +31,7 @@ pub enum LogInOutcome {
 
 /// As the user of this name, without proof: for development.
 pub async fn log_in_by_name(
-    context: &Context,
+    context: &CommandContext,
     username: String,
     device: String,
     lifetime: Duration,
@@ -56,7 +56,7 @@ pub struct Halves {
 }
 
 /// As the account of this profile: the first of two steps.
-pub async fn arrive(context: &Context, profile: Profile) -> Result<(Provisioned, Halves), StoreError> {
+pub async fn arrive(context: &CommandContext, profile: Profile) -> Result<(Provisioned, Halves), StoreError> {
     let halves = Halves { code: secret(), binding: secret() };
     let (code, binding) = (hash(&halves.code), hash(&halves.binding));
     let database = context.database.clone();
@@ -72,7 +72,7 @@ pub async fn arrive(context: &Context, profile: Profile) -> Result<(Provisioned,
 
 /// The second step. One of `bindings` must be the other half of the code.
 pub async fn log_in_by_code(
-    context: &Context,
+    context: &CommandContext,
     code: &str,
     bindings: &[&str],
     device: String,
@@ -93,7 +93,7 @@ pub async fn log_in_by_code(
 
 /// As the account of this profile, in one step.
 pub async fn log_in_by_profile(
-    context: &Context,
+    context: &CommandContext,
     profile: Profile,
     device: String,
     lifetime: Duration,
@@ -108,7 +108,7 @@ pub async fn log_in_by_profile(
 }
 
 /// The user of a profile that comes with each request and needs no session.
-pub async fn provision(context: &Context, profile: Profile) -> Result<Provisioned, StoreError> {
+pub async fn provision(context: &CommandContext, profile: Profile) -> Result<Provisioned, StoreError> {
     let database = context.database.clone();
     let work = async move {
         database.run(async |connection| identities::provision(connection, &profile).await).await

@@ -2,7 +2,7 @@
 
 use protocol::ids::{ConversationId, MessageId};
 
-use super::{Actor, Context};
+use super::{Actor, CommandContext};
 pub use crate::store::messages::MarkReadOutcome;
 use crate::{
     request_context::RequestContext,
@@ -11,7 +11,7 @@ use crate::{
 
 /// Up to the message `to`, or to the last one.
 pub async fn mark_read(
-    context: &Context,
+    context: &CommandContext,
     actor: Actor,
     conversation: ConversationId,
     to: Option<MessageId>,

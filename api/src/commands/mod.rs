@@ -28,14 +28,14 @@ const MAX_RUNNING: usize = 1_024;
 
 /// What commands work with.
 #[derive(Clone)]
-pub struct Context {
+pub struct CommandContext {
     pub database: Database,
     pub publisher: Publisher,
     tracer: Tracer,
     permits: Arc<Semaphore>,
 }
 
-impl Context {
+impl CommandContext {
     pub fn new(database: Database, publisher: Publisher, tracer: Tracer) -> Self {
         Self { database, publisher, tracer, permits: Arc::new(Semaphore::new(MAX_RUNNING)) }
     }

@@ -2,7 +2,7 @@
 
 use protocol::ids::ConversationId;
 
-use super::{Actor, Context};
+use super::{Actor, CommandContext};
 pub use crate::store::messages::PostMessageOutcome;
 use crate::{
     domain::message::{Content, IdempotencyKey},
@@ -18,7 +18,7 @@ pub struct Draft {
 }
 
 pub async fn post_message(
-    context: &Context,
+    context: &CommandContext,
     actor: Actor,
     Draft { conversation, content, key }: Draft,
     request: RequestContext,

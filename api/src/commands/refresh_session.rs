@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use super::{Actor, Context};
+use super::{Actor, CommandContext};
 use crate::store::{
     StoreError,
     sessions::{self, Session},
@@ -16,7 +16,7 @@ pub enum RefreshSessionOutcome {
 }
 
 pub async fn refresh_session(
-    context: &Context,
+    context: &CommandContext,
     actor: Actor,
     lifetime: Duration,
 ) -> Result<RefreshSessionOutcome, StoreError> {

@@ -1,6 +1,6 @@
 //! A user starts a conversation with another one.
 
-use super::{Actor, Context};
+use super::{Actor, CommandContext};
 pub use crate::store::conversations::StartConversationOutcome;
 use crate::{
     request_context::RequestContext,
@@ -8,7 +8,7 @@ use crate::{
 };
 
 pub async fn start_conversation(
-    context: &Context,
+    context: &CommandContext,
     actor: Actor,
     username: String,
     request: RequestContext,

@@ -15,9 +15,9 @@ use protocol::{
 };
 use service_kit::{cookies::Cookies, ended_sessions::EndedSessions, http::PresentedTokens, origins::Origins};
 
-use super::{Answer, error::ApiError, request::Inbound};
+use super::{HandlerResult, error::ApiError, request::Inbound};
 use crate::{
-    commands::{Actor, Context},
+    commands::{Actor, CommandContext},
     domain::user::User,
     external::External,
     last_used::LastUsed,
@@ -38,7 +38,7 @@ pub struct Auth {
     lifetimes: Lifetimes,
     used: LastUsed,
     ended: EndedSessions,
-    context: Context,
+    context: CommandContext,
     /// The other issuer whose tokens are accepted.
     external: Option<Arc<External>>,
 }
@@ -97,7 +97,7 @@ impl Auth {
         origins: Arc<Origins>,
         lifetimes: Lifetimes,
         used: LastUsed,
-        context: Context,
+        context: CommandContext,
     ) -> Self {
         let (verifier, version) = (keys.verifier(), Version::of(&keys.thumbprints()));
         let cookies = Cookies::new(origins.own());
@@ -262,7 +262,7 @@ impl Auth {
 
     /// A 401 to a valid token means that its session has ended. From then on the token is rejected before any rate limit:
     /// otherwise it could still use up the limits of its user.
-    pub(super) fn note_ended(&self, actor: Actor, answer: &Answer) {
+    pub(super) fn note_ended(&self, actor: Actor, answer: &HandlerResult) {
         if let Err(ApiError::Unauthorized) = answer {
             self.remember_ended(actor);
         }

@@ -7,7 +7,7 @@ use protocol::ids::ConversationId;
 use serde::Deserialize;
 
 use super::{
-    Answer, Api,
+    Api, HandlerResult,
     auth::{Caller, Reader},
     empty,
     error::ApiError,
@@ -23,7 +23,7 @@ use crate::{
 
 const PAGE: i64 = 25;
 
-pub(super) async fn list(api: Arc<Api>, reader: Reader, inbound: Inbound) -> Answer {
+pub(super) async fn list(api: Arc<Api>, reader: Reader, inbound: Inbound) -> HandlerResult {
     let unknown = || ApiError::unacceptable("before", "No such conversation");
     let before = inbound.query("before").map(|id| id.parse().map_err(|_| unknown())).transpose()?;
     let page = async |connection: &mut _| store::page(connection, reader.user.id, before, PAGE).await;
@@ -47,7 +47,7 @@ pub(super) fn username(_: &Inbound, Json(body): Json<StartBody>) -> Result<Strin
     Ok(username.to_owned())
 }
 
-pub(super) async fn start(api: Arc<Api>, caller: Caller, username: String) -> Answer {
+pub(super) async fn start(api: Arc<Api>, caller: Caller, username: String) -> HandlerResult {
     let (id, mut response) = match start_conversation(&api.context, caller.actor, username, caller.context)
         .await?
     {
@@ -65,14 +65,14 @@ pub(super) async fn start(api: Arc<Api>, caller: Caller, username: String) -> An
     Ok(response)
 }
 
-pub(super) async fn find(api: Arc<Api>, reader: Reader, inbound: Inbound) -> Answer {
+pub(super) async fn find(api: Arc<Api>, reader: Reader, inbound: Inbound) -> HandlerResult {
     let id: ConversationId = inbound.id().ok_or(ApiError::NO_CONVERSATION)?;
     let find = async |connection: &mut _| store::find(connection, id, reader.user.id).await;
     let found = api.context.database.run(find).await?.ok_or(ApiError::NO_CONVERSATION)?;
     Ok(json(StatusCode::OK, &found))
 }
 
-pub(super) async fn other_participant(api: Arc<Api>, reader: Reader, inbound: Inbound) -> Answer {
+pub(super) async fn other_participant(api: Arc<Api>, reader: Reader, inbound: Inbound) -> HandlerResult {
     let id: ConversationId = inbound.id().ok_or(ApiError::NO_CONVERSATION)?;
     let find = async |connection: &mut _| store::other_participant(connection, id, reader.user.id).await;
     let found = api.context.database.run(find).await?.ok_or(ApiError::NO_CONVERSATION)?;

@@ -23,7 +23,7 @@ use tower_service::Service;
 use tracing::{Instrument, field::Empty};
 use warp::reply::Response;
 
-use super::{Label, error::Fault};
+use super::{Label, error::RequestFailure};
 use crate::{
     metrics::{self, Metrics},
     request_context::RequestContext,
@@ -31,7 +31,7 @@ use crate::{
 
 /// The routes, as the accept loop serves them.
 #[derive(Clone)]
-pub struct Edge<S> {
+pub struct ApiEdge<S> {
     routes: S,
     proxies: Arc<Proxies>,
     tracer: Tracer,
@@ -44,7 +44,7 @@ struct Proxies {
     has_warned: AtomicBool,
 }
 
-impl<S> Edge<S> {
+impl<S> ApiEdge<S> {
     pub fn new(routes: S, trusted: TrustedProxies, tracer: Tracer, metrics: Metrics) -> Self {
         let proxies = Arc::new(Proxies { trusted, has_warned: AtomicBool::new(false) });
         Self { routes, proxies, tracer, metrics }
@@ -66,7 +66,7 @@ impl Proxies {
     }
 }
 
-impl<S, B> Service<Request<B>> for Edge<S>
+impl<S, B> Service<Request<B>> for ApiEdge<S>
 where
     S: Service<Request<B>, Response = Response, Error = Infallible>,
     S::Future: Send + 'static,
@@ -118,7 +118,7 @@ where
             if status >= 500 {
                 traced.fail(status);
             }
-            if let Some(fault) = response.extensions_mut().remove::<Fault>() {
+            if let Some(fault) = response.extensions_mut().remove::<RequestFailure>() {
                 fault.log();
             }
             tracing::debug!(route, status, took_ms = took.as_secs_f64() * 1e3, "request answered");

@@ -9,16 +9,17 @@
 use std::{pin::Pin, sync::Arc};
 
 use super::{
-    Answer, Api,
+    Api, HandlerResult,
     auth::{Caller, Reader},
     error::ApiError,
     internal::require_secret,
     limits::Rate,
-    request::{Body, Inbound, NoBody},
+    request::{FromBody, Inbound, NoBody},
 };
 
-type Run =
-    dyn Fn(Arc<Api>, Inbound, Option<Rate>) -> Pin<Box<dyn Future<Output = Answer> + Send>> + Send + Sync;
+type Run = dyn Fn(Arc<Api>, Inbound, Option<Rate>) -> Pin<Box<dyn Future<Output = HandlerResult> + Send>>
+    + Send
+    + Sync;
 
 /// How one method of one path is answered.
 pub(super) struct Endpoint {
@@ -27,7 +28,7 @@ pub(super) struct Endpoint {
 }
 
 impl Endpoint {
-    fn new<F: Future<Output = Answer> + Send + 'static>(
+    fn new<F: Future<Output = HandlerResult> + Send + 'static>(
         run: impl Fn(Arc<Api>, Inbound, Option<Rate>) -> F + Send + Sync + 'static,
     ) -> Self {
         Self { rate: None, run: Box::new(move |api, inbound, rate| Box::pin(run(api, inbound, rate))) }
@@ -38,13 +39,13 @@ impl Endpoint {
         Self { rate: Some(rate), ..self }
     }
 
-    pub(super) async fn answer(&self, api: Arc<Api>, inbound: Inbound) -> Answer {
+    pub(super) async fn answer(&self, api: Arc<Api>, inbound: Inbound) -> HandlerResult {
         (self.run)(api, inbound, self.rate).await
     }
 }
 
 /// For anybody.
-pub(super) fn open<B: Body, F: Future<Output = Answer> + Send + 'static>(
+pub(super) fn open<B: FromBody, F: Future<Output = HandlerResult> + Send + 'static>(
     handler: impl Fn(Arc<Api>, Inbound, B) -> F + Clone + Send + Sync + 'static,
 ) -> Endpoint {
     Endpoint::new(move |api, mut inbound, rate| {
@@ -59,7 +60,7 @@ pub(super) fn open<B: Body, F: Future<Output = Answer> + Send + 'static>(
 }
 
 /// For a user who changes nothing.
-pub(super) fn read<F: Future<Output = Answer> + Send + 'static>(
+pub(super) fn read<F: Future<Output = HandlerResult> + Send + 'static>(
     handler: impl Fn(Arc<Api>, Reader, Inbound) -> F + Clone + Send + Sync + 'static,
 ) -> Endpoint {
     Endpoint::new(move |api, inbound, rate| {
@@ -80,7 +81,7 @@ pub(super) fn read<F: Future<Output = Answer> + Send + 'static>(
 }
 
 /// For a user who changes something. `input` reads what the request alone shows; `run` is the command.
-pub(super) fn change<B: Body, I: Send + 'static, F: Future<Output = Answer> + Send + 'static>(
+pub(super) fn change<B: FromBody, I: Send + 'static, F: Future<Output = HandlerResult> + Send + 'static>(
     input: impl Fn(&Inbound, B) -> Result<I, ApiError> + Clone + Send + Sync + 'static,
     run: impl Fn(Arc<Api>, Caller, I) -> F + Clone + Send + Sync + 'static,
 ) -> Endpoint {
@@ -114,7 +115,7 @@ pub(super) fn nothing(_: &Inbound, _: NoBody) -> Result<(), ApiError> {
 }
 
 /// For gateways.
-pub(super) fn gateway<B: Body, F: Future<Output = Answer> + Send + 'static>(
+pub(super) fn gateway<B: FromBody, F: Future<Output = HandlerResult> + Send + 'static>(
     handler: impl Fn(Arc<Api>, Inbound, B) -> F + Clone + Send + Sync + 'static,
 ) -> Endpoint {
     Endpoint::new(move |api, mut inbound, _| {

@@ -96,7 +96,7 @@ impl ApiError {
         };
         response.headers_mut().extend(header);
         if let Self::Store(error) = self {
-            response.extensions_mut().insert(Fault::from(error));
+            response.extensions_mut().insert(RequestFailure::from(error));
         }
         response
     }
@@ -104,9 +104,9 @@ impl ApiError {
 
 /// In a response's extensions: why a request failed that was not at fault.
 #[derive(Debug, Clone)]
-pub(super) struct Fault(Arc<StoreError>);
+pub(super) struct RequestFailure(Arc<StoreError>);
 
-impl Fault {
+impl RequestFailure {
     pub(super) fn log(&self) {
         match &*self.0 {
             StoreError::Unavailable(reason) => {
@@ -117,7 +117,7 @@ impl Fault {
     }
 }
 
-impl From<StoreError> for Fault {
+impl From<StoreError> for RequestFailure {
     fn from(error: StoreError) -> Self {
         Self(Arc::new(error))
     }

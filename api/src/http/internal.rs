@@ -14,7 +14,7 @@ use protocol::{
 use subtle::{Choice, ConstantTimeEq};
 
 use super::{
-    Answer, Api,
+    Api, HandlerResult,
     error::ApiError,
     json,
     request::{Inbound, Json, NoBody},
@@ -30,7 +30,7 @@ pub(super) async fn heads(
     api: Arc<Api>,
     _: Inbound,
     Json(request): Json<HeadsRequest, BODY_LIMIT>,
-) -> Answer {
+) -> HandlerResult {
     require_few(request.users.len())?;
     require_few(request.logins.len())?;
     // An open stream counts as use.
@@ -51,13 +51,13 @@ pub(super) async fn ranges(
     api: Arc<Api>,
     _: Inbound,
     Json(request): Json<RangesRequest, BODY_LIMIT>,
-) -> Answer {
+) -> HandlerResult {
     require_few(request.ranges.len())?;
     let ranges = async |connection: &mut _| feed::ranges(connection, &request.ranges).await;
     Ok(json(StatusCode::OK, &RangesAnswer { ranges: api.context.database.run(ranges).await? }))
 }
 
-pub(super) async fn keys(api: Arc<Api>, inbound: Inbound, _: NoBody) -> Answer {
+pub(super) async fn keys(api: Arc<Api>, inbound: Inbound, _: NoBody) -> HandlerResult {
     let (external_keys, external) = match &api.external {
         Some(external) => {
             let (keys, version) = external.published(inbound.query("kid").as_deref()).await;
@@ -73,7 +73,7 @@ pub(super) async fn identity(
     api: Arc<Api>,
     _: Inbound,
     Json(request): Json<IdentityRequest, IDENTITIES_LIMIT>,
-) -> Answer {
+) -> HandlerResult {
     require_few(request.identities.len())?;
     let external = api.external.as_ref().ok_or(ApiError::NOT_FOUND)?;
     let users = external.users_of(&api.context, &request.identities).await?;

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use warp::reply::Response;
 
 use super::{
-    Answer, Api,
+    Api, HandlerResult,
     auth::{Caller, Token},
     error::ApiError,
     json,
@@ -25,7 +25,7 @@ use crate::{
     },
 };
 
-pub(super) async fn options(api: Arc<Api>, _: Inbound, _: NoBody) -> Answer {
+pub(super) async fn options(api: Arc<Api>, _: Inbound, _: NoBody) -> HandlerResult {
     let options = LoginOptions { providers: api.sign_in.names().collect(), dev_login: api.dev_login };
     Ok(json(StatusCode::OK, &options))
 }
@@ -55,7 +55,7 @@ struct LoginAnswer<'a> {
     expires_at: DateTime<Utc>,
 }
 
-pub(super) async fn log_in(api: Arc<Api>, inbound: Inbound, Json(body): Json<LoginBody>) -> Answer {
+pub(super) async fn log_in(api: Arc<Api>, inbound: Inbound, Json(body): Json<LoginBody>) -> HandlerResult {
     let username = body.username.filter(|name| may_be_a_name(name)).ok_or(ApiError::NO_USER)?;
     api.limits.check_login_as(&name::key(&username)).await?;
     match log_in_by_name(&api.context, username, inbound.device(), api.auth.lifetime()).await? {
@@ -67,7 +67,7 @@ pub(super) async fn log_in(api: Arc<Api>, inbound: Inbound, Json(body): Json<Log
     }
 }
 
-pub(super) async fn refresh(api: Arc<Api>, caller: Caller, (): ()) -> Answer {
+pub(super) async fn refresh(api: Arc<Api>, caller: Caller, (): ()) -> HandlerResult {
     match refresh_session(&api.context, caller.actor, api.auth.lifetime()).await? {
         RefreshSessionOutcome::Refreshed(session) => {
             Ok(token_answer(&api, None, &api.auth.issue(caller.actor.user, session)))
@@ -83,6 +83,6 @@ pub(super) fn token_answer(api: &Api, auth_user: Option<&User>, token: &Token) -
     response
 }
 
-pub(super) async fn jwks(api: Arc<Api>, _: Inbound, _: NoBody) -> Answer {
+pub(super) async fn jwks(api: Arc<Api>, _: Inbound, _: NoBody) -> HandlerResult {
     Ok(json(StatusCode::OK, api.auth.jwks()))
 }

@@ -7,7 +7,7 @@ use protocol::ids::{ConversationId, MessageId};
 use serde::Deserialize;
 
 use super::{
-    Answer, Api,
+    Api, HandlerResult,
     auth::{Caller, Reader},
     empty,
     error::ApiError,
@@ -56,7 +56,7 @@ fn idempotency_key(inbound: &Inbound) -> Result<Option<IdempotencyKey>, ApiError
 /// The header's name in `errors`.
 const KEY_FIELD: &str = "idempotencyKey";
 
-pub(super) async fn send(api: Arc<Api>, caller: Caller, draft: Draft) -> Answer {
+pub(super) async fn send(api: Arc<Api>, caller: Caller, draft: Draft) -> HandlerResult {
     match post_message(&api.context, caller.actor, draft, caller.context).await? {
         PostMessageOutcome::Sent(message) => Ok(json(StatusCode::CREATED, &message)),
         PostMessageOutcome::Replayed(message) => {
@@ -73,7 +73,7 @@ pub(super) async fn send(api: Arc<Api>, caller: Caller, draft: Draft) -> Answer 
     }
 }
 
-pub(super) async fn list(api: Arc<Api>, reader: Reader, inbound: Inbound) -> Answer {
+pub(super) async fn list(api: Arc<Api>, reader: Reader, inbound: Inbound) -> HandlerResult {
     let window = Window {
         after: message_id(&inbound, "after")?,
         before: message_id(&inbound, "before")?,
@@ -113,7 +113,7 @@ fn marks_read(inbound: &Inbound) -> Result<bool, ApiError> {
     Ok(wanted && inbound.method == Method::GET && inbound.is_deliberate())
 }
 
-pub(super) async fn mark_read(api: Arc<Api>, caller: Caller, id: ConversationId) -> Answer {
+pub(super) async fn mark_read(api: Arc<Api>, caller: Caller, id: ConversationId) -> HandlerResult {
     marked(mark_read::mark_read(&api.context, caller.actor, id, None, caller.context).await?)?;
     Ok(empty(StatusCode::NO_CONTENT))
 }

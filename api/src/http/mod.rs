@@ -29,9 +29,9 @@ use service_kit::secrets::Secrets;
 use warp::{filters::BoxedFilter, reply::Response};
 
 pub use cors::Cors;
-pub use edge::Edge;
+pub use edge::ApiEdge;
 
-use crate::{commands::Context, external::External};
+use crate::{commands::CommandContext, external::External};
 use auth::Auth;
 use endpoint::{change, gateway, nothing, open, read};
 use error::ApiError;
@@ -41,7 +41,7 @@ use route::{at, matching, routes};
 
 /// What handlers work with.
 pub struct Api {
-    pub context: Context,
+    pub context: CommandContext,
     pub auth: Auth,
     pub limits: RequestLimits,
     pub dev_login: bool,
@@ -51,7 +51,7 @@ pub struct Api {
 }
 
 /// How every handler ends.
-type Answer = Result<Response, ApiError>;
+type HandlerResult = Result<Response, ApiError>;
 
 /// The listener for clients.
 #[rustfmt::skip]

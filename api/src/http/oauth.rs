@@ -18,8 +18,8 @@ use service_kit::{
 use warp::reply::Response;
 
 use super::{
-    Answer, Api, empty,
-    error::{ApiError, Fault},
+    Api, HandlerResult, empty,
+    error::{ApiError, RequestFailure},
     login::token_answer,
     request::{Inbound, Json, NoBody},
 };
@@ -101,7 +101,7 @@ impl SignIn {
         };
         self.metrics.login(provider, code);
         let mut response = self.to_page(&[("error", code)]);
-        response.extensions_mut().insert(Fault::from(error));
+        response.extensions_mut().insert(RequestFailure::from(error));
         response
     }
 
@@ -143,7 +143,7 @@ impl SignIn {
     }
 }
 
-pub(super) async fn start(api: Arc<Api>, inbound: Inbound, _: NoBody) -> Answer {
+pub(super) async fn start(api: Arc<Api>, inbound: Inbound, _: NoBody) -> HandlerResult {
     let sign_in = &api.sign_in;
     let provider = sign_in.provider(&inbound)?;
     let begun = match provider.begin().await {
@@ -157,7 +157,7 @@ pub(super) async fn start(api: Arc<Api>, inbound: Inbound, _: NoBody) -> Answer 
     Ok(response)
 }
 
-pub(super) async fn callback(api: Arc<Api>, inbound: Inbound, _: NoBody) -> Answer {
+pub(super) async fn callback(api: Arc<Api>, inbound: Inbound, _: NoBody) -> HandlerResult {
     let sign_in = &api.sign_in;
     let provider = sign_in.provider(&inbound)?;
     let state = inbound.query("state").unwrap_or_default();
@@ -214,7 +214,11 @@ pub(super) struct ExchangeBody {
     code: Option<String>,
 }
 
-pub(super) async fn exchange(api: Arc<Api>, inbound: Inbound, Json(body): Json<ExchangeBody>) -> Answer {
+pub(super) async fn exchange(
+    api: Arc<Api>,
+    inbound: Inbound,
+    Json(body): Json<ExchangeBody>,
+) -> HandlerResult {
     let code = body.code.unwrap_or_default();
     let bindings = api.sign_in.carried(&inbound.headers, BINDING, &code);
     // Without the cookie this is not the browser that came back from the provider.

@@ -6,7 +6,7 @@ use http::{HeaderValue, header};
 use warp::reply::Response;
 
 use super::{
-    Answer, Api,
+    Api, HandlerResult,
     request::{Inbound, NoBody},
 };
 
@@ -14,7 +14,7 @@ pub(super) const PATH: &str = "/api/openapi.json";
 
 const DOCUMENT: &str = include_str!("../../openapi.json");
 
-pub(super) async fn document(_: Arc<Api>, _: Inbound, _: NoBody) -> Answer {
+pub(super) async fn document(_: Arc<Api>, _: Inbound, _: NoBody) -> HandlerResult {
     let mut response = Response::new(DOCUMENT.into());
     let json = HeaderValue::from_static("application/json; charset=utf-8");
     response.headers_mut().insert(header::CONTENT_TYPE, json);

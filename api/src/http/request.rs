@@ -23,7 +23,7 @@ const BODY_TIME: Duration = Duration::from_secs(10);
 const PREFETCH_HEADERS: [&str; 4] = ["sec-purpose", "purpose", "x-purpose", "x-moz"];
 const PREFETCH_VALUES: [&str; 3] = ["prefetch", "prerender", "preview"];
 
-type Chunks = Pin<Box<dyn Stream<Item = Result<Bytes, warp::Error>> + Send + Sync>>;
+type BodyChunks = Pin<Box<dyn Stream<Item = Result<Bytes, warp::Error>> + Send + Sync>>;
 
 pub(super) struct Inbound {
     pub(super) method: Method,
@@ -33,7 +33,7 @@ pub(super) struct Inbound {
     /// Of the path, in the order of its pattern.
     pub(super) parameters: Vec<String>,
     query: String,
-    body: Chunks,
+    body: BodyChunks,
 }
 
 pub(super) fn inbound() -> impl Filter<Extract = (Inbound,), Error = warp::Rejection> + Copy {
@@ -55,7 +55,7 @@ pub(super) fn inbound() -> impl Filter<Extract = (Inbound,), Error = warp::Rejec
         })
 }
 
-fn boxed<B: Buf>(body: impl Stream<Item = Result<B, warp::Error>> + Send + Sync + 'static) -> Chunks {
+fn boxed<B: Buf>(body: impl Stream<Item = Result<B, warp::Error>> + Send + Sync + 'static) -> BodyChunks {
     Box::pin(body.map(|chunk| chunk.map(|mut chunk| chunk.copy_to_bytes(chunk.remaining()))))
 }
 
@@ -98,7 +98,7 @@ impl Inbound {
         let text = std::str::from_utf8(&body).map_err(|error| {
             ApiError::BadBody(format!("The body is not UTF-8 from byte {} on", error.valid_up_to()))
         })?;
-        serde_json::from_str::<Object<T>>(text).map(|object| object.0).map_err(|error| {
+        serde_json::from_str::<JsonObject<T>>(text).map(|object| object.0).map_err(|error| {
             let (line, column) = (error.line(), error.column());
             ApiError::BadBody(match error.classify() {
                 serde_json::error::Category::Data => {
@@ -136,9 +136,9 @@ fn is_prefetch(headers: &HeaderMap) -> bool {
 }
 
 /// A JSON object. Derived code alone would accept an array of the values as well.
-struct Object<T>(T);
+struct JsonObject<T>(T);
 
-impl<'de, T: Deserialize<'de>> Deserialize<'de> for Object<T> {
+impl<'de, T: Deserialize<'de>> Deserialize<'de> for JsonObject<T> {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         struct Members<T>(std::marker::PhantomData<T>);
         impl<'de, T: Deserialize<'de>> Visitor<'de> for Members<T> {
@@ -155,7 +155,7 @@ impl<'de, T: Deserialize<'de>> Deserialize<'de> for Object<T> {
 }
 
 /// What a handler wants as its request's body.
-pub(super) trait Body: Sized + Send + 'static {
+pub(super) trait FromBody: Sized + Send + 'static {
     /// Checks what the head says about it.
     fn require(_: &Inbound) -> Result<(), ApiError> {
         Ok(())
@@ -167,7 +167,7 @@ pub(super) trait Body: Sized + Send + 'static {
 /// Not looked at.
 pub(super) struct NoBody;
 
-impl Body for NoBody {
+impl FromBody for NoBody {
     async fn read(_: &mut Inbound) -> Result<Self, ApiError> {
         Ok(Self)
     }
@@ -176,7 +176,7 @@ impl Body for NoBody {
 /// A JSON object of at most `LIMIT` bytes.
 pub(super) struct Json<T, const LIMIT: usize = { 16 * 1024 }>(pub(super) T);
 
-impl<T: DeserializeOwned + Send + 'static, const LIMIT: usize> Body for Json<T, LIMIT> {
+impl<T: DeserializeOwned + Send + 'static, const LIMIT: usize> FromBody for Json<T, LIMIT> {
     fn require(inbound: &Inbound) -> Result<(), ApiError> {
         inbound.require_json()
     }

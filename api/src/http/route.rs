@@ -6,7 +6,7 @@ use std::sync::Arc;
 use http::{HeaderValue, Method};
 use warp::{Filter, filters::BoxedFilter, path::FullPath, reply::Response};
 
-use super::{Answer, Api, Label, endpoint::Endpoint, error::ApiError, request::inbound};
+use super::{Api, HandlerResult, Label, endpoint::Endpoint, error::ApiError, request::inbound};
 
 /// The parameters of a path, if it matches.
 type Matches = dyn Fn(&str) -> Option<Vec<String>> + Send + Sync;
@@ -84,7 +84,7 @@ pub(super) fn routes<const N: usize>(api: &Arc<Api>, resources: [Resource; N]) -
             let request_id = inbound.context.request_id.clone();
             let found =
                 resources.iter().find_map(|resource| Some((resource, (resource.parameters)(path.as_str())?)));
-            let (label, answer): (_, Answer) = match found {
+            let (label, answer): (_, HandlerResult) = match found {
                 Some((resource, parameters)) => {
                     inbound.parameters = parameters;
                     let answer = match resource.endpoint(&inbound.method) {

@@ -8,7 +8,7 @@ use protocol::ids::SessionId;
 use serde::Serialize;
 
 use super::{
-    Answer, Api,
+    Api, HandlerResult,
     auth::{Caller, Reader},
     empty,
     error::ApiError,
@@ -23,7 +23,7 @@ use crate::{
 /// More are not listed; ending all others ends these too.
 const LISTED: i64 = 100;
 
-pub(super) async fn list(api: Arc<Api>, reader: Reader, _: Inbound) -> Answer {
+pub(super) async fn list(api: Arc<Api>, reader: Reader, _: Inbound) -> HandlerResult {
     let list = async |connection: &mut _| {
         store::of_user(connection, reader.user.id, reader.actor.session, LISTED).await
     };
@@ -34,21 +34,21 @@ pub(super) fn id(inbound: &Inbound, _: NoBody) -> Result<SessionId, ApiError> {
     inbound.id().ok_or(ApiError::NOT_FOUND)
 }
 
-pub(super) async fn end_one(api: Arc<Api>, caller: Caller, id: SessionId) -> Answer {
+pub(super) async fn end_one(api: Arc<Api>, caller: Caller, id: SessionId) -> HandlerResult {
     end(&api, &caller, Which::One(id)).await
 }
 
-pub(super) async fn end_others(api: Arc<Api>, caller: Caller, (): ()) -> Answer {
+pub(super) async fn end_others(api: Arc<Api>, caller: Caller, (): ()) -> HandlerResult {
     end(&api, &caller, Which::Others).await
 }
 
-pub(super) async fn log_out(api: Arc<Api>, caller: Caller, (): ()) -> Answer {
+pub(super) async fn log_out(api: Arc<Api>, caller: Caller, (): ()) -> HandlerResult {
     let mut response = end(&api, &caller, Which::Own).await?;
     response.headers_mut().insert(header::SET_COOKIE, api.auth.no_cookie());
     Ok(response)
 }
 
-async fn end(api: &Api, caller: &Caller, which: Which) -> Answer {
+async fn end(api: &Api, caller: &Caller, which: Which) -> HandlerResult {
     match end_sessions(&api.context, caller.actor, which).await? {
         EndSessionsOutcome::Ended => Ok(empty(StatusCode::NO_CONTENT)),
         EndSessionsOutcome::NotFound => Err(ApiError::NOT_FOUND),
@@ -64,7 +64,11 @@ struct StreamTokenAnswer {
     expires_at: DateTime<Utc>,
 }
 
-pub(super) async fn stream_token(api: Arc<Api>, Caller { actor, expires_at, .. }: Caller, (): ()) -> Answer {
+pub(super) async fn stream_token(
+    api: Arc<Api>,
+    Caller { actor, expires_at, .. }: Caller,
+    (): (),
+) -> HandlerResult {
     let database = &api.context.database;
     let ends_at = if let Some(id) = actor.session {
         let session = database.run(async |connection| store::find(connection, id, actor.user).await).await?;

@@ -15,7 +15,7 @@ use service_kit::quality_values::{entries, weight};
 use warp::reply::Response;
 
 use super::{
-    Answer, Api, empty,
+    Api, HandlerResult, empty,
     request::{Inbound, NoBody},
 };
 
@@ -42,7 +42,7 @@ pub(super) fn path(path: &str) -> Option<Vec<String>> {
     (!is_api).then(|| vec![path.trim_start_matches('/').to_owned()])
 }
 
-pub(super) async fn file(_: Arc<Api>, inbound: Inbound, _: NoBody) -> Answer {
+pub(super) async fn file(_: Arc<Api>, inbound: Inbound, _: NoBody) -> HandlerResult {
     Ok(serve(&inbound.parameters[0], &inbound.headers))
 }
 

@@ -1,4 +1,4 @@
-//! Blocks: the blocked one notices nothing, and the blocker hears nothing.
+//! Blocks: the blocked user sees no difference, and the blocker receives nothing.
 
 use serde_json::{Value, json};
 use sqlx::PgPool;
@@ -60,7 +60,6 @@ async fn blocking_is_repeatable_and_needs_another_user(pool: PgPool) {
             let answer = foreign().header("cookie", &jane.cookie).send().await.unwrap();
             assert_problem(&answer, 403, ORIGIN_NOT_ALLOWED);
         }
-        // By cookie from a page of ours.
         let path = format!("/api/blocks/{}", john.id);
         app.call(method, &path).header("cookie", &jane.cookie).header("origin", ORIGIN).expect(204).await;
         gone.call(method, &path).expect(401).await;
@@ -82,7 +81,7 @@ async fn blocker_receives_nothing_and_blocked_user_sees_no_difference(pool: PgPo
     block(&jane, &john).await;
     let (janes_before, janes_events) = (see(&jane, &conversation).await, count(&app, &jane).await);
 
-    // To him everything is as ever.
+    // He sees no difference.
     let key = "once";
     let send = || john.post_message(&conversation, "hidden").header("idempotency-key", key);
     let hidden = send().expect(201).await;
@@ -102,7 +101,7 @@ async fn blocker_receives_nothing_and_blocked_user_sees_no_difference(pool: PgPo
     let johns = see(&john, &conversation).await;
     assert_eq!((&johns["lastReadMessageId"], &johns["unreadCount"]), (&json!(hidden), &json!(0)));
 
-    // To her nothing of it happened: that he has read up to it is told as far as she sees.
+    // She sees nothing of it; his read mark is clipped to what she sees.
     let mut janes_now = janes_before.clone();
     janes_now["otherLastReadMessageId"] = json!(before);
     assert_eq!(see(&jane, &conversation).await, janes_now);
@@ -123,12 +122,12 @@ async fn blocker_receives_nothing_and_blocked_user_sees_no_difference(pool: PgPo
     );
     assert_eq!(heard.next().await.event, "receipt.read", "nothing else was published before it");
 
-    // That he has read what she cannot see is no news to her.
+    // She gets no receipt for messages that are hidden from her.
     john.say(&conversation, "hidden too").await;
     john.read_messages(&conversation).expect(204).await;
     assert_eq!(count(&app, &jane).await, events.len());
 
-    // Her reading ends at what she sees, and tells him so.
+    // Her read mark ends at what she sees, and he gets it.
     jane.read_messages(&conversation).expect(204).await;
     let janes = see(&jane, &conversation).await;
     assert_eq!((&janes["lastReadMessageId"], &janes["unreadCount"]), (&json!(before), &json!(0)));
@@ -145,7 +144,7 @@ async fn block_is_one_way_and_hidden_messages_stay_hidden(pool: PgPool) {
     let (john, jane, conversation) = app.pair(&pool).await;
     block(&jane, &john).await;
     let hidden = john.say(&conversation, "hidden").await;
-    // She may write to him, and he hears it.
+    // She may write to him, and he receives it.
     let own = jane.say(&conversation, "go away").await;
     let (kind, data) = app.feed(john.id).await.pop().unwrap();
     assert_eq!((kind.as_str(), &data["content"]), ("message", &json!("go away")));
@@ -165,7 +164,7 @@ async fn block_is_one_way_and_hidden_messages_stay_hidden(pool: PgPool) {
     assert_eq!(page(&jane, &conversation, &format!("&after={hidden}")).await, ["go away", "sorry"]);
     // Pages are full whatever is hidden between.
     assert_eq!(page(&jane, &conversation, "&limit=2").await, ["sorry", "go away"]);
-    // Reading up to her own message counts anew what follows: one, and not what is hidden.
+    // After her own message one is unread; hidden ones do not count.
     jane.messages(&conversation, &format!("?before={new}&limit=1")).expect(200).await;
     let janes = see(&jane, &conversation).await;
     assert_eq!((&janes["lastReadMessageId"], &janes["unreadCount"]), (&json!(own), &json!(1)));
@@ -190,7 +189,7 @@ async fn conversation_of_a_blocked_user_is_not_in_the_blockers_list(pool: PgPool
 
     assert_eq!(count(&app, &jane).await, 0);
     assert_eq!(jane.conversations("").expect(200).await.json(), json!([]));
-    // If she looks for him, there it is, empty.
+    // She finds the conversation, empty, when she starts it herself.
     jane.start_conversation("john").expect(302).await;
     let seen = see(&jane, &conversation).await;
     assert_eq!(seen["lastMessage"], Value::Null);
@@ -199,7 +198,7 @@ async fn conversation_of_a_blocked_user_is_not_in_the_blockers_list(pool: PgPool
     jane.read_messages(&conversation).expect(204).await;
     assert_eq!(count(&app, &jane).await, 0, "there was nothing to read");
 
-    // The other way round she starts it, and both are told.
+    // If she starts it, both get the event.
     let ann = app.user(&pool, "ann").await;
     block(&jane, &ann).await;
     jane.start("ann").await;

@@ -1,5 +1,5 @@
-//! The order of checks: 404 path / 405 → 415 → 401 → 403 → 429 (`limits`) → 413/400 → 422 → 404/403. A request that is wrong in several ways
-//! is told the first.
+//! The order of checks: 404 path / 405 → 415 → 401 → 403 → 429 (`limits`) → 413/400 → 422 → 404/403. A request that fails
+//! several gets the first.
 
 use sqlx::PgPool;
 
@@ -8,7 +8,7 @@ use crate::{
     support::{App, ORIGIN, ORIGIN_NOT_ALLOWED, assert_common_headers, assert_problem},
 };
 
-/// Method, path, what `Allow` says.
+/// Path and `Allow`.
 const PATHS: &[(&str, &str)] = &[
     ("/api/login", "POST"),
     ("/api/login_options", "GET, HEAD"),
@@ -137,7 +137,7 @@ async fn checks_run_in_the_contracts_order(pool: PgPool) {
                 let answer = post(content_type, body, &[("authorization", "Bearer bad")]).await;
                 assert_problem(&answer, 415, "Content type of application/json required");
             }
-            // 401 before 403 and everything about the body, whichever way the caller is nobody.
+            // 401 before 403 and the body, for every invalid credential.
             for token in ["bad", &revoked.token, &gone.token] {
                 let answer = post("application/json", body, &[("authorization", &bearer(token))]).await;
                 assert_problem(&answer, 401, "Unauthorized");
@@ -162,7 +162,7 @@ async fn checks_run_in_the_contracts_order(pool: PgPool) {
     }
     let none = raw::post(&app, "/api/conversations", &[], "{}").await;
     assert_problem(&none, 415, "Content type of application/json required");
-    // 422 for a parameter before 404 for the place.
+    // 422 for a parameter before 404 for the conversation.
     assert_eq!(john.messages("999", "?limit=0").send().await.unwrap().status, 422);
     assert_eq!(john.messages("no-id", "?limit=0").send().await.unwrap().status, 422);
     let key = john.post_message("999", "hi").header("idempotency-key", "a b");

@@ -1,4 +1,4 @@
-//! Every endpoint: what it answers when all is well, and its particular errors.
+//! Every endpoint: its success and its particular errors.
 
 use chrono::{DateTime, Utc};
 use protocol::{
@@ -91,7 +91,7 @@ async fn cookies_are_secure_if_the_origin_is_https(pool: PgPool) {
     sqlx::query("INSERT INTO messenger.users (username) VALUES ('john')").execute(&pool).await.unwrap();
     let answer = app.post("/api/login").json(&json!({ "username": "john" })).expect(200).await;
     let cookie = answer.header("set-cookie").unwrap();
-    // Then a browser takes a cookie of this name from no other host, and none of http.
+    // Browsers accept a cookie of this name only from this host over https.
     assert!(cookie.starts_with("__Host-messenger_session="), "{cookie}");
     assert!(cookie.contains("; Path=/; ") && !cookie.contains("Domain") && cookie.ends_with("; Secure"));
     app.get("/api/auth_user").header("cookie", &answer.cookie()).expect(200).await;
@@ -174,7 +174,7 @@ async fn only_our_own_unexpired_api_tokens_are_accepted(pool: PgPool) {
         assert_problem(&answer, 401, "Unauthorized");
     }
     assert_problem(&app.get("/api/auth_user").send().await.unwrap(), 401, "Unauthorized");
-    // A bad credential is 401 whatever else is there; and a token in the query is for the stream only.
+    // An invalid credential is 401 whatever else is there; a token in the query is for the stream only.
     for call in [
         app.get("/api/auth_user").bearer("x").header("cookie", &john.cookie),
         app.get("/api/auth_user").header("authorization", "Basic abc").header("cookie", &john.cookie),
@@ -330,7 +330,7 @@ async fn sent_message_reaches_both_users_as_each_sees_it(pool: PgPool) {
     assert_eq!(app.feed(john.id).await[1..], [("message.sent".into(), sent)]);
     assert_eq!(app.feed(jane.id).await[1..], [("message".into(), received)]);
 
-    // Inside a conversation the message does not repeat where it is.
+    // Inside a conversation the message has no conversationId.
     let last = |mine| json!({ "id": "1", "content": content, "createdAt": at, "mine": mine });
     let johns = john.conversation(&conversation).expect(200).await.json();
     assert_eq!((&johns["lastMessage"], &johns["unreadCount"]), (&last(true), &json!(0)));
@@ -395,7 +395,7 @@ async fn repeated_key_returns_the_same_message_without_events(pool: PgPool) {
         john.post_message(conversation, content).header("idempotency-key", key)
     };
     let first = post(&conversation, "hi", "key!").expect(201).await;
-    // The same once normalised is the same.
+    // Equal once normalised.
     for content in ["hi", " hi "] {
         let again = post(&conversation, content, "key!").expect(201).await;
         assert_eq!(again.body, first.body);
@@ -410,7 +410,7 @@ async fn repeated_key_returns_the_same_message_without_events(pool: PgPool) {
             "Idempotency-Key was already used for another message",
         );
     }
-    // Another sender's key is another key, and case matters.
+    // Keys are per sender and case-sensitive.
     jane.post_message(&conversation, "hi").header("idempotency-key", "key!").expect(201).await;
     assert_ne!(post(&conversation, "hi", "KEY!").expect(201).await.body, first.body);
     assert_eq!(app.feed(john.id).await.len(), 2 + 3);
@@ -489,7 +489,7 @@ async fn reading_a_page_moves_the_read_position_to_its_newest_message(pool: PgPo
     assert_eq!(cursor(&page).seq, 5, "the place before the read, and before its own event");
     assert_eq!(state(&jane).await, (json!(2), json!("2"), Value::Null));
     assert_eq!(state(&john).await, (json!(0), Value::Null, json!("2")));
-    // Only forward; and what moves nothing tells nobody.
+    // Only forward; without a move there is no event.
     jane.messages(&conversation, "?before=2").expect(200).await;
     jane.messages(&conversation, "?before=3&markRead=true").expect(200).await;
     assert_eq!(state(&jane).await.1, "2");
@@ -582,7 +582,7 @@ async fn out_of_range_parameters_are_named(pool: PgPool) {
         let answer = john.conversations(&format!("?before={before}")).expect(422).await;
         assert_unacceptable(&answer, "before", "No such conversation");
     }
-    // It is one of theirs, though not in the list: nothing comes after it.
+    // Their conversation without messages is not in the list: nothing follows it.
     assert_json(&bob.conversations(&format!("?before={foreign}")).expect(200).await, &json!([]));
     app.stop().await;
 }
@@ -647,7 +647,6 @@ async fn openapi_document_is_public_and_complete(pool: PgPool) {
             let answer = app.call(&method.to_uppercase(), &path).send().await.unwrap();
             assert_ne!(answer.status, 405, "{method} {path}");
         }
-        // No provider is configured, so there is none.
         if !path.contains("github") {
             let answer = app.call("PATCH", &path).send().await.unwrap();
             assert_problem(&answer, 405, "Method not allowed");

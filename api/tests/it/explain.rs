@@ -1,4 +1,4 @@
-//! `GET /admin/explain`: what the feed says about one event, asked by an operator.
+//! `GET /admin/explain`: an operator asks about one event of a feed.
 
 use std::time::Duration;
 
@@ -30,7 +30,7 @@ async fn explain_tells_operators_the_fate_of_an_event(pool: PgPool) {
     john.say(&conversation, "another one").await;
     let head = app.feed(jane.id).await.len();
 
-    // By the message, and by the number that it names.
+    // By message, then by the seq from that answer.
     let (status, by_message) = app.explain(&format!("user={}&message={message}", jane.id)).await;
     assert_eq!(status, 200, "{by_message}");
     let told: Value = serde_json::from_str(&by_message).unwrap();
@@ -59,7 +59,7 @@ async fn explain_tells_operators_the_fate_of_an_event(pool: PgPool) {
 
     assert_eq!(app.explain("user=999999&seq=1").await, (404, "There is no user 999999\n".into()));
     assert_eq!(app.explain("user=jane&seq=1").await, (400, "user must be a user's id\n".into()));
-    // The public listener knows nothing of it: any path that it does not know is a page of the web client.
+    // The public listener does not have this route; unknown paths are the web client's page.
     let outside = app.client.get(format!("{}/admin/explain?user={}&seq=1", app.public, jane.id)).send().await;
     assert!(outside.unwrap().header("content-type").is_some_and(|form| form.starts_with("text/html")));
     app.stop().await;

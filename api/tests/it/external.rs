@@ -1,4 +1,4 @@
-//! A product with a login of its own: tokens of its issuer, whose keys are fetched from a server that can fail.
+//! Tokens of an external issuer, whose keys come from a server that can fail.
 
 use api::{config::Config, external::ExternalSettings};
 use chrono::Utc;
@@ -76,18 +76,18 @@ async fn external_token_creates_its_user_and_works_everywhere(pool: PgPool) {
         ["conversation.created", "message", "conversation.read", "message.sent", "conversation.read"];
     assert_eq!(names, expected);
 
-    // A token for the stream lets it listen as long as the token it came from.
+    // A stream token's stream ends with the external token.
     let exp = soon();
     let stream =
         app.with_token("POST", "/api/stream_token", &key.token("jane", exp)).expect(200).await.json();
     let claims = keys().verifier().verify(stream["token"].as_str().unwrap(), &[Audience::Stream]).unwrap();
     assert_eq!((json!(claims.sub), claims.sid, claims.session_exp), (me["id"].clone(), None, Some(exp)));
 
-    // It has no session here, so there is nothing to refresh.
+    // Without a session there is nothing to refresh.
     let refreshed = app.with_token("POST", "/api/refresh_token", &token).send().await.unwrap();
     assert_problem(&refreshed, 401, "Unauthorized");
 
-    // Whoever is called like somebody else is somebody else.
+    // The same name is another user.
     let other = key.sign(&json!({
         "iss": ISSUER, "aud": AUDIENCE, "sub": "another", "exp": soon(), "preferred_username": "john",
     }));
@@ -105,17 +105,14 @@ async fn external_token_has_no_session_to_list_or_end(pool: PgPool) {
     let app = App::start_with(trusting(&issuer, &pool)).await;
     let token = key.token("jane", soon());
     app.whoami(&token).await;
-    // The same user has logged in here as well.
     let phone = app.login("jane").await;
     let listed = app.with_token("GET", "/api/sessions", &token).expect(200).await.json();
     assert_eq!(listed.as_array().unwrap().len(), 1);
     assert_eq!(listed[0]["current"], false);
-    // There is nothing of its own to end.
     let answer = app.with_token("POST", "/api/logout", &token).expect(204).await;
     assert!(answer.header("set-cookie").is_some_and(|cookie| cookie.contains("Max-Age=0")));
     phone.auth_user().expect(200).await;
     assert_eq!(app.whoami(&token).await.status, 200);
-    // All others are others.
     app.with_token("DELETE", "/api/sessions", &token).expect(204).await;
     assert_problem(&phone.auth_user().send().await.unwrap(), 401, "Unauthorized");
     app.with_token("DELETE", "/api/sessions", &token).expect(204).await;
@@ -124,7 +121,7 @@ async fn external_token_has_no_session_to_list_or_end(pool: PgPool) {
     assert_eq!(app.with_token("GET", "/api/sessions", &token).expect(200).await.json(), json!([]));
     assert_eq!(app.whoami(&token).await.status, 200);
 
-    // Whoever was deleted is nobody for a while, although the token is good, and then somebody new.
+    // A deleted user's token is rejected for a while, then creates a new user.
     sqlx::query("DELETE FROM messenger.users").execute(&pool).await.unwrap();
     for (method, path) in [("GET", "/api/auth_user"), ("POST", "/api/stream_token"), ("POST", "/api/logout")]
     {
@@ -151,7 +148,7 @@ async fn external_picture_is_updated_missing_claims_change_nothing(pool: PgPool)
         (&json!("Jane D."), &json!("https://pictures.example/1"))
     );
     app.stop().await;
-    // Another replica, which remembers nobody.
+    // Another replica, with an empty cache.
     let app = App::start_with(trusting(&issuer, &pool)).await;
     let picture = async |token: &str| app.whoami(token).await.json()["avatarURL"].clone();
     assert_eq!(picture(&key.sign(&claims)).await, "https://pictures.example/1");
@@ -178,7 +175,7 @@ async fn tokens_not_exactly_of_the_issuer_are_rejected(pool: PgPool) {
         key.sign(&claims(ORIGIN, "api", soon())),
         // Theirs by its claims, ours by its key.
         john.forge(|claims| claims.iss = ISSUER.into()),
-        // One of ours that no session stands behind.
+        // One of ours without a session.
         john.forge(|claims| claims.sid = None),
         john.forge(|claims| (claims.sid, claims.aud) = (None, Audience::Stream)),
     ] {
@@ -189,7 +186,6 @@ async fn tokens_not_exactly_of_the_issuer_are_rejected(pool: PgPool) {
     assert_eq!(users, 1, "nobody was made");
     app.stop().await;
 
-    // Without the setting there is no such issuer.
     let app = App::start(&pool).await;
     assert_problem(&app.whoami(&key.token("s", soon())).await, 401, "Unauthorized");
     let question = IdentityRequest::default();
@@ -211,12 +207,12 @@ async fn unreachable_issuer_makes_no_token_invalid(pool: PgPool) {
     issuer.publish(&key);
     until("the issuer's keys are had", || async { app.whoami(&token).await.status == 200 }).await;
 
-    // A new key is asked for once, a stranger's is no load on the issuer.
+    // A new key is fetched once; unknown keys put no load on the issuer.
     let asked = issuer.asked();
     let rotated = IssuerKey::number(1);
     issuer.publish(&rotated);
     let token = rotated.token("jane", soon());
-    // Not for a few seconds after a question that failed, and then it is 503 still.
+    // After a failed fetch there is none for a few seconds: still 503.
     until("the new key is asked for", || async {
         let status = app.whoami(&token).await.status;
         assert!([200, 503].contains(&status), "{status}");
@@ -247,7 +243,7 @@ async fn gateways_get_the_issuers_keys_and_users_of_subjects(pool: PgPool) {
     let external = told.external.unwrap();
     assert_eq!((external.issuer.issuer.as_str(), external.issuer.audience.as_str()), (ISSUER, AUDIENCE));
     assert_eq!(external.jwks.unwrap(), key.jwks());
-    // A gateway that misses a key makes api ask.
+    // A gateway's unknown key makes api fetch.
     let rotated = IssuerKey::number(1);
     issuer.publish(&rotated);
     let kid = rotated.jwks().keys[0].common.key_id.clone().unwrap();

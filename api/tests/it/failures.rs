@@ -1,4 +1,4 @@
-//! What the service does when what it stands on is away: Redis costs nothing but time, Postgres is said to be away.
+//! Failures: without Redis events are only later; without Postgres requests get 503.
 
 use api::config::Config;
 use futures_util::StreamExt;
@@ -10,7 +10,7 @@ use testkit::{PATIENCE, proxy::Proxy, servers::Redis, soon, until};
 
 use crate::support::{App, assert_problem, channel_prefix, config};
 
-/// Hears what is published for one user.
+/// Subscribes to the channel of one user.
 pub(crate) struct Listener(redis::aio::PubSub);
 
 impl Listener {
@@ -31,7 +31,7 @@ impl Listener {
     }
 }
 
-/// `None`: there is no such line, as before the first of its kind.
+/// `None`: the metric has no such line yet.
 pub(crate) async fn metric(app: &App, line: &str) -> Option<u64> {
     let metrics = app.client.get(format!("{}/metrics", app.ops)).expect(200).await;
     metrics.metric(line).map(|value| value as u64)
@@ -60,7 +60,7 @@ async fn every_event_is_published_to_its_receiver(pool: PgPool) {
     john.say(&conversation, "hi").await;
     jane.read_messages(&conversation).expect(204).await;
     for (heard, user) in [(&mut johns, john.id), (&mut janes, jane.id)] {
-        // The very envelopes that a range answers.
+        // The same envelopes as in a range.
         let range = app.ranges(vec![protocol::feed::RangeAfter { user, after: 0 }]).await.ranges.remove(0);
         assert_eq!(range.events.len(), 3);
         let mut published = Vec::new();
@@ -144,7 +144,7 @@ async fn hanging_redis_delays_neither_answers_nor_shutdown(pool: PgPool) {
     let app = App::start_with(config).await;
     let (john, _, conversation) = app.pair(&pool).await;
     redis.freeze();
-    // Each would wait for a second if it waited for Redis, and all of them for longer than a test does.
+    // If each waited a second for Redis, all of them would exceed the test's bound.
     let send = async {
         for _ in 0..PATIENCE.as_secs() + 20 {
             john.say(&conversation, "hi").await;
@@ -181,7 +181,7 @@ async fn assert_unavailable(app: &App, john: &crate::support::ApiUser, conversat
         assert_problem(&answer, 503, "Service unavailable, try again soon");
         assert!(answer.header("retry-after").is_some());
     }
-    // What needs no database goes on, and a bad token is still nobody's.
+    // Requests without the database work, and an invalid token is still 401.
     app.get("/.well-known/jwks.json").expect(200).await;
     assert_problem(&app.get("/api/auth_user").bearer("x").send().await.unwrap(), 401, "Unauthorized");
     assert_problem(&app.get("/api/nothing").send().await.unwrap(), 404, "Not found");
@@ -211,7 +211,7 @@ async fn silent_postgres_is_503_until_it_recovers(pool: PgPool) {
     let (john, _, conversation) = app.pair(&pool).await;
     proxy.silence();
     assert_unavailable(&app, &john, &conversation).await;
-    // Connections that hang are given up, so that there is room for good ones.
+    // Hanging connections are closed, so that the pool has room.
     until("no connection is in use", || async {
         metric(&app, "messenger_api_database_connections_used").await == Some(0)
     })
@@ -231,7 +231,7 @@ async fn lock_held_too_long_is_503_and_changes_nothing(pool: PgPool) {
     let app = App::start(&pool).await;
     let (john, jane, conversation) = app.pair(&pool).await;
     let mut holder = pool.begin().await.unwrap();
-    // The second lock that a message needs: what it did before must be undone.
+    // The second lock of a send: its first changes must be rolled back.
     sqlx::query("SELECT FROM messenger.feed_heads WHERE user_id = $1 FOR UPDATE")
         .bind(jane.id.0)
         .execute(&mut *holder)
@@ -289,7 +289,7 @@ async fn old_version_keeps_running_on_a_newer_schema(pool: PgPool) {
     App::start(&pool).await.stop().await;
 }
 
-/// Users that were made by plain SQL have a feed, and times in events are those in answers.
+/// Users inserted by plain SQL have a feed, and times in events equal those in answers.
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
 async fn sql_and_rust_write_times_alike(pool: PgPool) {
     for at in ["2026-01-02 03:04:05.000006+00", "2026-01-02 03:04:05+02", "1999-12-31 23:59:59.999999+00"] {

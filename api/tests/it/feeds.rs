@@ -1,9 +1,9 @@
-//! The feed: its numbers under everything that can happen to a command, what gateways are answered, and its old end.
+//! The feed: gapless numbers under concurrency and failures, the internal endpoints, and pruning.
 
 use std::{collections::HashMap, time::Duration};
 
 use api::{
-    pruner::{Step, prune_after},
+    pruner::{PruneStep, prune_after},
     store::{Database, feed::Keep},
 };
 use futures_util::future::join_all;
@@ -27,7 +27,7 @@ use crate::{
     support::{ApiUser, App, assert_problem},
 };
 
-/// What one user's feed says about the messages of the world must be what the tables say.
+/// Checks one user's feed against the tables.
 async fn assert_feeds_agree_with_tables(app: &App, pool: &PgPool, users: &[ApiUser]) {
     let messages: Vec<(i64, i64, i64, String)> =
         sqlx::query_as("SELECT id, conversation_id, sender_id, content FROM messenger.messages ORDER BY id")
@@ -43,12 +43,15 @@ async fn assert_feeds_agree_with_tables(app: &App, pool: &PgPool, users: &[ApiUs
             .map(|(id, a, b): (i64, i64, i64)| (id, (a, b)))
             .collect();
     for user in users {
-        let feed = app.feed(user.id).await; // Asserts that it is numbered without a hole.
+        let feed = app.feed(user.id).await; // Asserts that it is numbered without gaps.
         let told =
             |data: &Value, conversation: i64| data["conversationId"] == json!(conversation.to_string());
         for (&conversation, &(a, b)) in &people {
             if ![a, b].contains(&user.id.0) {
-                assert!(!feed.iter().any(|(_, data)| told(data, conversation)), "told of strangers");
+                assert!(
+                    !feed.iter().any(|(_, data)| told(data, conversation)),
+                    "event of another conversation"
+                );
                 continue;
             }
             // Within a conversation: each message once, in the order of ids, as this reader sees it.
@@ -74,7 +77,6 @@ async fn assert_feeds_agree_with_tables(app: &App, pool: &PgPool, users: &[ApiUs
                 .map(|(_, data)| data["lastReadMessageId"].as_str().unwrap().parse().unwrap())
                 .collect();
             assert!(positions.is_sorted_by(|a, b| a < b), "{positions:?}");
-            // The stored count is what a count gives.
             let (kept, counted): (i64, i64) = sqlx::query_as(
                 "SELECT p.unread_count, (SELECT count(*) FROM messenger.messages AS m
                     WHERE m.conversation_id = p.conversation_id AND m.sender_id <> p.user_id
@@ -121,7 +123,7 @@ async fn feed_has_no_gaps_under_interleaving_aborts_and_retries(pool: PgPool) {
                 0..=3 => {
                     insist(|| who.post_message(&conversation, &format!("m{n}")), 201).await;
                 }
-                // Sent again and again, as after a lost answer.
+                // Retries, as after a lost answer.
                 4 => {
                     let send = || {
                         who.post_message(&conversation, &format!("r{n}"))
@@ -132,7 +134,7 @@ async fn feed_has_no_gaps_under_interleaving_aborts_and_retries(pool: PgPool) {
                 }
                 // The client hangs up at some moment of the request.
                 5 => hang_up(app, &who, &conversation, pause / 60).await,
-                // The transaction is rolled back after it has taken its numbers.
+                // Rolled back after it has drawn its numbers.
                 6 => abort(pool, &who, &conversation).await,
                 7 => {
                     insist(|| who.read_messages(&conversation), 204).await;
@@ -147,7 +149,7 @@ async fn feed_has_no_gaps_under_interleaving_aborts_and_retries(pool: PgPool) {
         });
     }
     join_all(actions).await;
-    // What was begun for a client that hung up goes on to its end, for which a service waits that stops.
+    // A stopping service waits for commands whose clients hung up.
     for app in apps {
         app.stop().await;
     }
@@ -156,7 +158,7 @@ async fn feed_has_no_gaps_under_interleaving_aborts_and_retries(pool: PgPool) {
     app.stop().await;
 }
 
-/// On a slow machine so many at once may find the service busy: then again.
+/// Retries if so many concurrent requests find a slow machine busy.
 async fn insist(call: impl Fn() -> Call, status: u16) -> Answer {
     loop {
         let answer = call().send().await.unwrap();
@@ -205,7 +207,7 @@ async fn until_waiting_for_locks(pool: &PgPool, number: i64) {
     .await;
 }
 
-/// Both see that there is something to read; the second finds it read.
+/// Both see unread messages; the second finds them read.
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
 async fn concurrent_reads_move_the_read_mark_once(pool: PgPool) {
     let app = App::start(&pool).await;
@@ -227,14 +229,14 @@ async fn concurrent_reads_move_the_read_mark_once(pool: PgPool) {
     app.stop().await;
 }
 
-/// Otherwise a smaller id could be committed after a larger one, and be passed over by whoever pages or reads.
+/// Otherwise a smaller id could be committed after a larger one, and paging or read marks would skip it.
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
 async fn message_id_is_drawn_under_the_conversations_lock(pool: PgPool) {
     let app = App::start(&pool).await;
     let (john, _, conversation) = app.pair(&pool).await;
     let first: i64 = john.say(&conversation, "first").await.parse().unwrap();
     let mut holder = pool.begin().await.unwrap();
-    // As another send does; the foreign key of a message can pass it.
+    // The same lock as a send; the foreign key of a message does not conflict with it.
     sqlx::query("SELECT FROM messenger.conversations FOR NO KEY UPDATE").execute(&mut *holder).await.unwrap();
     let waiting = async {
         until_waiting_for_locks(&pool, 1).await;
@@ -257,7 +259,7 @@ async fn command_is_published_although_its_client_hung_up(pool: PgPool) {
     config.channels = channels.clone();
     let app = App::start_with(config).await;
     let (john, jane, conversation) = app.pair(&pool).await;
-    // The conversation's row is held, so that the client surely goes before the command can end.
+    // The row is locked, so that the client hangs up before the command ends.
     let mut holder = pool.begin().await.unwrap();
     sqlx::query("SELECT FROM messenger.conversations FOR UPDATE").execute(&mut *holder).await.unwrap();
     hang_up(&app, &john, &conversation, Duration::from_millis(100)).await;
@@ -314,7 +316,7 @@ async fn heads_returns_changed_heads_and_ended_logins(pool: PgPool) {
         .unwrap();
     let of = |user, session| Login { user, session };
     let gone = [of(john.id, revoked), of(john.id, expired), of(john.id, SessionId(999))];
-    // Each of the two sessions lives, and is not the other's.
+    // Both sessions are live, but swapped.
     let of_another = [of(jane.id, john.session()), of(john.id, jane.session())];
     let logins = [gone, [of(john.id, john.session()), of(jane.id, jane.session()), of_another[0]]].concat();
     let logins = [logins, vec![of_another[1]]].concat();
@@ -368,7 +370,7 @@ async fn ranges_returns_the_events_after_each_position(pool: PgPool) {
             (head, 2, false)
         ]
     );
-    // The more is asked, the less is answered of each, so that an answer has a size.
+    // More ranges get fewer events each: the answer is bounded.
     let many = app.ranges(vec![pair(john.id, 0); MAX_PAIRS]).await;
     assert!(many.ranges.iter().all(|range| range.events.len() == 4 && range.more));
     app.stop().await;
@@ -400,7 +402,6 @@ async fn internal_requests_are_bounded(pool: PgPool) {
     app.stop().await;
 }
 
-/// Everything a real feed can look like at its old end.
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
 async fn pruning_deletes_only_old_prefixes_by_count_and_age(pool: PgPool) {
     let database = Database::new((*pool.connect_options()).clone(), 4, Counter::default());
@@ -451,11 +452,11 @@ async fn pruning_deletes_only_old_prefixes_by_count_and_age(pool: PgPool) {
         sqlx::query_scalar::<_, i64>("SELECT count(*) FROM messenger.feed").fetch_one(&pool).await.unwrap()
     };
     let before = total().await;
-    // Two replicas at once, step by step.
+    // Two replicas prune step by step.
     let walk = async || {
         let (mut after, mut deleted) = (UserId(0), 0);
         loop {
-            let Step { deleted: now, next } = prune_after(&database, keep, after).await.unwrap();
+            let PruneStep { deleted: now, next } = prune_after(&database, keep, after).await.unwrap();
             deleted += now;
             match next {
                 Some(next) => after = next,

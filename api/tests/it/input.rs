@@ -1,4 +1,4 @@
-//! Bad input: each is answered clearly or cut, and nothing else notices.
+//! Bad input is answered clearly or cut, and affects nobody else.
 
 use std::{
     sync::atomic::{AtomicBool, Ordering},
@@ -47,7 +47,7 @@ async fn malformed_body_is_400_with_the_place_of_the_error(pool: PgPool) {
     ] {
         assert_problem(&post(&app, &john, body).await, 400, message);
     }
-    // What is not asked for is not looked at, however deep.
+    // Unknown keys are ignored, however deep.
     let ignored = format!(r#"{{"x":{}{},"content":"fine"}}"#, "[".repeat(5_000), "]".repeat(5_000));
     assert_eq!(post(&app, &john, ignored).await.status, 201);
     assert_eq!(app.feed(john.id).await.len(), 2);
@@ -66,7 +66,7 @@ async fn body_size_is_bounded_in_every_framing(pool: PgPool) {
     for size in [16 * 1024 + 1, 100_000, 900_000] {
         assert_problem(&post(&app, &john, padded(size)).await, 413, "Body too large");
     }
-    // Without saying how long it will be.
+    // Chunked, without a length.
     let chunked = |size: usize| {
         let body = padded(size);
         format!(
@@ -78,7 +78,7 @@ async fn body_size_is_bounded_in_every_framing(pool: PgPool) {
     };
     assert_eq!(raw::exchange(&app, chunked(16 * 1024)).await.unwrap().status, 201);
     assert_problem(&raw::exchange(&app, chunked(100_000)).await.unwrap(), 413, "Body too large");
-    // One that is announced and never comes is not waited for.
+    // The announced length is enough for 413.
     let mut socket = raw::connect(&app).await;
     let head = format!(
         "POST /api/conversations/1/messages HTTP/1.1\r\nhost: x\r\nconnection: close\r\nauthorization: Bearer {}\r\n\
@@ -99,7 +99,7 @@ async fn slow_and_incomplete_requests_are_cut(pool: PgPool) {
          content-type: application/json\r\ncontent-length: 15\r\n\r\n",
         john.token
     );
-    // A body that does not come in time, one byte now and then included.
+    // A body that is too slow, also byte by byte.
     let slow_body = async {
         let mut socket = raw::connect(&app).await;
         socket.write_all(format!("{head}{{\"con").as_bytes()).await.unwrap();
@@ -109,7 +109,7 @@ async fn slow_and_incomplete_requests_are_cut(pool: PgPool) {
         }
         assert_problem(&raw::read_to_end(&mut socket).await.unwrap(), 408, "The body did not arrive in time");
     };
-    // A head that never ends is cut without a word.
+    // An endless head is cut without an answer.
     let cut = AtomicBool::new(false);
     let slow_head = async {
         let mut socket = raw::connect(&app).await;
@@ -167,7 +167,7 @@ async fn garbage_is_rejected_or_cut(pool: PgPool) {
     app.stop().await;
 }
 
-/// Any request at all: it is our fault if the answer says so.
+/// Any request: a 500 is a fault of ours.
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
 async fn no_input_causes_a_500(pool: PgPool) {
     let seed: u64 = rand::random();

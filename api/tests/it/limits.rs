@@ -1,5 +1,4 @@
-//! Rate limits: over all replicas, by user and by address, told in time and truly; and that Redis is no part of the promise
-//! that a message is taken.
+//! Rate limits: shared by all replicas, by user and by address, with an exact `Retry-After`; sends do not depend on Redis.
 
 use std::time::Duration;
 
@@ -19,7 +18,7 @@ use crate::{
 
 const HOUR: Duration = Duration::from_hours(1);
 
-/// Tests that count over all replicas wait for Redis as long as it takes.
+/// Tests of shared limits wait for Redis as long as it takes.
 const OFF: RateLimits = RateLimits { patience: PATIENCE, ..RateLimits::OFF };
 
 fn limited(pool: &PgPool, limits: RateLimits) -> Config {
@@ -39,7 +38,7 @@ async fn until_shared(app: &App, value: u64) {
     .await;
 }
 
-/// 429, with all that belongs to it; how many seconds to wait.
+/// A complete 429; returns the seconds to wait.
 #[track_caller]
 fn assert_limited(answer: &Answer) -> u64 {
     let seconds = answer.header("retry-after").and_then(|seconds| seconds.parse().ok()).unwrap_or_default();
@@ -53,7 +52,7 @@ fn assert_limited(answer: &Answer) -> u64 {
     seconds
 }
 
-/// Sends so many; how many were taken. The others were told to wait.
+/// Sends so many messages; returns how many were accepted. The others got 429.
 async fn send(user: &ApiUser, conversation: &str, times: u32) -> u32 {
     let mut taken = 0;
     for _ in 0..times {
@@ -82,7 +81,7 @@ async fn replicas_share_each_users_limit(pool: PgPool) {
     assert_eq!(send(&jane.at(&two), &conversation, 12).await, 10);
     let refusals = r#"messenger_api_rate_limited_total{rule="send",by="user"}"#;
     assert_eq!((metric(&one, refusals).await, metric(&two, refusals).await), (Some(2), Some(4)));
-    // What is not limited goes on.
+    // Other requests are not limited.
     john.messages(&conversation, "").expect(200).await;
     one.stop().await;
     two.stop().await;
@@ -120,7 +119,7 @@ async fn ended_sessions_token_uses_no_limit_of_its_user(pool: PgPool) {
     for _ in 0..20 {
         assert_problem(&stolen.post_message(&conversation, "hi").send().await.unwrap(), 401, "Unauthorized");
     }
-    // Once, and no more, it is the send itself that finds out.
+    // Only the first send reaches the database and finds out.
     assert_eq!(send(&phone, &conversation, 12).await, 9);
     app.stop().await;
 }
@@ -224,7 +223,7 @@ async fn frozen_redis_does_not_delay_sends(pool: PgPool) {
     for _ in 0..100 {
         john.say(&conversation, "hi").await;
     }
-    // The first one waits for an answer, for as short a time as a limit may take. The others do not even ask.
+    // The first waits for Redis as long as a check may take; the others do not ask it.
     let alone = async |reason: &str| {
         metric(&app, &format!("messenger_api_rate_limit_local_decisions_total{{reason=\"{reason}\"}}")).await
     };
@@ -289,7 +288,7 @@ async fn logins_are_limited_by_address_and_by_name(pool: PgPool) {
         let call = app.post("/api/login").header("x-forwarded-for", from);
         call.json(&json!({ "username": name })).send().await.unwrap()
     };
-    // A name is counted wherever it is tried from, and whether anybody has it or not.
+    // A name counts from every address, whether or not it exists.
     for (from, name, status) in [
         ("198.51.100.1", "john", 200),
         ("198.51.100.2", "john", 200),
@@ -301,7 +300,7 @@ async fn logins_are_limited_by_address_and_by_name(pool: PgPool) {
     ] {
         assert_eq!(login(from, name).await.status, status, "{from} {name}");
     }
-    // One more from there; the next is refused before the body is looked at, unlike the media type.
+    // One more; the next is 429 before the body is read, but after 415.
     let post = async |content_type: &str, body: &str| {
         let headers = [("content-type", content_type), ("x-forwarded-for", "203.0.113.1, 198.51.100.3")];
         raw::post(&app, "/api/login", &headers, body).await
@@ -326,7 +325,7 @@ async fn limited_provider_login_can_be_repeated_later(pool: PgPool) {
     assert_limited(&app.get("/api/oauth/github").send().await.unwrap());
     assert_limited(&browser.get(&app, &callback).await);
     assert_eq!(fake.asked("/login/oauth/access_token"), 0);
-    // Who comes again when they may, goes on where they were.
+    // The same link works later.
     let page = browser.follow(&open, callback, |_| false).await;
     let code = parameter(&page, "code").unwrap();
     assert_limited(&browser.exchange(&app, &code).await);
@@ -360,7 +359,7 @@ async fn users_of_one_address_share_a_limit(pool: PgPool) {
             assert_limited(&from(call(user, conversation), neighbour).await.unwrap());
             assert!(from(call(user, conversation), work).await.unwrap().status < 300);
         }
-        // Nobody is a proxy here: what the client says of itself counts for nothing.
+        // There is no trusted proxy: the header counts for nothing.
         for (place, status) in
             [("198.51.100.1", 2), ("198.51.100.2", 2), ("198.51.100.3", 2), ("198.51.100.4", 4)]
         {
@@ -368,7 +367,7 @@ async fn users_of_one_address_share_a_limit(pool: PgPool) {
             assert_eq!(answer.status / 100, status, "{place}");
         }
     }
-    // It exists: a try counts whatever comes of it.
+    // Its outcome does not matter.
     for status in [302, 302, 429] {
         assert_eq!(from(jane.start_conversation("john"), home).await.unwrap().status, status);
     }

@@ -1,5 +1,5 @@
 //! The API over real HTTP, against a real Postgres (`DATABASE_URL`, a database per test) and a real Redis (`REDIS_URL`, a
-//! channel prefix per test). Names say what is promised.
+//! channel prefix per test). Names are promises.
 
 #![allow(clippy::disallowed_methods, reason = "tests notice the end of what they start")]
 #![expect(clippy::unwrap_used, reason = "a helper that fails is a test that fails")]

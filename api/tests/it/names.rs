@@ -1,5 +1,4 @@
-//! What people are called who come from elsewhere: by a login at a provider, or by a token of an external issuer, whose forms are
-//! read as the standards have them.
+//! Usernames of users from providers and external issuers.
 
 use api::{config::Config, external::ExternalSettings};
 use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
@@ -13,7 +12,7 @@ use crate::{
     support::{App, ORIGIN, config},
 };
 
-/// Names that look like `john`, `José` or nothing, with what they are here.
+/// Names that look like `john`, `José` or nothing, and their normal form.
 const ALIKE: [(&str, &str); 8] = [
     ("john", "john"),
     ("john\u{fe0f}", "john-2"),

@@ -1,4 +1,4 @@
-//! Who is calling, and whose page: every rule of the contract about credentials and origins, and CORS.
+//! Credentials, origins and CORS: every rule of the contract.
 
 use api::config::Config;
 use sqlx::PgPool;
@@ -15,7 +15,7 @@ fn with(call: Call, headers: Headers) -> Call {
     headers.iter().fold(call, |call, (name, value)| call.header(name, value))
 }
 
-/// A change, a read, and what each is answered with these headers.
+/// The status of a change and of a read with these headers.
 async fn assert_statuses(app: &App, headers: Headers<'_>, changes: u16, reads: u16) {
     for (method, path, expected) in [
         ("POST", "/api/refresh_token", changes),
@@ -40,7 +40,7 @@ async fn header_hides_cookie_even_if_it_is_invalid(pool: PgPool) {
         (&[][..], 401, 401),
         (&[("authorization", bearer.as_str())], 200, 200),
         (&[cookie, ours], 200, 200),
-        // Present but bad, whatever else is there.
+        // Present but invalid, whatever else is there.
         (&[("authorization", "Bearer x"), cookie, ours], 401, 401),
         (&[("authorization", "Bearer "), cookie, ours], 401, 401),
         (&[("authorization", ""), cookie, ours], 401, 401),
@@ -51,7 +51,7 @@ async fn header_hides_cookie_even_if_it_is_invalid(pool: PgPool) {
         // 401 before 403.
         (&[("cookie", "messenger_session=x"), ("origin", FOREIGN)], 401, 401),
         (&[("authorization", "Bearer x"), cookie, ("origin", FOREIGN)], 401, 401),
-        // A header that no foreign page can make a browser send proves enough, also beside a cookie.
+        // A bearer token needs no origin, also beside a cookie.
         (&[("authorization", &bearer), cookie, ("origin", FOREIGN)], 200, 200),
         (&[("authorization", &bearer), ("sec-fetch-site", "cross-site")], 200, 200),
     ] {
@@ -88,7 +88,7 @@ async fn cookie_needs_an_allowed_origin_to_change_something(pool: PgPool) {
         (&[site("same-site")], 403, 200),
         (&[site("cross-site")], 403, 200),
         (&[site("none")], 403, 200),
-        // Where the page says it is from is no proof.
+        // Referer does not count.
         (&[("referer", ORIGIN)], 403, 200),
     ] {
         let headers = [&[("cookie", john.cookie.as_str())], headers].concat();
@@ -130,7 +130,7 @@ async fn cookie_of_another_program_does_not_lock_out(pool: PgPool) {
         .await
         .unwrap();
     let expired = format!("messenger_session={}", expired.forge(|claims| claims.exp = claims.iat - 1));
-    // Flask's, and ones of our name: of another program, from another time, of sessions that ended, known here or not.
+    // Another program's, and ones of our name: of another program, expired, or of ended sessions.
     let others = ["session=eyJ", "messenger_session=eyJ", "messenger_session=", &expired, &ended.cookie];
     let all = [&others[..], &[&revoked.cookie]].concat().join("; ");
     let before = format!("{all}; {}", john.cookie);
@@ -138,7 +138,7 @@ async fn cookie_of_another_program_does_not_lock_out(pool: PgPool) {
     for cookie in [&before, &after] {
         assert_statuses(&app, &[("cookie", cookie), ("origin", ORIGIN)], 200, 200).await;
     }
-    // None is good; and who floods the host with them is not tried without end.
+    // None is valid; and the number of tries is bounded.
     let flood = format!("{}{}", "messenger_session=x; ".repeat(8), john.cookie);
     for cookie in [&all, &flood] {
         assert_statuses(&app, &[("cookie", cookie), ("origin", ORIGIN)], 401, 401).await;
@@ -209,14 +209,13 @@ async fn cross_site_request_marks_nothing_read(pool: PgPool) {
     assert_eq!(unread(&jane).await, 1);
     with(app.get(&path), &[("cookie", &jane.cookie), ("sec-fetch-site", "same-site")]).expect(200).await;
     assert_eq!(unread(&jane).await, 0);
-    // A page of ours says so itself.
     john.say(&conversation, "hi").await;
     with(read(), &[("cookie", &jane.cookie), ("origin", LISTED)]).expect(204).await;
     assert_eq!(unread(&jane).await, 0);
     app.stop().await;
 }
 
-/// What CORS says in an answer: who may read it, and that it depends on who asks.
+/// The CORS headers of an answer.
 #[track_caller]
 fn assert_readable(answer: &Answer, by: Option<&str>) {
     assert_eq!(answer.header("access-control-allow-origin"), by);
@@ -239,7 +238,6 @@ async fn preflight_precedes_all_checks_and_favours_listed_origins(pool: PgPool) 
                 ("origin", origin),
                 ("access-control-request-method", "POST"),
                 ("access-control-request-headers", "content-type, idempotency-key"),
-                // Nothing else is looked at.
                 ("authorization", "Bearer bad"),
                 ("content-type", "text/plain"),
             ];
@@ -259,7 +257,7 @@ async fn preflight_precedes_all_checks_and_favours_listed_origins(pool: PgPool) 
             }
         }
     }
-    // An OPTIONS that is no preflight is a method like others.
+    // OPTIONS without preflight headers is a method like others.
     for headers in [&[][..], &[("origin", LISTED)], &[("access-control-request-method", "GET")]] {
         let answer = with(app.call("OPTIONS", "/api/auth_user"), headers).send().await.unwrap();
         assert_problem(&answer, 405, "Method not allowed");
@@ -291,7 +289,7 @@ async fn listed_origin_can_read_every_answer_including_errors(pool: PgPool) {
             assert_eq!(answer.header("access-control-expose-headers"), by.map(|_| EXPOSED));
         }
     }
-    // A page that is refused is not told why.
+    // A page that is not listed cannot read the reason.
     let refused = app.post("/api/logout").header("cookie", &john.cookie).header("origin", FOREIGN);
     assert_readable(&refused.expect(403).await, None);
     app.stop().await;

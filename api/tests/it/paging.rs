@@ -1,4 +1,4 @@
-//! Walking through lists page by page: everything once, in order, also while more comes in.
+//! Paging: every entry once, in order, also while new ones arrive.
 
 use std::collections::HashSet;
 
@@ -35,10 +35,10 @@ async fn paging_lists_each_conversation_once_newest_first(pool: PgPool) {
         app.user(&pool, &name).await;
         conversations.push(john.start(&name).await);
     }
-    // One without a message is not listed.
+    // A conversation without messages is not listed.
     app.user(&pool, "silent").await;
     john.start("silent").await;
-    // An order of last messages that is neither that of ids nor its reverse.
+    // The order of last messages is neither that of ids nor its reverse.
     for n in 0..31 {
         john.say(&conversations[n * 7 % 31], "first").await;
     }
@@ -66,7 +66,7 @@ async fn message_during_paging_leaves_no_gap_in_the_list(pool: PgPool) {
     }
     let first = ids(&john.conversations("").expect(200).await.json());
     assert_eq!(first.len(), 25);
-    // One of the first page moves to the top; it is not the last of the page, so the place is where it was.
+    // One of the first page moves to the top; it is not the page's last, so paging continues from the same point.
     john.say(&first[10].to_string(), "up").await;
     let second = ids(&john.conversations(&format!("?before={}", first[24])).expect(200).await.json());
     assert_eq!(second.len(), 6);
@@ -92,7 +92,7 @@ async fn paging_reads_each_message_once_in_both_directions(pool: PgPool) {
         let limit_is = limit.map(|limit| format!("&limit={limit}")).unwrap_or_default();
         let length = limit.unwrap_or(25);
 
-        // Backwards, while new ones come in at the other end.
+        // Backwards, while new ones arrive.
         let mut back = Vec::new();
         let mut query = format!("?markRead=false{limit_is}");
         loop {
@@ -107,9 +107,9 @@ async fn paging_reads_each_message_once_in_both_directions(pool: PgPool) {
         }
         assert!(back.is_sorted_by(|a, b| a > b), "newest first, none twice");
         back.reverse();
-        assert_eq!(back, said[..back.len()], "no hole");
+        assert_eq!(back, said[..back.len()], "no gap");
 
-        // Forwards, until it has caught up with those that come in.
+        // Forwards, until it has caught up.
         let mut forth: Vec<i64> = Vec::new();
         loop {
             let after = forth.last().copied().unwrap_or(1);
@@ -125,9 +125,9 @@ async fn paging_reads_each_message_once_in_both_directions(pool: PgPool) {
             }
         }
         assert!(forth.is_sorted_by(|a, b| a < b), "oldest first, none twice");
-        assert_eq!(forth, said[said.iter().position(|id| *id > 1).unwrap()..], "no hole");
+        assert_eq!(forth, said[said.iter().position(|id| *id > 1).unwrap()..], "no gap");
     }
-    // A window between two places, in the direction of `after`.
+    // A window between two ids, in the direction of `after`.
     let (after, before) = (said[10], said[15]);
     let window = john.messages(&conversation, &format!("?after={after}&before={before}")).expect(200).await;
     assert_eq!(ids(&window.json()), said[11..15]);

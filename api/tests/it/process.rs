@@ -1,4 +1,4 @@
-//! The real binary: its settings, its end.
+//! The real binary: its configuration, its commands and its shutdown.
 
 use std::{
     io::{BufRead, BufReader},
@@ -205,7 +205,7 @@ pub(crate) struct Server {
 }
 
 impl Server {
-    /// Everything that was logged, once the process has ended.
+    /// The whole log, once the process has ended.
     pub(crate) async fn said(mut self) -> String {
         let log = self.log.take().unwrap();
         tokio::task::spawn_blocking(|| log.join().unwrap()).await.unwrap()
@@ -220,7 +220,7 @@ impl Drop for Server {
     }
 }
 
-/// Migrates by the binary, then serves by it. It says where it listens.
+/// Migrates and serves by the binary.
 fn serve(pool: &PgPool, keys: &std::path::Path, wait: &str) -> Server {
     serve_with(pool, keys, wait, |_| {})
 }
@@ -274,7 +274,7 @@ pub(crate) fn serve_from(
         }
     };
     let (public, _, ops) = (address_of("public"), address_of("internal"), address_of("ops"));
-    // Somebody must read on, or the process would wait for room in the pipe.
+    // The pipe must be read, or the process would block on it.
     let secrets = [SECRET.to_owned(), "eyJ".to_owned(), "said in confidence".to_owned()];
     let log = std::thread::spawn(move || {
         let mut said = String::new();
@@ -311,7 +311,7 @@ async fn sigterm_stops_the_service_in_order(pool: PgPool) {
         .expect(201)
         .await;
 
-    // A request that is under way when the signal comes, and takes longer than the wait.
+    // A request that began before the signal and outlasts the wait.
     let mut slow = raw::connect_to(&server.public).await;
     let body = r#"{"content":"said in confidence"}"#;
     let head = format!(
@@ -324,7 +324,7 @@ async fn sigterm_stops_the_service_in_order(pool: PgPool) {
 
     server.process.signal(Signal::SIGTERM);
     until("it is unready", || async { matches!(ready().await, Ok(503)) }).await;
-    // Still serving, while the word spreads.
+    // Still serving, while load balancers notice.
     client.get(format!("{}/api/auth_user", server.public)).bearer(token).expect(200).await;
     let address = server.public.strip_prefix("http://").unwrap();
     until("no new connections are taken", || async {
@@ -343,7 +343,7 @@ async fn healthcheck_command_reports_liveness_and_readiness(pool: PgPool) {
     let folder = tempfile::tempdir().unwrap();
     let mut server = serve(&pool, folder.path(), "2");
     let address = server.ops.trim_start_matches("http://").to_owned();
-    // By the one setting that it needs.
+    // It needs only this setting.
     let asked = |probe| run(&["healthcheck", probe], &[("OPS_LISTEN", &address)]);
     until("it is ready", || async { asked("readyz") == (true, "api: ready\n".into()) }).await;
     server.process.signal(Signal::SIGTERM);
@@ -381,7 +381,7 @@ fn check_config_validates_without_serving() {
     let key = folder.path().join("key.pem");
     std::fs::write(&key, PEM).unwrap();
     let good = [
-        // Nobody is there; the configuration is valid all the same.
+        // Nothing listens there; the configuration is valid all the same.
         ("DATABASE_URL", "postgres://nobody@127.0.0.1:1/nothing"),
         ("REDIS_URL", "redis://127.0.0.1:1"),
         ("INTERNAL_SECRET", SECRET),

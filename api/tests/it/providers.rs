@@ -1,5 +1,5 @@
-//! Who logs people in, for tests: two real providers (`tests/providers`, run by node), one of which does whatever a test
-//! wants, and a browser that goes from one to the other.
+//! Login providers for tests: two real ones (`tests/providers`, run by node), a fake one that does what a test wants, and a
+//! browser that follows redirects between them and us.
 
 use std::{
     collections::HashMap,
@@ -62,7 +62,7 @@ impl Providers {
         vec![github_at(&self.github), oidc_at(&self.oidc)]
     }
 
-    /// What the account `id` is called, and how it looks, at both.
+    /// Name and picture of the account `id`, at both.
     pub(crate) async fn account(&self, id: &str, name: &str, avatar: &str) {
         let claims = json!({
             "preferred_username": name,
@@ -83,8 +83,6 @@ impl Providers {
     }
 }
 
-/// Keeps cookies and follows redirects, as a person's browser does. What is at ORIGIN it asks `app`, which is a service or
-/// its address.
 #[derive(Default)]
 pub(crate) struct LoginBrowser {
     client: Client,
@@ -140,7 +138,7 @@ impl LoginBrowser {
         answer
     }
 
-    /// From `url` to where nobody redirects any more, or to our page, or as far as `until` says.
+    /// Follows redirects from `url` to the last page, to our page, or until `until`.
     pub(crate) async fn follow(
         &mut self,
         app: &impl AsRef<str>,
@@ -155,10 +153,10 @@ impl LoginBrowser {
             assert!((300..400).contains(&answer.status), "{} {url}: {}", answer.status, answer.text());
             url = url.join(answer.header("location").unwrap()).unwrap();
         }
-        panic!("redirected for ever");
+        panic!("redirect loop");
     }
 
-    /// As far as our callback, which is not asked yet.
+    /// Up to our callback, which is not requested yet.
     pub(crate) async fn come_back(&mut self, app: &impl AsRef<str>, provider: &str, account: &str) -> Url {
         let start = ours(&format!("/api/oauth/{provider}"));
         let mut authorize = self.follow(app, start, |url| !url.as_str().starts_with(ORIGIN)).await;
@@ -166,13 +164,13 @@ impl LoginBrowser {
         self.follow(app, authorize, |url| url.as_str().starts_with(ORIGIN)).await
     }
 
-    /// The whole way to our page.
+    /// Up to our page.
     pub(crate) async fn sign_in(&mut self, app: &impl AsRef<str>, provider: &str, account: &str) -> Url {
         let callback = self.come_back(app, provider, account).await;
         self.follow(app, callback, is_page).await
     }
 
-    /// What our page does then.
+    /// The exchange that our page makes.
     pub(crate) async fn exchange(&mut self, app: &impl AsRef<str>, code: &str) -> Answer {
         self.call(app, "POST", &ours("/api/oauth/exchange"), Some(&json!({ "code": code }))).await
     }
@@ -241,19 +239,19 @@ pub(crate) fn set_cookies(answer: &Answer) -> Vec<SetCookie> {
     answer.headers.get_all("set-cookie").iter().map(|value| parse(value.to_str().unwrap())).collect()
 }
 
-/// What the provider that does whatever a test wants says at a path.
+/// What the fake provider answers at a path.
 #[derive(Clone)]
 pub(crate) enum Say {
     Json(u16, Value),
     /// Status, content type, body.
     Raw(u16, &'static str, Vec<u8>),
     Redirect(String),
-    /// Takes the question and never answers.
+    /// Reads the request and never answers.
     Nothing,
     HangUp,
 }
 
-/// A provider of `OpenID` Connect, and one like GitHub, at one address.
+/// A fake `OpenID` Connect provider and a fake GitHub at one address.
 pub(crate) struct Fake {
     pub(crate) url: String,
     says: Arc<Mutex<HashMap<String, Say>>>,
@@ -272,7 +270,7 @@ impl Fake {
         Self::start_at("http", |socket| std::future::ready(Some(socket))).await
     }
 
-    /// Behind TLS, with a certificate of its own; and that, as PEM.
+    /// Behind TLS; returns its certificate as PEM.
     pub(crate) async fn start_with_tls() -> (Self, String) {
         let made = rcgen::generate_simple_self_signed(["127.0.0.1".to_owned()]).unwrap();
         let key = PrivateKeyDer::try_from(made.signing_key.serialize_der()).unwrap();
@@ -322,7 +320,7 @@ impl Fake {
         self.says.lock().unwrap().insert(path.into(), say);
     }
 
-    /// Everything as it should be; anybody who comes is account 1, `sam`.
+    /// Every answer is valid; everybody is account 1, `sam`.
     pub(crate) fn is_well(&self) {
         let at = |path: &str| format!("{}{path}", self.url);
         let discovery = json!({
@@ -347,7 +345,7 @@ impl Fake {
         self.asked.lock().unwrap().iter().filter(|asked| *asked == path).count()
     }
 
-    /// Somebody begins to log in, and comes back with a code at once, whatever that is worth.
+    /// Begins a login and returns to our callback with a code, valid or not.
     pub(crate) async fn sign_in(&self, app: &impl AsRef<str>, provider: &str) -> Url {
         let mut browser = LoginBrowser::default();
         let callback = begin(app, provider, &mut browser).await;
@@ -355,7 +353,7 @@ impl Fake {
     }
 }
 
-/// Somebody begins to log in; where a provider would send them back.
+/// Begins a login; returns the URL of the callback.
 pub(crate) async fn begin(app: &impl AsRef<str>, provider: &str, browser: &mut LoginBrowser) -> Url {
     let start = ours(&format!("/api/oauth/{provider}"));
     let authorize = browser.follow(app, start, |url| !url.as_str().starts_with(ORIGIN)).await;
@@ -376,7 +374,7 @@ async fn answer(
     asked: Arc<Mutex<Vec<String>>>,
 ) {
     let mut request = Vec::new();
-    // Bodies here are small, and come with their heads or right after: what is still on its way is not waited for.
+    // Bodies are small and arrive with their heads.
     while !request.windows(4).any(|four| four == b"\r\n\r\n") {
         match socket.read_buf(&mut request).await {
             Ok(read) if read > 0 => {}
@@ -403,7 +401,7 @@ async fn answer(
     );
     let _ = socket.write_all(head.as_bytes()).await;
     let _ = socket.write_all(&body).await;
-    // What was not read would turn the answer into a reset.
+    // Unread input would turn the answer into a reset.
     let _ = socket.shutdown().await;
     let drain = async { while socket.read(&mut [0; 4096]).await.is_ok_and(|read| read > 0) {} };
     let _ = tokio::time::timeout(Duration::from_secs(1), drain).await;

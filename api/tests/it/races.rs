@@ -1,4 +1,4 @@
-//! Many at once, over several replicas: one thing is made, its events are told once, and nobody waits for ever.
+//! Concurrent requests to several replicas: one change, one set of events, no deadlock.
 
 use std::collections::HashSet;
 
@@ -88,7 +88,7 @@ async fn one_key_in_two_conversations_sends_one_message(pool: PgPool) {
     }
 }
 
-/// Crossing sends and reads between the same people would deadlock if locks were taken in any order.
+/// Crossing sends and reads would deadlock if locks were taken in any order.
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
 async fn crossing_sends_and_reads_do_not_deadlock(pool: PgPool) {
     let app = App::start(&pool).await;

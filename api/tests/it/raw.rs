@@ -1,4 +1,4 @@
-//! Requests byte by byte, for what a well-behaved client would not send.
+//! Raw requests that a well-behaved client would not send.
 
 use testkit::{http::Answer, raw};
 use tokio::net::TcpStream;
@@ -14,7 +14,6 @@ pub(crate) async fn connect_to(base: &str) -> TcpStream {
     TcpStream::connect(address(base)).await.unwrap()
 }
 
-/// Sends this body, whatever it is.
 pub(crate) async fn post(app: &App, path: &str, headers: &[(&str, &str)], body: impl AsRef<[u8]>) -> Answer {
     let body = body.as_ref();
     let mut head = format!(
@@ -27,7 +26,7 @@ pub(crate) async fn post(app: &App, path: &str, headers: &[(&str, &str)], body: 
     exchange(app, [head.as_bytes(), b"\r\n", body].concat()).await.expect("an answer")
 }
 
-/// Sends these bytes, and reads what comes until the other end closes. `None`: it was nothing.
+/// Sends these bytes and reads until the other end closes. `None`: nothing came.
 pub(crate) async fn exchange(app: &App, bytes: impl AsRef<[u8]>) -> Option<Answer> {
     whole(&raw::exchange(address(&app.public), bytes).await)
 }

@@ -1,4 +1,4 @@
-//! Sessions: which of mine live, ending them, and what is handed out for the stream.
+//! Sessions: listing and ending them, their last use, and stream tokens.
 
 use std::time::Duration;
 
@@ -27,7 +27,7 @@ use crate::{
     support::{ApiUser, App, ORIGIN, assert_common_headers, assert_problem, config, keys, redis_url, text},
 };
 
-/// The list as pairs of id and device, and which one is the current one.
+/// Pairs of id and device, and the index of the current session.
 async fn listed(user: &ApiUser) -> (Vec<(String, String)>, Option<usize>) {
     let answer = user.call("GET", "/api/sessions").expect(200).await;
     assert_common_headers(&answer);
@@ -88,7 +88,7 @@ async fn sessions_are_listed_by_last_use(pool: PgPool) {
     // The last is the session that `app.user` began.
     assert_eq!(devices, ["Unknown device", "Unknown device", "Firefox on Linux", "Unknown device"]);
     assert_eq!((list[0].0.as_str(), current), (id(&phone).as_str(), Some(0)));
-    // Seen from another one the list is the same, and another one is current.
+    // From another session the list is the same, and that one is current.
     let answer = app.get("/api/sessions").bearer(&firefox).expect(200).await;
     assert_eq!(answer.json()[2]["current"], true);
     assert_eq!(answer.json()[0]["current"], false);
@@ -124,7 +124,7 @@ async fn ended_session_is_rejected_by_every_replica_and_published(pool: PgPool) 
         assert!(is_refused(gone).await && is_refused(&gone.at(&other)).await);
     }
     assert_eq!(listed(&john).await, (vec![(id(&john), "Unknown device".into())], Some(0)));
-    // None is left, and that is no failure.
+    // None is left: no error.
     john.call("DELETE", "/api/sessions").expect(204).await;
 
     // Its own.
@@ -159,12 +159,12 @@ async fn only_live_sessions_of_the_caller_can_be_ended(pool: PgPool) {
     for other in [id(&jane), id(&gone), id(&expired), "999".into(), "0".into(), "no-id".into()] {
         let answer = john.call("DELETE", &format!("/api/sessions/{other}")).send().await.unwrap();
         assert_problem(&answer, 404, "Not found");
-        // The session that asks goes before the one that is asked about.
+        // The caller's own session is checked first.
         let answer = gone.call("DELETE", &format!("/api/sessions/{other}")).send().await.unwrap();
         assert_problem(&answer, 401, "Unauthorized");
     }
     jane.auth_user().expect(200).await;
-    // One may end the session that asks, too.
+    // The caller may end their own session.
     john.call("DELETE", &format!("/api/sessions/{}", id(&john))).expect(204).await;
     assert!(is_refused(&john).await);
     app.stop().await;
@@ -221,7 +221,7 @@ async fn last_used(pool: &PgPool, user: &ApiUser) -> DateTime<Utc> {
         .unwrap()
 }
 
-/// All were last used this long ago.
+/// Sets the last use of all sessions to this long ago.
 async fn age(pool: &PgPool, by: Duration) {
     sqlx::query("UPDATE messenger.sessions SET last_used_at = now() - make_interval(secs => $1)")
         .bind(by.as_secs_f64())
@@ -237,7 +237,7 @@ async fn token_with_another_users_session_is_rejected(pool: PgPool) {
     john.say(&conversation, "hi").await;
     age(&pool, COARSE + Duration::from_secs(1)).await;
     let before = last_used(&pool, &jane).await;
-    // Well signed: john by his id, and jane's session, which lives.
+    // A valid signature over john's id and jane's live session.
     let token = john.forge(|claims| claims.sid = Some(jane.session()));
     let of_conversation = |path: &str| format!("/api/conversations/{conversation}{path}");
     let none = json!({});
@@ -265,7 +265,6 @@ async fn token_with_another_users_session_is_rejected(pool: PgPool) {
         let answer = call.send().await.unwrap();
         assert_eq!(answer.status, 401, "{method} {path}: {}", answer.text());
     }
-    // Neither of the two notices.
     john.auth_user().expect(200).await;
     app.stop().await;
     assert_eq!(last_used(&pool, &jane).await, before, "another's token is no use of a session");
@@ -290,7 +289,7 @@ async fn last_use_needs_no_write_per_request(pool: PgPool) {
         assert_eq!(last_used(&pool, user).await, before, "nothing was written yet");
     }
     app.stop().await;
-    // What is noted is written at the end too.
+    // Notes are written at shutdown too.
     for user in [&reader, &writer, &streamer] {
         assert!(last_used(&pool, user).await > before + COARSE);
     }
@@ -309,10 +308,10 @@ async fn last_use_moves_coarsely_and_for_live_sessions_only(pool: PgPool) {
         used.note(login(&john));
         used.note(login(&gone));
         used.note(Login { user: john.id, session: SessionId(999) });
-        // It is not theirs.
+        // Another user's session.
         used.note(Login { user: john.id, session: jane.session() });
         let moved = used.write(&database).await.unwrap();
-        // What was looked after is left alone for a while.
+        // A written session is not written again for a while.
         used.note(login(&john));
         assert_eq!(used.write(&database).await.unwrap(), 0);
         moved
@@ -380,7 +379,7 @@ async fn stream_token_is_for_streams_and_ends_with_its_session(pool: PgPool) {
         sqlx::query_scalar("SELECT expires_at FROM messenger.sessions").fetch_one(&pool).await.unwrap();
     assert_eq!(claims.session_exp, Some(session_ends.timestamp()));
 
-    // Nothing of REST takes it, not even for another one.
+    // REST does not accept it, not even for a new one.
     let token = text(&answer.json()["token"]);
     for (method, path) in [
         ("GET", "/api/auth_user"),
@@ -397,7 +396,6 @@ async fn stream_token_is_for_streams_and_ends_with_its_session(pool: PgPool) {
         }
     }
 
-    // A session that ends sooner ends it sooner.
     sqlx::query("UPDATE messenger.sessions SET expires_at = now() + interval '30 s'")
         .execute(&pool)
         .await

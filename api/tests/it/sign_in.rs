@@ -1,4 +1,4 @@
-//! Logging in at a provider: the way there and back, fetching the token, and every way in which it can go wrong.
+//! Logging in at a provider: redirect, callback, exchange, and every failure.
 
 use std::time::Duration;
 
@@ -46,7 +46,7 @@ async fn sign_ins(app: &App, provider: &str, outcome: &str) -> u64 {
     metric(app, &series).await.unwrap_or_default()
 }
 
-/// The answer of `/api/login`, checked for everything that it promises.
+/// Checks a login's answer completely.
 async fn assert_logged_in(app: &App, answer: &Answer, username: &str) -> Value {
     assert_eq!(answer.status, 200, "{}", answer.text());
     assert_common_headers(answer);
@@ -65,7 +65,7 @@ async fn assert_logged_in(app: &App, answer: &Answer, username: &str) -> Value {
     body["authUser"].clone()
 }
 
-/// To the page, and no further: its code.
+/// Follows to the page; returns its code.
 async fn code_of(browser: &mut LoginBrowser, app: &App, provider: &str, account: &str) -> String {
     let page = browser.sign_in(app, provider, account).await;
     parameter(&page, "code").unwrap_or_else(|| panic!("{page}"))
@@ -101,7 +101,7 @@ async fn login_at_a_real_provider_finds_the_same_user_again(pool: PgPool) {
         let scope = if provider == "github" { "read:user" } else { "openid profile" };
         assert_eq!(asked("scope").as_deref(), Some(scope));
         assert_eq!(asked("nonce").is_some(), provider == "oidc");
-        // Nothing that belongs to us alone is said to the provider by way of the browser.
+        // No secret of ours passes through the browser to the provider.
         assert!(asked("state").unwrap().len() >= 43 && asked("code_verifier").is_none());
 
         // Back.
@@ -119,7 +119,7 @@ async fn login_at_a_real_provider_finds_the_same_user_again(pool: PgPool) {
         assert_eq!(cookies[0].name, format!("messenger_code_{}", &code[..8]));
         assert!(texts[0].ends_with("; Path=/; Max-Age=60; HttpOnly; SameSite=Lax"));
         assert_eq!(texts[1], format!("{attempt}=; Path=/; Max-Age=0; HttpOnly; SameSite=Lax"));
-        // Who reads the table has neither half.
+        // The table has neither half.
         let kept: (Vec<u8>, Vec<u8>) =
             sqlx::query_as("SELECT code_hash, binding_hash FROM messenger.login_codes")
                 .fetch_one(&pool)
@@ -137,7 +137,7 @@ async fn login_at_a_real_provider_finds_the_same_user_again(pool: PgPool) {
         assert_eq!(browser.cookie("code_"), None, "it is cleared");
         assert_eq!(count(&pool, "SELECT count(*) FROM messenger.login_codes").await, 0);
 
-        // Later, after both name and picture have changed there.
+        // Later, with another name and picture at the provider.
         providers.account(account, "renamed", "https://a.example/2").await;
         let mut phone = LoginBrowser::default();
         let code = code_of(&mut phone, &app, provider, account).await;
@@ -158,7 +158,7 @@ async fn login_at_a_real_provider_finds_the_same_user_again(pool: PgPool) {
         assert_eq!(sign_ins(&app, provider, "started").await, 3);
         assert_eq!(sign_ins(&app, provider, "succeeded").await, 2);
     }
-    // Another one's form of the same answer.
+    // The same answer in the form of the other provider.
     providers.answer_by_forms().await;
     let mut browser = LoginBrowser::default();
     let code = code_of(&mut browser, &app, "github", "583231").await;
@@ -190,7 +190,7 @@ async fn refusal_of_a_real_provider_is_shown_on_the_page(pool: PgPool) {
         let page = LoginBrowser::default().sign_in(&app, provider, "nobody").await;
         assert_eq!(error(&page), "access_denied");
 
-        // The provider's code a second time, with everything else as it was.
+        // The provider's code a second time.
         let mut browser = LoginBrowser::default();
         let callback = browser.come_back(&app, provider, "1").await;
         let (name, sealed) = browser.cookie("login_").unwrap();
@@ -200,7 +200,7 @@ async fn refusal_of_a_real_provider_is_shown_on_the_page(pool: PgPool) {
         let page = browser.follow(&app, callback, |_| false).await;
         assert_eq!(error(&page), "provider_error");
 
-        // A code for which another verifier was promised: one that was stolen from another browser.
+        // A stolen code of another browser, with another verifier.
         let mut browser = LoginBrowser::default();
         let callback = browser.come_back(&app, provider, "1").await;
         let seal = Seal::new(&Secrets::parse(SECRET).unwrap());
@@ -211,13 +211,13 @@ async fn refusal_of_a_real_provider_is_shown_on_the_page(pool: PgPool) {
         let page = browser.follow(&app, callback, |_| false).await;
         assert_eq!(error(&page), "provider_error");
 
-        // We are not who was registered.
+        // The wrong client secret.
         let page = LoginBrowser::default().sign_in(&impostor, provider, "1").await;
         assert_eq!(error(&page), "provider_error");
         assert_eq!(sign_ins(&app, provider, "access_denied").await, 1);
         assert_eq!(sign_ins(&app, provider, "provider_error").await, 2);
     }
-    // An id token of another attempt: only the provider that makes one.
+    // An id token of another attempt.
     let mut browser = LoginBrowser::default();
     let callback = browser.come_back(&app, "oidc", "1").await;
     let seal = Seal::new(&Secrets::parse(SECRET).unwrap());
@@ -269,7 +269,7 @@ async fn callback_works_only_in_the_browser_that_began(pool: PgPool) {
             ("another provider's", Some(&at_another), callback.clone()),
             ("tampered", Some(&tampered), callback.clone()),
             ("not sealed by us", Some(&by_another_secret), callback.clone()),
-            ("nonsense", Some(&"x.y".to_owned()), callback.clone()),
+            ("invalid", Some(&"x.y".to_owned()), callback.clone()),
             ("no state", Some(&cookie), changed("state", None)),
             ("wrong state", Some(&cookie), changed("state", Some("x"))),
             ("a longer state", Some(&cookie), changed("state", Some(&format!("{state}x")))),
@@ -286,18 +286,18 @@ async fn callback_works_only_in_the_browser_that_began(pool: PgPool) {
                 Some(&*format!("{ORIGIN}/callback?error=bad_state")),
                 "{what}"
             );
-            // What another page made this browser do ends nothing that it has begun.
+            // A forged link does not end the login that the browser began.
             assert!(set_cookies(&answer).is_empty(), "{what}");
         }
         assert_eq!(fake.asked("/token") + fake.asked("/login/oauth/access_token"), 0, "nobody was asked");
         assert_eq!(sign_ins(&app, provider, "bad_state").await, 12);
-        // And after all that it still ends well where it began.
+        // After all that the first login still succeeds.
         let page = browser.follow(&app, changed("iss", Some(&fake.url)), |_| false).await;
         assert!(parameter(&page, "code").is_some(), "{page}");
         fake.forget();
     }
 
-    // A provider that always says who it is, and once does not.
+    // A provider that promises `iss` and once leaves it out.
     let naming = Fake::start().await;
     naming.say(
         "/.well-known/openid-configuration",
@@ -392,12 +392,11 @@ async fn failing_provider_is_shown_on_the_page(pool: PgPool) {
         }
         assert_eq!(sign_ins(&app, provider, "provider_unavailable").await, 9);
         assert_eq!(fake.asked("/elsewhere"), 0, "redirects are not followed");
-        // Nobody came of all that, and nothing of it lasts.
+        // No user was created and no row is left.
         fake.is_well();
         let page = fake.sign_in(&app, provider).await;
         assert!(parameter(&page, "code").is_some(), "{page}");
     }
-    // They are at one address, so this is one account.
     assert_eq!(count(&pool, "SELECT count(*) FROM messenger.users").await, 1);
 
     // What the provider says instead of an answer.
@@ -447,7 +446,7 @@ async fn failed_discovery_is_retried(pool: PgPool) {
         let app = start().await;
         fake.say(DISCOVERY, say);
         let before = fake.asked(DISCOVERY);
-        // Also of many who come at once only one asks, and the others are told what it heard.
+        // Concurrent logins share one discovery.
         let pages = join_all((0..5).map(|_| fake.sign_in(&app, "oidc"))).await;
         for page in pages {
             assert_eq!(page.as_str(), format!("{ORIGIN}/callback?error={code}"));
@@ -461,7 +460,7 @@ async fn failed_discovery_is_retried(pool: PgPool) {
     fake.is_well();
     until("it is asked again", || async { parameter(&fake.sign_in(&app, "oidc").await, "code").is_some() })
         .await;
-    // What was told is kept.
+    // The document is cached.
     let before = fake.asked(DISCOVERY);
     fake.say(DISCOVERY, Say::HangUp);
     assert!(parameter(&fake.sign_in(&app, "oidc").await, "code").is_some());
@@ -517,7 +516,7 @@ async fn code_works_once_in_one_browser_for_a_minute(pool: PgPool) {
     }
     let (name, binding) = browser.cookie("code_").unwrap();
     refused(&browser.exchange(&app, &binding).await);
-    // None of which has used them up. Any replica takes it.
+    // The code is still unused. Any replica takes it.
     assert_logged_in(&app, &browser.exchange(&replica, &code).await, "sam").await;
     assert_logged_in(&app, &other.exchange(&app, &other_code).await, "sam").await;
 
@@ -526,10 +525,10 @@ async fn code_works_once_in_one_browser_for_a_minute(pool: PgPool) {
     refused(&browser.exchange(&app, &code).await);
     refused(&browser.exchange(&replica, &code).await);
 
-    // Many times at once, at both: one gets it.
+    // Concurrently at both replicas: one succeeds.
     let (code, browser) = arrive().await;
     let (name, binding) = browser.cookie("code_").unwrap();
-    // Also beside another half of the same name, of another program or of another path.
+    // Also beside another cookie of the same name.
     let cookie = format!("{name}=x; {name}={binding}; {name}=y");
     let answers = join_all((0..20).map(|n| {
         let call = if n % 2 == 0 { &app } else { &replica }.post("/api/oauth/exchange");
@@ -539,7 +538,7 @@ async fn code_works_once_in_one_browser_for_a_minute(pool: PgPool) {
     let given = answers.iter().filter(|answer| answer.as_ref().unwrap().status == 200).count();
     assert_eq!(given, 1);
 
-    // Too late; and what nobody fetched is deleted.
+    // Too late; and unused codes are pruned.
     let (code, mut browser) = arrive().await;
     let left = "SELECT extract(epoch FROM expires_at - now())::bigint FROM messenger.login_codes";
     assert!((50..=60).contains(&count(&pool, left).await));
@@ -556,7 +555,7 @@ async fn code_works_once_in_one_browser_for_a_minute(pool: PgPool) {
     database.close().await;
     assert_logged_in(&app, &in_time.exchange(&app, &young).await, "sam").await;
 
-    // Somebody who is deleted meanwhile.
+    // The user is deleted meanwhile.
     let (code, mut browser) = arrive().await;
     sqlx::query("DELETE FROM messenger.users").execute(&pool).await.unwrap();
     refused(&browser.exchange(&app, &code).await);
@@ -570,7 +569,7 @@ async fn logins_in_several_tabs_do_not_interfere(pool: PgPool) {
     let settings = vec![github_at(&fake.url), oidc_at(&fake.url)];
     let app = App::start_with(config_with(&pool, |config| config.providers = settings)).await;
     let mut browser = LoginBrowser::default();
-    // Three are begun, come back the other way round, and fetch their tokens in yet another order.
+    // Three begin, return in reverse, and exchange in a third order.
     let mut callbacks = Vec::new();
     for provider in ["github", "oidc", "github"] {
         callbacks.push(begin(&app, provider, &mut browser).await);
@@ -586,7 +585,7 @@ async fn logins_in_several_tabs_do_not_interfere(pool: PgPool) {
     }
     assert!(browser.cookies("code_").is_empty());
 
-    // Of more than a browser should carry the oldest give way: of attempts, and of codes that nobody fetched.
+    // Beyond the bound the oldest cookies are removed: of attempts and of unused codes.
     let mut callbacks = Vec::new();
     for _ in 0..6 {
         callbacks.push(begin(&app, "github", &mut browser).await);
@@ -606,7 +605,7 @@ async fn logins_in_several_tabs_do_not_interfere(pool: PgPool) {
         assert_eq!(browser.exchange(&app, &code).await.status, status, "{page}");
     }
 
-    // What has our prefix and not our form is left alone.
+    // A cookie with our prefix but not our form stays.
     let odd = "messenger_login_a.b=1; messenger_login_=2; ".repeat(20);
     let answer = app.get("/api/oauth/github").header("cookie", &odd).expect(307).await;
     let cookies = set_cookies(&answer);
@@ -672,7 +671,7 @@ async fn login_completes_although_its_client_hung_up(pool: PgPool) {
     let back = callback.as_str().strip_prefix(ORIGIN).unwrap();
     let callback = request(&browser, &format!("GET {back}"), &json!({}));
     let login = request(&LoginBrowser::default(), "POST /api/login", &json!({ "username": "john" }));
-    // What each looks at first is held, so that the client surely goes before the login can end.
+    // The row is locked, so that the client hangs up before the login ends.
     for (sessions, (app, request, held)) in
         [(&app, exchange, "login_codes"), (&with_token, callback, "identities"), (&app, login, "users")]
             .into_iter()
@@ -844,7 +843,7 @@ async fn taken_name_gets_a_suffix(pool: PgPool) {
     }
     assert_eq!(names, ["sam-2", "sam-3", "sam-4"]);
 
-    // Many more of them: the numbers end, and then it is something that nobody has.
+    // When the numbers are used up, the suffix is random.
     let mut connection = pool.acquire().await.unwrap();
     for subject in 0..20 {
         let profile = Profile::new("https://id.example", &format!("s{subject}"), Some("sam"), None).unwrap();
@@ -864,7 +863,7 @@ async fn taken_name_gets_a_suffix(pool: PgPool) {
 async fn concurrent_first_logins_make_one_user(pool: PgPool) {
     let database = Database::new((*pool.connect_options()).clone(), 16, Counter::default());
     for round in 0..20 {
-        // All of one account; and at the same time as many others who want the same name.
+        // All of one account, and as many others with the same name.
         let provision = |subject: String| {
             let database = &database;
             async move {
@@ -944,7 +943,7 @@ async fn provider_needs_a_trusted_certificate(pool: PgPool) {
     let folder = tempfile::tempdir().unwrap();
     let own = folder.path().join("own.pem");
     std::fs::write(&own, certificate).unwrap();
-    // One that has the name, and not the key.
+    // Another certificate for the same name.
     let (_, another) = Fake::start_with_tls().await;
     let others = folder.path().join("others.pem");
     std::fs::write(&others, another).unwrap();

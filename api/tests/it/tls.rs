@@ -1,5 +1,4 @@
-//! Postgres and Redis by TLS, as `DATABASE_URL` and `REDIS_URL` ask for it: the real binary, a real certificate, and what happens
-//! to those whose certificate is not the right one.
+//! Postgres and Redis over TLS with the real binary: right and wrong certificates.
 
 use std::{
     io::{BufRead, BufReader},
@@ -27,7 +26,7 @@ fn by_tls(postgres: &Postgres, host: &str, root: &Authority) -> String {
     )
 }
 
-/// The first that `migrate` says. It tries again for half a minute, for which nobody waits.
+/// The first line that `migrate` logs, without waiting for its retries.
 fn first_said(url: &str) -> String {
     let mut command = command();
     command.arg("migrate").env("DATABASE_URL", url).stdout(Stdio::piped());

@@ -1,4 +1,4 @@
-//! The web client's files: what is not under `/api`.
+//! The web client's files, outside `/api`.
 
 use std::{collections::BTreeSet, fs, io::Read, path::Path};
 
@@ -123,7 +123,7 @@ async fn login_options_are_public(pool: PgPool) {
     app.stop().await;
 }
 
-/// A module that is missing there is found late: after the page, and after whoever imports it.
+/// A module that is not preloaded loads late: after the page and after its importer.
 #[test]
 fn page_preloads_every_module() {
     let page = fs::read_to_string(web().join("index.html")).unwrap();
@@ -142,7 +142,7 @@ fn web() -> std::path::PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../web")
 }
 
-/// All files below, as paths from there.
+/// All files below a folder, as relative paths.
 fn collect(folder: &Path, files: &mut Vec<String>) {
     for entry in fs::read_dir(folder).unwrap() {
         let path = entry.unwrap().path();
