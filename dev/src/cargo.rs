@@ -5,15 +5,15 @@ use std::path::PathBuf;
 use anyhow::{Context, Result};
 use tokio::process::Command;
 
-use crate::places::Places;
+use crate::folders::Folders;
 use crate::process;
 
 /// A cargo command in the workspace, without the variables that `cargo run` added for us: they would make build scripts run
 /// again.
-pub(crate) fn cargo(places: &Places, args: &[&str]) -> Command {
+pub(crate) fn cargo(folders: &Folders, args: &[&str]) -> Command {
     let program = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let mut command = process::command(program, args);
-    command.current_dir(&places.root);
+    command.current_dir(&folders.root);
     for (name, _) in std::env::vars_os() {
         if name.to_str().is_some_and(added_by_cargo_run) {
             command.env_remove(name);

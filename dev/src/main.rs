@@ -6,10 +6,10 @@
 
 mod cargo;
 mod demo;
+mod folders;
 mod ingress;
 mod install;
 mod manage;
-mod places;
 mod postgres;
 mod prepare;
 mod process;
@@ -28,7 +28,7 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 use nix::sys::stat::{Mode, umask};
 
-use crate::places::Places;
+use crate::folders::Folders;
 
 /// Runs everything from source: databases, api, gateways, and a proxy with one address in front.
 #[derive(Parser)]
@@ -92,16 +92,16 @@ fn main() -> ExitCode {
 }
 
 async fn run(cli: DevCli) -> anyhow::Result<ExitCode> {
-    let places = Places::open()?;
+    let folders = Folders::open()?;
     match cli.command {
-        DevCommand::Up(options) => return up::run(&places, &cli.given, &options).await,
-        DevCommand::Status => manage::status(&places)?,
-        DevCommand::Down => manage::down(&places).await?,
-        DevCommand::Reset => manage::reset(&places).await?,
-        DevCommand::Psql { args } => manage::psql(&places, &cli.given, &args).await?,
-        DevCommand::Test { args } => return suite::run(&places, &cli.given, &with_separator(args)).await,
-        DevCommand::Env => servers::print_env(&places, &cli.given).await?,
-        DevCommand::Prepare { check } => prepare::run(&places, &cli.given, check).await?,
+        DevCommand::Up(options) => return up::run(&folders, &cli.given, &options).await,
+        DevCommand::Status => manage::status(&folders)?,
+        DevCommand::Down => manage::down(&folders).await?,
+        DevCommand::Reset => manage::reset(&folders).await?,
+        DevCommand::Psql { args } => manage::psql(&folders, &cli.given, &args).await?,
+        DevCommand::Test { args } => return suite::run(&folders, &cli.given, &with_separator(args)).await,
+        DevCommand::Env => servers::print_env(&folders, &cli.given).await?,
+        DevCommand::Prepare { check } => prepare::run(&folders, &cli.given, check).await?,
     }
     Ok(ExitCode::SUCCESS)
 }

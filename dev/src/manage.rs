@@ -11,15 +11,15 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use testkit::programs;
 
-use crate::places::Places;
+use crate::folders::Folders;
 use crate::servers::Given;
 use crate::state::{Lock, State};
 use crate::{postgres, redis, terminal};
 
 const STOP_DEADLINE: Duration = Duration::from_secs(45);
 
-pub(crate) fn status(places: &Places) -> Result<()> {
-    match State::read(&places.up())? {
+pub(crate) fn status(folders: &Folders) -> Result<()> {
+    match State::read(&folders.up())? {
         None => terminal::answer("not running (`cargo dev up` starts it)"),
         Some(state) => {
             let address = if state.address.is_empty() { "starting" } else { &state.address };
@@ -33,7 +33,7 @@ pub(crate) fn status(places: &Places) -> Result<()> {
             }
         }
     }
-    for (dir, what) in [(places.up(), ""), (places.shared(), " (of `cargo dev env`)")] {
+    for (dir, what) in [(folders.up(), ""), (folders.shared(), " (of `cargo dev env`)")] {
         for (name, server) in [("postgres", postgres::running(&dir)), ("redis", redis::running(&dir))] {
             if let Some((pid, port)) = server {
                 terminal::answer(format_args!("{name:<10} pid {pid:<8} 127.0.0.1:{port}{what}"));
@@ -43,14 +43,14 @@ pub(crate) fn status(places: &Places) -> Result<()> {
     Ok(())
 }
 
-pub(crate) async fn down(places: &Places) -> Result<()> {
+pub(crate) async fn down(folders: &Folders) -> Result<()> {
     let mut stopped = false;
-    if let Some(state) = State::read(&places.up())? {
+    if let Some(state) = State::read(&folders.up())? {
         terminal::step("Stopping", format_args!("`cargo dev up`, process {}", state.runner));
-        end(state.runner.cast_signed(), Signal::SIGTERM, || Ok(!Lock::is_free(&places.up())?)).await?;
+        end(state.runner.cast_signed(), Signal::SIGTERM, || Ok(!Lock::is_free(&folders.up())?)).await?;
         stopped = true;
     }
-    for dir in [places.up(), places.shared()] {
+    for dir in [folders.up(), folders.shared()] {
         let servers = [
             ("Redis", redis::running(&dir), Signal::SIGTERM),
             ("Postgres", postgres::running(&dir), Signal::SIGINT),
@@ -69,10 +69,10 @@ pub(crate) async fn down(places: &Places) -> Result<()> {
     Ok(())
 }
 
-pub(crate) async fn reset(places: &Places) -> Result<()> {
-    down(places).await?;
+pub(crate) async fn reset(folders: &Folders) -> Result<()> {
+    down(folders).await?;
     terminal::step("Deleting", "the dev database, keys and secrets under .dev (installed servers are kept)");
-    for dir in [places.up(), places.shared()] {
+    for dir in [folders.up(), folders.shared()] {
         if dir.exists() {
             fs::remove_dir_all(&dir).with_context(|| format!("cannot delete {}", dir.display()))?;
         }
@@ -80,12 +80,12 @@ pub(crate) async fn reset(places: &Places) -> Result<()> {
     Ok(())
 }
 
-pub(crate) async fn psql(places: &Places, given: &Given, args: &[String]) -> Result<()> {
+pub(crate) async fn psql(folders: &Folders, given: &Given, args: &[String]) -> Result<()> {
     let path = std::env::var_os("PATH").unwrap_or_default();
     let program = if let Some(program) = programs::on_path(&path, &["psql"]) {
         program
     } else {
-        let beside = postgres::programs(places).await?.bin_dir.join("psql");
+        let beside = postgres::programs(folders).await?.bin_dir.join("psql");
         if !beside.exists() {
             bail!("no psql is installed (Debian: apt install postgresql-client)");
         }
@@ -95,11 +95,11 @@ pub(crate) async fn psql(places: &Places, given: &Given, args: &[String]) -> Res
     if let Some(url) = &given.database_url {
         psql.arg(url)
     } else {
-        let Some((_, port)) = postgres::running(&places.up()) else {
+        let Some((_, port)) = postgres::running(&folders.up()) else {
             bail!("the dev database is not running; start it with `cargo dev up`");
         };
         // Not on the command line, where every account could read it.
-        psql.env("PGPASSWORD", postgres::password(&places.up())?)
+        psql.env("PGPASSWORD", postgres::password(&folders.up())?)
             .arg(format!("postgres://postgres@127.0.0.1:{port}/{}", postgres::DATABASE))
     };
     Err(psql.args(args).exec()).context("cannot start psql")

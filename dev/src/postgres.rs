@@ -15,7 +15,7 @@ use testkit::postmaster;
 use testkit::process::Account;
 use testkit::programs::{self, POSTGRES};
 
-use crate::places::{Places, works_in};
+use crate::folders::{Folders, works_in};
 use crate::process::{Child, command, run_as, run_quietly};
 use crate::servers::{Durability, Life, log_end, log_file};
 use crate::{install, secrets, terminal};
@@ -33,9 +33,9 @@ pub(crate) struct Programs {
 }
 
 /// Finds Postgres on the machine, else what was installed under `.dev`, else installs it.
-pub(crate) async fn programs(places: &Places) -> Result<Programs> {
+pub(crate) async fn programs(folders: &Folders) -> Result<Programs> {
     let path = std::env::var_os("PATH").unwrap_or_default();
-    let installed = install::postgres_bin_dir(&places.tools());
+    let installed = install::postgres_bin_dir(&folders.tools());
     let look = || {
         programs::dir_with(&path, &POSTGRES)
             .into_iter()
@@ -46,7 +46,7 @@ pub(crate) async fn programs(places: &Places) -> Result<Programs> {
     if let Some(programs) = first_usable(look()).await {
         return Ok(programs);
     }
-    install::install_postgres(&places.tools()).await?;
+    install::install_postgres(&folders.tools()).await?;
     first_usable(look()).await.context("Postgres was installed but does not start: set DATABASE_URL instead")
 }
 

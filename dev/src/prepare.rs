@@ -14,24 +14,24 @@ use sqlx::migrate::Migrator;
 use sqlx::{AssertSqlSafe, Connection, Executor};
 
 use crate::cargo::cargo;
-use crate::places::Places;
+use crate::folders::Folders;
 use crate::servers::{Durability, Given, Life};
 use crate::{postgres, process, servers, terminal};
 
 /// File name to content.
 type QueryData = BTreeMap<String, Vec<u8>>;
 
-pub(crate) async fn run(places: &Places, given: &Given, check: bool) -> Result<()> {
-    let scratch = places.scratch()?;
+pub(crate) async fn run(folders: &Folders, given: &Given, check: bool) -> Result<()> {
+    let scratch = folders.scratch()?;
     let (server, url) =
-        servers::start_postgres(places, given, scratch.path(), Durability::Forgetful, Life::Bound).await?;
+        servers::start_postgres(folders, given, scratch.path(), Durability::Forgetful, Life::Bound).await?;
     let fresh =
-        with_scratch_database(&url, async |url| describe_queries(places, url, scratch.path()).await).await;
+        with_scratch_database(&url, async |url| describe_queries(folders, url, scratch.path()).await).await;
     if let Some(server) = server {
         postgres::stop(&server).await;
     }
     let fresh = fresh?;
-    let committed_dir = places.root.join("api/.sqlx");
+    let committed_dir = folders.root.join("api/.sqlx");
     let committed = read(&committed_dir)?;
     let differences = differences(&committed, &fresh);
     if differences.is_empty() {
@@ -62,16 +62,16 @@ async fn with_scratch_database<T>(url: &str, work: impl AsyncFnOnce(&str) -> Res
     outcome
 }
 
-async fn describe_queries(places: &Places, url: &str, scratch: &Path) -> Result<QueryData> {
+async fn describe_queries(folders: &Folders, url: &str, scratch: &Path) -> Result<QueryData> {
     terminal::step("Migrating", "a scratch database");
     let mut connection = postgres::connect(url).await?;
     connection.execute("CREATE SCHEMA messenger").await?;
-    let migrations = places.root.join("api/migrations");
+    let migrations = folders.root.join("api/migrations");
     let migrator = Migrator::new(migrations.as_path()).await.context("cannot read api/migrations")?;
     migrator.run(&mut connection).await.context("a migration failed")?;
     // The files come in no order, and a plain SQL function is otherwise checked against those that it calls.
     connection.execute("SET check_function_bodies = off").await?;
-    for file in fs::read_dir(places.root.join("api/sql")).context("cannot read api/sql")? {
+    for file in fs::read_dir(folders.root.join("api/sql")).context("cannot read api/sql")? {
         let path = file?.path();
         let function = fs::read_to_string(&path)?;
         connection
@@ -83,8 +83,8 @@ async fn describe_queries(places: &Places, url: &str, scratch: &Path) -> Result<
 
     let fresh = scratch.join("queries");
     fs::create_dir(&fresh)?;
-    expand_macros_again(places)?;
-    let mut check = cargo(places, &["check", "--quiet", "--package", "api", "--all-targets"]);
+    expand_macros_again(folders)?;
+    let mut check = cargo(folders, &["check", "--quiet", "--package", "api", "--all-targets"]);
     check.env("DATABASE_URL", url).env("SQLX_OFFLINE", "false").env("SQLX_OFFLINE_DIR", &fresh);
     terminal::step("Checking", "the queries of api against it");
     let status = process::run_to_end(check, Signal::SIGTERM).await?;
@@ -99,9 +99,9 @@ async fn describe_queries(places: &Places, url: &str, scratch: &Path) -> Result<
 }
 
 /// Cargo compiles a crate again, and with it all that depends on it, when its root file is newer than the last result.
-fn expand_macros_again(places: &Places) -> Result<()> {
+fn expand_macros_again(folders: &Folders) -> Result<()> {
     for root in ["api/src/lib.rs", "api/src/main.rs"] {
-        let root = places.root.join(root);
+        let root = folders.root.join(root);
         if root.exists() {
             File::options().append(true).open(root)?.set_modified(SystemTime::now())?;
         }

@@ -11,7 +11,7 @@ use testkit::{ports::free_ports, process::Account, programs};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
-use crate::places::{Places, works_in};
+use crate::folders::{Folders, works_in};
 use crate::process::{Child, command, run_as};
 use crate::servers::{Life, log_end, log_file};
 use crate::{install, secrets, terminal};
@@ -20,15 +20,15 @@ const START_DEADLINE: Duration = Duration::from_secs(20);
 const STOP_PATIENCE: Duration = Duration::from_secs(5);
 
 /// Finds Redis on the machine or under `.dev`, or installs it. `valkey`: only Valkey.
-pub(crate) async fn program(places: &Places, valkey: bool) -> Result<PathBuf> {
+pub(crate) async fn program(folders: &Folders, valkey: bool) -> Result<PathBuf> {
     let path = std::env::var_os("PATH").unwrap_or_default();
-    let installed = install::redis_server(&places.tools());
+    let installed = install::redis_server(&folders.tools());
     let names = if valkey { &programs::REDIS[1..] } else { &programs::REDIS };
     let look = || programs::on_path(&path, names).or_else(|| installed.is_file().then(|| installed.clone()));
     if let Some(program) = look() {
         return Ok(program);
     }
-    install::install_redis(&places.tools()).await?;
+    install::install_redis(&folders.tools()).await?;
     look().with_context(|| format!("none of {names:?} could be found or installed: set REDIS_URL instead"))
 }
 

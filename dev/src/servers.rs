@@ -7,7 +7,7 @@ use anyhow::{Context, Result};
 use nix::sys::signal::Signal;
 use tokio::process::Command;
 
-use crate::places::Places;
+use crate::folders::Folders;
 use crate::process::{self, Child, ChildOutput};
 use crate::{postgres, redis, terminal, tools};
 
@@ -69,18 +69,18 @@ pub(crate) struct Servers {
 
 impl Servers {
     pub(crate) async fn start(
-        places: &Places,
+        folders: &Folders,
         given: &Given,
         dir: &Path,
         durability: Durability,
         life: Life,
     ) -> Result<Self> {
         fs::create_dir_all(dir)?;
-        let (postgres, database_url) = start_postgres(places, given, dir, durability, life).await?;
+        let (postgres, database_url) = start_postgres(folders, given, dir, durability, life).await?;
         let (redis, redis_url) = if let Some(url) = &given.redis_url {
             (None, url.clone())
         } else {
-            let redis = redis::start(&redis::program(places, given.valkey).await?, dir, life).await?;
+            let redis = redis::start(&redis::program(folders, given.valkey).await?, dir, life).await?;
             let url = redis.url();
             (Some(redis), url)
         };
@@ -104,7 +104,7 @@ impl Servers {
 }
 
 pub(crate) async fn start_postgres(
-    places: &Places,
+    folders: &Folders,
     given: &Given,
     dir: &Path,
     durability: Durability,
@@ -113,21 +113,21 @@ pub(crate) async fn start_postgres(
     if let Some(url) = &given.database_url {
         return Ok((None, url.clone()));
     }
-    let programs = postgres::programs(places).await?;
+    let programs = postgres::programs(folders).await?;
     let postgres = postgres::start(&programs, dir, durability, life).await?;
     let url = postgres.url();
     Ok((Some(postgres), url))
 }
 
 /// `cargo dev env`.
-pub(crate) async fn print_env(places: &Places, given: &Given) -> Result<()> {
-    let dir = places.shared();
+pub(crate) async fn print_env(folders: &Folders, given: &Given) -> Result<()> {
+    let dir = folders.shared();
     fs::create_dir_all(&dir)?;
     // Two at once would both start servers.
     let lock = File::create(dir.join("lock"))?;
     lock.lock().context("cannot lock .dev/test")?;
-    let servers = Servers::start(places, given, &dir, Durability::Forgetful, Life::Detached).await?;
-    let found = programs(places, given).await;
+    let servers = Servers::start(folders, given, &dir, Durability::Forgetful, Life::Detached).await?;
+    let found = programs(folders, given).await;
     if let Some(list) = found.list_of_missing() {
         terminal::warn(format_args!("tests that need these programs will fail:{list}"));
     }
@@ -142,11 +142,11 @@ pub(crate) async fn print_env(places: &Places, given: &Given) -> Result<()> {
     Ok(())
 }
 
-pub(crate) async fn programs(places: &Places, given: &Given) -> tools::Found {
+pub(crate) async fn programs(folders: &Folders, given: &Given) -> tools::Found {
     // First the programs that others are installed with.
-    let mut found = tools::all(places).await;
-    let postgres = postgres::programs(places).await.map(|programs| programs.bin_dir);
+    let mut found = tools::all(folders).await;
+    let postgres = postgres::programs(folders).await.map(|programs| programs.bin_dir);
     found.add("Postgres", "DEV_POSTGRES_BIN_DIR", postgres);
-    found.add("Redis", "DEV_REDIS_SERVER", redis::program(places, given.valkey).await);
+    found.add("Redis", "DEV_REDIS_SERVER", redis::program(folders, given.valkey).await);
     found
 }

@@ -8,7 +8,7 @@ use anyhow::{Result, bail};
 use nix::sys::signal::Signal;
 
 use crate::cargo::cargo;
-use crate::places::Places;
+use crate::folders::Folders;
 use crate::servers::{Durability, Given, Life, Servers, programs};
 use crate::stop::Stop;
 use crate::{process, terminal};
@@ -16,12 +16,12 @@ use crate::{process, terminal};
 /// The exit code of shells after an interrupt.
 const INTERRUPTED: u8 = 130;
 
-pub(crate) async fn run(places: &Places, given: &Given, args: &[String]) -> Result<ExitCode> {
+pub(crate) async fn run(folders: &Folders, given: &Given, args: &[String]) -> Result<ExitCode> {
     let mut stop = Stop::listen()?;
-    let scratch = places.scratch()?;
+    let scratch = folders.scratch()?;
     let mut servers = None;
     let outcome = tokio::select! {
-        outcome = build_and_test(places, given, args, scratch.path(), &mut servers) => outcome,
+        outcome = build_and_test(folders, given, args, scratch.path(), &mut servers) => outcome,
         () = stop.asked() => Ok(ExitCode::from(INTERRUPTED)),
     };
     if let Some(servers) = servers {
@@ -31,28 +31,28 @@ pub(crate) async fn run(places: &Places, given: &Given, args: &[String]) -> Resu
 }
 
 async fn build_and_test(
-    places: &Places,
+    folders: &Folders,
     given: &Given,
     args: &[String],
     scratch: &Path,
     servers: &mut Option<Servers>,
 ) -> Result<ExitCode> {
-    let found = programs(places, given).await;
+    let found = programs(folders, given).await;
     if let Some(list) = found.list_of_missing() {
         if args.is_empty() {
             bail!("the tests need programs that are missing; install them, or name the tests to run:{list}");
         }
         terminal::warn(format_args!("tests that need these programs will fail:{list}"));
     }
-    let started = Servers::start(places, given, scratch, Durability::Forgetful, Life::Bound).await?;
+    let started = Servers::start(folders, given, scratch, Durability::Forgetful, Life::Bound).await?;
     let servers = servers.insert(started);
     // The end-to-end tests run the services' binaries, which cargo does not build for tests of another package.
-    let build = cargo(places, &["build", "--workspace", "--bins"]);
+    let build = cargo(folders, &["build", "--workspace", "--bins"]);
     let status = process::run_to_end(build, Signal::SIGTERM).await?;
     if !status.success() {
         return Ok(exit_code(status));
     }
-    let mut test = cargo(places, &["test", "--workspace", "--no-fail-fast"]);
+    let mut test = cargo(folders, &["test", "--workspace", "--no-fail-fast"]);
     test.args(args)
         .env("DATABASE_URL", &servers.database_url)
         .env("REDIS_URL", &servers.redis_url)

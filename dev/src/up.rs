@@ -19,8 +19,8 @@ use tokio::task::{JoinHandle, JoinSet};
 
 use crate::cargo::{binaries, cargo};
 use crate::demo::demo;
+use crate::folders::Folders;
 use crate::ingress::{self, Routes};
-use crate::places::Places;
 use crate::process::{self, Child, ChildOutput};
 use crate::servers::{Durability, Given, Life, Servers};
 use crate::state::{Lock, ProcessEntry, State};
@@ -42,14 +42,14 @@ pub(crate) struct Options {
     release: bool,
 }
 
-pub(crate) async fn run(places: &Places, given: &Given, options: &Options) -> Result<ExitCode> {
+pub(crate) async fn run(folders: &Folders, given: &Given, options: &Options) -> Result<ExitCode> {
     let began = Instant::now();
-    let dir = places.up();
+    let dir = folders.up();
     let lock = Lock::take(&dir)?;
     let mut stop = Stop::listen()?;
     let mut running = RunningProcesses::default();
     let outcome = tokio::select! {
-        outcome = running.start(places, given, options, &lock) => outcome.map(Some),
+        outcome = running.start(folders, given, options, &lock) => outcome.map(Some),
         () = stop.asked() => Ok(None),
     };
     if let Ok(Some(address)) = &outcome {
@@ -82,17 +82,17 @@ impl RunningProcesses {
     /// Starts everything and returns the address to use. After a failure, what was started is in `self`, to be stopped.
     async fn start(
         &mut self,
-        places: &Places,
+        folders: &Folders,
         given: &Given,
         options: &Options,
         lock: &Lock,
     ) -> Result<String> {
-        let dir = places.up();
+        let dir = folders.up();
         let mut state = State { runner: std::process::id(), address: String::new(), processes: Vec::new() };
         lock.write(&state)?;
-        let servers = Servers::start(places, given, &dir, Durability::Durable, Life::Bound).await?;
+        let servers = Servers::start(folders, given, &dir, Durability::Durable, Life::Bound).await?;
         let servers = self.servers.insert(servers);
-        let binaries = build(places, options.release).await?;
+        let binaries = build(folders, options.release).await?;
 
         let listener = ingress::listen(options.port).await?;
         let origin = format!("http://localhost:{}", listener.local_addr()?.port());
@@ -181,8 +181,8 @@ fn local(port: u16) -> SocketAddr {
     SocketAddr::from((Ipv4Addr::LOCALHOST, port))
 }
 
-async fn build(places: &Places, release: bool) -> Result<PathBuf> {
-    let mut build = cargo(places, &["build", "--package", "api", "--package", "stream-gateway"]);
+async fn build(folders: &Folders, release: bool) -> Result<PathBuf> {
+    let mut build = cargo(folders, &["build", "--package", "api", "--package", "stream-gateway"]);
     if release {
         build.arg("--release");
     }

@@ -11,13 +11,13 @@ use nix::unistd::geteuid;
 
 use crate::terminal;
 
-pub(crate) struct Places {
+pub(crate) struct Folders {
     pub(crate) root: PathBuf,
     /// `.dev`, with symbolic links resolved.
     home: PathBuf,
 }
 
-impl Places {
+impl Folders {
     pub(crate) fn open() -> Result<Self> {
         // Set by cargo at run time too, and right even when a clone was moved with its target folder.
         let crate_dir = std::env::var_os("CARGO_MANIFEST_DIR")
