@@ -12,7 +12,7 @@ pub struct ListedSession {
     pub device: String,
     #[serde(serialize_with = "super::time")]
     pub created_at: DateTime<Utc>,
-    /// Within some minutes: see [`crate::last_used`].
+    /// Within some minutes: the module `last_used` writes it.
     #[serde(serialize_with = "super::time")]
     pub last_used_at: DateTime<Utc>,
     /// The session of this request.
