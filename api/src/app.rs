@@ -22,7 +22,7 @@ use warp::Filter;
 
 use crate::{
     commands::CommandContext,
-    config::{Addresses, Config},
+    config::{Addresses, Config, FLUSH_TIMEOUT},
     explain::explain,
     external::External,
     http::{self, Api, ApiEdge, Cors, auth::Auth, oauth::SignIn},
@@ -35,8 +35,6 @@ use crate::{
     store::{Database, session::Route},
 };
 
-/// For events that are still queued for Redis when the service stops.
-pub const FLUSH_TIMEOUT: Duration = Duration::from_secs(2);
 /// Gateways know a removed key for two of these at most.
 const ANNOUNCE_KEYS_EVERY: Duration = Duration::from_secs(4);
 

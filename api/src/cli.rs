@@ -1,37 +1,37 @@
 //! Runs the commands of the binary.
 
-use service_kit::{healthcheck, lifecycle, telemetry};
+use service_kit::{healthcheck, lifecycle, settings::Given, telemetry};
 
 use crate::{
     app::{self, Listeners},
-    config::{Cli, Command, Logging},
+    config::{self, Cli, Command},
     maintenance,
 };
 
-pub async fn execute(Cli { command, settings }: Cli) -> anyhow::Result<()> {
+pub async fn execute(Cli { command }: Cli, given: Given) -> anyhow::Result<()> {
     match command.unwrap_or(Command::Serve) {
         Command::Serve => {
-            let (config, addresses, logging) = settings.for_serving()?;
-            log(logging);
+            let (config, addresses, logging) = config::for_serving(&given)?;
+            telemetry::start(logging);
             app::run(config, Listeners::bind(addresses)?, lifecycle::stop_on_signal()?).await
         }
         Command::Migrate => {
-            let (postgres, logging) = settings.for_database()?;
-            log(logging);
+            let (postgres, logging) = config::for_database(&given)?;
+            telemetry::start(logging);
             maintenance::migrate(postgres).await
         }
         Command::NewEpoch => {
-            let (postgres, logging) = settings.for_database()?;
-            log(logging);
+            let (postgres, logging) = config::for_database(&given)?;
+            telemetry::start(logging);
             maintenance::new_epoch(postgres).await
         }
         Command::Prune => {
-            let (postgres, keep, logging) = settings.for_pruning()?;
-            log(logging);
+            let (postgres, keep, logging) = config::for_pruning(&given)?;
+            telemetry::start(logging);
             maintenance::prune(postgres, keep).await
         }
         Command::CheckConfig => {
-            let (config, ..) = settings.for_serving()?;
+            let (config, ..) = config::for_serving(&given)?;
             if !maintenance::check_database(&config.database).await? {
                 eprintln!("api: Postgres is unreachable; the database was not checked");
             }
@@ -39,12 +39,8 @@ pub async fn execute(Cli { command, settings }: Cli) -> anyhow::Result<()> {
             Ok(())
         }
         Command::Healthcheck { probe } => {
-            eprintln!("api: {}", healthcheck::ask(&settings.ops_listen, probe)?);
+            eprintln!("api: {}", healthcheck::ask(config::for_healthcheck(&given)?, probe)?);
             Ok(())
         }
     }
-}
-
-fn log(Logging { filter, format }: Logging) {
-    telemetry::start(filter, format);
 }

@@ -26,6 +26,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     commands::{CommandContext, log_in::provision},
+    config::ExternalSettings,
     domain::user::Profile,
     store::{StoreError, identities},
 };
@@ -36,13 +37,6 @@ const CACHED_SUBJECTS: u64 = 100_000;
 const CACHED_FOR: Duration = Duration::from_mins(5);
 /// For fetching the issuer's keys.
 const TIME_LIMIT: Duration = Duration::from_secs(5);
-
-/// The issuer and the URL of its keys.
-#[derive(Debug, Clone)]
-pub struct ExternalSettings {
-    pub issuer: ExternalIssuer,
-    pub jwks_url: String,
-}
 
 pub struct External {
     issuer: ExternalIssuer,

@@ -5,5 +5,5 @@ use std::process::ExitCode;
 use service_kit::lifecycle::run_service;
 
 fn main() -> ExitCode {
-    run_service("api", api::cli::execute)
+    run_service("api", &api::config::rows(), api::cli::execute)
 }

@@ -8,11 +8,10 @@ use sqlx::{Connection, PgConnection, postgres::PgConnectOptions};
 use tokio::time::timeout;
 
 use crate::{
+    config::Keep,
     pruner::{self, Pruned},
     store::{
-        self, Database,
-        feed::{self, Keep},
-        schema,
+        self, Database, feed, schema,
         session::{self, Route, UnusableDatabase},
     },
 };

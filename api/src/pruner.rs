@@ -9,12 +9,9 @@ use protocol::ids::{SessionId, UserId};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
+    config::Keep,
     metrics::Metrics,
-    store::{
-        Database, StoreError,
-        feed::{self, Keep},
-        identities, sessions,
-    },
+    store::{Database, StoreError, feed, identities, sessions},
 };
 
 /// Users looked at in one step.

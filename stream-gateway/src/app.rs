@@ -1,12 +1,9 @@
 //! Wires the gateway together, runs it on given listeners, and stops it in order: unready, a wait for load balancers to
 //! notice, a steady parting from all streams, the rest.
 
-use std::{
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-    },
-    time::Duration,
+use std::sync::{
+    Arc,
+    atomic::{AtomicBool, Ordering},
 };
 
 use anyhow::Context as _;
@@ -31,7 +28,7 @@ use warp::Filter;
 
 use crate::{
     backfill::ApiClient,
-    config::Config,
+    config::{Config, LAST_GOODBYES},
     descriptors,
     engine::{self, EngineCommand, Inputs, Rights},
     explain::explain,
@@ -42,9 +39,6 @@ use crate::{
     metrics::Metrics,
     subscriber::{self, DesiredSubscriptions, Subscriber},
 };
-
-/// For goodbyes that are still on their way when the drain's window is over.
-pub const LAST_GOODBYES: Duration = Duration::from_secs(10);
 
 pub struct Listeners {
     pub public: TcpListener,
@@ -69,7 +63,7 @@ pub async fn run(config: Config, listeners: Listeners, stop: CancellationToken) 
     let (metrics, registry) = Metrics::of_service();
     let metrics = Arc::new(metrics);
     metrics.streams_limit.set(config.admission.streams as i64);
-    metrics.replay_buffer_limit_bytes.set(config.delivery.backlog_bytes as i64);
+    metrics.replay_buffer_limit_bytes.set(config.delivery.replay_buffer_bytes as i64);
     let (tracer, exporter) =
         traces::start(config.traces, "stream-gateway", env!("CARGO_PKG_VERSION"), metrics.traces.clone())
             .context(

@@ -1,30 +1,30 @@
 //! Runs the commands of the binary.
 
 use anyhow::Context as _;
-use service_kit::{healthcheck, lifecycle, telemetry};
+use service_kit::{healthcheck, lifecycle, settings::Given, telemetry};
 
 use crate::{
     app::{self, Listeners},
-    config::{Cli, Command},
+    config::{self, Cli, Command},
     descriptors,
 };
 
-pub async fn execute(Cli { command, settings }: Cli) -> anyhow::Result<()> {
+pub async fn execute(Cli { command }: Cli, given: Given) -> anyhow::Result<()> {
     match command.unwrap_or(Command::Serve) {
         Command::Serve => {
-            let config = settings.check(descriptors::allowed())?;
-            telemetry::start(config.log.parse().context("LOG was checked")?, config.log_format);
+            let (config, logging) = config::for_serving(&given, descriptors::allowed())?;
+            telemetry::start(logging);
             descriptors::raise().context("cannot raise the number of open files")?;
             let listeners = Listeners::bind(&config)?;
             app::run(config, listeners, lifecycle::stop_on_signal()?).await
         }
         Command::CheckConfig => {
-            settings.check(descriptors::allowed())?;
+            config::for_serving(&given, descriptors::allowed())?;
             eprintln!("stream-gateway: the configuration is valid");
             Ok(())
         }
         Command::Healthcheck { probe } => {
-            eprintln!("stream-gateway: {}", healthcheck::ask(&settings.ops_listen, probe)?);
+            eprintln!("stream-gateway: {}", healthcheck::ask(config::for_healthcheck(&given)?, probe)?);
             Ok(())
         }
     }

@@ -5,5 +5,5 @@ use std::process::ExitCode;
 use service_kit::lifecycle::run_service;
 
 fn main() -> ExitCode {
-    run_service("stream-gateway", stream_gateway::cli::execute)
+    run_service("stream-gateway", &stream_gateway::config::rows(), stream_gateway::cli::execute)
 }

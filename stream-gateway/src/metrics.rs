@@ -55,7 +55,7 @@ metrics! {
         pub slow_consumers: Gauge = "Streams whose socket cannot take bytes now";
         pub slow_consumer_episodes: Counter = "Times that a socket stopped taking bytes";
         pub replay_buffer_bytes: Gauge = "Bytes of recent events kept for slow consumers";
-        pub replay_buffer_limit_bytes: Gauge = "Bytes of recent events that may be kept (BACKLOG_BYTES)";
+        pub replay_buffer_limit_bytes: Gauge = "Bytes of recent events that may be kept (REPLAY_BUFFER_BYTES)";
         pub resyncs: Family<Reason, Counter> = "Resync events sent: the client reloads, by reason";
         pub users: Gauge = "Users with a stream now or a moment ago";
         pub backfill_requests: Family<Kind, Counter> =

@@ -18,6 +18,7 @@ use service_kit::{cookies::Cookies, ended_sessions::EndedSessions, http::Present
 use super::{HandlerResult, error::ApiError, request::Inbound};
 use crate::{
     commands::{Actor, CommandContext},
+    config::Lifetimes,
     domain::user::User,
     external::External,
     last_used::LastUsed,
@@ -41,15 +42,6 @@ pub struct Auth {
     context: CommandContext,
     /// The other issuer whose tokens are accepted.
     external: Option<Arc<External>>,
-}
-
-/// How long sessions and tokens are valid.
-#[derive(Debug, Clone, Copy)]
-pub struct Lifetimes {
-    /// A session from its last refresh, and an `api` token at most.
-    pub session: Duration,
-    /// A stream token.
-    pub stream_token: Duration,
 }
 
 /// A valid token. Whether its session is live is checked next, alone or by the statement of a command.

@@ -6,7 +6,6 @@
 pub mod attempt;
 mod github;
 mod oidc;
-mod settings;
 mod token;
 
 use std::{io, sync::Arc, time::Duration};
@@ -25,14 +24,12 @@ use service_kit::{
 use subtle::ConstantTimeEq;
 use thiserror::Error;
 
-pub use settings::{GITHUB_API_URL, GITHUB_URL, ProviderSettings, Registration, protected_url};
-
-use crate::domain::user::Profile;
+use crate::{
+    config::{ProviderSettings, Registration},
+    domain::user::Profile,
+};
 use attempt::Attempt;
 use oidc::Discovery;
-
-/// For one request to a provider.
-pub const TIME_LIMIT: Duration = Duration::from_secs(10);
 
 /// Why a login failed. The text is for the log and contains no secret.
 #[derive(Debug, Clone, Error)]

@@ -14,8 +14,8 @@ use service_kit::outbound::Outbound;
 use tokio::sync::Mutex;
 use url::Url;
 
-use super::{Endpoints, Failure, object, request, settings::protected_url};
-use crate::domain::user::Profile;
+use super::{Endpoints, Failure, object, request};
+use crate::{config::protected_url, domain::user::Profile};
 
 /// The discovery document is fetched again after this.
 const FRESH: Duration = Duration::from_hours(1);

@@ -1,7 +1,5 @@
 //! Feeds: read for many users at once, and pruned.
 
-use std::time::Duration;
-
 use chrono::{DateTime, Utc};
 use protocol::{
     feed::{KnownHead, Range, RangeAfter, UserHead},
@@ -13,6 +11,7 @@ use service_kit::explain::Event;
 use sqlx::PgConnection;
 
 use super::{envelope, number};
+use crate::config::Keep;
 
 /// About this many events in one answer, shared among its ranges.
 const EVENTS_PER_ANSWER: usize = 4_000;
@@ -177,13 +176,6 @@ fn head(epoch: Option<i64>, seq: Option<i64>) -> sqlx::Result<Option<Position>> 
         .zip(seq)
         .map(|(epoch, seq)| Ok(Position { epoch: Epoch::from_sql(epoch), seq: number(seq)? }))
         .transpose()
-}
-
-/// What is kept of each feed.
-#[derive(Debug, Clone, Copy)]
-pub struct Keep {
-    pub age: Duration,
-    pub events: u64,
 }
 
 /// The old end of one feed: everything up to `seq`.

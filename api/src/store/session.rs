@@ -36,11 +36,6 @@ const WITHOUT_LIMITS: &str = "
     SET idle_in_transaction_session_timeout = 0;
     SET client_min_messages = warning";
 
-/// With nothing in the startup message that a pooler might refuse.
-pub fn options(url: PgConnectOptions) -> PgConnectOptions {
-    url.application_name("api").extra_float_digits(None)
-}
-
 pub(super) async fn begin(connection: &mut PgConnection) -> sqlx::Result<()> {
     sqlx::raw_sql(SETTINGS).execute(connection).await?;
     Ok(())

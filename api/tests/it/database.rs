@@ -431,7 +431,7 @@ fn is_root() -> bool {
 async fn routes(url: &str) -> Vec<Result<Route, String>> {
     let mut found = Vec::new();
     for _ in 0..5 {
-        let options = session::options(url.parse().unwrap());
+        let options = api::config::connection(url.parse().unwrap());
         let connected = session::connect(&options).await;
         found.push(connected.map(|(_, route)| route).map_err(|error| error.to_string()));
     }

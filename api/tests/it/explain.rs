@@ -2,10 +2,7 @@
 
 use std::time::Duration;
 
-use api::{
-    pruner::prune_after,
-    store::{Database, feed::Keep},
-};
+use api::{config::Keep, pruner::prune_after, store::Database};
 use prometheus_client::metrics::counter::Counter;
 use protocol::ids::UserId;
 use serde_json::{Value, json};

@@ -1,6 +1,6 @@
 //! Tokens of an external issuer, whose keys come from a server that can fail.
 
-use api::{config::Config, external::ExternalSettings};
+use api::config::{Config, ExternalSettings};
 use chrono::Utc;
 use futures_util::future::join_all;
 use protocol::{

@@ -3,8 +3,9 @@
 use std::{collections::HashMap, time::Duration};
 
 use api::{
+    config::Keep,
     pruner::{PruneStep, prune_after},
-    store::{Database, feed::Keep},
+    store::Database,
 };
 use futures_util::future::join_all;
 use prometheus_client::metrics::counter::Counter;

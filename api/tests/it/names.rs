@@ -1,6 +1,6 @@
 //! Usernames of users from providers and external issuers.
 
-use api::{config::Config, external::ExternalSettings};
+use api::config::{Config, ExternalSettings};
 use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
 use chrono::Utc;
 use serde_json::{Value, json};

@@ -8,7 +8,7 @@ use std::{
     time::Duration,
 };
 
-use api::oauth::{ProviderSettings, Registration};
+use api::config::{ProviderSettings, Registration};
 use serde_json::{Value, json};
 use testkit::{
     http::{Answer, Client},

@@ -3,8 +3,7 @@
 use std::time::Duration;
 
 use api::{
-    config::Config,
-    http::auth::Lifetimes,
+    config::{Config, Lifetimes},
     last_used::{COARSE, LastUsed},
     pruner::prune_sessions_after,
     store::Database,

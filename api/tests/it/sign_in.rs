@@ -175,8 +175,8 @@ async fn refusal_of_a_real_provider_is_shown_on_the_page(pool: PgPool) {
     let impostor = App::start_with(config_with(&pool, |config| {
         config.providers = providers.both();
         for provider in &mut config.providers {
-            let (api::oauth::ProviderSettings::GitHub { registration, .. }
-            | api::oauth::ProviderSettings::Oidc { registration, .. }) = provider;
+            let (api::config::ProviderSettings::GitHub { registration, .. }
+            | api::config::ProviderSettings::Oidc { registration, .. }) = provider;
             registration.client_secret = "another-secret".into();
         }
     }))

@@ -10,9 +10,7 @@ use std::{
 
 use api::{
     app::{self, Listeners},
-    config::{Addresses, Config, RateLimits},
-    http::auth::Lifetimes,
-    store::feed::Keep,
+    config::{Addresses, Config, Keep, Lifetimes, RateLimits},
 };
 use protocol::{
     channels::Channels,

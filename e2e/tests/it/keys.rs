@@ -164,5 +164,5 @@ async fn a_removed_key_ends_its_streams_by_a_redis_cluster() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_removed_key_ends_its_streams_without_redis() {
     let world = World::with_redis(format!("redis://127.0.0.1:{}/", free_port())).await;
-    remove_key(&world, ("SUSPECT_RECONCILE_MILLIS", 1_000)).await;
+    remove_key(&world, ("DEGRADED_RECONCILE_MILLIS", 1_000)).await;
 }

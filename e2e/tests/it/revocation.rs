@@ -107,7 +107,7 @@ async fn streams_of_an_ended_session_end_without_redis() {
     let world = World::with_redis(format!("redis://127.0.0.1:{}/", free_port())).await;
     let (one, other) = tokio::join!(world.api().ready(), world.api().ready());
     // Only the short reconcile of a gateway without Redis falls within a test.
-    let gateway = world.gateway(one.internal()).env("SUSPECT_RECONCILE_MILLIS", 1_000);
+    let gateway = world.gateway(one.internal()).env("DEGRADED_RECONCILE_MILLIS", 1_000);
     let gateway = gateway.env("RECONCILE_SECONDS", 300).ready().await;
     let two = Two::meet(&world, &one).await;
     let kept = browser(gateway.stream(&two.jane));

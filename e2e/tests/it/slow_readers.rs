@@ -126,7 +126,7 @@ async fn slow_reader_among_fast_ones_receives_everything() {
 async fn memory_stays_bounded_with_many_stalled_readers() {
     let world = World::new().await;
     let api = world.api().ready().await;
-    let gateway = world.gateway(api.internal()).env("BACKLOG_BYTES", 1 << 20).ready().await;
+    let gateway = world.gateway(api.internal()).env("REPLAY_BUFFER_BYTES", 1 << 20).ready().await;
     let two = Two::meet(&world, &api).await;
     let mut readers = Vec::new();
     for _ in 0..20 {

@@ -1,156 +1,162 @@
-//! Reading settings: every value is parsed and checked, and all problems are reported together, so that an operator mends
-//! a deployment once and not once per mistake.
+//! The settings that both services have, and the type of an origin.
 
-use std::{
-    collections::BTreeSet,
-    fmt,
-    fs::File,
-    io::{self, Read},
-    str::FromStr,
-    time::Duration,
-};
+use std::{net::SocketAddr, num::NonZeroU32, str::FromStr};
 
+use protocol::channels::Channels;
 use thiserror::Error;
+use tracing_subscriber::EnvFilter;
 use url::{Host, Url};
 
-use crate::secrets::Secrets;
+use crate::{
+    client_address::TrustedProxies,
+    redis_topology::{self, RedisTopology},
+    secrets::Secrets,
+    settings::{Initial, Required, Settings},
+    telemetry::{LogFormat, Logging},
+    traces,
+};
 
-/// The largest secret that is read from a file.
-const LARGEST_SECRET_BYTES: u64 = 64 * 1024;
-
-/// What is wrong with the settings, one sentence each.
-#[derive(Debug, Default, Error)]
-pub struct Problems {
-    sentences: Vec<String>,
-    /// Settings whose file was a problem: nobody has to read in addition that they are not set.
-    unreadable: BTreeSet<String>,
+/// The settings that both services have.
+pub struct Common {
+    pub listen: SocketAddr,
+    pub ops_listen: SocketAddr,
+    pub origin: Origin,
+    pub allowed_origins: Vec<Origin>,
+    pub trusted_proxies: TrustedProxies,
+    /// At each listener; 0: no bound.
+    pub connections_per_address: usize,
+    /// `None`: a problem was reported, as for the other options.
+    pub redis: Option<RedisTopology>,
+    pub channels: Channels,
+    pub internal_secrets: Option<Secrets>,
+    pub rate_limits: bool,
+    pub logging: Logging,
+    pub traces: Option<traces::Settings>,
 }
 
-impl fmt::Display for Problems {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} problem(s) with the settings", self.sentences.len())?;
-        self.sentences.iter().try_for_each(|problem| write!(f, "\n  - {problem}"))
-    }
-}
-
-impl Problems {
-    pub fn add(&mut self, problem: impl Into<String>) {
-        self.sentences.push(problem.into());
-    }
-
-    /// The value of a setting that must be given.
-    pub fn require<'a>(&mut self, name: &str, value: Option<&'a str>) -> Option<&'a str> {
-        let value = value.filter(|value| !value.is_empty());
-        if value.is_none() && !self.unreadable.contains(name) {
-            self.add(format!("{name} is not set"));
+impl Common {
+    /// The arguments are what the service has in place of `LISTEN`, `OPS_LISTEN` and `ORIGIN` that are not set.
+    pub fn read(
+        s: &mut Settings,
+        listen: &'static str,
+        ops_listen: &'static str,
+        origin: impl Into<Initial>,
+    ) -> Self {
+        Self {
+            listen: s.parse("LISTEN", listen, "Address for clients, behind the ingress"),
+            ops_listen: self::ops_listen(s, ops_listen),
+            origin: s.parse(
+                "ORIGIN",
+                origin,
+                "Public origin of the product: scheme://host[:port], no path. It is the issuer of tokens. With https, cookies are \
+                 Secure and locked to the host (__Host-)",
+            ),
+            allowed_origins: s.list(
+                "ALLOWED_ORIGINS",
+                "Other origins whose pages may use the session cookie and read responses, without wildcards. Browsers send the \
+                 cookie only within one site; pages of other sites use tokens",
+            ),
+            trusted_proxies: s.parse(
+                "TRUSTED_PROXIES",
+                "",
+                "Networks of your own proxies, comma-separated: 10.0.0.0/8,fd00::/8. What they append to X-Forwarded-For is \
+                 believed, so that limits count clients and not the ingress. Name nothing that clients can send from. Empty: the \
+                 peer is the client",
+            ),
+            connections_per_address: s.number(
+                "CONNECTIONS_PER_ADDRESS",
+                "512",
+                0..=1_000_000,
+                "Connections of one client address (IPv6: of one /64) at each listener, without open streams, and never more than \
+                 half of what the listener accepts; more are closed. Not for TRUSTED_PROXIES. 0: no limit",
+            ),
+            redis: redis(s),
+            channels: Channels::new(s.parse::<String>(
+                "CHANNEL_PREFIX",
+                "",
+                "Prefix of every Redis channel and key, so that several installations can share one Redis. The same for both services",
+            )),
+            internal_secrets: s.secret(
+                "INTERNAL_SECRET",
+                Required(""),
+                "Secret between gateways and api's internal listener, at least 32 characters: openssl rand -hex 32. Or several, \
+                 comma-separated: the first is sent, all are accepted. The runbook says how to rotate it",
+                Secrets::parse,
+            ),
+            rate_limits: s.flag("RATE_LIMITS", "true", "Whether there are rate limits at all"),
+            logging: logging(s),
+            traces: traces(s),
         }
-        value
-    }
-
-    /// A secret setting: its value, or the content of the file that `<name>_FILE` names. The line break at the end of the file,
-    /// which editors and `echo` leave there, does not belong to the secret. Both given, or a file without a secret: a problem.
-    pub fn value_or_file(&mut self, name: &str, value: Option<&str>, file: &str) -> Option<String> {
-        let value = value.filter(|value| !value.is_empty());
-        if file.is_empty() {
-            return value.map(str::to_owned);
-        }
-        let secret = match value {
-            Some(_) => Err(format!("{name} and {name}_FILE are both set: set one of them")),
-            None => read_secret(file).map_err(|error| format!("{name}_FILE: {file}: {error}")),
-        };
-        secret
-            .map_err(|problem| {
-                self.unreadable.insert(name.to_owned());
-                self.add(problem);
-            })
-            .ok()
-    }
-
-    /// The value itself stays out of the message: it may be a secret in the wrong place.
-    pub fn parse<T: FromStr>(&mut self, name: &str, value: &str) -> Option<T>
-    where
-        T::Err: fmt::Display,
-    {
-        value.parse().map_err(|error| self.add(format!("{name} cannot be read: {error}"))).ok()
-    }
-
-    pub fn number(&mut self, name: &str, value: &str, min: u64, max: u64) -> Option<u64> {
-        let number = self.parse::<u64>(name, value)?;
-        if (min..=max).contains(&number) {
-            return Some(number);
-        }
-        self.add(format!("{name} is {number}, and must be from {min} to {max}"));
-        None
-    }
-
-    pub fn seconds(&mut self, name: &str, value: &str, min: u64, max: u64) -> Option<Duration> {
-        self.number(name, value, min, max).map(Duration::from_secs)
-    }
-
-    pub fn millis(&mut self, name: &str, value: &str, min: u64, max: u64) -> Option<Duration> {
-        self.number(name, value, min, max).map(Duration::from_millis)
-    }
-
-    /// A secret, or several, comma-separated: the first is used, all are accepted.
-    pub fn secrets(&mut self, name: &str, value: Option<&str>) -> Option<Secrets> {
-        let secrets = Secrets::parse(self.require(name, value)?);
-        if secrets.is_none() {
-            self.add(format!("{name} is, or has in its list, a secret shorter than 32 characters"));
-        }
-        secrets
-    }
-
-    /// An orderly end must fit into the time before the platform kills the process. `grace` of zero: not known.
-    pub fn ends_in_time(
-        &mut self,
-        grace: Option<Duration>,
-        parts: &[(&str, Option<Duration>)],
-        rest: Duration,
-    ) {
-        let Some(needed) = parts.iter().try_fold(rest, |sum, (_, part)| Some(sum + (*part)?)) else { return };
-        let names: Vec<_> = parts.iter().map(|(name, _)| *name).collect();
-        if let Some(grace) = grace.filter(|grace| !grace.is_zero() && *grace < needed) {
-            self.add(format!(
-                "TERMINATION_GRACE_SECONDS is {}, and an orderly end takes up to {}: {} and {} for the rest",
-                grace.as_secs(),
-                needed.as_secs(),
-                names.join(", "),
-                rest.as_secs(),
-            ));
-        }
-    }
-
-    /// `scheme://host[:port]`.
-    pub fn origin(&mut self, name: &str, value: &str) -> Option<Origin> {
-        self.parse(name, value)
-    }
-
-    /// Several of them, comma-separated; none is allowed.
-    pub fn origins(&mut self, name: &str, value: &str) -> Vec<Origin> {
-        let texts = value.split(',').map(str::trim).filter(|text| !text.is_empty());
-        texts.filter_map(|text| self.origin(name, text)).collect()
-    }
-
-    /// The settings, if nothing was wrong; `build` gets each value by `?`.
-    pub fn finish<T>(self, build: impl FnOnce() -> Option<T>) -> Result<T, Self> {
-        if !self.sentences.is_empty() {
-            return Err(self);
-        }
-        Ok(build().expect("a value is missing only after a problem was recorded"))
     }
 }
 
-fn read_secret(file: &str) -> io::Result<String> {
-    let mut secret = String::new();
-    let read = File::open(file)?.take(LARGEST_SECRET_BYTES + 1).read_to_string(&mut secret)?;
-    if u64::try_from(read).is_ok_and(|read| read > LARGEST_SECRET_BYTES) {
-        return Err(io::Error::other(format!("the file is larger than {LARGEST_SECRET_BYTES} bytes")));
+/// All that `healthcheck` needs.
+pub fn ops_listen(s: &mut Settings, default: &'static str) -> SocketAddr {
+    s.parse(
+        "OPS_LISTEN",
+        default,
+        "Address for operators: /livez, /readyz, /metrics. Never route it from outside",
+    )
+}
+
+pub fn logging(s: &mut Settings) -> Logging {
+    Logging {
+        filter: s.parse::<EnvFilter>(
+            "LOG",
+            "info",
+            "What is logged: error, warn, info, debug, or by part: info,api=debug",
+        ),
+        format: s.parse::<LogFormat>("LOG_FORMAT", "human", "Form of log lines: human or json"),
     }
-    secret.truncate(secret.trim_end_matches(['\r', '\n']).len());
-    if secret.is_empty() {
-        return Err(io::Error::other("the file is empty"));
-    }
-    Ok(secret)
+}
+
+fn redis(s: &mut Settings) -> Option<RedisTopology> {
+    let servers = s.secret(
+        "REDIS_URL",
+        Required("redis://127.0.0.1:6379"),
+        "Redis: redis://[user:password@]host:port, or rediss:// for TLS, verified with the system's certificates (or SSL_CERT_FILE \
+         and SSL_CERT_DIR). With cluster: some of its nodes, comma-separated. With sentinel: the name of the primary in place of \
+         host:port",
+        redis_topology::servers,
+    );
+    let topology = s.parse(
+        "REDIS_TOPOLOGY",
+        "single",
+        "single: one server, wherever its name points. sentinel: the primary that Sentinel names. cluster: Redis Cluster with \
+         sharded channels. The same for both services",
+    );
+    let sentinels = s.secret(
+        "REDIS_SENTINELS",
+        "",
+        "URLs of the sentinels, comma-separated, each with its own user and password if it needs them",
+        redis_topology::servers,
+    );
+    let redis = RedisTopology::new(topology, servers?, sentinels?);
+    redis.map_err(|problem| s.problem(&["REDIS_URL", "REDIS_TOPOLOGY", "REDIS_SENTINELS"], problem)).ok()
+}
+
+fn traces(s: &mut Settings) -> Option<traces::Settings> {
+    let endpoint = s.with(
+        "OTEL_EXPORTER_OTLP_ENDPOINT",
+        "",
+        "OpenTelemetry collector that accepts OTLP over HTTP: http://host:4318 or https://host; /v1/traces is appended. Empty: no \
+         tracing",
+        traces::settings::endpoint,
+    );
+    let headers = s.secret(
+        "OTEL_EXPORTER_OTLP_HEADERS",
+        "",
+        "Headers for the collector, such as an API key: name=value,name=value, percent-encoded",
+        traces::settings::headers,
+    );
+    let per_second = s.number::<u32>(
+        "TRACES_PER_SECOND",
+        "20",
+        1..=100_000,
+        "api: traces started per second, and as many again that clients ask for. stream-gateway: events per second whose delivery \
+         is traced",
+    );
+    Some(traces::Settings::new(endpoint?, headers?, NonZeroU32::new(per_second)?))
 }
 
 /// An origin in the one form in which browsers send it (RFC 6454, 6.2): `scheme://host[:port]`, the host in lower case and in
@@ -160,9 +166,11 @@ pub struct Origin(String);
 
 #[derive(Debug, PartialEq, Eq, Error)]
 pub enum NotAnOrigin {
-    #[error("an origin has the form https://host or http://host:port, without a user, a path or a query")]
+    #[error(
+        "an origin must have the form https://host or http://host:port, without a user, a path or a query"
+    )]
     Form,
-    #[error("an origin names one host; `*` stands for none, list each origin")]
+    #[error("an origin names one host; list each origin, wildcards are not supported")]
     Wildcard,
 }
 
@@ -217,69 +225,6 @@ impl FromStr for Origin {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn all_problems_are_told_at_once_and_no_value_is_repeated() {
-        let mut problems = Problems::default();
-        let port = problems.parse::<u16>("PORT", "hunter2");
-        let secret = problems.secrets("SECRET", Some("hunter2"));
-        let url = problems.require("URL", None).map(str::to_owned);
-        let error = problems.finish(|| Some((port?, secret?, url?))).unwrap_err().to_string();
-        for name in ["PORT", "SECRET", "URL"] {
-            assert!(error.contains(name), "{error}");
-        }
-        assert!(!error.contains("hunter2"), "{error}");
-    }
-
-    #[test]
-    fn secret_is_given_by_value_or_by_file_and_not_by_both() {
-        let folder = tempfile::tempdir().unwrap();
-        let file = |name: &str, content: &str| {
-            let path = folder.path().join(name);
-            std::fs::write(&path, content).unwrap();
-            path.display().to_string()
-        };
-        let read = |value: Option<&str>, file: &str| {
-            let mut problems = Problems::default();
-            let secret = problems.value_or_file("SECRET", value, file);
-            let secret = problems.require("SECRET", secret.as_deref()).map(str::to_owned);
-            problems.finish(|| secret).map_err(|problems| problems.to_string())
-        };
-        let (kept, empty) = (file("kept", "hunter2 \r\n"), file("empty", "\n"));
-        let large = file("large", &"x".repeat(70_000));
-        let missing = folder.path().join("missing").display().to_string();
-        assert_eq!(read(Some("hunter2"), "").unwrap(), "hunter2");
-        assert_eq!(read(Some(""), &kept).unwrap(), "hunter2 ", "the line break alone is left out");
-        for (value, file, problem) in [
-            (None, "", "SECRET is not set"),
-            (Some("hunter2"), &*kept, "SECRET and SECRET_FILE are both set"),
-            (None, &empty, "SECRET_FILE: /"),
-            (None, &large, "SECRET_FILE: /"),
-            (None, &missing, "SECRET_FILE: /"),
-        ] {
-            let problems = read(value, file).unwrap_err();
-            assert!(problems.contains(problem), "{problems}");
-            assert!(problems.starts_with("1 problem(s)") && !problems.contains("hunter2"), "{problems}");
-        }
-    }
-
-    #[test]
-    fn an_end_that_would_be_cut_short_is_a_problem() {
-        let told = |grace, wait: Option<u64>| {
-            let mut problems = Problems::default();
-            let parts = [("WAIT", wait.map(Duration::from_secs)), ("WINDOW", Some(Duration::from_secs(20)))];
-            problems.ends_in_time(Some(Duration::from_secs(grace)), &parts, Duration::from_secs(15));
-            problems.finish(|| Some(())).err().map(|problems| problems.to_string())
-        };
-        assert_eq!(told(40, Some(5)), None);
-        assert_eq!(told(0, Some(5)), None, "not known");
-        assert_eq!(told(1, None), None, "told elsewhere");
-        let problem = told(39, Some(5)).unwrap();
-        assert!(
-            problem.contains("39") && problem.contains("40") && problem.contains("WAIT, WINDOW"),
-            "{problem}"
-        );
-    }
 
     #[test]
     fn an_origin_is_written_as_browsers_send_it() {

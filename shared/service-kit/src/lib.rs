@@ -23,6 +23,7 @@ pub mod quality_values;
 pub mod redis_topology;
 pub mod secrets;
 pub mod server;
+pub mod settings;
 pub mod tasks;
 pub mod telemetry;
 pub mod traces;

@@ -3,22 +3,26 @@
 
 use std::{fmt::Display, process::ExitCode};
 
-use clap::Parser;
+use clap::{CommandFactory, FromArgMatches};
 use tokio::{
     runtime::Builder,
     signal::unix::{Signal, SignalKind, signal},
 };
 use tokio_util::sync::CancellationToken;
 
+use crate::settings::{Given, Row};
+
 /// The whole `main` of a service: parses the command line, runs it, and reports its failure on standard error, because
 /// logging may not have started yet.
-pub fn run_service<C: Parser, E: Display>(
+pub fn run_service<C: CommandFactory + FromArgMatches, E: Display>(
     name: &str,
-    execute: impl AsyncFnOnce(C) -> Result<(), E>,
+    settings: &[Row],
+    execute: impl AsyncFnOnce(C, Given) -> Result<(), E>,
 ) -> ExitCode {
-    let command_line = C::parse();
+    let (command_line, given) =
+        Given::parse(settings, std::env::args_os()).unwrap_or_else(|error| error.exit());
     let failure = match Builder::new_multi_thread().enable_all().build() {
-        Ok(runtime) => match runtime.block_on(execute(command_line)) {
+        Ok(runtime) => match runtime.block_on(execute(command_line, given)) {
             Ok(()) => return ExitCode::SUCCESS,
             Err(error) => format!("{error:#}"),
         },

@@ -1,6 +1,6 @@
-//! The operators' listener, on a port of its own that is never routed from outside: `/livez` (the process runs), `/readyz`
-//! (send it traffic), `/metrics` (Prometheus text), `/log` (what is logged: GET tells, PUT changes it until the next start). The
-//! services add `/admin/explain` ([`crate::explain`]).
+//! The operators' listener, on its own port that is never routed from outside: `/livez` (the process runs), `/readyz` (it accepts
+//! traffic), `/metrics` (Prometheus text), `/log` (the log filter: GET reads it, PUT changes it until the next start). The services
+//! add `/admin/explain` ([`crate::explain`]).
 
 use std::{collections::HashSet, sync::Arc};
 
@@ -16,21 +16,20 @@ use crate::{
     telemetry,
 };
 
-/// What a Prometheus server asks for, and what everything else reads.
+/// A Prometheus server requests OpenMetrics; other programs read the older text format, which the encoder lacks.
 const OPENMETRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 const CLASSIC: &str = "text/plain; version=0.0.4; charset=utf-8";
 
-/// In bytes.
-const MOST_DIRECTIVES: u64 = 1_024;
+const MAX_DIRECTIVES_BYTES: u64 = 1_024;
 
-/// May this process get traffic? `note` says why not, or what is degraded.
+/// Whether this process accepts traffic. `note` says why not, or what is degraded.
 #[derive(Debug, Clone)]
 pub struct Readiness {
     pub ready: bool,
     pub note: String,
 }
 
-/// A process of which a task failed is not ready, whatever `readiness` says: it may be what that task said last.
+/// A process with a failed task is not ready: `readiness` may be the last value that this task reported.
 pub fn routes(
     registry: Arc<Registry>,
     tasks: Tasks,
@@ -45,9 +44,12 @@ pub fn routes(
     let metrics = warp::path!("metrics").and(read()).and(warp::header::headers_cloned()).map(
         move |headers: HeaderMap| {
             let mut body = String::new();
-            text::encode(&mut body, &registry).expect("writing to a string does not fail");
-            let (form, body) =
-                if wants_openmetrics(&headers) { (OPENMETRICS, body) } else { (CLASSIC, classic(&body)) };
+            text::encode_registry(&mut body, &registry).expect("writing to a string does not fail");
+            let (form, body) = if wants_openmetrics(&headers) {
+                (OPENMETRICS, body + "# EOF\n")
+            } else {
+                (CLASSIC, classic(&body))
+            };
             answer(StatusCode::OK, form, body)
         },
     );
@@ -57,13 +59,13 @@ pub fn routes(
     });
     let change = warp::path!("log")
         .and(warp::put())
-        .and(warp::body::content_length_limit(MOST_DIRECTIVES))
+        .and(warp::body::content_length_limit(MAX_DIRECTIVES_BYTES))
         .and(warp::body::bytes())
         .map(|body: Bytes| change_log(&body));
     let readable = warp::path!("livez").or(warp::path!("readyz")).unify().or(warp::path!("metrics")).unify();
     let other = readable.map(|| not_allowed("GET, HEAD"));
     let other_log = warp::path!("log").and(warp::method()).and_then(async |method| match method {
-        // One whose body is too large keeps the rejection that says so.
+        // A body that is too large keeps its own rejection.
         Method::PUT => Err(warp::reject()),
         _ => Ok(not_allowed("GET, HEAD, PUT")),
     });
@@ -82,7 +84,7 @@ pub fn routes(
         .unify()
 }
 
-/// HEAD is served wherever GET is: the same handler, of whose answer hyper sends the head.
+/// HEAD is served wherever GET is, by the same handler: hyper drops the body.
 pub(crate) fn read() -> impl Filter<Extract = (), Error = Rejection> + Copy {
     warp::get().or(warp::head()).unify()
 }
@@ -104,14 +106,14 @@ fn change_log(body: &[u8]) -> Response<String> {
     match telemetry::change_filter(directives.trim()) {
         Ok(()) => {
             let now = telemetry::filter().unwrap_or_default();
-            tracing::warn!(before, now, "what is logged was changed by an operator");
+            tracing::warn!(before, now, "log filter changed");
             plain(StatusCode::OK, format!("{now}\n"))
         }
         Err(unchanged) => plain(StatusCode::BAD_REQUEST, format!("{unchanged}\n")),
     }
 }
 
-/// OpenMetrics in the older form, in which a counter is described by its whole name, and units and ends are not.
+/// OpenMetrics in the older text format, which describes a counter by its full name.
 fn classic(openmetrics: &str) -> String {
     let counters: HashSet<&str> = openmetrics
         .lines()
@@ -121,11 +123,9 @@ fn classic(openmetrics: &str) -> String {
     for line in openmetrics.lines() {
         let described = line.strip_prefix("# ").and_then(|rest| rest.split_once(' '));
         match described.and_then(|(what, rest)| Some((what, rest.split_once(' ')?))) {
-            Some(("UNIT", _)) => {}
             Some((what, (name, rest))) if counters.contains(name) => {
                 text.extend(["# ", what, " ", name, "_total ", rest, "\n"]);
             }
-            _ if line == "# EOF" => {}
             _ => text.extend([line, "\n"]),
         }
     }
@@ -136,7 +136,7 @@ pub(crate) fn plain(status: StatusCode, body: String) -> Response<String> {
     answer(status, "text/plain; charset=utf-8", body)
 }
 
-/// For people: over several lines.
+/// Indented, for people.
 pub(crate) fn json(value: &impl Serialize) -> Response<String> {
     let body = serde_json::to_string_pretty(value).expect("strings, numbers and lists of them");
     answer(StatusCode::OK, "application/json", body + "\n")
@@ -154,7 +154,7 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn readyz_does_not_outlive_the_task_that_it_repeats() {
+    async fn readyz_fails_once_a_task_has_failed() {
         let tasks = Tasks::default();
         let ready = || Readiness { ready: true, note: "ready".into() };
         let mut service = warp::service(routes(Arc::default(), tasks.clone(), ready));
@@ -169,7 +169,7 @@ mod tests {
     }
 
     #[test]
-    fn metrics_have_the_form_that_is_preferred() {
+    fn metrics_have_the_preferred_format() {
         let wants = |accept: &'static str| {
             wants_openmetrics(&HeaderMap::from_iter([(header::ACCEPT, HeaderValue::from_static(accept))]))
         };
@@ -191,9 +191,9 @@ mod tests {
     }
 
     #[test]
-    fn the_older_form_describes_counters_by_their_whole_names() {
-        let openmetrics = "# HELP a_seconds Time.\n# TYPE a_seconds counter\n# UNIT a_seconds seconds\na_seconds_total{x=\"# EOF\"} 1\n\
-                           # HELP b # TYPE a counter.\n# TYPE b gauge\nb 2\n# EOF\n";
+    fn older_text_format_describes_counters_by_their_full_names() {
+        let openmetrics = "# HELP a_seconds Time.\n# TYPE a_seconds counter\na_seconds_total{x=\"# EOF\"} 1\n\
+                           # HELP b # TYPE a counter.\n# TYPE b gauge\nb 2\n";
         let expected = "# HELP a_seconds_total Time.\n# TYPE a_seconds_total counter\na_seconds_total{x=\"# EOF\"} 1\n\
                         # HELP b # TYPE a counter.\n# TYPE b gauge\nb 2\n";
         assert_eq!(classic(openmetrics), expected);

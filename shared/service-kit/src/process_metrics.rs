@@ -1,5 +1,4 @@
-//! What the kernel knows of this process, read at each scrape, by the names that dashboards expect
-//! (Prometheus, "Writing client libraries", process metrics), and which build it is.
+//! The standard process metrics (Prometheus, "Writing client libraries"), read from the kernel at each scrape, and the build.
 
 use std::{fmt, fs, sync::atomic::AtomicU64, time::SystemTime};
 
@@ -20,7 +19,7 @@ pub fn register(registry: &mut Registry, name: &'static str, version: &'static s
     registry.register_collector(Box::new(Process { started: since_1970() }));
     let build = Family::<[(&'static str, &'static str); 2], Gauge<f64, AtomicU64>>::default();
     build.get_or_create(&[("service", name), ("version", version)]).set(1.0);
-    registry.register("messenger_build_info", "1, with the name and the version of the program", build);
+    registry.register("messenger_build_info", "1, labelled with the name and version of the program", build);
 }
 
 fn since_1970() -> f64 {
@@ -38,7 +37,7 @@ impl Collector for Process {
         let cpu = ConstCounter::new(cpu.tv_sec() as f64 + cpu.tv_nsec() as f64 / 1e9);
         let metric_type = EncodeMetric::metric_type(&cpu);
         let name = "process_cpu_seconds";
-        cpu.encode(encoder.encode_descriptor(name, "User and system time spent", None, metric_type)?)?;
+        cpu.encode(encoder.encode_descriptor(name, "CPU time used, user and system", None, metric_type)?)?;
 
         let mut gauge = |name, help, value: Option<f64>| {
             let Some(value) = value else { return Ok(()) };
@@ -46,12 +45,16 @@ impl Collector for Process {
             let metric_type = EncodeMetric::metric_type(&gauge);
             gauge.encode(encoder.encode_descriptor(name, help, None, metric_type)?)
         };
-        gauge("process_start_time_seconds", "When the process started, since 1970", Some(self.started))?;
-        gauge("process_resident_memory_bytes", "Memory in RAM", resident_bytes())?;
+        gauge(
+            "process_start_time_seconds",
+            "Start time of the process since the Unix epoch",
+            Some(self.started),
+        )?;
+        gauge("process_resident_memory_bytes", "Resident memory", resident_bytes())?;
         gauge("process_open_fds", "Open file descriptors", open_files())?;
         let most_files = getrlimit(Resource::RLIMIT_NOFILE).ok().map(|(soft, _)| soft);
         let most_files = most_files.filter(|most| *most != RLIM_INFINITY).map(|most| most as f64);
-        gauge("process_max_fds", "Open file descriptors that are allowed", most_files)
+        gauge("process_max_fds", "Limit of open file descriptors", most_files)
     }
 }
 
@@ -71,7 +74,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_scrape_tells_about_this_very_process() {
+    fn process_metrics_describe_this_process() {
         let mut registry = Registry::default();
         register(&mut registry, "test", "1.2.3");
         let mut text = String::new();

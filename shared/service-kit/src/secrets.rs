@@ -2,8 +2,15 @@
 
 use std::fmt;
 
+use thiserror::Error;
+
 /// In characters.
 const MIN_LENGTH: usize = 32;
+
+/// A secret of the list, or the list itself.
+#[derive(Debug, PartialEq, Eq, Error)]
+#[error("each secret must have at least {MIN_LENGTH} characters")]
+pub struct TooShort;
 
 /// At least one secret.
 #[derive(Clone, PartialEq, Eq)]
@@ -13,13 +20,13 @@ pub struct Secrets {
 }
 
 impl Secrets {
-    /// From a comma-separated list; white space and empty entries are ignored. `None` if there is no secret or one is too short.
-    pub fn parse(list: &str) -> Option<Self> {
+    /// From a comma-separated list; white space and empty entries are ignored.
+    pub fn parse(list: &str) -> Result<Self, TooShort> {
         let mut secrets =
             list.split(',').map(str::trim).filter(|secret| !secret.is_empty()).map(str::to_owned);
-        let secrets = Self { first: secrets.next()?, others: secrets.collect() };
+        let secrets = Self { first: secrets.next().ok_or(TooShort)?, others: secrets.collect() };
         let long_enough = secrets.iter().all(|secret| secret.len() >= MIN_LENGTH);
-        long_enough.then_some(secrets)
+        long_enough.then_some(secrets).ok_or(TooShort)
     }
 
     /// A random secret that no other process knows.
@@ -61,7 +68,7 @@ mod tests {
     fn a_list_with_a_short_secret_is_rejected() {
         let good = "1".repeat(MIN_LENGTH);
         for bad in ["", ",", "short", &format!("{good},short"), &format!("short,{good}")] {
-            assert_eq!(Secrets::parse(bad), None, "{bad}");
+            assert_eq!(Secrets::parse(bad), Err(TooShort), "{bad}");
         }
     }
 }

@@ -30,8 +30,15 @@ impl FromStr for LogFormat {
 /// One per process, as there is one log.
 static FILTER: OnceLock<reload::Handle<EnvFilter, Registry>> = OnceLock::new();
 
-/// Starts logging. `filter` consists of `tracing`'s directives: `info`, `info,api=debug`.
-pub fn start(filter: EnvFilter, format: LogFormat) {
+/// How to log.
+#[derive(Debug)]
+pub struct Logging {
+    pub filter: EnvFilter,
+    pub format: LogFormat,
+}
+
+/// Starts logging.
+pub fn start(Logging { filter, format }: Logging) {
     let (filter, handle) = reload::Layer::new(filter);
     let lines = tracing_subscriber::fmt::layer().with_writer(std::io::stdout);
     let registry = tracing_subscriber::registry().with(filter);

@@ -8,7 +8,7 @@
 mod context;
 mod export;
 mod queue;
-mod settings;
+pub mod settings;
 
 use std::{fmt, num::NonZeroU32, sync::Arc, time::Duration};
 
@@ -28,7 +28,7 @@ use self::queue::QueueProcessor;
 pub use self::{
     context::{InvalidTraceContext, TraceContext},
     export::Exporter,
-    settings::{Settings, Texts},
+    settings::Settings,
 };
 use crate::{
     labels, metrics,

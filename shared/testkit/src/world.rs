@@ -207,7 +207,7 @@ impl World {
         if self.options.as_shipped {
             return plan;
         }
-        plan.env("SUSPECT_RECONCILE_MILLIS", 200)
+        plan.env("DEGRADED_RECONCILE_MILLIS", 200)
             .env("LIMIT_OPEN_PER_USER", GENEROUS)
             .env("LIMIT_OPEN_PER_ADDRESS", GENEROUS)
     }

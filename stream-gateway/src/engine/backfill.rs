@@ -70,7 +70,7 @@ impl Engine {
 
     /// The answer to a connection's own question.
     fn on_page(&mut self, key: Key, number: NonZeroU32, after: u64, answer: RangeAnswer) {
-        let room = self.settings.backlog_bytes.saturating_sub(self.backlog);
+        let room = self.settings.replay_buffer_bytes.saturating_sub(self.backlog);
         let Some(connection) = self.connection(key) else { return };
         if connection.range_request != Some(number) {
             return; // Its place was lost since.
@@ -207,7 +207,7 @@ impl Engine {
     /// Whose head is beyond what is here? One round at a time.
     pub(super) fn reconcile(&mut self) {
         let every =
-            if self.redis_degraded { self.settings.suspect_reconcile } else { self.settings.reconcile };
+            if self.redis_degraded { self.settings.degraded_reconcile } else { self.settings.reconcile };
         self.reconcile_at = self.now + jittered(every);
         if self.backfill.failing() {
             self.drop_stale_requests();

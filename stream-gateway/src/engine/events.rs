@@ -206,7 +206,7 @@ impl Engine {
         self.backlog -= entry.replay.bytes();
         entry.replay.push(event);
         self.backlog += entry.replay.bytes();
-        if self.backlog > self.settings.backlog_bytes {
+        if self.backlog > self.settings.replay_buffer_bytes {
             // Those who are behind read from the feed when their sockets drain.
             self.clear_replay(user);
         }

@@ -106,7 +106,7 @@ impl Engine {
                 "Event {seq} has not come by here: events are known up to {}. If api says that it was written, it is asked for \
                  within {:?}",
                 position.seq,
-                if self.redis_degraded { self.settings.suspect_reconcile } else { self.settings.reconcile },
+                if self.redis_degraded { self.settings.degraded_reconcile } else { self.settings.reconcile },
             )),
         }
         if entry.is_some_and(|entry| entry.sequencer.is_uncertain()) {

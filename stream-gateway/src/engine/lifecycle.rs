@@ -316,10 +316,10 @@ mod tests {
         let settings = Delivery {
             heartbeat: second,
             reconcile: second,
-            suspect_reconcile: second,
+            degraded_reconcile: second,
             write_deadline: second,
             streams_per_user: 1,
-            backlog_bytes: 1,
+            replay_buffer_bytes: 1,
         };
         let mut engine = Engine::new(
             settings,

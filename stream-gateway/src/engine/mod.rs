@@ -52,7 +52,7 @@ pub use self::connection::{Key, Resume};
 use self::{connection::Connection, explain::Endings, wheel::Wheel};
 use crate::{
     backfill::{Answers, ApiClient, Backfill},
-    config::Delivery,
+    config::{Delivery, HEARTBEAT_JITTER},
     drain::DrainSchedule,
     explain::Explanation,
     frame::{Event, Framing, Goodbye, Heartbeat},
@@ -444,17 +444,9 @@ fn bytes_of(page: &VecDeque<Event>) -> usize {
     page.iter().map(|event| event.frame.len()).sum()
 }
 
-/// Spreads connections that began together. Small enough that a reader with a read timeout of 5 seconds can ask for a heartbeat
-/// every 4.
-const JITTER: f64 = 0.1;
-
 fn jittered(every: Duration) -> Millis {
-    every.mul_f64(rand::rng().random_range(1.0 - JITTER..1.0 + JITTER)).as_millis() as Millis
-}
-
-/// Between two heartbeats of a quiet stream, with the jitter and the wheel's own coarseness.
-pub fn longest_silence(heartbeat: Duration) -> Duration {
-    heartbeat.mul_f64(1.0 + JITTER) + Duration::from_secs(1)
+    every.mul_f64(rand::rng().random_range(1.0 - HEARTBEAT_JITTER..1.0 + HEARTBEAT_JITTER)).as_millis()
+        as Millis
 }
 
 #[cfg(test)]
@@ -463,7 +455,8 @@ mod tests {
 
     #[test]
     fn the_shortest_heartbeat_comes_within_the_shortest_read_timeout() {
-        let latest = Duration::from_secs(4).mul_f64(1.0 + JITTER) + Duration::from_millis(wheel::SLOT);
+        let latest =
+            Duration::from_secs(4).mul_f64(1.0 + HEARTBEAT_JITTER) + Duration::from_millis(wheel::SLOT);
         assert!(latest < Duration::from_secs(5), "{latest:?}");
     }
 

@@ -265,7 +265,7 @@ async fn a_revocation_that_redis_lost_is_found_by_the_reconcile_and_at_the_join(
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn events_go_on_when_redis_dies_and_when_it_is_back() {
     let world =
-        Setup::config(|config| config.delivery.suspect_reconcile = Duration::from_millis(200)).start().await;
+        Setup::config(|config| config.delivery.degraded_reconcile = Duration::from_millis(200)).start().await;
     let users = [world.user(5), world.user(5)];
     let mut streams = [world.joined(&users[0]).await, world.joined(&users[1]).await];
     world.network.refuse();
@@ -292,7 +292,7 @@ async fn events_go_on_when_redis_dies_and_when_it_is_back() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_redis_that_is_silently_dead_is_found_by_the_beat() {
     let world =
-        Setup::config(|config| config.delivery.suspect_reconcile = Duration::from_millis(200)).start().await;
+        Setup::config(|config| config.delivery.degraded_reconcile = Duration::from_millis(200)).start().await;
     let user = world.user(5);
     let mut stream = world.joined(&user).await;
     world.network.silence();

@@ -69,7 +69,7 @@ async fn a_reader_that_stops_costs_others_nothing_and_reads_on_exactly() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_is_kept_for_slow_readers_is_bounded_over_all_of_them() {
     const BACKLOG: usize = 100_000;
-    let world = Setup::config(|config| config.delivery.backlog_bytes = BACKLOG).start().await;
+    let world = Setup::config(|config| config.delivery.replay_buffer_bytes = BACKLOG).start().await;
     let users = [world.user(0), world.user(0), world.user(0)];
     let mut slow = Vec::new();
     for user in &users {

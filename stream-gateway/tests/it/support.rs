@@ -7,7 +7,6 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use clap::Parser;
 use protocol::{
     channels::Channels,
     claims::{Audience, Claims, SigningKeys},
@@ -18,9 +17,10 @@ use protocol::{
 };
 use redis::{AsyncCommands, aio::MultiplexedConnection};
 use serde_json::Value;
+use service_kit::settings::Given;
 use stream_gateway::{
     app::{self, Listeners},
-    config::{Cli, Config},
+    config::{self, Cli, Config},
 };
 use testkit::{
     http::{Answer, Client},
@@ -149,7 +149,7 @@ impl GatewayWorld {
         by_proxy.set_port(Some(network.address().port())).unwrap();
         let redis = redis::Client::open(url).unwrap().get_multiplexed_async_connection().await.unwrap();
 
-        let settings = Cli::try_parse_from([
+        let args = [
             "stream-gateway",
             "--listen=127.0.0.1:0",
             "--ops-listen=127.0.0.1:0",
@@ -162,12 +162,13 @@ impl GatewayWorld {
             "--drain-window-seconds=0",
             // Where a test does not ask for a reconcile, only its own questions are counted.
             "--reconcile-seconds=300",
-            "--suspect-reconcile-millis=60000",
+            "--degraded-reconcile-millis=60000",
             "--rate-limits=false",
             // One address does everything here.
             "--connections-per-address=0",
-        ]);
-        let mut config = settings.unwrap().settings.check(u64::MAX).unwrap();
+        ];
+        let (_, given) = Given::parse::<Cli>(&config::rows(), args).unwrap();
+        let (mut config, _) = config::for_serving(&given, u64::MAX).unwrap();
         (setup.change)(&mut config);
         let listeners = Listeners::bind(&config).unwrap();
         let public = listeners.public.local_addr().unwrap();

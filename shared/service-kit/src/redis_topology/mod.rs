@@ -24,7 +24,6 @@ use tokio::{
 
 use self::slot_map::ReportedSlotMap;
 pub use self::slot_map::{Slot, SlotMap};
-use crate::config::Problems;
 
 /// Limit for connecting to a cluster node that is queried for the slot map, and for its answer.
 const QUERY_TIMEOUT: Duration = Duration::from_secs(1);
@@ -102,35 +101,27 @@ impl fmt::Debug for RedisTopology {
 }
 
 impl RedisTopology {
-    /// From `REDIS_TOPOLOGY`, `REDIS_URL` and `REDIS_SENTINELS`.
-    pub fn from_settings(
-        p: &mut Problems,
-        topology: &str,
-        url: Option<&str>,
-        sentinels: &str,
-    ) -> Option<Self> {
-        let topology = p.parse("REDIS_TOPOLOGY", topology);
-        let urls = p.require("REDIS_URL", url).map(str::to_owned);
-        let urls = servers(p, "REDIS_URL", &urls?);
-        let sentinels = servers(p, "REDIS_SENTINELS", sentinels)?;
-        let (kind, mut urls) = (topology?, urls?);
-        if kind != TopologyKind::Cluster && urls.len() != 1 {
-            p.add(format!(
-                "REDIS_URL names {} servers; only REDIS_TOPOLOGY=cluster takes several",
-                urls.len()
+    /// From `REDIS_TOPOLOGY`, `REDIS_URL` and `REDIS_SENTINELS`. The error is a sentence about them.
+    pub fn new(
+        kind: TopologyKind,
+        mut urls: Vec<ConnectionInfo>,
+        sentinels: Vec<ConnectionInfo>,
+    ) -> Result<Self, String> {
+        if urls.is_empty() || kind != TopologyKind::Cluster && urls.len() != 1 {
+            let count = urls.len();
+            return Err(format!(
+                "REDIS_URL names {count} servers; only REDIS_TOPOLOGY=cluster takes several"
             ));
-            return None;
         }
         if (kind == TopologyKind::Sentinel) == sentinels.is_empty() {
-            p.add("REDIS_SENTINELS must be set if REDIS_TOPOLOGY is sentinel, and only then");
-            return None;
+            return Err("REDIS_SENTINELS must be set if REDIS_TOPOLOGY is sentinel, and only then".into());
         }
         if kind == TopologyKind::Cluster && urls.iter().any(|url| url.redis_settings().db() != 0) {
-            p.add("REDIS_URL names a database; Redis Cluster has only database 0");
-            return None;
+            return Err("REDIS_URL names a database; Redis Cluster has only database 0".into());
         }
-        Some(match kind {
-            TopologyKind::Single => Self::single(urls.remove(0)).ok()?,
+        Ok(match kind {
+            // The error may hold the URL, and that a password.
+            TopologyKind::Single => Self::single(urls.remove(0)).map_err(|_| "REDIS_URL cannot be used")?,
             TopologyKind::Sentinel => {
                 let (service, primary) = sentinel_service(&urls[0]);
                 Self(Arc::new(Kind::Sentinel { service, primary, sentinels }))
@@ -304,18 +295,16 @@ pub fn is_server_error(error: &RedisError) -> bool {
     matches!(error.kind(), ErrorKind::Server(_) | ErrorKind::Extension)
 }
 
-fn servers(p: &mut Problems, name: &str, list: &str) -> Option<Vec<ConnectionInfo>> {
+/// Redis URLs, comma-separated.
+pub fn servers(list: &str) -> Result<Vec<ConnectionInfo>, NotRedisUrls> {
     let urls = list.split(',').map(str::trim).filter(|url| !url.is_empty());
     // The error may hold the URL, and that a password.
-    let infos = urls.map(|url| url.into_connection_info().map(with_resp3)).collect::<RedisResult<_>>();
-    infos
-        .map_err(|_| {
-            p.add(format!(
-                "{name} must have the form redis://[user:password@]host:port, or rediss:// for TLS"
-            ));
-        })
-        .ok()
+    urls.map(|url| url.into_connection_info().map(with_resp3).map_err(|_| NotRedisUrls)).collect()
 }
+
+#[derive(Debug, Error)]
+#[error("it must have the form redis://[user:password@]host:port, or rediss:// for TLS")]
+pub struct NotRedisUrls;
 
 /// RESP3, so that published messages and command replies share a connection.
 fn with_resp3(info: ConnectionInfo) -> ConnectionInfo {
@@ -359,10 +348,14 @@ async fn connect_for_query(info: ConnectionInfo) -> RedisResult<MultiplexedConne
 mod tests {
     use super::*;
 
-    fn problem(topology: &str, url: &str, sentinels: &str) -> Option<String> {
-        let mut problems = Problems::default();
-        let topology = RedisTopology::from_settings(&mut problems, topology, Some(url), sentinels);
-        problems.finish(|| topology.map(drop)).err().map(|problems| problems.to_string())
+    fn problem(kind: &str, url: &str, sentinels: &str) -> Option<String> {
+        let parsed = || {
+            let kind = kind.parse().map_err(|error: UnknownTopology| error.to_string())?;
+            let [url, sentinels] =
+                [url, sentinels].map(|list| servers(list).map_err(|error| error.to_string()));
+            RedisTopology::new(kind, url?, sentinels?)
+        };
+        parsed().err()
     }
 
     #[test]
@@ -382,7 +375,7 @@ mod tests {
             ("cluster", "", ""),
         ] {
             let said = problem(topology, url, sentinels).unwrap_or_default();
-            assert!(said.contains("REDIS_") && !said.contains("hunter2"), "{topology} {url}: {said}");
+            assert!(!said.is_empty() && !said.contains("hunter2"), "{topology} {url}: {said}");
         }
     }
 }

@@ -1,71 +1,56 @@
-//! Settings of tracing, by the names of the OpenTelemetry specification where it has one.
+//! Where spans go, and how many are made.
 
 use std::num::NonZeroU32;
 
 use http::{HeaderMap, HeaderName, HeaderValue, Uri};
-
-use crate::config::Problems;
-
-pub struct Texts<'a> {
-    /// `OTEL_EXPORTER_OTLP_ENDPOINT`
-    pub endpoint: &'a str,
-    /// `OTEL_EXPORTER_OTLP_HEADERS`
-    pub headers: &'a str,
-    /// `OTEL_TRACES_SAMPLER_ARG`. None: this service begins no traces.
-    pub ratio: Option<&'a str>,
-    /// `TRACES_PER_SECOND`
-    pub per_second: &'a str,
-}
+use thiserror::Error;
 
 #[derive(Debug, Clone)]
 pub struct Settings {
     pub(super) endpoint: Uri,
-    /// May hold a secret, so they are marked sensitive.
+    /// May hold a secret; none is shown.
     pub(super) headers: HeaderMap,
-    /// Of the traces that begin here; from 0 to 1.
+    /// Of the traces that begin here, from 0 to 1.
     pub(super) ratio: f64,
     pub(super) per_second: NonZeroU32,
 }
 
 impl Settings {
-    /// `Some(None)`: tracing is off. All settings are validated in any case.
-    pub fn read(problems: &mut Problems, texts: &Texts) -> Option<Option<Self>> {
-        let headers = headers(texts.headers);
-        if headers.is_none() {
-            problems
-                .add("OTEL_EXPORTER_OTLP_HEADERS must have the form name=value,name=value, percent-encoded");
-        }
-        let ratio = texts.ratio.map_or(Some(0.0), |ratio| {
-            let number = problems.parse::<f64>("OTEL_TRACES_SAMPLER_ARG", ratio)?;
-            if !(0.0..=1.0).contains(&number) {
-                problems.add(format!("OTEL_TRACES_SAMPLER_ARG is {number}, and must be from 0 to 1"));
-                return None;
-            }
-            Some(number)
-        });
-        let per_second = problems.number("TRACES_PER_SECOND", texts.per_second, 1, 100_000);
-        let per_second = per_second.and_then(|number| NonZeroU32::new(u32::try_from(number).ok()?));
-        if texts.endpoint.is_empty() {
-            return Some(None);
-        }
-        let endpoint = endpoint(texts.endpoint);
-        if endpoint.is_none() {
-            problems.add(
-                "OTEL_EXPORTER_OTLP_ENDPOINT must have the form http://host:port or https://host, without a user in it",
-            );
-        }
-        Some(Some(Self { endpoint: endpoint?, headers: headers?, ratio: ratio?, per_second: per_second? }))
+    /// Begins no trace by itself.
+    pub fn new(endpoint: Uri, headers: HeaderMap, per_second: NonZeroU32) -> Self {
+        Self { endpoint, headers, ratio: 0.0, per_second }
+    }
+
+    /// Begins this share of the traces.
+    pub fn sampling(self, ratio: f64) -> Self {
+        Self { ratio, ..self }
     }
 }
 
-/// The address of the collector with the path for traces.
-fn endpoint(text: &str) -> Option<Uri> {
-    let uri: Uri = format!("{}/v1/traces", text.trim_end_matches('/')).parse().ok()?;
-    let plain = uri.query().is_none() && !uri.authority()?.as_str().contains('@');
-    (plain && matches!(uri.scheme_str(), Some("http" | "https"))).then_some(uri)
+/// What is wrong with a setting. It does not repeat the value, which may be a secret.
+#[derive(Debug, PartialEq, Eq, Error)]
+pub enum Invalid {
+    #[error("it must have the form http://host:port or https://host, without a user in it")]
+    Endpoint,
+    #[error("it must have the form name=value,name=value, percent-encoded")]
+    Headers,
+    #[error("it must be a number from 0 to 1")]
+    Ratio,
 }
 
-fn headers(text: &str) -> Option<HeaderMap> {
+/// The collector's URL with the path for traces appended, as the OpenTelemetry specification has it. `None`: no collector.
+pub fn endpoint(text: &str) -> Result<Option<Uri>, Invalid> {
+    if text.is_empty() {
+        return Ok(None);
+    }
+    let uri =
+        format!("{}/v1/traces", text.trim_end_matches('/')).parse::<Uri>().map_err(|_| Invalid::Endpoint)?;
+    let plain = uri.query().is_none() && uri.authority().is_some_and(|host| !host.as_str().contains('@'));
+    let usable = plain && matches!(uri.scheme_str(), Some("http" | "https"));
+    if usable { Ok(Some(uri)) } else { Err(Invalid::Endpoint) }
+}
+
+pub fn headers(text: &str) -> Result<HeaderMap, Invalid> {
     let pairs = text.split(',').map(str::trim).filter(|pair| !pair.is_empty());
     let header = |pair: &str| {
         let (name, value) = pair.split_once('=')?;
@@ -74,53 +59,40 @@ fn headers(text: &str) -> Option<HeaderMap> {
         value.set_sensitive(true);
         Some((name.trim().parse::<HeaderName>().ok()?, value))
     };
-    pairs.map(header).collect()
+    pairs.map(header).collect::<Option<_>>().ok_or(Invalid::Headers)
+}
+
+pub fn ratio(text: &str) -> Result<f64, Invalid> {
+    text.parse().ok().filter(|ratio| (0.0..=1.0).contains(ratio)).ok_or(Invalid::Ratio)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    const OFF: Texts = Texts { endpoint: "", headers: "", ratio: Some("0.01"), per_second: "20" };
-
-    fn read(texts: &Texts) -> Result<Option<Settings>, String> {
-        let mut problems = Problems::default();
-        let read = Settings::read(&mut problems, texts);
-        problems.finish(|| read).map_err(|problems| problems.to_string())
-    }
-
     #[test]
-    fn without_an_endpoint_tracing_is_off() {
-        assert!(read(&OFF).unwrap().is_none());
-    }
-
-    #[test]
-    fn the_traces_path_is_added_and_headers_are_decoded() {
+    fn the_path_for_traces_is_added_and_headers_are_decoded() {
+        assert_eq!(endpoint(""), Ok(None));
         for given in ["http://collector:4318", "http://collector:4318/"] {
-            let headers = "Authorization=Basic%20YTpi, x-scope=a";
-            let settings = read(&Texts { endpoint: given, headers, ..OFF }).unwrap().unwrap();
-            assert_eq!(settings.endpoint, "http://collector:4318/v1/traces");
-            assert_eq!(settings.headers["authorization"], "Basic YTpi");
-            assert_eq!(settings.headers["x-scope"], "a");
-            assert!(!format!("{:?}", settings.headers).contains("YTpi"));
+            assert_eq!(endpoint(given).unwrap().unwrap(), "http://collector:4318/v1/traces");
         }
+        let headers = headers("Authorization=Basic%20YTpi, x-scope=a").unwrap();
+        assert_eq!(headers["authorization"], "Basic YTpi");
+        assert_eq!(headers["x-scope"], "a");
+        assert!(!format!("{headers:?}").contains("YTpi"));
     }
 
     #[test]
-    fn invalid_settings_are_reported_without_secrets() {
-        let bad = [
-            ("OTEL_EXPORTER_OTLP_ENDPOINT", Texts { endpoint: "collector:4318", ..OFF }),
-            ("OTEL_EXPORTER_OTLP_ENDPOINT", Texts { endpoint: "grpc://collector", ..OFF }),
-            ("OTEL_EXPORTER_OTLP_ENDPOINT", Texts { endpoint: "http://hunter2@collector", ..OFF }),
-            ("OTEL_EXPORTER_OTLP_HEADERS", Texts { headers: "hunter2", ..OFF }),
-            ("OTEL_EXPORTER_OTLP_HEADERS", Texts { headers: "a=hunter2%0a", ..OFF }),
-            ("OTEL_TRACES_SAMPLER_ARG", Texts { ratio: Some("1.1"), ..OFF }),
-            ("OTEL_TRACES_SAMPLER_ARG", Texts { ratio: Some("NaN"), ..OFF }),
-            ("TRACES_PER_SECOND", Texts { per_second: "0", ..OFF }),
-        ];
-        for (name, texts) in bad {
-            let said = read(&texts).err().unwrap();
-            assert!(said.contains(name) && !said.contains("hunter2"), "{said}");
+    fn invalid_values_are_rejected() {
+        for bad in ["collector:4318", "grpc://collector", "http://user@collector", "http://collector?x=1"] {
+            assert_eq!(endpoint(bad), Err(Invalid::Endpoint), "{bad}");
         }
+        for bad in ["hunter2", "a=hunter2%0a"] {
+            assert_eq!(headers(bad), Err(Invalid::Headers), "{bad}");
+        }
+        for bad in ["1.1", "-0.1", "NaN", "all"] {
+            assert_eq!(ratio(bad), Err(Invalid::Ratio), "{bad}");
+        }
+        assert_eq!(ratio("0.01"), Ok(0.01));
     }
 }

@@ -1,4 +1,5 @@
-//! docs/metrics.md is made from the metrics that the services register, and everything that reads metrics reads ones that exist.
+//! docs/settings.md, .env.example and docs/metrics.md are made from what the services declare, and everything that reads metrics
+//! reads ones that exist.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -8,9 +9,12 @@ use std::{
 };
 
 use prometheus_client::{encoding::text, registry::Registry};
-use service_kit::metrics::Sample;
+use service_kit::{
+    metrics::Sample,
+    settings::{Initial, Row},
+};
 
-const UPDATE: &str = "run: UPDATE_REFERENCE=1 cargo test --workspace --test monitoring";
+const UPDATE: &str = "run: UPDATE_REFERENCE=1 cargo test --workspace --test reference";
 
 fn path(file: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("..").join(file)
@@ -94,10 +98,95 @@ fn metrics_table_is_up_to_date() {
             writeln!(table, "| `{name}` | {kind} | {labels} | {help} |").unwrap();
         }
     }
+    assert_generated("docs/metrics.md", &table);
+}
+
+fn assert_generated(file: &str, content: &str) {
     if std::env::var_os("UPDATE_REFERENCE").is_some() {
-        fs::write(path("docs/metrics.md"), &table).unwrap();
+        fs::write(path(file), content).expect("the folder is there");
     }
-    assert_eq!(fs::read_to_string(path("docs/metrics.md")).unwrap_or_default(), table, "{UPDATE}");
+    assert_eq!(fs::read_to_string(path(file)).unwrap_or_default(), content, "{file}: {UPDATE}");
+}
+
+/// The settings that both services have alike, those of api, and those of the gateway.
+fn settings() -> [(&'static str, Vec<Row>); 3] {
+    let (mut api, mut gateway) = (api::config::rows(), stream_gateway::config::rows());
+    let both = api.extract_if(.., |row| gateway.contains(row)).collect::<Vec<_>>();
+    gateway.retain(|row| !both.contains(row));
+    [("Both services", both), ("api", api), ("stream-gateway", gateway)]
+}
+
+#[test]
+fn settings_table_is_up_to_date() {
+    let mut table = String::from(
+        "# Settings\n\nEach is an environment variable and a flag: `LOG_FORMAT` is `--log-format`. An empty value counts as not set.\n\
+         `api check-config` and `stream-gateway check-config` report every problem. Generated from the code, as is `.env.example`.\n",
+    );
+    for (title, rows) in settings() {
+        write!(table, "\n## {title}\n\n| Setting | Default | Values | Meaning |\n|---|---|---|---|\n")
+            .unwrap();
+        for Row { name, initial, values, help } in rows {
+            let initial = match initial {
+                Initial::Default("") => String::new(),
+                Initial::Default(default) => format!("`{default}`"),
+                Initial::Required("") => "required".to_owned(),
+                Initial::Required(example) => format!("required: `{example}`"),
+            };
+            writeln!(table, "| `{name}` | {initial} | {values} | {help} |").unwrap();
+        }
+    }
+    assert_generated("docs/settings.md", &table);
+}
+
+#[test]
+fn env_example_is_up_to_date() {
+    let mut example = String::from(
+        "# Every setting of both services, generated from the code. Each is also a flag: LOG_FORMAT is --log-format.\n\
+         # A line that is commented out shows the default. `cargo dev up` needs none of this: it creates its own.\n",
+    );
+    for (title, rows) in settings() {
+        write!(example, "\n# --- {title} ---\n\n").unwrap();
+        for Row { name, initial, help, .. } in rows {
+            // The file of a secret stands below it.
+            if !name.ends_with("_FILE") {
+                wrap(&mut example, &help);
+            }
+            match initial {
+                Initial::Default(default) => writeln!(example, "# {name}={default}").unwrap(),
+                Initial::Required(given) => writeln!(example, "{name}={given}").unwrap(),
+            }
+        }
+    }
+    assert_generated(".env.example", &example);
+}
+
+/// A comment of at most 120 columns.
+fn wrap(text: &mut String, sentences: &str) {
+    let mut column = 121;
+    for word in sentences.split(' ') {
+        if column + 1 + word.len() > 120 {
+            text.push_str(if column > 120 { "#" } else { "\n#" });
+            column = 1;
+        }
+        text.extend([" ", word]);
+        column += 1 + word.len();
+    }
+    text.push('\n');
+}
+
+#[test]
+fn each_secret_can_be_given_in_a_file() {
+    let ends = ["_SECRET", "_PASSWORD", "_TOKEN", "_HEADERS", "_SENTINELS", "DATABASE_URL", "REDIS_URL"];
+    for rows in [api::config::rows(), stream_gateway::config::rows()] {
+        let names: BTreeSet<_> = rows.iter().map(|row| row.name.as_str()).collect();
+        assert_eq!(names.len(), rows.len(), "a setting is declared twice");
+        let secrets: Vec<_> =
+            names.iter().filter(|name| ends.iter().any(|end| name.ends_with(end))).collect();
+        assert!(secrets.len() > 3, "{secrets:?}");
+        for name in secrets {
+            assert!(names.contains(format!("{name}_FILE").as_str()), "{name} has no {name}_FILE");
+        }
+    }
 }
 
 /// The words in this text that are names of metrics.
