@@ -135,7 +135,7 @@ async fn what_a_client_says_on_a_stream_is_ignored_and_too_much_of_it_ends_the_s
     rude.until("\"n\":4").await;
     rude.socket.write_all(&noise).await.unwrap();
     rude.until_end().await;
-    world.until_ended("noise", 1).await;
+    world.until_ended("unexpected_input", 1).await;
     world.say(&user, 1).await;
     polite.until("\"n\":5").await;
     drop((polite, rude));
