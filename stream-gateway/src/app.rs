@@ -27,7 +27,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use warp::Filter;
 
 use crate::{
-    backfill::ApiClient,
+    api_client::ApiClient,
     config::{Config, LAST_GOODBYES},
     descriptors,
     engine::{self, EngineCommand, Inputs, Rights},
@@ -73,7 +73,7 @@ pub async fn run(config: Config, listeners: Listeners, stop: CancellationToken) 
     let stop_tracing = CancellationToken::new();
     let exporting = tasks.spawn("trace exporter", &stop_tracing, exporter.run(stop_tracing.clone()));
     let api = ApiClient::new(&config.api_internal_url, config.internal_secrets, metrics.clone());
-    let keys = Arc::new(Keys::new(config.origin.as_str(), api.asking_any_replica(), metrics.clone()));
+    let keys = Arc::new(Keys::new(config.origin.as_str(), api.on_any_replica(), metrics.clone()));
     let (identities, asking) = identities(api.clone());
     let desired = DesiredSubscriptions::new(config.channels.clone());
     let ended_sessions = EndedSessions::default();
@@ -190,14 +190,14 @@ fn readiness(api: &ApiClient, keys: &Keys, stopping: &AtomicBool, metrics: &Metr
         return Readiness { ready: false, note: "stopping".into() };
     }
     if !keys.known() {
-        let note = if api.is_refused() {
+        let note = if api.rejects_secrets() {
             "no public keys from api: it refuses INTERNAL_SECRET"
         } else {
             "no public keys from api yet"
         };
         return Readiness { ready: false, note: note.into() };
     }
-    let note = match (api.is_refused(), metrics.redis_degraded.get()) {
+    let note = match (api.rejects_secrets(), metrics.redis_degraded.get()) {
         (true, _) => "ready, degraded: api refuses INTERNAL_SECRET, streams that open or lag wait",
         (false, 0) => "ready",
         (false, _) => "ready; Redis is away or in doubt, events arrive by reconcile",

@@ -1,20 +1,17 @@
-//! Questions to Postgres, by way of `api`'s internal listener: where does a feed end, and what follows a place?
+//! Reads feeds and heads from Postgres through `api`'s internal listener.
 //!
-//! Questions of many users are put into one request, so fifty thousand reconnects are a hundred requests. Every request is
-//! answered in the end: while `api` cannot be reached they wait here and are retried. What may wait is bounded by the
-//! requester, who has one request per connection and one per user; [`Backfill::retain`] drops those whose requester is gone.
+//! Requests of many users share one HTTP request, a batch: fifty thousand reconnects make a hundred. Every request is answered
+//! in the end: while `api` is unreachable it waits here and is retried. The requesters bound what may wait, with one request
+//! per connection and one per user; [`Backfill::retain`] drops those whose requester is gone.
 
 use std::{
     collections::{HashMap, HashSet, VecDeque},
     future::pending,
-    sync::{Arc, Mutex, PoisonError},
+    sync::Arc,
     time::Duration,
 };
 
-use anyhow::Context as _;
-use bytes::Bytes;
 use futures_util::{StreamExt, stream::FuturesUnordered};
-use http::{Method, Request, Response, StatusCode, header};
 use protocol::{
     event::Envelope,
     feed::{
@@ -25,162 +22,51 @@ use protocol::{
     keys_version::KeysVersion,
     position::{Position, Seq},
 };
-use serde::{Serialize, de::DeserializeOwned};
-use service_kit::{
-    backoff::Backoff,
-    outbound::{Limits, Outbound},
-    secrets::Secrets,
-    traces::Tracer,
-};
+use service_kit::{backoff::Backoff, traces::Tracer};
 use tokio::{
     runtime::Handle,
     task::JoinHandle,
-    time::{Instant, sleep_until, timeout},
+    time::{Instant, sleep_until},
 };
 
 use crate::{
-    frame::Event,
+    api_client::ApiClient,
+    event::EncodedEvent,
     metrics::{DeliveryPath, Kind, Metrics},
-    trace,
 };
 
-/// How long a first request waits for others to share its request.
+/// How long the first request of a batch waits for others.
 const GATHER: Duration = Duration::from_millis(2);
-/// Requests of one kind that are under way at once. Each kind has its own, so that neither waits for the other: a session is
-/// checked while many feeds are read.
+/// Batches of one kind in flight. Each kind has its own, so that sessions are checked while many feeds are read.
 const MAX_BATCHES: usize = 3;
-const TIMEOUT: Duration = Duration::from_secs(5);
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
-/// Requests of all kinds in flight, those for keys and identities included.
-const IN_FLIGHT: usize = 64;
-/// An answer holds some 4,000 events of some 4 KiB at most.
-const MAX_ANSWER: usize = 32 << 20;
 /// The first pause after a failure, and the longest.
 const BACKOFF: [Duration; 2] = [Duration::from_millis(100), Duration::from_secs(2)];
 
-/// While a rotation is half done, or done wrongly, each request may be refused.
-const REFUSALS_LOGGED_EVERY: Duration = Duration::from_mins(1);
-
-/// `api`'s internal listener.
-#[derive(Clone)]
-pub struct ApiClient {
-    outbound: Outbound,
-    base: String,
-    secrets: Secrets,
-    refused: Arc<Mutex<RefusedState>>,
-    metrics: Arc<Metrics>,
-}
-
-/// With so many idle connections.
-fn outbound(idle: usize) -> Outbound {
-    Outbound::plaintext(Limits {
-        time: TIMEOUT,
-        connect: CONNECT_TIMEOUT,
-        body: MAX_ANSWER,
-        in_flight: IN_FLIGHT,
-        idle,
-    })
-}
-
-/// Whether `api` refuses us, and what of it was logged.
-#[derive(Default)]
-struct RefusedState {
-    now: bool,
-    logged: Option<Instant>,
-}
-
-impl ApiClient {
-    pub fn new(base: &str, secrets: Secrets, metrics: Arc<Metrics>) -> Self {
-        let outbound = outbound(2 * MAX_BATCHES);
-        Self { outbound, base: base.into(), secrets, refused: Arc::default(), metrics }
-    }
-
-    /// The same, with each request on a connection of its own: any replica may answer, not only those asked before.
-    pub fn asking_any_replica(&self) -> Self {
-        Self { outbound: outbound(0), ..self.clone() }
-    }
-
-    pub async fn get<A: DeserializeOwned>(&self, path: &str) -> anyhow::Result<A> {
-        self.send(Method::GET, path, Bytes::new()).await
-    }
-
-    pub async fn post<A: DeserializeOwned>(&self, path: &str, body: &impl Serialize) -> anyhow::Result<A> {
-        self.send(Method::POST, path, serde_json::to_vec(body)?.into()).await
-    }
-
-    async fn send<A: DeserializeOwned>(&self, method: Method, path: &str, body: Bytes) -> anyhow::Result<A> {
-        let authorized = self.authorized(method, path, body);
-        let response = timeout(TIMEOUT, authorized).await.context("api did not answer in time")??;
-        let status = response.status();
-        anyhow::ensure!(status == StatusCode::OK, "api answered {status} to {path}");
-        serde_json::from_slice(response.body()).context("api's answer is of no known form")
-    }
-
-    /// By the first secret that `api` accepts: during a rotation it may not know the first one yet, or know another only.
-    async fn authorized(&self, method: Method, path: &str, body: Bytes) -> anyhow::Result<Response<Bytes>> {
-        for secret in self.secrets.iter() {
-            let request = Request::builder()
-                .method(&method)
-                .uri(format!("{}{path}", self.base))
-                .header(header::AUTHORIZATION, feed::authorization(secret))
-                .header(header::CONTENT_TYPE, "application/json")
-                .body(body.clone())?;
-            let response = self.outbound.send(request).await.context("api gave no answer")?;
-            if response.status() != StatusCode::UNAUTHORIZED {
-                self.note_refused(false);
-                return Ok(response);
-            }
-            self.metrics.api_unauthorized.inc();
-            self.note_refused(true);
-        }
-        anyhow::bail!("api refuses every secret of INTERNAL_SECRET (401 to {path})")
-    }
-
-    fn note_refused(&self, refused: bool) {
-        let mut state = self.refused.lock().unwrap_or_else(PoisonError::into_inner);
-        state.now = refused;
-        if refused && state.logged.is_none_or(|logged| logged.elapsed() > REFUSALS_LOGGED_EVERY) {
-            state.logged = Some(Instant::now());
-            tracing::error!(
-                secrets = self.secrets.iter().count(),
-                "api refused a secret of INTERNAL_SECRET; trying the others; compare the setting of both services"
-            );
-        }
-    }
-
-    /// Whether `api` refuses all secrets, as of the last request.
-    pub fn is_refused(&self) -> bool {
-        self.refused.lock().unwrap_or_else(PoisonError::into_inner).now
-    }
-}
-
-/// What follows a place?
+/// The events after `after`.
 #[derive(Debug, Clone, Copy)]
-pub struct RangeRequest<A> {
+pub struct RangeRequest<R> {
     pub user: UserId,
     pub after: Seq,
-    /// Who gets the answer.
-    pub requester: A,
-    /// By which way its events come to whoever gets them.
+    pub requester: R,
     pub path: DeliveryPath,
-    /// The user's place in this process when the request was asked.
+    /// The user's position here at the time of the request.
     pub requested_at: Option<Position>,
 }
 
 #[derive(Debug)]
 pub struct RangeAnswer {
     pub head: Option<Position>,
-    pub events: Vec<Event>,
+    pub events: Vec<EncodedEvent>,
     pub more: bool,
 }
 
-/// Where does a feed end?
+/// The head of a feed.
 #[derive(Debug, Clone, Copy)]
 pub struct HeadRequest {
     pub user: UserId,
     pub requested_at: Option<Position>,
     pub why: HeadReason,
-    /// A session by which this user is said to be here: is it theirs, and does it live?
+    /// Checked too: is it this user's, and has it not ended?
     pub session: Option<SessionId>,
 }
 
@@ -192,62 +78,60 @@ impl HeadRequest {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum HeadReason {
-    /// The sequencer does not know its place.
+    /// The sequencer has no position yet.
     Position,
-    /// A connection came: is its session still good?
+    /// A connection joins; its session must be confirmed.
     Join,
-    /// The regular look at everybody, or the one after a doubt.
+    /// The regular check of everybody, or the one after an uncertainty.
     Reconcile,
 }
 
 #[derive(Debug)]
 pub struct HeadsAnswered {
-    /// Which request this answers; see [`Backfill::head_requests`].
+    /// See [`Backfill::head_batches`].
     pub batch: u32,
     pub requests: Vec<HeadRequest>,
-    /// Those that differ from what was asked about.
+    /// Those that differ from `requested_at`.
     pub heads: HashMap<UserId, Option<Position>>,
     pub ended: HashSet<Login>,
-    /// Which keys the replica has that answered.
+    /// Of the replica that answered.
     pub keys: KeysVersion,
 }
 
-pub enum Answers<A> {
-    Ranges(Vec<(RangeRequest<A>, RangeAnswer)>),
+pub enum Answers<R> {
+    Ranges(Vec<(RangeRequest<R>, RangeAnswer)>),
     Heads(HeadsAnswered),
 }
 
-type Finished<A> = (Result<Answers<A>, Failed<A>>, Instant);
+type Finished<R> = (Result<Answers<R>, Failed<R>>, Instant);
 
-/// The requests_ come back, to be asked again.
-enum Failed<A> {
-    Ranges(Vec<RangeRequest<A>>),
+/// The requests are put back and retried.
+enum Failed<R> {
+    Ranges(Vec<RangeRequest<R>>),
     Heads(Vec<HeadRequest>),
 }
 
-pub struct Backfill<A> {
+pub struct Backfill<R> {
     api: ApiClient,
-    /// Requests and the parsing of answers run there, not where events are delivered.
+    /// Sends and parses on tokio's worker threads, not on the delivery thread.
     workers: Handle,
     tracer: Tracer,
     metrics: Arc<Metrics>,
-    ranges: VecDeque<RangeRequest<A>>,
+    ranges: VecDeque<RangeRequest<R>>,
     heads: VecDeque<HeadRequest>,
-    in_flight: FuturesUnordered<JoinHandle<Finished<A>>>,
+    in_flight: FuturesUnordered<JoinHandle<Finished<R>>>,
     range_batches_in_flight: usize,
     head_batches_in_flight: usize,
-    /// Requests about heads that were sent so far.
+    /// Sent so far.
     head_batches: u32,
-    /// Until when requests_ gather to share a request.
     gather_until: Instant,
-    /// Until when `api` is left alone after a failure.
     paused_until: Instant,
     /// Zero while `api` answers.
     pause: Duration,
     backoff: Backoff,
 }
 
-impl<A: Copy + Send + 'static> Backfill<A> {
+impl<R: Copy + Send + 'static> Backfill<R> {
     pub fn new(api: ApiClient, workers: Handle, tracer: Tracer, metrics: Arc<Metrics>) -> Self {
         Self {
             api,
@@ -267,7 +151,7 @@ impl<A: Copy + Send + 'static> Backfill<A> {
         }
     }
 
-    pub fn request_range(&mut self, request: RangeRequest<A>) {
+    pub fn request_range(&mut self, request: RangeRequest<R>) {
         self.gather();
         self.ranges.push_back(request);
     }
@@ -277,28 +161,27 @@ impl<A: Copy + Send + 'static> Backfill<A> {
         self.heads.push_back(request);
     }
 
-    /// How many requests about heads were sent so far. What is asked from now on is in a later one. The number wraps around.
+    /// Head batches sent so far, wrapping. A request made from now on is in a later one.
     pub fn head_batches(&self) -> u32 {
         self.head_batches
     }
 
-    /// Whether `api` fails to answer at present.
     pub fn failing(&self) -> bool {
         self.pause > Duration::ZERO
     }
 
-    /// Drops waiting requests_ that nobody wants answered any more.
+    /// Keeps the waiting requests that these accept.
     pub fn retain(
         &mut self,
-        range: impl FnMut(&RangeRequest<A>) -> bool,
+        range: impl FnMut(&RangeRequest<R>) -> bool,
         head: impl FnMut(&HeadRequest) -> bool,
     ) {
         self.ranges.retain(range);
         self.heads.retain(head);
     }
 
-    /// The next answers. Waits for ever when nothing was asked; may be dropped and called again at any point.
-    pub async fn next(&mut self) -> Answers<A> {
+    /// The next answers; pending while nothing is requested. Cancel safe.
+    pub async fn next(&mut self) -> Answers<R> {
         loop {
             self.launch();
             let may_launch = self.may_request_ranges() || self.may_request_heads();
@@ -379,8 +262,8 @@ impl<A: Copy + Send + 'static> Backfill<A> {
         self.metrics.backfill_requests.get_or_create(&Kind { kind }).inc_by(users as u64);
     }
 
-    /// Several requests that fail together count as one failure: those that began before the pause prove nothing new.
-    fn put_back(&mut self, failed: Failed<A>, started: Instant) {
+    /// Batches that fail together count as one failure: those sent before the pause prove nothing new.
+    fn put_back(&mut self, failed: Failed<R>, started: Instant) {
         let (kind, users) = match failed {
             Failed::Ranges(batch) => {
                 let users = batch.len();
@@ -401,27 +284,27 @@ impl<A: Copy + Send + 'static> Backfill<A> {
     }
 }
 
-async fn request_ranges<A: Copy>(
+async fn request_ranges<R: Copy>(
     api: &ApiClient,
-    batch: Vec<RangeRequest<A>>,
+    batch: Vec<RangeRequest<R>>,
     tracer: &Tracer,
     metrics: &Metrics,
-) -> Result<Answers<A>, Failed<A>> {
+) -> Result<Answers<R>, Failed<R>> {
     let pairs = batch.iter().map(|request| RangeAfter { user: request.user, after: request.after }).collect();
     let answer = api.post::<RangesAnswer>(feed::RANGES_PATH, &RangesRequest { ranges: pairs }).await;
     let answer = answer.and_then(|answer| {
         let matches = answer.ranges.len() == batch.len()
             && batch.iter().zip(&answer.ranges).all(|(q, a)| (q.user, q.after) == (a.user, a.after));
-        anyhow::ensure!(matches, "api answered other ranges than were asked for");
+        anyhow::ensure!(matches, "api answered other ranges than requested");
         Ok(answer)
     });
     match answer {
         Ok(answer) => {
             let answers = batch.into_iter().zip(answer.ranges).map(|(request, mut range)| {
-                let possible = possible(&range);
-                if possible < range.events.len() {
-                    tracing::error!(user.id = %range.user, after = range.after, "api answered a range that cannot be");
-                    range.events.truncate(possible);
+                let consistent = consistent(&range);
+                if consistent < range.events.len() {
+                    tracing::error!(user.id = %range.user, after = range.after, "api returned an inconsistent range; using its consistent part");
+                    range.events.truncate(consistent);
                     range.more = true;
                 }
                 let (events, whole) = encode(range.user, range.events, request.path, tracer, metrics);
@@ -430,20 +313,15 @@ async fn request_ranges<A: Copy>(
             Ok(Answers::Ranges(answers.collect()))
         }
         Err(error) => {
-            tracing::warn!(
-                error = format!("{error:#}"),
-                users = batch.len(),
-                "cannot read feeds; trying again"
-            );
+            tracing::warn!(error = format!("{error:#}"), users = batch.len(), "backfill failed; retrying");
             Err(Failed::Ranges(batch))
         }
     }
 }
 
-/// How many of the events can be: of the feed that the head is of, behind the place, without holes, up to the head. The first
-/// may be any: older ones are perhaps no longer kept. One damaged feed must not keep the others of its request waiting, so
-/// what cannot be is cut off here, and who needs it is told to reload.
-fn possible(range: &Range) -> usize {
+/// How many of the events are consistent: of the head's epoch, after `after`, without gaps, up to the head. The first may be
+/// any, because older ones may be pruned. The rest is cut off, so that one damaged feed does not delay its whole batch.
+fn consistent(range: &Range) -> usize {
     let Some(head) = range.head else { return 0 };
     let mut last = None;
     let fits = |event: &&Envelope| {
@@ -455,21 +333,21 @@ fn possible(range: &Range) -> usize {
     range.events.iter().take_while(fits).count()
 }
 
-/// Up to the first event that this build cannot pass on. A reader that needs it is told to reload.
+/// Encodes up to the first event that this build cannot send; a stream that needs it must resync.
 fn encode(
     user: UserId,
     envelopes: Vec<Envelope>,
     path: DeliveryPath,
     tracer: &Tracer,
     metrics: &Metrics,
-) -> (Vec<Event>, bool) {
+) -> (Vec<EncodedEvent>, bool) {
     let mut events = Vec::with_capacity(envelopes.len());
     for envelope in envelopes {
-        match trace::receive(tracer, user, &envelope, path) {
+        match EncodedEvent::receive(tracer, user, &envelope, path) {
             Ok(event) => events.push(event),
             Err(error) => {
                 metrics.backfill_requests_failed.get_or_create(&Kind { kind: "encode" }).inc();
-                tracing::error!(%error, user.id = %user, event.seq = envelope.seq, "an event of the feed cannot be sent");
+                tracing::error!(%error, user.id = %user, event.seq = envelope.seq, "feed event could not be encoded; streams that need it must resync");
                 return (events, false);
             }
         }
@@ -477,11 +355,11 @@ fn encode(
     (events, true)
 }
 
-async fn request_heads<A>(
+async fn request_heads<R>(
     api: &ApiClient,
     number: u32,
     batch: Vec<HeadRequest>,
-) -> Result<Answers<A>, Failed<A>> {
+) -> Result<Answers<R>, Failed<R>> {
     let request = HeadsRequest {
         users: batch.iter().map(|q| KnownHead { user: q.user, head: q.requested_at }).collect(),
         logins: batch.iter().filter_map(HeadRequest::login).collect(),
@@ -489,7 +367,7 @@ async fn request_heads<A>(
     let answer = api.post::<HeadsAnswer>(feed::HEADS_PATH, &request).await.and_then(|answer| {
         let heads: HashMap<_, _> = answer.heads.into_iter().map(|head| (head.user, head.head)).collect();
         let whole = batch.iter().all(|q| q.requested_at.is_some() || heads.contains_key(&q.user));
-        anyhow::ensure!(whole, "api left out heads that were asked for");
+        anyhow::ensure!(whole, "api left out requested heads");
         Ok((heads, answer.ended_logins.into_iter().collect(), answer.keys))
     });
     match answer {
@@ -500,7 +378,7 @@ async fn request_heads<A>(
             tracing::warn!(
                 error = format!("{error:#}"),
                 users = batch.len(),
-                "cannot read heads; trying again"
+                "reading heads failed; retrying"
             );
             Err(Failed::Heads(batch))
         }

@@ -11,7 +11,6 @@
 use std::{
     fmt::Write as _,
     num::NonZeroU8,
-    sync::Arc,
     time::{Duration, SystemTime},
 };
 
@@ -25,7 +24,7 @@ use protocol::{
 use serde_json::json;
 use thiserror::Error;
 
-use crate::{sequencer::ResyncReason, trace::DeliveryTrace};
+use crate::sequencer::ResyncReason;
 
 /// The largest envelope that is taken from Redis, in bytes. A message of 480 code points makes some 4 KiB at most.
 pub const MAX_ENVELOPE: usize = 16 * 1024;
@@ -119,58 +118,44 @@ impl Heartbeat {
     }
 }
 
-/// One event of one feed, encoded.
-#[derive(Debug, Clone)]
-pub struct Event {
-    pub position: Position,
-    /// When it was made, in milliseconds since 1970, by the database's clock.
-    pub created_at: i64,
-    pub frame: Chunk,
-    /// None, mostly: its trace is not recorded.
-    pub trace: Option<Arc<DeliveryTrace>>,
-}
-
-/// The envelope is of no form that this build may pass on.
+/// This build may not pass the envelope on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
-pub enum BadEnvelope {
+pub enum InvalidEnvelope {
     #[error("envelope of version {0}")]
     Version(u8),
     #[error("an event name that no client may get")]
     Name,
 }
 
-impl Event {
-    pub fn encode(envelope: &Envelope) -> Result<Self, BadEnvelope> {
-        if envelope.v != event::VERSION {
-            return Err(BadEnvelope::Version(envelope.v));
-        }
-        let name = envelope.event.as_str();
-        if !is_name(name) {
-            return Err(BadEnvelope::Name);
-        }
-        let data = envelope.data.get();
-        let mut block = String::with_capacity(data.len() + 80);
-        if name != kind::MESSAGE {
-            let _ = writeln!(block, "event: {name}");
-        }
-        block.push_str("data: ");
-        for part in data.split_inclusive(ends_a_line) {
-            let text = part.strip_suffix(ends_a_line).unwrap_or(part);
-            block.push_str(text);
-            for end in part[text.len()..].chars() {
-                match end {
-                    // Raw JSON is one value; a line break in it can only be white space between tokens.
-                    '\r' | '\n' => block.push(' '),
-                    // These stand only inside strings.
-                    end => _ = write!(block, "\\u{:04x}", u32::from(end)),
-                }
+/// One event as a block of the stream.
+pub fn encode(envelope: &Envelope) -> Result<Chunk, InvalidEnvelope> {
+    if envelope.v != event::VERSION {
+        return Err(InvalidEnvelope::Version(envelope.v));
+    }
+    let name = envelope.event.as_str();
+    if !is_name(name) {
+        return Err(InvalidEnvelope::Name);
+    }
+    let data = envelope.data.get();
+    let mut block = String::with_capacity(data.len() + 80);
+    if name != kind::MESSAGE {
+        let _ = writeln!(block, "event: {name}");
+    }
+    block.push_str("data: ");
+    for part in data.split_inclusive(ends_a_line) {
+        let text = part.strip_suffix(ends_a_line).unwrap_or(part);
+        block.push_str(text);
+        for end in part[text.len()..].chars() {
+            match end {
+                // Raw JSON is one value; a line break in it can only be white space between tokens.
+                '\r' | '\n' => block.push(' '),
+                // These stand only inside strings.
+                end => _ = write!(block, "\\u{:04x}", u32::from(end)),
             }
         }
-        let _ = write!(block, "\nid: {}\n\n", envelope.cursor());
-        let position = envelope.cursor();
-        let created_at = envelope.created_at.timestamp_millis();
-        Ok(Self { position, created_at, frame: Chunk::new(&block), trace: None })
     }
+    let _ = write!(block, "\nid: {}\n\n", envelope.cursor());
+    Ok(Chunk::new(&block))
 }
 
 /// CR and LF end a line of the stream. The others end one for Unicode, and so for readers that split lines by it.
@@ -305,13 +290,10 @@ mod tests {
 
     #[test]
     fn the_wire_form_is_golden() {
-        let sent = Event::encode(&envelope(kind::MESSAGE_SENT, r#"{"id":"7"}"#)).unwrap();
-        assert_eq!(
-            text(&sent.frame),
-            "event: message.sent\ndata: {\"id\":\"7\"}\nid: 00000000000000ff-3\n\n"
-        );
-        let message = Event::encode(&envelope(kind::MESSAGE, r#"{"id":"7"}"#)).unwrap();
-        assert_eq!(text(&message.frame), "data: {\"id\":\"7\"}\nid: 00000000000000ff-3\n\n");
+        let sent = encode(&envelope(kind::MESSAGE_SENT, r#"{"id":"7"}"#)).unwrap();
+        assert_eq!(text(&sent), "event: message.sent\ndata: {\"id\":\"7\"}\nid: 00000000000000ff-3\n\n");
+        let message = encode(&envelope(kind::MESSAGE, r#"{"id":"7"}"#)).unwrap();
+        assert_eq!(text(&message), "data: {\"id\":\"7\"}\nid: 00000000000000ff-3\n\n");
         let cursor = envelope("x", "1").cursor();
         let every = Duration::from_secs(15);
         assert_eq!(
@@ -334,7 +316,7 @@ mod tests {
 
     #[test]
     fn a_block_is_one_chunk_and_the_last_chunk_is_empty() {
-        let message = Event::encode(&envelope(kind::MESSAGE, r#"{"id":"7"}"#)).unwrap().frame;
+        let message = encode(&envelope(kind::MESSAGE, r#"{"id":"7"}"#)).unwrap();
         let bytes = "29\r\ndata: {\"id\":\"7\"}\nid: 00000000000000ff-3\n\n\r\n";
         assert_eq!(Framing::Chunked.bytes(&message), bytes);
         assert_eq!(Framing::Chunked.last(&message), format!("{bytes}0\r\n\r\n"));
@@ -347,7 +329,7 @@ mod tests {
 
     #[test]
     fn a_chunk_is_the_same_bytes_for_every_receiver() {
-        let message = Event::encode(&envelope(kind::MESSAGE, "{}")).unwrap().frame;
+        let message = encode(&envelope(kind::MESSAGE, "{}")).unwrap();
         let at = |framing: Framing| framing.bytes(&message).as_ptr_range();
         assert_eq!(at(Framing::Chunked), at(Framing::Chunked));
         assert!(at(Framing::Chunked).contains(&at(Framing::Close).start));
@@ -363,10 +345,10 @@ mod tests {
     #[test]
     fn no_name_or_version_that_clients_could_not_take_gets_out() {
         for name in ["", "a b", "a\nb", "a\rb", "a:b", "é", "error", "open", &"x".repeat(65)] {
-            assert_eq!(Event::encode(&envelope(name, "1")).unwrap_err(), BadEnvelope::Name, "{name:?}");
+            assert_eq!(encode(&envelope(name, "1")).unwrap_err(), InvalidEnvelope::Name, "{name:?}");
         }
         let other = Envelope { v: 2, ..envelope("x", "1") };
-        assert_eq!(Event::encode(&other).unwrap_err(), BadEnvelope::Version(2));
+        assert_eq!(encode(&other).unwrap_err(), InvalidEnvelope::Version(2));
     }
 
     /// JSON as anybody might write it: any strings, white space of any kind between tokens.
@@ -386,7 +368,7 @@ mod tests {
         #[test]
         fn another_parser_reads_back_what_was_sent(json in raw_json(), name in "[a-z][a-z._-]{0,20}") {
             prop_assume!(is_name(&name));
-            let frame = Event::encode(&envelope(&name, &json)).unwrap().frame;
+            let frame = encode(&envelope(&name, &json)).unwrap();
             let comment = heartbeat(HeartbeatForm::Comment);
             let texts = [&retry(2_000), &comment, &frame, &comment, &comment, &frame].map(text);
             let events = parsed(texts.concat().as_bytes());
@@ -406,7 +388,7 @@ mod tests {
         ) {
             let text_with_ends = json!(String::from_iter(ends));
             let json = format!("{{\"a\":{json},\"b\":{text_with_ends}}}");
-            let frame = text(&Event::encode(&envelope("x", &json)).unwrap().frame);
+            let frame = text(&encode(&envelope("x", &json)).unwrap());
             prop_assert!(frame.ends_with("\n\n"));
             let lines: Vec<_> = frame.split(LINE_ENDS).collect();
             let fields: Vec<_> = lines.iter().map(|line| line.split(": ").next().unwrap_or_default()).collect();

@@ -12,8 +12,7 @@ use protocol::{
 use slab::Slab;
 
 use crate::{
-    engine::Key,
-    frame::Event,
+    event::EncodedEvent,
     sequencer::{Millis, Sequencer},
     subscriber::RedisConnectionId,
 };
@@ -22,12 +21,19 @@ use crate::{
 const REPLAY_FRAMES: usize = 256;
 const REPLAY_BYTES: usize = 256 * 1024;
 
+/// Names one connection for as long as the process runs: indexes are reused, generations are not.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct ConnectionKey {
+    pub index: u32,
+    pub generation: u32,
+}
+
 pub struct UserEntry {
     pub user: UserId,
-    pub sequencer: Sequencer<Event>,
+    pub sequencer: Sequencer<EncodedEvent>,
     pub replay: ReplayBuffer,
     /// Oldest first.
-    pub connections: Vec<Key>,
+    pub connections: Vec<ConnectionKey>,
     /// The connection on which Redis has confirmed the subscription.
     pub subscribed_on: Option<RedisConnectionId>,
     /// When the last connection left. The entry stays for a moment, because people reload pages.
@@ -96,7 +102,7 @@ impl Hub {
 /// Contiguous frames of one feed, the newest last.
 #[derive(Default)]
 pub struct ReplayBuffer {
-    events: VecDeque<Event>,
+    events: VecDeque<EncodedEvent>,
     bytes: usize,
 }
 
@@ -109,7 +115,7 @@ impl ReplayBuffer {
         self.events.is_empty()
     }
 
-    pub fn push(&mut self, event: Event) {
+    pub fn push(&mut self, event: EncodedEvent) {
         let follows = self.events.back().is_none_or(|last| {
             last.position.epoch == event.position.epoch && last.position.seq + 1 == event.position.seq
         });
@@ -124,7 +130,7 @@ impl ReplayBuffer {
     }
 
     /// The event after this place, if it is held.
-    pub fn after(&self, place: Position) -> Option<&Event> {
+    pub fn after(&self, place: Position) -> Option<&EncodedEvent> {
         let first = self.events.front()?.position;
         if first.epoch != place.epoch {
             return None;
@@ -166,8 +172,8 @@ mod tests {
         Position { epoch: Epoch(1), seq }
     }
 
-    fn event(seq: Seq) -> Event {
-        Event { position: at(seq), created_at: 0, frame: Chunk::new(&"x".repeat(94)), trace: None }
+    fn event(seq: Seq) -> EncodedEvent {
+        EncodedEvent { position: at(seq), created_at: 0, frame: Chunk::new(&"x".repeat(94)), trace: None }
     }
 
     fn after(replay: &ReplayBuffer, seq: Seq) -> Option<Seq> {

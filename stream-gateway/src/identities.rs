@@ -16,7 +16,7 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
-use crate::backfill::ApiClient;
+use crate::api_client::ApiClient;
 
 /// Subjects that are remembered, at some 200 bytes each.
 const REMEMBERED: u64 = 100_000;

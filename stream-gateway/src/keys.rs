@@ -20,7 +20,7 @@ use tokio::{sync::watch, time::sleep};
 use tokio_util::sync::CancellationToken;
 use url::form_urlencoded;
 
-use crate::{backfill::ApiClient, metrics::Metrics};
+use crate::{api_client::ApiClient, metrics::Metrics};
 
 #[derive(Debug, PartialEq, Eq)]
 pub enum VerifyError {

@@ -9,9 +9,11 @@ pub mod config;
 pub mod descriptors;
 pub mod metrics;
 
+mod api_client;
 mod backfill;
 mod drain;
 mod engine;
+mod event;
 mod explain;
 mod frame;
 mod http;

@@ -1,8 +1,8 @@
-//! An event of a recorded trace on its way through this gateway: the span of its delivery, from when it came until nobody here
-//! needs it any more, and below it a span for each flush to a socket.
+//! The trace of one event through this gateway: a span from its arrival until nobody here needs it any more, and a child span
+//! for each flush to a socket.
 //!
-//! The more streams a user has, the fewer of their flushes are recorded: [`FLUSHES`] at most, spread evenly, each with the
-//! number of flushes that it stands for. Most events have none of this, and pay a branch.
+//! At most [`FLUSHES`] flushes of an event are recorded, spread evenly over the user's streams; each says how many it stands
+//! for.
 
 use std::sync::{
     Arc,
@@ -12,44 +12,21 @@ use std::sync::{
 use protocol::{event::Envelope, ids::UserId};
 use service_kit::traces::{Span, SpanKind, TraceContext, Tracer};
 
-use crate::{
-    frame::{BadEnvelope, Event},
-    metrics::DeliveryPath,
-};
+use crate::metrics::DeliveryPath;
 
-/// Of one event to one user, so many flushes are recorded at most.
+/// Recorded flushes of one event to one user, at most.
 pub const FLUSHES: usize = 8;
-
-/// An envelope that came here, encoded, and trace where its request is.
-pub fn receive(
-    tracer: &Tracer,
-    user: UserId,
-    envelope: &Envelope,
-    path: DeliveryPath,
-) -> Result<Event, BadEnvelope> {
-    let event = Event::encode(envelope)?;
-    let trace = DeliveryTrace::begin(tracer, user, envelope, path);
-    tracing::debug!(
-        user.id = %user,
-        event.seq = envelope.seq,
-        request.id = envelope.request_id,
-        trace.id = trace.as_ref().and_then(|trace| trace.span.context()).map(TraceContext::trace_id),
-        path = path.as_str(),
-        "an event came"
-    );
-    Ok(Event { trace, ..event })
-}
 
 #[derive(Debug)]
 pub struct DeliveryTrace {
     span: Span,
     path: DeliveryPath,
-    /// Which flush of a group is the one that is recorded: drawn per event, so that each has the same chance.
+    /// Selects the recorded flush of each group: random per event, so that each stream has the same chance.
     drawn: u64,
     flushes: AtomicU64,
 }
 
-/// A flush that has begun. It ends when it is dropped; by then the event is not done with.
+/// A flush in progress. It ends on drop and keeps the span of its event open until then.
 #[derive(Debug)]
 pub struct Flush {
     span: Span,
@@ -57,8 +34,17 @@ pub struct Flush {
 }
 
 impl DeliveryTrace {
-    /// `None`, mostly: the event belongs to no trace that is recorded.
-    fn begin(tracer: &Tracer, user: UserId, envelope: &Envelope, path: DeliveryPath) -> Option<Arc<Self>> {
+    pub fn context(&self) -> Option<TraceContext> {
+        self.span.context()
+    }
+
+    /// Returns a trace only if the event is traced.
+    pub fn begin(
+        tracer: &Tracer,
+        user: UserId,
+        envelope: &Envelope,
+        path: DeliveryPath,
+    ) -> Option<Arc<Self>> {
         let given: TraceContext = envelope.traceparent.as_deref()?.parse().ok()?;
         let mut span = tracer.begin(Some(given), "deliver", SpanKind::Consumer);
         span.context()?;

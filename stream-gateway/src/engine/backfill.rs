@@ -6,19 +6,20 @@ use protocol::{feed::Login, ids::UserId, position::Position};
 
 use super::{
     Engine, Requester, bytes_of,
-    connection::{Key, Resume, State},
+    connection::{Resume, State},
     jittered,
 };
 use crate::{
     backfill::{HeadReason, HeadRequest, HeadsAnswered, RangeAnswer, RangeRequest},
     frame::Goodbye,
+    hub::ConnectionKey,
     metrics::DeliveryPath,
     sequencer::{Answer, Verdict, judge},
     subscriber::RedisConnectionId,
 };
 
 impl Engine {
-    pub(super) fn request_range(&mut self, key: Key, after: u64) {
+    pub(super) fn request_range(&mut self, key: ConnectionKey, after: u64) {
         self.last_request = self.last_request.checked_add(1).unwrap_or(NonZeroU32::MIN);
         let request = self.last_request;
         let Some(connection) = self.connection(key) else { return };
@@ -69,7 +70,7 @@ impl Engine {
     }
 
     /// The answer to a connection's own question.
-    fn on_page(&mut self, key: Key, number: NonZeroU32, after: u64, answer: RangeAnswer) {
+    fn on_page(&mut self, key: ConnectionKey, number: NonZeroU32, after: u64, answer: RangeAnswer) {
         let room = self.settings.replay_buffer_bytes.saturating_sub(self.backlog);
         let Some(connection) = self.connection(key) else { return };
         if connection.range_request != Some(number) {

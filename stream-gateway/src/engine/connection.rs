@@ -16,17 +16,11 @@ use protocol::{
 };
 
 use crate::{
-    frame::{Chunk, Event, Framing, Goodbye, Heartbeat},
+    event::EncodedEvent,
+    frame::{Chunk, Framing, Goodbye, Heartbeat},
     limits::Permit,
     sequencer::{Millis, ResyncReason},
 };
-
-/// Names one connection for as long as the process runs: slots are used again, generations are not.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct Key {
-    pub index: u32,
-    pub generation: u32,
-}
 
 /// What a client says about its position.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -64,7 +58,7 @@ pub struct Connection {
     /// What the socket did not take. Nothing else is written before it.
     pub rest: Bytes,
     /// What follows the cursor, read from the feed because the replay does not hold it.
-    pub page: VecDeque<Event>,
+    pub page: VecDeque<EncodedEvent>,
     /// Requests about heads that had been sent when this connection came. Only answers to later ones confirm its session: an
     /// earlier one says nothing about a session that ended meanwhile.
     pub came_after_batch: u32,

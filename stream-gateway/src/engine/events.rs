@@ -4,12 +4,14 @@ use protocol::ids::{SessionId, UserId};
 
 use super::{
     Engine, Requester,
-    connection::{Key, Resume, State},
+    connection::{Resume, State},
     sockets::begin_flush,
 };
 use crate::{
     backfill::{HeadReason, HeadRequest, RangeRequest},
-    frame::{Event, Goodbye},
+    event::EncodedEvent,
+    frame::Goodbye,
+    hub::ConnectionKey,
     metrics::DeliveryPath,
     sequencer::Step,
     subscriber::RedisUpdate,
@@ -43,7 +45,7 @@ impl Engine {
                     // Nobody will confirm now; answers are all there is.
                     let joining = self.connections.iter().filter(|(_, connection)| !connection.is_joined());
                     let joining: Vec<_> = joining
-                        .map(|(index, connection)| Key {
+                        .map(|(index, connection)| ConnectionKey {
                             index: index as u32,
                             generation: connection.generation,
                         })
@@ -64,7 +66,7 @@ impl Engine {
         }
     }
 
-    fn on_event(&mut self, user: UserId, event: Event) {
+    fn on_event(&mut self, user: UserId, event: EncodedEvent) {
         let Some(user) = self.hub.find(user) else { return };
         let at = event.position;
         let count = self.hub.get(user).map_or(0, |entry| entry.connections.len());
@@ -100,7 +102,7 @@ impl Engine {
     }
 
     /// Writes an event to a connection that has the one before it, if its socket is free.
-    fn write_next(&mut self, key: Key, event: &Event, path: DeliveryPath) {
+    fn write_next(&mut self, key: ConnectionKey, event: &EncodedEvent, path: DeliveryPath) {
         let now = self.now;
         let Some(connection) = self.connections.get_mut(key.index as usize) else { return };
         if connection.generation != key.generation {
@@ -119,7 +121,7 @@ impl Engine {
     }
 
     /// Does what a sequencer says.
-    pub(super) fn apply(&mut self, user: u32, steps: Vec<Step<Event>>, path: DeliveryPath) {
+    pub(super) fn apply(&mut self, user: u32, steps: Vec<Step<EncodedEvent>>, path: DeliveryPath) {
         let Some(entry) = self.hub.get(user) else { return };
         let id = entry.user;
         for step in steps {
@@ -175,7 +177,7 @@ impl Engine {
     }
 
     /// The next event of a feed: to every socket that is free and has the one before; for the others it is kept.
-    fn deliver(&mut self, user: u32, event: Event, path: DeliveryPath) {
+    fn deliver(&mut self, user: u32, event: EncodedEvent, path: DeliveryPath) {
         let at = event.position;
         let mut behind = false;
         let count = self.hub.get(user).map_or(0, |entry| entry.connections.len());
@@ -201,7 +203,7 @@ impl Engine {
         }
     }
 
-    fn buffer_for_replay(&mut self, user: u32, event: Event) {
+    fn buffer_for_replay(&mut self, user: u32, event: EncodedEvent) {
         let Some(entry) = self.hub.get_mut(user) else { return };
         self.backlog -= entry.replay.bytes();
         entry.replay.push(event);
@@ -234,7 +236,7 @@ impl Engine {
         self.backlog += entry.replay.bytes();
     }
 
-    pub(super) fn connections_of(&self, user: u32) -> Vec<Key> {
+    pub(super) fn connections_of(&self, user: u32) -> Vec<ConnectionKey> {
         self.hub.get(user).map_or_else(Vec::new, |entry| entry.connections.clone())
     }
 

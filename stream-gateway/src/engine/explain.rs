@@ -1,56 +1,15 @@
-//! What is known here about one event of one user. Looks, and changes nothing.
+//! Explains what this gateway did with one event of one user. Read-only.
 
-use std::collections::VecDeque;
-
-use chrono::{DateTime, Utc};
-use protocol::{
-    ids::{SessionId, UserId},
-    position::{Epoch, Seq},
-};
+use protocol::{ids::UserId, position::Seq};
 
 use super::{
     Engine,
     connection::{Connection, Resume, State},
+    explanation::{EndedStream, Explanation, OpenStream},
 };
-use crate::explain::{EndedStream, Explanation, OpenStream};
 
-/// Streams that have ended, of all users together: some 300 KB.
-const REMEMBERED: usize = 4_096;
-/// Of one user, in one explanation.
-const TOLD: usize = 100;
-
-/// The streams that ended last, the newest at the end.
-#[derive(Default)]
-pub struct Endings(VecDeque<Ending>);
-
-struct Ending {
-    user: UserId,
-    connection: u32,
-    session: Option<SessionId>,
-    epoch: Epoch,
-    after: Seq,
-    upto: Seq,
-    reason: &'static str,
-    at: DateTime<Utc>,
-}
-
-impl Endings {
-    pub fn note(&mut self, user: UserId, connection: &Connection, reason: &'static str) {
-        if self.0.len() == REMEMBERED {
-            self.0.pop_front();
-        }
-        self.0.push_back(Ending {
-            user,
-            connection: connection.generation,
-            session: connection.session,
-            epoch: connection.position.epoch,
-            after: connection.started_after,
-            upto: connection.position.seq,
-            reason,
-            at: Utc::now(),
-        });
-    }
-}
+/// Closed streams of one user in one explanation.
+const MAX_CLOSED: usize = 100;
 
 impl Engine {
     pub(super) fn explain(&self, user: UserId, seq: Seq) -> Explanation {
@@ -74,20 +33,20 @@ impl Engine {
                 },
             })
             .collect();
-        let ended = self.endings.0.iter().rev().filter(|ending| ending.user == user).take(TOLD);
+        let ended = self.closed_streams.newest_first().filter(|closed| closed.user == user).take(MAX_CLOSED);
         let ended: Vec<_> = ended
-            .map(|ending| EndedStream {
-                connection: ending.connection,
-                session: ending.session,
-                after: ending.after,
-                upto: ending.upto,
-                reason: ending.reason,
-                ended_at: ending.at,
-                says: if position.is_some_and(|position| position.epoch != ending.epoch) {
+            .map(|closed| EndedStream {
+                connection: closed.connection,
+                session: closed.session,
+                after: closed.after,
+                upto: closed.upto,
+                reason: closed.reason,
+                ended_at: closed.at,
+                says: if position.is_some_and(|position| position.epoch != closed.epoch) {
                     "Its numbers are from another history"
-                } else if seq <= ending.after {
+                } else if seq <= closed.after {
                     "The event was before its time"
-                } else if seq <= ending.upto {
+                } else if seq <= closed.upto {
                     "The event was written to it"
                 } else {
                     "It ended before the event was written to it"

@@ -11,12 +11,13 @@ use protocol::{
 
 use super::{
     EXPIRED_WITHIN, Engine, GOODBYE_WITHIN, LINGER, NewStream, REVOKED_WITHIN, SEND_BUFFER, bytes_of,
-    connection::{Connection, Key, Resume, State},
+    connection::{Connection, Resume, State},
     jittered,
 };
 use crate::{
     backfill::{HeadReason, HeadRequest},
     frame::Goodbye,
+    hub::ConnectionKey,
     keys::TrustedKeys,
     metrics::Reason,
     sequencer::{Millis, ResyncReason},
@@ -46,7 +47,7 @@ impl Engine {
         let mut socket = mio::net::TcpStream::from_std(socket);
         let slot = self.connections.vacant_entry();
         self.generation = self.generation.wrapping_add(1);
-        let key = Key { index: slot.key() as u32, generation: self.generation };
+        let key = ConnectionKey { index: slot.key() as u32, generation: self.generation };
         let registered = prepared.and_then(|()| {
             let interest = Interest::READABLE | Interest::WRITABLE;
             self.sockets.get_ref().registry().register(&mut socket, Token(slot.key()), interest)
@@ -141,7 +142,7 @@ impl Engine {
     /// Asks what must be known of a joining connection, as soon as asking makes sense: an answer given before Redis listens
     /// for this user could miss what comes between the two. The session comes first: what follows a cursor is read, and a
     /// place is given, only once it is confirmed.
-    pub(super) fn join(&mut self, key: Key) {
+    pub(super) fn join(&mut self, key: ConnectionKey) {
         let redis_degraded = self.redis_degraded;
         let Some(connection) = self.connections.get_mut(key.index as usize) else { return };
         let Some(entry) = self.hub.get(connection.user) else { return };
@@ -169,7 +170,7 @@ impl Engine {
         }
     }
 
-    pub(super) fn join_at_head(&mut self, key: Key) {
+    pub(super) fn join_at_head(&mut self, key: ConnectionKey) {
         let Some(connection) = self.connections.get_mut(key.index as usize) else { return };
         let Some(position) = self.hub.get(connection.user).and_then(|entry| entry.sequencer.position())
         else {
@@ -193,7 +194,7 @@ impl Engine {
     }
 
     /// Says goodbye, once what was begun is written, and closes.
-    pub(super) fn start_closing(&mut self, key: Key, why: Goodbye) {
+    pub(super) fn start_closing(&mut self, key: ConnectionKey, why: Goodbye) {
         let now = self.now;
         let Some(connection) = self.connection(key) else { return };
         if connection.closing.is_some() {
@@ -215,7 +216,10 @@ impl Engine {
     pub(super) fn close_streams_of_removed_keys(&mut self, trusted: &TrustedKeys) {
         let signed = self.connections.iter().filter(|(_, connection)| !trusted.accepts(connection.key));
         let ending: Vec<_> = signed
-            .map(|(index, connection)| Key { index: index as u32, generation: connection.generation })
+            .map(|(index, connection)| ConnectionKey {
+                index: index as u32,
+                generation: connection.generation,
+            })
             .collect();
         if !ending.is_empty() {
             tracing::warn!(streams = ending.len(), "a key was removed; the streams that it opened end");
@@ -225,7 +229,7 @@ impl Engine {
         }
     }
 
-    pub(super) fn close(&mut self, key: Key, reason: &'static str) {
+    pub(super) fn close(&mut self, key: ConnectionKey, reason: &'static str) {
         self.to_close.push((key, reason));
     }
 
@@ -248,7 +252,7 @@ impl Engine {
             self.metrics.closed(reason);
             if let Some(entry) = self.hub.get_mut(connection.user) {
                 entry.connections.retain(|other| *other != key);
-                self.endings.note(entry.user, &connection, reason);
+                self.closed_streams.note(entry.user, &connection, reason);
                 tracing::debug!(user.id = %entry.user, connection = key.generation, reason, "stream ended");
                 if entry.connections.is_empty() {
                     entry.empty_since = Some(self.now);
@@ -260,7 +264,7 @@ impl Engine {
         self.metrics.replay_buffer_bytes.set(self.backlog as i64);
     }
 
-    pub(super) fn connection(&mut self, key: Key) -> Option<&mut Connection> {
+    pub(super) fn connection(&mut self, key: ConnectionKey) -> Option<&mut Connection> {
         let connection = self.connections.get_mut(key.index as usize)?;
         (connection.generation == key.generation).then_some(connection)
     }
@@ -298,7 +302,8 @@ mod tests {
 
     use super::*;
     use crate::{
-        backfill::{ApiClient, Backfill},
+        api_client::ApiClient,
+        backfill::Backfill,
         config::{self, Delivery, Opening},
         engine::{Rights, watch},
         frame::{Framing, Heartbeat},

@@ -15,6 +15,7 @@ mod backfill;
 mod connection;
 mod events;
 mod explain;
+mod explanation;
 mod lifecycle;
 mod sockets;
 mod wheel;
@@ -48,15 +49,16 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
-pub use self::connection::{Key, Resume};
-use self::{connection::Connection, explain::Endings, wheel::Wheel};
+use self::{connection::Connection, explanation::ClosedStreams, wheel::Wheel};
+pub use self::{connection::Resume, explanation::Explanation};
 use crate::{
-    backfill::{Answers, ApiClient, Backfill},
+    api_client::ApiClient,
+    backfill::{Answers, Backfill},
     config::{Delivery, HEARTBEAT_JITTER},
     drain::DrainSchedule,
-    explain::Explanation,
-    frame::{Event, Framing, Goodbye, Heartbeat},
-    hub::Hub,
+    event::EncodedEvent,
+    frame::{Framing, Goodbye, Heartbeat},
+    hub::{ConnectionKey, Hub},
     keys::Keys,
     limits::Permit,
     metrics::{DeliveryPath, Metrics, Path},
@@ -167,7 +169,7 @@ fn watch(poll: Poll) -> io::Result<AsyncFd<Poll>> {
 #[derive(Debug, Clone, Copy)]
 enum Requester {
     User,
-    Connection(Key, NonZeroU32),
+    Connection(ConnectionKey, NonZeroU32),
 }
 
 struct PathMetrics {
@@ -192,10 +194,10 @@ struct Engine {
     /// Entries without connections, by when they may go.
     lingering: VecDeque<(Millis, UserId)>,
     /// Recorded flushes of which the socket has not taken all yet: aside, because nearly no connection has one.
-    flushes: HashMap<Key, Flush>,
+    flushes: HashMap<ConnectionKey, Flush>,
     /// Connections that ended while others were being served.
-    to_close: Vec<(Key, &'static str)>,
-    endings: Endings,
+    to_close: Vec<(ConnectionKey, &'static str)>,
+    closed_streams: ClosedStreams,
     redis_degraded: bool,
     reconcile_at: Millis,
     /// Questions of the present reconcile round that are not answered yet.
@@ -245,7 +247,7 @@ impl Engine {
             lingering: VecDeque::new(),
             flushes: HashMap::new(),
             to_close: Vec::new(),
-            endings: Endings::default(),
+            closed_streams: ClosedStreams::default(),
             redis_degraded: true,
             reconcile_at: 0,
             reconciling: 0,
@@ -369,7 +371,7 @@ impl Engine {
     }
 
     /// Whatever one connection is due for: an end, a heartbeat, a look at its progress.
-    fn on_due(&mut self, key: Key) {
+    fn on_due(&mut self, key: ConnectionKey) {
         let write_deadline = self.settings.write_deadline.as_millis() as Millis;
         let now = self.now;
         let heartbeat = self.settings.heartbeat;
@@ -394,7 +396,7 @@ impl Engine {
         self.schedule(key);
     }
 
-    fn schedule(&mut self, key: Key) {
+    fn schedule(&mut self, key: ConnectionKey) {
         let write_deadline = self.settings.write_deadline.as_millis() as Millis;
         let Some(connection) = self.connections.get_mut(key.index as usize) else { return };
         let mut due = connection.heartbeat_at.min(connection.ends_at);
@@ -417,7 +419,10 @@ impl Engine {
         let Some(drain) = self.drain.as_mut().filter(|drain| drain.next() <= self.now) else { return };
         let staying = self.connections.iter().filter(|(_, connection)| connection.closing.is_none());
         let staying: Vec<_> = staying
-            .map(|(index, connection)| Key { index: index as u32, generation: connection.generation })
+            .map(|(index, connection)| ConnectionKey {
+                index: index as u32,
+                generation: connection.generation,
+            })
             .collect();
         let share = drain.step(staying.len(), self.now);
         for key in staying.into_iter().take(share) {
@@ -440,7 +445,7 @@ impl Engine {
     }
 }
 
-fn bytes_of(page: &VecDeque<Event>) -> usize {
+fn bytes_of(page: &VecDeque<EncodedEvent>) -> usize {
     page.iter().map(|event| event.frame.len()).sum()
 }
 

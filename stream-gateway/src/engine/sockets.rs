@@ -6,11 +6,12 @@ use rand::RngExt;
 
 use super::{
     Engine, bytes_of,
-    connection::{Connection, Key, MAX_UNEXPECTED_INPUT, Written},
+    connection::{Connection, MAX_UNEXPECTED_INPUT, Written},
 };
 use crate::{
-    frame::{self, Event, Goodbye},
-    hub::Hub,
+    event::EncodedEvent,
+    frame::{self, Goodbye},
+    hub::{ConnectionKey, Hub},
     metrics::{DeliveryPath, Reason},
     trace::Flush,
 };
@@ -19,7 +20,7 @@ impl Engine {
     pub(super) fn on_socket(&mut self, event: &mio::event::Event) {
         let index = event.token().0;
         let Some(connection) = self.connections.get_mut(index) else { return };
-        let key = Key { index: index as u32, generation: connection.generation };
+        let key = ConnectionKey { index: index as u32, generation: connection.generation };
         if event.is_error() {
             let error = connection.socket.take_error().ok().flatten();
             return self.close(key, error.as_ref().map_or("client", why_broken));
@@ -41,7 +42,7 @@ impl Engine {
     }
 
     /// Accounts for a write. `true` when the socket took everything.
-    pub(super) fn note_write(&mut self, key: Key, written: io::Result<Written>) -> bool {
+    pub(super) fn note_write(&mut self, key: ConnectionKey, written: io::Result<Written>) -> bool {
         match written {
             Ok(Written::All) => true,
             Ok(Written::Short) => {
@@ -62,7 +63,7 @@ impl Engine {
 
     /// Writes all that the connection may have and its socket takes: the rest of a block, what it is owed, what follows its
     /// cursor. Asks for what is not here.
-    pub(super) fn write_pending(&mut self, key: Key) {
+    pub(super) fn write_pending(&mut self, key: ConnectionKey) {
         let now = self.now;
         loop {
             let Some(connection) = self.connections.get_mut(key.index as usize) else { return };
@@ -153,7 +154,12 @@ impl Engine {
     }
 
     /// A recorded flush ends when the socket has taken everything.
-    pub(super) fn note_flush(&mut self, key: Key, flush: Option<Flush>, written: &io::Result<Written>) {
+    pub(super) fn note_flush(
+        &mut self,
+        key: ConnectionKey,
+        flush: Option<Flush>,
+        written: &io::Result<Written>,
+    ) {
         let Some(flush) = flush else { return };
         match written {
             Ok(Written::All) => drop(flush),
@@ -170,7 +176,7 @@ impl Engine {
 }
 
 /// Nothing, mostly: of an event whose trace is recorded.
-pub(super) fn begin_flush(hub: &Hub, connection: &Connection, event: &Event) -> Option<Flush> {
+pub(super) fn begin_flush(hub: &Hub, connection: &Connection, event: &EncodedEvent) -> Option<Flush> {
     let trace = event.trace.as_ref()?;
     let streams = hub.get(connection.user).map_or(1, |entry| entry.connections.len());
     trace.flush(streams, connection.generation)

@@ -1,15 +1,14 @@
 //! One timer for all connections: a wheel of short slots. A connection stands in it at its next due time; nothing is done for
 //! it in between. Entries are not removed: one whose time is no longer the connection's own is ignored when it comes up.
 
-use super::connection::Key;
-use crate::sequencer::Millis;
+use crate::{hub::ConnectionKey, sequencer::Millis};
 
 /// The wheel's resolution, in milliseconds.
 pub const SLOT: Millis = 250;
 const SLOTS: u64 = 256;
 
 pub struct Wheel {
-    slots: Vec<Vec<(Key, Millis)>>,
+    slots: Vec<Vec<(ConnectionKey, Millis)>>,
     /// The last slot that was emptied.
     turned_to: u64,
 }
@@ -20,13 +19,13 @@ impl Wheel {
     }
 
     /// `due` beyond the wheel's reach is kept at its far end and moved on from there.
-    pub fn insert(&mut self, key: Key, due: Millis) {
+    pub fn insert(&mut self, key: ConnectionKey, due: Millis) {
         let slot = due.div_ceil(SLOT).clamp(self.turned_to + 1, self.turned_to + SLOTS - 1);
         self.slots[(slot % SLOTS) as usize].push((key, due));
     }
 
     /// Everything due by now, at most one slot late and never early.
-    pub fn turn(&mut self, now: Millis, due: &mut Vec<(Key, Millis)>) {
+    pub fn turn(&mut self, now: Millis, due: &mut Vec<(ConnectionKey, Millis)>) {
         while self.turned_to < now / SLOT {
             self.turned_to += 1;
             let slot = &mut self.slots[(self.turned_to % SLOTS) as usize];
@@ -62,7 +61,7 @@ mod tests {
         ) {
             let mut wheel = Wheel::new(start);
             for (index, due) in dues.iter().enumerate() {
-                wheel.insert(Key { index: index as u32, generation: 0 }, start + due);
+                wheel.insert(ConnectionKey { index: index as u32, generation: 0 }, start + due);
             }
             let mut now = start;
             let mut seen = vec![0; dues.len()];

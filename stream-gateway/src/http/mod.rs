@@ -1,7 +1,7 @@
 //! The route table: the stream, and nothing else. The other end of the table is a route too, not a rejection, so that its
 //! answer is made like every other.
 
-mod auth;
+mod parameters;
 mod stream;
 
 use std::{convert::Infallible, sync::Arc};

@@ -44,7 +44,7 @@ use tokio::{
 };
 use warp::reply::Response;
 
-use super::auth::{heartbeat, last_event_id, presented};
+use super::parameters::{heartbeat, last_event_id, presented};
 use crate::{
     engine::{NewStream, Resume},
     frame::{self, FIRST_RETRY, Framing, Goodbye},

@@ -31,7 +31,7 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 
 pub use self::desired::DesiredSubscriptions;
 use self::node::NodeSubscriber;
-use crate::{frame::Event, keys::Keys, metrics::Metrics};
+use crate::{event::EncodedEvent, keys::Keys, metrics::Metrics};
 
 /// Messages from Redis that the engine has not taken yet.
 pub const QUEUE: usize = 16_384;
@@ -43,7 +43,7 @@ pub struct RedisConnectionId(pub u64);
 /// What the engine hears from Redis, and about it.
 #[derive(Debug)]
 pub enum RedisUpdate {
-    Event(UserId, Event),
+    Event(UserId, EncodedEvent),
     /// A session of this user has ended.
     SessionEnded(UserId, SessionId),
     /// Something was said about this user that cannot be read.

@@ -38,10 +38,10 @@ use super::{
     desired::{Batch, DesiredSubscriptions},
 };
 use crate::{
+    event::EncodedEvent,
     frame::MAX_ENVELOPE,
     keys::Keys,
     metrics::{DeliveryPath, Metrics},
-    trace,
 };
 
 /// An overload lasts; its log line does not say so hundreds of times.
@@ -525,7 +525,7 @@ fn read(tracer: &Tracer, user: UserId, payload: &[u8]) -> Option<RedisUpdate> {
         return None;
     }
     match Notice::from_json(payload).ok()? {
-        Notice::Event(envelope) => trace::receive(tracer, user, &envelope, DeliveryPath::Redis)
+        Notice::Event(envelope) => EncodedEvent::receive(tracer, user, &envelope, DeliveryPath::Redis)
             .ok()
             .map(|event| RedisUpdate::Event(user, event)),
         Notice::Revoked(Revoked { revoked }) => Some(RedisUpdate::SessionEnded(user, revoked)),
@@ -538,7 +538,7 @@ mod tests {
     use service_kit::{secrets::Secrets, tasks::Tasks};
 
     use super::*;
-    use crate::backfill::ApiClient;
+    use crate::api_client::ApiClient;
 
     #[tokio::test]
     async fn panicked_subscriber_leaves_redis_degraded() {

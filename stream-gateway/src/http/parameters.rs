@@ -1,4 +1,4 @@
-//! Who is calling: which credential counts, and whether a browser's page may use its cookie.
+//! What a request says about its stream: the token, the cursor, the heartbeat.
 
 use std::{borrow::Cow, num::NonZeroU8};
 
@@ -13,7 +13,7 @@ pub fn presented(headers: &HeaderMap, query: &str, cookies: &Cookies) -> Option<
     PresentedTokens::find(headers, parameter(query, "token").map(Cow::into_owned), cookies)
 }
 
-/// What the query says about the client's place. The header wins; an empty one is an absent one.
+/// The client's cursor. The header wins over the query; an empty one counts as absent.
 pub fn last_event_id(headers: &HeaderMap, query: &str) -> Option<Vec<u8>> {
     let header = headers.get("last-event-id").map(|value| value.as_bytes().to_vec());
     header
