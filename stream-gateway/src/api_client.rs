@@ -84,12 +84,7 @@ impl ApiClient {
     }
 
     /// Tries each secret: during a rotation `api` may not accept the first one yet, or any more.
-    async fn authorized(
-        &self,
-        method: Method,
-        path: &str,
-        body: Bytes,
-    ) -> anyhow::Result<Response<Bytes>> {
+    async fn authorized(&self, method: Method, path: &str, body: Bytes) -> anyhow::Result<Response<Bytes>> {
         for secret in self.secrets.iter() {
             let request = Request::builder()
                 .method(&method)

@@ -165,7 +165,7 @@ pub async fn run(config: Config, listeners: Listeners, stop: CancellationToken) 
         _ = tasks.failed() => {}
     }
     stopping.store(true, Ordering::Relaxed);
-    tracing::info!(wait = ?config.drain.wait, "not ready any more; waiting for load balancers to notice");
+    tracing::info!(wait = ?config.drain.wait, "shutdown: unready; waiting for load balancers to notice");
     sleep(config.drain.wait).await;
     streams.draining.store(true, Ordering::Relaxed);
     let (done_in, done) = oneshot::channel();
@@ -191,16 +191,16 @@ fn readiness(api: &ApiClient, keys: &Keys, stopping: &AtomicBool, metrics: &Metr
     }
     if !keys.known() {
         let note = if api.rejects_secrets() {
-            "no public keys from api: it refuses INTERNAL_SECRET"
+            "no public keys from api: it rejects INTERNAL_SECRET"
         } else {
             "no public keys from api yet"
         };
         return Readiness { ready: false, note: note.into() };
     }
     let note = match (api.rejects_secrets(), metrics.redis_degraded.get()) {
-        (true, _) => "ready, degraded: api refuses INTERNAL_SECRET, streams that open or lag wait",
+        (true, _) => "ready; degraded: api rejects INTERNAL_SECRET, so joining and lagging streams wait",
         (false, 0) => "ready",
-        (false, _) => "ready; Redis is away or in doubt, events arrive by reconcile",
+        (false, _) => "ready; degraded: Redis is unavailable, delivery falls back to reconciliation",
     };
     Readiness { ready: true, note: note.into() }
 }

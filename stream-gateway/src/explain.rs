@@ -14,11 +14,11 @@ const TIMEOUT: Duration = Duration::from_secs(5);
 
 pub async fn explain(
     engine: &mpsc::Sender<EngineCommand>,
-    question: ExplainRequest,
+    request: ExplainRequest,
 ) -> Result<Explanation, ExplainError> {
-    let ExplainRequest { user, event } = question;
+    let ExplainRequest { user, event } = request;
     let Event::Seq(seq) = event else {
-        let sentence = "A gateway knows events by seq; api tells the seq of a message's event";
+        let sentence = "A gateway knows events by seq; ask api for the seq of a message's event";
         return Err(ExplainError(StatusCode::BAD_REQUEST, sentence.into()));
     };
     let (answer, answered) = oneshot::channel();
@@ -26,6 +26,8 @@ pub async fn explain(
         engine.send(EngineCommand::Explain { user, seq, answer }).await.ok()?;
         answered.await.ok()
     };
-    let busy = || ExplainError(StatusCode::SERVICE_UNAVAILABLE, "The delivery thread does not answer now".into());
+    let busy = || {
+        ExplainError(StatusCode::SERVICE_UNAVAILABLE, "The delivery thread does not answer; try again".into())
+    };
     timeout(TIMEOUT, asked).await.ok().flatten().ok_or_else(busy)
 }

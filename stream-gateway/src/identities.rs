@@ -83,7 +83,7 @@ impl Worker {
             match answer.and_then(|answer| {
                 anyhow::ensure!(
                     answer.users.len() == batch.len(),
-                    "api answered other identities than asked for"
+                    "api answered other identities than requested"
                 );
                 Ok(answer.users)
             }) {
@@ -98,7 +98,7 @@ impl Worker {
                     tracing::warn!(
                         error = format!("{error:#}"),
                         streams,
-                        "cannot ask who a external issuer's subjects are; their streams are told to come back"
+                        "looking up external identities failed; their streams are rejected and retry later"
                     );
                     batch.clear();
                 }

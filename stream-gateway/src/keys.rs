@@ -120,7 +120,7 @@ impl Source for FromApi {
         if let Some(in_use) = in_use {
             let removed = in_use.names().filter(|name| !trusted.accepts(*name)).count();
             if removed > 0 {
-                tracing::warn!(removed, "public keys were removed; what they signed is refused");
+                tracing::warn!(removed, "public keys removed; tokens that they signed are rejected");
             }
         }
         Ok(trusted)
@@ -209,7 +209,7 @@ impl Keys {
             }
             told => return told.map_err(|(refused, _)| refused),
         };
-        tracing::debug!(?refused, "asking api for newer keys");
+        tracing::debug!(?refused, "token key unknown; fetching newer keys from api");
         // Without a name it misses a key all the same.
         let kid = external::kid_of(unknown).unwrap_or_default();
         let newest = self.ring.refresh_once(Some(&trusted), Some(&kid)).await;

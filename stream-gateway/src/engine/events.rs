@@ -147,7 +147,7 @@ impl Engine {
                     });
                 }
                 Step::Resync(why, head) => {
-                    tracing::warn!(user.id = %id, event.seq = head.seq, reason = why.as_str(), "a feed lost its place");
+                    tracing::warn!(user.id = %id, event.seq = head.seq, reason = why.as_str(), "feed position is invalid; its streams must resync");
                     self.clear_replay(user);
                     for key in self.connections_of(user) {
                         if let Some(connection) =

@@ -27,7 +27,7 @@ impl Engine {
                 says: if position.is_some_and(|position| position.epoch != connection.position.epoch)
                     && connection.is_joined()
                 {
-                    "It is about to be told resync: its place is from another history"
+                    "It must resync: its position is from another history of the feed"
                 } else {
                     state(connection, seq)
                 },
@@ -43,9 +43,9 @@ impl Engine {
                 reason: closed.reason,
                 ended_at: closed.at,
                 says: if position.is_some_and(|position| position.epoch != closed.epoch) {
-                    "Its numbers are from another history"
+                    "Its positions are from another history of the feed"
                 } else if seq <= closed.after {
-                    "The event was before its time"
+                    "The event is before its start"
                 } else if seq <= closed.upto {
                     "The event was written to it"
                 } else {
@@ -57,27 +57,31 @@ impl Engine {
         let mut says = Vec::new();
         match (entry, position) {
             (None, _) => says.push(format!("User {user} has no stream here")),
-            (Some(_), None) => says.push("Where this user's feed ends is not known yet: api was asked".into()),
+            (Some(_), None) => says.push("The head of this user's feed is not known yet: it was requested from api".into()),
             (Some(_), Some(position)) if seq <= position.seq => {
-                says.push(format!("Event {seq} has passed here: what follows {} is awaited", position.seq));
+                says.push(format!("Event {seq} was delivered here: position is {}", position.seq));
             }
             (Some(_), Some(position)) => says.push(format!(
-                "Event {seq} has not come by here: events are known up to {}. If api says that it was written, it is asked for \
+                "Event {seq} has not been delivered here: position is {}. If api says that it was written, it is requested \
                  within {:?}",
                 position.seq,
                 if self.redis_degraded { self.settings.degraded_reconcile } else { self.settings.reconcile },
             )),
         }
         if entry.is_some_and(|entry| entry.sequencer.is_uncertain()) {
-            says.push("There is a hole or another doubt in this feed: Postgres is asked what follows".into());
+            says.push(
+                "This feed is uncertain, mostly because of a gap: the missing events are requested".into(),
+            );
         }
         if self.backfill.failing() {
-            says.push("api does not answer this gateway's questions now; what Redis brings goes on".into());
+            says.push(
+                "api does not answer backfill requests now; events from Redis are still delivered".into(),
+            );
         }
         if self.redis_degraded {
-            says.push("Redis is away or in doubt: events come by asking api".into());
+            says.push("Redis is degraded: delivery falls back to reconciliation".into());
         } else if entry.is_some() && !subscribed {
-            says.push("Redis has not confirmed this user's channel yet".into());
+            says.push("The subscription of this user's channel is not confirmed yet".into());
         }
         Explanation { user, seq, says, position, subscribed, streams, ended }
     }
@@ -86,23 +90,21 @@ impl Engine {
 fn state(connection: &Connection, seq: Seq) -> &'static str {
     match connection.state {
         State::Joining(_) if !connection.session_confirmed => {
-            "It has just come: whether its session lives was asked, and it receives nothing before that is answered"
+            "Joining: its session is not confirmed yet, and until then it receives nothing"
         }
         State::Joining(Resume::After(_)) => {
-            "It has just come: what follows its cursor was asked, or waits for Redis's confirmation"
+            "Joining: it waits for the events after its cursor, or for its subscription"
         }
-        State::Joining(_) => {
-            "It has just come: where the feed ends was asked, or waits for Redis's confirmation"
-        }
-        State::Joined if connection.pending_resync.is_some() => "It is about to be told resync",
+        State::Joining(_) => "Joining: it waits for the head of the feed, or for its subscription",
+        State::Joined if connection.pending_resync.is_some() => "It must resync: the event is sent soon",
         State::Joined if seq <= connection.started_after => {
-            "The event was before its time: its client had it, or reads it by REST"
+            "The event is before its start: the client had it, or reads it by REST"
         }
         State::Joined if seq > connection.position.seq => {
             if !connection.rest.is_empty() {
-                "Not written yet: its socket takes no more (a slow or stalled client)"
+                "Not written yet: its socket cannot take bytes now (a slow consumer)"
             } else if connection.closing.is_some() {
-                "Not written: the stream is being ended, and its client will ask again by its cursor"
+                "Not written: the stream is closing, and its client resumes from its cursor"
             } else if connection.range_request.is_some() || !connection.page.is_empty() {
                 "Not written yet: it is catching up from the feed"
             } else {
@@ -110,7 +112,7 @@ fn state(connection: &Connection, seq: Seq) -> &'static str {
             }
         }
         State::Joined if seq == connection.position.seq && !connection.rest.is_empty() => {
-            "Written in part: its socket takes no more (a slow or stalled client)"
+            "Written in part: its socket cannot take bytes now (a slow consumer)"
         }
         State::Joined => "The event was written to it",
     }

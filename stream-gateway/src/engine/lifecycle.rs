@@ -53,7 +53,7 @@ impl Engine {
             self.sockets.get_ref().registry().register(&mut socket, Token(slot.key()), interest)
         });
         if let Err(error) = registered {
-            tracing::warn!(%error, user.id = %user, "a stream could not be taken over");
+            tracing::warn!(%error, user.id = %user, "stream handoff failed; the connection is closed");
             // It was not opened, so it does not end either.
             self.metrics.streams_rejected.get_or_create(&Reason { reason: "error" }).inc();
             return;
@@ -222,7 +222,7 @@ impl Engine {
             })
             .collect();
         if !ending.is_empty() {
-            tracing::warn!(streams = ending.len(), "a key was removed; the streams that it opened end");
+            tracing::warn!(streams = ending.len(), "public key removed; closing the streams that it opened");
         }
         for key in ending {
             self.start_closing(key, Goodbye::Revoked);
@@ -253,7 +253,7 @@ impl Engine {
             if let Some(entry) = self.hub.get_mut(connection.user) {
                 entry.connections.retain(|other| *other != key);
                 self.closed_streams.note(entry.user, &connection, reason);
-                tracing::debug!(user.id = %entry.user, connection = key.generation, reason, "stream ended");
+                tracing::debug!(user.id = %entry.user, connection = key.generation, reason, "stream closed");
                 if entry.connections.is_empty() {
                     entry.empty_since = Some(self.now);
                     self.lingering.push_back((self.now + LINGER, entry.user));

@@ -148,7 +148,7 @@ pub fn start(
             Err(error) => Err(error),
         };
         if let Err(error) = ended {
-            tracing::error!(%error, "delivery cannot watch its sockets");
+            tracing::error!(%error, "delivery thread failed to poll its sockets; the process stops");
         }
     };
     let run = tasks.watch("delivery thread", &stop, run);
@@ -410,7 +410,11 @@ impl Engine {
     }
 
     fn begin_drain(&mut self, window: Duration, done: oneshot::Sender<()>) {
-        tracing::info!(streams = self.connections.len(), ?window, "closing from all streams");
+        tracing::info!(
+            streams = self.connections.len(),
+            ?window,
+            "drain: closing all streams at a steady rate"
+        );
         self.drain = Some(DrainSchedule::new(self.now, window.as_millis() as Millis));
         self.draining = Some(done);
     }
@@ -436,7 +440,7 @@ impl Engine {
             self.connections.is_empty() && none_to_come || self.now >= drain.end() + 2 * GOODBYE_WITHIN
         });
         if over {
-            tracing::info!(cut = self.connections.len(), "parted from all streams");
+            tracing::info!(cut = self.connections.len(), "drain: finished; remaining streams are cut");
             if let Some(done) = self.draining.take() {
                 let _ = done.send(());
             }

@@ -109,7 +109,7 @@ impl Engine {
                 self.backlog -= bytes_of(&connection.page);
                 connection.page = VecDeque::new();
                 self.metrics.resyncs.get_or_create(&Reason { reason: why.as_str() }).inc();
-                tracing::info!(user.id = %entry.user, event.seq = head.seq, reason = why.as_str(), "a stream must resync");
+                tracing::info!(user.id = %entry.user, event.seq = head.seq, reason = why.as_str(), "stream must resync; its client reloads");
                 frame::resync(head, why)
             } else if let Some(event) = connection.page.pop_front() {
                 self.backlog -= event.frame.len();

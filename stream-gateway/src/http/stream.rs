@@ -114,7 +114,7 @@ impl Streams {
         let principal = match self.keys.verify(&presented.tokens).await {
             Ok(proofs) => self.first_live(proofs),
             Err(VerifyError::Token(reason)) => {
-                tracing::debug!(%client, request.id = request_id, %reason, "a stream was refused");
+                tracing::debug!(%client, request.id = request_id, %reason, "stream request rejected: unauthorized");
                 return Err(StreamError::Unauthorized);
             }
             Err(VerifyError::NoKeys) => None,
@@ -133,13 +133,13 @@ impl Streams {
             return Ok(self.reject(head, "drain", Goodbye::Drain));
         }
         if let Some((user, session)) = self.ended(&principal) {
-            tracing::debug!(user.id = %user, session.id = %session, %client, "a session that has ended opens streams");
+            tracing::debug!(user.id = %user, session.id = %session, %client, "stream rejected: its session has ended");
             return Ok(self.reject(head, "revoked", Goodbye::Revoked));
         }
         match self.limits.admit(principal.who.counted(), client).await {
             Ok(permit) => Ok(self.hand_off(principal, headers, query, head, permit)),
             Err(full) => {
-                tracing::debug!(user = %principal.who, %client, limit = full.as_str(), "a stream was told to come back later");
+                tracing::debug!(user = %principal.who, %client, limit = full.as_str(), "stream rejected: over a limit; the client retries later");
                 Ok(self.reject(head, full.as_str(), Goodbye::Busy))
             }
         }

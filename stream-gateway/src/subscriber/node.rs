@@ -207,10 +207,10 @@ impl NodeSubscriber {
             let why = format!("{error:#}");
             if error.downcast_ref().is_some_and(redis_topology::is_access_denied) {
                 tracing::error!(error = why, node = %self.node, failures, ?wait,
-                    "Redis refuses us: see the user, the password and the rights; events arrive by reconcile, a little later");
+                    "redis authentication or ACL failure; delivery falls back to reconciliation");
             } else {
                 tracing::warn!(error = why, node = %self.node, failures, ?wait,
-                    "Redis is away; events arrive by reconcile, a little later");
+                    "redis connection lost; delivery falls back to reconciliation");
             }
             stop.run_until_cancelled(sleep(wait)).await;
         }
@@ -223,7 +223,7 @@ impl NodeSubscriber {
         let mut connection = self.connect(id).await?;
         let desired_changed = self.desired.attach(&self.node, id);
         self.board.note(&self.node, Health { connected: true, healthy: false });
-        tracing::info!(node = %self.node, channels = self.desired.count(), "listening to Redis");
+        tracing::info!(node = %self.node, channels = self.desired.count(), "redis connected; subscribing");
         let signals = connection.signals.clone();
         let mut next_probe = Instant::now();
         let (mut logged_at, mut unlogged) = (None::<Instant>, 0);
@@ -231,14 +231,14 @@ impl NodeSubscriber {
             tokio::select! {
                 () = desired_changed.notified() => self.sync_subscriptions(&mut connection).await?,
                 () = signals.noticed.notified() => {
-                    anyhow::ensure!(!signals.disconnected.load(Ordering::Acquire), "the connection broke");
+                    anyhow::ensure!(!signals.disconnected.load(Ordering::Acquire), "the connection was closed");
                     self.note_moved(&mut connection).await?;
                     let missed = signals.overflows.swap(0, Ordering::AcqRel);
                     if missed > 0 {
                         self.updates.send(RedisUpdate::Dropped).await?;
                         unlogged += missed;
                         if logged_at.is_none_or(|logged_at| logged_at.elapsed() > OVERFLOWS_LOGGED_EVERY) {
-                            tracing::warn!(missed = unlogged, "messages from Redis found the queue full; reconciling");
+                            tracing::warn!(missed = unlogged, "redis messages dropped: the queue is full; reconciling");
                             (logged_at, unlogged) = (Some(Instant::now()), 0);
                         }
                     }
@@ -403,7 +403,7 @@ impl NodeSubscriber {
         match failed {
             Some(error) if redis_topology::is_access_denied(&error) => Err(error).context("cannot subscribe"),
             Some(error) => {
-                tracing::info!(%error, node = %self.node, rejected = connection.rejected.len(), "channels are not to be had here");
+                tracing::info!(%error, node = %self.node, rejected = connection.rejected.len(), "redis node rejected subscriptions; refreshing the slot map");
                 self.slot_maps.refresh();
                 Ok(subscribed)
             }
@@ -438,7 +438,7 @@ impl NodeSubscriber {
         connection.signals.expect(Some(unsubscribing));
         let answers = pipeline.ignore_errors().query_async(&mut connection.redis).await;
         connection.signals.expect(None);
-        answers.context("Redis does not answer about channels")
+        answers.context("no answer to subscription commands")
     }
 
     /// The node brings nothing for them any more. Who owns them now will be told to, as soon as the map says who that is.
@@ -447,7 +447,7 @@ impl NodeSubscriber {
         if users.is_empty() {
             return Ok(());
         }
-        tracing::info!(node = %self.node, users = users.len(), "a slot has left the node");
+        tracing::info!(node = %self.node, users = users.len(), "redis slots moved to another node; resubscribing");
         self.slot_maps.refresh();
         users.iter().for_each(|user| _ = connection.actual.remove(user));
         connection.rejected.extend(&users);
@@ -476,13 +476,13 @@ impl NodeSubscriber {
             Ok(()) => {}
             // As when its disk is full: messages go through all the same, which the beat shows.
             Err(error) if redis_topology::is_server_error(&error) => {
-                tracing::debug!(%error, node = %self.node, "redis answered a ping with an error");
+                tracing::debug!(%error, node = %self.node, "redis answered PING with an error; the health probe decides");
             }
-            Err(error) => return Err(error).context("Redis does not answer a ping"),
+            Err(error) => return Err(error).context("no answer to PING"),
         }
         connection.probes += 1;
         if let Err(error) = self.publish_probe(connection).await {
-            tracing::warn!(%error, node = %self.node, "no beat can be published to Redis");
+            tracing::warn!(%error, node = %self.node, "redis health probe could not publish");
             self.slot_maps.refresh();
             return Ok(false);
         }

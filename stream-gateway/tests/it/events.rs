@@ -271,7 +271,7 @@ async fn events_go_on_when_redis_dies_and_when_it_is_back() {
     world.network.refuse();
     until("Redis is in doubt", || async { world.metric("messenger_gateway_redis_degraded").await == 1 })
         .await;
-    assert!(world.readiness().await.text().starts_with("ready; Redis is away"));
+    assert!(world.readiness().await.text().starts_with("ready; degraded: Redis is unavailable"));
     assert_eq!(world.readiness().await.status, 200);
     for (user, stream) in users.iter().zip(&mut streams) {
         world.api.append(user.id);

@@ -21,7 +21,7 @@ fn says(streams: &Value) -> Vec<&str> {
 }
 
 const WRITTEN: &str = "The event was written to it";
-const BEFORE: &str = "The event was before its time: its client had it, or reads it by REST";
+const BEFORE: &str = "The event is before its start: the client had it, or reads it by REST";
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_operator_is_told_which_streams_had_an_event_and_what_the_others_wait_for() {
@@ -59,7 +59,7 @@ async fn an_operator_is_told_which_streams_had_an_event_and_what_the_others_wait
     assert_eq!(says(&told["ended"]), ["It ended before the event was written to it"]);
     assert_eq!(told["ended"][0]["reason"], "client");
     assert_eq!(says(&world.explain(&user, 13).await["ended"]), [WRITTEN]);
-    assert_eq!(says(&world.explain(&user, 10).await["ended"]), ["The event was before its time"]);
+    assert_eq!(says(&world.explain(&user, 10).await["ended"]), ["The event is before its start"]);
 
     // Another history begins, and with it other numbers.
     world.api.restore(user.id, ANOTHER_EPOCH, 3);
@@ -68,7 +68,7 @@ async fn an_operator_is_told_which_streams_had_an_event_and_what_the_others_wait
     resync(&mut late, &world.api.cursor(user.id, 4), "unknown").await;
     let told = world.explain(&user, 4).await;
     assert_eq!(says(&told["streams"]), [BEFORE], "{told}");
-    assert_eq!(says(&told["ended"]), ["Its numbers are from another history"], "{told}");
+    assert_eq!(says(&told["ended"]), ["Its positions are from another history of the feed"], "{told}");
     drop(late);
     world.ends().await;
 }
@@ -90,7 +90,7 @@ async fn an_operator_is_told_who_is_to_blame_for_an_event_that_does_not_come() {
     let told = world.explain(&slow, 200).await;
     assert_eq!(
         says(&told["streams"]),
-        ["Not written yet: its socket takes no more (a slow or stalled client)"],
+        ["Not written yet: its socket cannot take bytes now (a slow consumer)"],
         "{told}"
     );
     receives(&mut stalled, 1..=200).await;
@@ -106,14 +106,16 @@ async fn an_operator_is_told_who_is_to_blame_for_an_event_that_does_not_come() {
     world.until_subscribed(&new).await;
     let told = world.explain(&user, 2).await;
     let said = told["says"].to_string();
-    for sentence in
-        ["Event 2 has not come by here: events are known up to 0", "There is a hole", "api does not answer"]
-    {
+    for sentence in [
+        "Event 2 has not been delivered here: position is 0",
+        "This feed is uncertain",
+        "api does not answer",
+    ] {
         assert!(said.contains(sentence), "{sentence}: {told}");
     }
     let told = world.explain(&new, 4).await;
     assert!(told["says"].to_string().contains("is not known yet"), "{told}");
-    assert!(says(&told["streams"])[0].starts_with("It has just come"), "{told}");
+    assert!(says(&told["streams"])[0].starts_with("Joining"), "{told}");
     world.api.fault_of_feeds(Fault::None);
     receives(&mut stream, 1..=2).await;
 
@@ -122,10 +124,7 @@ async fn an_operator_is_told_who_is_to_blame_for_an_event_that_does_not_come() {
     world.network.cut();
     world.until_metric("messenger_gateway_redis_degraded", 1).await;
     let told = world.explain(&user, 3).await;
-    assert!(
-        told["says"].to_string().contains("Redis is away or in doubt") && told["subscribed"] == false,
-        "{told}"
-    );
+    assert!(told["says"].to_string().contains("Redis is degraded") && told["subscribed"] == false, "{told}");
     let asked_by_message = format!("http://{}/admin/explain?user={}&message=1", world.ops, user.id);
     assert_eq!(world.client.get(asked_by_message).send().await.unwrap().status, 400);
     drop((stream, stalled, joining));

@@ -178,7 +178,7 @@ impl GatewayWorld {
         let channels = Channels::new(&prefix);
         let client = Client::default();
         let world = Self { api, network, client, public, ops, redis, channels, prefix, signing, stop, run };
-        let usual = if setup.redis_is_away { "ready; Redis is away" } else { "ready\n" };
+        let usual = if setup.redis_is_away { "ready; degraded: Redis is unavailable" } else { "ready\n" };
         let note = if setup.no_keys { "no public keys" } else { usual };
         until("the gateway is as the test wants it", || async {
             assert!(!world.run.is_finished(), "the gateway ended instead of starting");
