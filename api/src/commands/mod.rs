@@ -57,6 +57,8 @@ impl CommandContext {
             StoreError::Unavailable(_) => span.fail("the database does not answer"),
             StoreError::Fault(_) => span.fail("the database rejected the statement"),
         })?;
+        // What is published is committed, in traces too.
+        drop(span);
         self.publisher.publish(events);
         Ok(outcome)
     }
