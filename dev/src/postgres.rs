@@ -16,8 +16,8 @@ use testkit::process::Account;
 use testkit::programs::{self, POSTGRES};
 
 use crate::folders::{Folders, works_in};
+use crate::lifetime::{Durability, Life, log_end, log_file};
 use crate::process::{Child, command, run_as, run_quietly};
-use crate::servers::{Durability, Life, log_end, log_file};
 use crate::{install, secrets, terminal};
 
 /// The database that everything uses.

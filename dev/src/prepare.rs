@@ -15,7 +15,8 @@ use sqlx::{AssertSqlSafe, Connection, Executor};
 
 use crate::cargo::cargo;
 use crate::folders::Folders;
-use crate::servers::{Durability, Given, Life};
+use crate::lifetime::{Durability, Life};
+use crate::servers::Given;
 use crate::{postgres, process, servers, terminal};
 
 /// File name to content.

@@ -12,9 +12,9 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
 use crate::folders::{Folders, works_in};
+use crate::lifetime::{Life, log_end, log_file};
 use crate::process::{Child, command, run_as};
-use crate::servers::{Life, log_end, log_file};
-use crate::{install, secrets, terminal};
+use crate::{install, secrets, terminal, tools};
 
 const START_DEADLINE: Duration = Duration::from_secs(20);
 const STOP_PATIENCE: Duration = Duration::from_secs(5);
@@ -28,7 +28,7 @@ pub(crate) async fn program(folders: &Folders, valkey: bool) -> Result<PathBuf> 
     if let Some(program) = look() {
         return Ok(program);
     }
-    install::install_redis(&folders.tools()).await?;
+    install::install_redis(tools::python(), &folders.tools()).await?;
     look().with_context(|| format!("none of {names:?} could be found or installed: set REDIS_URL instead"))
 }
 

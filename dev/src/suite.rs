@@ -9,7 +9,8 @@ use nix::sys::signal::Signal;
 
 use crate::cargo::cargo;
 use crate::folders::Folders;
-use crate::servers::{Durability, Given, Life, Servers, programs};
+use crate::lifetime::{Durability, Life};
+use crate::servers::{Given, Servers, programs};
 use crate::stop::Stop;
 use crate::{process, terminal};
 

@@ -191,7 +191,7 @@ impl Tool {
             }
             From::Pip { package, debian, .. } => {
                 if !install::pip_folder(&folders.tools(), package).exists() {
-                    install::install_with_pip(&folders.tools(), self.what, package).await?;
+                    install::install_with_pip(python(), &folders.tools(), self.what, package).await?;
                 }
                 if !debian.is_empty() && self.look(folders).is_none() {
                     anyhow::bail!("it does not start (Debian: apt install {})", debian.join(" "));

@@ -24,7 +24,7 @@ use std::{
 
 use serde_json::{Value, json};
 use tempfile::TempDir;
-use testkit::{PATIENCE, node, process::Process, programs, usage, world::User};
+use testkit::{PATIENCE, node, process::Process, programs, usage, user::User};
 use tokio::sync::oneshot;
 
 /// Browsers at the same time, over all test processes; each one is a dozen processes.

@@ -14,5 +14,6 @@ pub use testkit::{
     nginx::{self, Front},
     programs::program,
     service::{self, Service},
-    world::{self, User, World},
+    user::User,
+    world::{self, World},
 };

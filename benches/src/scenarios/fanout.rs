@@ -4,7 +4,7 @@
 use std::time::Duration;
 
 use anyhow::Context as _;
-use testkit::{service::Service, world::User};
+use testkit::{service::Service, user::User};
 
 use super::{Costs, PATIENCE, Sizes, check_ledgers, open_streams, print_complaints};
 use crate::{

@@ -9,7 +9,7 @@ mod storm;
 use std::{collections::BTreeMap, time::Duration};
 
 use clap::ValueEnum;
-use testkit::{service::Service, usage::Cpu, world::User};
+use testkit::{service::Service, usage::Cpu, user::User};
 
 use crate::{
     clock::now,

@@ -33,6 +33,7 @@ use hyper::{body::Incoming, server::conn::http1};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::{
     net::{TcpListener, TcpStream},
+    sync::Notify,
     time::{Instant, Sleep, sleep, sleep_until},
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
@@ -165,7 +166,7 @@ pub async fn serve<S, B>(
             continue;
         };
         let edge = Edge { service: service.clone(), peer, watch, metrics: metrics.clone() };
-        let connection = drive(socket, edge, connections.clone(), limits.clone(), stop.clone());
+        let connection = drive(socket, edge, connections.changed.clone(), limits.clone(), stop.clone());
         let (cut, metrics) = (cut.clone(), metrics.clone());
         tasks.spawn(async move {
             // A panic outside a handler must release the permit, too.
@@ -201,7 +202,7 @@ fn is_about_one_connection(error: &io::Error) -> bool {
 async fn drive<S, B>(
     socket: TcpStream,
     edge: Edge<S>,
-    connections: Arc<Connections>,
+    idle: Arc<Notify>,
     limits: Arc<Limits>,
     stop: CancellationToken,
 ) where
@@ -214,7 +215,7 @@ async fn drive<S, B>(
     let (peer, watch, metrics) = (edge.peer, edge.watch.clone(), edge.metrics.clone());
     // The connection may have waited for its permit.
     watch.enter(Phase::Head);
-    let io = TokioIo::new(Watched { socket, watch: watch.clone(), connections });
+    let io = TokioIo::new(Watched { socket, watch: watch.clone(), idle });
     let mut connection = http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(None) // It also runs while a connection is idle; ours does not.

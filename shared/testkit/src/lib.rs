@@ -43,6 +43,8 @@ pub mod tls;
 #[cfg(feature = "full")]
 pub mod usage;
 #[cfg(feature = "full")]
+pub mod user;
+#[cfg(feature = "full")]
 pub mod world;
 
 use std::{future::Future, time::Duration};

@@ -21,7 +21,7 @@ use crate::{
     sse::StreamRequest,
     until,
     usage::{Cpu, Memory},
-    world::User,
+    user::User,
 };
 
 /// Lines kept of one service.

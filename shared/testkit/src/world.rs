@@ -31,6 +31,7 @@ use crate::{
     secrets::{random, signing_key},
     service::{Log, Plan, Service},
     soon,
+    user::User,
 };
 
 /// Part of every message that a test sends; must be in no log.
@@ -77,15 +78,6 @@ impl Default for WorldOptions {
 struct WorldDatabase {
     admin_url: String,
     name: String,
-}
-
-/// A user who is logged in.
-#[derive(Debug, Clone)]
-pub struct User {
-    pub id: UserId,
-    pub name: String,
-    pub token: String,
-    pub cookie: String,
 }
 
 impl World {

@@ -19,7 +19,7 @@ pub(super) struct Connections {
     open: Mutex<Open>,
     count: Gauge,
     /// A connection has ended or has become idle: a new one that found the listener full tries again.
-    pub(super) changed: Notify,
+    pub(super) changed: Arc<Notify>,
 }
 
 #[derive(Default)]
@@ -59,7 +59,7 @@ impl Connections {
             proxies: limits.proxies.clone(),
             open: Mutex::default(),
             count,
-            changed: Notify::new(),
+            changed: Arc::default(),
         }
     }
 

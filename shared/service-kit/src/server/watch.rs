@@ -14,7 +14,7 @@ use tokio::{
     time::Instant,
 };
 
-use super::{Limits, Ticket, connections::Connections, lock};
+use super::{Limits, Ticket, lock};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Phase {
@@ -151,7 +151,8 @@ impl Tail {
 pub(super) struct Watched {
     pub(super) socket: TcpStream,
     pub(super) watch: Arc<Watch>,
-    pub(super) connections: Arc<Connections>,
+    /// Notified when the connection becomes idle.
+    pub(super) idle: Arc<Notify>,
 }
 
 impl Watched {
@@ -220,7 +221,7 @@ impl AsyncWrite for Watched {
                 let nothing_more = notes.read.ends_with(&notes.answered);
                 notes.enter(if nothing_more { Phase::Idle } else { Phase::Head });
                 drop(notes);
-                self.connections.changed.notify_one();
+                self.idle.notify_one();
             }
         }
         result

@@ -1,0 +1,12 @@
+//! A logged-in user of a test.
+
+use protocol::ids::UserId;
+
+/// A user who is logged in.
+#[derive(Debug, Clone)]
+pub struct User {
+    pub id: UserId,
+    pub name: String,
+    pub token: String,
+    pub cookie: String,
+}
