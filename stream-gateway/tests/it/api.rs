@@ -1,5 +1,4 @@
-//! An `api` that does what a test says: feeds in memory, answers that can be held back, refused or falsified, and a record of
-//! all that it was asked.
+//! A fake `api`: feeds in memory, answers that can be delayed, refused or falsified, and a record of all requests.
 
 use std::{
     collections::{HashMap, HashSet, VecDeque},
@@ -36,32 +35,25 @@ use warp::Filter;
 
 pub(crate) const SECRET: &str = "the-internal-secret-of-these-tests";
 
-/// How an endpoint answers at present.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Fault {
     None,
-    /// Answers are made when the question comes and sent when the fault changes.
+    /// Answers are made on request and sent when the fault changes.
     Holding,
     Failing,
-    /// Fails, after this long.
     FailingAfter(Duration),
 }
 
-/// What was asked in one request, in its order.
+/// One request, in its order.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) enum Asked {
-    Heads {
-        users: Vec<(UserId, Option<Position>)>,
-        logins: Vec<Login>,
-    },
+pub(crate) enum ApiRequest {
+    Heads { users: Vec<(UserId, Option<Position>)>, logins: Vec<Login> },
     Ranges(Vec<RangeAfter>),
     Keys,
-    /// These subjects of the external issuer.
     Identities(Vec<String>),
 }
 
-impl Asked {
-    /// How many pairs.
+impl ApiRequest {
     pub(crate) fn size(&self) -> usize {
         match self {
             Self::Heads { users, .. } => users.len(),
@@ -72,55 +64,53 @@ impl Asked {
     }
 }
 
-/// All that was asked so far.
+/// All requests so far.
 #[derive(Debug, Clone, Default)]
-pub(crate) struct Record(Vec<Asked>);
+pub(crate) struct Record(Vec<ApiRequest>);
 
 impl Record {
-    pub(crate) fn requests(&self) -> &[Asked] {
+    pub(crate) fn requests(&self) -> &[ApiRequest] {
         &self.0
     }
 
     pub(crate) fn range_requests(&self) -> impl Iterator<Item = &Vec<RangeAfter>> {
-        self.0.iter().filter_map(|asked| match asked {
-            Asked::Ranges(pairs) => Some(pairs),
+        self.0.iter().filter_map(|request| match request {
+            ApiRequest::Ranges(pairs) => Some(pairs),
             _ => None,
         })
     }
 
-    /// The places that this user's feed was asked about.
+    /// The positions after which this user's feed was requested.
     pub(crate) fn ranges(&self, user: UserId) -> Vec<Seq> {
         self.range_requests().flatten().filter(|pair| pair.user == user).map(|pair| pair.after).collect()
     }
 
-    /// How often this user's head was asked for.
     pub(crate) fn heads(&self, user: UserId) -> usize {
-        let users = self.0.iter().filter_map(|asked| match asked {
-            Asked::Heads { users, .. } => Some(users),
+        let users = self.0.iter().filter_map(|request| match request {
+            ApiRequest::Heads { users, .. } => Some(users),
             _ => None,
         });
-        users.flatten().filter(|(asked, _)| *asked == user).count()
+        users.flatten().filter(|(id, _)| *id == user).count()
     }
 
-    /// The subjects that were asked about, request by request.
+    /// The requested subjects, request by request.
     pub(crate) fn identities(&self) -> Vec<&[String]> {
-        let asked = self.0.iter();
-        asked
-            .filter_map(|asked| match asked {
-                Asked::Identities(subjects) => Some(subjects.as_slice()),
+        self.0
+            .iter()
+            .filter_map(|request| match request {
+                ApiRequest::Identities(subjects) => Some(subjects.as_slice()),
                 _ => None,
             })
             .collect()
     }
 
     pub(crate) fn keys(&self) -> usize {
-        self.0.iter().filter(|asked| **asked == Asked::Keys).count()
+        self.0.iter().filter(|request| **request == ApiRequest::Keys).count()
     }
 }
 
 type Falsify = Box<dyn FnOnce(&mut RangesAnswer) + Send>;
 
-/// What becomes of one answer.
 enum Trick {
     Instead(Bytes),
     Falsified(Falsify),
@@ -144,9 +134,8 @@ struct State {
     jwks: JwkSet,
     external: Option<ExternalKeysAnswer>,
     version: KeysVersion,
-    /// Who the subjects of the external issuer are.
     subjects: HashMap<String, UserId>,
-    /// Events in one answer for one user, at most.
+    /// Maximum events in one range.
     page: usize,
     tricks: HashMap<&'static str, VecDeque<Trick>>,
 }
@@ -211,7 +200,7 @@ impl Api {
 
     // ---- Feeds
 
-    /// A new user whose feed ends at `head`, all of its events kept.
+    /// A new user whose feed ends at `head`, with no event pruned.
     pub(crate) fn add(&self, user: UserId, epoch: Epoch, head: Seq) {
         let mut feed = Feed { head: Position { epoch, seq: 0 }, rows: vec![] };
         (0..head).for_each(|_| _ = feed.append(None));
@@ -231,12 +220,11 @@ impl Api {
         self.change(user, |feed| feed.append(None))
     }
 
-    /// Commits an event with so many bytes more.
+    /// Commits an event with this many bytes of padding.
     pub(crate) fn append_large(&self, user: UserId, bytes: usize) -> Envelope {
         self.change(user, |feed| feed.append(Some("x".repeat(bytes))))
     }
 
-    /// Commits an event of this name.
     pub(crate) fn append_named(&self, user: UserId, name: &str) -> Envelope {
         self.change(user, |feed| {
             feed.append(None);
@@ -257,17 +245,16 @@ impl Api {
         self.change(user, |feed| feed.head)
     }
 
-    /// This place in this user's feed, as a client says it.
     pub(crate) fn cursor(&self, user: UserId, seq: Seq) -> String {
         Position { epoch: self.head(user).epoch, seq }.to_string()
     }
 
-    /// Events up to this one are no longer kept.
+    /// Prunes events up to this one.
     pub(crate) fn prune(&self, user: UserId, to: Seq) {
         self.change(user, |feed| feed.rows.retain(|row| row.seq > to));
     }
 
-    /// A backup is restored in which the feed ends at `head`. Unless `epoch` is a new one, nobody redrew it.
+    /// Restores a backup in which the feed ends at `head`.
     pub(crate) fn restore(&self, user: UserId, epoch: Epoch, head: Seq) {
         self.change(user, |feed| {
             feed.rows.retain(|row| row.seq <= head);
@@ -291,7 +278,7 @@ impl Api {
         state.reconfigure();
     }
 
-    /// The same by a replica that was configured at this time.
+    /// Keys of a replica that was configured at this time.
     pub(crate) fn publish_keys_since(&self, jwks: JwkSet, since: i64) -> KeysVersion {
         let mut state = self.state();
         state.version = configuration(&jwks, since);
@@ -299,7 +286,7 @@ impl Api {
         state.version.clone()
     }
 
-    /// The issuer's keys as they were fetched at this time. None: this replica has none yet.
+    /// The issuer's keys as fetched at this time; `None` if this replica has none yet.
     pub(crate) fn fetched_since(&self, jwks: Option<JwkSet>, since: i64) -> KeysVersion {
         let mut state = self.state();
         state.version.external = jwks.as_ref().map(|jwks| Version { since, ..Version::of(jwks) });
@@ -307,14 +294,12 @@ impl Api {
         state.version.clone()
     }
 
-    /// Tokens of this issuer are accepted too.
     pub(crate) fn trust(&self, external: ExternalKeysAnswer) {
         let mut state = self.state();
         state.external = Some(external);
         state.reconfigure();
     }
 
-    /// This subject of the issuer is this user.
     pub(crate) fn identify(&self, subject: &str, user: UserId) {
         self.state().subjects.insert(subject.into(), user);
     }
@@ -327,35 +312,33 @@ impl Api {
         self.shared.faults[path].send_replace(fault);
     }
 
-    /// Questions about feeds; keys are published as ever.
-    pub(crate) fn fault_of_feeds(&self, fault: Fault) {
+    /// Sets the fault of feed requests; keys are still served.
+    pub(crate) fn fault_feed_requests(&self, fault: Fault) {
         self.fault(HEADS_PATH, fault);
         self.fault(RANGES_PATH, fault);
     }
 
-    /// The next answer is this instead.
+    /// Replaces the next answer.
     pub(crate) fn next_answer(&self, path: &'static str, body: impl Into<Bytes>) {
         self.state().tricks.entry(path).or_default().push_back(Trick::Instead(body.into()));
     }
 
-    /// The next ranges are changed first.
+    /// Changes the next answer about ranges.
     pub(crate) fn falsify_ranges(&self, falsify: impl FnOnce(&mut RangesAnswer) + Send + 'static) {
         self.state().tricks.entry(RANGES_PATH).or_default().push_back(Trick::Falsified(Box::new(falsify)));
     }
 
-    // ---- Questions
+    // ---- Requests
 
-    pub(crate) fn asked(&self) -> Record {
+    pub(crate) fn record(&self) -> Record {
         self.shared.record.borrow().clone()
     }
 
-    /// What is asked from now on is counted from nothing.
-    pub(crate) fn forget_questions(&self) {
+    pub(crate) fn forget_requests(&self) {
         self.shared.record.send_replace(Record::default());
     }
 
-    /// Waits until the record shows something.
-    pub(crate) async fn until_asked(&self, what: &str, shown: impl FnMut(&Record) -> bool) {
+    pub(crate) async fn until_requested(&self, what: &str, shown: impl FnMut(&Record) -> bool) {
         let mut record = self.shared.record.subscribe();
         soon(what, record.wait_for(shown)).await.expect("the sender lives here");
     }
@@ -395,9 +378,9 @@ impl Shared {
         if !authorized {
             return respond(StatusCode::UNAUTHORIZED, Bytes::new());
         }
-        // As of now, whenever it is sent.
-        let (asked, answer) = self.make(path, body);
-        self.record.send_modify(|record| record.0.push(asked));
+        // The answer is made now, whenever it is sent.
+        let (request, answer) = self.make(path, body);
+        self.record.send_modify(|record| record.0.push(request));
         let mut fault = fault.subscribe();
         let fault =
             *fault.wait_for(|fault| *fault != Fault::Holding).await.expect("the sender lives as long");
@@ -411,33 +394,33 @@ impl Shared {
         }
     }
 
-    fn make(&self, path: &'static str, body: &[u8]) -> (Asked, Bytes) {
+    fn make(&self, path: &'static str, body: &[u8]) -> (ApiRequest, Bytes) {
         let mut state = self.state.lock().unwrap();
         let trick = state.tricks.get_mut(path).and_then(VecDeque::pop_front);
-        let (asked, answer) = match path {
+        let (made, answer) = match path {
             HEADS_PATH => {
                 let request: HeadsRequest = serde_json::from_slice(body).unwrap();
                 let answer = to_json(&state.heads(&request));
                 let users = request.users.iter().map(|known| (known.user, known.head)).collect();
-                (Asked::Heads { users, logins: request.logins }, answer)
+                (ApiRequest::Heads { users, logins: request.logins }, answer)
             }
             RANGES_PATH => {
                 let request: RangesRequest = serde_json::from_slice(body).unwrap();
                 let mut answer = state.ranges(&request);
                 if let Some(Trick::Falsified(falsify)) = trick {
                     falsify(&mut answer);
-                    return (Asked::Ranges(request.ranges), to_json(&answer));
+                    return (ApiRequest::Ranges(request.ranges), to_json(&answer));
                 }
-                (Asked::Ranges(request.ranges), to_json(&answer))
+                (ApiRequest::Ranges(request.ranges), to_json(&answer))
             }
             IDENTITY_PATH => {
                 let request: IdentityRequest = serde_json::from_slice(body).unwrap();
                 let subjects: Vec<_> = request.identities.into_iter().map(|it| it.subject).collect();
                 let users = subjects.iter().map(|subject| state.subjects[subject]).collect();
-                (Asked::Identities(subjects), to_json(&IdentityAnswer { users }))
+                (ApiRequest::Identities(subjects), to_json(&IdentityAnswer { users }))
             }
             _ => (
-                Asked::Keys,
+                ApiRequest::Keys,
                 to_json(&KeysAnswer {
                     version: state.version.clone(),
                     own: state.jwks.clone(),
@@ -446,8 +429,8 @@ impl Shared {
             ),
         };
         match trick {
-            Some(Trick::Instead(body)) => (asked, body),
-            _ => (asked, answer),
+            Some(Trick::Instead(body)) => (made, body),
+            _ => (made, answer),
         }
     }
 }
@@ -468,7 +451,7 @@ impl State {
         }
     }
 
-    /// A newer configuration takes the place of the last one, whatever its keys.
+    /// Replaces the configuration by a newer one, whatever its keys.
     fn reconfigure(&mut self) {
         let since = self.version.configured.since + 1;
         self.version = configuration(&since, since);

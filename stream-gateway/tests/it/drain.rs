@@ -1,4 +1,4 @@
-//! The end of the process: unready, a wait, a steady parting, and no longer than that.
+//! The drain: unready, a delay, goodbyes spread over a window, and a bound on all of it.
 
 use std::time::Duration;
 
@@ -30,7 +30,7 @@ async fn each_stream_ends_with_a_goodbye_and_a_retry_of_its_own() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn nothing_ends_while_load_balancers_learn_of_it_and_nobody_is_admitted_after() {
+async fn streams_continue_until_load_balancers_stop_routing() {
     let world = Setup::config(|config| {
         config.drain.wait = Duration::from_secs(1);
         config.drain.window = Duration::from_secs(4);
@@ -42,20 +42,20 @@ async fn nothing_ends_while_load_balancers_learn_of_it_and_nobody_is_admitted_af
     world.stop();
     until("it says that it is going", || async { world.readiness().await.status == 503 }).await;
     assert_eq!(world.readiness().await.text(), "stopping\n");
-    // Who comes now is still welcome, and events go on.
+    // New streams are still admitted, and events continue.
     streams.push(world.joined(&user).await);
     world.say(&user, 1).await;
     for stream in &mut streams {
         receives(stream, 4..=4).await;
     }
-    // One goes at once, the other after half the window.
+    // One closes immediately, the other after half the window.
     goodbye(&mut streams[0], "drain").await;
     let mut late = world.stream(&user).stream().await;
     goodbye(&mut late, "drain").await;
     let retry = late.retry.unwrap().as_millis();
     assert!((2_000..=5_000).contains(&retry), "{retry}");
     assert!(world.metric("messenger_gateway_streams_rejected_total{reason=\"drain\"}").await >= 1);
-    // Whoever stays gets events to the last.
+    // An open stream receives events until its goodbye.
     world.say(&user, 1).await;
     receives(&mut streams[1], 5..=5).await;
     goodbye(&mut streams[1], "drain").await;
@@ -64,15 +64,15 @@ async fn nothing_ends_while_load_balancers_learn_of_it_and_nobody_is_admitted_af
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_gateway_without_streams_ends_at_once() {
+async fn a_gateway_without_streams_stops_immediately() {
     let world = Setup::config(|config| config.drain.window = Duration::from_mins(5)).start().await;
     world.stop();
     soon("it ends", world.stopped()).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn readers_that_take_no_goodbye_do_not_hold_it_up() {
-    // They would be given longer to take what is theirs than a test waits.
+async fn slow_consumers_do_not_delay_the_drain() {
+    // The write deadline is longer than the test waits.
     let world = Setup::config(|config| config.delivery.write_deadline = 10 * PATIENCE).start().await;
     let user = world.user(0);
     let mut streams = Vec::new();
@@ -95,7 +95,7 @@ async fn readers_that_take_no_goodbye_do_not_hold_it_up() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_gateway_stops_while_everything_else_is_away() {
     let world = Setup::default().redis_is_away().start().await;
-    world.api.fault_of_feeds(crate::api::Fault::Holding);
+    world.api.fault_feed_requests(crate::api::Fault::Holding);
     let user = world.user(3);
     let mut streams = [world.stream(&user).stream().await, world.stream_after(&user, 1).stream().await];
     world.until_metric("messenger_gateway_streams", 2).await;

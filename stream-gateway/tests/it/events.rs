@@ -1,4 +1,4 @@
-//! What Redis brings: in order, out of order, not at all, twice, or not fit to be passed on.
+//! Events from Redis: in order, out of order, lost, repeated, or invalid.
 
 use std::time::Duration;
 
@@ -9,29 +9,29 @@ use testkit::until;
 use crate::support::{ANOTHER_EPOCH, GatewayWorld, Setup, goodbye, receives, resync, silence};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_reordering_costs_no_question() {
+async fn reordered_events_need_no_backfill() {
     let world = GatewayWorld::new().await;
     let user = world.user(5);
     let mut stream = world.joined(&user).await;
-    world.api.forget_questions();
+    world.api.forget_requests();
     let mut said = [world.api.append(user.id), world.api.append(user.id), world.api.append(user.id)];
     said.reverse();
-    world.publish_at_once(&user, &said).await;
-    world.publish_at_once(&user, &said).await; // For which there is no reason.
+    world.publish_together(&user, &said).await;
+    world.publish_together(&user, &said).await;
     receives(&mut stream, 6..=8).await;
     silence(&mut stream).await;
     world.until_delivered("redis", 3).await;
-    assert_eq!(world.api.asked().requests(), []);
+    assert_eq!(world.api.record().requests(), []);
     drop(stream);
     world.ends().await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_hole_costs_one_question() {
+async fn a_gap_is_backfilled_by_one_request() {
     let world = GatewayWorld::new().await;
     let user = world.user(5);
     let mut streams = [world.joined(&user).await, world.joined(&user).await];
-    world.api.forget_questions();
+    world.api.forget_requests();
     for _ in 0..3 {
         world.api.append(user.id); // Redis loses these.
     }
@@ -43,14 +43,14 @@ async fn a_hole_costs_one_question() {
     for stream in &mut streams {
         receives(stream, 13..=13).await;
     }
-    assert_eq!(world.api.asked().ranges(user.id), [5]);
-    assert_eq!(world.api.asked().heads(user.id), 0);
+    assert_eq!(world.api.record().ranges(user.id), [5]);
+    assert_eq!(world.api.record().heads(user.id), 0);
     drop(streams);
     world.ends().await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn what_redis_never_said_is_found_by_the_reconcile() {
+async fn reconcile_finds_events_that_redis_lost() {
     let world = Setup::config(|config| config.delivery.reconcile = Duration::from_secs(1)).start().await;
     let (user, other) = (world.user(5), world.user(5));
     let mut stream = world.joined(&user).await;
@@ -67,7 +67,7 @@ async fn what_redis_never_said_is_found_by_the_reconcile() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn rows_that_were_pruned_before_they_were_delivered_are_a_resync() {
+async fn pruned_events_that_were_not_delivered_end_in_a_resync() {
     let world = GatewayWorld::new().await;
     let user = world.user(5);
     let mut stream = world.joined(&user).await;
@@ -84,26 +84,26 @@ async fn rows_that_were_pruned_before_they_were_delivered_are_a_resync() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn an_event_of_another_epoch_is_a_doubt_and_no_event() {
+async fn an_event_of_another_epoch_is_checked_and_not_delivered() {
     let world = GatewayWorld::new().await;
     let user = world.user(5);
     let mut stream = world.joined(&user).await;
-    world.api.forget_questions();
-    let strangers = [6, 1, 900].map(|seq| Envelope { epoch: ANOTHER_EPOCH, ..world.api.made_up(seq) });
-    world.publish_at_once(&user, &strangers).await;
-    world.api.until_asked("the doubt", |asked| asked.ranges(user.id) == [5]).await;
+    world.api.forget_requests();
+    let others = [6, 1, 900].map(|seq| Envelope { epoch: ANOTHER_EPOCH, ..world.api.made_up(seq) });
+    world.publish_together(&user, &others).await;
+    world.api.until_requested("a backfill", |record| record.ranges(user.id) == [5]).await;
     silence(&mut stream).await;
-    assert_eq!(world.api.asked().ranges(user.id), [5]);
+    assert_eq!(world.api.record().ranges(user.id), [5]);
     world.say(&user, 1).await;
     receives(&mut stream, 6..=6).await;
 
-    // This time it is true: a backup was restored, and the epochs were redrawn.
+    // A backup was restored, with new epochs.
     world.api.restore(user.id, ANOTHER_EPOCH, 4);
     world.say(&user, 2).await;
     resync(&mut stream, &world.api.cursor(user.id, 6), "unknown").await;
     world.say(&user, 1).await;
     receives(&mut stream, 7..=7).await;
-    // The reader of the tests rejects the line ends of Unicode as well.
+    // The SSE reader of the tests rejects Unicode's line ends too.
     let breaks = "a\u{2028}b\u{2029}c\u{85}d";
     let raw = RawValue::from_string(format!("{{\"n\":8,\"text\":\"{breaks}\"}}")).unwrap();
     world.publish_event(&user, &Envelope { data: raw, ..world.api.append(user.id) }).await;
@@ -113,29 +113,29 @@ async fn an_event_of_another_epoch_is_a_doubt_and_no_event() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn an_event_from_a_future_that_never_comes_costs_a_question_and_no_more() {
+async fn a_seq_beyond_the_head_costs_one_backfill_request() {
     let world = GatewayWorld::new().await;
     let user = world.user(5);
     let mut stream = world.joined(&user).await;
-    world.api.forget_questions();
+    world.api.forget_requests();
     world.publish_event(&user, &world.api.made_up(1_000_000)).await;
-    world.api.until_asked("the hole", |asked| asked.ranges(user.id) == [5]).await;
+    world.api.until_requested("a backfill", |record| record.ranges(user.id) == [5]).await;
     silence(&mut stream).await;
     world.say(&user, 2).await;
     receives(&mut stream, 6..=7).await;
     silence(&mut stream).await;
-    assert_eq!(world.api.asked().ranges(user.id), [5]);
+    assert_eq!(world.api.record().ranges(user.id), [5]);
     drop(stream);
     world.ends().await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn garbage_on_a_channel_harms_nobody() {
+async fn invalid_payloads_on_a_channel_harm_no_stream() {
     let world = GatewayWorld::new().await;
     let (user, other) = (world.user(5), world.user(5));
     let mut stream = world.joined(&user).await;
     let mut another = world.joined(&other).await;
-    world.api.forget_questions();
+    world.api.forget_requests();
     let deep = "[".repeat(50_000);
     let payloads: [&[u8]; 9] = [
         b"",
@@ -156,23 +156,23 @@ async fn garbage_on_a_channel_harms_nobody() {
     receives(&mut stream, 6..=7).await;
     world.say(&other, 1).await;
     receives(&mut another, 6..=6).await;
-    // The doubt is about the one whose channel it was.
-    world.api.until_asked("the doubt", |asked| !asked.ranges(user.id).is_empty()).await;
-    assert_eq!((world.api.asked().ranges(other.id).len(), world.api.asked().heads(other.id)), (0, 0));
+    // Only the user of that channel is backfilled.
+    world.api.until_requested("a backfill", |record| !record.ranges(user.id).is_empty()).await;
+    assert_eq!((world.api.record().ranges(other.id).len(), world.api.record().heads(other.id)), (0, 0));
     drop((stream, another));
     world.ends().await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn an_envelope_that_this_build_cannot_take_from_redis_comes_from_the_feed() {
+async fn an_unreadable_envelope_is_backfilled_from_the_feed() {
     let world = GatewayWorld::new().await;
     let user = world.user(5);
     let mut stream = world.joined(&user).await;
-    // Of a newer api.
+    // The version of a newer api.
     let newer = Envelope { v: 2, ..world.api.append(user.id) };
     world.publish_event(&user, &newer).await;
     receives(&mut stream, 6..=6).await;
-    // Far beyond any message.
+    // Larger than any message.
     let large = world.api.append_large(user.id, 100_000);
     world.publish_event(&user, &large).await;
     receives(&mut stream, 7..=7).await;
@@ -183,7 +183,7 @@ async fn an_envelope_that_this_build_cannot_take_from_redis_comes_from_the_feed(
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn an_event_name_that_is_not_known_here_is_passed_on() {
+async fn an_unknown_event_name_is_passed_on() {
     let world = GatewayWorld::new().await;
     let user = world.user(5);
     let mut stream = world.joined(&user).await;
@@ -191,12 +191,12 @@ async fn an_event_name_that_is_not_known_here_is_passed_on() {
     world.publish_event(&user, &new).await;
     let event = stream.named("reaction.added").await;
     assert_eq!(event.id, Some(world.api.cursor(user.id, 6)));
-    // Line breaks between tokens are no line breaks of the stream.
+    // Line breaks between JSON tokens must not reach the stream.
     let broken = RawValue::from_string("{\r\n\"n\":\n7\r}".into()).unwrap();
     let event = Envelope { data: broken, ..world.api.append(user.id) };
     world.publish_event(&user, &event).await;
     receives(&mut stream, 7..=7).await;
-    // The reader of the tests rejects the line ends of Unicode as well.
+    // The SSE reader of the tests rejects Unicode's line ends too.
     let breaks = "a\u{2028}b\u{2029}c\u{85}d";
     let raw = RawValue::from_string(format!("{{\"n\":8,\"text\":\"{breaks}\"}}")).unwrap();
     world.publish_event(&user, &Envelope { data: raw, ..world.api.append(user.id) }).await;
@@ -206,7 +206,7 @@ async fn an_event_name_that_is_not_known_here_is_passed_on() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn an_event_that_no_client_may_get_is_a_resync_for_those_who_would_need_it() {
+async fn an_event_unfit_for_clients_ends_in_a_resync() {
     let world = GatewayWorld::new().await;
     let user = world.user(5);
     let mut stream = world.joined(&user).await;
@@ -234,7 +234,7 @@ async fn a_revocation_ends_the_streams_of_that_session_only() {
     for stream in &mut ended {
         assert_eq!(goodbye(stream, "revoked").await["reconnect"], false);
     }
-    // On another's channel it ends nothing.
+    // On another user's channel it ends nothing.
     world.publish(&other, json!({ "revoked": phone.session }).to_string()).await;
     world.say(&user, 1).await;
     receives(&mut stays, 6..=6).await;
@@ -246,7 +246,7 @@ async fn a_revocation_ends_the_streams_of_that_session_only() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_revocation_that_redis_lost_is_found_by_the_reconcile_and_at_the_join() {
+async fn a_lost_revocation_is_found_by_reconcile_and_at_join() {
     let world = Setup::config(|config| config.delivery.reconcile = Duration::from_secs(1)).start().await;
     let user = world.user(5);
     let phone = world.another_session(user.id);
@@ -263,13 +263,13 @@ async fn a_revocation_that_redis_lost_is_found_by_the_reconcile_and_at_the_join(
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn events_go_on_when_redis_dies_and_when_it_is_back() {
+async fn events_continue_while_redis_is_down_and_after_it_returns() {
     let world =
         Setup::config(|config| config.delivery.degraded_reconcile = Duration::from_millis(200)).start().await;
     let users = [world.user(5), world.user(5)];
     let mut streams = [world.joined(&users[0]).await, world.joined(&users[1]).await];
     world.network.refuse();
-    until("Redis is in doubt", || async { world.metric("messenger_gateway_redis_degraded").await == 1 })
+    until("Redis is degraded", || async { world.metric("messenger_gateway_redis_degraded").await == 1 })
         .await;
     assert!(world.readiness().await.text().starts_with("ready; degraded: Redis is unavailable"));
     assert_eq!(world.readiness().await.status, 200);
@@ -290,7 +290,7 @@ async fn events_go_on_when_redis_dies_and_when_it_is_back() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_redis_that_is_silently_dead_is_found_by_the_beat() {
+async fn the_health_probe_detects_a_silently_dead_redis() {
     let world =
         Setup::config(|config| config.delivery.degraded_reconcile = Duration::from_millis(200)).start().await;
     let user = world.user(5);
@@ -306,17 +306,17 @@ async fn a_redis_that_is_silently_dead_is_found_by_the_beat() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_redis_that_is_no_longer_where_its_name_points_is_left() {
+async fn the_gateway_follows_redis_to_a_new_address_of_its_name() {
     let world = GatewayWorld::new().await;
     let user = world.user(5);
     let mut stream = world.joined(&user).await;
-    // The old one lives on with our connection to it, as after a failover; everybody publishes to the new one.
+    // As after a failover, the old Redis keeps our connection while api publishes to the new one.
     let promoted = testkit::servers::Redis::start();
     world.network.aim(promoted.address());
     let envelope = world.api.append(user.id);
     let payload = serde_json::to_string(&envelope).unwrap();
     let channel = world.channel(&user);
-    until("somebody listens at the new one", || async {
+    until("the gateway subscribes at the new one", || async {
         promoted.command(&["PUBLISH", &channel, &payload]).unwrap() == ":1"
     })
     .await;

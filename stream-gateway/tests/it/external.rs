@@ -1,4 +1,4 @@
-//! Users who come with a token of a external issuer: checked here, known to `api`.
+//! Streams opened by an external issuer's token: the gateway verifies it, `api` knows its user.
 
 use std::time::Duration;
 
@@ -19,7 +19,7 @@ use crate::{
 
 const SUBJECT: &str = "auth0|jane";
 
-/// A gateway that trusts the issuer, and a user who is known there.
+/// A gateway that trusts the issuer, and a user who is known to `api`.
 async fn world() -> (GatewayWorld, FeedUser) {
     world_with(Setup::default()).await
 }
@@ -29,7 +29,7 @@ async fn world_with(setup: Setup) -> (GatewayWorld, FeedUser) {
     world.api.trust(published(&IssuerKey::number(0)));
     world.api.fault(KEYS_PATH, Fault::None);
     until("the gateway is ready", || async { world.readiness().await.status == 200 }).await;
-    world.api.forget_questions();
+    world.api.forget_requests();
     let user = world.user(3);
     world.api.identify(SUBJECT, user.id);
     (world, user)
@@ -46,15 +46,14 @@ impl GatewayWorld {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_foreign_token_opens_its_users_stream_and_who_it_is_is_asked_once() {
+async fn an_external_token_opens_streams_by_one_identity_request() {
     let (world, user) = world().await;
     let mut first = world.with_token(&token()).stream().await;
     ready(&mut first, &world.api.cursor(user.id, 3), false).await;
-    assert_eq!(world.api.asked().identities(), [[SUBJECT.to_owned()].as_slice()]);
+    assert_eq!(world.api.record().identities(), [[SUBJECT.to_owned()].as_slice()]);
     let mut second = world.with_token(&token()).stream().await;
     ready(&mut second, &world.api.cursor(user.id, 3), false).await;
-    assert_eq!(world.api.asked().identities().len(), 1, "it is remembered");
-    // Live events come as to anybody.
+    assert_eq!(world.api.record().identities().len(), 1, "it is remembered");
     let event = world.api.append(user.id);
     world.publish_event(&user, &event).await;
     for stream in [&mut first, &mut second] {
@@ -65,7 +64,7 @@ async fn a_foreign_token_opens_its_users_stream_and_who_it_is_is_asked_once() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn many_who_come_at_once_share_a_few_questions() {
+async fn simultaneous_external_streams_share_identity_requests() {
     let (world, _) = world().await;
     let subjects: Vec<_> = (0..100).map(|number| format!("s{number}")).collect();
     for subject in &subjects {
@@ -80,20 +79,20 @@ async fn many_who_come_at_once_share_a_few_questions() {
     let streams = join_all(openings).await;
     world.api.fault(IDENTITY_PATH, Fault::None);
     join_all(streams.into_iter().map(|mut stream| async move { stream.named("ready").await })).await;
-    let asked = world.api.asked();
-    let requests = asked.identities();
+    let record = world.api.record();
+    let requests = record.identities();
     assert_eq!(requests.iter().map(|subjects| subjects.len()).sum::<usize>(), 100);
     assert!(requests.len() < 20, "{}", requests.len());
     world.leaves_nothing().await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn while_api_cannot_tell_who_it_is_the_head_comes_and_then_busy() {
+async fn an_unresolved_identity_gets_a_head_and_then_busy() {
     let (world, user) = world().await;
     world.api.fault(IDENTITY_PATH, Fault::Failing);
     let mut stream = world.with_token(&token()).stream().await;
-    let told = goodbye(&mut stream, "busy").await;
-    assert_eq!(told["reconnect"], true);
+    let event = goodbye(&mut stream, "busy").await;
+    assert_eq!(event["reconnect"], true);
     assert!((60_000..=120_000).contains(&stream.retry.unwrap().as_millis()));
     assert_eq!(world.metric("messenger_gateway_streams_rejected_total{reason=\"no_identity\"}").await, 1);
     world.api.fault(IDENTITY_PATH, Fault::None);
@@ -104,7 +103,7 @@ async fn while_api_cannot_tell_who_it_is_the_head_comes_and_then_busy() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_subject_who_opens_too_often_waits_although_nobody_knows_yet_who_it_is() {
+async fn an_unresolved_subject_is_rate_limited() {
     let per_user = Limit::new(3, Duration::from_hours(1));
     let (world, user) = world_with(Setup::config(move |config| {
         config.opening =
@@ -127,7 +126,7 @@ async fn a_subject_who_opens_too_often_waits_although_nobody_knows_yet_who_it_is
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn what_is_not_exactly_the_issuers_is_refused() {
+async fn only_valid_tokens_of_the_issuer_are_accepted() {
     let (world, _) = world().await;
     let key = IssuerKey::number(0);
     let claims = |iss: &str, aud: &str, exp: i64| serde_json::json!({ "iss": iss, "aud": aud, "sub": SUBJECT, "exp": exp });
@@ -136,24 +135,24 @@ async fn what_is_not_exactly_the_issuers_is_refused() {
         key.sign(&claims(ISSUER, "another", now() + 60)),
         key.sign(&claims(ISSUER, AUDIENCE, now() - 1)),
         IssuerKey::number(1).sign(&claims(ISSUER, AUDIENCE, now() + 60)),
-        // Ours by its claims, theirs by its key.
+        // Our claims, signed by the issuer's key.
         key.sign(&claims(crate::support::ORIGIN, "api", now() + 60)),
     ] {
         assert_eq!(world.with_token(&bad).open().await.unwrap().status, 401, "{bad}");
     }
-    assert_eq!(world.api.asked().identities().len(), 0);
+    assert_eq!(world.api.record().identities().len(), 0);
     world.ends().await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn the_issuers_keys_are_rotated_and_may_be_late() {
+async fn the_issuers_keys_may_rotate_and_arrive_late() {
     let (world, user) = world().await;
     let rotated = IssuerKey::number(1);
     world.api.trust(published(&rotated));
     let token = rotated.token(SUBJECT, now() + 3_600);
     let mut stream = world.with_token(&token).stream().await;
     ready(&mut stream, &world.api.cursor(user.id, 3), false).await;
-    assert_eq!(world.api.asked().keys(), 1);
+    assert_eq!(world.api.record().keys(), 1);
     drop(stream);
     world.ends().await;
 
@@ -168,7 +167,7 @@ async fn the_issuers_keys_are_rotated_and_may_be_late() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_stream_ends_before_its_foreign_token_does() {
+async fn a_stream_ends_before_its_external_token_does() {
     let (world, user) = world().await;
     let exp = now() + 4;
     let mut stream = world.with_token(&IssuerKey::number(0).token(SUBJECT, exp)).stream().await;

@@ -22,19 +22,19 @@ async fn a_stream_without_a_cursor_starts_at_the_head() {
     world.say(&user, 2).await;
     receives(&mut stream, 8..=9).await;
 
-    // An empty cursor is an absent one. This time the place is known, and nobody has to be asked for it.
+    // An empty cursor is an absent one; the position is known, so nothing is requested.
     let mut another = world.stream(&user).last_event_id("").last_event_id_in_query("").stream().await;
     ready(&mut another, &world.api.cursor(user.id, 9), false).await;
     world.say(&user, 1).await;
     receives(&mut another, 10..=10).await;
     receives(&mut stream, 10..=10).await;
-    assert!(world.api.asked().ranges(user.id).is_empty());
+    assert!(world.api.record().ranges(user.id).is_empty());
     drop((stream, another));
     world.ends().await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_stream_with_a_cursor_gets_what_follows_it_and_then_goes_live() {
+async fn a_stream_with_a_cursor_is_backfilled_and_goes_live() {
     let world = GatewayWorld::new().await;
     let user = world.user(7);
     let mut by_header = world.stream_after(&user, 4).last_event_id_in_query("stale").stream().await;
@@ -55,7 +55,7 @@ async fn a_stream_with_a_cursor_gets_what_follows_it_and_then_goes_live() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_page_that_was_cut_is_followed_by_the_next() {
+async fn a_truncated_page_is_followed_by_the_next() {
     let world = GatewayWorld::new().await;
     let user = world.user(25);
     world.api.page(10);
@@ -64,7 +64,7 @@ async fn a_page_that_was_cut_is_followed_by_the_next() {
     receives(&mut stream, 1..=25).await;
     world.say(&user, 1).await;
     receives(&mut stream, 26..=26).await;
-    assert_eq!(world.api.asked().ranges(user.id), [0, 10, 20]);
+    assert_eq!(world.api.record().ranges(user.id), [0, 10, 20]);
     drop(stream);
     world.ends().await;
 }
@@ -77,7 +77,7 @@ async fn a_cursor_that_cannot_be_followed_is_a_resync_to_the_head() {
     let head = world.api.cursor(user.id, 20);
     let other_epoch = format!("{ANOTHER_EPOCH}-20");
     let cases: [(&[u8], &str); 10] = [
-        (b"nonsense", "unknown"),
+        (b"invalid", "unknown"),
         (b"0000000000000abc-020", "unknown"),
         (b"0000000000000abc--1", "unknown"),
         (b"0000000000000abc-9223372036854775808", "unknown"),
@@ -94,12 +94,12 @@ async fn a_cursor_that_cannot_be_followed_is_a_resync_to_the_head() {
         ready_and_resync(&mut stream, &head, reason).await;
         streams.push(stream);
     }
-    // The oldest place that can be followed.
+    // The oldest valid cursor.
     let mut stream = world.stream_after(&user, 10).stream().await;
     ready(&mut stream, &world.api.cursor(user.id, 10), true).await;
     receives(&mut stream, 11..=20).await;
     streams.push(stream);
-    // All of them stream on.
+    // All streams continue.
     world.say(&user, 1).await;
     for stream in &mut streams {
         receives(stream, 21..=21).await;
@@ -113,16 +113,16 @@ async fn a_cursor_that_cannot_be_followed_is_a_resync_to_the_head() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn nothing_is_asked_before_redis_listens() {
+async fn backfill_starts_after_redis_has_subscribed() {
     let world = GatewayWorld::new().await;
     let (with_cursor, without) = (world.user(3), world.user(3));
-    world.until_beat().await; // The next one is two seconds away, so Redis stays trusted meanwhile.
+    world.until_health_probe().await; // The next probe is due in two seconds, so Redis is not degraded meanwhile.
     world.network.silence();
     let mut streams =
         [world.stream_after(&with_cursor, 1).stream().await, world.stream(&without).stream().await];
     tokio::time::sleep(A_WHILE).await;
-    assert_eq!(world.api.asked().requests(), []);
-    // What is committed before Redis listens is in the answer, because the question comes after.
+    assert_eq!(world.api.record().requests(), []);
+    // The answer holds what was committed before the subscription, because the request follows it.
     world.api.append(with_cursor.id);
     world.api.append(without.id);
     world.network.resume();
@@ -135,7 +135,7 @@ async fn nothing_is_asked_before_redis_listens() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn while_redis_is_away_the_question_is_asked_at_once_and_again_when_redis_listens() {
+async fn joins_backfill_while_redis_is_away_and_when_it_returns() {
     let world = Setup::default().redis_is_away().start().await;
     let (with_cursor, without) = (world.user(3), world.user(3));
     let mut a = world.stream_after(&with_cursor, 1).stream().await;
@@ -144,7 +144,7 @@ async fn while_redis_is_away_the_question_is_asked_at_once_and_again_when_redis_
     let mut b = world.stream(&without).stream().await;
     ready(&mut b, &world.api.cursor(without.id, 3), false).await;
 
-    // Nothing says that these exist, until Redis is back: then it is looked after, though nothing is published.
+    // Unpublished events are found when Redis returns.
     world.api.append(with_cursor.id);
     world.api.append(without.id);
     silence(&mut a).await;
@@ -160,15 +160,15 @@ async fn while_redis_is_away_the_question_is_asked_at_once_and_again_when_redis_
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn joins_that_wait_for_redis_ask_when_it_is_lost() {
+async fn joins_waiting_for_redis_backfill_when_it_is_lost() {
     let world = GatewayWorld::new().await;
     let user = world.user(3);
-    world.until_beat().await;
+    world.until_health_probe().await;
     world.network.silence();
     let mut stream = world.stream_after(&user, 1).stream().await;
     let mut another = world.stream(&user).stream().await;
     tokio::time::sleep(A_WHILE).await;
-    assert_eq!(world.api.asked().requests(), []);
+    assert_eq!(world.api.record().requests(), []);
     world.network.refuse();
     ready(&mut stream, &world.api.cursor(user.id, 1), true).await;
     receives(&mut stream, 2..=3).await;
@@ -184,11 +184,11 @@ async fn an_event_that_directly_follows_the_cursor_needs_no_answer() {
     world.api.fault(RANGES_PATH, Fault::Holding);
     let mut stream = world.stream_after(&user, 5).stream().await;
     world.until_subscribed(&user).await;
-    world.api.until_asked("what follows the cursor", |asked| asked.ranges(user.id) == [5]).await;
+    world.api.until_requested("what follows the cursor", |record| record.ranges(user.id) == [5]).await;
     world.say(&user, 3).await;
     ready(&mut stream, &world.api.cursor(user.id, 5), true).await;
     receives(&mut stream, 6..=8).await;
-    // The answers are older than what was delivered, and change nothing.
+    // The late answers are older than the delivered events and change nothing.
     world.api.fault(RANGES_PATH, Fault::None);
     world.say(&user, 1).await;
     receives(&mut stream, 9..=9).await;
@@ -204,7 +204,7 @@ async fn an_event_beyond_the_cursor_waits_for_the_answer() {
     world.api.fault(RANGES_PATH, Fault::Holding);
     let mut stream = world.stream_after(&user, 3).stream().await;
     world.until_subscribed(&user).await;
-    world.api.until_asked("what follows the cursor", |asked| asked.ranges(user.id) == [3]).await;
+    world.api.until_requested("what follows the cursor", |record| record.ranges(user.id) == [3]).await;
     world.say(&user, 2).await;
     silence(&mut stream).await;
     world.api.fault(RANGES_PATH, Fault::None);
@@ -215,10 +215,9 @@ async fn an_event_beyond_the_cursor_waits_for_the_answer() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn the_head_of_the_answer_comes_at_once_whatever_is_down() {
+async fn response_heads_are_sent_whatever_is_down() {
     let world = Setup::default().redis_is_away().start().await;
-    // Nothing comes from anywhere until later, so nothing is waited for.
-    world.api.fault_of_feeds(Fault::Holding);
+    world.api.fault_feed_requests(Fault::Holding);
     let user = world.user(3);
     let mut stream = world.stream(&user).stream().await;
     let block = soon("the first block", stream.block()).await;
@@ -234,14 +233,14 @@ async fn the_head_of_the_answer_comes_at_once_whatever_is_down() {
         assert_eq!(stream.header(name), Some(value));
     }
     assert_eq!(stream.header("content-encoding"), None);
-    world.api.fault_of_feeds(Fault::None);
+    world.api.fault_feed_requests(Fault::None);
     ready(&mut stream, &world.api.cursor(user.id, 3), false).await;
     drop(stream);
     world.ends().await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_stream_of_a_user_who_does_not_exist_is_told_to_go() {
+async fn a_stream_of_an_unknown_user_is_closed() {
     let world = GatewayWorld::new().await;
     let user = world.user(3);
     world.api.remove(user.id);
@@ -254,7 +253,7 @@ async fn a_stream_of_a_user_who_does_not_exist_is_told_to_go() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_feed_that_goes_back_or_becomes_another_is_a_resync_for_those_who_are_connected() {
+async fn a_restored_or_replaced_feed_resyncs_connected_streams() {
     let world = Setup::config(|config| config.delivery.reconcile = Duration::from_secs(1)).start().await;
     let (back, redrawn) = (world.user(9), world.user(9));
     let mut a = world.joined(&back).await;
@@ -272,12 +271,12 @@ async fn a_feed_that_goes_back_or_becomes_another_is_a_resync_for_those_who_are_
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_user_who_comes_back_while_the_leaving_is_under_way_joins() {
+async fn a_user_returning_during_an_unsubscribe_joins() {
     let world = GatewayWorld::new().await;
     let user = world.user(3);
     let stream = world.joined(&user).await;
-    world.until_beat().await;
-    // The next beat will hang, and with it whatever is to be told to Redis: for less than it takes to distrust it.
+    world.until_health_probe().await;
+    // The next probe hangs, and every command with it, but for less time than makes Redis degraded.
     tokio::time::sleep(Duration::from_millis(1_200)).await;
     drop(stream);
     world.until_metric("messenger_gateway_streams", 0).await;
@@ -296,18 +295,18 @@ async fn a_user_who_comes_back_while_the_leaving_is_under_way_joins() {
 async fn a_client_that_leaves_before_it_is_ready_leaves_nothing() {
     let world = GatewayWorld::new().await;
     let user = world.user(3);
-    world.api.fault_of_feeds(Fault::Holding);
+    world.api.fault_feed_requests(Fault::Holding);
     let streams = [world.stream(&user).stream().await, world.stream_after(&user, 1).stream().await];
     world.until_metric("messenger_gateway_streams", 2).await;
-    world.api.until_asked("both", |asked| asked.heads(user.id) >= 2).await;
+    world.api.until_requested("both", |record| record.heads(user.id) >= 2).await;
     drop(streams);
     world.until_ended("client", 2).await;
-    world.api.fault_of_feeds(Fault::None);
+    world.api.fault_feed_requests(Fault::None);
     world.leaves_nothing().await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn half_an_end_is_an_end() {
+async fn a_half_closed_connection_ends_its_stream() {
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
     let world = GatewayWorld::new().await;
     let user = world.user(3);

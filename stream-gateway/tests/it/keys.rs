@@ -1,4 +1,4 @@
-//! The public keys: not there yet, rotated, unknown, unreachable. A lack of keys is never mistaken for a bad token.
+//! The public keys: missing, rotated, unknown, unreachable. A missing key never makes a token invalid.
 
 use std::time::Duration;
 
@@ -21,41 +21,41 @@ impl GatewayWorld {
     }
 }
 
-/// What becomes of many requests at once.
+/// The status of each of these simultaneous requests.
 async fn statuses(opening: &StreamRequest, times: usize) -> Vec<u16> {
     join_all((0..times).map(|_| async { opening.open().await.unwrap().status })).await
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn without_keys_streams_are_told_to_come_back_and_no_token_is_called_bad() {
+async fn without_keys_streams_reconnect_later_and_never_get_401() {
     let world = Setup::default().no_keys().start().await;
     assert_eq!(world.readiness().await.status, 503);
     let user = world.user(3);
-    for opening in [world.stream(&user), world.opening().bearer("nonsense")] {
+    for opening in [world.stream(&user), world.opening().bearer("invalid")] {
         let mut stream = opening.stream().await;
-        let told = goodbye(&mut stream, "drain").await;
-        assert_eq!(told["reconnect"], true);
+        let event = goodbye(&mut stream, "drain").await;
+        assert_eq!(event["reconnect"], true);
         let retry = stream.retry.unwrap().as_millis();
-        assert!((2_000..=5_000).contains(&retry), "nobody is over a limit: {retry}");
+        assert!((2_000..=5_000).contains(&retry), "no limit is exceeded: {retry}");
     }
     assert_eq!(world.opening().open().await.unwrap().status, 401, "no credential is none with any key");
     world.api.fault(KEYS_PATH, Fault::None);
     until("the gateway is ready", || async { world.readiness().await.status == 200 }).await;
     let mut stream = world.stream(&user).stream().await;
     ready(&mut stream, &world.api.cursor(user.id, 3), false).await;
-    assert_eq!(world.opening().bearer("nonsense").open().await.unwrap().status, 401);
+    assert_eq!(world.opening().bearer("invalid").open().await.unwrap().status, 401);
     drop(stream);
     world.ends().await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn who_comes_while_a_gateway_starts_waits_for_its_first_keys() {
+async fn requests_during_start_up_wait_for_the_first_keys() {
     let world = Setup::default().no_keys().start().await;
     let user = world.user(3);
     let coming = world.stream(&user);
     let (stream, ()) = tokio::join!(coming.stream(), async {
-        let before = world.api.asked().keys();
-        world.api.until_asked("for keys again", |asked| asked.keys() > before).await;
+        let before = world.api.record().keys();
+        world.api.until_requested("for keys again", |record| record.keys() > before).await;
         world.api.fault(KEYS_PATH, Fault::None);
     });
     let mut stream = stream;
@@ -66,14 +66,14 @@ async fn who_comes_while_a_gateway_starts_waits_for_its_first_keys() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_key_that_nobody_publishes_is_asked_about_once_and_then_refused() {
+async fn an_unpublished_key_costs_one_request_and_is_rejected() {
     let world = GatewayWorld::new().await;
     let user = world.user(3);
     let opening = world.signed_by(&rotated_keys(), &user);
     assert_eq!(statuses(&opening, 20).await, [401; 20]);
-    assert_eq!(world.api.asked().keys(), 1);
+    assert_eq!(world.api.record().keys(), 1);
     assert_eq!(statuses(&opening, 20).await, [401; 20]);
-    assert_eq!(world.api.asked().keys(), 1, "a stranger's tokens are no load on api");
+    assert_eq!(world.api.record().keys(), 1, "tokens of unknown keys are no load on api");
     assert_eq!(
         world.metric("messenger_gateway_stream_request_errors_total{code=\"unauthorized\"}").await,
         40
@@ -88,15 +88,15 @@ async fn keys_are_rotated_without_a_rejected_request() {
     let rotated = rotated_keys();
     world.api.publish_keys(rotated.jwks().clone());
     assert_eq!(statuses(&world.stream(&user), 3).await, [200; 3]);
-    assert_eq!(world.api.asked().keys(), 0);
+    assert_eq!(world.api.record().keys(), 0);
     assert_eq!(statuses(&world.signed_by(&rotated, &user), 20).await, [200; 20]);
-    assert_eq!(world.api.asked().keys(), 1);
+    assert_eq!(world.api.record().keys(), 1);
     assert_eq!(statuses(&world.stream(&user), 3).await, [200; 3]);
     world.ends().await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_key_that_cannot_be_asked_about_is_not_a_bad_token() {
+async fn a_token_is_not_invalid_while_its_key_cannot_be_fetched() {
     let world = GatewayWorld::new().await;
     let user = world.user(3);
     world.api.fault(KEYS_PATH, Fault::Failing);
@@ -104,19 +104,19 @@ async fn a_key_that_cannot_be_asked_about_is_not_a_bad_token() {
         let mut stream = world.signed_by(&rotated_keys(), &user).stream().await;
         goodbye(&mut stream, "drain").await;
     }
-    assert_eq!(world.api.asked().keys(), 1);
-    // What is known stays good, and what is bad for another reason stays bad.
+    assert_eq!(world.api.record().keys(), 1);
+    // Known keys stay valid, and tokens with other faults stay invalid.
     assert_eq!(statuses(&world.stream(&user), 1).await, [200]);
-    assert_eq!(statuses(&world.opening().bearer("nonsense"), 1).await, [401]);
+    assert_eq!(statuses(&world.opening().bearer("invalid"), 1).await, [401]);
     world.leaves_nothing().await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn an_empty_or_senseless_set_of_keys_does_not_take_the_place_of_good_ones() {
+async fn an_empty_or_invalid_key_set_replaces_no_valid_one() {
     let senseless = [
         "",
         "{}",
-        "nonsense",
+        "invalid",
         r#"{"own":{"keys":[]}}"#,
         r#"{"own":{"keys":[{"kty":"oct","k":"AAAA","kid":"x"}]}}"#,
     ];
@@ -126,7 +126,7 @@ async fn an_empty_or_senseless_set_of_keys_does_not_take_the_place_of_good_ones(
         world.api.next_answer(KEYS_PATH, text);
         let mut stream = world.signed_by(&rotated_keys(), &user).stream().await;
         goodbye(&mut stream, "drain").await;
-        assert_eq!(world.api.asked().keys(), 1);
+        assert_eq!(world.api.record().keys(), 1);
         assert_eq!(statuses(&world.stream(&user), 1).await, [200]);
         assert_eq!(world.metric("messenger_gateway_public_keys").await, keys().jwks().keys.len() as u64);
         drop(stream);
@@ -135,18 +135,18 @@ async fn an_empty_or_senseless_set_of_keys_does_not_take_the_place_of_good_ones(
     .await;
 }
 
-/// A gateway that knows both keys, as replicas have them that were configured at time 1.
+/// A gateway with both keys, from replicas configured at time 1.
 async fn world_of_two_keys(setup: Setup) -> GatewayWorld {
     let world = setup.no_keys().start().await;
     world.api.publish_keys_since(rotated_keys().jwks().clone(), 1);
     world.api.fault(KEYS_PATH, Fault::None);
     until("the gateway is ready", || async { world.readiness().await.status == 200 }).await;
-    world.api.forget_questions();
+    world.api.forget_requests();
     world
 }
 
-/// The usual key is removed, and whoever came by it goes, by whatever way the gateway is told.
-async fn a_removed_key_ends_what_it_opened(world: GatewayWorld, told: impl AsyncFnOnce(&GatewayWorld)) {
+/// Removing the usual key closes its streams; `notify` is how the gateway learns of it.
+async fn a_removed_key_ends_what_it_opened(world: GatewayWorld, notify: impl AsyncFnOnce(&GatewayWorld)) {
     let (leaked, user) = (world.user(3), world.user(3));
     let mut opened = [
         world.stream(&leaked).stream().await,
@@ -159,7 +159,7 @@ async fn a_removed_key_ends_what_it_opened(world: GatewayWorld, told: impl Async
     let mut by_new_key = world.signed_by(&new_keys(), &user).stream().await;
     ready(&mut by_new_key, &world.api.cursor(user.id, 3), false).await;
     world.api.publish_keys_since(new_keys().jwks().clone(), 2);
-    told(&world).await;
+    notify(&world).await;
     for stream in &mut opened {
         assert_eq!(goodbye(stream, "revoked").await["reconnect"], false);
     }
@@ -192,10 +192,10 @@ async fn keys_of_an_older_configuration_do_not_come_back() {
     let world = world_of_two_keys(Setup::default()).await;
     let user = world.user(3);
     let new = world.api.publish_keys_since(new_keys().jwks().clone(), 2);
-    // A replica of the older configuration answers first: it is asked again until the newer one does.
+    // A replica of the older configuration answers first; the gateway repeats the request until the newer one does.
     let old = world.api.publish_keys_since(rotated_keys().jwks().clone(), 1);
     world.announce(&new).await;
-    world.api.until_asked("twice", |asked| asked.keys() >= 2).await;
+    world.api.until_requested("twice", |record| record.keys() >= 2).await;
     assert_eq!(statuses(&world.stream(&user), 1).await, [200]);
     world.api.publish_keys_since(new_keys().jwks().clone(), 2);
     until("the key is removed", || async { world.stream(&user).open().await.unwrap().status == 401 }).await;
@@ -207,7 +207,7 @@ async fn keys_of_an_older_configuration_do_not_come_back() {
         world.announce(older).await;
     }
     world.announce(&new).await;
-    // Who asks for the removed key makes the gateway ask, too.
+    // A token of the removed key makes the gateway fetch keys too.
     assert_eq!(statuses(&world.stream(&user), 3).await, [401; 3]);
     silence(&mut stream).await;
     assert_eq!(statuses(&world.signed_by(&new_keys(), &user), 1).await, [200]);
@@ -224,16 +224,16 @@ async fn an_added_key_ends_no_stream() {
     let mut stream = world.stream(&user).stream().await;
     ready(&mut stream, &world.api.cursor(user.id, 3), false).await;
     world.announce(&version).await;
-    // Equal keys are not fetched, whoever configured them when.
+    // Equal keys are not fetched again, whatever their configuration's time.
     silence(&mut stream).await;
-    assert_eq!(world.api.asked().keys(), 0);
+    assert_eq!(world.api.record().keys(), 0);
     assert_eq!(statuses(&world.signed_by(&new_keys(), &user), 1).await, [200]);
     drop(stream);
     world.ends().await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_removed_key_of_an_external_issuer_ends_what_it_opened() {
+async fn a_removed_key_of_an_external_issuer_ends_its_streams() {
     let world = Setup::default().no_keys().start().await;
     let [old, new] = [0, 1].map(IssuerKey::number);
     world.api.publish_keys_since(keys().jwks().clone(), 1);
@@ -252,7 +252,7 @@ async fn a_removed_key_of_an_external_issuer_ends_what_it_opened() {
     for stream in [&mut removed, &mut stays, &mut own] {
         ready(stream, &world.api.cursor(user.id, 3), false).await;
     }
-    // A replica that has not got the issuer's keys yet says nothing about them.
+    // A replica without the issuer's keys is not evidence of their removal.
     let none_yet = world.api.fetched_since(None, 2);
     world.announce(&none_yet).await;
     silence(&mut removed).await;

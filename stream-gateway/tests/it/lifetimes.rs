@@ -1,4 +1,4 @@
-//! How long a stream lasts, what is said on it while nothing happens, and what a client may send.
+//! Lifetimes, heartbeats, and input that a client may send.
 
 use std::time::Duration;
 
@@ -13,13 +13,13 @@ use tokio::io::AsyncWriteExt;
 use crate::support::{GatewayWorld, Raw, Setup, claims, goodbye, keys, now, ready, receives};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn heartbeats_come_as_often_as_asked_for() {
+async fn heartbeats_follow_the_requested_interval() {
     let world = Setup::config(|config| config.delivery.heartbeat = Duration::from_secs(1)).start().await;
     let user = world.user(3);
     let mut often = world.joined(&user).await;
     let mut rarely = world.stream(&user).heartbeat("4").stream().await;
-    let count = async |stream: &mut Stream, beats: usize| {
-        while stream.comments < beats {
+    let count = async |stream: &mut Stream, heartbeats: usize| {
+        while stream.comments < heartbeats {
             stream.block().await.unwrap();
         }
     };
@@ -36,14 +36,16 @@ async fn heartbeats_come_as_often_as_asked_for() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn who_asks_for_it_gets_heartbeats_that_a_script_can_see_and_that_move_no_cursor() {
+async fn heartbeat_events_are_sent_on_request_and_move_no_cursor() {
     let world = Setup::config(|config| config.delivery.heartbeat = Duration::from_secs(1)).start().await;
     let user = world.user(3);
     let mut stream = world.stream(&user).heartbeat("event").stream().await;
     ready(&mut stream, &world.api.cursor(user.id, 3), false).await;
-    let Ok(Block::Event(beat)) = soon("a heartbeat", stream.block()).await else { panic!("not an event") };
-    assert_eq!((beat.name.as_deref(), beat.id.as_deref()), (Some("heartbeat"), None));
-    assert_eq!(beat.data, "{}");
+    let Ok(Block::Event(heartbeat)) = soon("a heartbeat", stream.block()).await else {
+        panic!("not an event")
+    };
+    assert_eq!((heartbeat.name.as_deref(), heartbeat.id.as_deref()), (Some("heartbeat"), None));
+    assert_eq!(heartbeat.data, "{}");
     drop(stream);
     world.ends().await;
 }
@@ -87,7 +89,6 @@ async fn a_stream_tokens_end_bounds_the_opening_and_not_the_stream() {
         keys().sign(&Claims { aud: Audience::Stream, session_exp: Some(now() + 3_600), ..usual.clone() });
     let mut stream = world.opening().query_token(&token).stream().await;
     ready(&mut stream, &world.api.cursor(user.id, 3), false).await;
-    // And one whose session ends soon.
     let brief = keys().sign(&Claims { aud: Audience::Stream, session_exp: Some(now() + 3), ..usual });
     let mut brief = world.opening().query_token(&brief).stream().await;
     goodbye(&mut brief, "expired").await;
@@ -121,19 +122,19 @@ async fn a_stream_ends_at_a_random_age() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn what_a_client_says_on_a_stream_is_ignored_and_too_much_of_it_ends_the_stream() {
+async fn unexpected_input_is_ignored_up_to_a_limit() {
     let world = GatewayWorld::new().await;
     let user = world.user(3);
     let mut polite = Raw::open(&world, &user).await;
     let mut rude = Raw::open(&world, &user).await;
     world.until_subscribed(&user).await;
-    let noise = vec![b'x'; 60 * 1024];
-    polite.socket.write_all(&noise).await.unwrap();
-    rude.socket.write_all(&noise).await.unwrap();
+    let input = vec![b'x'; 60 * 1024];
+    polite.socket.write_all(&input).await.unwrap();
+    rude.socket.write_all(&input).await.unwrap();
     world.say(&user, 1).await;
     polite.until("\"n\":4").await;
     rude.until("\"n\":4").await;
-    rude.socket.write_all(&noise).await.unwrap();
+    rude.socket.write_all(&input).await.unwrap();
     rude.until_end().await;
     world.until_ended("unexpected_input", 1).await;
     world.say(&user, 1).await;
@@ -143,15 +144,15 @@ async fn what_a_client_says_on_a_stream_is_ignored_and_too_much_of_it_ends_the_s
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_client_that_does_not_leave_after_the_goodbye_is_left() {
+async fn a_client_that_stays_after_the_goodbye_is_disconnected() {
     let world = GatewayWorld::new().await;
     let user = world.user(3);
     let mut stays = Raw::open(&world, &user).await;
     world.until_subscribed(&user).await;
     world.publish(&user, serde_json::json!({ "revoked": user.session }).to_string()).await;
     stays.until("event: goodbye").await;
-    stays.until_end().await; // Our half of it ends at once.
-    world.until_ended("revoked", 1).await; // The rest a little later, though this client keeps its half open.
+    stays.until_end().await; // The gateway closes its half immediately.
+    world.until_ended("revoked", 1).await; // The connection follows, though the client keeps its half open.
     world.until_metric("messenger_gateway_streams", 0).await;
     drop(stays);
     world.ends().await;

@@ -1,4 +1,4 @@
-//! Who is let in, who must wait, who must make room; and that a place is given back, however its stream ends.
+//! Admission, rate limits, replaced streams; and permits that are released however a stream ends.
 
 use std::time::{Duration, Instant};
 
@@ -27,9 +27,9 @@ async fn assert_busy(stream: &mut Stream) {
     assert!((60_000..=120_000).contains(&retry), "{retry}");
 }
 
-/// A place is free again a moment after its stream has ended.
+/// The permit is released a moment after its stream has ended.
 async fn until_admitted(opening: &sse::StreamRequest) -> Stream {
-    soon("a place is free", async {
+    soon("a permit is free", async {
         loop {
             let mut stream = opening.stream().await;
             if stream.next().await.is("ready") {
@@ -65,7 +65,7 @@ async fn a_user_with_too_many_streams_loses_the_oldest() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_full_process_says_busy_until_a_place_is_given_back() {
+async fn a_full_process_is_busy_until_a_permit_is_released() {
     let world = Setup::config(|config| config.admission.streams = 3).start().await;
     let user = world.user(3);
     let mut streams = vec![world.joined(&user).await, world.joined(&user).await, world.joined(&user).await];
@@ -90,7 +90,7 @@ async fn a_full_process_says_busy_until_a_place_is_given_back() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn one_address_has_so_many_places() {
+async fn streams_of_one_address_are_limited() {
     let world = Setup::config(|config| config.admission.streams_per_address = 2).start().await;
     let users = [world.user(3), world.user(3), world.user(3)];
     let streams = [world.joined(&users[0]).await, world.joined(&users[1]).await];
@@ -103,7 +103,7 @@ async fn one_address_has_so_many_places() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn clients_behind_a_trusted_proxy_are_told_apart() {
+async fn clients_behind_a_trusted_proxy_are_distinguished() {
     let world = Setup::config(|config| {
         config.admission.streams_per_address = 1;
         config.trusted_proxies = "127.0.0.0/8".parse().unwrap();
@@ -116,7 +116,7 @@ async fn clients_behind_a_trusted_proxy_are_told_apart() {
     for client in ["198.51.100.1", "198.51.100.2, 127.0.0.9", "2001:db8::1", "2001:db8:0:1::1"] {
         streams.push(until_admitted(&from(client)).await);
     }
-    // The same ones by another spelling, and with what a client made up in front.
+    // The same addresses spelled differently, behind an entry that a client invented.
     for client in ["198.51.100.1:4711", "203.0.113.7, 198.51.100.2", "[2001:db8::2]:80"] {
         assert_busy(&mut from(client).stream().await).await;
     }
@@ -126,7 +126,7 @@ async fn clients_behind_a_trusted_proxy_are_told_apart() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn what_an_untrusted_peer_says_of_its_address_is_not_believed() {
+async fn an_untrusted_peers_forwarded_address_is_ignored() {
     let world = Setup::config(|config| config.admission.streams_per_address = 1).start().await;
     let user = world.user(3);
     let from = |forwarded_for: &str| world.stream(&user).header("x-forwarded-for", forwarded_for);
@@ -137,7 +137,7 @@ async fn what_an_untrusted_peer_says_of_its_address_is_not_believed() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn more_than_the_rate_must_wait() {
+async fn new_streams_above_the_rate_are_rejected() {
     const RATE: u32 = 5;
     let world = Setup::config(|config| config.admission.rate = RATE).start().await;
     let user = world.user(3);
@@ -156,12 +156,12 @@ async fn more_than_the_rate_must_wait() {
     world.ends().await;
 }
 
-/// So many at once, and no more within a test.
+/// A burst without refill within a test.
 fn once(burst: u32) -> Limit {
     Limit::new(burst, Duration::from_hours(1))
 }
 
-/// With a limit on opening, counted together with whoever has these channels; Redis may take as long as it likes.
+/// Limits new streams, shared over these channels. Redis has no deadline.
 fn opens(per_user: Limit, per_address: Limit, channels: &Channels) -> Setup {
     let channels = channels.clone();
     Setup::config(move |config| {
@@ -176,7 +176,7 @@ fn channels() -> Channels {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_user_who_opens_too_often_is_told_to_come_back_later_by_all_gateways() {
+async fn gateways_share_a_users_limit_on_new_streams() {
     let channels = channels();
     let one = opens(once(4), Limit::Off, &channels).start().await;
     let two = opens(once(4), Limit::Off, &channels).start().await;
@@ -205,7 +205,7 @@ async fn a_user_who_opens_too_often_is_told_to_come_back_later_by_all_gateways()
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn whoever_still_has_an_ended_sessions_token_takes_nothing_from_its_user() {
+async fn an_ended_sessions_token_uses_no_stream_limit_of_its_user() {
     let world = Setup::config(|config| {
         config.delivery.streams_per_user = 2;
         config.opening = Opening { per_user: once(5), per_address: Limit::Off, patience: PATIENCE };
@@ -215,7 +215,7 @@ async fn whoever_still_has_an_ended_sessions_token_takes_nothing_from_its_user()
     let stolen = world.user(3);
     let phone = world.another_session(stolen.id);
     world.api.end_session(stolen.session);
-    // Once a gateway must ask.
+    // The first use must request the session.
     goodbye(&mut world.stream(&stolen).stream().await, "revoked").await;
     let mut streams = [world.joined(&phone).await, world.joined(&phone).await];
     for _ in 0..10 {
@@ -223,7 +223,7 @@ async fn whoever_still_has_an_ended_sessions_token_takes_nothing_from_its_user()
         let [goodbye] = &events[..] else { panic!("{events:?}") };
         assert_eq!(goodbye.json()["reason"], "revoked");
     }
-    // No stream was replaced, and there is room to open more.
+    // No stream was replaced, and more can be opened.
     world.say(&phone, 1).await;
     for stream in &mut streams {
         receives(stream, 4..=4).await;
@@ -234,7 +234,7 @@ async fn whoever_still_has_an_ended_sessions_token_takes_nothing_from_its_user()
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn an_address_that_opens_too_often_is_told_to_come_back_later() {
+async fn an_address_that_opens_too_often_is_rejected() {
     let world = opens(Limit::Off, once(2), &channels()).start().await;
     let users = [world.user(3), world.user(3), world.user(3)];
     let from = |user, client: &str| world.stream(user).header("x-forwarded-for", client);
@@ -248,7 +248,7 @@ async fn an_address_that_opens_too_often_is_told_to_come_back_later() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_silent_redis_neither_keeps_a_head_waiting_nor_lets_everybody_in() {
+async fn a_silent_redis_delays_no_head_and_lifts_no_limit() {
     const MANY: u64 = 30;
     let setup = Setup::config(|config| {
         config.opening = Opening {
@@ -265,7 +265,7 @@ async fn a_silent_redis_neither_keeps_a_head_waiting_nor_lets_everybody_in() {
     for _ in 0..2 * MANY {
         streams.push(world.stream(&user).stream().await);
     }
-    // The first one asks Redis, and waits for as short a time as a limit may take. The others that nothing here refuses do not ask.
+    // Only the first one waits for Redis, and for no longer than its deadline.
     let alone = async |reason: &str| {
         world
             .metric(&format!("messenger_gateway_rate_limit_local_decisions_total{{reason=\"{reason}\"}}"))
@@ -282,7 +282,7 @@ async fn a_silent_redis_neither_keeps_a_head_waiting_nor_lets_everybody_in() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn clients_that_vanish_at_any_moment_keep_no_place() {
+async fn vanishing_clients_keep_no_permit() {
     let world = Setup::config(|config| config.admission.streams = 3).start().await;
     let user = world.user(3);
     let head = format!(
@@ -294,7 +294,7 @@ async fn clients_that_vanish_at_any_moment_keep_no_place() {
         let sent = head.len() * (round % 3 + 1) / 3;
         socket.write_all(&head.as_bytes()[..sent]).await.unwrap();
         if round % 2 == 0 {
-            socket2::SockRef::from(&socket).set_linger(Some(Duration::ZERO)).unwrap(); // A reset.
+            socket2::SockRef::from(&socket).set_linger(Some(Duration::ZERO)).unwrap();
         }
         drop(socket);
     }
@@ -309,7 +309,7 @@ async fn clients_that_vanish_at_any_moment_keep_no_place() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn many_come_and_go_and_nothing_is_left() {
+async fn streams_that_come_and_go_leave_nothing() {
     let world = GatewayWorld::new().await;
     let users: Vec<_> = (0..20).map(|_| world.user(3)).collect();
     for round in 0..10_u64 {

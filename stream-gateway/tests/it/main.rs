@@ -1,11 +1,11 @@
-//! The gateway alone: real sockets, a real Redis (`REDIS_URL`, a channel prefix per test) behind a network that fails when a
-//! test wants it, and an `api` that answers what a test says. What the whole product cannot be steered into is shown here.
-//! Names say what is promised.
+//! The gateway alone: real sockets, a real Redis (`REDIS_URL`, a channel prefix per test) behind a fault proxy, and a fake `api`.
+//! These tests show states that the whole product cannot be steered into.
 
-#![allow(clippy::disallowed_methods, reason = "tests notice the end of what they start")]
+#![allow(clippy::disallowed_methods, reason = "a test fails if a task of its own does")]
 #![allow(clippy::unwrap_used, reason = "a helper that fails is a test that fails")]
 
 mod api;
+mod backfill_requests;
 mod drain;
 mod events;
 mod explain;
@@ -16,9 +16,8 @@ mod lifetimes;
 mod limits;
 mod origins;
 mod process;
-mod questions;
-mod readers;
 mod sessions;
+mod slow_consumers;
 mod support;
 mod tls;
 mod wire;

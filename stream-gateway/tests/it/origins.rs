@@ -1,11 +1,11 @@
-//! Which credential opens a stream, and for whose page: every rule of the contract about that, and CORS.
+//! The contract's rules on credentials, origins and CORS for streams.
 
 use testkit::{http::Answer, sse::StreamRequest};
 
 use crate::support::{GatewayWorld, ORIGIN, Setup, claims, keys, now, ready, rotated_keys};
 
 const LISTED: &str = "https://shop.example:8443";
-const FOREIGN: &str = "https://evil.example";
+const OTHER_SITE: &str = "https://evil.example";
 const EXPOSED: &str = "Feed-Cursor, X-Request-Id, Retry-After, Idempotent-Replayed";
 
 async fn start() -> GatewayWorld {
@@ -17,11 +17,11 @@ fn with(opening: StreamRequest, headers: &[(&'static str, &str)]) -> StreamReque
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn the_credential_that_counts_is_the_header_then_the_query_then_the_cookie() {
+async fn header_then_query_then_cookie_is_the_credential() {
     let world = start().await;
     let (john, jane) = (world.user(3), world.user(5));
     let expired = keys().sign(&claims(john.id, john.session, now() - 1));
-    // Of another deployment on this host: its key is not known here.
+    // A cookie of another deployment on this host, signed by an unknown key.
     let stranger = rotated_keys().sign(&claims(john.id, john.session, now() + 60));
     let cookie = format!("a=b; messenger_session={}", jane.token);
     let plain = || world.opening();
@@ -31,7 +31,7 @@ async fn the_credential_that_counts_is_the_header_then_the_query_then_the_cookie
         plain().query_token(&john.token),
         plain().query_token(&john.token).cookie(&cookie),
         plain().cookie(&format!("messenger_session={}", john.token)),
-        // Beside cookies of other programs, and of our name from other times.
+        // Next to cookies of other programs and an outdated one of our name.
         plain().cookie(&format!("session=x; messenger_session=; messenger_session={}", john.token)),
         plain().cookie(&format!("messenger_session={expired}; messenger_session={}", john.token)),
         plain().cookie(&format!("messenger_session={}; messenger_session=bad", john.token)),
@@ -52,8 +52,8 @@ async fn the_credential_that_counts_is_the_header_then_the_query_then_the_cookie
         (plain().cookie("session=x"), 401),
         (plain().cookie("messenger_session=bad; messenger_session=worse"), 401),
         // 401 before 403 before 406.
-        (plain().cookie("messenger_session=bad").header("origin", FOREIGN), 401),
-        (plain().cookie(&cookie).header("origin", FOREIGN).without_header("accept"), 403),
+        (plain().cookie("messenger_session=bad").header("origin", OTHER_SITE), 401),
+        (plain().cookie(&cookie).header("origin", OTHER_SITE).without_header("accept"), 403),
         (plain().cookie(&cookie).without_header("accept"), 406),
     ] {
         assert_eq!(opening.open().await.unwrap().status, status, "{opening:?}");
@@ -62,7 +62,7 @@ async fn the_credential_that_counts_is_the_header_then_the_query_then_the_cookie
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn by_cookie_a_stream_is_for_no_foreign_page() {
+async fn a_cookie_opens_no_stream_for_another_origin() {
     let world = start().await;
     let user = world.user(3);
     let cookie = format!("messenger_session={}", user.token);
@@ -73,15 +73,15 @@ async fn by_cookie_a_stream_is_for_no_foreign_page() {
         (&[("origin", LISTED), ("sec-fetch-site", "cross-site")], 200),
         (&[("sec-fetch-site", "cross-site")], 200),
         (&[("sec-fetch-site", "none")], 200),
-        (&[("origin", FOREIGN)], 403),
+        (&[("origin", OTHER_SITE)], 403),
         (&[("origin", "null")], 403),
         (&[("origin", "")], 403),
         (&[("origin", "https://shop.example")], 403),
-        (&[("origin", FOREIGN), ("sec-fetch-site", "same-origin")], 403),
+        (&[("origin", OTHER_SITE), ("sec-fetch-site", "same-origin")], 403),
     ] {
         let opening = with(world.opening().cookie(&cookie), headers);
         assert_eq!(opening.open().await.unwrap().status, by_cookie, "{headers:?}");
-        // Another page cannot make a browser send these.
+        // No other page can make a browser send these.
         for opening in [world.opening().bearer(&user.token), world.opening().query_token(&user.token)] {
             let opening = with(opening.cookie(&cookie), headers);
             assert_eq!(opening.open().await.unwrap().status, 200, "{headers:?}");
@@ -91,10 +91,10 @@ async fn by_cookie_a_stream_is_for_no_foreign_page() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_listed_page_may_read_the_stream_and_every_refusal_and_its_preflight_comes_first() {
+async fn listed_origins_may_read_streams_and_refusals() {
     let world = start().await;
     let user = world.user(3);
-    for (origin, known) in [(ORIGIN, true), (LISTED, true), (FOREIGN, false), ("null", false)] {
+    for (origin, known) in [(ORIGIN, true), (LISTED, true), (OTHER_SITE, false), ("null", false)] {
         let by = known.then_some(origin);
         for (opening, status) in [
             (world.opening().bearer(&user.token), 200),

@@ -1,4 +1,4 @@
-//! The session behind a stream: nothing is written before it is confirmed, and all of what it missed afterwards.
+//! The session behind a stream: nothing is written before it is confirmed, and nothing is lost by waiting.
 
 use std::time::Duration;
 
@@ -11,7 +11,7 @@ use crate::{
     support::{FeedUser, GatewayWorld, Setup, claims, goodbye, keys, now, ready, receives, silence},
 };
 
-/// The goodbye is all that the stream ever wrote.
+/// The stream writes its goodbye and nothing else.
 async fn receives_only_a_goodbye(stream: &mut Stream, reason: &str) {
     let (events, _) = stream.rest().await;
     let [goodbye] = &events[..] else { panic!("{events:?}") };
@@ -19,13 +19,13 @@ async fn receives_only_a_goodbye(stream: &mut Stream, reason: &str) {
     assert_eq!(goodbye.json()["reason"], reason);
 }
 
-/// A stream of each kind: without a cursor, at the head, behind it, and with one that means nothing.
+/// Four streams: without a cursor, at the head, behind it, and with an invalid cursor.
 async fn one_of_each(world: &GatewayWorld, user: &FeedUser, head: u64) -> Vec<Stream> {
     let openings = [
         world.stream(user),
         world.stream_after(user, head),
         world.stream_after(user, head - 2),
-        world.stream(user).last_event_id("nonsense"),
+        world.stream(user).last_event_id("invalid"),
     ];
     join_all(openings.map(|opening| async move { opening.stream().await })).await
 }
@@ -41,11 +41,11 @@ async fn nothing_is_written_before_the_session_is_confirmed() {
     let mut of_ended = one_of_each(&world, &ended, 5).await;
     let mut of_phone = one_of_each(&world, &phone, 5).await;
     world.until_metric("messenger_gateway_streams", 9).await;
-    // The place is known, and the first of these directly follows the cursor.
+    // The position is known, and the first event directly follows the cursor.
     world.say(&user, 3).await;
     receives(&mut confirmed, 6..=8).await;
     join_all(of_ended.iter_mut().chain(&mut of_phone).map(silence)).await;
-    assert!(world.api.asked().ranges(user.id).is_empty(), "nothing is read, so nothing is held");
+    assert!(world.api.record().ranges(user.id).is_empty(), "nothing is read, so nothing is held");
     world.api.fault(HEADS_PATH, Fault::None);
     for stream in &mut of_ended {
         receives_only_a_goodbye(stream, "revoked").await;
@@ -67,7 +67,7 @@ async fn nothing_is_written_before_the_session_is_confirmed() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn streams_that_waited_for_api_are_whole_and_cost_no_memory() {
+async fn streams_waiting_for_api_are_complete_and_use_no_memory() {
     const USERS: usize = 40;
     let world = Setup::config(|config| config.delivery.reconcile = Duration::from_secs(1)).start().await;
     let users: Vec<_> = (0..USERS).map(|_| world.user(2)).collect();
@@ -81,15 +81,15 @@ async fn streams_that_waited_for_api_are_whole_and_cost_no_memory() {
     let mut waiting = open(&users, 0).await;
     let mut refused = open(&ended, 0).await;
     world.until_metric("messenger_gateway_actual_subscriptions", USERS as u64).await;
-    // `api` fails for several rounds of the reconcile, and Redis brings much meanwhile.
+    // `api` fails for several reconciles while Redis delivers many events.
     for _ in 0..3 {
         for user in &users {
             let event = world.api.append_large(user.id, 10_000);
             world.publish_event(user, &event).await;
         }
-        world.api.forget_questions();
-        world.api.until_asked("another round", |asked| asked.requests().len() >= 3).await;
-        assert_eq!(world.api.asked().range_requests().count(), 0);
+        world.api.forget_requests();
+        world.api.until_requested("another round", |record| record.requests().len() >= 3).await;
+        assert_eq!(world.api.record().range_requests().count(), 0);
         assert_eq!(world.metric("messenger_gateway_replay_buffer_bytes").await, 0);
     }
     world.api.fault(HEADS_PATH, Fault::None);
@@ -110,10 +110,10 @@ async fn a_session_check_does_not_wait_for_ranges() {
     let reading = world.user(5);
     world.api.fault(RANGES_PATH, Fault::Holding);
     let mut readers = Vec::new();
-    // More requests than there are places for; each is sent by itself.
+    // More requests than may run together.
     for count in 1..=3 {
         readers.push(world.stream_after(&reading, 1).stream().await);
-        world.api.until_asked("a range", |asked| asked.range_requests().count() >= count).await;
+        world.api.until_requested("a range", |record| record.range_requests().count() >= count).await;
     }
     readers.push(world.stream_after(&reading, 1).stream().await);
     readers.push(world.stream_after(&reading, 1).stream().await);
@@ -136,14 +136,14 @@ async fn an_older_answer_does_not_confirm_a_newer_stream() {
     let world = Setup::config(|config| config.delivery.reconcile = Duration::from_secs(1)).start().await;
     let user = world.user(5);
     let mut early = world.joined(&user).await;
-    // The session lives as this is answered, and has ended when the answer arrives.
+    // The session ends between the answer and its arrival.
     world.api.fault(HEADS_PATH, Fault::Holding);
-    world.api.forget_questions();
-    world.api.until_asked("the reconcile", |asked| asked.heads(user.id) > 0).await;
+    world.api.forget_requests();
+    world.api.until_requested("the reconcile", |record| record.heads(user.id) > 0).await;
     world.api.end_session(user.session);
-    let asked = world.api.asked().heads(user.id);
+    let before = world.api.record().heads(user.id);
     let mut late = world.stream_after(&user, 2).stream().await;
-    world.api.until_asked("the session", |record| record.heads(user.id) > asked).await;
+    world.api.until_requested("the session", |record| record.heads(user.id) > before).await;
     world.api.fault(HEADS_PATH, Fault::None);
     receives_only_a_goodbye(&mut late, "revoked").await;
     goodbye(&mut early, "revoked").await;

@@ -1,4 +1,4 @@
-//! A gateway in this process, over a real Redis behind a faulty network and an `api` that does what the test says.
+//! A gateway in this process, with a real Redis behind a fault proxy and a fake `api`.
 
 use std::{
     collections::BTreeSet,
@@ -43,11 +43,10 @@ use crate::api::{Api, Fault, SECRET};
 pub(crate) const ORIGIN: &str = "http://localhost:8080";
 pub(crate) const EPOCH: Epoch = Epoch(0xabc);
 pub(crate) const ANOTHER_EPOCH: Epoch = Epoch(0xdef);
-// Made for these tests alone.
 const PEM: &[u8] = b"-----BEGIN PRIVATE KEY-----\nMC4CAQAwBQYDK2VwBCIEIAABAgMEBQYHCAkKCwwNDg8QERITFBUWFxgZGhscHR4f\n-----END PRIVATE KEY-----\n";
 const ANOTHER_PEM: &[u8] = b"-----BEGIN PRIVATE KEY-----\nMC4CAQAwBQYDK2VwBCIEIB8eHRwbGhkYFxYVFBMSERAPDg0MCwoJCAcGBQQDAgEA\n-----END PRIVATE KEY-----\n";
 
-/// Somebody with a feed at the fake `api`, and a session.
+/// A user with a feed at the fake `api`, and a session.
 #[derive(Debug, Clone)]
 pub(crate) struct FeedUser {
     pub(crate) id: UserId,
@@ -55,7 +54,6 @@ pub(crate) struct FeedUser {
     pub(crate) token: String,
 }
 
-/// What a test wants other than usual.
 pub(crate) struct Setup {
     change: Box<dyn FnOnce(&mut Config)>,
     redis_is_away: bool,
@@ -105,17 +103,15 @@ fn redis_url() -> Url {
     programs::server("REDIS_URL").parse().unwrap()
 }
 
-/// The usual keys, as a JWKS has them.
 pub(crate) fn keys() -> SigningKeys {
     SigningKeys::from_pems(ORIGIN, PEM, &[]).unwrap()
 }
 
-/// The new key alone.
 pub(crate) fn new_keys() -> SigningKeys {
     SigningKeys::from_pems(ORIGIN, ANOTHER_PEM, &[]).unwrap()
 }
 
-/// A new key signs, the usual one is still good.
+/// A new key signs; the usual one is still valid.
 pub(crate) fn rotated_keys() -> SigningKeys {
     SigningKeys::from_pems(ORIGIN, ANOTHER_PEM, &[PEM.to_vec()]).unwrap()
 }
@@ -160,11 +156,11 @@ impl GatewayWorld {
             &format!("--channel-prefix={prefix}"),
             "--drain-wait-seconds=0",
             "--drain-window-seconds=0",
-            // Where a test does not ask for a reconcile, only its own questions are counted.
+            // No reconcile, so that only the test's own requests are counted.
             "--reconcile-seconds=300",
             "--degraded-reconcile-millis=60000",
             "--rate-limits=false",
-            // One address does everything here.
+            // All clients share one address.
             "--connections-per-address=0",
         ];
         let (_, given) = Given::parse::<Cli>(&config::rows(), args).unwrap();
@@ -188,11 +184,11 @@ impl GatewayWorld {
         if !setup.redis_is_away {
             world.until_metric("messenger_gateway_redis_degraded", 0).await;
         }
-        world.api.forget_questions();
+        world.api.forget_requests();
         world
     }
 
-    // ---- People
+    // ---- Users
 
     /// A new user whose feed ends at `head`.
     pub(crate) fn user(&self, head: Seq) -> FeedUser {
@@ -214,23 +210,21 @@ impl GatewayWorld {
         StreamRequest::new(format!("http://{}/api/messages", self.public))
     }
 
-    /// A stream of this user, about to be opened.
     pub(crate) fn stream(&self, user: &FeedUser) -> StreamRequest {
         self.opening().bearer(&user.token)
     }
 
-    /// The same, from a place in the feed.
     pub(crate) fn stream_after(&self, user: &FeedUser, seq: Seq) -> StreamRequest {
         self.stream(user).last_event_id(self.api.cursor(user.id, seq))
     }
 
-    /// A stream at the head of its feed, for which Redis is being listened to and all that a join asks is answered.
+    /// A live stream at the head of its feed, subscribed and without pending requests.
     pub(crate) async fn joined(&self, user: &FeedUser) -> Stream {
-        let before = self.api.asked().heads(user.id);
+        let before = self.api.record().heads(user.id);
         let mut stream = self.stream(user).stream().await;
         ready(&mut stream, &self.api.cursor(user.id, self.api.head(user.id).seq), false).await;
         self.until_subscribed(user).await;
-        self.api.until_asked("is the session good?", |asked| asked.heads(user.id) > before).await;
+        self.api.until_requested("the session", |record| record.heads(user.id) > before).await;
         stream
     }
 
@@ -241,15 +235,15 @@ impl GatewayWorld {
         redis.publish::<_, _, ()>(self.channel(user), payload.as_ref()).await.unwrap();
     }
 
-    /// As a replica of `api` with these keys does every few seconds.
+    /// Announces keys as a replica of `api` does every few seconds.
     pub(crate) async fn announce(&self, version: &KeysVersion) {
         let channel = self.channels.keys().next().unwrap();
         let mut redis = self.redis.clone();
         redis.publish::<_, _, ()>(channel, serde_json::to_vec(version).unwrap()).await.unwrap();
     }
 
-    /// So close together that they are one doubt.
-    pub(crate) async fn publish_at_once(&self, user: &FeedUser, envelopes: &[Envelope]) {
+    /// In one Redis pipeline, so that the gateway sees one gap.
+    pub(crate) async fn publish_together(&self, user: &FeedUser, envelopes: &[Envelope]) {
         let mut pipeline = redis::pipe();
         for envelope in envelopes {
             pipeline.publish(self.channel(user), serde_json::to_vec(envelope).unwrap()).ignore();
@@ -265,7 +259,7 @@ impl GatewayWorld {
         self.publish(user, serde_json::to_vec(envelope).unwrap()).await;
     }
 
-    /// Commits and publishes so many events; the last one's number.
+    /// Commits and publishes events; returns the last seq.
     pub(crate) async fn say(&self, user: &FeedUser, times: usize) -> Seq {
         for _ in 0..times {
             let envelope = self.api.append(user.id);
@@ -274,7 +268,7 @@ impl GatewayWorld {
         self.api.head(user.id).seq
     }
 
-    /// Whether the gateway listens to this user's channel, by Redis's own account.
+    /// Whether Redis has the gateway's subscription to this user's channel.
     pub(crate) async fn is_subscribed(&self, user: &FeedUser) -> bool {
         let mut redis = self.redis.clone();
         let mut command = redis::cmd("PUBSUB");
@@ -287,14 +281,14 @@ impl GatewayWorld {
         until("Redis has the subscription", || self.is_subscribed(user)).await;
     }
 
-    /// Returns when the gateway has heard its own beat: the next one is due some two seconds later.
-    pub(crate) async fn until_beat(&self) {
+    /// Returns when a health probe was published; the next one is due some two seconds later.
+    pub(crate) async fn until_health_probe(&self) {
         use futures_util::StreamExt;
         let client = redis::Client::open(redis_url()).unwrap();
         let mut listener = client.get_async_pubsub().await.unwrap();
         listener.psubscribe(format!("{}probe:*", self.prefix)).await.unwrap();
-        let mut beats = listener.on_message();
-        soon("a beat", beats.next()).await.unwrap();
+        let mut probes = listener.on_message();
+        soon("a health probe", probes.next()).await.unwrap();
     }
 
     // ---- The operators' view
@@ -303,7 +297,7 @@ impl GatewayWorld {
         self.client.get(format!("http://{}/readyz", self.ops)).send().await.unwrap()
     }
 
-    /// A metric by its name and labels; 0 when it was never counted.
+    /// A metric by name and labels; 0 if absent.
     pub(crate) async fn metric(&self, series: &str) -> u64 {
         let metrics = self.client.get(format!("http://{}/metrics", self.ops)).expect(200).await;
         metrics.metric(series).unwrap_or_default() as u64
@@ -322,7 +316,7 @@ impl GatewayWorld {
             .await;
     }
 
-    /// Events are counted just after they are written, so a client may be a little ahead.
+    /// Events are counted after they are written, so a client may be ahead of the metric.
     pub(crate) async fn until_delivered(&self, path: &str, times: u64) {
         self.until_metric(&format!("messenger_gateway_events_delivered_total{{path=\"{path}\"}}"), times)
             .await;
@@ -330,20 +324,17 @@ impl GatewayWorld {
 
     // ---- The end
 
-    /// Tells it to go, as a signal does.
     pub(crate) fn stop(&self) {
         self.stop.cancel();
     }
 
-    /// The process has ended in good order.
     pub(crate) async fn stopped(self) {
         let run = soon("the gateway ends", self.run).await;
         run.unwrap().unwrap();
         panics::assert_none();
     }
 
-    /// Each test ends with this or the next, its streams closed: nothing is left of them, and the gateway stops in good
-    /// order.
+    /// Each test ends with this or `leaves_nothing`, its streams closed: none is left, and the gateway stops cleanly.
     pub(crate) async fn ends(self) {
         for gauge in [
             "messenger_gateway_streams",
@@ -356,7 +347,7 @@ impl GatewayWorld {
         self.stopped().await;
     }
 
-    /// Nor of their users, who are remembered for a second.
+    /// As `ends`, and no user is left either; the gateway remembers users for a second.
     pub(crate) async fn leaves_nothing(self) {
         self.until_metric("messenger_gateway_users", 0).await;
         if self.metric("messenger_gateway_redis_connected").await == 1 {
@@ -378,7 +369,7 @@ pub(crate) fn claims(user: UserId, session: SessionId, exp: i64) -> Claims {
     }
 }
 
-/// The first event of a stream that goes on from `cursor`.
+/// Expects `ready` at `cursor`.
 pub(crate) async fn ready(stream: &mut Stream, cursor: &str, resumed: bool) {
     let ready = stream.named("ready").await;
     assert_eq!(ready.id.as_deref(), Some(cursor));
@@ -388,7 +379,7 @@ pub(crate) async fn ready(stream: &mut Stream, cursor: &str, resumed: bool) {
     );
 }
 
-/// The first two events of a stream whose cursor cannot be followed.
+/// Expects `ready` and `resync`: the cursor is not valid.
 pub(crate) async fn ready_and_resync(stream: &mut Stream, head: &str, reason: &str) {
     let ready = stream.named("ready").await;
     assert_eq!((ready.id.as_ref(), ready.json()["resumed"].as_bool()), (None, Some(false)));
@@ -404,7 +395,6 @@ pub(crate) async fn resync(stream: &mut Stream, head: &str, reason: &str) {
     );
 }
 
-/// The next events are exactly these.
 pub(crate) async fn receives(stream: &mut Stream, seqs: impl IntoIterator<Item = Seq>) {
     for seq in seqs {
         let event = stream.next().await;
@@ -418,7 +408,7 @@ pub(crate) async fn receives(stream: &mut Stream, seqs: impl IntoIterator<Item =
     }
 }
 
-/// The last event, and the end after it: of the body, and not only of the connection.
+/// Expects the last event, and then the end of the body, not only of the connection.
 pub(crate) async fn goodbye(stream: &mut Stream, reason: &str) -> Value {
     let (events, end) = stream.rest().await;
     assert_eq!(end, End::Clean, "after {events:?}");
@@ -432,30 +422,28 @@ pub(crate) async fn goodbye(stream: &mut Stream, reason: &str) -> Value {
     data
 }
 
-/// How long nothing may happen where nothing must happen.
+/// How long a test watches for something that must not happen.
 pub(crate) const A_WHILE: Duration = Duration::from_millis(300);
 
-/// Nothing comes.
 pub(crate) async fn silence(stream: &mut Stream) {
     if let Ok(event) = tokio::time::timeout(A_WHILE, stream.event()).await {
         panic!("expected nothing, got {event:?}");
     }
 }
 
-/// All of these are different.
 pub(crate) fn distinct<T: Ord>(all: impl IntoIterator<Item = T>) -> usize {
     all.into_iter().collect::<BTreeSet<_>>().len()
 }
 
-/// A client that can be rude.
+/// A client over a raw socket.
 pub(crate) struct Raw {
     pub(crate) socket: TcpStream,
     read: Vec<u8>,
 }
 
 impl Raw {
-    /// `version`: of HTTP, 1.1 or 1.0.
-    pub(crate) async fn ask(world: &GatewayWorld, user: &FeedUser, version: &str) -> Self {
+    /// `version`: 1.1 or 1.0.
+    pub(crate) async fn request(world: &GatewayWorld, user: &FeedUser, version: &str) -> Self {
         let mut socket = TcpStream::connect(world.public).await.unwrap();
         let head = format!(
             "GET /api/messages HTTP/{version}\r\nHost: x\r\nAccept: text/event-stream\r\nAuthorization: Bearer {}\r\n\r\n",
@@ -466,7 +454,7 @@ impl Raw {
     }
 
     pub(crate) async fn open(world: &GatewayWorld, user: &FeedUser) -> Self {
-        let mut raw = Self::ask(world, user, "1.1").await;
+        let mut raw = Self::request(world, user, "1.1").await;
         raw.until("event: ready").await;
         raw
     }
@@ -480,13 +468,12 @@ impl Raw {
         .await;
     }
 
-    /// Until the other side has closed; how does not matter.
     pub(crate) async fn until_end(&mut self) {
         soon("the end", async { while matches!(self.socket.read_buf(&mut self.read).await, Ok(1..)) {} })
             .await;
     }
 
-    /// The head of the answer, and its body to the end of the connection, as they were on the wire.
+    /// Head and body as they were on the wire.
     pub(crate) async fn whole(mut self) -> (String, String) {
         self.until_end().await;
         let text = String::from_utf8(self.read).unwrap();

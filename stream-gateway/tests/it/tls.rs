@@ -1,4 +1,4 @@
-//! Redis by TLS, as `REDIS_URL` asks for it: the real binary, a real certificate, and no trust in any other.
+//! Redis over TLS (`rediss://`): the real binary and real certificates.
 
 use std::{
     io::{BufRead, BufReader},
@@ -20,7 +20,7 @@ use crate::{
     support::{ORIGIN, keys},
 };
 
-/// A gateway that trusts this authority. It says where operators find it.
+/// A gateway that trusts this authority, and its ops address.
 fn gateway(api: &Api, redis_port: u16, root: PathBuf) -> (Process, String) {
     let mut command = Command::new(env!("CARGO_BIN_EXE_stream-gateway"));
     command
@@ -41,13 +41,13 @@ fn gateway(api: &Api, redis_port: u16, root: PathBuf) -> (Process, String) {
             break line["address"].as_str().unwrap().to_owned();
         }
     };
-    // Somebody must read on, or the process would wait for room in the pipe.
+    // Read the log, or the process blocks on a full pipe.
     std::thread::spawn(move || lines.for_each(drop));
     (process, ops)
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn redis_is_listened_to_behind_tls_and_not_behind_anybody_elses_certificate() {
+async fn redis_over_tls_needs_a_trusted_certificate() {
     let authority = Authority::new();
     let (redis, api) = (Redis::start(), Api::start(keys().jwks().clone()));
     let door = Door::start(redis.address(), &authority).await;
@@ -57,7 +57,7 @@ async fn redis_is_listened_to_behind_tls_and_not_behind_anybody_elses_certificat
         let answer = Client::default().get(format!("http://{ops}/metrics")).send().await;
         answer.map(|answer| answer.text()).unwrap_or_default()
     };
-    // Also a beat, which comes by a connection made anew, has come back by then.
+    // By then a loopback probe has returned too, over a connection of its own.
     until("Redis is trusted to bring events", || async {
         let metrics = metrics(&trusts).await;
         metrics.contains("messenger_gateway_redis_connected 1\n")

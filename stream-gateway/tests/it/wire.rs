@@ -1,5 +1,4 @@
-//! The stream's bytes on the wire. The reader of all other tests ([`testkit::sse`]) checks each block: the order of
-//! its lines, and data that is JSON in one line.
+//! The stream's bytes on the wire. [`testkit::sse`] checks each block in all other tests.
 
 use std::time::Duration;
 
@@ -56,7 +55,7 @@ fn assert_whole_blocks(blocks: &[&str]) {
 async fn each_block_is_one_chunk_and_the_last_chunk_ends_the_body() {
     let world = GatewayWorld::new().await;
     let user = world.user(3);
-    let mut raw = Raw::ask(&world, &user, "1.1").await;
+    let mut raw = Raw::request(&world, &user, "1.1").await;
     say_and_revoke(&world, &user, &mut raw).await;
     let (head, body) = raw.whole().await;
     assert!(head.contains("\r\ntransfer-encoding: chunked\r\n"), "{head}");
@@ -69,7 +68,7 @@ async fn each_block_is_one_chunk_and_the_last_chunk_ends_the_body() {
 async fn http_1_0_gets_the_same_blocks_without_chunks() {
     let world = GatewayWorld::new().await;
     let user = world.user(3);
-    let mut raw = Raw::ask(&world, &user, "1.0").await;
+    let mut raw = Raw::request(&world, &user, "1.0").await;
     say_and_revoke(&world, &user, &mut raw).await;
     let (head, body) = raw.whole().await;
     assert!(!head.contains("transfer-encoding") && head.contains("\r\nconnection: close"), "{head}");
@@ -82,14 +81,14 @@ async fn http_1_0_gets_the_same_blocks_without_chunks() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_refused_stream_is_whole_in_both_versions_of_http() {
+async fn a_rejected_stream_is_complete_in_both_http_versions() {
     let world = Setup::config(|config| config.admission.streams = 0).start().await;
     let user = world.user(3);
-    let (head, body) = Raw::ask(&world, &user, "1.1").await.whole().await;
+    let (head, body) = Raw::request(&world, &user, "1.1").await.whole().await;
     assert!(head.contains("\r\ntransfer-encoding: chunked\r\n"), "{head}");
     let [block] = chunks(&body)[..] else { panic!("{body}") };
     assert!(block.contains("event: goodbye\ndata: {\"reason\":\"busy\""), "{block}");
-    let (head, body) = Raw::ask(&world, &user, "1.0").await.whole().await;
+    let (head, body) = Raw::request(&world, &user, "1.0").await.whole().await;
     assert!(!head.contains("transfer-encoding"), "{head}");
     assert!(body.starts_with("retry: ") && body.ends_with("}\n\n"), "{body}");
     world.leaves_nothing().await;
@@ -99,9 +98,10 @@ async fn a_refused_stream_is_whole_in_both_versions_of_http() {
 async fn a_client_chooses_how_often_it_gets_a_heartbeat() {
     let world = Setup::config(|config| config.delivery.heartbeat = Duration::from_mins(10)).start().await;
     let user = world.user(3);
-    for (asked, told) in [("3", 4), ("30", 30), ("61", 60), ("event", 600), ("often", 600), ("", 600)] {
-        let mut stream = world.stream(&user).heartbeat(asked).stream().await;
-        assert_eq!(stream.named("ready").await.json()["heartbeatSeconds"], told, "{asked:?}");
+    for (requested, granted) in [("3", 4), ("30", 30), ("61", 60), ("event", 600), ("often", 600), ("", 600)]
+    {
+        let mut stream = world.stream(&user).heartbeat(requested).stream().await;
+        assert_eq!(stream.named("ready").await.json()["heartbeatSeconds"], granted, "{requested:?}");
     }
     let mut stream = world.stream(&user).heartbeat("4").stream().await;
     ready(&mut stream, &world.api.cursor(user.id, 3), false).await;
@@ -131,7 +131,7 @@ async fn heartbeats_before_ready_stand_in_its_block() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_stream_that_ends_before_it_is_ready_is_whole() {
+async fn a_stream_that_ends_before_ready_is_complete() {
     let world = GatewayWorld::new().await;
     let user = world.user(3);
     world.api.fault(HEADS_PATH, Fault::Holding);

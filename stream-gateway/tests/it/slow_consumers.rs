@@ -1,4 +1,4 @@
-//! Readers that take nothing, little, or late: they cost others nothing, and get exactly what is theirs when they read on.
+//! Slow consumers delay no other stream and receive exactly their feed when they read again.
 
 use std::time::Duration;
 
@@ -11,8 +11,8 @@ use testkit::{
 
 use crate::support::{ANOTHER_EPOCH, FeedUser, GatewayWorld, Setup, ready, receives};
 
-/// A stream whose client reads nothing until the test does. It is ready.
-async fn stalled(world: &GatewayWorld, user: &FeedUser) -> Stream {
+/// A ready stream whose client reads only when the test does.
+async fn slow_consumer(world: &GatewayWorld, user: &FeedUser) -> Stream {
     let head = world.api.cursor(user.id, world.api.head(user.id).seq);
     let mut stream = world.stream(user).tiny_receive_buffer().stream().await;
     ready(&mut stream, &head, false).await;
@@ -20,7 +20,7 @@ async fn stalled(world: &GatewayWorld, user: &FeedUser) -> Stream {
     stream
 }
 
-/// Commits and publishes so many events of so many bytes; the last one's number.
+/// Commits and publishes events; returns the last seq.
 async fn flood(world: &GatewayWorld, user: &FeedUser, events: usize, bytes: usize) -> Seq {
     for _ in 0..events {
         let event = world.api.append_large(user.id, bytes);
@@ -29,35 +29,33 @@ async fn flood(world: &GatewayWorld, user: &FeedUser, events: usize, bytes: usiz
     world.api.head(user.id).seq
 }
 
-/// Until the stream's socket takes no more.
-async fn until_behind(world: &GatewayWorld, readers: u64) {
-    world.until_metric("messenger_gateway_slow_consumers", readers).await;
+async fn until_lagging(world: &GatewayWorld, consumers: u64) {
+    world.until_metric("messenger_gateway_slow_consumers", consumers).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_reader_that_stops_costs_others_nothing_and_reads_on_exactly() {
+async fn a_slow_consumer_delays_no_other_and_catches_up_exactly() {
     let world = GatewayWorld::new().await;
     let (user, other) = (world.user(0), world.user(0));
-    let mut slow = stalled(&world, &user).await;
+    let mut slow = slow_consumer(&world, &user).await;
     let mut same = world.joined(&user).await;
     let mut others = world.joined(&other).await;
-    world.api.forget_questions();
+    world.api.forget_requests();
     for round in 0..40 {
         flood(&world, &user, 10, 3_000).await;
         receives(&mut same, round * 10 + 1..=round * 10 + 10).await;
         flood(&world, &other, 1, 10).await;
         receives(&mut others, round + 1..=round + 1).await;
     }
-    // All of that, and nobody had to be asked.
-    assert_eq!(world.api.asked().requests(), []);
-    until_behind(&world, 1).await;
+    assert_eq!(world.api.record().requests(), []);
+    until_lagging(&world, 1).await;
     receives(&mut slow, 1..=400).await;
-    until_behind(&world, 0).await;
-    // The ring is not as long: the rest was read from the feed.
-    let ranges = world.api.asked().ranges(user.id);
+    until_lagging(&world, 0).await;
+    // The replay buffer is shorter; the gateway read the rest from the feed.
+    let ranges = world.api.record().ranges(user.id);
     assert!(!ranges.is_empty() && ranges.is_sorted(), "{ranges:?}");
-    assert!(world.api.asked().ranges(other.id).is_empty());
-    // It is live again.
+    assert!(world.api.record().ranges(other.id).is_empty());
+    // The stream is live again.
     world.say(&user, 1).await;
     receives(&mut slow, 401..=401).await;
     receives(&mut same, 401..=401).await;
@@ -67,13 +65,13 @@ async fn a_reader_that_stops_costs_others_nothing_and_reads_on_exactly() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn what_is_kept_for_slow_readers_is_bounded_over_all_of_them() {
+async fn replay_buffers_are_bounded_over_all_slow_consumers() {
     const BACKLOG: usize = 100_000;
     let world = Setup::config(|config| config.delivery.replay_buffer_bytes = BACKLOG).start().await;
     let users = [world.user(0), world.user(0), world.user(0)];
     let mut slow = Vec::new();
     for user in &users {
-        slow.push(stalled(&world, user).await);
+        slow.push(slow_consumer(&world, user).await);
     }
     for _ in 0..10 {
         for user in &users {
@@ -81,10 +79,10 @@ async fn what_is_kept_for_slow_readers_is_bounded_over_all_of_them() {
         }
         assert!(world.metric("messenger_gateway_replay_buffer_bytes").await <= BACKLOG as u64);
     }
-    until_behind(&world, 3).await;
+    until_lagging(&world, 3).await;
     for stream in &mut slow {
         receives(stream, 1..=200).await;
-        // A page that is being read counts; one event may be more than there is room for.
+        // The page being read counts too, and its last event may exceed the bound.
         assert!(world.metric("messenger_gateway_replay_buffer_bytes").await <= BACKLOG as u64 + 3 * 4_000);
     }
     world.until_metric("messenger_gateway_replay_buffer_bytes", 0).await;
@@ -93,19 +91,19 @@ async fn what_is_kept_for_slow_readers_is_bounded_over_all_of_them() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_reader_that_makes_no_progress_is_cut_at_the_write_deadline() {
+async fn a_consumer_without_progress_ends_at_the_write_deadline() {
     let world = Setup::config(|config| config.delivery.write_deadline = Duration::from_secs(1)).start().await;
     let user = world.user(0);
-    let mut slow = stalled(&world, &user).await;
+    let mut slow = slow_consumer(&world, &user).await;
     let mut well = world.joined(&user).await;
     for round in 0..10 {
         flood(&world, &user, 10, 5_000).await;
         receives(&mut well, round * 10 + 1..=round * 10 + 10).await;
     }
     world.until_ended("slow_consumer", 1).await;
-    until_behind(&world, 0).await;
+    until_lagging(&world, 0).await;
     let (events, _) = slow.rest().await;
-    assert!(events.len() < 100, "cut before everything was sent");
+    assert!(events.len() < 100, "closed before everything was sent");
     let numbers: Vec<_> = events.iter().map(|event| event.json()["n"].as_u64().unwrap()).collect();
     assert_eq!(numbers, (1..=events.len() as u64).collect::<Vec<_>>());
     world.say(&user, 1).await;
@@ -118,11 +116,11 @@ async fn a_reader_that_makes_no_progress_is_cut_at_the_write_deadline() {
 async fn heartbeats_come_between_blocks_and_never_inside() {
     let world = Setup::config(|config| config.delivery.heartbeat = Duration::from_secs(1)).start().await;
     let user = world.user(0);
-    let mut slow = stalled(&world, &user).await;
-    // The kernel holds some of it, so the socket is full in the middle of a frame.
+    let mut slow = slow_consumer(&world, &user).await;
+    // The socket fills in the middle of a frame.
     let last = flood(&world, &user, 40, 15_000).await;
-    until_behind(&world, 1).await;
-    // Two heartbeats are due meanwhile, as another stream shows.
+    until_lagging(&world, 1).await;
+    // Another stream shows that two heartbeats are due meanwhile.
     let mut other = world.joined(&world.user(0)).await;
     soon("two heartbeats", async {
         while other.comments < 2 {
@@ -146,9 +144,9 @@ async fn heartbeats_come_between_blocks_and_never_inside() {
 async fn a_goodbye_waits_for_the_frame_that_was_begun() {
     let world = Setup::config(|config| config.delivery.streams_per_user = 1).start().await;
     let user = world.user(0);
-    let mut slow = stalled(&world, &user).await;
+    let mut slow = slow_consumer(&world, &user).await;
     flood(&world, &user, 40, 15_000).await;
-    until_behind(&world, 1).await;
+    until_lagging(&world, 1).await;
     let another = world.stream(&user).stream().await;
     let (mut events, end) = slow.rest().await;
     let goodbye = events.pop().unwrap();
@@ -156,19 +154,19 @@ async fn a_goodbye_waits_for_the_frame_that_was_begun() {
     assert_eq!(end, End::Clean);
     let numbers: Vec<_> = events.iter().map(|event| event.json()["n"].as_u64().unwrap()).collect();
     assert_eq!(numbers, (1..=events.len() as u64).collect::<Vec<_>>());
-    assert!(events.len() < 40, "what the socket had not begun to take is not sent any more");
+    assert!(events.len() < 40, "frames that were not begun are dropped");
     world.until_ended("replaced", 1).await;
     drop((slow, another));
     world.leaves_nothing().await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_goodbye_that_nobody_reads_is_not_waited_for() {
+async fn an_unread_goodbye_is_not_waited_for() {
     let world = GatewayWorld::new().await;
     let user = world.user(0);
-    let slow = stalled(&world, &user).await;
+    let slow = slow_consumer(&world, &user).await;
     flood(&world, &user, 40, 15_000).await;
-    until_behind(&world, 1).await;
+    until_lagging(&world, 1).await;
     world.publish(&user, json!({ "revoked": user.session }).to_string()).await;
     world.until_ended("revoked", 1).await;
     world.until_metric("messenger_gateway_streams", 0).await;
@@ -177,15 +175,15 @@ async fn a_goodbye_that_nobody_reads_is_not_waited_for() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_slow_reader_whose_feed_was_lost_gets_the_begun_frame_and_a_resync() {
+async fn a_lost_feed_resyncs_a_slow_consumer_after_its_frame() {
     let world = GatewayWorld::new().await;
     let (redrawn, pruned) = (world.user(0), world.user(0));
-    let mut a = stalled(&world, &redrawn).await;
-    let mut b = stalled(&world, &pruned).await;
+    let mut a = slow_consumer(&world, &redrawn).await;
+    let mut b = slow_consumer(&world, &pruned).await;
     for user in [&redrawn, &pruned] {
         flood(&world, user, 300, 3_000).await;
     }
-    until_behind(&world, 2).await;
+    until_lagging(&world, 2).await;
     world.api.restore(redrawn.id, ANOTHER_EPOCH, 299);
     world.say(&redrawn, 1).await;
     world.api.prune(pruned.id, 299);
@@ -211,12 +209,12 @@ async fn a_slow_reader_whose_feed_was_lost_gets_the_begun_frame_and_a_resync() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_reader_that_leaves_while_it_is_behind_leaves_nothing() {
+async fn a_slow_consumer_that_leaves_leaves_nothing() {
     let world = GatewayWorld::new().await;
     let user = world.user(0);
-    let slow = [stalled(&world, &user).await, stalled(&world, &user).await];
+    let slow = [slow_consumer(&world, &user).await, slow_consumer(&world, &user).await];
     flood(&world, &user, 100, 5_000).await;
-    until_behind(&world, 2).await;
+    until_lagging(&world, 2).await;
     assert!(world.metric("messenger_gateway_replay_buffer_bytes").await > 0);
     drop(slow);
     world.until_ended("client", 2).await;
@@ -224,7 +222,7 @@ async fn a_reader_that_leaves_while_it_is_behind_leaves_nothing() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_long_past_is_read_page_by_page_as_the_reader_takes_it() {
+async fn a_long_backfill_is_paged_at_the_consumers_pace() {
     let world = GatewayWorld::new().await;
     let user = world.user(0);
     for _ in 0..400 {
@@ -233,10 +231,10 @@ async fn a_long_past_is_read_page_by_page_as_the_reader_takes_it() {
     world.api.page(50);
     let mut slow = world.stream_after(&user, 0).tiny_receive_buffer().stream().await;
     ready(&mut slow, &world.api.cursor(user.id, 0), true).await;
-    until_behind(&world, 1).await;
-    let asked = world.api.asked().ranges(user.id).len();
-    assert!(asked <= 3, "{asked} pages were fetched for a reader that takes nothing");
-    // Live events meanwhile neither overtake nor are lost.
+    until_lagging(&world, 1).await;
+    let pages = world.api.record().ranges(user.id).len();
+    assert!(pages <= 3, "{pages} pages were fetched for a consumer that reads nothing");
+    // Live events neither overtake the backfill nor are lost.
     world.say(&user, 3).await;
     receives(&mut slow, 1..=403).await;
     world.say(&user, 1).await;

@@ -1,5 +1,5 @@
-//! How `api` is asked: many users in one request, no question without need, none for somebody who has gone; and what comes of
-//! an `api` that fails, hangs, or answers nonsense.
+//! Requests to `api`: batched, only when needed, none for closed streams; and an `api` that fails, hangs or answers with
+//! invalid data.
 
 use std::time::{Duration, Instant};
 
@@ -13,7 +13,7 @@ use testkit::sse::{Stream, StreamRequest};
 use tokio::time::sleep;
 
 use crate::{
-    api::{Asked, Fault},
+    api::{ApiRequest, Fault},
     support::{ANOTHER_EPOCH, GatewayWorld, Setup, ready, ready_and_resync, receives, resync},
 };
 
@@ -22,12 +22,12 @@ async fn open_all(openings: impl IntoIterator<Item = StreamRequest>) -> Vec<Stre
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn many_who_join_at_once_share_requests_of_bounded_size() {
+async fn simultaneous_joins_share_bounded_requests() {
     const USERS: usize = 600;
     stream_gateway::descriptors::raise().unwrap();
     let world = GatewayWorld::new().await;
     let users: Vec<_> = (0..USERS).map(|_| world.user(3)).collect();
-    world.api.fault_of_feeds(Fault::Holding);
+    world.api.fault_feed_requests(Fault::Holding);
     let mut streams = Vec::new();
     for after in [1, 2] {
         let opened = open_all(users.iter().map(|user| world.stream_after(user, after))).await;
@@ -35,34 +35,34 @@ async fn many_who_join_at_once_share_requests_of_bounded_size() {
     }
     world.until_metric("messenger_gateway_streams", 2 * USERS as u64).await;
     world.until_metric("messenger_gateway_actual_subscriptions", USERS as u64).await;
-    world.api.fault_of_feeds(Fault::None);
+    world.api.fault_feed_requests(Fault::None);
     for (user, after, stream) in &mut streams {
         ready(stream, &world.api.cursor(user.id, *after), true).await;
         receives(stream, *after + 1..=3).await;
     }
-    let asked = world.api.asked();
-    let sizes: Vec<_> = asked.requests().iter().map(Asked::size).collect();
+    let record = world.api.record();
+    let sizes: Vec<_> = record.requests().iter().map(ApiRequest::size).collect();
     assert!(sizes.iter().all(|size| *size <= MAX_PAIRS), "{sizes:?}");
-    // Two questions a stream. On a slow machine the first requests may have been given up and sent again.
+    // Two pairs a stream. On a slow machine the first requests may have timed out and been sent again.
     assert!(sizes.len() <= 20, "few requests for {} streams: {sizes:?}", streams.len());
     drop(streams);
     world.leaves_nothing().await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_question_that_fails_is_asked_again_ever_more_rarely_and_not_multiplied() {
+async fn a_failed_request_is_retried_and_not_multiplied() {
     let world = GatewayWorld::new().await;
     let (user, other) = (world.user(5), world.user(5));
     let mut well = world.joined(&other).await;
     world.api.fault(RANGES_PATH, Fault::Failing);
     let mut stream = world.stream_after(&user, 3).stream().await;
-    world.api.until_asked("five times", |asked| asked.range_requests().count() >= 5).await;
-    let asked = world.api.asked();
-    assert!(asked.range_requests().all(|pairs| pairs.len() == 1), "{asked:?}");
-    // What needs no answer goes on.
+    world.api.until_requested("five times", |record| record.range_requests().count() >= 5).await;
+    let record = world.api.record();
+    assert!(record.range_requests().all(|pairs| pairs.len() == 1), "{record:?}");
+    // Streams that need no answer continue.
     world.say(&other, 2).await;
     receives(&mut well, 6..=7).await;
-    world.api.fault_of_feeds(Fault::None);
+    world.api.fault_feed_requests(Fault::None);
     ready(&mut stream, &world.api.cursor(user.id, 3), true).await;
     receives(&mut stream, 4..=5).await;
     drop((stream, well));
@@ -70,19 +70,19 @@ async fn a_question_that_fails_is_asked_again_ever_more_rarely_and_not_multiplie
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn an_api_that_fails_is_left_alone_for_a_while_however_many_ask() {
+async fn a_failing_api_gets_few_requests_however_many_join() {
     let world = GatewayWorld::new().await;
-    world.api.fault_of_feeds(Fault::FailingAfter(Duration::from_millis(40)));
+    world.api.fault_feed_requests(Fault::FailingAfter(Duration::from_millis(40)));
     let mut streams = Vec::new();
     let began = Instant::now();
     while began.elapsed() < Duration::from_secs(2) {
         let user = world.user(5);
         streams.push((world.stream_after(&user, 3).stream().await, user));
-        sleep(Duration::from_millis(20)).await; // They come one by one.
+        sleep(Duration::from_millis(20)).await;
     }
-    let requests = world.api.asked().requests().len();
+    let requests = world.api.record().requests().len();
     assert!(requests <= 40, "{requests} requests in two seconds");
-    world.api.fault_of_feeds(Fault::None);
+    world.api.fault_feed_requests(Fault::None);
     for (stream, user) in &mut streams {
         ready(stream, &world.api.cursor(user.id, 3), true).await;
         receives(stream, 4..=5).await;
@@ -92,12 +92,12 @@ async fn an_api_that_fails_is_left_alone_for_a_while_however_many_ask() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn those_who_come_and_go_while_api_is_down_leave_no_questions_behind() {
+async fn closed_streams_leave_no_pending_requests() {
     let world = Setup::config(|config| config.delivery.reconcile = Duration::from_secs(1)).start().await;
     let user = world.user(5);
     let others: Vec<_> = (0..30).map(|_| world.user(5)).collect();
     let mut steady = world.joined(&user).await;
-    world.api.fault_of_feeds(Fault::Failing);
+    world.api.fault_feed_requests(Fault::Failing);
     let mut streams = open_all(others.iter().map(|other| world.stream_after(other, 1))).await;
     for _ in 0..30 {
         let another = world.another_session(user.id);
@@ -105,40 +105,41 @@ async fn those_who_come_and_go_while_api_is_down_leave_no_questions_behind() {
     }
     world
         .api
-        .until_asked("everything", |asked| asked.requests().iter().any(|asked| asked.size() >= 60))
+        .until_requested("all users and sessions", |record| {
+            record.requests().iter().any(|request| request.size() >= 60)
+        })
         .await;
     drop(streams);
     world.until_metric("messenger_gateway_users", 1).await;
-    // Two ticks later all of it is forgotten.
     world
         .api
-        .until_asked("those who are here", |asked| {
-            asked.requests().last().is_some_and(|last| last.size() <= 2)
+        .until_requested("the remaining user", |record| {
+            record.requests().last().is_some_and(|last| last.size() <= 2)
         })
         .await;
-    world.api.forget_questions();
+    world.api.forget_requests();
     world.api.append(user.id);
-    world.api.fault_of_feeds(Fault::None);
+    world.api.fault_feed_requests(Fault::None);
     receives(&mut steady, 6..=6).await;
-    let asked = world.api.asked();
-    let pairs: usize = asked.requests().iter().map(Asked::size).sum();
-    assert!(pairs <= 6, "{asked:?}");
+    let record = world.api.record();
+    let pairs: usize = record.requests().iter().map(ApiRequest::size).sum();
+    assert!(pairs <= 6, "{record:?}");
     drop(steady);
     world.leaves_nothing().await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn an_api_that_does_not_answer_is_given_up_and_asked_again() {
+async fn an_unanswered_request_times_out_and_is_retried() {
     let world = GatewayWorld::new().await;
     let (user, other) = (world.user(5), world.user(5));
     let mut well = world.joined(&other).await;
     world.api.fault(RANGES_PATH, Fault::Holding);
     let mut stream = world.stream_after(&user, 3).stream().await;
-    world.api.until_asked("once", |asked| asked.ranges(user.id) == [3]).await;
+    world.api.until_requested("once", |record| record.ranges(user.id) == [3]).await;
     world.say(&other, 1).await;
     receives(&mut well, 6..=6).await;
-    world.api.until_asked("again", |asked| asked.ranges(user.id) == [3, 3]).await;
-    world.api.fault_of_feeds(Fault::None);
+    world.api.until_requested("again", |record| record.ranges(user.id) == [3, 3]).await;
+    world.api.fault_feed_requests(Fault::None);
     ready(&mut stream, &world.api.cursor(user.id, 3), true).await;
     receives(&mut stream, 4..=5).await;
     drop((stream, well));
@@ -146,7 +147,7 @@ async fn an_api_that_does_not_answer_is_given_up_and_asked_again() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_reconcile_asks_once_for_each_user_and_session() {
+async fn a_reconcile_requests_each_user_and_session_once() {
     let world = Setup::config(|config| config.delivery.reconcile = Duration::from_secs(1)).start().await;
     let user = world.user(5);
     let phone = world.another_session(user.id);
@@ -154,10 +155,10 @@ async fn a_reconcile_asks_once_for_each_user_and_session() {
     for session in [&user, &user, &user, &phone] {
         streams.push(world.joined(session).await);
     }
-    world.api.forget_questions();
-    world.api.until_asked("three rounds", |asked| asked.requests().len() == 3).await;
-    for asked in world.api.asked().requests() {
-        let Asked::Heads { users, logins } = asked else { panic!("{asked:?}") };
+    world.api.forget_requests();
+    world.api.until_requested("three rounds", |record| record.requests().len() == 3).await;
+    for request in world.api.record().requests() {
+        let ApiRequest::Heads { users, logins } = request else { panic!("{request:?}") };
         assert_eq!(users.len(), 2);
         let mut logins = logins.clone();
         logins.sort();
@@ -170,48 +171,48 @@ async fn a_reconcile_asks_once_for_each_user_and_session() {
 
 type Falsify = fn(&mut RangesAnswer);
 
-/// Ways in which an answer about a range can be wrong where a beginning of it can still be true, or the question asked again.
-const HALF_TRUTHS: [(&str, Falsify); 7] = [
-    ("with a hole", |answer| _ = answer.ranges[0].events.remove(1)),
+/// Faults after which the start of a range can be used or the request repeated.
+const REPAIRABLE_FAULTS: [(&str, Falsify); 7] = [
+    ("with a gap", |answer| _ = answer.ranges[0].events.remove(1)),
     ("with an event twice", |answer| answer.ranges[0].events[1].seq -= 1),
     ("beyond the head", |answer| {
         let head = answer.ranges[0].head.unwrap();
         answer.ranges[0].head = Some(Position { seq: head.seq - 1, ..head });
     }),
-    ("about somebody else", |answer| answer.ranges[0].user = UserId(i64::MAX)),
-    ("about another place", |answer| answer.ranges[0].after += 1),
-    ("about nobody", |answer| answer.ranges.clear()),
-    ("about more than was asked", |answer| {
+    ("of another user", |answer| answer.ranges[0].user = UserId(i64::MAX)),
+    ("after another position", |answer| answer.ranges[0].after += 1),
+    ("empty", |answer| answer.ranges.clear()),
+    ("with a range that was not requested", |answer| {
         let Range { user, after, .. } = answer.ranges[0];
         answer.ranges.push(Range { user, after, head: None, events: vec![], more: false });
     }),
 ];
 
-/// Ways in which nothing of it can be.
-const FALSEHOODS: [(&str, Falsify); 3] = [
+/// Faults that leave nothing usable.
+const UNUSABLE_RANGES: [(&str, Falsify); 3] = [
     ("in reverse", |answer| answer.ranges[0].events.reverse()),
     ("of another epoch", |answer| {
         answer.ranges[0].events.iter_mut().for_each(|event| event.epoch = ANOTHER_EPOCH);
     }),
-    ("from before the place", |answer| {
+    ("before the position", |answer| {
         answer.ranges[0].events.iter_mut().for_each(|event| event.seq -= 1);
     }),
 ];
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn of_a_range_that_cannot_be_only_what_is_certain_is_believed() {
-    join_all(HALF_TRUTHS.map(async |(what, falsify)| {
-        println!("{what}"); // The last ones are those that failed.
+async fn only_the_consistent_start_of_a_range_is_used() {
+    join_all(REPAIRABLE_FAULTS.map(async |(what, falsify)| {
+        println!("{what}");
         let world = GatewayWorld::new().await;
         let user = world.user(5);
-        // To a stream that joins.
+        // For a joining stream.
         world.api.falsify_ranges(falsify);
         let mut stream = world.stream_after(&user, 2).stream().await;
         ready(&mut stream, &world.api.cursor(user.id, 2), true).await;
         world.until_subscribed(&user).await;
         world.say(&user, 1).await;
         receives(&mut stream, 3..=6).await;
-        // And to a hole.
+        // For a gap.
         for _ in 0..2 {
             world.api.append(user.id);
         }
@@ -225,8 +226,8 @@ async fn of_a_range_that_cannot_be_only_what_is_certain_is_believed() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_range_of_which_nothing_can_be_is_a_resync_and_no_endless_question() {
-    join_all(FALSEHOODS.map(async |(what, falsify)| {
+async fn a_range_without_a_consistent_start_ends_in_a_resync() {
+    join_all(UNUSABLE_RANGES.map(async |(what, falsify)| {
         println!("{what}");
         let world = GatewayWorld::new().await;
         let user = world.user(5);
@@ -240,7 +241,7 @@ async fn a_range_of_which_nothing_can_be_is_a_resync_and_no_endless_question() {
         world.api.falsify_ranges(falsify);
         world.say(&user, 1).await;
         resync(&mut stream, &world.api.cursor(user.id, 8), "expired").await;
-        assert_eq!(world.api.asked().ranges(user.id), [2, 5]);
+        assert_eq!(world.api.record().ranges(user.id), [2, 5]);
         world.say(&user, 1).await;
         receives(&mut stream, 9..=9).await;
         drop(stream);
@@ -250,24 +251,24 @@ async fn a_range_of_which_nothing_can_be_is_a_resync_and_no_endless_question() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn an_answer_of_another_form_is_asked_for_again() {
-    let huge = " ".repeat(40 << 20); // Beyond what is read of an answer.
-    let forms = ["", "nonsense", "{}", "[]", r#"{"heads":[{"user":7}]}"#, r#"{"ranges":[{}]}"#, &huge];
-    let nothing_said = [r#"{"heads":[],"ended":[]}"#, r#"{"ranges":[]}"#];
-    join_all(forms.into_iter().chain(nothing_said).map(|form| async move {
+async fn a_malformed_answer_is_requested_again() {
+    let huge = " ".repeat(40 << 20); // Above the limit of an answer.
+    let forms = ["", "invalid", "{}", "[]", r#"{"heads":[{"user":7}]}"#, r#"{"ranges":[{}]}"#, &huge];
+    let empty_answers = [r#"{"heads":[],"ended":[]}"#, r#"{"ranges":[]}"#];
+    join_all(forms.into_iter().chain(empty_answers).map(|form| async move {
         let world = GatewayWorld::new().await;
         let user = world.user(5);
         world.api.next_answer(RANGES_PATH, form.to_owned());
         let mut stream = world.stream_after(&user, 3).stream().await;
         ready(&mut stream, &world.api.cursor(user.id, 3), true).await;
         receives(&mut stream, 4..=5).await;
-        assert_eq!(world.api.asked().ranges(user.id), [3, 3]);
+        assert_eq!(world.api.record().ranges(user.id), [3, 3]);
 
         let user = world.user(5);
         world.api.next_answer(HEADS_PATH, form.to_owned());
         let mut another = world.stream(&user).stream().await;
         ready(&mut another, &world.api.cursor(user.id, 5), false).await;
-        assert_eq!(world.api.asked().heads(user.id), 2);
+        assert_eq!(world.api.record().heads(user.id), 2);
         drop((stream, another));
         world.ends().await;
     }))
