@@ -1,4 +1,4 @@
-//! The Rust block of `docs/clients.md`, for `src/bin/rust-client.rs`: what is tested is what people copy.
+//! The Rust block of `docs/clients.md`, for `src/bin/rust-client.rs`: the tests run what users copy.
 
 use std::{env, fs, path::Path};
 

@@ -1,4 +1,4 @@
-//! What each scenario starts from: servers of its own with the settings of production, and users with sessions and
+//! The start of each scenario: its own servers with the settings of production, and users with sessions and
 //! conversations, made in bulk by SQL.
 
 use std::{fmt::Write as _, io, ops::Deref, path::PathBuf};

@@ -23,7 +23,6 @@ pub fn load_average() -> String {
     text.split_whitespace().take(3).collect::<Vec<_>>().join(" ")
 }
 
-/// The time to sync 8 KiB to disk, which every commit waits for.
 pub fn disk_sync(folder: &Path) -> anyhow::Result<Percentiles> {
     let mut file = tempfile::tempfile_in(folder)?;
     let block = [7; 8_192];

@@ -1,4 +1,4 @@
-//! `cargo run --release -p benches -- <scenario>…`: measures, and prints what it saw.
+//! `cargo run --release -p benches -- <scenario>…`: measures, and prints figures.
 
 #![allow(clippy::disallowed_methods, reason = "a tool, whose user notices")]
 
@@ -22,7 +22,7 @@ use clap::{Parser, ValueEnum};
 #[derive(Debug, Parser)]
 #[command(next_line_help = true)]
 struct BenchCli {
-    /// What to measure; all scenarios if none is named
+    /// Scenarios to measure; all if none is named
     #[arg(value_enum)]
     scenarios: Vec<Scenario>,
     /// Use small numbers, to see that the bench works

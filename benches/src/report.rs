@@ -1,8 +1,8 @@
-//! How figures are said: progress on standard error, figures on standard output, one a line.
+//! Output: progress on standard error, figures on standard output, one a line.
 
 use std::fmt::{self, Display};
 
-/// Of samples in microseconds.
+/// Percentiles of samples in microseconds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Percentiles {
     pub p50: u32,

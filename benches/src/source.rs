@@ -1,5 +1,5 @@
 //! Events for gateways at a steady rate, without `api`: committed to Postgres in bulk, as `api` would have, and then published
-//! to Redis at the time they are due. So every question that a gateway asks gets a true answer, and the rate is not bounded by
+//! to Redis at the time they are due. So every request of a gateway gets a correct answer, and the rate is not bounded by
 //! what POST can do.
 
 use std::{
@@ -31,7 +31,7 @@ const BATCH_EVERY: Duration = Duration::from_millis(10);
 const BATCH_ROWS: usize = 5_000;
 /// Events that are due within the same millisecond are sent together.
 const GRAIN: Micros = 1_000;
-/// How long before they are due events are committed.
+/// Events are committed this long before they are due.
 const LEAD: Duration = Duration::from_millis(50);
 const HEAD_START: Duration = Duration::from_millis(500);
 
@@ -50,14 +50,13 @@ pub struct EventLoad<'a> {
     /// A random order; each turn goes once through all.
     order: Vec<usize>,
     next: usize,
-    /// The newest event of each user.
     heads: Vec<Position>,
 }
 
 #[derive(Debug)]
 pub struct PublishReport {
     pub events: u64,
-    /// How late an event was published at most: the source could not keep up.
+    /// The longest delay of a publication: above zero, the source could not keep up.
     pub latest: Micros,
     /// Receivers at Redis, over all events.
     pub heard: u64,
@@ -245,7 +244,7 @@ fn publish(mut socket: TcpStream, bursts: &Receiver<Burst>, since: Micros) -> an
         published.events += burst.events;
     }
     total_in.send(published.events)?;
-    // The answer to this one tells the reader the total.
+    // The answer to the last one gives the reader the total.
     socket.write_all(b"PING\r\n")?;
     published.heard = reader.join().unwrap_or_else(|_| anyhow::bail!("the reader panicked"))?;
     Ok(published)

@@ -1,4 +1,4 @@
-//! What `cargo dev up` prints for a person to paste: john writes to jane, and she sees it, with nothing but bash and curl.
+//! Lines that `cargo dev up` prints to paste: john writes to jane, and she sees it, by bash and curl alone.
 
 /// Jane listens twice, and the ingress sends each stream to another gateway.
 pub(crate) fn demo(base: &str) -> String {

@@ -1,4 +1,4 @@
-//! Where the runner keeps things: the layout of `.dev/`, and nothing of what is in the files.
+//! The layout of `.dev/`.
 
 use std::ffi::OsStr;
 use std::fs;
@@ -39,7 +39,6 @@ impl Folders {
         Ok(Self { root, home })
     }
 
-    /// Data, keys and state of `cargo dev up`.
     pub(crate) fn up(&self) -> PathBuf {
         self.home.join("up")
     }
@@ -83,7 +82,6 @@ impl Drop for Scratch {
     }
 }
 
-/// Whether every account can reach `dir`.
 fn open_to_others(dir: &Path) -> bool {
     dir.ancestors().all(|dir| dir.metadata().is_ok_and(|meta| meta.permissions().mode() & 0o001 != 0))
 }

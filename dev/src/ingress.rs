@@ -1,5 +1,5 @@
 //! The one address in front of everything, as an ingress gives it: exactly `/api/messages` to the gateways in turn,
-//! all else to api. Bodies pass through as they come, and when either side goes away, the other one is told at once.
+//! all else to api. Bodies pass through as they come, and when one side closes, the other is closed immediately.
 //!
 //! Limits on what clients may send are the services' business, and are seen through it unchanged.
 

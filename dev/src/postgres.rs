@@ -20,13 +20,11 @@ use crate::lifetime::{Durability, Life, log_end, log_file};
 use crate::process::{Child, command, run_as, run_quietly};
 use crate::{install, secrets, terminal};
 
-/// The database that everything uses.
 pub(crate) const DATABASE: &str = "messenger";
 const OLDEST_VERSION: u32 = 14;
 const START_DEADLINE: Duration = Duration::from_mins(1);
 const STOP_PATIENCE: Duration = Duration::from_secs(20);
 
-/// The programs of one Postgres version.
 pub(crate) struct Programs {
     pub(crate) bin_dir: PathBuf,
     version: u32,
@@ -72,7 +70,6 @@ fn major_version(said: &str) -> Option<u32> {
     number.split(|c: char| !c.is_ascii_digit()).next()?.parse().ok()
 }
 
-/// A running private server.
 pub(crate) struct DevPostgres {
     /// None when it was found running already.
     pub(crate) child: Option<Child>,
@@ -178,7 +175,6 @@ fn ready(data: &Path) -> Option<(u32, u16)> {
     postmaster::ready(data).filter(|(pid, _)| works_in(*pid, data))
 }
 
-/// The pid and port of a server whose data is under `dir`.
 pub(crate) fn running(dir: &Path) -> Option<(u32, u16)> {
     fs::read_dir(dir).ok()?.flatten().find_map(|entry| ready(&entry.path()))
 }
@@ -213,7 +209,7 @@ async fn create_database(postgres: &DevPostgres) -> Result<()> {
     Ok(())
 }
 
-/// Connects, or says in one sentence that nobody answers.
+/// Connects, or says in one sentence that it does not answer.
 pub(crate) async fn connect(url: &str) -> Result<PgConnection> {
     tokio::time::timeout(Duration::from_secs(10), PgConnection::connect(url))
         .await
@@ -224,7 +220,6 @@ pub(crate) async fn connect(url: &str) -> Result<PgConnection> {
         )
 }
 
-/// The same server's other database.
 pub(crate) fn in_database(url: &str, database: &str) -> Result<String> {
     let scheme = url.find("://").context("DATABASE_URL is no URL")? + 3;
     let path = url[scheme..].find(['/', '?']).map_or(url.len(), |at| scheme + at);

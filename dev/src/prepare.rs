@@ -1,4 +1,4 @@
-//! `cargo dev prepare`: the query data in `api/.sqlx`, which lets everybody build without a database.
+//! `cargo dev prepare`: the query data in `api/.sqlx`, for builds without a database.
 //!
 //! The `query!` macros write it themselves while they are compiled against a live database. This makes that
 //! database, with the tables and functions of api, and replaces the old data by the new.
@@ -19,7 +19,6 @@ use crate::lifetime::{Durability, Life};
 use crate::servers::Given;
 use crate::{postgres, process, servers, terminal};
 
-/// File name to content.
 type QueryData = BTreeMap<String, Vec<u8>>;
 
 pub(crate) async fn run(folders: &Folders, given: &Given, check: bool) -> Result<()> {
@@ -70,7 +69,7 @@ async fn describe_queries(folders: &Folders, url: &str, scratch: &Path) -> Resul
     let migrations = folders.root.join("api/migrations");
     let migrator = Migrator::new(migrations.as_path()).await.context("cannot read api/migrations")?;
     migrator.run(&mut connection).await.context("a migration failed")?;
-    // The files come in no order, and a plain SQL function is otherwise checked against those that it calls.
+    // The files come in no order, and a plain SQL function is otherwise checked against the functions that it calls.
     connection.execute("SET check_function_bodies = off").await?;
     for file in fs::read_dir(folders.root.join("api/sql")).context("cannot read api/sql")? {
         let path = file?.path();
@@ -153,7 +152,6 @@ fn differences(committed: &QueryData, fresh: &QueryData) -> Vec<String> {
         .collect()
 }
 
-/// The first words of the SQL in the data's `query` member.
 fn beginning_of_query(content: &[u8]) -> String {
     let content = String::from_utf8_lossy(content);
     let sql =

@@ -71,7 +71,6 @@ pub(crate) async fn run_to_end(mut command: Command, on_death: Signal) -> Result
     Ok(status)
 }
 
-/// Shows the output of a command only if it fails.
 pub(crate) async fn run_quietly(mut command: Command) -> Result<()> {
     bind_to_runner(&mut command, Signal::SIGKILL);
     let output = command.output().await.with_context(|| cannot_start(&command))?;
@@ -127,10 +126,10 @@ impl Child {
                 tokio::spawn(follow(name.to_owned(), colour, stderr));
             }
         }
-        let (tell, exit) = watch::channel(None);
+        let (sender, exit) = watch::channel(None);
         tokio::spawn(async move {
             if let Ok(status) = child.wait().await {
-                let _ = tell.send(Some(status));
+                let _ = sender.send(Some(status));
             }
         });
         Ok(Self { name: name.to_owned(), pid, exit })
@@ -151,11 +150,11 @@ impl Child {
 
     /// Signals the child, waits for at most `patience`, then kills its group.
     pub(crate) async fn stop(&self, signal: Signal, patience: Duration) {
-        self.ask(signal);
+        self.signal(signal);
         self.wait_or_kill(patience).await;
     }
 
-    pub(crate) fn ask(&self, signal: Signal) {
+    pub(crate) fn signal(&self, signal: Signal) {
         // After its end, the pid may belong to another process.
         if !self.has_ended() {
             let _ = kill(self.pid, signal);

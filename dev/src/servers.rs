@@ -82,11 +82,10 @@ pub(crate) async fn start_postgres(
     Ok((Some(postgres), url))
 }
 
-/// `cargo dev env`.
 pub(crate) async fn print_env(folders: &Folders, given: &Given) -> Result<()> {
     let dir = folders.shared();
     fs::create_dir_all(&dir)?;
-    // Two at once would both start servers.
+    // Two concurrent runs would both start servers.
     let lock = File::create(dir.join("lock"))?;
     lock.lock().context("cannot lock .dev/test")?;
     let servers = Servers::start(folders, given, &dir, Durability::Forgetful, Life::Detached).await?;

@@ -1,4 +1,4 @@
-//! What a running `cargo dev up` tells other commands: that it runs (a lock, which the kernel gives back whatever
+//! The state of a running `cargo dev up` for other commands: that it runs (a lock, which the kernel gives back whatever
 //! happens) and what runs under it (a text file, true only while the lock is held).
 
 use std::fs::{self, File, TryLockError};
@@ -23,7 +23,6 @@ pub(crate) struct ProcessEntry {
 }
 
 impl State {
-    /// The state of the runner that holds the lock in `dir`.
     pub(crate) fn read(dir: &Path) -> Result<Option<Self>> {
         if Lock::is_free(dir)? {
             return Ok(None);

@@ -1,4 +1,4 @@
-//! Being asked to stop: Ctrl-C, SIGTERM, or a terminal that was closed.
+//! Requests to stop: Ctrl-C, SIGTERM, or a terminal that was closed.
 
 use anyhow::Result;
 use tokio::signal::unix::{Signal, SignalKind, signal};
@@ -19,7 +19,7 @@ impl Stop {
         })
     }
 
-    pub(crate) async fn asked(&mut self) {
+    pub(crate) async fn requested(&mut self) {
         tokio::select! {
             _ = self.interrupt.recv() => {}
             _ = self.terminate.recv() => {}

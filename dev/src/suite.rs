@@ -23,7 +23,7 @@ pub(crate) async fn run(folders: &Folders, given: &Given, args: &[String]) -> Re
     let mut servers = None;
     let outcome = tokio::select! {
         outcome = build_and_test(folders, given, args, scratch.path(), &mut servers) => outcome,
-        () = stop.asked() => Ok(ExitCode::from(INTERRUPTED)),
+        () = stop.requested() => Ok(ExitCode::from(INTERRUPTED)),
     };
     if let Some(servers) = servers {
         servers.stop().await;

@@ -11,7 +11,6 @@ use crate::install;
 
 struct Tool {
     what: &'static str,
-    /// Tells tests where it is; a person may set it too.
     variable: &'static str,
     names: &'static [&'static str],
     /// Arguments with which a suitable program succeeds. Empty: any program of that name is suitable.
@@ -19,7 +18,6 @@ struct Tool {
     from: From,
 }
 
-/// How to get it.
 enum From {
     Debian(&'static [&'static str]),
     /// A Python package; tests need this path in it. It may need Debian packages.
@@ -59,7 +57,7 @@ const TOOLS: [Tool; 9] = [
         variable: "DEV_CHROMIUM",
         names: &["chromium", "chromium-browser", "google-chrome", "google-chrome-stable"],
         proof: &[],
-        // The font is for people who look at the screenshots.
+        // The font is for readers of the screenshots.
         from: From::Debian(&["chromium", "fonts-noto-color-emoji"]),
     },
     Tool {
@@ -105,7 +103,6 @@ const TOOLS: [Tool; 9] = [
     },
 ];
 
-/// What was found and what is missing.
 #[derive(Default)]
 pub(crate) struct Found {
     pub(crate) env: Vec<(&'static str, PathBuf)>,
@@ -120,14 +117,12 @@ impl Found {
         }
     }
 
-    /// Lines of a list; `None` if nothing is missing.
     pub(crate) fn list_of_missing(&self) -> Option<String> {
         let lines = self.missing.iter().map(|missing| format!("\n  - {missing}"));
         (!self.missing.is_empty()).then(|| lines.collect())
     }
 }
 
-/// Finds everything, and installs what is missing.
 pub(crate) async fn all(folders: &Folders) -> Found {
     let mut packages: Vec<_> = TOOLS
         .iter()

@@ -51,7 +51,7 @@ pub(crate) async fn run(folders: &Folders, given: &Given, options: &Options) -> 
     let mut running = RunningProcesses::default();
     let outcome = tokio::select! {
         outcome = running.start(folders, given, options, &lock) => outcome.map(Some),
-        () = stop.asked() => Ok(None),
+        () = stop.requested() => Ok(None),
     };
     if let Ok(Some(address)) = &outcome {
         terminal::step("Ready", format_args!("in {:.1} s at {address}", began.elapsed().as_secs_f64()));
@@ -65,7 +65,7 @@ pub(crate) async fn run(folders: &Folders, given: &Given, options: &Options) -> 
     tokio::select! {
         () = running.stop() => {}
         // The children end with us.
-        () = stop.asked() => terminal::warn("interrupted again; exiting immediately"),
+        () = stop.requested() => terminal::warn("interrupted again; exiting immediately"),
     }
     // A handled Ctrl-C is a success.
     outcome.map(|_| ExitCode::SUCCESS)
@@ -148,7 +148,7 @@ impl RunningProcesses {
         }
         loop {
             tokio::select! {
-                () = stop.asked() => return,
+                () = stop.requested() => return,
                 Some(Ok((name, status))) = ends.join_next() => {
                     let how = status.map_or_else(|| "for an unknown reason".to_owned(), |status| status.to_string());
                     terminal::warn(format_args!(
@@ -164,7 +164,7 @@ impl RunningProcesses {
             ingress.abort();
         }
         for gateway in &self.gateways {
-            gateway.ask(Signal::SIGTERM);
+            gateway.signal(Signal::SIGTERM);
         }
         for gateway in &self.gateways {
             gateway.wait_or_kill(STOP_PATIENCE).await;

@@ -10,7 +10,7 @@ use std::{
 
 use serde_json::Value;
 
-/// The crates of the workspace that a crate may use, and those that only its tests may use.
+/// The crates of the workspace that a crate may use, and the ones that only its tests may use.
 const CRATES: [(&str, &[&str], &[&str]); 5] = [
     ("protocol", &[], &["testkit"]),
     ("service-kit", &["protocol"], &["testkit"]),
@@ -80,9 +80,9 @@ fn imports(code: &str) -> BTreeSet<&str> {
 
 /// The imports of a module that are not below it; the modules of its service from the bottom to the top.
 fn violations(modules: &str, module: &str, code: &str) -> Vec<(String, String)> {
-    let place = |name: &str| modules.split_whitespace().position(|each| each == name);
+    let position = |name: &str| modules.split_whitespace().position(|each| each == name);
     let used = imports(code).into_iter().filter(|used| *used != module);
-    let wrong = used.filter(|used| place(module).is_none() || place(used) >= place(module));
+    let wrong = used.filter(|used| position(module).is_none() || position(used) >= position(module));
     wrong.map(|used| (module.to_owned(), used.to_owned())).collect()
 }
 

@@ -30,7 +30,6 @@ fn texts(value: &Value) -> Vec<&str> {
     value.as_array().into_iter().flatten().filter_map(Value::as_str).collect()
 }
 
-/// The services of docker-compose.yml.
 fn parts(compose: &Value) -> BTreeMap<&str, &Value> {
     let parts = compose["services"].as_object().unwrap().iter();
     let parts: BTreeMap<_, _> = parts.map(|(name, part)| (name.as_str(), part)).collect();
@@ -38,7 +37,6 @@ fn parts(compose: &Value) -> BTreeMap<&str, &Value> {
     parts
 }
 
-/// The variables of a service as text.
 fn environment(part: &Value) -> BTreeMap<&str, String> {
     let variables = part["environment"].as_object().into_iter().flatten();
     let text = |value: &Value| value.as_str().map_or_else(|| value.to_string(), str::to_owned);

@@ -9,7 +9,7 @@ fn test_on_a_bare_machine(args: &[&str]) -> Output {
     fs::create_dir_all(root.join("dev")).expect("a temporary folder");
     let mut dev = Command::new(env!("CARGO_BIN_EXE_dev"));
     dev.arg("test").args(args).env_clear().env("PATH", root.join("nothing"));
-    // Servers that nobody asks, so that none is started.
+    // URLs that are never used, so that no server is started.
     dev.envs([("DATABASE_URL", "postgres://127.0.0.1:1/none"), ("REDIS_URL", "redis://127.0.0.1:1")]);
     let output = dev.env("CARGO_MANIFEST_DIR", root.join("dev")).output().expect("the runner starts");
     fs::remove_dir_all(&root).expect("the folder is ours");

@@ -31,7 +31,7 @@ struct Metric {
     help: String,
 }
 
-/// What `/metrics` of a service contains once everything has been counted.
+/// `/metrics` of a service once everything has been counted.
 fn exposed(metrics: &impl Sample, registry: &Registry) -> Vec<Metric> {
     metrics.sample();
     let mut text = String::new();

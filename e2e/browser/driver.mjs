@@ -1,5 +1,5 @@
-// One real Chromium for one test: the test says by lines of JSON what to do, and is told by lines of JSON what came of it and
-// what happened meanwhile. It knows no page of ours: a request names an object and what to call on it, one call after the other.
+// One real Chromium for one test. The test sends requests as lines of JSON; answers and page events come back as lines of JSON.
+// It knows no page of ours: a request names an object and a chain of calls on it.
 //
 //   test → {"id": 1, "on": 4, "chain": [["getByRole", "button", {"name": "Send"}], ["click"]]}
 //        ← {"id": 1, "ok": null}  or  {"id": 1, "error": "…"}
@@ -8,12 +8,12 @@
 //   A step that names no method is a property: ["keyboard"].
 //        ← {"page": 5, "kind": …, "text": …, "url": …}  for each page, as it happens:
 //     console.error, console.log, …  what it wrote, and what the browser wrote for it (a failed load, a violated policy)
-//     exception                      what nobody caught
-//     dialog                         somebody asked or told something; it is dismissed
+//     exception                      uncaught
+//     dialog                         alert, confirm or prompt; it is dismissed
 //     response                       `text` is the status
 //     requestfailed                  no answer, or half of one
 //
-// All ends with the standard input, and so with the test.
+// It exits when its standard input closes, and so with the test.
 
 import { createInterface } from "node:readline";
 import { chromium } from "playwright-core";
@@ -61,16 +61,16 @@ async function follow(chain, start) {
 }
 
 function watch(page) {
-  const tell = (kind, text, url) => say({ page: number(page), kind, text, url });
-  page.on("console", (message) => tell(`console.${message.type()}`, message.text(), message.location().url));
-  page.on("pageerror", (error) => tell("exception", error.stack ?? String(error), page.url()));
+  const report = (kind, text, url) => say({ page: number(page), kind, text, url });
+  page.on("console", (message) => report(`console.${message.type()}`, message.text(), message.location().url));
+  page.on("pageerror", (error) => report("exception", error.stack ?? String(error), page.url()));
   page.on("dialog", (dialog) => {
-    tell("dialog", dialog.message(), page.url());
-    // The page may close while it asks.
+    report("dialog", dialog.message(), page.url());
+    // The page may close meanwhile.
     dialog.dismiss().catch(() => {});
   });
-  page.on("response", (response) => tell("response", String(response.status()), response.url()));
-  page.on("requestfailed", (request) => tell("requestfailed", request.failure()?.errorText ?? "", request.url()));
+  page.on("response", (response) => report("response", String(response.status()), response.url()));
+  page.on("requestfailed", (request) => report("requestfailed", request.failure()?.errorText ?? "", request.url()));
 }
 
 const browser = await chromium.launch({
@@ -83,7 +83,7 @@ const browser = await chromium.launch({
     "--disable-background-networking",
     "--disable-component-update",
     "--disable-sync",
-    // Loopback goes past the proxy, and everything else to one where nobody listens: nothing leaves this machine.
+    // Loopback goes past the proxy, and everything else to a closed port: nothing leaves this machine.
     "--proxy-server=http://127.0.0.1:9",
     "--proxy-bypass-list=localhost;127.0.0.1",
     "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE localhost, EXCLUDE 127.0.0.1",

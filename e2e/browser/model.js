@@ -1,5 +1,5 @@
 // Holds the messenger's model against a server that is played here: it has one user's conversations and their feed, and its
-// pages and its stream arrive late, at any pace, in any order to each other, with failures and lost places in between. When
+// pages and its stream arrive late, at any pace, in any order to each other, with failures and lost positions in between. When
 // all is quiet, the model must say what the server says. A function of a seed and a number of rounds; answers what was wrong,
 // each with the seed that shows it.
 
@@ -41,8 +41,8 @@ async (seed, rounds) => {
       const message = { id: `m${(this.#changes * 7919) % 100_003}`, content: "text", createdAt: "2026-01-01T00:00:00Z", mine };
       conversation.messages.push(message);
       conversation.changed = this.#changes;
-      const told = { ...message, conversationId: id };
-      this.feed.push(mine ? ["message.sent", { ...told, idempotencyKey: null }] : ["message", told]);
+      const data = { ...message, conversationId: id };
+      this.feed.push(mine ? ["message.sent", { ...data, idempotencyKey: null }] : ["message", data]);
     }
     read(id) {
       const conversation = this.conversations.get(id);
@@ -114,9 +114,9 @@ async (seed, rounds) => {
       request.answer ??= new Response(JSON.stringify(fails ? {} : server.answer(request.path)), { status: fails ? 503 : 200 });
     };
     const end = new AbortController();
-    let place = server.feed.length;
+    let position = server.feed.length;
     const model = new Model({ id: "me", username: "me", avatarURL: null }, { of: () => [], drop: () => {} }, end.signal);
-    const hear = () => place < server.feed.length && model.apply(...structuredClone(server.feed[place++]));
+    const hear = () => position < server.feed.length && model.apply(...structuredClone(server.feed[position++]));
     let thread = null;
     const reload = () => void model.reload(() => open).catch(() => {});
     reload();
@@ -136,14 +136,14 @@ async (seed, rounds) => {
       } else if (what < 0.95) thread?.loadOlder().catch(() => {});
       else if (what < 0.96) model.loadMore().catch(() => {});
       else if (what < 0.97) {
-        // The stream has lost its place.
-        place = server.feed.length;
+        // The stream has lost its position.
+        position = server.feed.length;
         reload();
       }
       await turn();
     }
     for (let quiet = 0; quiet < 30; quiet += 1) {
-      if (requests.length > 0 || place < server.feed.length) quiet = 0;
+      if (requests.length > 0 || position < server.feed.length) quiet = 0;
       weather.dispatchEvent(new Event("again"));
       hear();
       for (const request of requests.splice(0)) {

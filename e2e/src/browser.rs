@@ -1,9 +1,8 @@
-//! A real Chromium as a test uses it: contexts (a person's browser each, with cookies of its own), their pages, and what
-//! happened there. Driven by `browser/driver.mjs`, which calls Playwright by name, so that whatever is not a method here
-//! can still be called.
+//! A real Chromium: contexts (each with cookies of its own), their pages, and what these reported. `browser/driver.mjs` drives it
+//! and calls Playwright by name, so that tests can call what has no method here.
 //!
-//! What a page wrote as an error, threw, asked in a dialog or was refused by its policy fails the test at its end, unless
-//! the test said that it expects it. A failed test leaves screenshots of its pages in `target/screenshots/failed`.
+//! Errors, exceptions, dialogs and policy violations of a page fail the test at its end, unless the test expects
+//! them. A failed test leaves screenshots of its pages in `target/screenshots/failed`.
 
 use std::{
     collections::{BTreeSet, HashMap, HashSet},
@@ -38,7 +37,6 @@ pub const POLL: Duration = Duration::from_millis(30);
 
 const END_WITHIN: Duration = Duration::from_secs(5);
 
-/// Something that a page reported.
 #[derive(Debug, Clone)]
 pub struct PageReport {
     page: u64,
@@ -63,12 +61,11 @@ impl fmt::Display for PageReport {
 type Waiting = Box<dyn FnOnce(Result<Value, String>) + Send>;
 
 struct Driver {
-    /// None once it was told to end.
+    /// None once it is closing.
     stdin: Mutex<Option<ChildStdin>>,
     next: AtomicU64,
     waiting: Mutex<HashMap<u64, Waiting>>,
     happenings: Mutex<Vec<PageReport>>,
-    /// Its standard error.
     complaints: Mutex<Vec<String>>,
 }
 
@@ -77,7 +74,7 @@ fn held<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Driver {
-    fn ask(&self, on: u64, chain: &Value, waiting: Waiting) {
+    fn send(&self, on: u64, chain: &Value, waiting: Waiting) {
         let id = self.next.fetch_add(1, Ordering::Relaxed);
         held(&self.waiting).insert(id, waiting);
         let line = format!("{}\n", json!({ "id": id, "on": on, "chain": chain }));
@@ -89,7 +86,7 @@ impl Driver {
 
     async fn call(&self, on: u64, chain: Value) -> Result<Value, String> {
         let (answer, answered) = oneshot::channel();
-        self.ask(on, &chain, Box::new(|result| drop(answer.send(result))));
+        self.send(on, &chain, Box::new(|result| drop(answer.send(result))));
         match tokio::time::timeout(PATIENCE, answered).await {
             Ok(Ok(result)) => result,
             Ok(Err(_)) => Err(format!("the driver ended: {:#?}", held(&self.complaints))),
@@ -100,7 +97,7 @@ impl Driver {
     /// For `drop`, which cannot await.
     fn call_blocking(&self, on: u64, chain: Value) -> Result<Value, String> {
         let (answer, answered) = sync_channel(1);
-        self.ask(on, &chain, Box::new(move |result| drop(answer.send(result))));
+        self.send(on, &chain, Box::new(move |result| drop(answer.send(result))));
         answered.recv_timeout(PATIENCE).unwrap_or_else(|error| Err(error.to_string()))
     }
 
@@ -170,7 +167,6 @@ impl Browser {
         browser
     }
 
-    /// The peers of all sockets that its processes have open at this moment.
     pub fn peers(&self) -> BTreeSet<IpAddr> {
         let mut family = vec![self.process.id()];
         let mut inodes = HashSet::new();
@@ -248,7 +244,7 @@ async fn slot() -> File {
         File::options().create(true).append(true).open(path).expect("a file beside the tests' programs")
     });
     let mut files: Vec<_> = files.collect();
-    // Without a limit: the tests before this one have limits of their own.
+    // Unbounded, because each test that holds a slot is bounded.
     loop {
         if let Some(free) = files.iter().position(|file| file.try_lock().is_ok()) {
             return files.swap_remove(free);
@@ -305,7 +301,6 @@ impl BrowserContext {
         self.call(json!([["setOffline", offline]])).await;
     }
 
-    /// Messages and URLs that contain this are no problem.
     pub fn expect(&self, part: &str) {
         held(&self.0.expected).push(part.to_owned());
     }
@@ -332,7 +327,6 @@ impl Inner {
         problems
     }
 
-    /// Prints what helps to find the cause of a failure.
     #[expect(clippy::print_stdout, reason = "the test runner shows it under the failed test's name")]
     fn describe(&self) {
         let happenings = self.happenings();
@@ -360,7 +354,7 @@ impl Drop for Inner {
         let problems = self.problems();
         if !std::thread::panicking() && !problems.is_empty() {
             let lines: Vec<_> = problems.iter().map(PageReport::to_string).collect();
-            panic!("{} had problems that nobody expected:\n{}", self.who, lines.join("\n"));
+            panic!("{} had unexpected problems:\n{}", self.who, lines.join("\n"));
         }
     }
 }
@@ -456,7 +450,6 @@ impl Page {
         self.call(chain).await
     }
 
-    /// Puts the tab behind another one.
     pub async fn hide(&self) {
         self.believe_to_be_looked_at(false).await;
         self.window("minimized").await;
@@ -501,7 +494,7 @@ impl Page {
         self.cdp("Browser.setWindowBounds", bounds).await;
     }
 
-    /// What the accessibility engine finds that is serious or worse.
+    /// Serious or worse findings of the accessibility engine.
     pub async fn axe(&self) -> Vec<String> {
         if self.evaluate("'axe' in window").await == false {
             let source =
@@ -524,8 +517,10 @@ impl Page {
     /// The status of each response to a URL with this part, in order.
     pub fn statuses(&self, part: &str) -> Vec<u16> {
         let happenings = self.happenings();
-        let of_these = happenings.iter().filter(|told| told.kind == "response" && told.url.contains(part));
-        of_these.filter_map(|told| told.text.parse().ok()).collect()
+        let of_these = happenings
+            .iter()
+            .filter(|happening| happening.kind == "response" && happening.url.contains(part));
+        of_these.filter_map(|happening| happening.text.parse().ok()).collect()
     }
 
     pub async fn close(self) {
@@ -566,7 +561,6 @@ impl Locator<'_> {
         self
     }
 
-    /// Anything that Playwright's `Locator` can do.
     pub async fn call(&self, step: Value) -> Value {
         let mut chain = self.chain.clone();
         chain.push(step);

@@ -1,4 +1,4 @@
-//! Programs that read the stream with the libraries that people use: the blocks of `docs/clients.md`, unchanged, and the
+//! Programs that read the stream with common libraries: the blocks of `docs/clients.md`, unchanged, and the
 //! programs of `e2e/clients`. Their packages are installed under `target/clients`, in the versions that `e2e/clients` pins.
 //! Each prints one line per event: id, name, data.
 
@@ -153,7 +153,6 @@ fn works(command: &str) -> bool {
     command.status().is_ok_and(|status| status.success())
 }
 
-/// Installs what a list asks for, once.
 fn once(folder: &Path, list: &str, install: impl FnOnce() -> Command) {
     let wanted = fs::read_to_string(folder.join(list)).expect("it was written a moment ago");
     let installed = folder.join("installed");
@@ -201,8 +200,7 @@ impl ClientProgram {
         self.printed.lines().iter().rev().any(|line| line.split(' ').next() == Some(id))
     }
 
-    /// Whether it reported a response with this status.
-    pub fn was_told(&self, status: &str) -> bool {
+    pub fn reported(&self, status: &str) -> bool {
         let number = |line: &String| line.split(|c: char| !c.is_ascii_digit()).any(|number| number == status);
         self.troubles.lines().iter().any(number)
     }

@@ -1,5 +1,4 @@
-//! A real OpenTelemetry collector, and behind it a receiver that keeps what comes out of it: so what a test sees was understood
-//! by somebody else's program.
+//! A real OpenTelemetry collector and a receiver of what it exports, so that another program has parsed the spans.
 
 use std::{
     collections::BTreeMap,
@@ -22,7 +21,7 @@ use tokio::sync::watch;
 use tokio_util::sync::{CancellationToken, DropGuard};
 use warp::Filter;
 
-/// A span that the collector sent on. Ids are in hex, times in nanoseconds since 1970.
+/// A span that the collector exported. Ids are in hex, times in nanoseconds since 1970.
 #[derive(Debug, Clone)]
 pub struct ReceivedSpan {
     pub service: String,

@@ -1,7 +1,6 @@
-//! What only the end-to-end suite has beside `testkit`: a real browser, a real collector, and readers by other people's
-//! libraries. The promises themselves are in `tests/it`.
+//! What the end-to-end suite adds to `testkit`: a real browser, a real collector, and clients in other languages.
 
-#![allow(clippy::disallowed_methods, reason = "tests notice the end of what they start")]
+#![allow(clippy::disallowed_methods, reason = "a test fails if a task of its own does")]
 
 pub mod browser;
 pub mod clients;

@@ -52,12 +52,11 @@ async fn blocking_is_repeatable_and_needs_another_user(pool: PgPool) {
         for nobody in ["999".to_owned(), "no-id".into(), "0".into(), jane.id.to_string()] {
             let path = format!("/api/blocks/{nobody}");
             assert_problem(&jane.call(method, &path).send().await.unwrap(), 404, "User not found");
-            // 401, 403, 404.
             assert_problem(&gone.call(method, &path).send().await.unwrap(), 401, "Unauthorized");
-            let foreign = || app.call(method, &path).header("origin", "http://evil.example");
-            let answer = foreign().header("cookie", &gone.cookie).send().await.unwrap();
+            let other_site = || app.call(method, &path).header("origin", "http://evil.example");
+            let answer = other_site().header("cookie", &gone.cookie).send().await.unwrap();
             assert_problem(&answer, 401, "Unauthorized");
-            let answer = foreign().header("cookie", &jane.cookie).send().await.unwrap();
+            let answer = other_site().header("cookie", &jane.cookie).send().await.unwrap();
             assert_problem(&answer, 403, ORIGIN_NOT_ALLOWED);
         }
         let path = format!("/api/blocks/{}", john.id);
@@ -81,7 +80,6 @@ async fn blocker_receives_nothing_and_blocked_user_sees_no_difference(pool: PgPo
     block(&jane, &john).await;
     let (janes_before, janes_events) = (see(&jane, &conversation).await, count(&app, &jane).await);
 
-    // He sees no difference.
     let key = "once";
     let send = || john.post_message(&conversation, "hidden").header("idempotency-key", key);
     let hidden = send().expect(201).await;
@@ -132,7 +130,6 @@ async fn blocker_receives_nothing_and_blocked_user_sees_no_difference(pool: PgPo
     let janes = see(&jane, &conversation).await;
     assert_eq!((&janes["lastReadMessageId"], &janes["unreadCount"]), (&json!(before), &json!(0)));
     assert_eq!(see(&john, &conversation).await["otherLastReadMessageId"], before.as_str());
-    // A page marks what is on it.
     assert_eq!(jane.messages(&conversation, "").expect(200).await.json().as_array().unwrap().len(), 1);
     assert_eq!(see(&jane, &conversation).await["lastReadMessageId"], before.as_str());
     app.stop().await;

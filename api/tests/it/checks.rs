@@ -8,7 +8,6 @@ use crate::{
     support::{App, ORIGIN, ORIGIN_NOT_ALLOWED, assert_common_headers, assert_problem},
 };
 
-/// Path and `Allow`.
 const PATHS: &[(&str, &str)] = &[
     ("/api/login", "POST"),
     ("/api/login_options", "GET, HEAD"),
@@ -122,7 +121,7 @@ async fn checks_run_in_the_contracts_order(pool: PgPool) {
     ];
     let messages = |id: &str| format!("/api/conversations/{id}/messages");
     let ours = ("origin", ORIGIN);
-    let foreign = ("origin", "http://evil.example");
+    let other_site = ("origin", "http://evil.example");
     for path in ["/api/conversations".to_owned(), messages(&conversation), messages("999"), messages("no-id")]
     {
         let post = async |content_type: &str, body: &str, more: &[(&str, &str)]| {
@@ -142,11 +141,10 @@ async fn checks_run_in_the_contracts_order(pool: PgPool) {
                 let answer = post("application/json", body, &[("authorization", &bearer(token))]).await;
                 assert_problem(&answer, 401, "Unauthorized");
                 let cookie = format!("messenger_session={token}");
-                let answer = post("application/json", body, &[("cookie", &cookie), foreign]).await;
+                let answer = post("application/json", body, &[("cookie", &cookie), other_site]).await;
                 assert_problem(&answer, 401, "Unauthorized");
             }
-            // 403 before the body.
-            let answer = post("application/json", body, &[("cookie", &john.cookie), foreign]).await;
+            let answer = post("application/json", body, &[("cookie", &john.cookie), other_site]).await;
             assert_problem(&answer, 403, ORIGIN_NOT_ALLOWED);
             // 413, 400, 422, all before 404.
             for content_type in ["application/json", "Application/JSON ; charset=utf-8"] {
@@ -184,7 +182,7 @@ async fn internal_listener_requires_the_shared_secret(pool: PgPool) {
             assert_problem(&answer, 401, "Unauthorized");
         }
         assert_problem(&app.client.post(&url).send().await.unwrap(), 401, "Unauthorized");
-        assert_eq!(app.ask(path, &"no object").send().await.unwrap().status, 400);
+        assert_eq!(app.internal(path, &"no object").send().await.unwrap().status, 400);
     }
     for path in ["/api/auth_user", "/api/login", "/internal/feed", "/"] {
         let answer = app.client.get(format!("{}{path}", app.internal)).send().await.unwrap();

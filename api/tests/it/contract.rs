@@ -153,7 +153,6 @@ async fn token_is_rejected_once_its_user_or_session_is_gone(pool: PgPool) {
             assert_eq!(answer.header("www-authenticate"), Some("Bearer"));
         }
     }
-    // Another user's session proves nothing.
     let stolen = ann.forge(|claims| claims.sub = john.id);
     assert_problem(&app.get("/api/auth_user").bearer(&stolen).send().await.unwrap(), 401, "Unauthorized");
     ann.auth_user().expect(200).await;
@@ -486,7 +485,7 @@ async fn reading_a_page_moves_the_read_position_to_its_newest_message(pool: PgPo
         assert_eq!(state(&jane).await, (json!(4), Value::Null, Value::Null));
     }
     let page = jane.messages(&conversation, "?before=3").expect(200).await;
-    assert_eq!(cursor(&page).seq, 5, "the place before the read, and before its own event");
+    assert_eq!(cursor(&page).seq, 5, "the position before the read, and before its own event");
     assert_eq!(state(&jane).await, (json!(2), json!("2"), Value::Null));
     assert_eq!(state(&john).await, (json!(0), Value::Null, json!("2")));
     // Only forward; without a move there is no event.
@@ -577,13 +576,13 @@ async fn out_of_range_parameters_are_named(pool: PgPool) {
         john.messages(&conversation, fine).expect(200).await;
     }
     let bob = app.user(&pool, "bob").await;
-    let foreign = bob.start("jane").await;
-    for before in ["x", "999", "0", foreign.as_str()] {
+    let not_listed = bob.start("jane").await;
+    for before in ["x", "999", "0", not_listed.as_str()] {
         let answer = john.conversations(&format!("?before={before}")).expect(422).await;
         assert_unacceptable(&answer, "before", "No such conversation");
     }
     // Their conversation without messages is not in the list: nothing follows it.
-    assert_json(&bob.conversations(&format!("?before={foreign}")).expect(200).await, &json!([]));
+    assert_json(&bob.conversations(&format!("?before={not_listed}")).expect(200).await, &json!([]));
     app.stop().await;
 }
 
@@ -643,7 +642,6 @@ async fn openapi_document_is_public_and_complete(pool: PgPool) {
         let path = path.replace("{provider}", "github").replace("{conversationId}", "1");
         let path = path.replace("{sessionId}", "1").replace("{userId}", "1");
         for method in methods.as_object().unwrap().keys() {
-            // The client holds the status against the document.
             let answer = app.call(&method.to_uppercase(), &path).send().await.unwrap();
             assert_ne!(answer.status, 405, "{method} {path}");
         }

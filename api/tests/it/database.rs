@@ -1,4 +1,4 @@
-//! What the database brings along: its isolation level, encoding and locale, and a pooler in front of it.
+//! Databases with other isolation levels, encodings and locales, and poolers in front of them.
 
 use std::{
     fs::{self, Permissions},
@@ -34,19 +34,16 @@ fn log_in(app: &App, name: &str) -> Call {
     app.post("/api/login").json(&json!({ "username": name }))
 }
 
-/// For a query.
 fn encoded(text: &str) -> String {
     form_urlencoded::byte_serialize(text.as_bytes()).collect()
 }
 
-/// Of the database, for sessions that begin from now on.
 async fn set_default(pool: &PgPool, setting: &str, value: &str) {
     let database = pool.connect_options().get_database().unwrap().to_owned();
     let statement = format!(r#"ALTER DATABASE "{database}" SET {setting} = '{value}'"#);
     sqlx::query(AssertSqlSafe(statement)).execute(pool).await.unwrap();
 }
 
-/// All of them arrive, whatever they wait for.
 async fn send_eighty(app: &App, pool: &PgPool) {
     let (john, jane, conversation) = app.pair(pool).await;
     let send = |number: usize| {
@@ -323,18 +320,18 @@ async fn both_normal_forms_of_a_name_are_one_persons(pool: PgPool) {
     let me = app.user(&pool, "me").await;
     for stored in [NFC, NFD] {
         let jose = app.user(&pool, stored).await;
-        for asked in [NFC, NFD, "JOS\u{c9}", "JOSE\u{301}"] {
-            let logged_in = log_in(&app, asked).expect(200).await.json();
-            assert_eq!(text(&logged_in["authUser"]["id"]), jose.id.to_string(), "{stored:?} by {asked:?}");
+        for spelling in [NFC, NFD, "JOS\u{c9}", "JOSE\u{301}"] {
+            let logged_in = log_in(&app, spelling).expect(200).await.json();
+            assert_eq!(text(&logged_in["authUser"]["id"]), jose.id.to_string(), "{stored:?} by {spelling:?}");
             assert_eq!(
-                me.usernames(&encoded(asked)).expect(200).await.json(),
+                me.usernames(&encoded(spelling)).expect(200).await.json(),
                 json!([stored]),
-                "{stored:?} by {asked:?}"
+                "{stored:?} by {spelling:?}"
             );
-            let started = me.start_conversation(asked).send().await.unwrap();
-            assert!([201, 302].contains(&started.status), "{stored:?} by {asked:?}: {}", started.text());
+            let started = me.start_conversation(spelling).send().await.unwrap();
+            assert!([201, 302].contains(&started.status), "{stored:?} by {spelling:?}: {}", started.text());
         }
-        // An exact name is found, however many differ from it by case; of several others none is meant.
+        // An exact name is found even if others differ from it by case; several other matches are ambiguous.
         let other = app.user(&pool, &stored.to_uppercase()).await;
         let logged_in = log_in(&app, &stored.to_uppercase()).expect(200).await.json();
         assert_eq!(text(&logged_in["authUser"]["id"]), other.id.to_string());
@@ -349,10 +346,9 @@ async fn both_normal_forms_of_a_name_are_one_persons(pool: PgPool) {
     app.stop().await;
 }
 
-/// A `PgBouncer` of this machine, and its version.
 struct Program(PathBuf, (u32, u32));
 
-/// Those that are found, and at most one of a version: on PATH, where Debian has it, and those that `DEV_PGBOUNCERS` names.
+/// At most one of each version: on PATH, where Debian has it, and those that `DEV_PGBOUNCERS` names.
 fn pgbouncers() -> Vec<Program> {
     let mut found: Vec<Program> = Vec::new();
     let named = std::env::var_os("DEV_PGBOUNCERS").unwrap_or_default();
@@ -378,7 +374,6 @@ fn pgbouncers() -> Vec<Program> {
     found
 }
 
-/// A `PgBouncer` in front of the server of `url`.
 struct Pooler {
     _process: Process,
     port: u16,
@@ -427,7 +422,7 @@ fn is_root() -> bool {
     fs::metadata("/proc/self").is_ok_and(|own| std::os::unix::fs::MetadataExt::uid(&own) == 0)
 }
 
-/// The way to Postgres, as a start finds it, many times: it is never taken for another one.
+/// Start-up classifies the connection to Postgres correctly every time.
 async fn routes(url: &str) -> Vec<Result<Route, String>> {
     let mut found = Vec::new();
     for _ in 0..5 {
@@ -473,7 +468,7 @@ async fn sends_work_through_a_pooler_of_transactions(pool: PgPool) {
         eprintln!("SKIPPED: no PgBouncer of 1.21 or newer was found; DEV_PGBOUNCERS can name one");
         return;
     };
-    // What the database sets is of no use to us here either.
+    // The database's own default must not matter here either.
     set_default(&pool, "default_transaction_isolation", "serializable").await;
     set_default(&pool, "lock_timeout", "1ms").await;
     let settings = "pool_mode = transaction\nmax_prepared_statements = 100\ndefault_pool_size = 4\nmax_client_conn = 200";

@@ -1,4 +1,4 @@
-//! `GET /admin/explain`: an operator asks about one event of a feed.
+//! `GET /admin/explain`: what api knows of one event of a feed.
 
 use std::time::Duration;
 
@@ -11,8 +11,8 @@ use sqlx::PgPool;
 use crate::support::App;
 
 impl App {
-    async fn explain(&self, question: &str) -> (u16, String) {
-        let answer = self.client.get(format!("{}/admin/explain?{question}", self.ops)).send().await.unwrap();
+    async fn explain(&self, query: &str) -> (u16, String) {
+        let answer = self.client.get(format!("{}/admin/explain?{query}", self.ops)).send().await.unwrap();
         (answer.status, answer.text())
     }
 }
@@ -30,17 +30,17 @@ async fn explain_tells_operators_the_fate_of_an_event(pool: PgPool) {
     // By message, then by the seq from that answer.
     let (status, by_message) = app.explain(&format!("user={}&message={message}", jane.id)).await;
     assert_eq!(status, 200, "{by_message}");
-    let told: Value = serde_json::from_str(&by_message).unwrap();
-    assert_eq!(told["username"], "jane");
-    assert_eq!(told["event"]["messageId"], json!(message));
-    assert_eq!(told["event"]["requestId"], "asked-about");
-    assert_eq!(told["feed"]["head"], json!(head));
-    assert_eq!(told["feed"]["first"], 1);
+    let report: Value = serde_json::from_str(&by_message).unwrap();
+    assert_eq!(report["username"], "jane");
+    assert_eq!(report["event"]["messageId"], json!(message));
+    assert_eq!(report["event"]["requestId"], "asked-about");
+    assert_eq!(report["feed"]["head"], json!(head));
+    assert_eq!(report["feed"]["first"], 1);
     assert!(!by_message.contains("secret"), "{by_message}");
-    let seq = told["event"]["seq"].as_u64().unwrap();
+    let seq = report["event"]["seq"].as_u64().unwrap();
     let (status, by_seq) = app.explain(&format!("user={}&seq={seq}", jane.id)).await;
     assert_eq!((status, by_seq), (200, by_message));
-    assert!(told["says"][0].as_str().unwrap().contains("was written at"), "{told}");
+    assert!(report["says"][0].as_str().unwrap().contains("was written at"), "{report}");
 
     let (_, beyond) = app.explain(&format!("user={}&seq={}", jane.id, head + 1)).await;
     assert!(beyond.contains(&format!("was never written: the feed ends at {head}")), "{beyond}");

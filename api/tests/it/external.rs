@@ -17,7 +17,6 @@ use testkit::{
 
 use crate::support::{App, ORIGIN, SECRET, assert_problem, config, keys, text};
 
-/// An api that trusts the issuer of the tests.
 fn trusting(issuer: &TestIssuer, pool: &PgPool) -> Config {
     let settings = ExternalSettings { issuer: issuer::issuer(), jwks_url: issuer.url() };
     Config { external: Some(settings), ..config((*pool.connect_options()).clone()) }
@@ -45,7 +44,7 @@ async fn external_token_creates_its_user_and_works_everywhere(pool: PgPool) {
         tokio::join!(App::start_with(trusting(&issuer, &pool)), App::start_with(trusting(&issuer, &pool)));
     let john = app.user(&pool, "john").await;
     let token = key.token("jane", soon());
-    // Twenty first uses at once, over two replicas.
+    // Twenty simultaneous first uses over two replicas.
     let answers = join_all((0..20).map(|number| {
         let app = if number % 2 == 0 { &app } else { &replica };
         app.whoami(&token)
@@ -58,7 +57,6 @@ async fn external_token_creates_its_user_and_works_everywhere(pool: PgPool) {
         sqlx::query_scalar("SELECT count(*) FROM messenger.users").fetch_one(&pool).await.unwrap();
     assert_eq!(users, 2);
 
-    // A conversation in both directions.
     let conversation = john.start("jane").await;
     john.say(&conversation, "hello").await;
     let messages = format!("/api/conversations/{conversation}/messages");
@@ -171,9 +169,9 @@ async fn tokens_not_exactly_of_the_issuer_are_rejected(pool: PgPool) {
         key.sign(&claims(ISSUER, "another", soon())),
         key.sign(&claims(ISSUER, AUDIENCE, Utc::now().timestamp() - 1)),
         IssuerKey::number(1).sign(&claims(ISSUER, AUDIENCE, soon())),
-        // Ours by its claims, theirs by its key.
+        // Our claims, signed by the issuer's key.
         key.sign(&claims(ORIGIN, "api", soon())),
-        // Theirs by its claims, ours by its key.
+        // The issuer's claims, signed by our key.
         john.forge(|claims| claims.iss = ISSUER.into()),
         // One of ours without a session.
         john.forge(|claims| claims.sid = None),
@@ -183,13 +181,13 @@ async fn tokens_not_exactly_of_the_issuer_are_rejected(pool: PgPool) {
     }
     let users: i64 =
         sqlx::query_scalar("SELECT count(*) FROM messenger.users").fetch_one(&pool).await.unwrap();
-    assert_eq!(users, 1, "nobody was made");
+    assert_eq!(users, 1, "no user was created");
     app.stop().await;
 
     let app = App::start(&pool).await;
     assert_problem(&app.whoami(&key.token("s", soon())).await, 401, "Unauthorized");
-    let question = IdentityRequest::default();
-    assert_problem(&app.ask(IDENTITY_PATH, &question).send().await.unwrap(), 404, "Not found");
+    let request = IdentityRequest::default();
+    assert_problem(&app.internal(IDENTITY_PATH, &request).send().await.unwrap(), 404, "Not found");
     app.stop().await;
 }
 
@@ -205,25 +203,25 @@ async fn unreachable_issuer_makes_no_token_invalid(pool: PgPool) {
     assert_eq!(answer.header("retry-after"), Some("5"));
     john.auth_user().expect(200).await;
     issuer.publish(&key);
-    until("the issuer's keys are had", || async { app.whoami(&token).await.status == 200 }).await;
+    until("the issuer's keys are available", || async { app.whoami(&token).await.status == 200 }).await;
 
     // A new key is fetched once; unknown keys put no load on the issuer.
-    let asked = issuer.asked();
+    let before = issuer.requests();
     let rotated = IssuerKey::number(1);
     issuer.publish(&rotated);
     let token = rotated.token("jane", soon());
     // After a failed fetch there is none for a few seconds: still 503.
-    until("the new key is asked for", || async {
+    until("the new key is fetched", || async {
         let status = app.whoami(&token).await.status;
         assert!([200, 503].contains(&status), "{status}");
         status == 200
     })
     .await;
-    assert_eq!(issuer.asked(), asked + 1);
+    assert_eq!(issuer.requests(), before + 1);
     for _ in 0..20 {
         assert_eq!(app.whoami(&key.token("jane", soon())).await.status, 401);
     }
-    assert_eq!(issuer.asked(), asked + 1);
+    assert_eq!(issuer.requests(), before + 1);
     app.stop().await;
 }
 
@@ -238,9 +236,9 @@ async fn gateways_get_the_issuers_keys_and_users_of_subjects(pool: PgPool) {
         let answer = keys(query).header("authorization", &authorization(SECRET)).expect(200).await;
         serde_json::from_value::<KeysAnswer>(answer.json()).unwrap()
     };
-    let told = authorized("").await;
-    assert!(!told.own.keys.is_empty());
-    let external = told.external.unwrap();
+    let keys = authorized("").await;
+    assert!(!keys.own.keys.is_empty());
+    let external = keys.external.unwrap();
     assert_eq!((external.issuer.issuer.as_str(), external.issuer.audience.as_str()), (ISSUER, AUDIENCE));
     assert_eq!(external.jwks.unwrap(), key.jwks());
     // A gateway's unknown key makes api fetch.
@@ -251,19 +249,19 @@ async fn gateways_get_the_issuers_keys_and_users_of_subjects(pool: PgPool) {
 
     let identity = |subject: &str| Identity { subject: subject.into(), username: None, picture: None };
     let identities = (0..50).map(|number| identity(&format!("s{}", number % 30))).collect();
-    let question = IdentityRequest { identities };
-    let ask = async || {
-        let answer = app.ask(IDENTITY_PATH, &question).expect(200).await.json();
+    let request = IdentityRequest { identities };
+    let identify = async || {
+        let answer = app.internal(IDENTITY_PATH, &request).expect(200).await.json();
         serde_json::from_value::<IdentityAnswer>(answer).unwrap().users
     };
-    let users = ask().await;
+    let users = identify().await;
     assert_eq!(users.len(), 50);
     assert_eq!(users[..20], users[30..]);
-    assert_eq!(ask().await, users);
+    assert_eq!(identify().await, users);
     let made: i64 =
         sqlx::query_scalar("SELECT count(*) FROM messenger.users").fetch_one(&pool).await.unwrap();
     assert_eq!(made, 30);
     let many = IdentityRequest { identities: vec![identity("x"); 1_001] };
-    assert_eq!(app.ask(IDENTITY_PATH, &many).send().await.unwrap().status, 400);
+    assert_eq!(app.internal(IDENTITY_PATH, &many).send().await.unwrap().status, 400);
     app.stop().await;
 }

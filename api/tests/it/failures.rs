@@ -10,7 +10,6 @@ use testkit::{PATIENCE, proxy::Proxy, servers::Redis, soon, until};
 
 use crate::support::{App, assert_problem, channel_prefix, config};
 
-/// Subscribes to the channel of one user.
 pub(crate) struct Listener(redis::aio::PubSub);
 
 impl Listener {
@@ -174,8 +173,11 @@ async fn assert_unavailable(app: &App, john: &crate::support::ApiUser, conversat
         john.post_message(conversation, ""),
         john.read_messages(conversation),
         app.post("/api/login").json(&serde_json::json!({ "username": "john" })),
-        app.ask("/internal/feed/heads", &serde_json::json!({ "users": [{ "user": "1" }] })),
-        app.ask("/internal/feed/ranges", &serde_json::json!({ "ranges": [{ "user": "1", "after": 0 }] })),
+        app.internal("/internal/feed/heads", &serde_json::json!({ "users": [{ "user": "1" }] })),
+        app.internal(
+            "/internal/feed/ranges",
+            &serde_json::json!({ "ranges": [{ "user": "1", "after": 0 }] }),
+        ),
     ] {
         let answer = soon("an answer", call.send()).await.unwrap();
         assert_problem(&answer, 503, "Service unavailable, try again soon");

@@ -35,7 +35,7 @@ async fn assert_feeds_agree_with_tables(app: &App, pool: &PgPool, users: &[ApiUs
             .fetch_all(pool)
             .await
             .unwrap();
-    let people: HashMap<i64, (i64, i64)> =
+    let participants: HashMap<i64, (i64, i64)> =
         sqlx::query_as("SELECT id, user_a, user_b FROM messenger.conversations")
             .fetch_all(pool)
             .await
@@ -45,12 +45,12 @@ async fn assert_feeds_agree_with_tables(app: &App, pool: &PgPool, users: &[ApiUs
             .collect();
     for user in users {
         let feed = app.feed(user.id).await; // Asserts that it is numbered without gaps.
-        let told =
+        let belongs =
             |data: &Value, conversation: i64| data["conversationId"] == json!(conversation.to_string());
-        for (&conversation, &(a, b)) in &people {
+        for (&conversation, &(a, b)) in &participants {
             if ![a, b].contains(&user.id.0) {
                 assert!(
-                    !feed.iter().any(|(_, data)| told(data, conversation)),
+                    !feed.iter().any(|(_, data)| belongs(data, conversation)),
                     "event of another conversation"
                 );
                 continue;
@@ -63,7 +63,7 @@ async fn assert_feeds_agree_with_tables(app: &App, pool: &PgPool, users: &[ApiUs
                 .collect();
             let seen: Vec<(bool, String, &str)> = feed
                 .iter()
-                .filter(|(name, data)| name.starts_with("message") && told(data, conversation))
+                .filter(|(name, data)| name.starts_with("message") && belongs(data, conversation))
                 .map(|(name, data)| {
                     let mine = data["mine"].as_bool().unwrap();
                     assert_eq!(name, if mine { "message.sent" } else { "message" });
@@ -74,7 +74,7 @@ async fn assert_feeds_agree_with_tables(app: &App, pool: &PgPool, users: &[ApiUs
             // Read positions only move forward.
             let positions: Vec<i64> = feed
                 .iter()
-                .filter(|(name, data)| name == "conversation.read" && told(data, conversation))
+                .filter(|(name, data)| name == "conversation.read" && belongs(data, conversation))
                 .map(|(_, data)| data["lastReadMessageId"].as_str().unwrap().parse().unwrap())
                 .collect();
             assert!(positions.is_sorted_by(|a, b| a < b), "{positions:?}");
@@ -278,11 +278,11 @@ async fn heads_returns_changed_heads_and_ended_logins(pool: PgPool) {
     let (john, jane, conversation) = app.pair(&pool).await;
     john.say(&conversation, "hi").await;
     let unknown = |user| KnownHead { user, head: None };
-    let question = HeadsRequest {
+    let request = HeadsRequest {
         users: vec![unknown(john.id), unknown(jane.id), unknown(UserId(99))],
         ..HeadsRequest::default()
     };
-    let answer = app.heads(&question).await;
+    let answer = app.heads(&request).await;
     assert_eq!(answer.heads.len(), 3);
     let head_of = |user| answer.heads.iter().find(|head| head.user == user).unwrap().head;
     assert_eq!(head_of(UserId(99)), None);
@@ -299,8 +299,8 @@ async fn heads_returns_changed_heads_and_ended_logins(pool: PgPool) {
         Position { seq: u64::MAX, ..johns },
         Position { epoch: Epoch(johns.epoch.0 ^ 1), ..johns },
     ] {
-        let question = HeadsRequest { users: vec![known(other)], ..HeadsRequest::default() };
-        let answer = app.heads(&question).await;
+        let request = HeadsRequest { users: vec![known(other)], ..HeadsRequest::default() };
+        let answer = app.heads(&request).await;
         assert_eq!(answer.heads[0].head, Some(johns));
     }
 
@@ -322,10 +322,10 @@ async fn heads_returns_changed_heads_and_ended_logins(pool: PgPool) {
     let logins = [gone, [of(john.id, john.session()), of(jane.id, jane.session()), of_another[0]]].concat();
     let logins = [logins, vec![of_another[1]]].concat();
     let answer = app.heads(&HeadsRequest { logins, ..HeadsRequest::default() }).await;
-    let (mut told, mut ended) = (answer.ended_logins, [&gone[..], &of_another].concat());
-    told.sort();
+    let (mut reported, mut ended) = (answer.ended_logins, [&gone[..], &of_another].concat());
+    reported.sort();
     ended.sort();
-    assert_eq!(told, ended);
+    assert_eq!(reported, ended);
     app.stop().await;
 }
 
@@ -337,7 +337,7 @@ async fn ranges_returns_the_events_after_each_position(pool: PgPool) {
         john.say(&conversation, &format!("m{n}")).await;
     }
     let pair = |user, after| RangeAfter { user, after };
-    let asked = vec![
+    let requested = vec![
         pair(jane.id, 119),
         pair(UserId(99), 0),
         pair(john.id, 0),
@@ -345,10 +345,10 @@ async fn ranges_returns_the_events_after_each_position(pool: PgPool) {
         pair(jane.id, u64::MAX),
         pair(jane.id, 119),
     ];
-    let answer = app.ranges(asked.clone()).await;
-    assert_eq!(answer.ranges.len(), asked.len());
-    for (range, asked) in answer.ranges.iter().zip(&asked) {
-        assert_eq!((range.user, range.after), (asked.user, asked.after));
+    let answer = app.ranges(requested.clone()).await;
+    assert_eq!(answer.ranges.len(), requested.len());
+    for (range, requested) in answer.ranges.iter().zip(&requested) {
+        assert_eq!((range.user, range.after), (requested.user, requested.after));
         for (n, event) in range.events.iter().enumerate() {
             assert_eq!(event.seq, range.after + 1 + n as u64);
             assert_eq!(event.epoch, range.head.unwrap().epoch);
@@ -388,17 +388,17 @@ async fn internal_requests_are_bounded(pool: PgPool) {
         ("/internal/feed/heads", logins(MAX_PAIRS), logins(MAX_PAIRS + 1)),
         ("/internal/feed/ranges", ranges(MAX_PAIRS), ranges(MAX_PAIRS + 1)),
     ] {
-        app.ask(path, &fits).expect(200).await;
-        assert_problem(&app.ask(path, &too_many).expect(400).await, 400, "More than 1000 at once");
+        app.internal(path, &fits).expect(200).await;
+        assert_problem(&app.internal(path, &too_many).expect(400).await, 400, "More than 1000 at once");
         let padded = json!({ "padding": "x".repeat(600 * 1024) });
-        assert_problem(&app.ask(path, &padded).expect(413).await, 413, "Body too large");
+        assert_problem(&app.internal(path, &padded).expect(413).await, 413, "Body too large");
     }
     for bad in [
         json!({ "ranges": [{ "user": 1, "after": 0 }] }),
         json!({ "ranges": [{ "user": "1", "after": -1 }] }),
         json!({}),
     ] {
-        assert_eq!(app.ask("/internal/feed/ranges", &bad).send().await.unwrap().status, 400);
+        assert_eq!(app.internal("/internal/feed/ranges", &bad).send().await.unwrap().status, 400);
     }
     app.stop().await;
 }
@@ -407,7 +407,7 @@ async fn internal_requests_are_bounded(pool: PgPool) {
 async fn pruning_deletes_only_old_prefixes_by_count_and_age(pool: PgPool) {
     let database = Database::new((*pool.connect_options()).clone(), 4, Counter::default());
     let keep = Keep { age: Duration::from_hours(1), events: 10 };
-    // (seq, age in seconds), and what is left.
+    // (seq, age in seconds), and the events left.
     let fresh = |range: std::ops::RangeInclusive<i64>| range.map(|seq| (seq, 0)).collect::<Vec<_>>();
     let mut by_age = fresh(1..=8);
     by_age[..3].iter_mut().for_each(|event| event.1 = 7_200);

@@ -1,4 +1,4 @@
-//! Bad input is answered clearly or cut, and affects nobody else.
+//! Bad input is answered clearly or cut, and affects no other client.
 
 use std::{
     sync::atomic::{AtomicBool, Ordering},
@@ -117,7 +117,6 @@ async fn slow_and_incomplete_requests_are_cut(pool: PgPool) {
         soon("it is cut", raw::read_to_end(&mut socket)).await;
         cut.store(true, Ordering::Relaxed);
     };
-    // Half a body, then the end.
     let half = async {
         for cut in [0, 1, head.len() / 2, head.len(), head.len() + 5] {
             let whole = format!("{head}{{\"content\":\"a\"}}");

@@ -52,7 +52,7 @@ fn assert_limited(answer: &Answer) -> u64 {
     seconds
 }
 
-/// Sends so many messages; returns how many were accepted. The others got 429.
+/// Sends messages; returns how many were accepted. The others got 429.
 async fn send(user: &ApiUser, conversation: &str, times: u32) -> u32 {
     let mut taken = 0;
     for _ in 0..times {
@@ -75,7 +75,6 @@ async fn replicas_share_each_users_limit(pool: PgPool) {
     let (john, jane, conversation) = one.pair(&pool).await;
     let there = john.at(&two);
     assert_eq!((send(&john, &conversation, 4).await, send(&there, &conversation, 4).await), (4, 4));
-    // Another session is the same user.
     let phone = one.login("john").await;
     assert_eq!((send(&phone, &conversation, 4).await, send(&there, &conversation, 2).await), (2, 0));
     assert_eq!(send(&jane.at(&two), &conversation, 12).await, 10);
@@ -95,14 +94,14 @@ async fn retry_after_is_long_enough(pool: PgPool) {
     let (one, two) = (start(config()).await, start(config()).await);
     let (john, _, conversation) = one.pair(&pool).await;
     for sender in [&john, &john.at(&two)] {
-        let mut told = None;
-        while told.is_none() {
+        let mut wait = None;
+        while wait.is_none() {
             let answer = sender.post_message(&conversation, "hi").send().await.unwrap();
-            told = (answer.status != 201).then(|| assert_limited(&answer));
+            wait = (answer.status != 201).then(|| assert_limited(&answer));
         }
-        let told = told.unwrap();
-        assert!((1..=2).contains(&told), "{told}");
-        tokio::time::sleep(Duration::from_secs(told)).await;
+        let wait = wait.unwrap();
+        assert!((1..=2).contains(&wait), "{wait}");
+        tokio::time::sleep(Duration::from_secs(wait)).await;
         sender.post_message(&conversation, "at last").expect(201).await;
     }
     one.stop().await;
@@ -223,7 +222,7 @@ async fn frozen_redis_does_not_delay_sends(pool: PgPool) {
     for _ in 0..100 {
         john.say(&conversation, "hi").await;
     }
-    // The first waits for Redis as long as a check may take; the others do not ask it.
+    // Only the first waits for Redis, and no longer than a check may take.
     let alone = async |reason: &str| {
         metric(&app, &format!("messenger_api_rate_limit_local_decisions_total{{reason=\"{reason}\"}}")).await
     };
@@ -262,8 +261,8 @@ async fn rate_limit_is_checked_after_401_and_403_and_before_the_body(pool: PgPoo
                 let answer = post("application/json", &[("authorization", &bearer(token))]).await;
                 assert_problem(&answer, 401, "Unauthorized");
             }
-            let foreign = [("cookie", john.cookie.as_str()), ("origin", "http://evil.example")];
-            assert_problem(&post("application/json", &foreign).await, 403, ORIGIN_NOT_ALLOWED);
+            let other_site = [("cookie", john.cookie.as_str()), ("origin", "http://evil.example")];
+            assert_problem(&post("application/json", &other_site).await, 403, ORIGIN_NOT_ALLOWED);
             assert_limited(&post("application/json", &[("authorization", &over)]).await);
             let ours = [("cookie", john.cookie.as_str()), ("origin", ORIGIN)];
             assert_limited(&post("application/json", &ours).await);
@@ -324,7 +323,7 @@ async fn limited_provider_login_can_be_repeated_later(pool: PgPool) {
     assert_eq!(app.get("/api/oauth/github").send().await.unwrap().status, 307);
     assert_limited(&app.get("/api/oauth/github").send().await.unwrap());
     assert_limited(&browser.get(&app, &callback).await);
-    assert_eq!(fake.asked("/login/oauth/access_token"), 0);
+    assert_eq!(fake.requests("/login/oauth/access_token"), 0);
     // The same link works later.
     let page = browser.follow(&open, callback, |_| false).await;
     let code = parameter(&page, "code").unwrap();
@@ -367,7 +366,6 @@ async fn users_of_one_address_share_a_limit(pool: PgPool) {
             assert_eq!(answer.status / 100, status, "{place}");
         }
     }
-    // Its outcome does not matter.
     for status in [302, 302, 429] {
         assert_eq!(from(jane.start_conversation("john"), home).await.unwrap().status, status);
     }

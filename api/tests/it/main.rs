@@ -1,7 +1,7 @@
 //! The API over real HTTP, against a real Postgres (`DATABASE_URL`, a database per test) and a real Redis (`REDIS_URL`, a
-//! channel prefix per test). Names are promises.
+//! channel prefix per test).
 
-#![allow(clippy::disallowed_methods, reason = "tests notice the end of what they start")]
+#![allow(clippy::disallowed_methods, reason = "a test fails if a task of its own does")]
 #![expect(clippy::unwrap_used, reason = "a helper that fails is a test that fails")]
 
 mod blocks;

@@ -47,7 +47,7 @@ async fn external_name_cannot_look_like_another(pool: PgPool) {
 async fn every_legal_form_of_an_issuer_is_accepted(pool: PgPool) {
     let key = IssuerKey::number(0);
     let issuer = TestIssuer::start(None);
-    // One entry is malformed, one of a kind that nobody knows, and ours has no name.
+    // One entry is malformed, one of an unknown kind, and ours has no name.
     let mut own = serde_json::to_value(&key.jwks().keys[0]).unwrap();
     own.as_object_mut().unwrap().remove("kid");
     issuer

@@ -6,7 +6,7 @@ use testkit::http::{Answer, Call};
 
 use crate::support::{ApiUser, App, LISTED, ORIGIN, assert_common_headers, assert_problem, config, text};
 
-const FOREIGN: &str = "https://evil.example";
+const OTHER_SITE: &str = "https://evil.example";
 const EXPOSED: &str = "Feed-Cursor, X-Request-Id, Retry-After, Idempotent-Replayed";
 
 type Headers<'a> = &'a [(&'a str, &'a str)];
@@ -49,10 +49,10 @@ async fn header_hides_cookie_even_if_it_is_invalid(pool: PgPool) {
         (&[("cookie", "messenger_session=x"), ours], 401, 401),
         (&[("cookie", "messenger_session="), ours], 401, 401),
         // 401 before 403.
-        (&[("cookie", "messenger_session=x"), ("origin", FOREIGN)], 401, 401),
-        (&[("authorization", "Bearer x"), cookie, ("origin", FOREIGN)], 401, 401),
+        (&[("cookie", "messenger_session=x"), ("origin", OTHER_SITE)], 401, 401),
+        (&[("authorization", "Bearer x"), cookie, ("origin", OTHER_SITE)], 401, 401),
         // A bearer token needs no origin, also beside a cookie.
-        (&[("authorization", &bearer), cookie, ("origin", FOREIGN)], 200, 200),
+        (&[("authorization", &bearer), cookie, ("origin", OTHER_SITE)], 200, 200),
         (&[("authorization", &bearer), ("sec-fetch-site", "cross-site")], 200, 200),
     ] {
         assert_statuses(&app, headers, changes, reads).await;
@@ -76,14 +76,14 @@ async fn cookie_needs_an_allowed_origin_to_change_something(pool: PgPool) {
         (&[("origin", ORIGIN)], 200, 200),
         (&[("origin", LISTED)], 200, 200),
         (&[("origin", LISTED), site("cross-site")], 200, 200),
-        (&[("origin", FOREIGN)], 403, 403),
+        (&[("origin", OTHER_SITE)], 403, 403),
         (&[("origin", "null")], 403, 403),
         (&[("origin", "")], 403, 403),
         (&[("origin", "https://shop.example")], 403, 403),
         (&[("origin", "https://shop.example:8443.evil.example")], 403, 403),
         (&[("origin", "http://shop.example:8443")], 403, 403),
-        (&[("origin", ORIGIN), ("origin", FOREIGN)], 403, 403),
-        (&[("origin", FOREIGN), site("same-origin")], 403, 403),
+        (&[("origin", ORIGIN), ("origin", OTHER_SITE)], 403, 403),
+        (&[("origin", OTHER_SITE), site("same-origin")], 403, 403),
         (&[site("same-origin")], 200, 200),
         (&[site("same-site")], 403, 200),
         (&[site("cross-site")], 403, 200),
@@ -94,9 +94,9 @@ async fn cookie_needs_an_allowed_origin_to_change_something(pool: PgPool) {
         let headers = [&[("cookie", john.cookie.as_str())], headers].concat();
         assert_statuses(&app, &headers, changes, reads).await;
     }
-    let foreign = app.get("/api/auth_user").header("cookie", &john.cookie).header("origin", FOREIGN);
-    let answer = foreign.send().await.unwrap();
-    assert_problem(&answer, 403, &format!("Origin {FOREIGN} is not allowed; add it to ALLOWED_ORIGINS"));
+    let other_site = app.get("/api/auth_user").header("cookie", &john.cookie).header("origin", OTHER_SITE);
+    let answer = other_site.send().await.unwrap();
+    assert_problem(&answer, 403, &format!("Origin {OTHER_SITE} is not allowed; add it to ALLOWED_ORIGINS"));
     assert_eq!(answer.json()["code"], "origin_not_allowed");
     app.stop().await;
 }
@@ -201,9 +201,9 @@ async fn cross_site_request_marks_nothing_read(pool: PgPool) {
             assert_eq!(unread(&jane).await, 1, "{headers:?}");
         }
     }
-    with(app.get(&path), &[("cookie", &jane.cookie), ("origin", FOREIGN)]).expect(403).await;
+    with(app.get(&path), &[("cookie", &jane.cookie), ("origin", OTHER_SITE)]).expect(403).await;
     let read = || app.post(&format!("/api/conversations/{conversation}/read_messages"));
-    for headers in [&[][..], &[("origin", FOREIGN)], &[("sec-fetch-site", "cross-site")]] {
+    for headers in [&[][..], &[("origin", OTHER_SITE)], &[("sec-fetch-site", "cross-site")]] {
         with(read().header("cookie", &jane.cookie), headers).expect(403).await;
     }
     assert_eq!(unread(&jane).await, 1);
@@ -215,7 +215,6 @@ async fn cross_site_request_marks_nothing_read(pool: PgPool) {
     app.stop().await;
 }
 
-/// The CORS headers of an answer.
 #[track_caller]
 fn assert_readable(answer: &Answer, by: Option<&str>) {
     assert_eq!(answer.header("access-control-allow-origin"), by);
@@ -230,7 +229,7 @@ async fn preflight_precedes_all_checks_and_favours_listed_origins(pool: PgPool) 
         for (origin, known) in [
             (ORIGIN, true),
             (LISTED, true),
-            (FOREIGN, false),
+            (OTHER_SITE, false),
             ("null", false),
             ("https://shop.example", false),
         ] {
@@ -270,7 +269,7 @@ async fn listed_origin_can_read_every_answer_including_errors(pool: PgPool) {
     let app = App::start(&pool).await;
     let john = app.user(&pool, "john").await;
     for (origin, by) in
-        [(Some(LISTED), Some(LISTED)), (Some(ORIGIN), Some(ORIGIN)), (Some(FOREIGN), None), (None, None)]
+        [(Some(LISTED), Some(LISTED)), (Some(ORIGIN), Some(ORIGIN)), (Some(OTHER_SITE), None), (None, None)]
     {
         let headers: Vec<_> = origin.into_iter().map(|origin| ("origin", origin)).collect();
         for (call, status) in [
@@ -290,7 +289,7 @@ async fn listed_origin_can_read_every_answer_including_errors(pool: PgPool) {
         }
     }
     // A page that is not listed cannot read the reason.
-    let refused = app.post("/api/logout").header("cookie", &john.cookie).header("origin", FOREIGN);
+    let refused = app.post("/api/logout").header("cookie", &john.cookie).header("origin", OTHER_SITE);
     assert_readable(&refused.expect(403).await, None);
     app.stop().await;
 }

@@ -189,7 +189,6 @@ fn help_names_every_variable_and_no_secret() {
     assert!(!said.contains("hunter2"), "{said}");
 }
 
-/// The URL of the test's own database.
 pub(crate) fn database_url(pool: &PgPool) -> String {
     let options = pool.connect_options();
     let base = std::env::var_os("DATABASE_URL").unwrap().into_string().unwrap();
@@ -205,7 +204,6 @@ pub(crate) struct Server {
 }
 
 impl Server {
-    /// The whole log, once the process has ended.
     pub(crate) async fn said(mut self) -> String {
         let log = self.log.take().unwrap();
         tokio::task::spawn_blocking(|| log.join().unwrap()).await.unwrap()
@@ -220,7 +218,6 @@ impl Drop for Server {
     }
 }
 
-/// Migrates and serves by the binary.
 fn serve(pool: &PgPool, keys: &std::path::Path, wait: &str) -> Server {
     serve_with(pool, keys, wait, |_| {})
 }
@@ -268,7 +265,8 @@ pub(crate) fn serve_from(
     panics::watch_child(process.child().stderr.take().unwrap());
     let mut lines = BufReader::new(process.child().stdout.take().unwrap()).lines();
     let mut address_of = |name: &str| loop {
-        let line: Value = serde_json::from_str(&lines.next().expect("it goes on").unwrap()).unwrap();
+        let line: Value =
+            serde_json::from_str(&lines.next().expect("there is another line").unwrap()).unwrap();
         if line["message"] == "listening" && line["name"] == name {
             return format!("http://{}", line["address"].as_str().unwrap());
         }
@@ -343,14 +341,13 @@ async fn healthcheck_command_reports_liveness_and_readiness(pool: PgPool) {
     let folder = tempfile::tempdir().unwrap();
     let mut server = serve(&pool, folder.path(), "2");
     let address = server.ops.trim_start_matches("http://").to_owned();
-    // It needs only this setting.
-    let asked = |probe| run(&["healthcheck", probe], &[("OPS_LISTEN", &address)]);
-    until("it is ready", || async { asked("readyz") == (true, "api: ready\n".into()) }).await;
+    let healthcheck = |probe| run(&["healthcheck", probe], &[("OPS_LISTEN", &address)]);
+    until("it is ready", || async { healthcheck("readyz") == (true, "api: ready\n".into()) }).await;
     server.process.signal(Signal::SIGTERM);
-    until("it says that it goes", || async { asked("readyz") == (false, "api: stopping\n".into()) }).await;
-    assert_eq!(asked("livez"), (true, "api: alive\n".into()));
+    until("it is stopping", || async { healthcheck("readyz") == (false, "api: stopping\n".into()) }).await;
+    assert_eq!(healthcheck("livez"), (true, "api: alive\n".into()));
     soon("the process ends", server.process.wait()).await;
-    let (healthy, said) = asked("livez");
+    let (healthy, said) = healthcheck("livez");
     assert!(!healthy && said.contains(&format!("{address} does not answer")), "{said}");
 }
 
@@ -443,16 +440,16 @@ async fn log_filter_can_be_changed_while_running(pool: PgPool) {
         let body = client.call("PUT", &log).body(directives.to_owned());
         body.send().await.unwrap()
     };
-    let ask = async |path: &str| client.get(format!("{}{path}", server.public)).send().await.unwrap();
-    ask("/seen-before").await;
+    let get = async |path: &str| client.get(format!("{}{path}", server.public)).send().await.unwrap();
+    get("/seen-before").await;
     assert_eq!(change("warn").await.text(), "warn\n");
-    ask("/not-seen").await;
+    get("/not-seen").await;
     for bad in ["api=loudly", &"x".repeat(2_000)] {
         assert!((400..500).contains(&change(bad).await.status), "{bad}");
     }
     assert_eq!(client.get(&log).expect(200).await.text(), "warn\n", "as it was");
     assert_eq!(change("info,api=debug\n").await.status, 200);
-    ask("/seen-again").await;
+    get("/seen-again").await;
     server.process.signal(Signal::SIGTERM);
     soon("the process ends", server.process.wait()).await;
     let said = server.said().await;

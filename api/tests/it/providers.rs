@@ -42,7 +42,6 @@ pub(crate) fn oidc_at(issuer: &str) -> ProviderSettings {
     ProviderSettings::Oidc { issuer: issuer.into(), registration: registration() }
 }
 
-/// The real ones.
 pub(crate) struct Providers {
     pub(crate) oidc: String,
     pub(crate) github: String,
@@ -72,7 +71,7 @@ impl Providers {
         self.control(&format!("accounts/{id}"), &claims).await;
     }
 
-    /// The one shaped as GitHub answers by forms, whatever it is asked for.
+    /// The GitHub-like one answers by forms, whatever format is requested.
     pub(crate) async fn answer_by_forms(&self) {
         self.control("form", &json!(true)).await;
     }
@@ -86,14 +85,12 @@ impl Providers {
 #[derive(Default)]
 pub(crate) struct LoginBrowser {
     client: Client,
-    /// By host, the oldest first.
     cookies: HashMap<String, Vec<Kept>>,
 }
 
 struct Kept {
     name: String,
     value: String,
-    /// For which it is.
     path: String,
 }
 
@@ -164,13 +161,11 @@ impl LoginBrowser {
         self.follow(app, authorize, |url| url.as_str().starts_with(ORIGIN)).await
     }
 
-    /// Up to our page.
     pub(crate) async fn sign_in(&mut self, app: &impl AsRef<str>, provider: &str, account: &str) -> Url {
         let callback = self.come_back(app, provider, account).await;
         self.follow(app, callback, is_page).await
     }
 
-    /// The exchange that our page makes.
     pub(crate) async fn exchange(&mut self, app: &impl AsRef<str>, code: &str) -> Answer {
         self.call(app, "POST", &ours("/api/oauth/exchange"), Some(&json!({ "code": code }))).await
     }
@@ -182,7 +177,6 @@ impl LoginBrowser {
         of_kind.map(|kept| (kept.name.clone(), kept.value.clone())).collect()
     }
 
-    /// The newest of them.
     pub(crate) fn cookie(&self, kind: &str) -> Option<(String, String)> {
         self.cookies(kind).pop()
     }
@@ -201,7 +195,6 @@ fn is_page(url: &Url) -> bool {
     url.as_str().starts_with(&format!("{ORIGIN}/callback?"))
 }
 
-/// A parameter of a URL.
 pub(crate) fn parameter(url: &Url, name: &str) -> Option<String> {
     url.query_pairs().find(|(key, _)| key == name).map(|(_, value)| value.into_owned())
 }
@@ -218,7 +211,6 @@ pub(crate) struct SetCookie {
     pub(crate) value: String,
     pub(crate) path: String,
     pub(crate) max_age: Option<i64>,
-    /// The whole of it.
     pub(crate) text: String,
 }
 
@@ -239,7 +231,6 @@ pub(crate) fn set_cookies(answer: &Answer) -> Vec<SetCookie> {
     answer.headers.get_all("set-cookie").iter().map(|value| parse(value.to_str().unwrap())).collect()
 }
 
-/// What the fake provider answers at a path.
 #[derive(Clone)]
 pub(crate) enum Say {
     Json(u16, Value),
@@ -251,11 +242,10 @@ pub(crate) enum Say {
     HangUp,
 }
 
-/// A fake `OpenID` Connect provider and a fake GitHub at one address.
 pub(crate) struct Fake {
     pub(crate) url: String,
     says: Arc<Mutex<HashMap<String, Say>>>,
-    asked: Arc<Mutex<Vec<String>>>,
+    requests: Arc<Mutex<Vec<String>>>,
     task: JoinHandle<()>,
 }
 
@@ -297,21 +287,21 @@ impl Fake {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let url = format!("{scheme}://{}", listener.local_addr().unwrap());
         let says: Arc<Mutex<HashMap<String, Say>>> = Arc::default();
-        let asked: Arc<Mutex<Vec<String>>> = Arc::default();
+        let requests: Arc<Mutex<Vec<String>>> = Arc::default();
         let task = tokio::spawn({
-            let (says, asked) = (says.clone(), asked.clone());
+            let (says, requests) = (says.clone(), requests.clone());
             async move {
                 while let Ok((socket, _)) = listener.accept().await {
-                    let (accept, says, asked) = (accept.clone(), says.clone(), asked.clone());
+                    let (accept, says, requests) = (accept.clone(), says.clone(), requests.clone());
                     tokio::spawn(async move {
                         if let Some(socket) = accept(socket).await {
-                            answer(socket, says, asked).await;
+                            answer(socket, says, requests).await;
                         }
                     });
                 }
             }
         });
-        let fake = Self { url, says, asked, task };
+        let fake = Self { url, says, requests, task };
         fake.is_well();
         fake
     }
@@ -320,7 +310,7 @@ impl Fake {
         self.says.lock().unwrap().insert(path.into(), say);
     }
 
-    /// Every answer is valid; everybody is account 1, `sam`.
+    /// Every answer is valid; every login is account 1, `sam`.
     pub(crate) fn is_well(&self) {
         let at = |path: &str| format!("{}{path}", self.url);
         let discovery = json!({
@@ -338,11 +328,11 @@ impl Fake {
     }
 
     pub(crate) fn forget(&self) {
-        self.asked.lock().unwrap().clear();
+        self.requests.lock().unwrap().clear();
     }
 
-    pub(crate) fn asked(&self, path: &str) -> usize {
-        self.asked.lock().unwrap().iter().filter(|asked| *asked == path).count()
+    pub(crate) fn requests(&self, path: &str) -> usize {
+        self.requests.lock().unwrap().iter().filter(|requested| *requested == path).count()
     }
 
     /// Begins a login and returns to our callback with a code, valid or not.
@@ -371,7 +361,7 @@ pub(crate) async fn begin(app: &impl AsRef<str>, provider: &str, browser: &mut L
 async fn answer(
     mut socket: impl AsyncRead + AsyncWrite + Unpin,
     says: Arc<Mutex<HashMap<String, Say>>>,
-    asked: Arc<Mutex<Vec<String>>>,
+    requests: Arc<Mutex<Vec<String>>>,
 ) {
     let mut request = Vec::new();
     // Bodies are small and arrive with their heads.
@@ -383,7 +373,7 @@ async fn answer(
     }
     let head = String::from_utf8_lossy(&request).into_owned();
     let path = head.split(' ').nth(1).unwrap_or_default().to_owned();
-    asked.lock().unwrap().push(path.clone());
+    requests.lock().unwrap().push(path.clone());
     let say = says.lock().unwrap().get(&path).cloned();
     let (status, headers, body) = match say {
         Some(Say::Json(status, value)) => {

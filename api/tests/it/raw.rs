@@ -5,7 +5,6 @@ use tokio::net::TcpStream;
 
 use crate::support::App;
 
-/// A connection to the public listener.
 pub(crate) async fn connect(app: &App) -> TcpStream {
     connect_to(&app.public).await
 }

@@ -105,7 +105,6 @@ async fn ended_session_is_rejected_by_every_replica_and_published(pool: PgPool) 
     let mut heard = Listener::start(&redis_url(), &channels.user(john.id)).await;
     let ended = async |heard: &mut Listener| heard.next_as::<Revoked>().await.revoked;
 
-    // One of mine.
     phone.at(&other).auth_user().expect(200).await;
     let answer = john.call("DELETE", &format!("/api/sessions/{}", id(&phone))).expect(204).await;
     assert!(answer.body.is_empty());
@@ -114,7 +113,6 @@ async fn ended_session_is_rejected_by_every_replica_and_published(pool: PgPool) 
     assert!(is_refused(&phone).await && is_refused(&phone.at(&other)).await);
     assert_eq!(listed(&john).await.0.len(), 3);
 
-    // All but this one.
     john.call("DELETE", "/api/sessions").expect(204).await;
     let mut both = [ended(&mut heard).await, ended(&mut heard).await];
     both.sort();
@@ -123,10 +121,8 @@ async fn ended_session_is_rejected_by_every_replica_and_published(pool: PgPool) 
         assert!(is_refused(gone).await && is_refused(&gone.at(&other)).await);
     }
     assert_eq!(listed(&john).await, (vec![(id(&john), "Unknown device".into())], Some(0)));
-    // None is left: no error.
     john.call("DELETE", "/api/sessions").expect(204).await;
 
-    // Its own.
     let answer = john.call("POST", "/api/logout").expect(204).await;
     assert_eq!(
         answer.header("set-cookie"),
@@ -138,7 +134,7 @@ async fn ended_session_is_rejected_by_every_replica_and_published(pool: PgPool) 
     for gone in [john.call("POST", "/api/logout"), john.call("GET", "/api/sessions")] {
         assert_problem(&gone.send().await.unwrap(), 401, "Unauthorized");
     }
-    // Nobody else's.
+    // No other user's.
     jane.at(&other).auth_user().expect(200).await;
     one.stop().await;
     other.stop().await;
@@ -182,12 +178,12 @@ async fn other_origins_can_neither_end_sessions_nor_get_tokens(pool: PgPool) {
         ("POST", "/api/stream_token"),
     ] {
         let call = |cookie: &str| app.call(method, path).header("cookie", cookie);
-        for foreign in [call(&john.cookie), call(&john.cookie).header("origin", "http://evil.example")] {
-            assert_eq!(foreign.expect(403).await.json()["code"], "origin_not_allowed");
+        for other_site in [call(&john.cookie), call(&john.cookie).header("origin", "http://evil.example")] {
+            assert_eq!(other_site.expect(403).await.json()["code"], "origin_not_allowed");
         }
         // 401 goes before 403.
-        let nobody = call("messenger_session=x").header("origin", "http://evil.example");
-        assert_problem(&nobody.send().await.unwrap(), 401, "Unauthorized");
+        let invalid = call("messenger_session=x").header("origin", "http://evil.example");
+        assert_problem(&invalid.send().await.unwrap(), 401, "Unauthorized");
     }
     john.auth_user().expect(200).await;
     app.post("/api/stream_token").header("cookie", &john.cookie).header("origin", ORIGIN).expect(200).await;
@@ -220,7 +216,6 @@ async fn last_used(pool: &PgPool, user: &ApiUser) -> DateTime<Utc> {
         .unwrap()
 }
 
-/// Sets the last use of all sessions to this long ago.
 async fn age(pool: &PgPool, by: Duration) {
     sqlx::query("UPDATE messenger.sessions SET last_used_at = now() - make_interval(secs => $1)")
         .bind(by.as_secs_f64())
@@ -280,7 +275,7 @@ async fn last_use_needs_no_write_per_request(pool: PgPool) {
     for _ in 0..3 {
         reader.auth_user().expect(200).await;
         writer.start_conversation("nobody").expect(404).await;
-        // A gateway asks about the sessions of its streams.
+        // A gateway requests the sessions of its streams.
         let logins = vec![login(&streamer)];
         app.heads(&HeadsRequest { logins, ..HeadsRequest::default() }).await;
     }
@@ -327,7 +322,6 @@ async fn last_use_moves_coarsely_and_for_live_sessions_only(pool: PgPool) {
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
 async fn old_ended_sessions_are_deleted_in_steps(pool: PgPool) {
     sqlx::query("INSERT INTO messenger.users (username) VALUES ('john')").execute(&pool).await.unwrap();
-    // Every fifth of each kind.
     sqlx::query(
         "INSERT INTO messenger.sessions (user_id, expires_at, revoked_at)
          SELECT 1,

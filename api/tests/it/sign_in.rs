@@ -84,7 +84,6 @@ async fn login_at_a_real_provider_finds_the_same_user_again(pool: PgPool) {
         providers.account(account, &name, "https://a.example/1").await;
         let mut browser = LoginBrowser::default();
 
-        // There.
         let answer = browser.get(&app, &ours(&format!("/api/oauth/{provider}"))).await;
         assert_eq!(answer.status, 307);
         assert_common_headers(&answer);
@@ -92,19 +91,18 @@ async fn login_at_a_real_provider_finds_the_same_user_again(pool: PgPool) {
         assert_eq!(cookies.len(), 1);
         assert!(cookies[0].text.ends_with("; Path=/; Max-Age=600; HttpOnly; SameSite=Lax"));
         let there = url::Url::parse(answer.header("location").unwrap()).unwrap();
-        let asked = |name| parameter(&there, name);
-        assert_eq!(cookies[0].name, format!("messenger_login_{}", &asked("state").unwrap()[..8]));
+        let sent = |name| parameter(&there, name);
+        assert_eq!(cookies[0].name, format!("messenger_login_{}", &sent("state").unwrap()[..8]));
         assert!(there.as_str().starts_with(&format!("{issuer}/")));
-        assert_eq!(asked("code_challenge_method").as_deref(), Some("S256"));
-        assert_eq!(asked("response_type").as_deref(), Some("code"));
-        assert_eq!(asked("redirect_uri"), Some(format!("{ORIGIN}/api/oauth/{provider}/callback")));
+        assert_eq!(sent("code_challenge_method").as_deref(), Some("S256"));
+        assert_eq!(sent("response_type").as_deref(), Some("code"));
+        assert_eq!(sent("redirect_uri"), Some(format!("{ORIGIN}/api/oauth/{provider}/callback")));
         let scope = if provider == "github" { "read:user" } else { "openid profile" };
-        assert_eq!(asked("scope").as_deref(), Some(scope));
-        assert_eq!(asked("nonce").is_some(), provider == "oidc");
+        assert_eq!(sent("scope").as_deref(), Some(scope));
+        assert_eq!(sent("nonce").is_some(), provider == "oidc");
         // No secret of ours passes through the browser to the provider.
-        assert!(asked("state").unwrap().len() >= 43 && asked("code_verifier").is_none());
+        assert!(sent("state").unwrap().len() >= 43 && sent("code_verifier").is_none());
 
-        // Back.
         let callback = browser.come_back(&app, provider, account).await;
         let attempt = format!("messenger_login_{}", &parameter(&callback, "state").unwrap()[..8]);
         let answer = browser.get(&app, &callback).await;
@@ -130,7 +128,6 @@ async fn login_at_a_real_provider_finds_the_same_user_again(pool: PgPool) {
             assert!(half.len() == 32 && half != kept.0 && half != kept.1);
         }
 
-        // The token.
         let answer = browser.exchange(&app, &code).await;
         let me = assert_logged_in(&app, &answer, &name).await;
         assert_eq!(me["avatarURL"], "https://a.example/1");
@@ -171,7 +168,6 @@ async fn refusal_of_a_real_provider_is_shown_on_the_page(pool: PgPool) {
     let providers = Providers::start();
     providers.account("1", "sam", "https://a.example/1").await;
     let app = App::start_with(config_with(&pool, |config| config.providers = providers.both())).await;
-    // Registered with another secret.
     let impostor = App::start_with(config_with(&pool, |config| {
         config.providers = providers.both();
         for provider in &mut config.providers {
@@ -241,7 +237,7 @@ async fn callback_works_only_in_the_browser_that_began(pool: PgPool) {
         let (name, cookie) = browser.cookie("login_").unwrap();
         let mut elsewhere = LoginBrowser::default();
         begin(&app, provider, &mut elsewhere).await;
-        let (_, foreign) = elsewhere.cookie("login_").unwrap();
+        let (_, others_cookie) = elsewhere.cookie("login_").unwrap();
         let seal = Seal::new(&Secrets::parse(SECRET).unwrap());
         let attempt = seal.open(&cookie).unwrap();
         let expired = seal.seal(
@@ -264,7 +260,7 @@ async fn callback_works_only_in_the_browser_that_began(pool: PgPool) {
         let changed = |name, value: Option<&str>| with_parameter(&callback, name, value);
         for (what, cookie, callback) in [
             ("no cookie", None, callback.clone()),
-            ("another browser's", Some(&foreign), callback.clone()),
+            ("another browser's", Some(&others_cookie), callback.clone()),
             ("too late", Some(&expired), callback.clone()),
             ("another provider's", Some(&at_another), callback.clone()),
             ("tampered", Some(&tampered), callback.clone()),
@@ -274,7 +270,7 @@ async fn callback_works_only_in_the_browser_that_began(pool: PgPool) {
             ("wrong state", Some(&cookie), changed("state", Some("x"))),
             ("a longer state", Some(&cookie), changed("state", Some(&format!("{state}x")))),
             ("another issuer", Some(&cookie), changed("iss", Some("https://evil.example"))),
-            ("a denial that is not ours", Some(&foreign), changed("error", Some("access_denied"))),
+            ("a denial that is not ours", Some(&others_cookie), changed("error", Some("access_denied"))),
         ] {
             let mut browser = LoginBrowser::default();
             if let Some(cookie) = cookie {
@@ -289,7 +285,11 @@ async fn callback_works_only_in_the_browser_that_began(pool: PgPool) {
             // A forged link does not end the login that the browser began.
             assert!(set_cookies(&answer).is_empty(), "{what}");
         }
-        assert_eq!(fake.asked("/token") + fake.asked("/login/oauth/access_token"), 0, "nobody was asked");
+        assert_eq!(
+            fake.requests("/token") + fake.requests("/login/oauth/access_token"),
+            0,
+            "no token was requested"
+        );
         assert_eq!(sign_ins(&app, provider, "bad_state").await, 12);
         // After all that the first login still succeeds.
         let page = browser.follow(&app, changed("iss", Some(&fake.url)), |_| false).await;
@@ -387,11 +387,11 @@ async fn failing_provider_is_shown_on_the_page(pool: PgPool) {
             fake.is_well();
             fake.say(at, say);
             let page = fake.sign_in(&app, provider).await;
-            let asked = fake.asked(at);
-            assert_eq!(page.as_str(), format!("{ORIGIN}/callback?error={code}"), "{at}, asked {asked} times");
+            let requests = fake.requests(at);
+            assert_eq!(page.as_str(), format!("{ORIGIN}/callback?error={code}"), "{at}, {requests} requests");
         }
         assert_eq!(sign_ins(&app, provider, "provider_unavailable").await, 9);
-        assert_eq!(fake.asked("/elsewhere"), 0, "redirects are not followed");
+        assert_eq!(fake.requests("/elsewhere"), 0, "redirects are not followed");
         // No user was created and no row is left.
         fake.is_well();
         let page = fake.sign_in(&app, provider).await;
@@ -399,7 +399,7 @@ async fn failing_provider_is_shown_on_the_page(pool: PgPool) {
     }
     assert_eq!(count(&pool, "SELECT count(*) FROM messenger.users").await, 1);
 
-    // What the provider says instead of an answer.
+    // The provider's error instead of an answer.
     let mut browser = LoginBrowser::default();
     for (said, code) in [
         ("access_denied", "access_denied"),
@@ -445,26 +445,28 @@ async fn failed_discovery_is_retried(pool: PgPool) {
     ] {
         let app = start().await;
         fake.say(DISCOVERY, say);
-        let before = fake.asked(DISCOVERY);
+        let before = fake.requests(DISCOVERY);
         // Concurrent logins share one discovery.
         let pages = join_all((0..5).map(|_| fake.sign_in(&app, "oidc"))).await;
         for page in pages {
             assert_eq!(page.as_str(), format!("{ORIGIN}/callback?error={code}"));
         }
-        assert_eq!(fake.asked(DISCOVERY) - before, 1);
+        assert_eq!(fake.requests(DISCOVERY) - before, 1);
         app.stop().await;
     }
     let app = start().await;
     fake.say(DISCOVERY, Say::HangUp);
     assert!(parameter(&fake.sign_in(&app, "oidc").await, "error").is_some());
     fake.is_well();
-    until("it is asked again", || async { parameter(&fake.sign_in(&app, "oidc").await, "code").is_some() })
-        .await;
+    until("it is requested again", || async {
+        parameter(&fake.sign_in(&app, "oidc").await, "code").is_some()
+    })
+    .await;
     // The document is cached.
-    let before = fake.asked(DISCOVERY);
+    let before = fake.requests(DISCOVERY);
     fake.say(DISCOVERY, Say::HangUp);
     assert!(parameter(&fake.sign_in(&app, "oidc").await, "code").is_some());
-    assert_eq!(fake.asked(DISCOVERY), before);
+    assert_eq!(fake.requests(DISCOVERY), before);
     app.stop().await;
 }
 
@@ -520,7 +522,6 @@ async fn code_works_once_in_one_browser_for_a_minute(pool: PgPool) {
     assert_logged_in(&app, &browser.exchange(&replica, &code).await, "sam").await;
     assert_logged_in(&app, &other.exchange(&app, &other_code).await, "sam").await;
 
-    // Twice, also with the cookie kept.
     browser.set_cookie(&name, &binding);
     refused(&browser.exchange(&app, &code).await);
     refused(&browser.exchange(&replica, &code).await);
@@ -538,7 +539,6 @@ async fn code_works_once_in_one_browser_for_a_minute(pool: PgPool) {
     let given = answers.iter().filter(|answer| answer.as_ref().unwrap().status == 200).count();
     assert_eq!(given, 1);
 
-    // Too late; and unused codes are pruned.
     let (code, mut browser) = arrive().await;
     let left = "SELECT extract(epoch FROM expires_at - now())::bigint FROM messenger.login_codes";
     assert!((50..=60).contains(&count(&pool, left).await));
@@ -555,7 +555,6 @@ async fn code_works_once_in_one_browser_for_a_minute(pool: PgPool) {
     database.close().await;
     assert_logged_in(&app, &in_time.exchange(&app, &young).await, "sam").await;
 
-    // The user is deleted meanwhile.
     let (code, mut browser) = arrive().await;
     sqlx::query("DELETE FROM messenger.users").execute(&pool).await.unwrap();
     refused(&browser.exchange(&app, &code).await);
@@ -958,7 +957,7 @@ async fn provider_needs_a_trusted_certificate(pool: PgPool) {
         });
         let page = fake.sign_in(&server.public, "oidc").await;
         assert!(parameter(&page, outcome).is_some(), "{page}");
-        assert_eq!(fake.asked("/token") > 0, outcome == "code");
+        assert_eq!(fake.requests("/token") > 0, outcome == "code");
         server.process.signal(Signal::SIGTERM);
         soon("the process ends", server.process.wait()).await;
     }

@@ -36,11 +36,10 @@ use tokio_util::sync::CancellationToken;
 pub(crate) const ORIGIN: &str = "http://localhost:8080";
 /// Another origin whose pages may use us.
 pub(crate) const LISTED: &str = "https://shop.example:8443";
-/// What is said to a page of `http://evil.example` that uses the cookie.
+/// The error for a page of `http://evil.example` that uses the cookie.
 pub(crate) const ORIGIN_NOT_ALLOWED: &str =
     "Origin http://evil.example is not allowed; add it to ALLOWED_ORIGINS";
 pub(crate) const SECRET: &str = "the-internal-secret-of-these-tests";
-// Made for these tests alone.
 pub(crate) const PEM: &str = "-----BEGIN PRIVATE KEY-----\nMC4CAQAwBQYDK2VwBCIEIAABAgMEBQYHCAkKCwwNDg8QERITFBUWFxgZGhscHR4f\n-----END PRIVATE KEY-----\n";
 
 pub(crate) struct App {
@@ -66,7 +65,6 @@ pub(crate) fn keys() -> SigningKeys {
     SigningKeys::from_pems(ORIGIN, PEM.as_bytes(), &[]).unwrap()
 }
 
-/// As most tests want it.
 pub(crate) fn config(database: PgConnectOptions) -> Config {
     Config {
         origin: ORIGIN.parse().unwrap(),
@@ -165,7 +163,7 @@ impl App {
         self.client.call(method, format!("{}{path}", self.public))
     }
 
-    /// Somebody who is logged in; made if there is nobody of this name.
+    /// A user who is logged in; created if the name is new.
     pub(crate) async fn user(&self, pool: &PgPool, username: &str) -> ApiUser {
         sqlx::query("INSERT INTO messenger.users (username) VALUES ($1) ON CONFLICT DO NOTHING")
             .bind(username)
@@ -188,21 +186,21 @@ impl App {
         }
     }
 
-    pub(crate) async fn heads(&self, question: &HeadsRequest) -> HeadsAnswer {
-        serde_json::from_value(self.ask(HEADS_PATH, question).expect(200).await.json()).unwrap()
+    pub(crate) async fn heads(&self, body: &HeadsRequest) -> HeadsAnswer {
+        serde_json::from_value(self.internal(HEADS_PATH, body).expect(200).await.json()).unwrap()
     }
 
     pub(crate) async fn ranges(&self, ranges: Vec<RangeAfter>) -> RangesAnswer {
-        serde_json::from_value(self.ask(RANGES_PATH, &RangesRequest { ranges }).expect(200).await.json())
+        serde_json::from_value(self.internal(RANGES_PATH, &RangesRequest { ranges }).expect(200).await.json())
             .unwrap()
     }
 
-    pub(crate) fn ask(&self, path: &str, question: &impl serde::Serialize) -> Call {
+    pub(crate) fn internal(&self, path: &str, body: &impl serde::Serialize) -> Call {
         let call = self.client.post(format!("{}{path}", self.internal));
-        call.header("authorization", &authorization(SECRET)).json(question)
+        call.header("authorization", &authorization(SECRET)).json(body)
     }
 
-    /// A whole feed, as a gateway reads it: event name and data, numbered from 1 without a hole.
+    /// A whole feed, as a gateway reads it: event name and data, numbered from 1 without a gap.
     pub(crate) async fn feed(&self, user: UserId) -> Vec<(String, Value)> {
         let mut events = Vec::new();
         loop {
@@ -210,7 +208,7 @@ impl App {
             let mut answer = self.ranges(vec![RangeAfter { user, after }]).await;
             let range = answer.ranges.remove(0);
             for event in range.events {
-                assert_eq!(event.seq, events.len() as u64 + 1, "feeds have no holes");
+                assert_eq!(event.seq, events.len() as u64 + 1, "feeds have no gaps");
                 let data = serde_json::from_str(event.data.get()).unwrap();
                 let name = Some(event.event.as_str()).filter(|name| *name != kind::MESSAGE);
                 DOCUMENT.check_event(name, &data);
@@ -231,7 +229,6 @@ impl App {
     }
 }
 
-/// A logged-in client.
 #[derive(Clone)]
 pub(crate) struct ApiUser {
     pub(crate) id: UserId,
@@ -328,7 +325,6 @@ pub(crate) fn assert_common_headers(answer: &Answer) {
     assert!(answer.header("x-request-id").is_some_and(|id| !id.is_empty()));
 }
 
-/// The one form of a failure.
 #[track_caller]
 pub(crate) fn assert_problem(answer: &Answer, status: u16, message: &str) {
     assert_eq!(answer.status, status, "{}", answer.text());
@@ -346,7 +342,6 @@ pub(crate) fn assert_problem(answer: &Answer, status: u16, message: &str) {
     assert_eq!(body.get("errors").is_some(), status == 422, "{body}");
 }
 
-/// 422 with this sentence for this field.
 #[track_caller]
 pub(crate) fn assert_unacceptable(answer: &Answer, field: &str, sentence: &str) {
     assert_problem(answer, 422, sentence);

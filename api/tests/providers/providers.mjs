@@ -2,7 +2,7 @@
 // meant, and one shaped as GitHub: other paths, a number for an account, errors with status 200, forms instead of JSON. Both
 // check everything that a provider checks: client, secret, redirect, PKCE, that a code is used once.
 //
-// Whoever comes is logged in as the account that `login_hint` names, else as the first there is, without being asked; `nobody`
+// Without a page, the browser is logged in as the account that `login_hint` names, else as the first account; `nobody`
 // declines.
 // A test changes accounts by PUT /control/accounts/{id}, and makes the second one answer by forms by PUT /control/form.
 

@@ -1,5 +1,5 @@
-//! Load comes from processes of its own: no runtime, no descriptor and no lock is shared with what is measured, and what the
-//! load itself costs is known. This file is what both sides agree on, and the side that gives the orders.
+//! Load comes from separate processes: they share no runtime, descriptor or lock with the measured services, and their own cost is
+//! known. This file has the protocol of both sides and the controlling side.
 
 mod chunks;
 mod posts;
@@ -61,7 +61,7 @@ pub enum Order {
     ComeBack {
         by_itself: bool,
     },
-    /// Reconnect all closed streams at once; one that fails or is rejected retries by itself.
+    /// Reconnect all closed streams together; one that fails or is rejected retries by itself.
     Reconnect,
     Status,
     Report,
@@ -69,7 +69,6 @@ pub enum Order {
 
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 pub struct Status {
-    /// Streams that are ready.
     pub ready: usize,
     pub opening: usize,
     /// Durable events since `Measure`, and the time of the last one.
@@ -85,10 +84,8 @@ pub struct Status {
 #[derive(Debug, Serialize, Deserialize)]
 pub struct StreamSummary {
     pub user: UserId,
-    /// The position of the first `ready`.
     pub began: Option<String>,
     pub newest: Option<String>,
-    /// [`digest`] of the events in between.
     pub digest: u64,
 }
 
@@ -100,13 +97,11 @@ pub struct Report {
     pub readies: Vec<u32>,
     /// From a message's time in Postgres to its arrival at each of the two; microseconds.
     pub delays: Vec<u32>,
-    /// The longest delay of each stream.
     pub longest_delays: Vec<u32>,
     pub begun_at: Vec<Micros>,
     pub ended_at: Vec<Micros>,
     pub away: Vec<u32>,
     pub statuses: BTreeMap<u16, u64>,
-    /// Events that did not follow the one before them.
     pub faults: u64,
     pub first_fault: Option<String>,
     pub resyncs: u64,
@@ -127,15 +122,15 @@ impl StreamLoad {
     }
 
     pub fn order(&mut self, order: &Order) -> anyhow::Result<Status> {
-        self.ask(order)
+        self.send(order)
     }
 
     pub fn status(&mut self) -> anyhow::Result<Status> {
-        self.ask(&Order::Status)
+        self.send(&Order::Status)
     }
 
     pub fn report(&mut self) -> anyhow::Result<Report> {
-        self.ask(&Order::Report)
+        self.send(&Order::Report)
     }
 
     pub fn until(
@@ -159,7 +154,7 @@ impl StreamLoad {
         Ok(Cpu::of(self.process.id())?)
     }
 
-    fn ask<A: DeserializeOwned>(&mut self, order: &Order) -> anyhow::Result<A> {
+    fn send<A: DeserializeOwned>(&mut self, order: &Order) -> anyhow::Result<A> {
         let mut line = serde_json::to_string(order)?;
         line.push('\n');
         self.orders.write_all(line.as_bytes()).context("the load process takes no orders")?;
@@ -173,7 +168,7 @@ impl StreamLoad {
 pub fn check(report: &Report, heads: &[(UserId, Position)]) -> anyhow::Result<()> {
     let first = report.first_fault.as_deref().unwrap_or_default();
     anyhow::ensure!(report.faults == 0, "{} events did not follow: {first}", report.faults);
-    anyhow::ensure!(report.resyncs == 0, "{} streams were told to reload", report.resyncs);
+    anyhow::ensure!(report.resyncs == 0, "{} streams got a resync", report.resyncs);
     let heads: BTreeMap<_, _> = heads.iter().copied().collect();
     for StreamSummary { user, newest, .. } in &report.summaries {
         let head = heads.get(user).map(Position::to_string);

@@ -84,7 +84,6 @@ pub fn run(order: &str) -> anyhow::Result<()> {
     Ok(stdout.flush()?)
 }
 
-/// Each client has its own conversations.
 fn client(posts: &Posts, senders: &[Sender], number: usize) -> anyhow::Result<PostReport> {
     let mut connection = Some(HttpConnection::open(posts.api)?);
     let mut posted = PostReport::default();
@@ -118,7 +117,6 @@ fn client(posts: &Posts, senders: &[Sender], number: usize) -> anyhow::Result<Po
     Ok(posted)
 }
 
-/// On the present connection if it is still open, otherwise on a new one.
 fn attempt(connection: &mut Option<HttpConnection>, api: SocketAddr, request: &[u8]) -> anyhow::Result<()> {
     let mut used = match connection.take().filter(HttpConnection::is_open) {
         Some(connection) => connection,

@@ -1,5 +1,5 @@
 //! The process that holds streams: one thread, one epoll, no more work per event than to read it and keep its ledger, so that
-//! ten thousand of them leave the machine to what is measured. It takes orders on standard input and answers on standard output.
+//! ten thousand of them leave the machine to what is measured. Commands come by standard input.
 
 use std::{
     cmp::Reverse,
@@ -24,7 +24,7 @@ use crate::clock::{Micros, now};
 /// Loopback has some 28,000 ports per source address, and ports of ended connections stay taken for a while.
 const SOURCES: u8 = 8;
 const ORDERS: Token = Token(usize::MAX);
-/// At most so many latencies are kept.
+/// Maximum latencies kept.
 const SAMPLES: usize = 8_000_000;
 const TICK: Duration = Duration::from_millis(10);
 
@@ -57,7 +57,7 @@ struct ViewerStream {
 struct StreamSocket {
     socket: TcpStream,
     reader: Reader,
-    asked: bool,
+    requested: bool,
     ready: bool,
     goodbye: Option<String>,
 }
@@ -233,7 +233,7 @@ impl Holder {
             let interest = Interest::READABLE | Interest::WRITABLE;
             self.poll.registry().register(&mut socket, Token(index), interest)?;
             let reader = Reader::default();
-            Ok(StreamSocket { socket, reader, asked: false, ready: false, goodbye: None })
+            Ok(StreamSocket { socket, reader, requested: false, ready: false, goodbye: None })
         });
         match connection {
             Ok(connection) => {
@@ -252,8 +252,8 @@ impl Holder {
     fn on_socket(&mut self, index: usize, over: bool, buffer: &mut [u8]) {
         let Some(stream) = self.streams.get_mut(index) else { return };
         let Some(connection) = &mut stream.connection else { return };
-        if !connection.asked
-            && let Err(error) = ask(connection, &stream.viewer, &stream.ledger, self.gateway)
+        if !connection.requested
+            && let Err(error) = send_request(connection, &stream.viewer, &stream.ledger, self.gateway)
         {
             if error.kind() != io::ErrorKind::NotConnected {
                 self.end(index, "refused");
@@ -404,7 +404,7 @@ fn connect(gateway: SocketAddr, index: usize) -> io::Result<TcpStream> {
 }
 
 /// Sends the request once connected; [`io::ErrorKind::NotConnected`] before.
-fn ask(
+fn send_request(
     connection: &mut StreamSocket,
     viewer: &Viewer,
     ledger: &Ledger,
@@ -426,6 +426,6 @@ fn ask(
     if count < request.len() {
         return Err(io::ErrorKind::WriteZero.into());
     }
-    connection.asked = true;
+    connection.requested = true;
     Ok(())
 }

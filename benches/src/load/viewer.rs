@@ -1,4 +1,4 @@
-//! What one stream says, read block by block, and its ledger: after `ready`, every event follows the one before it. Pure.
+//! Parses one stream block by block and keeps its ledger: after `ready`, every event follows the one before it. Pure.
 
 use std::hash::{DefaultHasher, Hash, Hasher};
 
@@ -10,7 +10,6 @@ use super::chunks::ChunkReader;
 const LONGEST: usize = 64 * 1024;
 const DEFAULT_RETRY_MILLIS: u32 = 3_000;
 
-/// What the bytes of one connection contained.
 #[derive(Debug, PartialEq)]
 pub enum StreamItem {
     /// Anything but 200 is also a fault.
@@ -33,12 +32,11 @@ pub struct DeliveredEvent {
     pub created_at: Option<i64>,
 }
 
-/// One viewer's state over all its connections.
 #[derive(Debug, Default, Clone)]
 pub struct Ledger {
     pub position: Option<Position>,
     pub retry_millis: Option<u32>,
-    /// The position of the first `ready`, and a [`digest`] of what followed.
+    /// The position of the first `ready`, and a [`digest`] of the events after it.
     pub began: Option<Position>,
     pub digest: u64,
 }
@@ -50,7 +48,6 @@ pub fn digest(before: u64, seq: u64, kind: &str, payload: &str) -> u64 {
     hasher.finish()
 }
 
-/// The incomplete part of the present connection.
 #[derive(Debug, Default)]
 pub struct Reader {
     rest: Vec<u8>,
@@ -300,8 +297,11 @@ mod tests {
         );
         let said = read(&mut ledger, &text);
         let event = |number| StreamItem::Event(DeliveredEvent { number, created_at: None });
-        let beat = || StreamItem::Heartbeat;
-        assert_eq!(said, [beat(), StreamItem::Ready, event(Some(17)), beat(), event(None), event(None)]);
+        let heartbeat = || StreamItem::Heartbeat;
+        assert_eq!(
+            said,
+            [heartbeat(), StreamItem::Ready, event(Some(17)), heartbeat(), event(None), event(None)]
+        );
         assert_eq!((ledger.retry_millis(), ledger.position.map(|position| position.seq)), (2_500, Some(6)));
     }
 
@@ -364,13 +364,13 @@ mod tests {
 
     #[test]
     fn ledgers_agree_only_after_the_same_events() {
-        let told = |texts: [&str; 2]| {
+        let digest_of = |texts: [&str; 2]| {
             let mut ledger = Ledger::default();
             read(&mut ledger, &format!("{HEAD}{}{}{}", ready(3), message(4, texts[0]), message(5, texts[1])));
             ledger.digest
         };
-        assert_eq!(told(["a", "b"]), told(["a", "b"]));
-        assert_ne!(told(["a", "b"]), told(["b", "a"]));
+        assert_eq!(digest_of(["a", "b"]), digest_of(["a", "b"]));
+        assert_ne!(digest_of(["a", "b"]), digest_of(["b", "a"]));
         let created = "{\"createdAt\":\"2026-01-02T03:04:05.000678Z\"}";
         assert_eq!(created_at(created), Some(1_767_323_045_000_678));
     }

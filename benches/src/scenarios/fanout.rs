@@ -14,7 +14,7 @@ use crate::{
     source::{Commits, EventLoad, PublishReport},
 };
 
-/// Longer than a step: a reconcile would deliver what is to be measured by Redis.
+/// Longer than a step: a reconcile would deliver the events that Redis is measured by.
 const NO_RECONCILE: u64 = 300;
 /// A higher 99th percentile means that the rate is too much for the machine.
 const TOO_LATE_MICROS: u32 = 1_000_000;

@@ -1,4 +1,4 @@
-//! What an idle stream costs a gateway, with everything on: authentication, limits, subscriptions, heartbeats, reconcile.
+//! The cost of an idle stream with everything on: authentication, limits, subscriptions, heartbeats, reconcile.
 
 use std::thread::sleep;
 
@@ -41,12 +41,12 @@ pub async fn run(sizes: &Sizes) -> anyhow::Result<()> {
 
     progress("one event to each");
     EventLoad::new(&world, &users).await?.one_each().await?;
-    streams.until("everybody has the event", PATIENCE, |status| status.events >= users.len() as u64)?;
+    streams.until("all have the event", PATIENCE, |status| status.events >= users.len() as u64)?;
     figure("PSS after an event to each", each(gateway.memory()?));
 
     progress("a round of heartbeats");
     streams.order(&Order::Measure { since: now() })?;
-    streams.until("everybody has a heartbeat", PATIENCE, |status| status.heartbeats == users.len())?;
+    streams.until("all have a heartbeat", PATIENCE, |status| status.heartbeats == users.len())?;
     let heartbeats = gateway.memory()?;
     figure("PSS after a round of heartbeats", each(heartbeats));
 

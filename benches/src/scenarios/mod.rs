@@ -1,4 +1,4 @@
-//! What is measured. Each scenario has a world of its own, ends by itself, and fails when a promise was broken.
+//! The scenarios. Each has its own environment, is bounded in time, and fails if an event was lost, repeated or reordered.
 
 mod deploy;
 mod fanout;
@@ -27,7 +27,7 @@ pub enum Scenario {
     Fanout,
     /// Messages per second through POST, and the time from POST to the other user's stream
     Post,
-    /// All streams reconnect at once after a gateway is killed
+    /// All streams reconnect together after a gateway is killed
     Storm,
     /// A rolling restart and SIGKILLs of two apis and three gateways behind nginx, with all streams connected
     Deploy,
@@ -117,7 +117,6 @@ impl Scenario {
 
 const PATIENCE: Duration = Duration::from_mins(1);
 
-/// Opens everybody's stream on one gateway.
 async fn open_streams(
     world: &Bench,
     gateway: &Service,
@@ -138,7 +137,6 @@ async fn check_ledgers(world: &Bench, streams: &mut StreamLoad, users: &[User]) 
     check(&streams.report()?, &fixtures::heads(world, users).await?)
 }
 
-/// CPU time of all participants.
 struct Costs {
     gateway: Cpu,
     api: Cpu,

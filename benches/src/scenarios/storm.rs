@@ -1,5 +1,5 @@
-//! A gateway is killed, and everybody comes back with a cursor and something to be told: once all at the same moment, which is
-//! worse than life, and once as browsers do it, each after the `retry` that it was given, against the limits as shipped.
+//! A gateway is killed, and all streams resume with events to backfill: first all together, without a limit on new streams; then
+//! as browsers do, each after its `retry`, with the default limits.
 
 use std::time::Duration;
 
@@ -20,7 +20,7 @@ const UNLIMITED: u32 = 1_000_000;
 const BACK_WITHIN: Duration = Duration::from_mins(4);
 
 pub async fn run(sizes: &Sizes) -> anyhow::Result<()> {
-    heading("  all at once, no limit on new streams a second");
+    heading("  all together, no limit on new streams a second");
     storm(sizes, false, |plan| plan.env("ACCEPT_RATE", UNLIMITED)).await?;
     heading("  each after its `retry`, everything as shipped");
     storm(sizes, true, |plan| plan).await
@@ -29,13 +29,13 @@ pub async fn run(sizes: &Sizes) -> anyhow::Result<()> {
 async fn storm(sizes: &Sizes, as_browsers: bool, settings: impl Fn(Plan) -> Plan) -> anyhow::Result<()> {
     let world = Bench::new().await;
     let users = fixtures::make_users(&world, sizes.streams).await?;
-    let everybody = users.len() as u64;
+    let total = users.len() as u64;
     let api = world.api().ready().await;
     let mut gateway = settings(world.gateway(api.internal())).ready().await;
     let mut streams = open_streams(&world, &gateway, &users, sizes).await?;
     let mut source = EventLoad::new(&world, &users).await?;
     source.one_each().await?;
-    streams.until("everybody has an event", PATIENCE, |status| status.events >= everybody)?;
+    streams.until("all have an event", PATIENCE, |status| status.events >= total)?;
 
     progress("killing the gateway");
     streams.order(&Order::ComeBack { by_itself: as_browsers })?;
@@ -51,22 +51,22 @@ async fn storm(sizes: &Sizes, as_browsers: bool, settings: impl Fn(Plan) -> Plan
         streams.order(&Order::Measure { since: began })?;
     }
     let before = Costs::now(&world, &api, Some(&gateway), Some(&streams))?;
-    let asked_before = questions(&api).await;
+    let requests_before = backfill_requests(&api).await;
     if !as_browsers {
         streams.order(&Order::Reconnect)?;
     }
-    let status = streams.until("all are back and told", BACK_WITHIN, |status| {
-        status.ready == users.len() && status.events >= everybody
+    let status = streams.until("all are back and complete", BACK_WITHIN, |status| {
+        status.ready == users.len() && status.events >= total
     })?;
     let costs = Costs::now(&world, &api, Some(&gateway), Some(&streams))?.since(&before);
-    let requests = questions(&api).await - asked_before;
+    let requests = backfill_requests(&api).await - requests_before;
     let back = Percentiles::of(streams.report()?.readies);
     check_ledgers(&world, &mut streams, &users).await?;
 
     let from = if as_browsers { "the kill" } else { "the reconnect" };
-    figure(format_args!("{} back, from {from}", count(everybody)), back);
-    let told = status.last_event_at.saturating_sub(began) as f64 / 1e3;
-    figure("all received what they missed", format_args!("{told:.0} ms; none lost or repeated"));
+    figure(format_args!("{} back, from {from}", count(total)), back);
+    let complete = status.last_event_at.saturating_sub(began) as f64 / 1e3;
+    figure("all received what they missed", format_args!("{complete:.0} ms; none lost or repeated"));
     figure("requests to api", format_args!("{requests}"));
     let requested =
         async |kind| gateway.metric_where("messenger_gateway_backfill_requests_total", kind).await as u64;
@@ -82,6 +82,6 @@ async fn storm(sizes: &Sizes, as_browsers: bool, settings: impl Fn(Plan) -> Plan
     Ok(())
 }
 
-async fn questions(api: &Service) -> f64 {
+async fn backfill_requests(api: &Service) -> f64 {
     api.metric_where("messenger_api_http_requests_total", "/internal/feed/").await
 }

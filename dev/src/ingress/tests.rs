@@ -41,7 +41,7 @@ async fn send(to: SocketAddr, request: &str) -> TcpStream {
 }
 
 async fn accept(listener: &TcpListener) -> TcpStream {
-    timeout(SOON, listener.accept()).await.expect("nobody connected").unwrap().0
+    timeout(SOON, listener.accept()).await.expect("no connection").unwrap().0
 }
 
 async fn read_until(socket: &mut TcpStream, end: &str) -> String {
@@ -113,7 +113,7 @@ async fn a_request_arrives_as_it_was_sent_and_says_for_whom() {
 }
 
 #[tokio::test]
-async fn each_piece_of_a_stream_passes_at_once() {
+async fn each_piece_of_a_stream_passes_immediately() {
     let (mut client, mut upstream) = arrived(STREAM_PATH).await;
     // Without a length, the end of the connection is the end of the body.
     upstream.write_all(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\n").await.unwrap();

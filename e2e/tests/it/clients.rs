@@ -32,7 +32,6 @@ use crate::{
 
 const PAUSE: Duration = Duration::from_millis(40);
 
-/// Connections are cut behind this text.
 const CUT_HERE: &str = "cut here";
 
 const DOCUMENTED: [(&str, Language); 6] = [
@@ -46,7 +45,7 @@ const DOCUMENTED: [(&str, Language); 6] = [
 
 const STRICT: [&str; 3] = ["eventsource-2", "extended-eventsource", "fetch-event-source"];
 
-/// What the browser's block needs of its page, and output that a test can read.
+/// The page for the browser's block, with output that a test can read.
 const PAGE: &str = "
     window.lines = [];
     window.troubles = [];
@@ -86,7 +85,7 @@ async fn until_all(clients: &mut [ClientProgram], what: &str, holds: impl Fn(&Cl
 
 async fn until_caught_up(world: &World, jane: UserId, clients: &mut [ClientProgram], page: Option<&Page>) {
     let head = StoredFeed::read(&world.sql, jane).await.head_cursor();
-    until_all(clients, "everybody receives the newest event", |client| client.has(&head)).await;
+    until_all(clients, "all receive the newest event", |client| client.has(&head)).await;
     if let Some(page) = page {
         page.wait_for("the newest event", &format!("lines.some((line) => line.startsWith('{head} '))")).await;
     }
@@ -126,7 +125,7 @@ async fn documented_clients_receive_exactly_the_feed() {
     let mut documented: Vec<_> = documented.into_iter().map(|command| start(command, &door)).collect();
     let mut strict: Vec<_> = strict.into_iter().map(|command| start(command, &strict_door)).collect();
     let context = blank(&browser, &origin).await;
-    context.expect("Failed to load resource"); // That is what is tried.
+    context.expect("Failed to load resource");
     context.sign_in(&two.jane).await;
     let page = context.open(BLANK).await;
     let script = format!("{PAGE}\n{}", block("Browser"));
@@ -142,7 +141,7 @@ async fn documented_clients_receive_exactly_the_feed() {
     a.kill();
     door.aim(bad_gateway().await);
     strict_door.aim(b.public());
-    until_all(&mut documented, "everybody gets a 502", |client| client.was_told("502")).await;
+    until_all(&mut documented, "all get a 502", |client| client.reported("502")).await;
     until("the page gets a 502", || ready(page.statuses("/api/messages").contains(&502))).await;
     door.aim(b.public());
     traffic.more(30).await;
@@ -177,14 +176,14 @@ async fn documented_clients_receive_exactly_the_feed() {
     assert_exact(&world, jane, begin, &strict).await;
     drop(strict);
 
-    // Jane's session ends, and the token file has no valid token before the next login.
+    // Jane's session ends; the token file has no valid token until the next login.
     fs::write(&token_file, "renewed too late").unwrap();
     let next = world.login(&api, "jane").await;
     let session = world.claims(&two.jane).sid.unwrap();
     let end = world.client.call("DELETE", api.url(&format!("/api/sessions/{session}")));
     end.bearer(&next.token).expect(204).await;
     two.say(&world, &api, 10).await;
-    until_all(&mut documented, "everybody gets a 401", |client| client.was_told("401")).await;
+    until_all(&mut documented, "all get a 401", |client| client.reported("401")).await;
     page.wait_for("the login is wanted", "troubles.includes('401')").await;
     fs::write(&token_file, &next.token).unwrap();
     context.sign_in(&next).await;

@@ -1,4 +1,4 @@
-//! Processes die and links fail at the worst moment: it costs time, never a message.
+//! Processes die and links fail at the worst moment: messages may be late, none is lost.
 
 use std::{sync::Arc, time::Duration};
 
@@ -119,7 +119,7 @@ async fn more_users_than_one_batch_are_subscribed_and_resumed() {
     let users = world.many(USERS).await;
     let watching: Vec<_> = users.iter().map(|user| (user, browser(gateway.stream(user)))).collect();
     join_all(watching.iter().map(|(_, browser)| browser.ready())).await;
-    let told = async || {
+    let delivered = async || {
         let append = "SELECT messenger.append_to_feed(id, 'message', NULL, '{\"to\":\"' || id || '\"}', NULL, NULL) FROM messenger.users";
         sqlx::query(append).execute(&world.sql).await.unwrap();
         for (user, browser) in &watching {
@@ -136,14 +136,14 @@ async fn more_users_than_one_batch_are_subscribed_and_resumed() {
         .await;
     };
     subscribed(&gateway).await;
-    told().await;
+    delivered().await;
     redis.command(&["CLIENT", "KILL", "TYPE", "pubsub"]).unwrap();
-    told().await;
+    delivered().await;
     subscribed(&gateway).await;
     gateway.restart().await;
-    told().await;
+    delivered().await;
     subscribed(&gateway).await;
-    told().await;
+    delivered().await;
     let opened: Vec<_> = watching.iter().map(|(_, browser)| browser.record().opened).collect();
     assert!(opened.iter().all(|opened| *opened == 2), "each came back once: {:?}", opened.iter().max());
 }
@@ -170,16 +170,16 @@ async fn live_events_continue_while_the_internal_listener_is_down() {
         // Contiguous events need no answer.
         two.say(&world, &api, 5).await;
         assert_exact(&world.sql, two.jane.id, "jane, the link away", &jane).await;
-        // A new stream gets its head at once, and its position later.
+        // A new stream gets its head immediately and its position later.
         let mut new = gateway.stream(&two.jane).stream().await;
         assert!(matches!(new.block().await, Ok(Block::Retry(_))));
         // An event that is not published, and one after it: there is a gap, and the rest waits.
         lossy.silence();
         world.say(&unheard, &two.john, two.conversation).await;
         two.say(&world, &api, 3).await;
-        let questions = gateway.metric("messenger_gateway_backfill_requests_failed_total").await;
-        until("the gateway asks in vain", || async {
-            gateway.metric("messenger_gateway_backfill_requests_failed_total").await > questions
+        let failures = gateway.metric("messenger_gateway_backfill_requests_failed_total").await;
+        until("a backfill request fails", || async {
+            gateway.metric("messenger_gateway_backfill_requests_failed_total").await > failures
         })
         .await;
         assert_eq!(jane.record().opened, 1, "the stream stays open");
@@ -206,7 +206,7 @@ async fn a_stream_opened_while_api_is_away_is_whole_once_it_is_back() {
     link.silence();
     let back = browser(gateway.stream(&two.jane).last_event_id(&cursor));
     back.until("the stream is open", |record| record.open).await;
-    // The next event follows the cursor, but nobody has confirmed the session.
+    // The next event follows the cursor, but the session is not confirmed.
     two.say(&world, &api, 3).await;
     assert_exact(&world.sql, two.jane.id, "jane", &desk).await;
     assert_eq!(back.record().events.len(), 0);
@@ -279,7 +279,7 @@ async fn broken_link_to_postgres_keeps_streams_open_and_exact() {
     link.silence();
     let mut new = gateway.stream(&crowd.users[0]).stream().await;
     assert!(matches!(new.block().await, Ok(Block::Retry(_))), "the head needs no database");
-    until("somebody asked in vain", || async {
+    until("a request failed", || async {
         gateway.metric("messenger_gateway_backfill_requests_failed_total").await >= 1.0
     })
     .await;
@@ -287,7 +287,7 @@ async fn broken_link_to_postgres_keeps_streams_open_and_exact() {
     new.named("ready").await;
     traffic.more(60).await;
 
-    // Whether a commit happened is unknown when the link breaks; the key tells.
+    // Whether a commit happened is unknown when the link breaks; the idempotency key decides.
     for _ in 0..15 {
         link.cut();
         traffic.more(10).await;
@@ -321,5 +321,5 @@ async fn a_gateway_that_was_frozen_goes_on_exactly() {
     traffic.stop().await;
     assert_all_exact(&world, &api, &line, &watching).await;
     let feed = StoredFeed::read(&world.sql, two.jane.id).await;
-    feed.assert_without_holes();
+    feed.assert_without_gaps();
 }

@@ -1,4 +1,4 @@
-//! When nothing is broken but the clients' own connections.
+//! Delivery while only the clients' own connections break.
 
 use std::{sync::Arc, time::Duration};
 
@@ -46,7 +46,7 @@ async fn every_device_receives_exactly_its_users_feed() {
     let (a, b, c) = tokio::join!(gateway(one.internal()), gateway(two.internal()), gateway(one.internal()));
     let crowd = Crowd::gather(&world, &one, 6).await;
 
-    // One of the three paths breaks off in the middle of what it carries.
+    // One of the three delivery paths breaks in the middle of an event.
     let breaking = Proxy::start(a.public()).await;
     breaking.cut_after(3_500);
     let ways = |user: &e2e::User, first: usize| -> Vec<StreamRequest> {
@@ -83,7 +83,7 @@ async fn every_device_receives_exactly_its_users_feed() {
     let mut delivered = 0;
     for user in &crowd.users {
         let feed = StoredFeed::read(&world.sql, user.id).await;
-        feed.assert_without_holes();
+        feed.assert_without_gaps();
         delivered += feed.events.len();
     }
     let reconnects: usize = watching.iter().map(|(_, browser)| browser.record().opened - 1).sum();
@@ -128,7 +128,7 @@ async fn a_burst_arrives_whole_and_in_order() {
     let two = Two::meet(&world, &api).await;
     let jane = browser(gateway.stream(&two.jane));
     jane.ready().await;
-    // All at once, in any order for the publisher, Redis and the gateway.
+    // All together, in any order for the publisher, Redis and the gateway.
     join_all((0..300).map(|_| world.say(&api, &two.john, two.conversation))).await;
     assert_exact(&world.sql, two.jane.id, "jane", &jane).await;
     assert_eq!(jane.record().ledger().count(), 300);
@@ -161,8 +161,10 @@ async fn message_posted_while_joining_is_not_missed() {
     // No reconcile and no later event shows a gap.
     let plan = world.gateway(api.internal()).env("RECONCILE_SECONDS", 300);
     let gateway = plan.env("REDIS_URL", format!("redis://{}/", link.address())).ready().await;
-    until("Redis is trusted", || async { gateway.metric("messenger_gateway_redis_degraded").await == 0.0 })
-        .await;
+    until("Redis is not degraded", || async {
+        gateway.metric("messenger_gateway_redis_degraded").await == 0.0
+    })
+    .await;
     link.slow(Duration::from_millis(25));
     let john = world.user(&api, "john").await;
     let mut joining = Vec::new();

@@ -1,4 +1,4 @@
-//! A process that gets SIGTERM closes its connections in good order.
+//! A process that gets SIGTERM closes its connections cleanly.
 
 use std::{sync::Arc, time::Duration};
 
@@ -76,8 +76,8 @@ async fn a_client_that_reads_nothing_does_not_hold_up_a_drain() {
     // The drain may last longer than a test waits.
     let mut gateway = plan.env("WRITE_DEADLINE_SECONDS", 600).ready().await;
     let two = Two::meet(&world, &api).await;
-    let mut stalled = gateway.stream(&two.jane).tiny_receive_buffer().stream().await;
-    stalled.named("ready").await;
+    let mut slow = gateway.stream(&two.jane).tiny_receive_buffer().stream().await;
+    slow.named("ready").await;
     // More than the kernel buffers for it.
     until("its socket is full", || async {
         two.say(&world, &api, 20).await;
@@ -86,11 +86,11 @@ async fn a_client_that_reads_nothing_does_not_hold_up_a_drain() {
     .await;
     gateway.terminate();
     assert!(gateway.wait().await.success());
-    stalled.rest().await;
+    slow.rest().await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn an_api_told_to_stop_under_load_finishes_what_it_accepted() {
+async fn an_api_stopped_under_load_finishes_accepted_requests() {
     let world = Arc::new(World::new().await);
     let (mut leaving, staying) =
         tokio::join!(world.api().env("SHUTDOWN_WAIT_SECONDS", 1).ready(), world.api().ready());
@@ -115,7 +115,7 @@ async fn an_api_told_to_stop_under_load_finishes_what_it_accepted() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn an_api_told_to_stop_lets_its_keepalive_clients_go_and_ends() {
+async fn a_stopping_api_closes_keepalive_connections_and_ends() {
     let world = World::new().await;
     let mut api = world.api().env("SHUTDOWN_WAIT_SECONDS", 0).ready().await;
     let two = Two::meet(&world, &api).await; // The client keeps its connections.

@@ -1,4 +1,4 @@
-//! Every end of a stream has a reason, in band; none outlives its right to be open.
+//! Every stream ends with a reason in band, and no later than its token or session.
 
 use std::{sync::Arc, time::Duration};
 
@@ -117,7 +117,7 @@ async fn stream_over_the_process_limit_says_busy() {
         assert!((60_000..=120_000).contains(&refused.retry.unwrap().as_millis()), "{:?}", refused.retry);
     }
     held.pop();
-    until("a place is free", || async {
+    until("a permit is free", || async {
         gateway.stream(&two.john).stream().await.event().await.is_ok_and(|event| event.is("ready"))
     })
     .await;
@@ -139,7 +139,7 @@ async fn stream_over_the_address_limit_says_busy() {
     ];
     assert_eq!(goodbye(&mut gateway.stream(&jane).stream().await).await.0, "busy");
     drop(held);
-    until("a place is free", || async {
+    until("a permit is free", || async {
         gateway.stream(&jane).stream().await.event().await.is_ok_and(|event| event.is("ready"))
     })
     .await;
@@ -176,7 +176,7 @@ async fn revoked_session_ends_its_own_streams_only() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn the_streams_of_a_user_who_is_deleted_end_and_nobody_elses() {
+async fn deleting_a_user_ends_only_their_streams() {
     let world = World::new().await;
     let api = world.api().ready().await;
     let gateway = world.gateway(api.internal()).env("RECONCILE_SECONDS", 1).ready().await;
@@ -203,7 +203,7 @@ async fn streams_end_at_a_random_age_and_come_back_without_a_loss() {
     let watching = crowd.watch(&[&gateway]).await;
     let traffic = Traffic::start(&world, &[&api], &crowd.lines, Duration::from_millis(20));
     for (_, browser) in &watching {
-        browser.until("it was asked twice to come back", |record| record.opened >= 3).await;
+        browser.until("it reconnected twice", |record| record.opened >= 3).await;
     }
     traffic.stop().await;
     assert_all_exact(&world, &api, &crowd.lines, &watching).await;

@@ -1,4 +1,4 @@
-//! A product with a login of its own: its users come with tokens of its issuer, to both services.
+//! An external issuer: both services accept its tokens.
 
 use chrono::Utc;
 use e2e::World;
@@ -26,7 +26,7 @@ async fn external_token_works_for_rest_and_stream() {
     let jane = token("jane");
     let open = |token: &str| StreamRequest::new(gateway.url("/api/messages")).bearer(token);
     let mut stream = open(&jane).stream().await;
-    let place = stream.named("ready").await;
+    let first = stream.named("ready").await;
 
     let start = world.client.post(api.url("/api/conversations")).bearer(&john.token);
     let conversation = start.json(&json!({ "username": "jane" })).expect(201).await.json();
@@ -40,17 +40,17 @@ async fn external_token_works_for_rest_and_stream() {
     assert_eq!(sent.json()["mine"], true);
 
     let other = world.gateway(api.internal()).ready().await;
-    let ask = world.client.post(api.url("/api/stream_token")).bearer(&jane);
-    let stream_token = ask.expect(200).await.json()["token"].as_str().unwrap().to_owned();
+    let call = world.client.post(api.url("/api/stream_token")).bearer(&jane);
+    let stream_token = call.expect(200).await.json()["token"].as_str().unwrap().to_owned();
     world.remember(&stream_token);
-    let cursor = place.id.unwrap();
+    let cursor = first.id.unwrap();
     let url = format!("/api/messages?token={stream_token}&lastEventId={cursor}");
     let mut resumed = StreamRequest::new(other.url(&url)).stream().await;
     for name in ["ready", "conversation.created", "message.sent"] {
         resumed.named(name).await;
     }
 
-    // The issuer and api are gone: known users are served by the known keys; new ones are told to retry.
+    // Without the issuer and api, known keys still admit known users; new users must retry.
     drop(issuer);
     api.kill();
     let mut again = open(&jane).stream().await;

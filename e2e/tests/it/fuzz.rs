@@ -1,5 +1,5 @@
-//! A property-based fuzzer, driven by the document that the service itself serves: no 500, no status, header or body that is
-//! not documented, whatever is asked. And the same document for the events of a real stream.
+//! A property-based fuzzer, driven by the OpenAPI document that api serves: no 500, and no undocumented status, header or body. The
+//! document also covers the events of a real stream.
 
 use std::process::{Command, Stdio};
 
@@ -52,7 +52,7 @@ async fn fuzzer_finds_no_answer_outside_the_openapi_document() {
             said.lines().rev().take(12).collect::<Vec<_>>().into_iter().rev().collect::<Vec<_>>().join("\n")
         );
     };
-    // Last what ends the fuzzer's own session.
+    // The calls that end the fuzzer's own session come last.
     let ending = "^/api/(logout|sessions|messages$)";
     run(api.url("/"), &["--exclude-path-regex", ending]).await;
     run(api.url("/"), &["--include-path-regex", "^/api/(logout|sessions)"]).await;
@@ -70,7 +70,7 @@ async fn events_on_the_wire_are_as_documented() {
     let document = OpenApiDocument::new(&document.text());
     let two = Two::meet(&world, &api).await;
     let mut streams = vec![
-        gateway.stream(&two.john).last_event_id("nonsense").stream().await,
+        gateway.stream(&two.john).last_event_id("invalid").stream().await,
         gateway.stream(&two.jane).stream().await,
     ];
     for stream in &mut streams {

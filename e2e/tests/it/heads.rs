@@ -1,5 +1,5 @@
-//! Request heads, at every listener of both services: those that are wrong in themselves are refused in one form, answers keep
-//! connections or say that they close, and no head, however it is made, makes a service panic.
+//! Request heads at every listener: malformed ones are refused in one form, answers keep the connection or say that they close,
+//! and no head makes a service panic.
 
 use std::{
     fmt::Write as _,
@@ -20,7 +20,6 @@ use tokio::{
 use crate::support::Two;
 
 const FUZZED_FOR: Duration = Duration::from_mins(1);
-/// Connections per listener.
 const WORKERS: u64 = 3;
 /// An incomplete request gets no answer; longer than this is not waited for.
 const ANSWER_TIME: Duration = Duration::from_millis(150);
@@ -66,7 +65,7 @@ async fn malformed_heads_are_refused_alike_by_every_listener() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn operators_may_ask_by_head() {
+async fn ops_endpoints_answer_head_requests() {
     let world = World::new().await;
     let (api, gateway) = world.pair().await;
     for ops in [api.ops(), gateway.ops()] {
@@ -121,7 +120,6 @@ async fn an_early_answer_keeps_the_connection_or_says_close() {
     }
 }
 
-/// From another client address.
 async fn connect_from_elsewhere(address: SocketAddr) -> TcpStream {
     let socket = TcpSocket::new_v4().unwrap();
     socket.bind("127.0.0.2:0".parse().unwrap()).unwrap();
@@ -156,7 +154,7 @@ async fn an_address_that_has_all_its_connections_hurts_no_other() {
     }
 }
 
-/// Makes requests that are mostly almost right.
+/// Generates requests that are almost valid.
 struct Heads {
     random: StdRng,
     token: String,
@@ -382,12 +380,11 @@ impl Heads {
         bytes
     }
 
-    /// Sends it in one packet or two, perhaps with an end, and returns the answer.
+    /// Sends it in one packet or two, perhaps half-closes, and returns the answer.
     async fn exchange(&mut self, address: SocketAddr, bytes: &[u8]) -> Vec<u8> {
         let mut socket = TcpStream::connect(address).await.unwrap();
         socket.set_nodelay(true).unwrap();
         let cut = self.random.random_range(0..=bytes.len());
-        // It may be closed meanwhile.
         let _ = socket.write_all(&bytes[..cut]).await;
         tokio::task::yield_now().await;
         let _ = socket.write_all(&bytes[cut..]).await;
@@ -401,7 +398,7 @@ impl Heads {
     }
 }
 
-#[expect(clippy::disallowed_methods, reason = "which of all fuzzing is repeated is said by who repeats it")]
+#[expect(clippy::disallowed_methods, reason = "a fuzz run is repeated by its seed")]
 fn seed() -> u64 {
     std::env::var("FUZZ_SEED").ok().map_or_else(rand::random, |seed| seed.parse().unwrap())
 }

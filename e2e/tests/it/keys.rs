@@ -1,4 +1,4 @@
-//! Signing keys are rotated under load, and nobody notices. One that leaked is removed, and what it opened ends.
+//! Signing keys rotate under load without a failed request. Removing a leaked key closes its streams.
 
 use std::{
     sync::{
@@ -18,7 +18,6 @@ struct Load {
     apis: [String; 2],
     stream: String,
     client: Client,
-    /// All tokens ever issued.
     tokens: Mutex<Vec<String>>,
     stop: AtomicBool,
     requests: AtomicUsize,
@@ -145,7 +144,7 @@ async fn remove_key(world: &World, reconcile: (&str, u64)) {
     ready(gateway.stream(&jane).stream().await).await;
 }
 
-/// Longer than any test: not the reconcile brings the news.
+/// Longer than any test, so that no reconcile finds it.
 const NO_RECONCILE: (&str, u64) = ("RECONCILE_SECONDS", 300);
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -1,4 +1,4 @@
-//! Limits hold over processes, and stop nobody who does what people do.
+//! Limits hold over processes and do not affect normal use.
 
 use e2e::{Service, User, World};
 use futures_util::future::join_all;
@@ -8,7 +8,7 @@ use testkit::{servers::Redis, until};
 
 use crate::support::browser;
 
-/// Sends so many to these replicas in turn; returns how many were accepted. The others were rate limited.
+/// Sends messages to these replicas in turn; returns how many were accepted. The others were rate limited.
 async fn send(
     world: &World,
     apis: &[&Service],
@@ -68,7 +68,7 @@ async fn rate_limits_are_shared_while_redis_is_up() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn all_streams_may_reconnect_at_once_from_one_address() {
+async fn all_streams_may_reconnect_together_from_one_address() {
     const USERS: i64 = 600;
     let world = World::new().await;
     let api = world.api().ready().await;
@@ -78,9 +78,7 @@ async fn all_streams_may_reconnect_at_once_from_one_address() {
     let watching: Vec<_> = users.iter().map(|user| browser(gateway.stream(user))).collect();
     join_all(watching.iter().map(testkit::sse::EventSource::ready)).await;
     gateway.restart().await;
-    until("everybody is back", || async {
-        gateway.metric("messenger_gateway_streams").await == USERS as f64
-    })
-    .await;
+    until("all are back", || async { gateway.metric("messenger_gateway_streams").await == USERS as f64 })
+        .await;
     assert_eq!(gateway.metric("messenger_gateway_streams_rejected_total").await, 0.0);
 }

@@ -1,8 +1,6 @@
-//! The promise, shown with the real binaries over real Postgres, Redis and sockets: every event of a user's feed, once, in
-//! order, from the cursor on; whatever fails in between costs time, never a message.
-//!
-//! One module a kind of trouble. Waits are for what must happen, with a generous limit that only tells late from never.
-#![allow(clippy::disallowed_methods, reason = "tests notice the end of what they start")]
+//! The promise, with the real binaries over real Postgres, Redis and sockets: every event of a user's feed, once, in order, from
+//! the cursor on. Failures may delay events; none is lost.
+#![allow(clippy::disallowed_methods, reason = "a test fails if a task of its own does")]
 #![allow(clippy::unwrap_used, reason = "a test fails where an assumption does not hold")]
 
 mod bad_input;
@@ -27,7 +25,7 @@ mod redis_sentinel;
 mod resume;
 mod revocation;
 mod secrets;
-mod slow_readers;
+mod slow_consumers;
 mod support;
 mod traces;
 mod web;

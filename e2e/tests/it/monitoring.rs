@@ -1,5 +1,5 @@
-//! What operators look at, by the programs that they use: promtool on the exposition and the rules, and a real Prometheus that
-//! scrapes both services, evaluates every alert, and answers every question of the dashboard.
+//! Metrics, rules and dashboard: promtool checks the exposition and the rules; a real Prometheus scrapes both services, evaluates
+//! every alert, and answers every query of the dashboard.
 
 use std::{
     fs,
@@ -52,16 +52,16 @@ async fn a_real_prometheus_understands_all_that_the_services_tell() {
     let prometheus = Prometheus::start(&api, &gateway);
     until("one delivery is known there", async || {
         let delivered =
-            prometheus.ask(&world, r#"messenger_gateway_events_delivered_total{path="redis"}"#).await;
+            prometheus.query(&world, r#"messenger_gateway_events_delivered_total{path="redis"}"#).await;
         delivered.is_some_and(|values| values == ["1"])
     })
     .await;
     until("both are scraped", async || {
-        prometheus.ask(&world, "sum(up)").await.is_some_and(|values| values == ["2"])
+        prometheus.query(&world, "sum(up)").await.is_some_and(|values| values == ["2"])
     })
     .await;
     let lag = "sum(messenger_gateway_delivery_lag_seconds_count)";
-    assert_eq!(prometheus.ask(&world, lag).await.as_deref(), Some(["1".to_owned()].as_slice()));
+    assert_eq!(prometheus.query(&world, lag).await.as_deref(), Some(["1".to_owned()].as_slice()));
 
     until("each rule was evaluated", async || {
         let answer = world.client.get(prometheus.url("/api/v1/rules")).expect(200).await.json();
@@ -77,13 +77,13 @@ async fn a_real_prometheus_understands_all_that_the_services_tell() {
         serde_json::from_str(&fs::read_to_string(monitoring("dashboard.json")).unwrap()).unwrap();
     let panels = dashboard["panels"].as_array().unwrap();
     let targets = panels.iter().flat_map(|panel| panel["targets"].as_array().into_iter().flatten());
-    let mut asked = 0;
+    let mut queries = 0;
     for target in targets {
-        let question = target["expr"].as_str().unwrap().replace("$__rate_interval", "1m");
-        assert!(prometheus.ask(&world, &question).await.is_some(), "{question}");
-        asked += 1;
+        let query = target["expr"].as_str().unwrap().replace("$__rate_interval", "1m");
+        assert!(prometheus.query(&world, &query).await.is_some(), "{query}");
+        queries += 1;
     }
-    assert!(asked > 30, "{asked}");
+    assert!(queries > 30, "{queries}");
     drop(stream);
 }
 
@@ -123,10 +123,9 @@ impl Prometheus {
         format!("http://{}{path}", self.address)
     }
 
-    /// `None`: it is not up yet, or rejects the query.
-    async fn ask(&self, world: &World, question: &str) -> Option<Vec<String>> {
-        let query: String = question.bytes().map(|byte| format!("%{byte:02x}")).collect();
-        let call = world.client.get(self.url(&format!("/api/v1/query?query={query}")));
+    async fn query(&self, world: &World, query: &str) -> Option<Vec<String>> {
+        let encoded: String = query.bytes().map(|byte| format!("%{byte:02x}")).collect();
+        let call = world.client.get(self.url(&format!("/api/v1/query?query={encoded}")));
         let answer = call.send().await.ok().filter(|answer| answer.status == 200)?.json();
         let values = answer["data"]["result"].as_array()?;
         Some(values.iter().map(|value| value["value"][1].as_str().unwrap_or_default().to_owned()).collect())

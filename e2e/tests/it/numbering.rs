@@ -1,4 +1,4 @@
-//! The feed's numbers have no holes, whoever dies in the middle of writing.
+//! Feeds have no gaps, whichever process dies while writing.
 
 use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
@@ -33,22 +33,22 @@ async fn replicas_killed_at_work_leave_no_gap_and_no_duplicate() {
         accepted.len(),
         "a key that was sent again is the same message, and no other is"
     );
-    let mut told = 0;
+    let mut events = 0;
     for user in &crowd.users {
         let feed = StoredFeed::read(&world.sql, user.id).await;
-        feed.assert_without_holes();
+        feed.assert_without_gaps();
         let mut ids = BTreeSet::new();
         for event in &feed.events {
             if event.name.is_none() || event.is("message.sent") {
                 let id = event.json()["id"].as_str().unwrap().to_owned();
                 assert!(ids.insert(id), "{}'s feed has one message twice: {event:?}", user.name);
-                told += 1;
+                events += 1;
             }
         }
     }
     let messages: i64 =
         sqlx::query_scalar("SELECT count(*) FROM messenger.messages").fetch_one(&world.sql).await.unwrap();
-    assert_eq!(told, 2 * messages, "each message is in two feeds");
+    assert_eq!(events, 2 * messages, "each message is in two feeds");
     assert_eq!(
         usize::try_from(messages).unwrap(),
         accepted.len() + crowd.lines.len(),
@@ -76,12 +76,12 @@ async fn key_repeated_at_two_replicas_is_one_message() {
     for user in [&pair.jane, &pair.john] {
         let feed = StoredFeed::read(&world.sql, user.id).await;
         assert_eq!(feed.head, before + 1);
-        feed.assert_without_holes();
+        feed.assert_without_gaps();
     }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn eight_at_once_who_start_one_conversation_make_one() {
+async fn simultaneous_starts_make_one_conversation() {
     let world = World::new().await;
     let (one, two) = tokio::join!(world.api().ready(), world.api().ready());
     let john = world.user(&one, "john").await;
@@ -95,7 +95,7 @@ async fn eight_at_once_who_start_one_conversation_make_one() {
     assert_eq!(ids.len(), 1);
     for user in [&john, &jane] {
         let feed = StoredFeed::read(&world.sql, user.id).await;
-        assert_eq!(feed.events.len(), 1, "told once");
-        feed.assert_without_holes();
+        assert_eq!(feed.events.len(), 1, "one event");
+        feed.assert_without_gaps();
     }
 }

@@ -1,4 +1,4 @@
-//! What a client gets when it asks for a stream: the head, at once, whatever is down; or the one right error.
+//! Opening a stream: an immediate response head whatever is down, or the documented error.
 
 use chrono::Utc;
 use e2e::{Service, World, ledger::StoredFeed};
@@ -128,8 +128,8 @@ async fn idle_streams_hear_heartbeats() {
     let mut stream = gateway.stream(&jane).stream().await;
     assert_eq!(stream.named("ready").await.json()["heartbeatSeconds"], 1);
     for _ in 0..3 {
-        let beat = soon("a heartbeat", stream.block()).await;
-        assert_eq!(beat, Ok(Block::Comment));
+        let heartbeat = soon("a heartbeat", stream.block()).await;
+        assert_eq!(heartbeat, Ok(Block::Comment));
     }
 }
 
@@ -227,9 +227,9 @@ async fn errors_come_in_the_contracts_order() {
 
     // 401 before 403 before 406.
     let plain = || gateway.anonymous_stream();
-    let foreign = "https://evil.example";
-    refused(&plain().without_header("accept").header("origin", foreign), 401).await;
-    refused(&plain().cookie(&jane.cookie).without_header("accept").header("origin", foreign), 403).await;
+    let other_site = "https://evil.example";
+    refused(&plain().without_header("accept").header("origin", other_site), 401).await;
+    refused(&plain().cookie(&jane.cookie).without_header("accept").header("origin", other_site), 403).await;
     refused(&plain().cookie(&jane.cookie).header("origin", "null"), 403).await;
     for accept in [None, Some("*/*"), Some("application/json"), Some("text/event-streams")] {
         let opening = plain().bearer(&jane.token).without_header("accept");

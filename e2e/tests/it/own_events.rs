@@ -1,4 +1,4 @@
-//! What a person's own devices are told, and what the other one is told, over real HTTP.
+//! Events for a user's own devices and for the other participant, over real HTTP.
 
 use e2e::World;
 use serde_json::{Value, json};
@@ -47,7 +47,7 @@ async fn sender_and_receiver_each_get_their_own_event() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn both_are_told_of_a_new_conversation_each_as_they_see_it() {
+async fn both_users_receive_a_new_conversation_as_they_see_it() {
     let world = World::new().await;
     let (api, gateway) = world.pair().await;
     let john = world.user(&api, "john").await;
@@ -55,7 +55,7 @@ async fn both_are_told_of_a_new_conversation_each_as_they_see_it() {
     let mut johns = ready(gateway.stream(&john).stream().await).await;
     let mut janes = ready(gateway.stream(&jane).stream().await).await;
     let id = world.conversation(&api, &john, &jane).await;
-    world.conversation(&api, &jane, &john).await; // It exists: nobody is told anything.
+    world.conversation(&api, &jane, &john).await; // It exists, so there is no event.
     for (stream, user, other) in [(&mut johns, &john, &jane), (&mut janes, &jane, &john)] {
         let event = stream.named("conversation.created").await;
         assert!(event.id.is_some());
@@ -83,7 +83,7 @@ async fn read_event_reaches_both_users_only_if_the_mark_moves() {
     let mut jane = ready(gateway.stream(&two.jane).stream().await).await;
     let path = format!("/api/conversations/{}", two.conversation);
 
-    let mut assert_told = async |position: &Value, unread: u64| {
+    let mut assert_event = async |position: &Value, unread: u64| {
         let event = jane.named("conversation.read").await;
         assert!(event.id.is_some());
         let wanted = json!({ "conversationId": two.conversation, "lastReadMessageId": position, "unreadCount": unread });
@@ -96,11 +96,11 @@ async fn read_event_reaches_both_users_only_if_the_mark_moves() {
     // A page moves the position to its newest message.
     let page = api.url(&format!("{path}/messages?before={}", second["id"].as_str().unwrap()));
     world.client.get(page).bearer(&two.jane.token).expect(200).await;
-    assert_told(&first["id"], 1).await;
+    assert_event(&first["id"], 1).await;
     let read =
         || world.client.post(api.url(&format!("{path}/read_messages"))).bearer(&two.jane.token).expect(204);
     read().await;
-    assert_told(&second["id"], 0).await;
+    assert_event(&second["id"], 0).await;
     // Nothing moves, so there is no event; the next event shows it.
     read().await;
     let page = world.client.get(api.url(&format!("{path}/messages"))).bearer(&two.jane.token);

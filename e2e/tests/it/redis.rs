@@ -1,4 +1,4 @@
-//! Redis is a doorbell that also carries the letter: without it delivery is slower, not poorer.
+//! Without Redis delivery is slower and still complete.
 
 use std::{sync::Arc, time::Duration};
 
@@ -48,7 +48,7 @@ async fn a_redis_that_is_silently_dead_for_a_while_loses_nothing() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn events_arrive_by_reconcile_until_redis_first_starts() {
     let mut redis = Redis::start();
-    redis.kill(); // Now its address is known, and nobody is there.
+    redis.kill(); // Its address is known and nothing listens.
     let world = Arc::new(World::with_redis(redis.url()).await);
     let (api, gateway) = world.pair().await;
     let crowd = Crowd::gather(&world, &api, 4).await;
@@ -133,7 +133,6 @@ async fn a_half_open_link_between_gateway_and_redis_loses_nothing() {
     assert_all_exact(&world, &api, &crowd.lines, &watching).await;
 }
 
-/// PINGs that were refused, of all clients together.
 fn refused_pings(redis: &Redis) -> u64 {
     let stats = redis.command(&["INFO", "commandstats"]).unwrap();
     let ping = stats.lines().find(|line| line.starts_with("cmdstat_ping:")).unwrap_or_default();
@@ -155,7 +154,7 @@ async fn redis_whose_disk_is_full_still_brings_events() {
     redis.lose_disk().await;
     let refused = refused_pings(&redis);
     // At least twice for each gateway.
-    until("gateways are told that the disk is full", || async { refused_pings(&redis) >= refused + 4 }).await;
+    until("gateways see that the disk is full", || async { refused_pings(&redis) >= refused + 4 }).await;
     busy.until_redis_is_trusted().await;
     busy.until_events_come_by_redis().await;
     busy.assert_exact().await;
@@ -181,7 +180,7 @@ async fn invalid_and_repeated_messages_on_a_channel_change_nothing() {
     let epoch = feed.epoch.to_string();
     for payload in [
         "",
-        "nonsense",
+        "invalid",
         "{}",
         "[1]",
         r#"{"v":2,"epoch":"x"}"#,
@@ -198,7 +197,7 @@ async fn invalid_and_repeated_messages_on_a_channel_change_nothing() {
         redis.command(&["PUBLISH", &channel, payload]).unwrap();
         two.say(&world, &api, 1).await;
     }
-    redis.command(&["PUBLISH", &format!("{channel}x"), "nonsense"]).unwrap();
+    redis.command(&["PUBLISH", &format!("{channel}x"), "invalid"]).unwrap();
     assert_exact(&world.sql, two.jane.id, "jane", &jane).await;
     assert_eq!(jane.record().opened, 1);
     assert!(!jane.record().events.iter().any(|event| event.data.contains("forged")));

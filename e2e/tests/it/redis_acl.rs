@@ -1,5 +1,4 @@
-//! Redis with users who may do what is needed and no more: the very lines of docs/deploy.md. What is missing is said, and costs time
-//! only.
+//! Redis users with the minimal rights of docs/deploy.md. A missing right is logged, and events are only late.
 
 use std::path::Path;
 
@@ -32,7 +31,7 @@ fn lines(nth: usize, prefix: &str) -> Vec<String> {
     block.lines().filter(|line| line.starts_with("ACL ")).map(of_ours).collect()
 }
 
-/// Words in parentheses are one word.
+/// Parentheses group words.
 fn words(line: &str) -> Vec<String> {
     let mut words: Vec<String> = Vec::new();
     for part in line.split(' ') {
@@ -58,7 +57,6 @@ fn url_of(user: usize, urls: &str) -> String {
     urls.replace("redis://", &format!("redis://{user}:{password}@"))
 }
 
-/// Two of each service, each as its own user.
 async fn busy(world: World, urls: &str) -> Busy {
     let api = || world.api().env("REDIS_URL", url_of(0, urls)).ready();
     let (one, two) = tokio::join!(api(), api());
@@ -67,7 +65,6 @@ async fn busy(world: World, urls: &str) -> Busy {
     Busy::of(world, [one, two], [a, b], 4).await
 }
 
-/// No command was denied.
 async fn assert_all_is_well(busy: &Busy) {
     busy.until_redis_is_trusted().await;
     busy.until_events_come_by_redis().await;
@@ -117,13 +114,13 @@ async fn missing_redis_right_is_logged_and_loses_nothing() {
     redis.command(&["CLIENT", "KILL", "TYPE", "pubsub"]).unwrap();
     said("no permissions", &busy.gateways).await;
     said("no permissions", &busy.apis).await;
-    busy.until_redis_is_doubted().await;
+    busy.until_redis_is_degraded().await;
     traffic.more(40).await;
     redis.tell(&["ACL", "SETUSER", "messenger-gateway", "+subscribe"]);
     redis.tell(&["ACL", "SETUSER", "messenger-api", "+publish"]);
     busy.until_redis_is_trusted().await;
 
-    // Passwords change here, and not there.
+    // Passwords change in Redis only.
     for (user, _) in PASSWORDS {
         redis.tell(&["ACL", "SETUSER", user, "resetpass", ">another-password"]);
     }

@@ -1,5 +1,5 @@
-//! Redis Cluster with sharded channels: each event goes by the node that owns its channel. Nodes die, hang, and give slots away
-//! while people talk; it costs time, never a message, and afterwards Redis brings every event again.
+//! Redis Cluster with sharded channels: the node that owns a channel carries its events. While nodes die, hang and move
+//! slots, events may be late and none is lost; afterwards Redis delivers every event again.
 
 use e2e::World;
 use testkit::{cluster::Cluster, until};
@@ -13,7 +13,6 @@ async fn busy_on(cluster: &Cluster) -> Busy {
     busy
 }
 
-/// The nodes with a subscriber of this channel.
 fn heard_at(cluster: &Cluster, channel: &str) -> Vec<usize> {
     let listens = |node: &usize| {
         let channels = cluster.nodes[*node].command(&["PUBSUB", "SHARDCHANNELS", channel]);
@@ -69,7 +68,7 @@ async fn moved_slot_is_resubscribed_on_its_new_node() {
     busy.until_events_come_by_redis().await;
     let connects =
         busy.gateways[0].metric("messenger_gateway_redis_connections_opened_total").await - connects;
-    println!("8 slots moved: gateway 0 made {connects} connections anew");
+    println!("8 slots moved: gateway 0 made {connects} new connections");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -82,7 +81,7 @@ async fn killed_node_is_followed_to_its_replica_without_loss() {
     let traffic = busy.traffic();
     traffic.more(40).await;
     cluster.nodes[doomed].kill();
-    busy.until_redis_is_doubted().await;
+    busy.until_redis_is_degraded().await;
     traffic.more(40).await;
     busy.until_redis_is_trusted().await;
     let replica = cluster.nodes.len() - 1;
@@ -105,7 +104,7 @@ async fn hanging_node_loses_nothing_and_delays_no_other() {
     let traffic = busy.traffic();
     traffic.more(40).await;
     cluster.nodes[hung].freeze();
-    busy.until_redis_is_doubted().await;
+    busy.until_redis_is_degraded().await;
     traffic.more(80).await;
     cluster.nodes[hung].thaw();
     busy.until_redis_is_trusted().await;

@@ -1,4 +1,4 @@
-//! A cursor is a promise that was given: it is kept to the letter, or its owner is told to reload.
+//! A stream resumes exactly at its cursor, or its client gets a resync.
 
 use e2e::{
     Service, World,
@@ -51,7 +51,7 @@ impl Setting {
     }
 
     /// `ready` without a position, `resync` with one that the gateway knows, then everything after it.
-    async fn assert_told_to_reload(&self, mut stream: Stream, reason: &str, what: &str) {
+    async fn assert_resync(&self, mut stream: Stream, reason: &str, what: &str) {
         let before = self.feed().await;
         let ready = stream.named("ready").await;
         assert_eq!(ready.id, None, "{what}: a resync follows");
@@ -59,17 +59,21 @@ impl Setting {
         let resync = stream.named("resync").await;
         assert_eq!(resync.json()["cursor"].as_str(), resync.id.as_deref(), "{what}");
         assert_eq!(resync.json()["reason"], reason, "{what}");
-        let place: Position = resync.id.unwrap().parse().unwrap();
+        let position: Position = resync.id.unwrap().parse().unwrap();
         // An event posted a moment ago may still be on its way to the gateway.
-        assert_eq!(place.epoch, before.epoch, "{what}");
-        assert!((before.head - 1..=before.head).contains(&place.seq), "{what}: {place:?} of {}", before.head);
+        assert_eq!(position.epoch, before.epoch, "{what}");
+        assert!(
+            (before.head - 1..=before.head).contains(&position.seq),
+            "{what}: {position:?} of {}",
+            before.head
+        );
         self.two.say(&self.world, &self.api, 1).await;
         let feed = self.feed().await;
         let mut seen = Vec::new();
-        for _ in place.seq..feed.head {
+        for _ in position.seq..feed.head {
             seen.push(stream.next().await);
         }
-        feed.assert_is(what, &seen, place.seq);
+        feed.assert_is(what, &seen, position.seq);
     }
 }
 
@@ -85,9 +89,8 @@ async fn a_reconnecting_client_gets_exactly_what_it_missed() {
         // The header wins: in a reconnecting browser the query is stale.
         let both = jane().last_event_id(at(6)).last_event_id_in_query(&at(2));
         setting.assert_resumes(both.stream().await, 6).await;
-        let both = jane().last_event_id(at(7)).last_event_id_in_query("nonsense");
+        let both = jane().last_event_id(at(7)).last_event_id_in_query("invalid");
         setting.assert_resumes(both.stream().await, 7).await;
-        // Empty is absent.
         let empty = jane().last_event_id("").last_event_id_in_query(&at(3));
         setting.assert_resumes(empty.stream().await, 3).await;
         // The last of a repeated parameter counts.
@@ -146,27 +149,27 @@ async fn a_cursor_that_is_none_is_a_resync_and_never_an_error() {
         // Spaces around a header's value are not part of it, so this one is for the query only.
         if !text.ends_with(' ') {
             let stream = setting.jane(0).last_event_id(text).stream().await;
-            setting.assert_told_to_reload(stream, "unknown", text).await;
+            setting.assert_resync(stream, "unknown", text).await;
         }
         let stream = setting.jane(1).last_event_id_in_query(text).stream().await;
-        setting.assert_told_to_reload(stream, "unknown", text).await;
+        setting.assert_resync(stream, "unknown", text).await;
     }
     for text in
         ["x\r\nid: 7\r\n\r\ndata: injected\r\n\r\n", "\n\n", "\0", "\u{2028}é😀", &format!("{good}\n")]
     {
         let stream = setting.jane(0).last_event_id_in_query(text).stream().await;
-        setting.assert_told_to_reload(stream, "unknown", text).await;
+        setting.assert_resync(stream, "unknown", text).await;
     }
     let stream = setting.jane(0).last_event_id(b"\xff\xfe-3").stream().await;
-    setting.assert_told_to_reload(stream, "unknown", "not UTF-8").await;
+    setting.assert_resync(stream, "unknown", "not UTF-8").await;
     let broken_escape = format!("{}?lastEventId=%f", setting.gateways[0].url("/api/messages"));
     let stream = StreamRequest::new(broken_escape).bearer(&setting.two.jane.token).stream().await;
-    setting.assert_told_to_reload(stream, "unknown", "a broken escape").await;
+    setting.assert_resync(stream, "unknown", "a broken escape").await;
 
     for (cursor, what) in [(other_epoch, "another epoch"), (john.head_cursor(), "another's cursor")] {
         for gateway in [0, 1] {
             let stream = setting.jane(gateway).last_event_id(&cursor).stream().await;
-            setting.assert_told_to_reload(stream, "unknown", what).await;
+            setting.assert_resync(stream, "unknown", what).await;
         }
     }
 }
@@ -177,11 +180,11 @@ async fn a_cursor_from_the_future_is_a_resync() {
     for ahead in [1, 1_000_000] {
         let feed = setting.feed().await;
         let stream = setting.jane(0).last_event_id(feed.cursor(feed.head + ahead)).stream().await;
-        setting.assert_told_to_reload(stream, "future", "beyond the head").await;
+        setting.assert_resync(stream, "future", "beyond the head").await;
     }
     let last = setting.feed().await.cursor(i64::MAX.cast_unsigned());
     let stream = setting.jane(0).last_event_id(last).stream().await;
-    setting.assert_told_to_reload(stream, "future", "the last number there is").await;
+    setting.assert_resync(stream, "future", "the last number there is").await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -193,7 +196,7 @@ async fn cursor_older_than_the_oldest_kept_event_is_a_resync() {
     delete.execute(&setting.world.sql).await.unwrap();
     for after in [0, 4] {
         let stream = setting.jane(0).last_event_id(feed.cursor(after)).stream().await;
-        setting.assert_told_to_reload(stream, "expired", "before the oldest").await;
+        setting.assert_resync(stream, "expired", "before the oldest").await;
     }
     setting.assert_resumes(setting.jane(1).last_event_id(feed.cursor(5)).stream().await, 5).await;
 

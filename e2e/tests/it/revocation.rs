@@ -1,4 +1,4 @@
-//! Whoever ends a session ends what it opened: REST at once, on every replica; streams as soon as they are told.
+//! Ending a session ends REST access immediately on every replica, and its streams as soon as gateways learn of it.
 
 use chrono::Utc;
 use e2e::{Service, User, World, ledger::StoredFeed};
@@ -73,7 +73,7 @@ async fn an_ended_session_receives_nothing_while_api_is_away() {
     let gateway = world.gateway(one.internal()).ready().await;
     let two = Two::meet(&world, &one).await;
     let (phone, tablet) = (world.login(&one, "jane").await, world.login(&one, "jane").await);
-    // Nobody at this gateway is subscribed for jane, so it does not learn of the end.
+    // This gateway has no subscription for jane, so it does not learn of the end.
     call(&world, &other, &phone, "POST", "/api/logout", 204).await;
     let desk = browser(gateway.stream(&two.jane));
     desk.ready().await;

@@ -1,5 +1,5 @@
-//! The secret between gateways and `api` is rotated by the very steps of docs/runbook.md, under traffic, and nobody notices; a gateway
-//! that `api` refuses does not pretend to be ready.
+//! The secret between gateways and `api` rotates by the steps of docs/runbook.md under traffic. A gateway that `api` refuses is not
+//! ready.
 
 use std::path::Path;
 

@@ -1,4 +1,4 @@
-//! Two people who talk, traffic between many, and the browsers that watch.
+//! Two users who talk, traffic between many, and their streams.
 
 use std::{
     sync::{
@@ -21,7 +21,7 @@ use testkit::{
     until,
 };
 
-/// A short retry: it is not what is tested.
+/// Short, because no test is about it.
 pub(crate) const RETRY: Duration = Duration::from_millis(50);
 
 pub(crate) fn browser(opening: StreamRequest) -> EventSource {
@@ -31,7 +31,6 @@ pub(crate) fn browser(opening: StreamRequest) -> EventSource {
 /// Between two messages of one client.
 pub(crate) const PAUSE: Duration = Duration::from_millis(15);
 
-/// John writes, Jane watches.
 pub(crate) struct Two {
     pub(crate) john: User,
     pub(crate) jane: User,
@@ -56,7 +55,7 @@ impl Two {
 /// Several users, each in conversation with the next two.
 pub(crate) struct Crowd {
     pub(crate) users: Vec<User>,
-    /// Who may write where.
+    /// The sender and the conversation.
     pub(crate) lines: Vec<(User, ConversationId)>,
 }
 
@@ -78,7 +77,7 @@ impl Crowd {
         Self { users, lines }
     }
 
-    /// One client per user, ready.
+    /// One ready client per user.
     pub(crate) async fn watch(&self, at: &[&Service]) -> Vec<(User, EventSource)> {
         let mut watching = Vec::new();
         for (number, user) in self.users.iter().enumerate() {
@@ -89,7 +88,7 @@ impl Crowd {
         watching
     }
 
-    /// So many clients per user, all at the first gateway; they reconnect to the others.
+    /// Several clients per user, all at the first gateway; they reconnect to the others.
     pub(crate) async fn watch_first(&self, at: &[&Service], devices: usize) -> Vec<(User, EventSource)> {
         let mut watching = Vec::new();
         for user in &self.users {
@@ -138,10 +137,10 @@ impl Traffic {
         Self { senders: senders.collect(), stop, accepted }
     }
 
-    /// Waits for so many more accepted messages.
+    /// Waits until this many more messages are accepted.
     pub(crate) async fn more(&self, messages: u64) {
         let wanted = self.accepted.load(Ordering::Relaxed) + messages;
-        soon("the traffic goes on", async {
+        soon("the traffic continues", async {
             while self.accepted.load(Ordering::Relaxed) < wanted {
                 assert!(!self.senders.iter().all(tokio::task::JoinHandle::is_finished), "all senders failed");
                 tokio::time::sleep(Duration::from_millis(5)).await;
@@ -150,7 +149,6 @@ impl Traffic {
         .await;
     }
 
-    /// Returns the ids of all accepted messages.
     pub(crate) async fn stop(self) -> Vec<String> {
         self.stop.store(true, Ordering::Relaxed);
         let mut ids = Vec::new();
@@ -161,7 +159,7 @@ impl Traffic {
     }
 }
 
-/// Two replicas, two gateways, and users who write all the time and watch.
+/// Two replicas, two gateways, and users who write and watch continuously.
 pub(crate) struct Busy {
     pub(crate) world: Arc<World>,
     pub(crate) apis: [Service; 2],
@@ -178,8 +176,8 @@ impl Busy {
         Self::of(world, [one, two], [a, b], 4).await
     }
 
-    pub(crate) async fn of(world: World, apis: [Service; 2], gateways: [Service; 2], people: usize) -> Self {
-        let crowd = Crowd::gather(&world, &apis[0], people).await;
+    pub(crate) async fn of(world: World, apis: [Service; 2], gateways: [Service; 2], users: usize) -> Self {
+        let crowd = Crowd::gather(&world, &apis[0], users).await;
         let watching = crowd.watch(&[&gateways[0], &gateways[1]]).await;
         Self { world: Arc::new(world), apis, gateways, crowd, watching }
     }
@@ -188,7 +186,7 @@ impl Busy {
         Traffic::start(&self.world, &[&self.apis[0], &self.apis[1]], &self.crowd.lines, PAUSE)
     }
 
-    /// Everybody has received what was there at the call; more may have come since.
+    /// All have received what was in their feeds at the call.
     pub(crate) async fn until_all_is_seen(&self) {
         for (user, browser) in &self.watching {
             let head = StoredFeed::read(&self.world.sql, user.id).await.head_cursor();
@@ -224,7 +222,7 @@ impl Busy {
         }
     }
 
-    pub(crate) async fn until_redis_is_doubted(&self) {
+    pub(crate) async fn until_redis_is_degraded(&self) {
         for gateway in &self.gateways {
             until("the gateway notices", || async {
                 gateway.metric("messenger_gateway_redis_degraded").await == 1.0
@@ -268,7 +266,7 @@ impl Busy {
     }
 }
 
-/// Everybody received exactly their feed, and again after one more message on each line: nothing old can arrive later
+/// All received exactly their feeds, and again after one more message on each line: nothing old can arrive later
 /// unnoticed.
 pub(crate) async fn assert_all_exact(
     world: &World,

@@ -1,5 +1,5 @@
-//! One message is one trace, from its POST to the flush at every socket, by whichever way it came there; seen in a real
-//! collector. And tracing costs nothing but spans.
+//! One message is one trace, from its POST to the flush at every socket, whatever its delivery path; seen in a real
+//! collector.
 
 use std::{
     sync::{
@@ -22,10 +22,9 @@ use crate::support::{Crowd, Traffic, Two, assert_all_exact, browser};
 
 const ENDPOINT: &str = "OTEL_EXPORTER_OTLP_ENDPOINT";
 const POST: &str = "POST /api/conversations/{id}/messages";
-/// The client's own span.
 const CLIENT_SPAN: &str = "b7ad6b7169203331";
 
-/// Traces only what clients ask for.
+/// Traces only what clients request.
 fn traced(plan: e2e::service::Plan, collector: &Collector) -> e2e::service::Plan {
     plan.env(ENDPOINT, collector.endpoint())
         .env("OTEL_TRACES_SAMPLER_ARG", 0)
@@ -36,7 +35,6 @@ fn new_trace() -> String {
     format!("{:032x}", rand::random_range(1..=u128::MAX))
 }
 
-/// Returns the request's id.
 async fn say(world: &World, api: &Service, two: &Two, trace: &str) -> String {
     say_text(world, api, two, trace, &world.text()).await
 }
@@ -268,18 +266,14 @@ async fn clients_cannot_have_more_traced_than_the_bound() {
     };
     let recorded = count("%-01").await.unwrap();
     assert!(recorded >= 2 && recorded as f64 <= most, "{recorded} traces, {most} at most");
-    assert_eq!(
-        recorded + count("%-00").await.unwrap(),
-        60,
-        "a trace that is not recorded goes on all the same"
-    );
+    assert_eq!(recorded + count("%-00").await.unwrap(), 60, "an unsampled trace is still propagated");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn unavailable_collector_costs_only_spans() {
     let world = Arc::new(World::new().await);
     let nowhere = format!("http://127.0.0.1:{}", free_port());
-    let (silent, asked) = silent_collector().await;
+    let (silent, connections) = silent_collector().await;
     let plan = world.api().env(ENDPOINT, nowhere).env("OTEL_TRACES_SAMPLER_ARG", 1);
     let mut api = plan.env("TRACES_PER_SECOND", 10_000).env("SHUTDOWN_WAIT_SECONDS", 0).ready().await;
     let plan = world.gateway(api.internal()).env(ENDPOINT, silent);
@@ -288,7 +282,7 @@ async fn unavailable_collector_costs_only_spans() {
     let watching = crowd.watch(&[&gateway]).await;
     let traffic = Traffic::start(&world, &[&api], &crowd.lines, Duration::from_millis(5));
     traffic.more(200).await;
-    until("the hanging collector was asked", async || asked.load(Ordering::Relaxed) > 0).await;
+    until("the hanging collector has a connection", async || connections.load(Ordering::Relaxed) > 0).await;
     until("spans were dropped", async || {
         api.metric_where("messenger_api_dropped_spans_total", "reason=\"failed\"").await > 0.0
     })
@@ -308,8 +302,8 @@ async fn unavailable_collector_costs_only_spans() {
 async fn silent_collector() -> (String, Arc<AtomicUsize>) {
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = format!("http://{}", listener.local_addr().unwrap());
-    let asked = Arc::new(AtomicUsize::new(0));
-    let taken = asked.clone();
+    let connections = Arc::new(AtomicUsize::new(0));
+    let taken = connections.clone();
     tokio::spawn(async move {
         let mut open = Vec::new();
         while let Ok((socket, _)) = listener.accept().await {
@@ -317,5 +311,5 @@ async fn silent_collector() -> (String, Arc<AtomicUsize>) {
             open.push(socket);
         }
     });
-    (address, asked)
+    (address, connections)
 }

@@ -1,5 +1,5 @@
-//! A real Redis Cluster: three nodes that own a third of the slots each, and replicas where a test wants one. Nodes find a dead
-//! one within a second or two, so that a test need not wait for the usual fifteen.
+//! A real Redis Cluster: three nodes that own a third of the slots each, with replicas on request. Nodes detect a
+//! dead one within two seconds instead of the usual fifteen.
 
 use std::{
     thread::sleep,
@@ -11,11 +11,10 @@ use super::{PATIENCE, ports::free_port, servers::Redis};
 const SLOTS: usize = 16_384;
 const NODES: usize = 3;
 /// Between two requests for a failover: a request in progress must finish, or the next one would revert it.
-const WISHES_APART: Duration = Duration::from_millis(200);
+const FAILOVERS_APART: Duration = Duration::from_millis(200);
 
 pub struct Cluster {
     pub nodes: Vec<Redis>,
-    /// Of the cluster bus.
     bus_ports: Vec<u16>,
 }
 
@@ -116,7 +115,6 @@ impl Cluster {
         self.nodes[of].command(&["CLUSTER", "MYID"]).expect("the node answers")
     }
 
-    /// Moves the slot of this key while all nodes run.
     pub fn move_slot_of(&self, name: &str, to: usize) {
         let from = self.owner(name);
         let slot = self.slot(from, name).expect("the node answers");
@@ -190,7 +188,6 @@ impl Sentinels {
         ]
     }
 
-    /// The server that is master and that all sentinels name.
     pub fn leader(&self) -> Option<usize> {
         let named: Vec<_> = self.sentinels.iter().map(|sentinel| self.named_by(sentinel)).collect();
         let first = (*named.first()?)?;
@@ -217,7 +214,7 @@ impl Sentinels {
             if self.named_by(&self.sentinels[0]) != Some(to) {
                 // Refused while one is in progress.
                 let _ = self.sentinels[0].command(&["SENTINEL", "FAILOVER", Self::NAME]);
-                sleep(WISHES_APART);
+                sleep(FAILOVERS_APART);
             }
             self.leader() == Some(to)
         });

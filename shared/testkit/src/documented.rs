@@ -1,5 +1,4 @@
-//! What a service answers, held against its `OpenAPI` document: every path, method, status, header and body that a test sees
-//! must be in there, and of the form that it says.
+//! Compares answers with the service's `OpenAPI` document: every path, method, status, header and body must be documented.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
@@ -11,7 +10,6 @@ use super::http::Answer;
 
 pub struct OpenApiDocument {
     root: Value,
-    /// By schema.
     validators: Mutex<HashMap<String, Arc<Validator>>>,
 }
 
@@ -22,7 +20,6 @@ impl OpenApiDocument {
         Self { root, validators: Mutex::default() }
     }
 
-    /// Panics if the answer is not as documented.
     pub fn check(&self, method: &str, path: &str, answer: &Answer) {
         if method == "OPTIONS" {
             return; // CORS is a layer of its own.
@@ -33,7 +30,7 @@ impl OpenApiDocument {
         };
         let name = if method == "HEAD" { "get" } else { &method.to_lowercase() };
         let Some(operation) = item.get(name) else {
-            // A path that is switched off is no path.
+            // A disabled path is not documented.
             assert!(
                 [404, 405].contains(&answer.status),
                 "{method} {path}: {} is not documented",

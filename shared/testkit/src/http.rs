@@ -1,4 +1,4 @@
-//! A plain HTTP client that hides nothing: the status, the headers and the body as they came.
+//! A plain HTTP client: status, headers and body as received.
 
 use std::{sync::Arc, time::Duration};
 
@@ -108,7 +108,6 @@ impl Call {
         Ok(answer)
     }
 
-    /// Sends, and requires this status.
     pub async fn expect(self, status: u16) -> Answer {
         let answer = self.send().await.expect("an answer");
         assert_eq!(answer.status, status, "{}", answer.text());

@@ -1,4 +1,4 @@
-//! A foreign issuer of tokens, for tests: signs with ES256, can rotate its key, and publishes its keys at an address, or
+//! An external issuer of tokens, for tests: signs with ES256, can rotate its key, and publishes its keys at an address, or
 //! fails to.
 
 use std::{
@@ -53,7 +53,6 @@ impl IssuerKey {
         jsonwebtoken::encode(&self.header, claims, &self.key).expect("claims are JSON")
     }
 
-    /// Without a key id.
     pub fn sign_nameless(&self, claims: &Value) -> String {
         let header = Header { kid: None, ..self.header.clone() };
         jsonwebtoken::encode(&header, claims, &self.key).expect("claims are JSON")
@@ -83,12 +82,11 @@ pub fn published(key: &IssuerKey) -> ExternalKeysAnswer {
     ExternalKeysAnswer { issuer: issuer(), jwks: Some(key.jwks()) }
 }
 
-/// Serves the issuer's keys until dropped.
 pub struct TestIssuer {
     address: SocketAddr,
     /// None: it answers 503.
     keys: Arc<Mutex<Option<Value>>>,
-    asked: Arc<AtomicUsize>,
+    requests: Arc<AtomicUsize>,
     _stop: DropGuard,
 }
 
@@ -98,11 +96,11 @@ impl TestIssuer {
         let listener = server::bind(anywhere).expect("a free port of loopback");
         let address = listener.local_addr().expect("it is bound");
         let published = Arc::new(Mutex::new(keys.map(|key| json!(key.jwks()))));
-        let asked = Arc::new(AtomicUsize::new(0));
+        let requests = Arc::new(AtomicUsize::new(0));
         let routes = warp::path("jwks").map({
-            let (published, asked) = (published.clone(), asked.clone());
+            let (published, requests) = (published.clone(), requests.clone());
             move || {
-                asked.fetch_add(1, Ordering::Relaxed);
+                requests.fetch_add(1, Ordering::Relaxed);
                 let keys = published.lock().expect("no holder panics").clone();
                 let status = if keys.is_some() { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
                 warp::reply::with_status(warp::reply::json(&keys), status)
@@ -112,7 +110,7 @@ impl TestIssuer {
         let limits = Limits { stop: Duration::ZERO, ..Limits::default() };
         let metrics = Metrics::default().listener("issuer");
         tokio::spawn(server::serve(listener, warp::service(routes), limits, metrics, stop.clone()));
-        Self { address, keys: published, asked, _stop: stop.drop_guard() }
+        Self { address, keys: published, requests, _stop: stop.drop_guard() }
     }
 
     pub fn url(&self) -> String {
@@ -128,7 +126,7 @@ impl TestIssuer {
         *self.keys.lock().expect("no holder panics") = Some(keys);
     }
 
-    pub fn asked(&self) -> usize {
-        self.asked.load(Ordering::Relaxed)
+    pub fn requests(&self) -> usize {
+        self.requests.load(Ordering::Relaxed)
     }
 }

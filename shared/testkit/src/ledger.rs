@@ -13,7 +13,6 @@ use crate::sse::{Event, EventSource};
 pub struct StoredFeed {
     pub epoch: Epoch,
     pub head: Seq,
-    /// As a client receives them.
     pub events: Vec<Event>,
 }
 
@@ -40,7 +39,7 @@ impl StoredFeed {
         Self { epoch, head: head.cast_unsigned(), events: rows.into_iter().map(event).collect() }
     }
 
-    pub fn assert_without_holes(&self) {
+    pub fn assert_without_gaps(&self) {
         let numbers: Vec<_> = self.events.iter().map(number).collect();
         let wanted: Vec<_> = (1..=self.head).collect();
         assert_eq!(numbers, wanted, "the feed's numbers");
@@ -98,17 +97,17 @@ pub async fn assert_exact(sql: &PgPool, user: UserId, who: &str, browser: &Event
     let first = record.named("ready").next().expect("a stream begins with `ready`");
     let seen: Vec<Event> = record.ledger().cloned().collect();
     feed.assert_is(who, &seen, number(first));
-    let mut place: Option<&str> = None;
+    let mut last: Option<&str> = None;
     for event in &record.events {
-        assert!(!event.is("resync"), "{who} was told to reload: {event:?}");
+        assert!(!event.is("resync"), "{who} got a resync: {event:?}");
         if event.is("ready") {
             let data = event.json();
             assert_eq!(data["cursor"].as_str(), event.id.as_deref(), "{who}: {event:?}");
-            if place.is_some() {
-                assert_eq!(event.id.as_deref(), place, "{who} comes back to where it was");
+            if last.is_some() {
+                assert_eq!(event.id.as_deref(), last, "{who} resumes where it was");
                 assert_eq!(data["resumed"], true, "{who}: {event:?}");
             }
         }
-        place = event.id.as_deref().or(place);
+        last = event.id.as_deref().or(last);
     }
 }

@@ -1,7 +1,7 @@
-//! What tests of several crates, benches and `cargo dev` share. The first group of modules is light, for `cargo dev`, which is
-//! compiled before anything else can run; the feature `full` adds the rest. What only tests use fails by a panic with a sentence.
+//! Shared by tests, benches and `cargo dev`. `cargo dev` uses the first group of modules only, because it is compiled before
+//! anything else can run; the feature `full` adds the rest. Helpers of tests panic with a sentence.
 
-#![allow(clippy::disallowed_methods, reason = "tests notice the end of what they start")]
+#![allow(clippy::disallowed_methods, reason = "a test fails if a task of its own does")]
 
 pub mod ports;
 pub mod postmaster;

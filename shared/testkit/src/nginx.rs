@@ -1,6 +1,6 @@
 //! A real nginx in front of the services, as in production: the one origin that browsers know. Plain HTTP/1.1, or TLS with
-//! HTTP/2; its buffering and its idea of a dead upstream are its defaults, because people have those. A bench also has it in
-//! the place of the Service by which gateways reach `api`, and tells it, as a cluster does, which replicas stop.
+//! HTTP/2; its buffering and its idea of a dead upstream are its defaults, because deployments use those. A bench also has it in
+//! the place of the Service by which gateways reach `api`, and removes stopping replicas as a cluster does.
 
 use std::{
     fs, io,
@@ -34,7 +34,6 @@ impl Front {
         Self::new("http")
     }
 
-    /// With a self-signed certificate.
     pub fn tls() -> Self {
         Self::new("https")
     }
@@ -72,7 +71,6 @@ impl Front {
     }
 }
 
-/// The address in front and the servers behind.
 pub struct Upstreams {
     pub address: SocketAddr,
     pub tls: bool,
@@ -83,7 +81,6 @@ pub struct Upstreams {
 
 /// For replicas that come and go under load, as in `docs/deploy.md`.
 pub struct Replicated {
-    /// Where gateways reach api.
     pub address: SocketAddr,
     pub apis: Vec<SocketAddr>,
 }
@@ -119,7 +116,7 @@ impl Nginx {
         self.upstreams.address
     }
 
-    /// Resets every connection; nobody listens afterwards.
+    /// Resets every connection and closes the port.
     pub fn kill(&mut self) {
         self.process.kill();
     }

@@ -12,7 +12,6 @@ use serde_json::Value;
 
 use super::{process::Process, programs::variable};
 
-/// A script that serves, and prints a line of JSON when it is ready.
 pub struct NodeServer {
     pub said: Value,
     _process: Process,
@@ -53,7 +52,7 @@ fn install(folder: &Path) {
         .current_dir(folder)
         .status()
         .expect("npm starts: install Node.js 20 or later with npm");
-    assert!(npm.success(), "npm cannot install what {}/package.json asks for", folder.display());
+    assert!(npm.success(), "npm cannot install what {}/package.json lists", folder.display());
     assert!(is_installed(folder), "npm installed other versions than {}/package.json pins", folder.display());
 }
 

@@ -1,5 +1,5 @@
-//! No test passes while a service panics, even where the service recovers: in this process a hook notes it, in a child what it
-//! writes to its standard error.
+//! A panic of a service fails the test, even if the service recovers: a hook records it in this process, standard error in a
+//! child.
 
 use std::{
     io::{BufRead, BufReader, Read},
@@ -60,7 +60,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn panics_of_services_are_told_from_those_of_tests() {
+    fn service_panics_are_distinguished_from_test_panics() {
         for service in ["api/src/http/mod.rs", ".cargo/registry/src/a/warp-0.4.3/src/route.rs"] {
             assert!(is_of_a_service(service), "{service}");
         }

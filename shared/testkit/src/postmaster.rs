@@ -1,4 +1,4 @@
-//! What a running Postgres writes into its data folder.
+//! The file that a running Postgres writes into its data folder.
 
 use std::{fs, path::Path};
 

@@ -1,5 +1,5 @@
 //! A child process that cannot outlive its test: killed when dropped, and by the kernel when the thread that started it
-//! ends in any other way. Start children from a thread that lives as long as they shall, which a test's own thread does.
+//! ends in any other way. Start children from a thread that outlives them, such as the test's own.
 
 use std::{
     io,

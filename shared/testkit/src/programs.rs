@@ -15,7 +15,6 @@ pub fn variable(name: &str) -> Option<PathBuf> {
     std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from)
 }
 
-/// The URL of a server that all tests share.
 pub fn server(name: &str) -> String {
     let url = variable(name).unwrap_or_else(|| {
         panic!("{name} is not set: run the tests with `cargo dev test`, which starts the servers they need")

@@ -1,5 +1,5 @@
-//! A faulty network between two processes: a TCP proxy that can be slow, break off after some bytes, swallow everything
-//! in silence, or refuse; and that can be aimed elsewhere, as a service address is.
+//! The fault proxy: a TCP proxy that can be slow, cut connections after some bytes, swallow everything, refuse, or change its
+//! target.
 
 use std::{io, net::SocketAddr, sync::Arc, time::Duration};
 
@@ -25,7 +25,7 @@ enum LinkFault {
     Slow(Duration),
     /// Accepts connections and forwards nothing: a dead link.
     Silent,
-    /// Nobody listens, and connections are reset.
+    /// Nothing listens, and connections are reset.
     Refusing,
 }
 
@@ -33,7 +33,7 @@ enum LinkFault {
 struct ProxyState {
     upstream: SocketAddr,
     fault: LinkFault,
-    /// A new connection is reset after so many bytes to the client.
+    /// A new connection is reset after this many bytes to the client.
     budget: Option<u64>,
     /// A connection is reset after this text.
     last_text: Option<&'static str>,
@@ -121,7 +121,7 @@ impl Drop for Proxy {
 async fn accept(listener: TcpListener, mut state: watch::Receiver<ProxyState>) {
     let address = listener.local_addr().expect("a bound socket has an address");
     let mut listener = Some(listener);
-    let places = Arc::new(Semaphore::new(CONNECTIONS));
+    let permits = Arc::new(Semaphore::new(CONNECTIONS));
     let mut connections = JoinSet::new(); // Aborted with this task.
     loop {
         if state.borrow_and_update().fault == LinkFault::Refusing {
@@ -139,11 +139,11 @@ async fn accept(listener: TcpListener, mut state: watch::Receiver<ProxyState>) {
             changed = state.changed() => if changed.is_err() { return },
             accepted = accepted => {
                 let Ok((client, _)) = accepted else { continue };
-                let Ok(place) = places.clone().try_acquire_owned() else { continue };
+                let Ok(permit) = permits.clone().try_acquire_owned() else { continue };
                 let state = state.clone();
                 connections.spawn(async move {
                     let _ = carry(client, state).await; // Broken connections are the purpose.
-                    drop(place);
+                    drop(permit);
                 });
             }
             Some(_) = connections.join_next() => {}
@@ -201,7 +201,7 @@ async fn pump(
     mut budget: Option<u64>,
 ) -> io::Result<()> {
     let mut buffer = vec![0; 16 * 1024];
-    // The end of what it carried: the text may come in two pieces.
+    // The end of the bytes so far, because the text may come in two pieces.
     let mut recent = Vec::new();
     loop {
         // Does not even read, so that the sender's buffers fill as on a dead link.

@@ -12,7 +12,7 @@ use crate::{http::Answer, soon};
 
 /// Sends this and reads until the other end closes, possibly before it has read everything.
 pub async fn exchange(address: impl ToSocketAddrs, bytes: impl AsRef<[u8]>) -> Vec<u8> {
-    let mut socket = TcpStream::connect(address).await.expect("somebody listens");
+    let mut socket = TcpStream::connect(address).await.expect("the port is open");
     let (mut from, mut to) = socket.split();
     let mut answer = Vec::new();
     let sending = async {

@@ -26,7 +26,6 @@ pub struct Redis {
     port: u16,
     folder: TempDir,
     arguments: Vec<String>,
-    /// User and password for `command`.
     login: Option<(String, String)>,
     process: Process,
 }
@@ -100,7 +99,7 @@ impl Redis {
     pub fn command(&self, words: &[&str]) -> io::Result<String> {
         let login = self.login.as_ref().map(|(user, password)| ["AUTH", user, password]);
         let commands = login.iter().map(|login| &login[..]).chain([words]);
-        ask_redis(self.port, commands)
+        command_redis(self.port, commands)
     }
 
     pub fn tell(&self, words: &[&str]) {
@@ -128,7 +127,7 @@ fn start_redis(port: u16, folder: &Path, arguments: &[String]) -> Option<Process
     let up = || {
         let ping: &[&str] = &["PING"];
         // A server that wants a password is up, too.
-        ask_redis(port, [ping]).is_ok_and(|answer| answer == "+PONG" || answer.starts_with("-NOAUTH"))
+        command_redis(port, [ping]).is_ok_and(|answer| answer == "+PONG" || answer.starts_with("-NOAUTH"))
     };
     wait_for(&mut process, up).then_some(process)
 }
@@ -148,7 +147,7 @@ fn wait_for(process: &mut Process, mut up: impl FnMut() -> bool) -> bool {
     false
 }
 
-fn ask_redis<'a>(port: u16, commands: impl IntoIterator<Item = &'a [&'a str]>) -> io::Result<String> {
+fn command_redis<'a>(port: u16, commands: impl IntoIterator<Item = &'a [&'a str]>) -> io::Result<String> {
     let mut socket = TcpStream::connect((Ipv4Addr::LOCALHOST, port))?;
     socket.set_read_timeout(Some(Duration::from_secs(5)))?;
     let mut answers = BufReader::new(socket.try_clone()?);
@@ -200,7 +199,7 @@ impl Postgres {
         {
             let own = folder.path().join(setting);
             fs::copy(source, &own).expect("the authority's files can be read");
-            // Postgres requires a key that nobody else can read.
+            // Postgres requires a key that only its owner can read.
             fs::set_permissions(&own, fs::Permissions::from_mode(0o600)).expect("the copy is ours");
             give_away(&own);
             settings.push(format!("{setting}={}", own.display()));

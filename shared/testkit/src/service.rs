@@ -67,7 +67,6 @@ impl Log {
     }
 }
 
-/// How to start one.
 #[derive(Clone)]
 pub struct Plan {
     pub(crate) binary: PathBuf,
@@ -96,7 +95,7 @@ impl Plan {
         let readers = vec![self.log.follow(stdout), self.log.follow(stderr)];
         let mut service =
             Service { process, readers, plan: self, addresses: BTreeMap::new(), client: Client::default() };
-        soon("the service tells where it listens", service.listening(before)).await;
+        soon("the service logs its addresses", service.listening(before)).await;
         service
     }
 
@@ -175,10 +174,10 @@ impl Service {
     }
 
     pub async fn readiness(&self) -> Option<(u16, String)> {
-        self.ask_ops("/readyz").await.map(|answer| (answer.status, answer.text()))
+        self.get_ops("/readyz").await.map(|answer| (answer.status, answer.text()))
     }
 
-    async fn ask_ops(&self, path: &str) -> Option<Answer> {
+    async fn get_ops(&self, path: &str) -> Option<Answer> {
         // On a new connection: an idle one may have been closed.
         let call = self.client.get(format!("http://{}{path}", self.ops())).header("connection", "close");
         call.send().await.ok()
@@ -186,7 +185,7 @@ impl Service {
 
     /// As [`Answer::metric`]; 0 if there is no such series.
     pub async fn metric(&self, series: &str) -> f64 {
-        self.ask_ops("/metrics").await.expect("the ops listener answers").metric(series).unwrap_or_default()
+        self.get_ops("/metrics").await.expect("the ops listener answers").metric(series).unwrap_or_default()
     }
 
     pub async fn metric_where(&self, name: &str, label: &str) -> f64 {
@@ -255,7 +254,7 @@ impl Service {
         };
         while !wanted.iter().all(|name| self.addresses.contains_key(*name)) {
             if let Some(status) = self.process.ended() {
-                std::thread::sleep(Duration::from_millis(100)); // Its last words are on the way.
+                std::thread::sleep(Duration::from_millis(100)); // Its last lines may still be in the pipe.
                 panic!(
                     "{} ended with {status} at its start: {:#?}",
                     self.plan.log.name,
@@ -269,7 +268,7 @@ impl Service {
                 else {
                     continue;
                 };
-                self.addresses.insert(name.into(), address.parse().expect("the log tells an address"));
+                self.addresses.insert(name.into(), address.parse().expect("the log names an address"));
             }
             tokio::time::sleep(Duration::from_millis(5)).await;
         }

@@ -1,6 +1,6 @@
-//! The stream as a browser sees it. [`StreamRequest`] and [`Stream`] are one connection: status and headers as they came, then
-//! every block, its lines held to the contract and compared with what a parser that is not ours makes of them. [`EventSource`] is an `EventSource`: it
-//! keeps the last id, waits for the given `retry`, comes back by header, and gives up for ever on anything but a 200.
+//! The stream as a browser sees it. [`StreamRequest`] and [`Stream`] are one connection: status, headers, and every block, checked
+//! against the contract and against another parser. [`EventSource`] reconnects like a browser's: it keeps the last id, waits for the
+//! given `retry`, resumes by header, and stops permanently on anything but a 200.
 
 use std::{
     collections::VecDeque,
@@ -87,7 +87,7 @@ impl StreamRequest {
         self
     }
 
-    /// A client on a stalled link: the kernel takes hardly anything that the test does not read.
+    /// A slow consumer: the kernel takes hardly anything that the test does not read.
     pub fn tiny_receive_buffer(mut self) -> Self {
         self.receive_buffer = Some(2_048);
         self
@@ -100,7 +100,7 @@ impl StreamRequest {
         let address: SocketAddr = authority.parse().map_err(io::Error::other)?;
         let socket = TcpSocket::new_v4()?;
         if let Some(size) = self.receive_buffer {
-            socket.set_recv_buffer_size(size)?; // Before connecting: the window is told in the handshake.
+            socket.set_recv_buffer_size(size)?; // Before connecting: the handshake announces the window.
         }
         let socket = socket.connect(address).await?;
         socket.set_nodelay(true)?;
@@ -116,12 +116,12 @@ impl StreamRequest {
         let request = request.body(Empty::<Bytes>::new()).map_err(io::Error::other)?;
 
         let (mut sender, connection) = http1::Builder::new()
-            .max_buf_size(8 * 1024) // What a stalled reader has read ahead stays small.
+            .max_buf_size(8 * 1024) // Bounds how far a slow consumer reads ahead.
             .handshake(TokioIo::new(socket))
             .await
             .map_err(io::Error::other)?;
         let connection = ConnectionTask(tokio::spawn(async {
-            let _ = connection.await; // The body tells how it ended.
+            let _ = connection.await; // The body shows how it ended.
         }));
         let (head, body) = sender.send_request(request).await.map_err(io::Error::other)?.into_parts();
         let fed = Fed::default();
@@ -140,7 +140,6 @@ impl StreamRequest {
         })
     }
 
-    /// Opens, and requires a 200.
     pub async fn stream(&self) -> Stream {
         let stream = timeout(PATIENCE, self.open()).await.expect("a head in time").expect("a head");
         assert_eq!(stream.status, 200, "the stream opens");
@@ -172,7 +171,6 @@ const FIELDS: [&str; 4] = ["retry", "event", "data", "id"];
 pub struct Event {
     /// The block's own `id:` line. (A browser's `lastEventId` also applies to later blocks without one.)
     pub id: Option<String>,
-    /// The block's own `event:` line.
     pub name: Option<String>,
     pub data: String,
 }
@@ -198,7 +196,6 @@ pub struct Stream {
     pub status: u16,
     pub headers: HeaderMap,
     body: Incoming,
-    /// Bytes of an incomplete line.
     raw: Vec<u8>,
     /// The [`FIELDS`] of an incomplete block.
     fields: [Option<String>; FIELDS.len()],
@@ -345,7 +342,7 @@ impl Fed {
 impl Chunks for Fed {
     type Item = Result<Bytes, io::Error>;
 
-    /// Wakes nobody: it is polled only when a block is complete.
+    /// Wakes no task: it is polled only when a block is complete.
     fn poll_next(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<Option<Self::Item>> {
         match self.0.lock().unwrap_or_else(PoisonError::into_inner).pop_front() {
             Some(bytes) => Poll::Ready(Some(Ok(bytes))),
@@ -354,7 +351,6 @@ impl Chunks for Fed {
     }
 }
 
-/// How a page reconnects.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ReconnectBy {
     /// The browser does it: the header, and the unchanged URL, whatever stale cursor that has.
@@ -364,7 +360,6 @@ pub enum ReconnectBy {
     Alternately,
 }
 
-/// What one client received over all its connections.
 #[derive(Debug, Default)]
 pub struct ReceivedRecord {
     pub events: Vec<Event>,
@@ -398,7 +393,6 @@ enum Instruction {
     Aim(Vec<StreamRequest>),
 }
 
-/// An `EventSource` and its page.
 pub struct EventSource {
     record: watch::Receiver<ReceivedRecord>,
     orders: mpsc::Sender<Instruction>,
@@ -409,9 +403,9 @@ impl EventSource {
     /// Opens the first of `openings`; each reconnect uses the next one, as behind a load balancer. Waits at most
     /// `longest_retry` before a reconnect, whatever `retry` says.
     pub fn open(openings: Vec<StreamRequest>, resume: ReconnectBy, longest_retry: Duration) -> Self {
-        let (told, record) = watch::channel(ReceivedRecord::default());
+        let (sender, record) = watch::channel(ReceivedRecord::default());
         let (orders, taken) = mpsc::channel(8);
-        let page = Reconnecting { openings, resume, longest_retry, told, orders: taken };
+        let page = Reconnecting { openings, resume, longest_retry, sender, orders: taken };
         Self { record, orders, task: tokio::spawn(page.live()) }
     }
 
@@ -462,18 +456,18 @@ struct Reconnecting {
     openings: Vec<StreamRequest>,
     resume: ReconnectBy,
     longest_retry: Duration,
-    told: watch::Sender<ReceivedRecord>,
+    sender: watch::Sender<ReceivedRecord>,
     orders: mpsc::Receiver<Instruction>,
 }
 
 impl Reconnecting {
     async fn live(mut self) {
         let mut turn = 0;
-        // What the page last put into its URL, besides what the browser remembers.
+        // The id in the page's URL, apart from the one that the browser keeps.
         let mut in_url: Option<String> = None;
         loop {
             let mut opening = self.openings[turn % self.openings.len()].clone();
-            let last_id = self.told.borrow().last_id().map(str::to_owned);
+            let last_id = self.sender.borrow().last_id().map(str::to_owned);
             if let Some(id) = last_id {
                 let by_query = match self.resume {
                     ReconnectBy::Header => false,
@@ -493,22 +487,22 @@ impl Reconnecting {
 
             match timeout(PATIENCE, opening.open()).await {
                 Ok(Ok(stream)) if stream.status == 200 => {
-                    self.told.send_modify(|record| {
+                    self.sender.send_modify(|record| {
                         record.opened += 1;
                         record.open = true;
                     });
                     if !self.watch(stream).await {
                         return;
                     }
-                    self.told.send_modify(|record| record.open = false);
+                    self.sender.send_modify(|record| record.open = false);
                 }
                 Ok(Ok(stream)) => {
-                    self.told.send_modify(|record| record.given_up = Some(stream.status));
+                    self.sender.send_modify(|record| record.given_up = Some(stream.status));
                     return;
                 }
-                Ok(Err(_)) | Err(_) => self.told.send_modify(|record| record.refused += 1),
+                Ok(Err(_)) | Err(_) => self.sender.send_modify(|record| record.refused += 1),
             }
-            let retry = self.told.borrow().retry.unwrap_or(Duration::from_secs(3));
+            let retry = self.sender.borrow().retry.unwrap_or(Duration::from_secs(3));
             sleep(retry.min(self.longest_retry)).await;
         }
     }
@@ -518,7 +512,7 @@ impl Reconnecting {
         loop {
             tokio::select! {
                 block = stream.block() => match block {
-                    Ok(block) => self.told.send_modify(|record| match block {
+                    Ok(block) => self.sender.send_modify(|record| match block {
                         Block::Event(event) => {
                             record.retry = stream.retry.or(record.retry);
                             record.events.push(event);

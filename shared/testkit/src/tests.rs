@@ -1,4 +1,4 @@
-//! The instruments themselves: what they show must be what is there.
+//! The test tools themselves.
 
 use std::{net::SocketAddr, time::Duration};
 
@@ -18,7 +18,7 @@ use super::{
 async fn canned(answers: Vec<&'static str>) -> (SocketAddr, tokio::sync::mpsc::Receiver<String>) {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
-    let (tell, told) = tokio::sync::mpsc::channel(16);
+    let (sender, received) = tokio::sync::mpsc::channel(16);
     tokio::spawn(async move {
         for answer in answers {
             let (mut socket, _) = listener.accept().await.unwrap();
@@ -26,11 +26,11 @@ async fn canned(answers: Vec<&'static str>) -> (SocketAddr, tokio::sync::mpsc::R
             while !request.ends_with(b"\r\n\r\n") {
                 request.push(socket.read_u8().await.unwrap());
             }
-            tell.send(String::from_utf8(request).unwrap()).await.unwrap();
+            sender.send(String::from_utf8(request).unwrap()).await.unwrap();
             socket.write_all(answer.as_bytes()).await.unwrap();
         }
     });
-    (address, told)
+    (address, received)
 }
 
 const HEAD: &str = "HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n\r\n";
@@ -46,7 +46,7 @@ fn opening(address: SocketAddr) -> StreamRequest {
 #[tokio::test]
 async fn a_stream_shows_its_blocks_and_how_it_ended() {
     let body = "retry: 10\n:\nevent: ready\ndata: {}\nid: a-1\n\ndata: \"x: y\"\n\ndata: \"cut\"\nid: a-2";
-    let (address, _asked) = canned(vec![whole(body)]).await;
+    let (address, _requests) = canned(vec![whole(body)]).await;
     let mut stream = opening(address).stream().await;
     assert_eq!(stream.block().await, Ok(Block::Retry(Duration::from_millis(10))));
     assert_eq!(stream.block().await, Ok(Block::Comment));
@@ -61,7 +61,7 @@ async fn a_stream_shows_its_blocks_and_how_it_ended() {
 #[tokio::test]
 async fn a_body_in_chunks_has_a_clean_end_only_by_its_last_chunk() {
     let chunks = "HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n9\r\ndata: 1\n\n\r\n";
-    let (address, _asked) = canned(vec![chunks, format!("{chunks}0\r\n\r\n").leak()]).await;
+    let (address, _requests) = canned(vec![chunks, format!("{chunks}0\r\n\r\n").leak()]).await;
     for end in [End::Broken, End::Clean] {
         let mut stream = opening(address).stream().await;
         assert_eq!(stream.next().await.data, "1");
@@ -73,11 +73,12 @@ async fn a_body_in_chunks_has_a_clean_end_only_by_its_last_chunk() {
 async fn event_source_resumes_by_id_and_gives_up_on_other_status() {
     let first = whole("retry: 10\ndata: 1\nid: a-1\n\n");
     let second = whole("data: 2\nid: a-2\n\n");
-    let (address, mut asked) =
+    let (address, mut received) =
         canned(vec![first, second, "HTTP/1.1 401 No\r\ncontent-length: 0\r\n\r\n"]).await;
     let browser = EventSource::open(vec![opening(address)], ReconnectBy::Alternately, Duration::from_secs(1));
     browser.until("it gives up", |record| record.given_up == Some(401)).await;
-    let requests = [asked.recv().await.unwrap(), asked.recv().await.unwrap(), asked.recv().await.unwrap()];
+    let requests =
+        [received.recv().await.unwrap(), received.recv().await.unwrap(), received.recv().await.unwrap()];
     assert!(requests[0].starts_with("GET /api/messages HTTP/1.1") && !requests[0].contains("last-event-id"));
     assert!(
         requests[1].starts_with("GET /api/messages?lastEventId=a-1 ")
@@ -152,9 +153,9 @@ async fn the_proxy_has_every_fault_it_claims() {
     assert!(say(&mut socket, b"ut off").await.is_err());
 
     proxy.refuse();
-    super::until("nobody listens", || async { connect().await.is_err() }).await;
+    super::until("the port is closed", || async { connect().await.is_err() }).await;
     proxy.resume();
-    super::until("somebody listens again", || async { connect().await.is_ok() }).await;
+    super::until("the port is open again", || async { connect().await.is_ok() }).await;
     let mut socket = connect().await.unwrap();
     assert_eq!(say(&mut socket, b"hello").await.unwrap(), b"hello");
 }

@@ -53,7 +53,6 @@ impl Authority {
         Self { server: server.der().clone(), folder, server_key }
     }
 
-    /// The root certificate as PEM.
     pub fn root(&self) -> PathBuf {
         self.folder.path().join("ca.pem")
     }

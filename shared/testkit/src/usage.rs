@@ -1,4 +1,4 @@
-//! What processes use, as the kernel accounts for it: CPU time and memory.
+//! CPU time and memory of processes, from the kernel.
 
 use std::{fs, io, ops::Sub, time::Duration};
 
@@ -13,7 +13,7 @@ impl Cpu {
         Ok(Self(ticks(read_stat(pid)?.own)))
     }
 
-    /// Of a process and its children, including those that have ended: Postgres has one per connection.
+    /// Of a process and its children, including ended ones: Postgres has one per connection.
     pub fn of_family(pid: u32) -> io::Result<Self> {
         let parent = read_stat(pid)?;
         let children = children(pid)?.into_iter().filter_map(|child| Some(read_stat(child).ok()?.own));

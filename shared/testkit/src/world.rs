@@ -1,5 +1,5 @@
-//! One test's world: a database of its own, a channel prefix of its own, keys and secrets made for it. At its end it reads
-//! everything that its services said: no panic, no token, no message text.
+//! The environment of one test: its own database, channel prefix, keys and secrets. At its end it checks the services' logs: no
+//! panic, no token, no message text.
 
 use std::{
     path::Path,
@@ -141,7 +141,6 @@ impl World {
         world
     }
 
-    /// An api with the world's settings.
     pub fn api(&self) -> Plan {
         let plan = self
             .plan("api", "api")
@@ -192,7 +191,6 @@ impl World {
         &self.internal_secret
     }
 
-    /// A gateway that uses this internal listener.
     pub fn gateway(&self, internal: std::net::SocketAddr) -> Plan {
         let plan =
             self.plan("gateway", "stream-gateway").env("API_INTERNAL_URL", format!("http://{internal}"));
@@ -294,14 +292,14 @@ impl World {
     }
 
     /// Asserts that a text contains no token, no secret and no message's text.
-    pub fn assert_discreet(&self, whom: &str, told: &str) {
-        assert!(!told.contains(WHISPER), "a message's text in {whom}: {told}");
-        assert!(!told.contains(&self.internal_secret), "the internal secret in {whom}");
+    pub fn assert_discreet(&self, whom: &str, text: &str) {
+        assert!(!text.contains(WHISPER), "a message's text in {whom}: {text}");
+        assert!(!text.contains(&self.internal_secret), "the internal secret in {whom}");
         // The beginning of every JWT, and of a cookie.
-        let begins = ["eyJ", "session="].iter().any(|begin| told.contains(begin));
-        assert!(!begins, "a token or a cookie in {whom}: {told}");
+        let begins = ["eyJ", "session="].iter().any(|begin| text.contains(begin));
+        assert!(!begins, "a token or a cookie in {whom}: {text}");
         let tokens = self.tokens.lock().expect("no holder panics");
-        assert!(!tokens.iter().any(|token| told.contains(token)), "a token in {whom}: {told}");
+        assert!(!tokens.iter().any(|token| text.contains(token)), "a token in {whom}: {text}");
     }
 
     pub fn claims(&self, user: &User) -> Claims {
@@ -325,7 +323,6 @@ impl World {
         self.channels().user(user)
     }
 
-    /// The prefix of the channels by which gateways probe Redis.
     pub fn probes(&self) -> String {
         self.channels().probe("")
     }

@@ -1,6 +1,6 @@
-//! Two apis and three gateways behind nginx, everybody connected, and users who write all the while. A rolling restart; each
-//! process killed, one after the other; all of them killed at once. As browsers do it, streams come back by themselves after
-//! their `retry`, and a message that got no answer is posted again with its key.
+//! Two apis and three gateways behind nginx, with all streams connected and continuous posts: a rolling restart, each process
+//! killed in turn, and all killed together. As in browsers, streams reconnect after their `retry`, and unanswered messages are
+//! posted again with their key.
 
 mod phase;
 mod site;
@@ -33,11 +33,9 @@ pub struct Pace {
     pub drain_wait: Duration,
     pub drain_window: Duration,
     pub api_wait: Duration,
-    /// How long a killed process is down.
     pub down: Duration,
-    /// Between two processes.
     pub pause: Duration,
-    /// Whether drains are held to their rate; with few streams that says nothing.
+    /// Checks the rate of drains, which means nothing with few streams.
     pub keeps_to_rates: bool,
 }
 
@@ -99,7 +97,7 @@ pub async fn run(sizes: &Sizes) -> anyhow::Result<()> {
         site.phase("calm", Deployment::leave_alone).await?,
         site.phase("a rolling restart, gateways first", Deployment::roll).await?,
         site.phase("SIGKILL to each, one after the other", Deployment::kill_each).await?,
-        site.phase("SIGKILL to all at once", Deployment::kill_all).await?,
+        site.phase("SIGKILL to all together", Deployment::kill_all).await?,
     ];
 
     let posted = posting.finish()?;
@@ -157,8 +155,8 @@ async fn check_contents(world: &Bench, report: &Report) -> anyhow::Result<()> {
     for summary in &report.summaries {
         let began: Position = summary.began.as_ref().context("every stream was ready")?.parse()?;
         let events = feeds.get(&summary.user.0).into_iter().flatten().filter(|(seq, ..)| *seq > began.seq);
-        let told = events.fold(0, |before, (seq, kind, payload)| digest(before, *seq, kind, payload));
-        anyhow::ensure!(told == summary.digest, "the stream of {} differs from its feed", summary.user);
+        let expected = events.fold(0, |before, (seq, kind, payload)| digest(before, *seq, kind, payload));
+        anyhow::ensure!(expected == summary.digest, "the stream of {} differs from its feed", summary.user);
     }
     Ok(())
 }

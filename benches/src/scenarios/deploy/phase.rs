@@ -1,4 +1,4 @@
-//! What was seen in one phase of a deployment, and whether it is as it should be.
+//! The figures of one phase of a deployment, and their checks.
 
 use std::{
     collections::BTreeMap,
@@ -37,7 +37,6 @@ pub(super) struct DrainReport {
 }
 
 impl DrainReport {
-    /// Streams per second by the settings.
     fn rate(&self, pace: &Pace) -> f64 {
         self.streams as f64 / pace.drain_window.as_secs_f64()
     }

@@ -41,8 +41,7 @@ pub(super) struct Deployment<'a> {
     gateways: Vec<Service>,
     pub(super) nginx: Nginx,
     pub(super) streams: StreamLoad,
-    everybody: usize,
-    /// CPU of processes that have ended.
+    total: usize,
     spent_by_apis: Cpu,
     spent_by_gateways: Cpu,
     drains: Vec<DrainReport>,
@@ -56,7 +55,7 @@ enum ServiceKind {
 }
 
 impl<'a> Deployment<'a> {
-    pub(super) async fn open(world: &'a Bench, pace: &'a Pace, everybody: usize) -> anyhow::Result<Self> {
+    pub(super) async fn open(world: &'a Bench, pace: &'a Pace, total: usize) -> anyhow::Result<Self> {
         let network: [u8; 2] = [rand::random_range(1..255), rand::random_range(1..255)];
         let at = |host: u8| Ipv4Addr::new(127, network[0], network[1], host);
         let api_hosts: Vec<_> = (0..APIS).map(|number| at(10 + number)).collect();
@@ -90,7 +89,7 @@ impl<'a> Deployment<'a> {
             gateways,
             nginx,
             streams: StreamLoad::start()?,
-            everybody,
+            total,
             spent_by_apis: Cpu(Duration::ZERO),
             spent_by_gateways: Cpu(Duration::ZERO),
             drains: Vec::new(),
@@ -121,8 +120,8 @@ impl<'a> Deployment<'a> {
         let costs = self.costs()?;
         self.most_memory = 0;
         happens(self).await?;
-        let everybody = self.everybody;
-        self.streams.until("all are back", PATIENCE, |status| status.ready == everybody)?;
+        let total = self.total;
+        self.streams.until("all are back", PATIENCE, |status| status.ready == total)?;
         sleep(self.pace.pause).await;
         self.look_at_memory()?;
         Ok(DeployPhase {

@@ -1,4 +1,4 @@
-//! A page that was away, for whatever reason, comes back with everything, once.
+//! A page that was away receives everything once, whatever the reason.
 
 use e2e::{Browser, Front, World};
 use serde_json::json;
@@ -10,7 +10,7 @@ use super::{
 };
 use crate::support::Two;
 
-async fn people(site: &Site) -> Two {
+async fn users(site: &Site) -> Two {
     let two = Two::meet(&site.world, site.api()).await;
     two.say(&site.world, site.api(), 3).await;
     two
@@ -25,11 +25,10 @@ async fn meanwhile(world: &World, site: &Site, two: &Two) -> String {
 async fn offline_messages_are_sent_when_the_network_returns() {
     let browser = Browser::launch().await;
     let front = Front::plain();
-    // A cable that can be pulled.
     let cable = Proxy::start(front.address()).await;
     let origin = format!("http://localhost:{}", cable.address().port());
     let site = site(front.known_as(&origin), &[]).await;
-    let (world, two) = (&site.world, people(&site).await);
+    let (world, two) = (&site.world, users(&site).await);
     let context = site.signed_in(&browser, &two.jane).await;
     context.expect("Failed to load resource");
     let jane = Messenger::at(&context, two.conversation).await;
@@ -51,10 +50,10 @@ async fn offline_messages_are_sent_when_the_network_returns() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_page_that_slept_shows_what_it_missed() {
+async fn a_page_that_slept_shows_the_missed_messages() {
     let browser = Browser::launch().await;
     let site = site(Front::plain(), &[]).await;
-    let (world, two) = (&site.world, people(&site).await);
+    let (world, two) = (&site.world, users(&site).await);
     let context = site.signed_in(&browser, &two.jane).await;
     let jane = Messenger::at(&context, two.conversation).await;
     for _ in 0..2 {
@@ -69,7 +68,7 @@ async fn a_page_that_slept_shows_what_it_missed() {
 async fn page_from_the_back_forward_cache_catches_up() {
     let browser = Browser::launch().await;
     let site = site(Front::plain(), &[]).await;
-    let (world, two) = (&site.world, people(&site).await);
+    let (world, two) = (&site.world, users(&site).await);
     let context = site.signed_in(&browser, &two.jane).await;
     let jane = Messenger::at(&context, two.conversation).await;
     let draft = "whispered while leaving";

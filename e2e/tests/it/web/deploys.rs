@@ -1,4 +1,4 @@
-//! Processes are killed and replaced while two people type: on the screens nothing is lost, doubled or out of order.
+//! Processes are killed and replaced while two users type: no message is lost, repeated or out of order on their pages.
 
 use e2e::{Browser, Front, Service, browser::BrowserContext};
 
@@ -11,7 +11,6 @@ use crate::support::Two;
 const QUICK: [(&str, &str); 3] =
     [("SHUTDOWN_WAIT_SECONDS", "0"), ("DRAIN_WAIT_SECONDS", "0"), ("DRAIN_WINDOW_SECONDS", "1")];
 
-/// Two users who type, and a third page that only watches.
 struct Typists {
     two: Two,
     john: Messenger,

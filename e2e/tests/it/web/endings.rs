@@ -1,4 +1,4 @@
-//! Whoever is not logged in any more sees the page to log in, on every tab, and nothing of what was there.
+//! After a session ends, every tab shows the login page and none of the user's data.
 
 use e2e::{Browser, Front, User};
 use futures_util::future::join_all;
@@ -38,7 +38,7 @@ async fn a_login_goes_on_while_it_is_used() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn page_that_outslept_its_session_asks_for_a_login() {
+async fn page_that_outslept_its_session_shows_the_login() {
     let browser = Browser::launch().await;
     let site = site(Front::plain(), &[]).await;
     let two = Two::meet(&site.world, site.api()).await;
@@ -53,7 +53,7 @@ async fn page_that_outslept_its_session_asks_for_a_login() {
     // The browser has dropped the expired cookie.
     context.call(json!([["clearCookies"]])).await;
     jane.thaw().await;
-    jane.asks_who_you_are().await;
+    jane.shows_login().await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -77,7 +77,7 @@ async fn session_ended_from_another_device_ends_on_all_tabs() {
     let session = site.world.claims(&phones).sid.unwrap();
     let row = sessions.css(&format!("li[data-session-id='{}']", session.0));
     row.clone().css("button").click().await;
-    join_all(tabs.iter().map(Messenger::asks_who_you_are)).await;
+    join_all(tabs.iter().map(Messenger::shows_login)).await;
     row.disappears().await;
     sessions.live().await;
 }
@@ -95,9 +95,8 @@ async fn logout_in_one_tab_logs_out_this_browser_only() {
     let elsewhere = Messenger::at(&phone, two.conversation).await;
     let tabs = [Messenger::at(&laptop, two.conversation).await, Messenger::open(&laptop, "/").await];
     tabs[1].role("button", "Log out").click().await;
-    join_all(tabs.iter().map(Messenger::asks_who_you_are)).await;
-    // The back button does not restore it.
+    join_all(tabs.iter().map(Messenger::shows_login)).await;
     tabs[0].reload().await;
-    tabs[0].asks_who_you_are().await;
+    tabs[0].shows_login().await;
     assert_all_show(&site.world, two.conversation, &[(&two.jane, &elsewhere)]).await;
 }

@@ -1,4 +1,4 @@
-//! What lies between a browser and a gateway delivers at once: nginx buffers answers by default, and speaks HTTP/2 or not.
+//! nginx between browser and gateway delivers immediately, over HTTP/1.1 and HTTP/2, although it buffers by default.
 
 use std::{collections::BTreeSet, net::IpAddr};
 
@@ -37,12 +37,12 @@ async fn a_bare_event_source_hears_at_once(front: Front, protocol: &str) {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn event_source_receives_events_at_once_behind_nginx() {
+async fn event_source_receives_events_immediately_behind_nginx() {
     a_bare_event_source_hears_at_once(Front::plain(), "http/1.1").await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn event_source_receives_events_at_once_over_http_2() {
+async fn event_source_receives_events_immediately_over_http_2() {
     a_bare_event_source_hears_at_once(Front::tls(), "h2").await;
 }
 

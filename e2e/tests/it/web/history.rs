@@ -1,4 +1,4 @@
-//! Reading back: what one looks at stays where it is, whatever comes above it or below.
+//! Reading back: the messages in view stay in place, whatever is added above or below.
 
 use e2e::{Browser, Front};
 use serde_json::json;

@@ -1,4 +1,4 @@
-//! All of it without a pointer.
+//! Everything works by keyboard.
 
 use e2e::{Browser, Front};
 use serde_json::json;
@@ -17,7 +17,6 @@ impl Messenger {
                 .await
                 == true
             {
-                // The focus is visible.
                 let style = "(({ outlineStyle, boxShadow, borderColor }) => outlineStyle !== 'none' || boxShadow !== 'none' || borderColor)(getComputedStyle(document.activeElement))";
                 assert_ne!(self.evaluate(style).await, json!(false), "the focus on {selector} is not seen");
                 return;

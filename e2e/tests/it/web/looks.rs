@@ -1,4 +1,4 @@
-//! How the pages look and read: for a person by screenshots, for an engine by its rules; and what a first visit weighs.
+//! Screenshots for review, accessibility rules, and the size of a first visit.
 
 use e2e::{Browser, Front, User, browser::Page};
 use protocol::ids::ConversationId;
@@ -30,7 +30,7 @@ async fn furnish(site: &Site) -> (User, ConversationId) {
         "Are you coming tonight?",
         "¡Vale! Hasta mañana.",
         "ありがとう",
-        "The figures are in the usual place, as soon as somebody has found out where that is.",
+        "The figures are in the usual place, as soon as we find out where that is.",
         "👍",
     ]) {
         say(user, *conversation, text).await;
@@ -158,7 +158,7 @@ async fn a_first_visit_weighs_less_than_100_kilobytes() {
     assert_eq!(
         page.happenings()
             .iter()
-            .filter(|told| told.kind == "response" && !told.url.starts_with(&site.origin))
+            .filter(|happening| happening.kind == "response" && !happening.url.starts_with(&site.origin))
             .count(),
         0,
         "nothing comes from elsewhere"

@@ -1,5 +1,4 @@
-//! The messenger as people use it, by what they and their screen readers find on its pages; and the comparison of what is on
-//! screen with what the database has.
+//! The messenger's pages by the roles and names that users and screen readers find, compared with the database.
 
 use std::{
     ops::Deref,
@@ -28,7 +27,6 @@ impl Deref for Messenger {
     }
 }
 
-/// A message on screen.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct ShownMessage {
     /// None until the server has answered.
@@ -110,7 +108,6 @@ impl Messenger {
         field.press("Enter").await;
     }
 
-    /// Sends messages until stopped, and counts them.
     pub(crate) async fn go_on_saying(&self, world: &World, talk: &Talk) {
         while !talk.over.load(Ordering::Relaxed) {
             self.say(&world.text()).await;
@@ -148,15 +145,14 @@ impl Messenger {
         self.wait_for(&format!("{text} is on screen"), &format!("{last} === {}", Value::from(text))).await;
     }
 
-    /// The access page, without anybody's data.
-    pub(crate) async fn asks_who_you_are(&self) {
+    /// The access page, without user data.
+    pub(crate) async fn shows_login(&self) {
         self.role("button", "Log in").appears().await;
         assert_eq!(self.messages().count().await, 0);
         assert_eq!(self.css("nav").count().await, 0);
     }
 }
 
-/// Two users who type during a fault.
 #[derive(Default)]
 pub(crate) struct Talk {
     over: AtomicBool,
@@ -201,7 +197,7 @@ async fn assert_show(sql: &PgPool, conversation: ConversationId, watching: &[(&U
         let wanted = rows_in_sql(sql, user, conversation).await;
         let deadline = Instant::now() + PATIENCE;
         let mut shown = page.rows().await;
-        // Nothing signals that a page is complete, so a wrong one is waited for until the timeout.
+        // Nothing signals that a page is complete, so a wrong page waits for the timeout.
         while shown != wanted && Instant::now() < deadline {
             tokio::time::sleep(POLL).await;
             shown = page.rows().await;
@@ -233,7 +229,6 @@ pub(crate) async fn assert_all_show(
     assert_show(&world.sql, conversation, watching).await;
 }
 
-/// Until nothing is pending on any page.
 async fn assert_sql_has(sql: &PgPool, conversation: ConversationId, watching: &[(&User, &Messenger)]) {
     for (user, page) in watching {
         until(&format!("all that {} said is sent", user.name), || async {

@@ -1,4 +1,4 @@
-//! What people see: the web client in a real Chromium, through a real nginx, over the real services.
+//! The web client in a real Chromium, through a real nginx, over the real services.
 
 mod away;
 mod deploys;

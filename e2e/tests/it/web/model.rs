@@ -1,4 +1,4 @@
-//! What the messenger makes of pages and events that overtake each other.
+//! The messenger's state when pages and events overtake each other.
 
 use e2e::{Browser, Front};
 
@@ -11,7 +11,7 @@ async fn pages_and_events_in_any_order_end_in_the_server_state() {
     let browser = Browser::launch().await;
     let site = site(Front::plain(), &[]).await;
     let context = browser.context("nobody", &site.origin).await;
-    context.expect("/api/auth_user"); // Nobody is logged in.
+    context.expect("/api/auth_user"); // Not logged in.
     let page = context.open("/").await;
     let wrong = page.evaluate(&format!("({PLAYED})(1, 150)")).await;
     assert_eq!(wrong, serde_json::json!([]));

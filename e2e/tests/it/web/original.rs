@@ -1,7 +1,7 @@
 //! The client of the application that this one rebuilds works against our two services without a changed line.
 //!
-//! Its files are not ours to keep here. What it asks and what it relies on is asked here by the same calls in a real browser; and
-//! whoever has its files can run the second test with them: `ORIGINAL_CLIENT` names a folder with `static/` of
+//! Its files are not ours to keep here. The first test makes the same calls in a real browser. With the files, the second test runs
+//! them: `ORIGINAL_CLIENT` names a folder with `static/` of
 //! nicolasparada/go-messenger-demo and, as `router.js`, version 0.8.0 of nicolasparada/js-router, which it loads from elsewhere.
 
 use std::path::PathBuf;
@@ -42,7 +42,7 @@ const CLIENT: &str = r"
 
 async fn person(browser: &Browser, origin: &str, name: &str) -> (e2e::browser::BrowserContext, Page) {
     let context = browser.context(name, origin).await;
-    context.expect("the server responded with a status of"); // It is asked wrong on purpose.
+    context.expect("the server responded with a status of"); // Wrong on purpose.
     let page = context.open("/icon.svg").await;
     page.evaluate(&format!("{CLIENT}; null")).await;
     assert_eq!(page.evaluate(&format!("enter('{name}')")).await, 200);
@@ -114,14 +114,13 @@ async fn the_calls_of_the_original_client_are_answered_as_it_expects() {
     // It reads errors from `body.message`.
     let gone = john.evaluate("call('GET', '/api/conversations/0/messages')").await;
     assert_eq!((&gone["status"], &gone["body"]["message"]), (&json!(404), &json!("Conversation not found")));
-    john.evaluate("window.token = 'nonsense'").await;
+    john.evaluate("window.token = 'invalid'").await;
     let refused = john.evaluate("call('GET', '/api/auth_user')").await;
     assert_eq!((&refused["status"], &refused["body"]["message"]), (&json!(401), &json!("Unauthorized")));
     assert_eq!(jane.evaluate("failed.length").await, 0);
     jane.evaluate("source.close()").await;
 }
 
-/// Serves its files in front of ours, as an ingress would.
 const SERVE: &str = r"async (route) => {
     const fs = process.getBuiltinModule('node:fs');
     const folder = FOLDER;
@@ -140,7 +139,7 @@ const SERVE: &str = r"async (route) => {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 #[ignore = "needs the original client's files: ORIGINAL_CLIENT"]
 async fn the_original_client_itself_works_unchanged() {
-    #[expect(clippy::disallowed_methods, reason = "only who has the files runs this")]
+    #[expect(clippy::disallowed_methods, reason = "runs only with the files")]
     let folder = PathBuf::from(std::env::var("ORIGINAL_CLIENT").expect("ORIGINAL_CLIENT is set"));
     assert!(folder.join("static/index.html").exists() && folder.join("router.js").exists());
     let browser = Browser::launch().await;

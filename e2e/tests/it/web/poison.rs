@@ -1,4 +1,4 @@
-//! Text is only ever text: whatever somebody writes is shown as they wrote it, and does nothing.
+//! Text is only text: it is shown as written and runs nothing.
 
 use e2e::{Browser, Front};
 use serde_json::json;
@@ -45,14 +45,12 @@ async fn poisoned_texts_are_shown_as_they_are_and_do_nothing() {
     for text in texts() {
         john.say(&text).await;
         jane.shows_last(&text).await;
-        // In the preview of the list.
         let preview = jane.line(two.conversation).css(".preview").text().await;
         assert!(!preview.is_empty() && text.starts_with(&preview), "{text}: {preview}");
     }
     let watching = [(&two.john, &john), (&two.jane, &jane)];
     assert_all_show(world, two.conversation, &watching).await;
 
-    // From the stream and from REST.
     let again = Messenger::at(&janes, two.conversation).await;
     assert_eq!(again.rows().await, jane.rows().await);
     for page in [&john, &jane, &again] {

@@ -1,4 +1,4 @@
-//! What one has written is not lost, and not sent twice.
+//! Written messages are neither lost nor sent twice.
 
 use e2e::{Browser, Front, browser::Page};
 use serde_json::json;
@@ -47,7 +47,7 @@ async fn failed_message_is_kept_and_sent_once_on_retry() {
     let context = site.signed_in(&browser, &two.john).await;
     context.expect("Failed to load resource");
     let john = Messenger::at(&context, two.conversation).await;
-    let problem = "Somebody on the way refuses";
+    let problem = "A proxy refuses";
     let body = json!({ "status": 403, "code": "refused", "message": problem }).to_string();
     let refusal = json!({ "status": 403, "contentType": "application/problem+json", "body": body });
     intercept(&john, &format!("(route) => route.fulfill({refusal})")).await;

@@ -32,7 +32,7 @@ async fn login_at_a_provider_returns_to_the_messenger() {
     let site = site(front, &settings).await;
     for (link, name) in [("Continue with GitHub", "kim"), ("Continue with single sign-on", "sam")] {
         let context = browser.context(name, &site.origin).await;
-        context.expect("status of 401"); // How the page finds out that nobody is logged in yet.
+        context.expect("status of 401"); // The page learns that it is not logged in.
         let page = Messenger::visit(&context, "/").await;
         page.role("link", link).click().await;
         page.live().await;

@@ -1,5 +1,5 @@
 //! `web/stream.js`, the client that front ends copy: each event once to each tab, in order, whatever happens to tabs, servers,
-//! networks and credentials. What a tab was told is compared with its user's feed in the database.
+//! networks and credentials. What a tab received is compared with its user's feed in the database.
 
 use std::time::Duration;
 
@@ -20,7 +20,6 @@ use crate::support::{Traffic, Two};
 
 pub(crate) const BLANK: &str = "/blank";
 
-/// Records what a stream delivers.
 const FOLLOW: &str = "(options) => import('/stream.js').then(({ MessengerStream }) => {
     window.ledger = [];
     window.states = [];
@@ -32,7 +31,7 @@ const FOLLOW: &str = "(options) => import('/stream.js').then(({ MessengerStream 
     stream.start();
 })";
 
-/// Ten seconds pass in one.
+/// Time runs ten times as fast.
 const HASTE: &str = "{
     const [now, timeout, interval] = [Date.now, setTimeout, setInterval];
     const began = now();
@@ -47,7 +46,7 @@ const LATE_TIMERS: &str = "{
     window.setTimeout = (call, ms) => timeout(call, ms * 20);
 }";
 
-/// Other tabs are not heard while `deaf`.
+/// Drops other tabs' messages while `deaf`.
 const DEAFNESS: &str = "{
     const Channel = BroadcastChannel;
     window.deaf = false;
@@ -97,7 +96,6 @@ impl Scene {
         StoredFeed::read(&self.site.world.sql, user.id).await
     }
 
-    /// A tab of Jane's, from the present head.
     async fn tab(&self) -> Tab {
         let feed = self.feed(&self.two.jane).await;
         self.tab_after(&feed, feed.head).await
@@ -109,7 +107,6 @@ impl Scene {
         tab
     }
 
-    /// A page with this cursor.
     async fn tab_after(&self, feed: &StoredFeed, after: u64) -> Tab {
         let options = json!({ "cursor": feed.cursor(after) }).to_string();
         Tab::open(&self.context, self.two.jane.id, after, &options).await
@@ -153,7 +150,6 @@ pub(crate) async fn blank(browser: &Browser, origin: &str) -> BrowserContext {
 struct Tab {
     page: Page,
     user: UserId,
-    /// The `seq` of its cursor.
     after: u64,
 }
 
@@ -226,8 +222,8 @@ async fn seven_tabs_over_http_1_share_one_stream() {
     assert_eq!(streams(&tabs), 1);
     for tab in &tabs {
         // Each can still make other requests.
-        let asked = "fetch('/api/conversations').then(({ status }) => status)";
-        assert_eq!(tab.page.evaluate(asked).await, 200);
+        let request = "fetch('/api/conversations').then(({ status }) => status)";
+        assert_eq!(tab.page.evaluate(request).await, 200);
     }
 }
 
@@ -238,9 +234,9 @@ async fn next_tab_leads_without_loss_when_the_leader_closes() {
     let line = (scene.two.john.clone(), scene.two.conversation);
     let traffic = Traffic::start(&scene.site.world, &[scene.site.api()], &[line], Duration::from_millis(5));
     while tabs.len() > 1 {
-        until("somebody leads", || async { streams(&tabs) > 0 }).await;
+        until("a tab leads", || async { streams(&tabs) > 0 }).await;
         traffic.more(30).await;
-        let leading = tabs.iter().position(|tab| tab.streams() > 0).expect("somebody leads");
+        let leading = tabs.iter().position(|tab| tab.streams() > 0).expect("a tab leads");
         tabs.remove(leading).page.close().await;
     }
     until("the last one leads", || async { streams(&tabs) > 0 }).await;
@@ -261,7 +257,7 @@ async fn frozen_leader_hands_over_and_catches_up_when_it_wakes() {
     scene.assert_exact([&next]).await;
     frozen.page.thaw().await;
     scene.assert_exact([&frozen, &next]).await;
-    assert_eq!((frozen.streams(), next.streams()), (1, 1), "it is told by the other tab");
+    assert_eq!((frozen.streams(), next.streams()), (1, 1), "it receives from the other tab");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -362,7 +358,7 @@ async fn page_older_or_newer_than_the_leader_misses_nothing() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn tabs_without_a_cursor_begin_at_the_same_place() {
+async fn tabs_without_a_cursor_begin_at_the_same_position() {
     let mut scene = Scene::begin(&[], &[]).await;
     scene.site.gateways.iter_mut().for_each(Service::freeze);
     let jane = scene.two.jane.id;
@@ -371,7 +367,7 @@ async fn tabs_without_a_cursor_begin_at_the_same_place() {
     scene.site.gateways.iter_mut().for_each(Service::thaw);
     let feed = scene.feed(&scene.two.jane).await;
     for tab in &mut tabs {
-        tab.page.wait_for("it has a place", &format!("stream.cursor === '{}'", feed.head_cursor())).await;
+        tab.page.wait_for("it has a position", &format!("stream.cursor === '{}'", feed.head_cursor())).await;
         tab.after = feed.head;
     }
     scene.say(3).await;
@@ -414,13 +410,13 @@ async fn lost_position_is_reported_once_to_each_tab() {
     let scene = Scene::begin(&[], &[]).await;
     scene.say(3).await;
     let jane = scene.two.jane.id;
-    let lost = "{ cursor: 'a-place-that-never-was' }";
+    let lost = "{ cursor: 'a-position-that-never-was' }";
     let mut tabs = join_all((0..3).map(|_| Tab::open(&scene.context, jane, 0, lost))).await;
     let feed = scene.feed(&scene.two.jane).await;
     for tab in &mut tabs {
-        tab.page.wait_for("it is told", "ledger.length").await;
-        let told = tab.page.evaluate("ledger.splice(0).map(({ type, id }) => [type, id])").await;
-        assert_eq!(told, json!([["resync", feed.head_cursor()]]));
+        tab.page.wait_for("it has an event", "ledger.length").await;
+        let events = tab.page.evaluate("ledger.splice(0).map(({ type, id }) => [type, id])").await;
+        assert_eq!(events, json!([["resync", feed.head_cursor()]]));
         tab.after = feed.head;
     }
     tabs.push(scene.live_tab().await);
@@ -429,7 +425,7 @@ async fn lost_position_is_reported_once_to_each_tab() {
 
     // One that comes later, with a position that the leader does not know.
     let mut late = Tab::open(&scene.context, jane, 0, "{ cursor: 'another-one' }").await;
-    late.page.wait_for("it is told", "ledger.length").await;
+    late.page.wait_for("it has an event", "ledger.length").await;
     assert_eq!(late.page.evaluate("ledger.shift().type").await, "resync");
     late.after = scene.feed(&scene.two.jane).await.head;
     tabs.push(late);
@@ -546,10 +542,10 @@ async fn two_users_in_one_browser_each_have_their_own_stream() {
         let feed = scene.feed(user).await;
         let options = format!(
             "{{ cursor: '{}', scope: '{}', token: () => {{
-                window.asked = (window.asked ?? 0) + 1;
+                window.attempts = (window.attempts ?? 0) + 1;
                 // Failed at first, it is requested again.
-                if (asked === 1) return Promise.reject(new Error('not now'));
-                if (asked === 2) return Promise.resolve('no token');
+                if (attempts === 1) return Promise.reject(new Error('not now'));
+                if (attempts === 2) return Promise.resolve('no token');
                 return fetch('/api/stream_token', {{ method: 'POST', headers: {{ Authorization: 'Bearer {}' }} }})
                     .then((answer) => answer.json()).then(({{ token }}) => token);
             }} }}",

@@ -34,7 +34,6 @@ async fn seven_tabs_over_http_1_are_all_live() {
     let watching: Vec<_> = tabs.iter().map(|tab| (&two.jane, tab)).collect();
     assert_all_show(world, two.conversation, &watching).await;
 
-    // The first one has the stream; the others take over.
     tabs.remove(0).close().await;
     two.say(world, site.api(), 1).await;
     let watching: Vec<_> = tabs.iter().map(|tab| (&two.jane, tab)).collect();

@@ -1,4 +1,4 @@
-//! Two people talk, and one of them has another device.
+//! Two users talk, one of them on two devices.
 
 use e2e::{Browser, Front, World, browser::BrowserContext};
 use serde_json::{Value, json};
@@ -10,10 +10,10 @@ use super::{
 };
 
 async fn log_in(context: &BrowserContext, name: &str) -> Messenger {
-    // How the page finds out that nobody is logged in.
+    // The page learns by a 401 that the user is not logged in.
     context.expect("status of 401");
     let page = Messenger::visit(context, "/").await;
-    page.asks_who_you_are().await;
+    page.shows_login().await;
     page.role("textbox", "Username").fill(name).await;
     page.role("button", "Log in").click().await;
     page.live().await;
@@ -38,7 +38,7 @@ async fn streams(site: &Site) -> Vec<f64> {
     streams
 }
 
-async fn two_people_and_a_third_device_talk(front: Front, protocol: &str) {
+async fn two_users_and_a_third_device_talk(front: Front, protocol: &str) {
     let browser = Browser::launch().await;
     let site = site(front, &[]).await;
     let world = &site.world;
@@ -105,11 +105,11 @@ async fn user(site: &Site, name: &str) -> e2e::User {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn two_people_and_a_third_device_talk_through_two_gateways() {
-    two_people_and_a_third_device_talk(Front::plain(), "http/1.1").await;
+async fn two_users_and_a_third_device_talk_through_two_gateways() {
+    two_users_and_a_third_device_talk(Front::plain(), "http/1.1").await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn they_talk_through_nginx_with_tls_and_http_2() {
-    two_people_and_a_third_device_talk(Front::tls(), "h2").await;
+    two_users_and_a_third_device_talk(Front::tls(), "h2").await;
 }

@@ -1,4 +1,4 @@
-//! One reader that takes nothing costs nobody else anything; it is cut in time, or catches up exactly.
+//! A slow consumer delays no other stream; it is closed in time, or catches up exactly.
 
 use std::time::Duration;
 
@@ -33,19 +33,19 @@ async fn say_much(world: &World, api: &Service, two: &Two) {
     }
 }
 
-async fn stalled(gateway: &Service, user: &User) -> Stream {
+async fn slow_consumer(gateway: &Service, user: &User) -> Stream {
     let mut stream = gateway.stream(user).tiny_receive_buffer().stream().await;
     stream.named("ready").await;
     stream
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn stalled_reader_harms_nobody_and_catches_up_exactly() {
+async fn slow_consumer_delays_no_other_and_catches_up_exactly() {
     let world = World::new().await;
     let (api, gateway) = world.pair().await;
     let two = Two::meet(&world, &api).await;
     let after = StoredFeed::read(&world.sql, two.jane.id).await.head;
-    let mut stalled = stalled(&gateway, &two.jane).await;
+    let mut slow_consumer = slow_consumer(&gateway, &two.jane).await;
     let well = browser(gateway.stream(&two.jane));
     well.ready().await;
 
@@ -56,23 +56,25 @@ async fn stalled_reader_harms_nobody_and_catches_up_exactly() {
     let feed = StoredFeed::read(&world.sql, two.jane.id).await;
     let mut seen = Vec::new();
     for _ in after..feed.head {
-        seen.push(stalled.next().await);
+        seen.push(slow_consumer.next().await);
     }
-    feed.assert_is("the one that was stalled", &seen, after);
+    feed.assert_is("the slow consumer", &seen, after);
     let posted = world.say(&api, &two.john, two.conversation).await;
-    assert_eq!(stalled.next().await.json()["id"], posted["id"]);
-    until("nobody is behind", || async { gateway.metric("messenger_gateway_slow_consumers").await == 0.0 })
-        .await;
+    assert_eq!(slow_consumer.next().await.json()["id"], posted["id"]);
+    until("no consumer is slow", || async {
+        gateway.metric("messenger_gateway_slow_consumers").await == 0.0
+    })
+    .await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn write_deadline_cuts_a_stalled_reader_which_resumes() {
+async fn write_deadline_closes_a_slow_consumer_which_resumes() {
     let world = World::new().await;
     let api = world.api().ready().await;
     let gateway = world.gateway(api.internal()).env("WRITE_DEADLINE_SECONDS", 2).ready().await;
     let two = Two::meet(&world, &api).await;
     let after = StoredFeed::read(&world.sql, two.jane.id).await.head;
-    let mut stalled = stalled(&gateway, &two.jane).await;
+    let mut slow_consumer = slow_consumer(&gateway, &two.jane).await;
     let well = browser(gateway.stream(&two.jane));
     well.ready().await;
     assert_eq!(gateway.metric("messenger_gateway_streams").await, 2.0);
@@ -81,18 +83,18 @@ async fn write_deadline_cuts_a_stalled_reader_which_resumes() {
     assert_exact(&world.sql, two.jane.id, "the healthy reader", &well).await;
     until("it is cut", || async { gateway.metric("messenger_gateway_streams").await == 1.0 }).await;
 
-    // What it received is a prefix of the feed, and it resumes at its last id.
+    // It received a prefix of the feed, and resumes at its last id.
     let feed = StoredFeed::read(&world.sql, two.jane.id).await;
-    let (mut seen, _) = stalled.rest().await;
+    let (mut seen, _) = slow_consumer.rest().await;
     assert!(seen.len() < MESSAGES, "it was cut before everything was sent");
-    let last = stalled.last_id.unwrap();
+    let last = slow_consumer.last_id.unwrap();
     let mut again = gateway.stream(&two.jane).last_event_id(&last).stream().await;
     assert_eq!(again.named("ready").await.id.as_ref(), Some(&last));
     while seen.last().and_then(|event: &Event| event.id.clone()) != Some(feed.head_cursor()) {
         seen.push(again.next().await);
     }
     feed.assert_is("the one that was cut", &seen, after);
-    assert_eq!(well.record().opened, 1, "nobody else was cut");
+    assert_eq!(well.record().opened, 1, "the other stream stayed open");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -101,10 +103,10 @@ async fn slow_reader_among_fast_ones_receives_everything() {
     let (api, gateway) = world.pair().await;
     let two = Two::meet(&world, &api).await;
     let after = StoredFeed::read(&world.sql, two.jane.id).await.head;
-    let mut slow = stalled(&gateway, &two.jane).await;
+    let mut slow = slow_consumer(&gateway, &two.jane).await;
     let well = browser(gateway.stream(&two.jane));
     well.ready().await;
-    // Repeatedly behind and level.
+    // Repeatedly lagging and live.
     let reading = async {
         let mut seen = Vec::new();
         while seen.len() < MESSAGES {
@@ -123,14 +125,14 @@ async fn slow_reader_among_fast_ones_receives_everything() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn memory_stays_bounded_with_many_stalled_readers() {
+async fn memory_stays_bounded_with_many_slow_consumers() {
     let world = World::new().await;
     let api = world.api().ready().await;
     let gateway = world.gateway(api.internal()).env("REPLAY_BUFFER_BYTES", 1 << 20).ready().await;
     let two = Two::meet(&world, &api).await;
     let mut readers = Vec::new();
     for _ in 0..20 {
-        readers.push(stalled(&gateway, &two.jane).await);
+        readers.push(slow_consumer(&gateway, &two.jane).await);
     }
     let before = gateway.memory().unwrap().rss;
     say_much(&world, &api, &two).await;
@@ -139,7 +141,7 @@ async fn memory_stays_bounded_with_many_stalled_readers() {
     );
     assert_exact(&world.sql, two.jane.id, "the healthy reader", &well).await;
     let grown = gateway.memory().unwrap().rss.saturating_sub(before);
-    println!("20 stalled readers, 1.2 MB of events: the gateway grew by {} KB", grown / 1024);
+    println!("20 slow consumers, 1.2 MB of events: the gateway grew by {} KB", grown / 1024);
     // A copy for each would be 24 MB.
     assert!(grown < 16 << 20, "{grown}");
     soon("they can still read", async {
