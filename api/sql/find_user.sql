@@ -1,4 +1,4 @@
--- The user whom a typed name means: the one with exactly this name, or with the same text in another normal form; otherwise the only one
+-- The user of a typed name: the one with exactly this name, or with the same text in another normal form; otherwise the only one
 -- whose name is equal when folded.
 CREATE OR REPLACE FUNCTION messenger.find_user(_name text) RETURNS bigint LANGUAGE plpgsql STABLE STRICT AS $$
 DECLARE

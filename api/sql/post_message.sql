@@ -1,8 +1,8 @@
 -- Posts a message. Outcomes: posted, replayed, key_conflict, no_conversation, no_session.
 --
 -- Like every command it is called by one statement that commits itself: one round trip, and no client that is slow or gone can hold its
--- locks. It runs in READ COMMITTED, so what it reads after it took a lock is the newest there is. Locks are taken in one order, so that
--- nobody waits in a circle: the conversation's row, then feed heads by user id.
+-- locks. It runs in READ COMMITTED, so what it reads after it took a lock is the newest there is. Locks are taken in one order, to
+-- avoid deadlocks: the conversation's row, then feed heads by user id.
 --
 -- Every command returns rows of one form: `outcome`, what it is about, and one appended event, if any, to publish after the commit. There
 -- is at least one row.
@@ -26,7 +26,7 @@ BEGIN
         RETURN;
     END IF;
 
-    -- Before any lock, and whatever conversation the repeat names.
+    -- Before any lock, and for a repeat in any conversation.
     IF _key IS NOT NULL THEN
         SELECT m.* INTO _earlier FROM messenger.messages AS m WHERE m.sender_id = _sender AND m.idempotency_key = _key;
     END IF;

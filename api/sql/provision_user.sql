@@ -1,8 +1,8 @@
--- The user of an identity; creates them at the first login. The name is used only then: it is theirs from then on, whatever they are called
--- elsewhere later. The avatar follows, also when it is removed.
+-- The user of an identity; creates them at the first login. The name is used only then; later changes at the issuer do not
+-- change it. The avatar follows, also when it is removed.
 --
 -- Of two first logins at the same time one claims the identity; the other waits at the primary key for that commit and then finds the
--- user. Nobody waits in a circle: the identity first, then one name, and nothing after both.
+-- user. The order avoids deadlocks: the identity first, then one name, and nothing after both.
 CREATE OR REPLACE FUNCTION messenger.provision_user(
     _issuer text, _subject text, _username text, _avatar_url text
 ) RETURNS TABLE (user_id bigint, created boolean) LANGUAGE plpgsql AS $$

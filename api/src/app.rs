@@ -35,7 +35,7 @@ use crate::{
     store::{Database, session::Route},
 };
 
-/// Gateways know a removed key for two of these at most.
+/// Gateways learn of a removed key within two of these intervals.
 const ANNOUNCE_KEYS_EVERY: Duration = Duration::from_secs(4);
 
 const CA_CERTIFICATES: &str =
@@ -85,7 +85,7 @@ pub async fn run(config: Config, listeners: Listeners, stop: CancellationToken) 
     let conflicts = metrics.database_conflicts.clone();
     let database = Database::new(config.database.clone(), config.database_pool_size, conflicts);
 
-    // First of all: a process that waits for Postgres is alive.
+    // Before anything else: a process that waits for Postgres is alive.
     let routes = ops::routes(registry.into(), tasks.clone(), {
         let judgement = judgement.clone();
         move || judgement.get()
@@ -161,9 +161,9 @@ pub async fn run(config: Config, listeners: Listeners, stop: CancellationToken) 
     Ok(())
 }
 
-/// The tasks of the process, in the order in which they stop: each after those that need it.
+/// The tasks of the process, in the order in which they stop: each after the tasks that need it.
 struct Stages {
-    /// Begins to stop with the process; the first of it is readiness.
+    /// Stops with the process; its first task is readiness.
     background: Stage,
     serving: Stage,
     publishing: Stage,
@@ -182,7 +182,7 @@ impl Stages {
         }
     }
 
-    /// `wait`: how long to be unready and still serve, until load balancers have noticed.
+    /// `wait`: how long the service is unready and still serves, so that load balancers notice.
     async fn stop(self, wait: Duration) {
         sleep(wait).await;
         tracing::info!("process stopping; no new connections");
@@ -199,7 +199,7 @@ impl Stages {
     }
 }
 
-/// Makes what handlers work with, and starts the tasks that belong to it.
+/// Builds the dependencies of the handlers and starts their tasks.
 fn make_api(
     config: Config,
     stages: &Stages,
@@ -255,14 +255,13 @@ fn explain_route(
     database: Database,
     metrics: Metrics,
 ) -> impl Filter<Extract = (impl warp::Reply,), Error = warp::Rejection> + Clone {
-    explain::route(move |question| {
+    explain::route(move |request| {
         let (database, metrics) = (database.clone(), metrics.clone());
-        async move { explain(&database, &metrics, question).await }
+        async move { explain(&database, &metrics, request).await }
     })
 }
 
-/// Tells gateways every few seconds which keys are valid, so that they learn of a removed key although an announcement was
-/// lost or they started later.
+/// Announces the valid keys to gateways every few seconds, because an announcement can be missed.
 async fn announce_keys(api: Arc<Api>, stop: CancellationToken) {
     while !stop.is_cancelled() {
         api.context.publisher.publish_keys(&api.auth.keys_version());

@@ -29,7 +29,6 @@ pub struct FeedExplanation {
     pub event: Option<StoredEvent>,
 }
 
-/// The part of the feed that is kept.
 #[derive(Serialize)]
 pub struct KeptFeed {
     pub epoch: Epoch,
@@ -42,9 +41,9 @@ pub struct KeptFeed {
 pub async fn explain(
     database: &Database,
     metrics: &Metrics,
-    question: ExplainRequest,
+    request: ExplainRequest,
 ) -> Result<FeedExplanation, ExplainError> {
-    let ExplainRequest { user, event } = question;
+    let ExplainRequest { user, event } = request;
     let found = database.run(async |connection| feed::look_up(connection, user, event).await).await;
     let found = found.map_err(|error| {
         tracing::warn!(%error, "explain failed");
@@ -79,7 +78,7 @@ fn sentence(event: Event, head: Position, first: Option<Seq>, written: Option<&S
             seq - 1,
         ),
         (Event::Seq(seq), None) if seq > head.seq => format!(
-            "Event {seq} was never written: the feed ends at {}. A client with this cursor has a position of a lost history (a \
+            "Event {seq} was never written: the feed ends at {}. A client with this cursor has a position in another history (a \
              restored backup), and gets a resync",
             head.seq,
         ),

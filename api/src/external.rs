@@ -33,18 +33,17 @@ use crate::{
 
 /// Cached subjects, about 200 bytes each.
 const CACHED_SUBJECTS: u64 = 100_000;
-/// Bounded, because a deleted user who returns is a new one.
+/// A user who was deleted and returns is a new one, so entries expire.
 const CACHED_FOR: Duration = Duration::from_mins(5);
-/// For fetching the issuer's keys.
+/// Limits the request for the issuer's keys.
 const TIME_LIMIT: Duration = Duration::from_secs(5);
 
 pub struct External {
     issuer: ExternalIssuer,
-    ring: KeyRing<Issuer>,
+    keyring: KeyRing<Issuer>,
     users: Cache<String, UserId>,
 }
 
-/// The issuer's keys, and their form for gateways.
 struct Published {
     keys: ExternalKeys,
     jwks: JwkSet,
@@ -99,14 +98,17 @@ impl External {
     pub fn new(settings: ExternalSettings) -> io::Result<Self> {
         Ok(Self {
             issuer: settings.issuer.clone(),
-            ring: KeyRing::new(Issuer { settings, outbound: Outbound::new(Limits::external(TIME_LIMIT))? }),
+            keyring: KeyRing::new(Issuer {
+                settings,
+                outbound: Outbound::new(Limits::external(TIME_LIMIT))?,
+            }),
             users: Cache::builder().max_capacity(CACHED_SUBJECTS).time_to_live(CACHED_FOR).build(),
         })
     }
 
     /// Keeps the issuer's keys current until `stop`.
     pub async fn follow(self: Arc<Self>, stop: CancellationToken) {
-        self.ring.follow(stop).await;
+        self.keyring.follow(stop).await;
     }
 
     /// Whether the token names the issuer. If so, only its keys are tried.
@@ -115,13 +117,13 @@ impl External {
     }
 
     pub async fn verify(&self, token: &str) -> Result<ExternalClaims, ExternalError> {
-        let seen = self.ring.current();
+        let seen = self.keyring.current();
         let verified = seen.as_ref().map(|seen| seen.keys.verify(token));
         let newest = match verified {
-            Some(Err(TokenError::UnknownKey)) | None => self.ring.refresh_once(seen.as_ref(), None).await,
+            Some(Err(TokenError::UnknownKey)) | None => self.keyring.refresh_once(seen.as_ref(), None).await,
             Some(result) => return Ok(result?),
         };
-        let current = self.ring.current().ok_or(ExternalError::NoKeys)?;
+        let current = self.keyring.current().ok_or(ExternalError::NoKeys)?;
         match current.keys.verify(token) {
             Err(TokenError::UnknownKey) if !newest => Err(ExternalError::NoKeys),
             result => Ok(result?),
@@ -168,7 +170,7 @@ impl External {
                 _ => {
                     let arrived = provision(context, profile.clone()).await?;
                     if arrived.created {
-                        tracing::info!(user.id = %arrived.user, %issuer, "a user came with an external token");
+                        tracing::info!(user.id = %arrived.user, %issuer, "user created from an external token");
                     }
                     arrived.user
                 }
@@ -183,23 +185,22 @@ impl External {
         &self.issuer
     }
 
-    /// The version of the current keys.
     pub fn version(&self) -> Option<Version> {
-        self.ring.current().map(|current| current.version.clone())
+        self.keyring.current().map(|current| current.version.clone())
     }
 
     /// The keys for gateways and their version. `kid`: a key that a gateway does not have.
     pub async fn published(&self, kid: Option<&str>) -> (ExternalKeysAnswer, Option<Version>) {
-        let seen = self.ring.current();
+        let seen = self.keyring.current();
         let missing = match (&seen, kid) {
             (None, _) => true,
             (Some(seen), Some(kid)) => !seen.keys.knows(kid),
             (Some(_), None) => false,
         };
         if missing {
-            self.ring.refresh_once(seen.as_ref(), kid).await;
+            self.keyring.refresh_once(seen.as_ref(), kid).await;
         }
-        let current = self.ring.current();
+        let current = self.keyring.current();
         let (jwks, version) = current.map(|current| (current.jwks.clone(), current.version.clone())).unzip();
         (ExternalKeysAnswer { issuer: self.issuer.clone(), jwks }, version)
     }

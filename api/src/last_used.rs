@@ -1,5 +1,6 @@
-//! When a session was last used, within some minutes. Requests note it in memory; a task writes many notes at once, for each
-//! session at most once in [`COARSE`]. REST requests count as use, and so do open streams, about which gateways ask.
+//! When a session was last used, within some minutes. Requests note it in memory; a task writes many notes in one statement,
+//! for each session at most once in [`COARSE`]. REST requests and open streams, of which gateways report the sessions, count
+//! as use.
 //!
 //! Best effort: the next use repeats a note that found no room or was lost with the process.
 
@@ -72,7 +73,6 @@ impl LastUsed {
     }
 }
 
-/// Writes regularly, and once more after `stop`.
 pub async fn run(used: LastUsed, database: Database, stop: CancellationToken) {
     loop {
         let last = tokio::select! {

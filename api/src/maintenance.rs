@@ -16,12 +16,11 @@ use crate::{
     },
 };
 
-/// For Postgres to be reachable when a process starts.
+/// Limits the wait for Postgres when a process starts.
 const START_TIMEOUT: Duration = Duration::from_secs(30);
 /// Bounds one attempt to connect and to inspect the server.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Brings the schema up to date.
 pub async fn migrate(postgres: PgConnectOptions) -> anyhow::Result<()> {
     let (mut connections, route) = connect(&postgres).await?;
     schema::migrate(&mut connections, route).await.context("cannot migrate")?;
@@ -40,7 +39,7 @@ pub async fn new_epoch(postgres: PgConnectOptions) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// An error if the database cannot be used as it is; `false` if it does not answer.
+/// An error if the database cannot be used; `false` if it does not answer.
 pub async fn check_database(postgres: &PgConnectOptions) -> anyhow::Result<bool> {
     match timeout(CONNECT_TIMEOUT, session::connect(postgres)).await {
         Ok(Ok((connections, _))) => {
@@ -66,7 +65,7 @@ pub async fn prune(postgres: PgConnectOptions, keep: Keep) -> anyhow::Result<()>
     Ok(())
 }
 
-/// Waits until Postgres answers, then checks that its schema is current. How its connections can be used.
+/// Waits until Postgres answers, then checks that its schema is current. Returns how its connections can be used.
 pub async fn wait_until_usable(postgres: &PgConnectOptions) -> anyhow::Result<Route> {
     let (mut connections, route) = connect(postgres).await?;
     schema::require_current(&mut connections[0]).await?;

@@ -51,7 +51,6 @@ pub async fn prune_after(database: &Database, keep: Keep, after: UserId) -> Resu
     Ok(PruneStep { deleted, next: full.or(last) })
 }
 
-/// One step over codes of logins that have expired.
 pub async fn prune_codes(database: &Database) -> Result<u64, StoreError> {
     database.run(async |connection| identities::delete_expired_codes(connection, ROWS).await).await
 }
@@ -66,7 +65,6 @@ pub async fn prune_sessions_after(
         .await
 }
 
-/// Deleted rows.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Pruned {
     pub events: u64,
@@ -74,7 +72,7 @@ pub struct Pruned {
     pub codes: u64,
 }
 
-/// One whole walk over everything, without pauses.
+/// Walks once over everything, without pauses.
 pub async fn prune_all(database: &Database, keep: Keep) -> Result<Pruned, StoreError> {
     let mut pruned = Pruned::default();
     let mut after = Some(UserId(0));

@@ -15,7 +15,6 @@ use crate::{metrics::Metrics, store::Database};
 const PERIOD: Duration = Duration::from_secs(1);
 const PATIENCE: Duration = Duration::from_secs(1);
 
-/// The newest state of readiness.
 #[derive(Clone)]
 pub struct Judgement(Arc<Mutex<Readiness>>);
 

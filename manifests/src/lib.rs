@@ -190,7 +190,7 @@ impl Installation {
     }
 }
 
-/// A pod and its container; a rule sees to it that there is one.
+/// A pod and its container; a rule checks that there is one.
 #[derive(Clone, Copy)]
 struct Pod<'a> {
     set: &'a Installation,
@@ -209,7 +209,6 @@ impl<'a> Pod<'a> {
         text(&self.labels["app.kubernetes.io/name"])
     }
 
-    /// The last part of the image's name.
     fn program(&self) -> &'a str {
         let last = text(&self.container["image"]).rsplit('/').next().unwrap_or_default();
         last.split([':', '@']).next().unwrap_or_default()

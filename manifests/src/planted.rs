@@ -5,7 +5,6 @@ use serde_json::Value;
 
 use crate::{Findings, Installation, Object, rules};
 
-/// The lines of planted.list for an overlay.
 pub fn of(overlay: &str) -> impl Iterator<Item = &'static str> {
     include_str!("../planted.list")
         .lines()

@@ -19,7 +19,7 @@ all!(product selectors ports listeners references settings agreement secrets shu
 
 /// Connections of Postgres by default, without those for its owner.
 const POSTGRES_CONNECTIONS: u64 = 97;
-/// Time for what no setting names, and for the kubelet.
+/// Time for the parts of a shutdown that no setting names, and for the kubelet.
 const SHUTDOWN_MARGIN: u64 = 20;
 
 /// Other rules find the services by image and look at one container: a set in which they see nothing must not pass.
@@ -113,7 +113,7 @@ fn listeners(set: &Installation, out: &mut Findings) {
 }
 
 fn references(set: &Installation, out: &mut Findings) {
-    // By whom, and kind/name/key; without a key, all of it.
+    // The requiring workload, and kind/name/key; without a key, all of it.
     let mut found: Vec<(&str, &str, &str, &str)> = Vec::new();
     for pod in set.pods() {
         let maps = texts(pod.container, "envFrom/*/configMapRef/name").into_iter();

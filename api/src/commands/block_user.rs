@@ -1,4 +1,4 @@
-//! A user blocks or unblocks another one. Nobody else is told.
+//! A user blocks or unblocks another user, who is not notified.
 
 use protocol::ids::UserId;
 

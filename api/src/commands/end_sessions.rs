@@ -1,5 +1,5 @@
-//! A user ends sessions of theirs. Every replica rejects them from the next statement on; open streams are told through Redis,
-//! or found by the gateways' next reconcile.
+//! A user ends sessions of theirs. Every replica rejects them from the next statement on. Gateways close the open streams
+//! when a notice arrives through Redis, or at their next reconcile.
 
 use super::{Actor, CommandContext};
 use crate::store::{
@@ -9,9 +9,9 @@ use crate::store::{
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum EndSessionsOutcome {
-    /// Of all others, or of the caller's own, there may have been none.
+    /// Other sessions, or the caller's own: there may have been none.
     Ended,
-    /// The one that was named is not a live session of the caller.
+    /// The named session is not a live session of the caller.
     NotFound,
     NoSession,
 }

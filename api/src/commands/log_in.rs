@@ -19,17 +19,17 @@ use crate::{
     },
 };
 
-/// For a page to load and to exchange its code.
+/// Time for a page to load and to exchange its code.
 pub const CODE_LIFETIME: Duration = Duration::from_mins(1);
 
 #[derive(Debug)]
 pub enum LogInOutcome {
     LoggedIn(User, Session),
-    /// Nobody has the name; or the code is unknown, used, expired, or bound to another browser.
+    /// No user has the name; or the code is unknown, used, expired, or bound to another browser.
     Unknown,
 }
 
-/// As the user of this name, without proof: for development.
+/// Logs in as the user of this name, without proof: for development.
 pub async fn log_in_by_name(
     context: &CommandContext,
     username: String,
@@ -55,7 +55,7 @@ pub struct Halves {
     pub binding: String,
 }
 
-/// As the account of this profile: the first of two steps.
+/// Logs in with the account of this profile: the first of two steps.
 pub async fn arrive(context: &CommandContext, profile: Profile) -> Result<(Provisioned, Halves), StoreError> {
     let halves = Halves { code: secret(), binding: secret() };
     let (code, binding) = (hash(&halves.code), hash(&halves.binding));
@@ -91,7 +91,7 @@ pub async fn log_in_by_code(
     Ok(logged_in(context.run_to_completion(work).await?, "code"))
 }
 
-/// As the account of this profile, in one step.
+/// Logs in with the account of this profile, in one step.
 pub async fn log_in_by_profile(
     context: &CommandContext,
     profile: Profile,

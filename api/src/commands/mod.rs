@@ -1,5 +1,5 @@
 //! Changes that a user can make, one file and one outcome type each. A command runs its one statement and publishes the
-//! committed events. Once begun it runs to completion even if the client hangs up, so that what is committed is published.
+//! committed events. It runs to completion even if the client hangs up, so that what is committed is published.
 
 pub mod block_user;
 pub mod end_sessions;
@@ -23,10 +23,9 @@ use crate::{
     store::{Appended, Database, StoreError},
 };
 
-/// Commands that run at the same time. Further requests wait, as part of their connections.
+/// Concurrent commands; further requests wait.
 const MAX_RUNNING: usize = 1_024;
 
-/// What commands work with.
 #[derive(Clone)]
 pub struct CommandContext {
     pub database: Database,
@@ -57,7 +56,7 @@ impl CommandContext {
             StoreError::Unavailable(_) => span.fail("the database does not answer"),
             StoreError::Fault(_) => span.fail("the database rejected the statement"),
         })?;
-        // What is published is committed, in traces too.
+        // The span of the commit ends before the spans of its events begin.
         drop(span);
         self.publisher.publish(events);
         Ok(outcome)

@@ -11,7 +11,7 @@ use crate::store::{
 #[derive(Debug, Clone, Copy)]
 pub enum RefreshSessionOutcome {
     Refreshed(Session),
-    /// It has ended, or there is none: an external token is renewed by its issuer.
+    /// The session has ended, or there is none: an external token is renewed by its issuer.
     NoSession,
 }
 

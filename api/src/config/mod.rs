@@ -21,11 +21,11 @@ use sqlx::postgres::PgConnectOptions;
 
 pub use self::providers::{ProviderSettings, Registration, protected_url};
 
-/// For publishing what is still queued when the service stops.
+/// Time for publishing the queue when the service stops.
 pub const FLUSH_TIMEOUT: Duration = Duration::from_secs(2);
-/// After the last request: the rest of a shutdown, up to a second of it for the last spans.
+/// The rest of a shutdown after the last request; up to a second of it is for the last spans.
 const MARGIN: Duration = Duration::from_secs(3);
-/// For one request to a login provider.
+/// Limits one request to a login provider.
 const PROVIDER_TIME_LIMIT: Duration = Duration::from_secs(10);
 
 const DAY: u64 = 24 * 60 * 60;
@@ -58,7 +58,6 @@ pub enum Command {
     Healthcheck { probe: Probe },
 }
 
-/// Addresses to listen on.
 #[derive(Debug, Clone, Copy)]
 pub struct Addresses {
     pub public: SocketAddr,
@@ -66,12 +65,11 @@ pub struct Addresses {
     pub ops: SocketAddr,
 }
 
-/// What a running service needs.
 pub struct Config {
     pub origin: Origin,
     pub allowed_origins: Vec<Origin>,
     pub trusted_proxies: TrustedProxies,
-    /// At each listener; 0: no bound.
+    /// Per listener; 0: no limit.
     pub connections_per_address: usize,
     pub database: PgConnectOptions,
     pub database_pool_size: usize,
@@ -82,7 +80,7 @@ pub struct Config {
     pub state_secrets: Secrets,
     pub dev_login: bool,
     pub providers: Vec<ProviderSettings>,
-    /// For one request to a provider.
+    /// Limits one request to a provider.
     pub provider_time_limit: Duration,
     pub callback_token_in_query: bool,
     pub external: Option<ExternalSettings>,
@@ -94,30 +92,26 @@ pub struct Config {
     pub traces: Option<traces::Settings>,
 }
 
-/// Lifetimes of what we issue.
 #[derive(Debug, Clone, Copy)]
 pub struct Lifetimes {
-    /// A session from its last refresh, and an `api` token at most.
+    /// Of a session since its last refresh; the maximum for an `api` token.
     pub session: Duration,
-    /// A stream token.
     pub stream_token: Duration,
 }
 
-/// What is kept of each feed.
+/// The events that are kept of each feed.
 #[derive(Debug, Clone, Copy)]
 pub struct Keep {
     pub age: Duration,
     pub events: u64,
 }
 
-/// The external issuer whose tokens are accepted, and where its keys are.
 #[derive(Debug, Clone)]
 pub struct ExternalSettings {
     pub issuer: ExternalIssuer,
     pub jwks_url: String,
 }
 
-/// Rate limits.
 #[derive(Debug, Clone, Copy)]
 pub struct RateLimits {
     pub login_per_address: Limit,
@@ -128,7 +122,7 @@ pub struct RateLimits {
     pub start_per_address: Limit,
     pub send_per_user: Limit,
     pub send_per_address: Limit,
-    /// How long Redis may take to answer.
+    /// The longest wait for an answer of Redis.
     pub patience: Duration,
 }
 
@@ -146,7 +140,6 @@ impl RateLimits {
     };
 }
 
-/// Every setting of api.
 pub fn rows() -> Vec<Row> {
     Settings::rows(read)
 }
@@ -190,12 +183,12 @@ fn read(s: &mut Settings) -> Result<(Config, Addresses, Logging), Problems> {
     let dev_login = s.flag(
         "DEV_LOGIN",
         "false",
-        "Allows anybody to log in as anybody by name. For development: rejected unless ORIGIN is a loopback host",
+        "Allows login as any user by name, without proof. For development: rejected unless ORIGIN is a loopback host",
     );
     if dev_login && !common.origin.is_loopback() {
         s.problem(
             &["DEV_LOGIN", "ORIGIN"],
-            "DEV_LOGIN lets anybody log in as anybody, and ORIGIN is not a loopback host; unset it",
+            "DEV_LOGIN allows login as any user, and ORIGIN is not a loopback host; unset it",
         );
     }
     let providers = providers::read(s);
@@ -347,7 +340,7 @@ fn database(s: &mut Settings) -> Option<PgConnectOptions> {
     )
 }
 
-/// Named, with nothing in its startup message that a pooler might refuse.
+/// Names the application. The startup message has nothing that a pooler might reject.
 pub fn connection(url: PgConnectOptions) -> PgConnectOptions {
     url.application_name("api").extra_float_digits(None)
 }
@@ -361,7 +354,7 @@ fn external(s: &mut Settings, origin: &Origin) -> Option<ExternalSettings> {
     );
     let audience = s.with("EXTERNAL_AUDIENCE", "", "Audience (aud) that its tokens must have", text);
     let jwks_url = s.with("EXTERNAL_JWKS_URL", "", "URL of its public keys (JWKS)", |url| {
-        // Whoever controls the response can be anybody here.
+        // A server that controls this response can issue tokens for every user.
         if url.is_empty() { Ok(String::new()) } else { protected_url(url).map(String::from) }
     });
     let algorithm = s.parse(

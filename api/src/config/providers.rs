@@ -7,7 +7,6 @@ use service_kit::{
 use thiserror::Error;
 use url::Url;
 
-/// The client credentials at a provider.
 #[derive(Clone, Default)]
 pub struct Registration {
     pub client_id: String,
@@ -52,7 +51,6 @@ pub fn protected_url(text: &str) -> Result<Url, InvalidProviderUrl> {
     }
 }
 
-/// The configured providers.
 pub(super) fn read(s: &mut Settings) -> Vec<ProviderSettings> {
     github(s).into_iter().chain(oidc(s)).collect()
 }
@@ -63,12 +61,12 @@ fn github(s: &mut Settings) -> Option<ProviderSettings> {
         ["GITHUB_CLIENT_ID", "GITHUB_CLIENT_SECRET"],
         "Client id of an OAuth app at GitHub with the callback {ORIGIN}/api/oauth/github/callback; enables login with GitHub",
     );
-    // In one form, however it was written: it is compared, and accounts are kept by it.
+    // Normalised, because it is compared and is part of each account's key.
     let server = |text: &str| provider_url(text).map(|url| url.as_str().trim_end_matches('/').to_owned());
     let url = s.with("GITHUB_URL", GITHUB_URL, "GitHub Enterprise: https://host", server);
     let api_url = s.with("GITHUB_API_URL", GITHUB_API_URL, "Its API: https://host/api/v3", server);
     let registration = registration?;
-    // One of them alone would send tokens of a company's own server to github.com.
+    // With only one of the two, tokens of a company's own server would be sent to github.com.
     if (url == GITHUB_URL) != (api_url == GITHUB_API_URL) {
         s.problem(
             &["GITHUB_URL", "GITHUB_API_URL"],
@@ -145,7 +143,6 @@ mod tests {
         }
     }
 
-    /// How many providers there are, or the problems.
     fn configured<const N: usize>(given: [(&str, &str); N]) -> Result<usize, String> {
         let given = Given::from(given);
         let mut settings = Settings::new(&given);

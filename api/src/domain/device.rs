@@ -2,7 +2,6 @@
 //!
 //! Clients send any `User-Agent`, so none of its text is repeated: it only chooses among the words below.
 
-/// The label for an unknown `User-Agent`.
 pub const UNKNOWN: &str = "Unknown device";
 
 /// Bytes of a `User-Agent` that are searched; real ones are shorter.
@@ -118,13 +117,13 @@ mod tests {
 
     proptest! {
         #[test]
-        fn whatever_is_sent_the_label_is_short_plain_and_ours(
-            noise in proptest::collection::vec(any::<u8>(), 0..600),
+        fn any_user_agent_gets_a_short_plain_label(
+            junk in proptest::collection::vec(any::<u8>(), 0..600),
             word in 0..PROGRAMS.len(),
             system in 0..SYSTEMS.len(),
         ) {
-            let agent = [&noise, PROGRAMS[word].0.as_bytes(), &noise, SYSTEMS[system].0.as_bytes(), &noise].concat();
-            for agent in [&noise, &agent] {
+            let agent = [&junk, PROGRAMS[word].0.as_bytes(), &junk, SYSTEMS[system].0.as_bytes(), &junk].concat();
+            for agent in [&junk, &agent] {
                 let label = label(agent);
                 prop_assert!((1..=64).contains(&label.len()));
                 prop_assert!(label.bytes().all(|b| b.is_ascii_alphabetic() || b == b' '));

@@ -40,7 +40,6 @@ pub struct Auth {
     used: LastUsed,
     ended: EndedSessions,
     context: CommandContext,
-    /// The other issuer whose tokens are accepted.
     external: Option<Arc<External>>,
 }
 
@@ -77,7 +76,6 @@ pub(super) struct Reader {
     pub(super) cursor: Position,
 }
 
-/// An issued token.
 pub(super) struct Token {
     pub(super) text: String,
     pub(super) expires_at: DateTime<Utc>,
@@ -97,7 +95,6 @@ impl Auth {
         Self { keys, verifier, version, origins, cookies, lifetimes, used, ended, context, external: None }
     }
 
-    /// Accepts another issuer's tokens too.
     pub fn with_external(self, external: Option<Arc<External>>) -> Self {
         let issuer = external.as_ref().map(|external| external.issuer());
         let version = Version::of(&(self.keys.thumbprints(), issuer));
@@ -114,7 +111,6 @@ impl Auth {
         &self.used
     }
 
-    /// How long a session lives from its last refresh.
     pub(super) fn lifetime(&self) -> Duration {
         self.lifetimes.session
     }
@@ -164,7 +160,6 @@ impl Auth {
         self.cookies.set(self.cookies.session(), &token.text, age.try_into().unwrap_or(0))
     }
 
-    /// Makes the browser delete the cookie.
     pub(super) fn no_cookie(&self) -> HeaderValue {
         self.cookies.set(self.cookies.session(), "", 0)
     }
@@ -231,7 +226,6 @@ impl Auth {
         Ok(Credential { actor, from_cookie: false, expires_at: claims.exp })
     }
 
-    /// The caller, if their session is live.
     pub(super) async fn reader(&self, credential: Credential) -> Result<Reader, ApiError> {
         let actor = credential.actor;
         let find = async |connection: &mut _| sessions::caller(connection, actor.session, actor.user).await;

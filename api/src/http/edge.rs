@@ -29,7 +29,6 @@ use crate::{
     request_context::RequestContext,
 };
 
-/// The routes, as the accept loop serves them.
 #[derive(Clone)]
 pub struct ApiEdge<S> {
     routes: S,
@@ -89,7 +88,7 @@ where
         let method = request.method().clone();
         let PeerAddr(peer) = *request.extensions().get().expect("the accept loop sets the peer's address");
         let client = self.proxies.client(peer, request.headers());
-        // The path and nothing of the query, which may hold a token.
+        // Without the query, which may hold a token.
         let path = request.uri().path();
         let span = tracing::info_span!(
             "request", request.id = %request_id, %client, %method, path, user.id = Empty, trace.id = Empty

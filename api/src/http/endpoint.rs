@@ -21,7 +21,6 @@ type Run = dyn Fn(Arc<Api>, Inbound, Option<Rate>) -> Pin<Box<dyn Future<Output 
     + Send
     + Sync;
 
-/// How one method of one path is answered.
 pub(super) struct Endpoint {
     rate: Option<Rate>,
     run: Box<Run>,
@@ -34,7 +33,6 @@ impl Endpoint {
         Self { rate: None, run: Box::new(move |api, inbound, rate| Box::pin(run(api, inbound, rate))) }
     }
 
-    /// Counts requests against this rate limit.
     pub(super) fn limit(self, rate: Rate) -> Self {
         Self { rate: Some(rate), ..self }
     }
@@ -44,7 +42,7 @@ impl Endpoint {
     }
 }
 
-/// For anybody.
+/// A route without a credential.
 pub(super) fn open<B: FromBody, F: Future<Output = HandlerResult> + Send + 'static>(
     handler: impl Fn(Arc<Api>, Inbound, B) -> F + Clone + Send + Sync + 'static,
 ) -> Endpoint {
@@ -59,7 +57,7 @@ pub(super) fn open<B: FromBody, F: Future<Output = HandlerResult> + Send + 'stat
     })
 }
 
-/// For a user who changes nothing.
+/// A route that reads for a user.
 pub(super) fn read<F: Future<Output = HandlerResult> + Send + 'static>(
     handler: impl Fn(Arc<Api>, Reader, Inbound) -> F + Clone + Send + Sync + 'static,
 ) -> Endpoint {
@@ -80,7 +78,7 @@ pub(super) fn read<F: Future<Output = HandlerResult> + Send + 'static>(
     })
 }
 
-/// For a user who changes something. `input` reads what the request alone shows; `run` is the command.
+/// A route that changes something for a user. `input` reads what the request alone shows; `run` is the command.
 pub(super) fn change<B: FromBody, I: Send + 'static, F: Future<Output = HandlerResult> + Send + 'static>(
     input: impl Fn(&Inbound, B) -> Result<I, ApiError> + Clone + Send + Sync + 'static,
     run: impl Fn(Arc<Api>, Caller, I) -> F + Clone + Send + Sync + 'static,
@@ -108,13 +106,13 @@ pub(super) fn change<B: FromBody, I: Send + 'static, F: Future<Output = HandlerR
     })
 }
 
-/// For changes that need nothing but their caller.
+/// A change whose only input is its caller.
 #[expect(clippy::unnecessary_wraps, reason = "one form for all inputs")]
 pub(super) fn nothing(_: &Inbound, _: NoBody) -> Result<(), ApiError> {
     Ok(())
 }
 
-/// For gateways.
+/// A route for gateways.
 pub(super) fn gateway<B: FromBody, F: Future<Output = HandlerResult> + Send + 'static>(
     handler: impl Fn(Arc<Api>, Inbound, B) -> F + Clone + Send + Sync + 'static,
 ) -> Endpoint {

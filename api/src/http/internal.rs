@@ -82,12 +82,16 @@ pub(super) async fn identity(
 
 pub(super) fn require_secret(inbound: &Inbound, api: &Api) -> Result<(), ApiError> {
     let given = inbound.headers.get(header::AUTHORIZATION).map_or(&b""[..], |value| value.as_bytes());
-    // In constant time, so that the time does not say how much of a guess was right.
+    // In constant time, so that timing does not reveal how much of a guess is right.
     let is = |secret: &str| given.ct_eq(authorization(secret).as_bytes());
     let accepted = api.internal_secrets.iter().map(is).fold(Choice::from(0), |any, this| any | this);
     if bool::from(accepted) { Ok(()) } else { Err(ApiError::Unauthorized) }
 }
 
 fn require_few(pairs: usize) -> Result<(), ApiError> {
-    if pairs <= MAX_PAIRS { Ok(()) } else { Err(ApiError::BadBody(format!("More than {MAX_PAIRS} at once"))) }
+    if pairs <= MAX_PAIRS {
+        Ok(())
+    } else {
+        Err(ApiError::BadBody(format!("More than {MAX_PAIRS} in one request")))
+    }
 }

@@ -7,7 +7,6 @@ use service_kit::limiter::{Limiter, Over, Rule, Subject};
 
 use crate::config::RateLimits;
 
-/// What requests count against.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Rate {
     LogIn,
@@ -25,7 +24,7 @@ pub struct RequestLimits {
     send: Rules,
 }
 
-/// One limit for each user, if users are known, and one for all users of an address together.
+/// One limit per user, if users are known, and one per address.
 struct Rules {
     user: Option<Rule>,
     address: Rule,

@@ -30,7 +30,6 @@ pub(super) async fn options(api: Arc<Api>, _: Inbound, _: NoBody) -> HandlerResu
     Ok(json(StatusCode::OK, &options))
 }
 
-/// The ways to log in.
 #[derive(Serialize)]
 #[serde(rename_all = "camelCase")]
 struct LoginOptions {

@@ -53,7 +53,6 @@ fn idempotency_key(inbound: &Inbound) -> Result<Option<IdempotencyKey>, ApiError
     Ok(Some(key))
 }
 
-/// The header's name in `errors`.
 const KEY_FIELD: &str = "idempotencyKey";
 
 pub(super) async fn send(api: Arc<Api>, caller: Caller, draft: Draft) -> HandlerResult {
@@ -103,7 +102,7 @@ fn limit(inbound: &Inbound) -> Result<i64, ApiError> {
         .ok_or_else(|| ApiError::unacceptable("limit", format!("Limit must be from 1 to {LARGEST_PAGE}")))
 }
 
-/// Only a GET whose answer a person sees now marks messages as read.
+/// Only a GET whose answer the user sees now marks messages as read.
 fn marks_read(inbound: &Inbound) -> Result<bool, ApiError> {
     let wanted = match inbound.query("markRead").as_deref() {
         None | Some("true") => true,

@@ -39,7 +39,6 @@ use limits::{Rate, RequestLimits};
 use oauth::SignIn;
 use route::{at, matching, routes};
 
-/// What handlers work with.
 pub struct Api {
     pub context: CommandContext,
     pub auth: Auth,
@@ -50,10 +49,8 @@ pub struct Api {
     pub external: Option<Arc<External>>,
 }
 
-/// How every handler ends.
 type HandlerResult = Result<Response, ApiError>;
 
-/// The listener for clients.
 #[rustfmt::skip]
 pub fn public(api: &Arc<Api>) -> BoxedFilter<(Response,)> {
     let dev_login = api.dev_login;
@@ -86,7 +83,6 @@ pub fn public(api: &Arc<Api>) -> BoxedFilter<(Response,)> {
     ])
 }
 
-/// The listener for gateways.
 pub fn internal(api: &Arc<Api>) -> BoxedFilter<(Response,)> {
     routes(
         api,

@@ -1,4 +1,4 @@
-//! Logging in at a provider: to the provider, back, and the exchange of a code for a token. Browsers come here by links, so
+//! Logging in at a provider: to the provider, back, and the exchange of a code for a token. Browsers arrive by links, so
 //! failures are reported to the page at `{ORIGIN}/callback` and not by a status, except 429.
 //!
 //! Login CSRF, which logs a victim in as the attacker, is prevented three times. The state cookie binds the provider's answer
@@ -45,7 +45,6 @@ const CARRIED: usize = 4;
 /// Cookies that one answer removes, at most.
 const REMOVED: usize = 16;
 
-/// What the routes of providers work with.
 pub struct SignIn {
     providers: Vec<Arc<Provider>>,
     origin: Origin,
@@ -67,7 +66,6 @@ impl SignIn {
         Self { providers, origin, cookies, seal, token_in_query, metrics }
     }
 
-    /// The names of the configured providers.
     pub(super) fn names(&self) -> impl Iterator<Item = &'static str> {
         self.providers.iter().map(|provider| provider.name())
     }
@@ -93,7 +91,7 @@ impl SignIn {
         self.to_page(&[("error", failure.code())])
     }
 
-    /// A person sees the page even if the fault is ours.
+    /// The user sees the page after a fault of ours, too.
     fn not_stored(&self, provider: &'static str, error: StoreError) -> Response {
         let code = match &error {
             StoreError::Unavailable(_) => "unavailable",
@@ -146,13 +144,13 @@ impl SignIn {
 pub(super) async fn start(api: Arc<Api>, inbound: Inbound, _: NoBody) -> HandlerResult {
     let sign_in = &api.sign_in;
     let provider = sign_in.provider(&inbound)?;
-    let begun = match provider.begin().await {
-        Ok(begun) => begun,
+    let login = match provider.begin().await {
+        Ok(login) => login,
         Err(failure) => return Ok(sign_in.failed(provider.name(), &failure)),
     };
     sign_in.metrics.login(provider.name(), "started");
-    let attempt = [&*begun.attempt.state, &*sign_in.seal.seal(&begun.attempt)];
-    let mut response = redirect(&begun.url);
+    let attempt = [&*login.attempt.state, &*sign_in.seal.seal(&login.attempt)];
+    let mut response = redirect(&login.url);
     sign_in.carry(&mut response, &inbound.headers, ATTEMPT, attempt, attempt::LIFETIME);
     Ok(response)
 }

@@ -16,7 +16,7 @@ use warp::Filter;
 use super::error::ApiError;
 use crate::{domain::device, request_context::RequestContext};
 
-/// For a whole body to arrive.
+/// Limits the time in which a whole body must arrive.
 const BODY_TIME: Duration = Duration::from_secs(10);
 
 /// Headers that mark a prefetch: of the standard, and of older Chrome, Safari and Firefox.
@@ -77,7 +77,7 @@ impl Inbound {
         device::label(self.headers.get(header::USER_AGENT).map_or(b"", |value| value.as_bytes()))
     }
 
-    /// Whether a person sees the answer now: not for a prefetch, nor for a request that a page of another site caused.
+    /// Whether the user sees the answer now: not for a prefetch, nor for a request that a page of another site caused.
     pub(super) fn is_deliberate(&self) -> bool {
         !is_cross_site(&self.headers) && !is_prefetch(&self.headers)
     }
@@ -154,7 +154,7 @@ impl<'de, T: Deserialize<'de>> Deserialize<'de> for JsonObject<T> {
     }
 }
 
-/// What a handler wants as its request's body.
+/// The type of a handler's request body.
 pub(super) trait FromBody: Sized + Send + 'static {
     /// Checks what the head says about it.
     fn require(_: &Inbound) -> Result<(), ApiError> {
@@ -164,7 +164,7 @@ pub(super) trait FromBody: Sized + Send + 'static {
     fn read(inbound: &mut Inbound) -> impl Future<Output = Result<Self, ApiError>> + Send;
 }
 
-/// Not looked at.
+/// The body is ignored.
 pub(super) struct NoBody;
 
 impl FromBody for NoBody {

@@ -8,10 +8,8 @@ use warp::{Filter, filters::BoxedFilter, path::FullPath, reply::Response};
 
 use super::{Api, HandlerResult, Label, endpoint::Endpoint, error::ApiError, request::inbound};
 
-/// The parameters of a path, if it matches.
 type Matches = dyn Fn(&str) -> Option<Vec<String>> + Send + Sync;
 
-/// All methods of one path.
 pub(super) struct Resource {
     label: &'static str,
     parameters: Box<Matches>,

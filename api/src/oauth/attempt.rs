@@ -12,13 +12,12 @@ use serde::{Deserialize, Serialize};
 use service_kit::secrets::Secrets;
 use sha2::Sha256;
 
-/// To log in at the provider.
+/// Time to log in at the provider.
 pub const LIFETIME: Duration = Duration::from_mins(10);
 const LABEL: &[u8] = b"messenger api: oauth attempt, version 1";
 /// A sealed attempt has about 300 bytes; longer ones are rejected.
 const MAX_LENGTH: usize = 2_048;
 
-/// One attempt of one browser to log in.
 #[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Attempt {
     pub provider: String,
@@ -30,7 +29,6 @@ pub struct Attempt {
 }
 
 impl Attempt {
-    /// Begins now.
     pub fn new(provider: &str, state: String, verifier: String, nonce: String) -> Self {
         let expires_at = (now() + LIFETIME).as_secs();
         Self { provider: provider.into(), state, verifier, nonce, expires_at }
@@ -49,7 +47,6 @@ impl Seal {
         Self { signs: key(secrets.first()), accepted: secrets.iter().map(key).collect() }
     }
 
-    /// As the value of a cookie.
     pub fn seal(&self, attempt: &Attempt) -> String {
         let payload = serde_json::to_vec(attempt).expect("an attempt is texts and a number");
         let payload = URL_SAFE_NO_PAD.encode(payload);

@@ -1,4 +1,4 @@
-//! GitHub and GitHub Enterprise, which speak OAuth without `OpenID` Connect.
+//! GitHub and GitHub Enterprise, which use OAuth without `OpenID` Connect.
 
 use oauth2::{AuthType, AuthUrl, TokenUrl};
 use protocol::jose;
@@ -29,7 +29,7 @@ struct GitHubUser {
     avatar_url: Value,
 }
 
-/// An account is identified by its number, because a name can be given up and taken by another person.
+/// An account is identified by its number, because another user can take a released name.
 pub(super) fn profile(issuer: &str, answer: &[u8]) -> Result<Profile, Failure> {
     let user: GitHubUser = object(answer).ok_or(Failure::BadProfile("not a JSON object with an id"))?;
     let subject = user.id;

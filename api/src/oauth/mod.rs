@@ -50,7 +50,6 @@ pub enum Failure {
 }
 
 impl Failure {
-    /// The code for the page and the metric.
     pub fn code(&self) -> &'static str {
         match self {
             Self::AccessDenied => "access_denied",
@@ -62,7 +61,6 @@ impl Failure {
     }
 }
 
-/// The parameters of the callback.
 #[derive(Debug, Default)]
 pub struct Returned {
     pub state: Option<String>,
@@ -71,7 +69,6 @@ pub struct Returned {
     pub iss: Option<String>,
 }
 
-/// A provider with settings. Providers without settings are disabled.
 pub struct Provider {
     name: &'static str,
     kind: Kind,
@@ -85,19 +82,17 @@ enum Kind {
     Oidc(Box<Discovery>),
 }
 
-/// The endpoints of a provider.
 struct Endpoints {
     authorize: AuthUrl,
     token: TokenUrl,
     profile: String,
-    /// How the client authenticates.
     auth: AuthType,
     /// Its callback always has `iss` (RFC 9207).
     names_itself: bool,
 }
 
 /// The authorization URL, and what the browser must send back.
-pub struct Begun {
+pub struct StartedLogin {
     pub url: String,
     pub attempt: Attempt,
 }
@@ -136,8 +131,7 @@ impl Provider {
         self.name
     }
 
-    /// Begins a login.
-    pub async fn begin(&self) -> Result<Begun, Failure> {
+    pub async fn begin(&self) -> Result<StartedLogin, Failure> {
         let client = self.client(&*self.endpoints().await?);
         let (challenge, verifier) = PkceCodeChallenge::new_random_sha256();
         let secret = || CsrfToken::new_random_len(32);
@@ -151,7 +145,7 @@ impl Provider {
         };
         let (url, state) = request.url();
         let attempt = Attempt::new(self.name, state.into_secret(), verifier.into_secret(), nonce);
-        Ok(Begun { url: url.into(), attempt })
+        Ok(StartedLogin { url: url.into(), attempt })
     }
 
     /// Completes a login. `attempt` is the browser's, if its signature is valid and it has not expired.
@@ -248,7 +242,6 @@ impl Provider {
     }
 }
 
-/// Why a request to a provider failed.
 #[derive(Debug, Error)]
 enum Unanswered {
     #[error(transparent)]

@@ -135,7 +135,6 @@ fn read_document(issuer: &str, body: &[u8]) -> Result<Endpoints, Failure> {
     })
 }
 
-/// The answer of the user info endpoint.
 #[derive(Deserialize)]
 pub(super) struct UserInfo {
     #[serde(deserialize_with = "jose::subject")]
@@ -193,7 +192,7 @@ pub(super) fn check_id_token(
     } else if claims.nonce.as_deref() != Some(nonce) {
         Err(bad("is of another attempt"))
     } else if claims.sub != subject {
-        Err(bad("is about somebody else"))
+        Err(bad("is about another subject"))
     } else {
         Ok(claims.person)
     }
@@ -238,7 +237,7 @@ mod tests {
 
     #[tokio::test]
     async fn known_endpoints_are_used_while_discovery_fails() {
-        // A port that is never open: of an address that is no machine's.
+        // No host has this address, so the port is never open.
         let outbound = Outbound::new(Limits::external(Duration::from_millis(50))).unwrap();
         let known_for = |age: Duration| {
             let discovery = Discovery::new("http://127.255.255.255:1".into());
@@ -267,20 +266,21 @@ mod tests {
     }
 
     #[test]
-    fn a_person_has_the_first_known_name() {
-        let read = |info: Value, told: Value| {
+    fn first_known_name_claim_is_used() {
+        let read = |info: Value, claims: Value| {
             let info = user_info(&serde_json::to_vec(&info).unwrap())?;
-            profile(ISSUER, &info, &serde_json::from_value(told).unwrap())
+            profile(ISSUER, &info, &serde_json::from_value(claims).unwrap())
         };
-        let name = |info: Value, told: Value| read(info, told).unwrap().username;
+        let name = |info: Value, claims: Value| read(info, claims).unwrap().username;
         let none = || json!({});
         assert_eq!(name(json!({ "sub": "1", "preferred_username": "jo", "name": "John" }), none()), "jo");
         assert_eq!(name(json!({ "sub": "1", "preferred_username": null, "name": "John" }), none()), "John");
         assert_eq!(name(json!({ "sub": 1, "preferred_username": " " }), none()), "user");
-        let told = json!({ "unique_name": "jo", "upn": "jo@corp.example", "picture": "https://a.example/1" });
-        assert_eq!(name(json!({ "sub": "1" }), told.clone()), "jo");
-        assert_eq!(name(json!({ "sub": "1", "name": "John" }), told.clone()), "John");
-        let avatar = read(json!({ "sub": "1" }), told).unwrap().avatar_url;
+        let claims =
+            json!({ "unique_name": "jo", "upn": "jo@corp.example", "picture": "https://a.example/1" });
+        assert_eq!(name(json!({ "sub": "1" }), claims.clone()), "jo");
+        assert_eq!(name(json!({ "sub": "1", "name": "John" }), claims.clone()), "John");
+        let avatar = read(json!({ "sub": "1" }), claims).unwrap().avatar_url;
         assert_eq!(avatar.as_deref(), Some("https://a.example/1"));
         for odd in [json!({}), json!({ "sub": "" }), json!({ "sub": null }), json!({ "sub": -1 }), json!([])]
         {

@@ -30,7 +30,6 @@ pub(super) type Client = oauth2::Client<
     EndpointSet,
 >;
 
-/// The addition of `OpenID` Connect to the token response.
 #[derive(Clone, Serialize, Deserialize)]
 pub(super) struct IdToken {
     #[serde(default)]
@@ -133,7 +132,7 @@ mod tests {
     }
 
     #[test]
-    fn an_error_is_one_whatever_its_status() {
+    fn error_is_recognised_with_any_status() {
         let refused = (400, r#"{"error":"bad_verification_code"}"#.to_owned());
         let json = r#"{"error":"bad_verification_code","error_description":"The code is …"}"#;
         assert_eq!(normalize(200, "application/json; charset=utf-8", json), refused);

@@ -35,7 +35,7 @@ struct Router {
 
 /// Dropping this makes the node publisher send its queue and end.
 struct RunningPublisher {
-    // Dropped before the sender, so that the publisher ends after it was told to stop.
+    // Dropped before the sender: the publisher sees the stop before its queue closes.
     _stop: DropGuard,
     queue: mpsc::Sender<Publication>,
 }
@@ -86,7 +86,6 @@ pub(super) async fn run(
 }
 
 impl Router {
-    /// Keeps one publisher for each node that owns slots.
     fn follow(&mut self, map: Arc<SlotMap>) {
         self.publishers.retain(|node, _| map.nodes().contains(node));
         for node in map.nodes() {

@@ -36,7 +36,6 @@ const BATCH: usize = 512;
 /// Bounds a connection attempt, and the wait for the replies to a pipeline.
 const TIMEOUT: Duration = Duration::from_secs(1);
 
-/// Takes the events of commands.
 #[derive(Clone)]
 pub struct Publisher {
     queue: mpsc::Sender<Publication>,
@@ -105,7 +104,7 @@ impl Publisher {
         }
     }
 
-    /// Tells gateways that these sessions of one user have ended. They also ask `api` about it.
+    /// Notifies gateways that these sessions of one user have ended. They also find out at their next reconcile.
     pub fn publish_revoked(&self, user: UserId, sessions: &[SessionId]) {
         for &revoked in sessions {
             let payload = serde_json::to_vec(&Revoked { revoked }).expect("an id is a string");
@@ -113,7 +112,7 @@ impl Publisher {
         }
     }
 
-    /// Tells every gateway which keys this replica has.
+    /// Announces this replica's keys to every gateway.
     pub fn publish_keys(&self, version: &KeysVersion) {
         let channel = self.channels.keys().next().expect("they have no end");
         let payload = serde_json::to_vec(version).expect("a version is strings and numbers");
@@ -172,7 +171,7 @@ impl PublisherTask {
     }
 }
 
-/// How many node publishers there are, and how many are connected; the metric says whether all are.
+/// Counts node publishers and the connected ones; the metric is 1 if all are connected.
 #[derive(Clone)]
 struct ConnectedNodes {
     counts: Arc<Mutex<(usize, usize)>>,

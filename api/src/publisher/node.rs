@@ -25,7 +25,7 @@ const BACKOFF: [Duration; 2] = [Duration::from_millis(100), Duration::from_secs(
 /// The age at which a connection is replaced, at most.
 const RENEW_AFTER: Duration = Duration::from_secs(5);
 
-/// The way to the other nodes of a cluster.
+/// Access to the other nodes of a cluster.
 #[derive(Clone)]
 pub(super) struct Redirects {
     /// Takes events that this node has redirected to another one.
@@ -42,7 +42,6 @@ pub(super) struct NodePublisher {
     metrics: Metrics,
 }
 
-/// Why sending ended.
 enum SendEnd {
     /// The queue is closed and empty.
     Stopped,

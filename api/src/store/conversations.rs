@@ -123,8 +123,8 @@ pub async fn find(
     Ok(row.map(Conversation::from))
 }
 
-/// Conversations that have a message, the newest last message first; with `before`, those that follow it. `None`: `before` is not a
-/// conversation of the reader.
+/// Conversations that have a message, the newest last message first; with `before`, the ones after it. `None`: `before` is
+/// not a conversation of the reader.
 pub async fn page(
     connection: &mut PgConnection,
     reader: UserId,

@@ -1,4 +1,4 @@
-//! Feeds: read for many users at once, and pruned.
+//! Reads feeds of many users in one query, and prunes them.
 
 use chrono::{DateTime, Utc};
 use protocol::{
@@ -17,7 +17,7 @@ use crate::config::Keep;
 const EVENTS_PER_ANSWER: usize = 4_000;
 const EVENTS_PER_RANGE: std::ops::RangeInclusive<usize> = 4..=100;
 
-/// The heads that differ from what the requester has.
+/// Returns the heads that differ from the requester's.
 ///
 /// Here and below each requested row is looked up by its key (`LATERAL … LIMIT 1`): for a thousand rows the planner otherwise reads the
 /// whole table, which takes ten times as long.
@@ -96,7 +96,6 @@ pub async fn ranges(connection: &mut PgConnection, requested: &[RangeAfter]) -> 
     Ok(ranges)
 }
 
-/// A feed, and one of its events.
 pub struct FeedSummary {
     pub username: String,
     pub head: Position,
@@ -229,7 +228,7 @@ pub async fn old_prefixes(
     Ok((old.collect(), last))
 }
 
-/// Safe to repeat, also from several replicas at once.
+/// May be repeated, and run on several replicas concurrently.
 pub async fn delete_prefix(connection: &mut PgConnection, prefix: OldPrefix) -> sqlx::Result<u64> {
     let done = sqlx::query!(
         "DELETE FROM messenger.feed WHERE user_id = $1 AND seq <= $2",

@@ -11,7 +11,6 @@ use crate::domain::user::{Profile, User};
 /// SHA-256 of a secret that was handed out once.
 pub type Hash = [u8; 32];
 
-/// The user of an identity.
 #[derive(Debug, Clone, Copy)]
 pub struct Provisioned {
     pub user: UserId,
@@ -89,8 +88,8 @@ pub async fn log_in(
     Ok((provisioned, Session { id: SessionId(row.id), expires_at: row.expires_at }))
 }
 
-/// Uses a code and starts its session, both or neither. Of several requests at once one deletes the row. With another browser's binding
-/// the code stays.
+/// Uses a code and starts its session, both or neither. Of concurrent requests one deletes the row. With another browser's
+/// binding the code stays.
 pub async fn use_code(
     connection: &mut PgConnection,
     code: &Hash,
@@ -142,7 +141,6 @@ pub struct KnownSubject {
     pub avatar_url: Option<String>,
 }
 
-/// The subjects of an issuer that have a user.
 pub async fn find_subjects(
     connection: &mut PgConnection,
     issuer: &str,

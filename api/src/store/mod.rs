@@ -43,7 +43,7 @@ pub struct Database {
     conflicts: Counter,
 }
 
-/// The server has sent nothing for this long: it is gone.
+/// A server that sends nothing for this long counts as unavailable.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
 
 impl Database {
@@ -83,7 +83,6 @@ impl Database {
         }
     }
 
-    /// Connections in use, and idle ones.
     pub fn connections(&self) -> (usize, usize) {
         (self.pool.in_use(), self.pool.idle())
     }
@@ -147,7 +146,6 @@ struct CommandRow {
     event_at: Option<DateTime<Utc>>,
 }
 
-/// All rows of a command function.
 struct CommandOutput {
     outcome: String,
     subject: Option<i64>,

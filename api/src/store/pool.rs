@@ -20,7 +20,7 @@ use tokio::{
 
 use super::session;
 
-/// To get a connection, waiting and connecting included.
+/// Limits the wait for a connection, connecting included.
 const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(2);
 /// A connection that was idle for longer is tested before use, and must answer within this time.
 const IDLE: Duration = Duration::from_secs(1);
@@ -76,7 +76,7 @@ impl Pool {
             if since.elapsed() < IDLE || answers(&mut connection).await {
                 return Ok(InUse { connection, is_session, opened, _permit: permit });
             }
-            // Whatever ended this one has most likely ended those that were idle for longer.
+            // The cause has most likely ended the connections that were idle for longer, too.
             self.idle_connections().clear();
         }
         let mut connection = PgConnection::connect_with(&self.options).await?;
@@ -96,7 +96,6 @@ impl Pool {
         drop(permit);
     }
 
-    /// Connections that are in use or being opened.
     pub(super) fn in_use(&self) -> usize {
         self.size - self.permits.available_permits()
     }
@@ -120,7 +119,7 @@ impl Pool {
 }
 
 impl InUse {
-    /// Runs `work` with our limits and at our isolation level, whatever the database's defaults are.
+    /// Runs `work` with our limits and at our isolation level, not with the database's defaults.
     pub(super) async fn run<T>(
         &mut self,
         work: impl AsyncFnOnce(&mut PgConnection) -> sqlx::Result<T>,

@@ -21,7 +21,7 @@ const MIGRATIONS_TABLE: &str = "messenger._sqlx_migrations";
 
 static TABLES: Migrator = sqlx::migrate!();
 
-/// Each after those that it needs, since Postgres checks the body of a plain SQL function when it is created.
+/// Each after its dependencies, since Postgres checks the body of a plain SQL function when it is created.
 const FUNCTIONS: [&str; 10] = [
     include_str!("../../sql/rfc3339.sql"),
     include_str!("../../sql/session_is_live.sql"),

@@ -113,19 +113,17 @@ pub async fn of_user(
     Ok(listed.collect())
 }
 
-/// Which sessions of a user are to end.
 #[derive(Debug, Clone, Copy)]
 pub enum Which {
     One(SessionId),
     /// All but the caller's own.
     Others,
-    /// The caller's own.
     Own,
 }
 
 /// Ends sessions and returns their ids; `None` if the caller's own session is not live.
 ///
-/// Rows are locked in the order of their ids, so that two sessions that end each other do not wait in a circle.
+/// Rows are locked in the order of their ids, so that two sessions that end each other do not deadlock.
 pub async fn end(
     connection: &mut PgConnection,
     caller: Option<SessionId>,
@@ -183,8 +181,8 @@ pub async fn touch(connection: &mut PgConnection, logins: &[Login], coarse: Dura
     Ok(done.rows_affected())
 }
 
-/// Of the next `rows` sessions after `after`, deletes those that ended longer than `keep` ago. Returns how many, and the last one looked
-/// at; `None` if there are no more.
+/// Deletes, among the next `rows` sessions after `after`, the ones that ended longer than `keep` ago. Returns how many, and
+/// the last session examined; `None` if there are no more.
 pub async fn delete_ended(
     connection: &mut PgConnection,
     keep: Duration,
@@ -209,7 +207,7 @@ pub async fn delete_ended(
     Ok((row.deleted.cast_unsigned(), row.last.map(SessionId)))
 }
 
-/// The caller and their head at this moment: whatever is read after this is at least as new.
+/// The caller and their head at this moment: everything that is read later is at least as new.
 pub async fn caller(
     connection: &mut PgConnection,
     session: Option<SessionId>,

@@ -389,7 +389,11 @@ async fn internal_requests_are_bounded(pool: PgPool) {
         ("/internal/feed/ranges", ranges(MAX_PAIRS), ranges(MAX_PAIRS + 1)),
     ] {
         app.internal(path, &fits).expect(200).await;
-        assert_problem(&app.internal(path, &too_many).expect(400).await, 400, "More than 1000 at once");
+        assert_problem(
+            &app.internal(path, &too_many).expect(400).await,
+            400,
+            "More than 1000 in one request",
+        );
         let padded = json!({ "padding": "x".repeat(600 * 1024) });
         assert_problem(&app.internal(path, &padded).expect(413).await, 413, "Body too large");
     }

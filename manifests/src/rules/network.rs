@@ -16,7 +16,7 @@ const INTERNET: &str = "the internet";
 /// Not the internet: pods, machines, and the metadata service of clouds, which gives away credentials.
 const PRIVATE: [&str; 5] =
     ["10.0.0.0/8", "100.64.0.0/10", "169.254.0.0/16", "172.16.0.0/12", "192.168.0.0/16"];
-/// Settings that make api call a host of somebody else.
+/// Settings that make api call an external host.
 const LOGINS: [&str; 3] = ["GITHUB_CLIENT_ID", "OIDC_ISSUER", "EXTERNAL_JWKS_URL"];
 
 /// One end of a connection: the pod, whether it is called or calls, its peer and the port.
@@ -83,7 +83,6 @@ fn needed(set: &Installation) -> BTreeSet<Flow> {
     flows
 }
 
-/// With the policy that allows each.
 fn allowed(set: &Installation) -> BTreeSet<(&str, Flow)> {
     let mut flows = BTreeSet::new();
     for policy in set.of("NetworkPolicy") {
@@ -92,7 +91,7 @@ fn allowed(set: &Installation) -> BTreeSet<(&str, Flow)> {
                 let named = each(rule, &format!("{way}/*"));
                 let mut peers: Vec<_> = named.iter().flat_map(|peer| peers(set, peer)).collect();
                 if named.is_empty() {
-                    peers.push("anybody".to_owned());
+                    peers.push("anywhere".to_owned());
                 }
                 for pod in set.pods().filter(|pod| selects(policy.at("spec/podSelector"), pod.labels)) {
                     let all =

@@ -103,7 +103,7 @@ fn read_pem(pem: &[u8]) -> Result<(EncodingKey, Jwk), BadKey> {
     Ok((key, jwk))
 }
 
-/// Why a token is not accepted. Clients only see 401.
+/// Why a token is rejected. Clients only see 401.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 pub enum TokenError {
     #[error("signed with an unknown key")]
@@ -127,7 +127,6 @@ impl KeyName {
     }
 }
 
-/// Public keys by `kid`.
 pub struct KeySet {
     validation: Validation,
     keys: HashMap<String, (KeyName, DecodingKey)>,
@@ -181,7 +180,7 @@ impl KeySet {
     }
 }
 
-/// Whether an `exp` or the end of a session has come: nothing is accepted "on or after" it (RFC 7519, section 4.1.4).
+/// Whether an `exp` or the end of a session has passed: nothing is accepted "on or after" it (RFC 7519, section 4.1.4).
 pub(crate) fn has_ended(at: i64) -> bool {
     at <= jsonwebtoken::get_current_timestamp().cast_signed()
 }
@@ -201,7 +200,7 @@ mod tests {
     use super::*;
 
     const ISSUER: &str = "http://localhost";
-    // Made for these tests alone.
+    // Made for these tests only.
     const PEM_A: &[u8] = b"-----BEGIN PRIVATE KEY-----\nMC4CAQAwBQYDK2VwBCIEIAABAgMEBQYHCAkKCwwNDg8QERITFBUWFxgZGhscHR4f\n-----END PRIVATE KEY-----\n";
     const PEM_B: &[u8] = b"-----BEGIN PRIVATE KEY-----\nMC4CAQAwBQYDK2VwBCIEIB8eHRwbGhkYFxYVFBMSERAPDg0MCwoJCAcGBQQDAgEA\n-----END PRIVATE KEY-----\n";
 
@@ -242,7 +241,7 @@ mod tests {
     }
 
     #[test]
-    fn rotation_keeps_tokens_of_both_keys_and_refuses_a_stranger() {
+    fn rotation_accepts_both_keys_and_no_other() {
         let old = SigningKeys::from_pems(ISSUER, PEM_A, &[]).unwrap();
         let new = SigningKeys::from_pems(ISSUER, PEM_B, &[PEM_A.to_vec()]).unwrap();
         let accepted = &[Audience::Api];
@@ -252,7 +251,7 @@ mod tests {
     }
 
     #[test]
-    fn forgeries_are_refused() {
+    fn forged_tokens_are_rejected() {
         let keys = SigningKeys::from_pems(ISSUER, PEM_A, &[]).unwrap();
         let verifier = keys.verifier();
         let token = keys.sign(&claims(FAR));
@@ -279,7 +278,7 @@ mod tests {
     }
 
     #[test]
-    fn a_malformed_published_key_is_passed_over() {
+    fn malformed_published_key_is_skipped() {
         let jwks: JwkSet = serde_json::from_str(
             r#"{"keys":[{"kty":"OKP","crv":"Ed25519","x":"AAAA","kid":"short"},{"kty":"oct","k":"AAAA","kid":"hmac"}]}"#,
         )

@@ -94,7 +94,7 @@ mod tests {
     }
 
     #[test]
-    fn a_notice_is_an_event_or_an_end() {
+    fn notice_is_an_event_or_a_revocation() {
         assert!(matches!(Notice::from_json(TEXT.as_bytes()), Ok(Notice::Event(_))));
         let revoked = Notice::from_json(br#"{"revoked":"5"}"#);
         assert!(matches!(revoked, Ok(Notice::Revoked(Revoked { revoked: SessionId(5) }))));

@@ -23,7 +23,6 @@ const NOT_BEFORE_LEEWAY: i64 = 30;
 /// Keys that are tried on one token, at most.
 pub const KEYS_TRIED: usize = 8;
 
-/// How to check an issuer's tokens.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct ExternalIssuer {
@@ -73,7 +72,6 @@ impl ExternalAlgorithm {
         }
     }
 
-    /// The key for this algorithm; `None` for other kinds of keys.
     fn key(self, jwk: &Jwk) -> Option<DecodingKey> {
         let curve = match &jwk.algorithm {
             AlgorithmParameters::EllipticCurve(key) => Some(&key.curve),
@@ -129,7 +127,6 @@ struct Claims {
     person: Person,
 }
 
-/// The public keys of an issuer, with their `kid` if they have one.
 pub struct ExternalKeys {
     issuer: ExternalIssuer,
     algorithm: Algorithm,
@@ -194,9 +191,9 @@ impl ExternalKeys {
         if claims::has_ended(exp.second()) {
             return Err(TokenError::Expired);
         }
-        let begun = nbf.is_none_or(|nbf| nbf.second() <= now + NOT_BEFORE_LEEWAY);
+        let started = nbf.is_none_or(|nbf| nbf.second() <= now + NOT_BEFORE_LEEWAY);
         let named = (1..=MAX_SUBJECT).contains(&sub.len()) && !sub.contains(char::is_control);
-        if begun && named {
+        if started && named {
             Ok(ExternalClaims { sub, exp: exp.second(), person })
         } else {
             Err(TokenError::Invalid)

@@ -57,7 +57,7 @@ pub struct KnownHead {
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct HeadsAnswer {
-    /// Only those that differ from the requester's, in any order.
+    /// Only heads that differ from the requester's, in any order.
     pub heads: Vec<UserHead>,
     /// Sessions of the request that are revoked, expired, unknown or another user's.
     pub ended_logins: Vec<Login>,

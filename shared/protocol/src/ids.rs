@@ -70,7 +70,6 @@ ids! {
     UserId,
     ConversationId,
     MessageId,
-    /// The `sid` of a token.
     SessionId,
 }
 

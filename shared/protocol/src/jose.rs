@@ -1,5 +1,5 @@
-//! Reads signed tokens (compact JWS), their claims, and key sets, in every form that the standards allow. Whom to trust is up to the
-//! callers.
+//! Reads signed tokens (compact JWS), their claims, and key sets, in every form that the standards allow. The callers decide
+//! which tokens to trust.
 
 use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
 use jsonwebtoken::{
@@ -40,7 +40,6 @@ impl<'t> Unverified<'t> {
         self.header.kid.as_deref()
     }
 
-    /// Whether its header names this algorithm.
     pub fn is_for(&self, algorithm: Algorithm) -> bool {
         self.header.alg.parse().is_ok_and(|named: Algorithm| named == algorithm)
     }
@@ -115,7 +114,7 @@ pub fn subject<'de, D: Deserializer<'de>>(deserializer: D) -> Result<String, D::
     })
 }
 
-/// Claims about a person besides the subject. One of another form counts as missing.
+/// Claims about the user besides the subject. A claim of another form counts as missing.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
 pub struct Person {
     #[serde(default, deserialize_with = "text")]

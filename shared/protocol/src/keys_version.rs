@@ -7,7 +7,7 @@ use chrono::Utc;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
-/// Of all keys that check tokens.
+/// The version of all keys that check tokens.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct KeysVersion {
@@ -21,7 +21,7 @@ pub struct KeysVersion {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Version {
-    /// Equal where the content is.
+    /// Equal for equal content.
     pub digest: String,
     /// When the replica got it, in milliseconds since 1970 by its own clock.
     pub since: i64,
@@ -75,7 +75,7 @@ mod tests {
     }
 
     #[test]
-    fn the_configuration_that_was_started_last_counts() {
+    fn last_started_configuration_counts() {
         let (old, new) = (keys(version("a", 1), None), keys(version("b", 2), None));
         assert!(new.replaces(&old) && !old.replaces(&new) && !old.agrees_with(&new));
         let restarted = keys(version("b", 9), None);
@@ -86,7 +86,7 @@ mod tests {
     }
 
     #[test]
-    fn of_one_configuration_the_keys_that_were_fetched_last_count() {
+    fn last_fetched_keys_of_a_configuration_count() {
         let of = |started, external| keys(version("a", started), external);
         let (old, new) = (of(5, Some(version("x", 6))), of(1, Some(version("y", 7))));
         assert!(new.replaces(&old) && !old.replaces(&new) && !old.agrees_with(&new));

@@ -1,5 +1,5 @@
-//! What `api`, `stream-gateway` and their clients agree on: ids, positions, events, tokens, channel names, internal requests, and the
-//! form of errors. No I/O, and nothing that only one of them needs.
+//! What `api`, `stream-gateway` and their clients agree on: ids, positions, events, tokens, channel names, internal
+//! requests, and the form of errors. It does no I/O.
 
 pub mod channels;
 pub mod claims;

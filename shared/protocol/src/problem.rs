@@ -15,7 +15,7 @@ pub struct Problem {
     pub status: u16,
     /// Stable, `snake_case`, for programs.
     pub code: String,
-    /// One sentence, for people.
+    /// One sentence, for a user.
     pub message: String,
     /// How to correct the request, where the fixed `message` does not say so.
     #[serde(default, skip_serializing_if = "Option::is_none")]

@@ -81,7 +81,7 @@ fn issuer_audience_algorithm_key_and_times_are_pinned() {
 }
 
 #[test]
-fn keys_that_are_not_for_the_algorithm_are_passed_over() {
+fn keys_for_other_algorithms_are_skipped() {
     let jwks = IssuerKey::number(0).jwks();
     for algorithm in [ExternalAlgorithm::RS256, ExternalAlgorithm::ES384, ExternalAlgorithm::EdDSA] {
         assert!(ExternalKeys::from_jwks(&ExternalIssuer { algorithm, ..issuer() }, &jwks).is_empty());
@@ -127,7 +127,7 @@ fn legal_forms_of_a_token_are_read() {
 }
 
 #[test]
-fn keys_and_tokens_need_no_names() {
+fn keys_and_tokens_may_lack_a_kid() {
     let good = json!({ "iss": ISSUER, "aud": AUDIENCE, "sub": "s", "exp": FAR });
     let [first, second] = [0, 1].map(IssuerKey::number);
     let both = JwkSet { keys: [first.jwks().keys, second.jwks().keys].concat() };

@@ -17,7 +17,6 @@ use thiserror::Error;
 
 const FORWARDED_FOR: &str = "x-forwarded-for";
 
-/// The client of a request, as a request extension.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ClientAddress(pub IpAddr);
 
@@ -101,7 +100,7 @@ mod tests {
     }
 
     #[test]
-    fn the_client_is_the_nearest_address_that_is_no_proxy_of_ours() {
+    fn client_is_the_nearest_untrusted_address() {
         const OURS: &str = "10.0.0.0/8, 127.0.0.1,fd00::/8";
         for (peer, forwarded_for, expected) in [
             // The peer is not a trusted proxy, so it is the client.
@@ -116,7 +115,7 @@ mod tests {
             // Several headers are one list.
             ("10.0.0.1", &["198.51.100.1", "10.9.9.9"], "198.51.100.1"),
             ("10.0.0.1", &["192.0.2.7, 198.51.100.1", "10.9.9.9, 10.1.1.1"], "198.51.100.1"),
-            // What the client made up stands left of what our proxy saw.
+            // The client made up the entries left of the one that our proxy saw.
             ("10.0.0.1", &["192.0.2.66, 198.51.100.1"], "198.51.100.1"),
             ("10.0.0.1", &["10.0.0.3, 192.0.2.66", "198.51.100.1"], "198.51.100.1"),
             ("10.0.0.1", &["garbage, 198.51.100.1"], "198.51.100.1"),
@@ -128,7 +127,7 @@ mod tests {
             // IPv4 in IPv6, as sockets that listen on both give it.
             ("::ffff:10.0.0.1", &["::ffff:198.51.100.1"], "198.51.100.1"),
             ("::ffff:203.0.113.9", &["198.51.100.1"], "203.0.113.9"),
-            // A proxy that says nothing usable is all that is known; nothing left of it is believed.
+            // A proxy that sends an invalid entry is the last known address; entries left of it are not trusted.
             ("10.0.0.1", &[], "10.0.0.1"),
             ("10.0.0.1", &[""], "10.0.0.1"),
             ("10.0.0.1", &["unknown"], "10.0.0.1"),
@@ -139,7 +138,7 @@ mod tests {
             ("10.0.0.1", &["300.1.1.1"], "10.0.0.1"),
             ("10.0.0.1", &["[198.51.100.1]"], "10.0.0.1"),
             ("10.0.0.1", &["198.51.100.1:99999"], "10.0.0.1"),
-            // A client inside: the farthest that our proxies tell of.
+            // An internal client: the farthest address that our proxies report.
             ("10.0.0.1", &["10.5.5.5, 10.9.9.9"], "10.5.5.5"),
         ] {
             assert_eq!(client(OURS, peer, forwarded_for), expected, "{peer} {forwarded_for:?}");
@@ -159,7 +158,7 @@ mod tests {
     }
 
     #[test]
-    fn an_unnamed_proxy_is_noticed() {
+    fn untrusted_proxy_is_detected() {
         let proxies: TrustedProxies = "10.0.0.0/8".parse().unwrap();
         let forwarded = HeaderMap::from_iter([(
             http::HeaderName::from_static(FORWARDED_FOR),

@@ -16,14 +16,13 @@ use crate::{
     traces,
 };
 
-/// The settings that both services have.
 pub struct Common {
     pub listen: SocketAddr,
     pub ops_listen: SocketAddr,
     pub origin: Origin,
     pub allowed_origins: Vec<Origin>,
     pub trusted_proxies: TrustedProxies,
-    /// At each listener; 0: no bound.
+    /// Per listener; 0: no limit.
     pub connections_per_address: usize,
     /// `None`: a problem was reported, as for the other options.
     pub redis: Option<RedisTopology>,
@@ -90,7 +89,6 @@ impl Common {
     }
 }
 
-/// All that `healthcheck` needs.
 pub fn ops_listen(s: &mut Settings, default: &'static str) -> SocketAddr {
     s.parse(
         "OPS_LISTEN",
@@ -190,7 +188,7 @@ impl Origin {
     }
 }
 
-/// Does the host name this machine, whatever DNS says?
+/// Whether the host names this machine, without asking DNS.
 pub fn is_loopback(host: &Host<&str>) -> bool {
     match host {
         Host::Domain(name) => *name == "localhost" || name.ends_with(".localhost"),
@@ -206,14 +204,14 @@ impl FromStr for Origin {
         if text.contains('*') {
             return Err(NotAnOrigin::Wildcard);
         }
-        // The parser, as browsers' address bars, repairs much that would be a mistake in a setting.
+        // The parser repairs, as browsers do, much that is a mistake in a setting.
         let repaired = |c: char| c.is_whitespace() || c.is_control() || c == '\\';
         let (_, behind) = text.split_once("://").ok_or(NotAnOrigin::Form)?;
         if text.contains(repaired) || behind.starts_with('/') {
             return Err(NotAnOrigin::Form);
         }
         let url = Url::parse(text).map_err(|_| NotAnOrigin::Form)?;
-        // A lone slash is all the path that an origin can be written with.
+        // An origin has no path, or a single slash.
         let bare = url.path() == "/" && !behind.contains(['@', '?', '#']);
         if !bare || !matches!(url.scheme(), "http" | "https") {
             return Err(NotAnOrigin::Form);
@@ -247,7 +245,7 @@ mod tests {
     }
 
     #[test]
-    fn a_setting_that_can_match_no_origin_is_refused() {
+    fn setting_that_matches_no_origin_is_rejected() {
         for bad in [
             "",
             "null",

@@ -1,8 +1,8 @@
 //! The product's cookies: their names, and how they are read beside cookies of other programs.
 //!
-//! A browser sends the cookies of every port of a host and of its parent domains, and cookies of the same name cannot be told
-//! apart. Behind https the names begin with `__Host-`, so browsers accept them only from this host, over TLS and for all paths
-//! (RFC 6265bis, 4.1.3.2). Without https every cookie of the name is tried.
+//! A browser sends the cookies of every port of a host and of its parent domains, and cookies of the same name cannot be
+//! distinguished. Behind https the names begin with `__Host-`, so browsers accept them only from this host, over TLS and for
+//! all paths (RFC 6265bis, 4.1.3.2). Without https every cookie of the name is tried.
 
 use http::{HeaderMap, HeaderValue, header};
 
@@ -19,13 +19,11 @@ pub struct Cookies {
 }
 
 impl Cookies {
-    /// For pages of `origin`.
     pub fn new(origin: &Origin) -> Self {
         let secure = origin.is_https();
         Self { secure, session: full_name(secure, "session") }
     }
 
-    /// The name of the session cookie.
     pub fn session(&self) -> &str {
         &self.session
     }

@@ -13,7 +13,6 @@ use protocol::{
     position::Seq,
 };
 
-/// One event of one user's feed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ExplainRequest {
     pub user: UserId,
@@ -27,7 +26,6 @@ pub enum Event {
     Message(MessageId),
 }
 
-/// The status and sentence of a failed request.
 #[derive(Debug)]
 pub struct ExplainError(pub StatusCode, pub String);
 
@@ -87,7 +85,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_question_names_one_user_and_one_event() {
+    fn request_names_one_user_and_one_event() {
         let about = |event| Ok(ExplainRequest { user: UserId(7), event });
         assert_eq!(parse("user=7&seq=12"), about(Event::Seq(12)));
         assert_eq!(parse("message=5&user=7"), about(Event::Message(MessageId(5))));

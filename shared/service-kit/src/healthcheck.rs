@@ -1,5 +1,5 @@
-//! `healthcheck`: a service asks itself, for platforms that can only run a command in its container, where there is no other
-//! program to ask with. It needs `OPS_LISTEN` and no other setting, and it ends soon whatever the service does.
+//! `healthcheck`: queries the local service, for platforms that can only run a command in its container, where there is no
+//! other HTTP client. It needs no setting but `OPS_LISTEN`, and its duration is bounded.
 
 use std::{
     io::{self, Read as _, Write as _},
@@ -12,15 +12,11 @@ use thiserror::Error;
 
 /// For connecting, and for each wait for the answer: below the 3 s that the image's HEALTHCHECK gives the whole.
 const PATIENCE: Duration = Duration::from_secs(1);
-/// In bytes; an answer is a line.
 const LONGEST_ANSWER: u64 = 4_096;
 
-/// What is asked, called as the operators' listener calls it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Probe {
-    /// Does the process answer?
     Livez,
-    /// May it get traffic?
     Readyz,
 }
 
@@ -37,12 +33,12 @@ impl Probe {
 pub enum Unhealthy {
     #[error("{0} does not answer: {1}")]
     Silent(SocketAddr, io::Error),
-    /// The service's own words.
+    /// The service's note.
     #[error("{0}")]
     Refused(String),
 }
 
-/// Asks the service that listens to operators at `ops_listen`. What it answers when all is well.
+/// Queries the operations listener at `ops_listen`. Returns its note if the answer is 200.
 pub fn ask(ops_listen: SocketAddr, probe: Probe) -> Result<String, Unhealthy> {
     let address = reachable(ops_listen);
     let answer = get(address, probe.path()).map_err(|error| Unhealthy::Silent(address, error))?;
@@ -86,15 +82,15 @@ mod tests {
 
     use super::*;
 
-    /// A service that reads a request, answers so and hangs up. Without an answer it stays silent, as one that is stopped.
+    /// A service that reads a request, answers and hangs up. Without an answer it stays silent, like a stopped process.
     fn service(answer: Option<&'static str>) -> SocketAddr {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let address = listener.local_addr().unwrap();
         thread::spawn(move || {
-            // A service that is stopped takes connections too: the kernel does it.
+            // The kernel accepts connections of a stopped process, too.
             let Some(answer) = answer else { return thread::park() };
             let (mut connection, _) = listener.accept().unwrap();
-            // All of it: the kernel resets a connection that is closed with something unread.
+            // Reads everything: the kernel resets a connection that is closed with unread data.
             let mut request = BufReader::new(&connection).lines().map(Result::unwrap);
             assert_eq!(request.next().as_deref(), Some("GET /readyz HTTP/1.1"));
             assert!(request.any(|line| line.is_empty()));
@@ -103,35 +99,36 @@ mod tests {
         address
     }
 
-    fn asked(answer: Option<&'static str>) -> Result<String, String> {
+    fn queried(answer: Option<&'static str>) -> Result<String, String> {
         ask(service(answer), Probe::Readyz).map_err(|unhealthy| unhealthy.to_string())
     }
 
     #[test]
     fn only_a_200_is_healthy_and_the_service_says_why_not() {
-        assert_eq!(asked(Some("HTTP/1.1 200 OK\r\ncontent-length: 6\r\n\r\nready\n")), Ok("ready".into()));
-        let unready = asked(Some("HTTP/1.1 503 Service Unavailable\r\ncontent-length: 9\r\n\r\nstopping\n"));
+        assert_eq!(queried(Some("HTTP/1.1 200 OK\r\ncontent-length: 6\r\n\r\nready\n")), Ok("ready".into()));
+        let unready =
+            queried(Some("HTTP/1.1 503 Service Unavailable\r\ncontent-length: 9\r\n\r\nstopping\n"));
         assert_eq!(unready, Err("stopping".into()));
-        assert_eq!(asked(Some("HTTP/1.1 404 Not Found\r\n\r\n")), Err("HTTP/1.1 404 Not Found".into()));
-        assert_eq!(asked(Some("")), Err(String::new()));
+        assert_eq!(queried(Some("HTTP/1.1 404 Not Found\r\n\r\n")), Err("HTTP/1.1 404 Not Found".into()));
+        assert_eq!(queried(Some("")), Err(String::new()));
     }
 
     #[test]
     fn a_service_that_is_silent_or_away_is_unhealthy_soon() {
-        let silent = asked(None).unwrap_err();
+        let silent = queried(None).unwrap_err();
         assert!(silent.contains("does not answer"), "{silent}");
-        let gone = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
-        assert!(matches!(ask(gone, Probe::Livez), Err(Unhealthy::Silent(..))));
+        let closed = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+        assert!(matches!(ask(closed, Probe::Livez), Err(Unhealthy::Silent(..))));
     }
 
     #[test]
-    fn who_listens_everywhere_is_asked_at_the_loopback() {
-        for (listening, asked) in [
+    fn listener_on_all_addresses_is_reached_by_loopback() {
+        for (listening, expected) in [
             ("0.0.0.0:8082", "127.0.0.1:8082"),
             ("[::]:8082", "[::1]:8082"),
             ("10.1.2.3:8082", "10.1.2.3:8082"),
         ] {
-            assert_eq!(reachable(listening.parse().unwrap()), asked.parse().unwrap());
+            assert_eq!(reachable(listening.parse().unwrap()), expected.parse().unwrap());
         }
     }
 }

@@ -28,7 +28,6 @@ pub fn set_common_headers(answer: &mut HeaderMap, request_id: HeaderValue) {
     answer.entry(header::CACHE_CONTROL).or_insert(HeaderValue::from_static("no-store"));
 }
 
-/// The tokens of the one credential that counts.
 #[derive(Debug, PartialEq, Eq)]
 pub struct PresentedTokens {
     /// One of these must be valid. Several only from cookies: another program's cookie may have our cookie's name.

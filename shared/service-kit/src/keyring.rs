@@ -13,7 +13,6 @@ use tokio_util::sync::CancellationToken;
 
 use crate::backoff::Backoff;
 
-/// The issuer that keys are fetched from.
 pub trait Source: Send + Sync {
     type Keys: Send + Sync;
     type Error: Display + Send;
@@ -30,11 +29,11 @@ pub trait Source: Send + Sync {
 }
 
 const REFRESH_EVERY: Duration = Duration::from_secs(300);
-/// After a failed refresh.
+/// Delay after a failed refresh.
 const REFRESH_RETRY: Duration = Duration::from_secs(30);
 /// After a failure, while there are no keys: the first delay and the longest.
 const FIRST_FETCH_RETRY: [Duration; 2] = [Duration::from_millis(200), Duration::from_secs(2)];
-/// Between two refreshes for unknown keys.
+/// Shortest time between two refreshes for unknown keys.
 const UNKNOWN_KEY_INTERVAL: Duration = Duration::from_secs(5);
 
 pub struct KeyRing<S: Source> {
@@ -60,12 +59,10 @@ impl<S: Source> KeyRing<S> {
         &self.source
     }
 
-    /// `None` until the first fetch succeeds.
     pub fn current(&self) -> Option<Arc<S::Keys>> {
         self.current.borrow().clone()
     }
 
-    /// Notified when the keys change.
     pub fn subscribe(&self) -> watch::Receiver<Option<Arc<S::Keys>>> {
         self.current.subscribe()
     }
@@ -77,7 +74,6 @@ impl<S: Source> KeyRing<S> {
         first.ok()?.ok()?.clone()
     }
 
-    /// Keeps the keys current until `stop`.
     pub async fn follow(&self, stop: CancellationToken) {
         let mut backoff = Backoff::new(FIRST_FETCH_RETRY[0], FIRST_FETCH_RETRY[1]);
         loop {
@@ -96,7 +92,7 @@ impl<S: Source> KeyRing<S> {
         }
     }
 
-    /// Refreshes the keys if they are still those that were `seen`. Returns whether the current keys are the newest. Concurrent
+    /// Refreshes the keys if they are still the ones in `seen`. Returns whether the current keys are the newest. Concurrent
     /// callers share one refresh.
     pub async fn refresh_once(&self, seen: Option<&Arc<S::Keys>>, kid: Option<&str>) -> bool {
         let mut last = self.last_refresh.lock().await;
@@ -117,7 +113,6 @@ impl<S: Source> KeyRing<S> {
         result.is_ok()
     }
 
-    /// Fetches now.
     pub async fn renew(&self) {
         if let Err(error) = self.fetch(None).await {
             tracing::warn!(issuer = self.source.name(), %error, "public key refresh failed");

@@ -1,7 +1,7 @@
 //! What both services share: configuration, telemetry, the accept loop, the operations listener, rate limits, the Redis topology,
 //! cookies, origins and the process lifecycle. No product rules.
 
-#![cfg_attr(test, allow(clippy::disallowed_methods, reason = "tests notice the end of what they start"))]
+#![cfg_attr(test, allow(clippy::disallowed_methods, reason = "tests notice the end of their tasks"))]
 
 pub mod backoff;
 pub mod client_address;

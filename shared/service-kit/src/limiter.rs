@@ -1,8 +1,8 @@
 //! Rate limits (GCRA) per user, client address or login name.
 //!
-//! The counts of this process ([`table`]) are checked first, then those that all replicas share in Redis ([`replicas`]). If Redis
-//! is unavailable, slow or full, this process decides alone; a metric and one log line say so. Requests never fail and are hardly
-//! delayed by the check. Memory and checks in flight are bounded.
+//! The counts of this process ([`table`]) are checked first, then the counts that all replicas share in Redis
+//! ([`replicas`]). If Redis is unavailable, slow or full, this process limits locally; a metric and one log line say so. The
+//! check never fails a request and hardly delays it. Memory and checks in flight are bounded.
 
 mod replicas;
 mod table;
@@ -36,7 +36,7 @@ use self::{
 use crate::{client_address::client_network, labels, metrics, redis_topology::RedisTopology};
 use protocol::{channels::Channels, ids::UserId};
 
-/// `burst` at once, refilled evenly over `period`.
+/// A burst of `burst`, refilled evenly over `period`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Limit {
     Off,
@@ -73,7 +73,6 @@ impl FromStr for Limit {
     }
 }
 
-/// Whom a limit counts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Subject<'a> {
     User(UserId),
@@ -116,7 +115,7 @@ struct Active {
     burst: u32,
 }
 
-/// A limit was exceeded; the next request is allowed after `wait`.
+/// A limit was exceeded; a request is allowed again after `wait`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Over {
     pub rule: &'static str,
@@ -144,10 +143,9 @@ metrics! {
     }
 }
 
-/// If Redis does not answer within this, this process decides alone until Redis works again.
+/// If Redis does not answer within this time, this process limits locally until Redis works again.
 pub const SHARED_CHECK_TIMEOUT: Duration = Duration::from_millis(40);
 
-/// The rate limiter of a process.
 pub struct Limiter {
     table: Table,
     hasher: RandomState,
@@ -198,7 +196,6 @@ impl Limiter {
         self.check_shared(charges).await
     }
 
-    /// The local half of [`Self::check`], which never waits.
     pub fn check_local(&self, charges: &[(&Rule, Subject<'_>)]) -> Result<(), Over> {
         let waits = charges.iter().filter_map(|(rule, subject)| {
             let active = rule.active.as_ref()?;
@@ -213,7 +210,6 @@ impl Limiter {
         self.longest(waits)
     }
 
-    /// The shared half, if Redis is available.
     pub async fn check_shared(&self, charges: &[(&Rule, Subject<'_>)]) -> Result<(), Over> {
         let active = |(rule, subject): &(&Rule, Subject<'_>)| {
             let Active { interval, burst, .. } = rule.active.as_ref()?;

@@ -22,7 +22,7 @@ const CLASSIC: &str = "text/plain; version=0.0.4; charset=utf-8";
 
 const MAX_DIRECTIVES_BYTES: u64 = 1_024;
 
-/// Whether this process accepts traffic. `note` says why not, or what is degraded.
+/// Whether this process accepts traffic; `note` gives the reason, or what is degraded.
 #[derive(Debug, Clone)]
 pub struct Readiness {
     pub ready: bool,
@@ -136,7 +136,7 @@ pub(crate) fn plain(status: StatusCode, body: String) -> Response<String> {
     answer(status, "text/plain; charset=utf-8", body)
 }
 
-/// Indented, for people.
+/// Indented, for human readers.
 pub(crate) fn json(value: &impl Serialize) -> Response<String> {
     let body = serde_json::to_string_pretty(value).expect("strings, numbers and lists of them");
     answer(StatusCode::OK, "application/json", body + "\n")

@@ -1,17 +1,15 @@
-//! Allowed origins: our own and those in the settings, by exact match. A browser sends the session cookie whichever page makes the
-//! request, so requests by cookie must come from an allowed origin, and CORS lets only allowed origins read answers.
+//! Allowed origins: our own and the ones in the settings, by exact match. A browser sends the session cookie for any page,
+//! so requests by cookie must come from an allowed origin, and CORS lets only allowed origins read answers.
 
 use http::{HeaderMap, HeaderValue, Method, Response, StatusCode, header};
 use thiserror::Error;
 
 use crate::config::Origin;
 
-/// Request headers that CORS allows.
 const REQUEST_HEADERS: &str =
     "Authorization, Cache-Control, Content-Type, Idempotency-Key, Last-Event-ID, X-Request-Id";
-/// Response headers that CORS exposes.
 const EXPOSED_HEADERS: &str = "Feed-Cursor, X-Request-Id, Retry-After, Idempotent-Replayed";
-/// Of a preflight answer, in seconds.
+/// How long browsers cache a preflight, in seconds.
 const MAX_AGE: &str = "600";
 
 const SEC_FETCH_SITE: &str = "sec-fetch-site";
@@ -36,7 +34,6 @@ pub enum OriginNotAllowed {
 }
 
 impl OriginNotAllowed {
-    /// The error code in both services.
     pub const CODE: &str = "origin_not_allowed";
 }
 
@@ -126,14 +123,14 @@ fn not_allowed(origin: &HeaderValue) -> OriginNotAllowed {
     OriginNotAllowed::NoOrigin(format!("{}{more}", shown.escape_ascii()))
 }
 
-/// A browser asks whether a page may send what it wants to. Any other OPTIONS is a method like others.
+/// A browser asks whether a page may send a request. Any other OPTIONS is an ordinary method.
 pub fn is_preflight(method: &Method, headers: &HeaderMap) -> bool {
     method == Method::OPTIONS
         && headers.contains_key(header::ORIGIN)
         && headers.contains_key(header::ACCESS_CONTROL_REQUEST_METHOD)
 }
 
-/// Does the browser say that a page of another site sent this?
+/// Whether the browser reports that a page of another site sent this.
 pub fn is_cross_site(headers: &HeaderMap) -> bool {
     headers.get_all(SEC_FETCH_SITE).iter().any(|site| site == "cross-site")
 }
@@ -181,7 +178,7 @@ mod tests {
 
     #[test]
     fn a_change_by_cookie_needs_an_allowed_origin() {
-        let (ours, listed, foreign) = (
+        let (ours, listed, other) = (
             ("origin", "https://chat.example"),
             ("origin", "https://shop.example:8443"),
             ("origin", "https://evil.example"),
@@ -191,13 +188,13 @@ mod tests {
             (&[][..], true, false),
             (&[ours], true, true),
             (&[listed], true, true),
-            (&[foreign], false, false),
+            (&[other], false, false),
             (&[("origin", "null")], false, false),
             (&[site("same-origin")], true, true),
             (&[site("same-site")], true, false),
             (&[site("cross-site")], true, false),
             (&[site("none")], true, false),
-            (&[foreign, site("same-origin")], false, false),
+            (&[other, site("same-origin")], false, false),
             (&[listed, site("cross-site")], true, true),
             (&[site("same-origin"), site("cross-site")], true, false),
         ] {
@@ -215,8 +212,8 @@ mod tests {
     }
 
     #[test]
-    fn a_refusal_names_the_origin_and_what_to_do() {
-        let told = |values: &[&[u8]]| {
+    fn rejected_origin_is_named_with_a_remedy() {
+        let sentence = |values: &[&[u8]]| {
             let mut headers = HeaderMap::new();
             for value in values {
                 headers.append(header::ORIGIN, HeaderValue::from_bytes(value).unwrap());
@@ -224,7 +221,7 @@ mod tests {
             origins().check_cookie(&Method::POST, &headers).unwrap_err().to_string()
         };
         assert_eq!(
-            told(&[b"http://localhost:5173"]),
+            sentence(&[b"http://localhost:5173"]),
             "Origin http://localhost:5173 is not allowed; add it to ALLOWED_ORIGINS"
         );
         // A setting would not help: no browser writes these.
@@ -234,11 +231,11 @@ mod tests {
             (b"\"><b>\xff\\", r#"\"><b>\xff\\"#),
         ] {
             let instead = "send a bearer token instead of the cookie";
-            assert_eq!(told(&[sent]), format!("Origin {shown} is not allowed; {instead}"));
+            assert_eq!(sentence(&[sent]), format!("Origin {shown} is not allowed; {instead}"));
         }
         let long = format!("https://{}.example", "x".repeat(1_000));
-        assert!(told(&[long.as_bytes()]).len() < MAX_REPEATED + 100, "it is cut");
-        assert_eq!(told(&[b"https://chat.example", b"null"]), "Two Origin headers are not allowed");
-        assert!(told(&[]).starts_with("Origin is missing"));
+        assert!(sentence(&[long.as_bytes()]).len() < MAX_REPEATED + 100, "it is cut");
+        assert_eq!(sentence(&[b"https://chat.example", b"null"]), "Two Origin headers are not allowed");
+        assert!(sentence(&[]).starts_with("Origin is missing"));
     }
 }

@@ -15,26 +15,26 @@ const IDLE_TIMEOUT: Duration = Duration::from_secs(30);
 
 #[derive(Debug, Clone, Copy)]
 pub struct Limits {
-    /// For a whole request, from waiting for a permit to the last byte of the answer.
+    /// Limits a request, from waiting for a permit to the last byte of the answer.
     pub time: Duration,
-    /// For a connection.
+    /// Limits connecting.
     pub connect: Duration,
-    /// Of an answer's body, in bytes.
+    /// Limits an answer's body, in bytes.
     pub body: usize,
-    /// Requests in flight. Others wait, as a part of their time.
+    /// Requests in flight. Further requests wait; the wait counts as part of their time.
     pub in_flight: usize,
     /// Idle connections to one server. Without any, each request has a connection of its own.
     pub idle: usize,
 }
 
 impl Limits {
-    /// For small answers of servers that are not ours.
+    /// For small answers of external servers.
     pub const fn external(time: Duration) -> Self {
         Self { time, connect: Duration::from_secs(5), body: 1024 * 1024, in_flight: 64, idle: 4 }
     }
 }
 
-/// Why there is no answer. Nothing of the request is repeated.
+/// Why there is no answer. It repeats nothing of the request.
 #[derive(Debug, Error)]
 pub enum OutboundError {
     #[error("no answer in time")]

@@ -14,7 +14,6 @@ use prometheus_client::{
     registry::Registry,
 };
 
-/// `name`, `version`: of the program.
 pub fn register(registry: &mut Registry, name: &'static str, version: &'static str) {
     registry.register_collector(Box::new(Process { started: since_1970() }));
     let build = Family::<[(&'static str, &'static str); 2], Gauge<f64, AtomicU64>>::default();

@@ -7,7 +7,6 @@ use thiserror::Error;
 /// In characters.
 const MIN_LENGTH: usize = 32;
 
-/// A secret of the list, or the list itself.
 #[derive(Debug, PartialEq, Eq, Error)]
 #[error("each secret must have at least {MIN_LENGTH} characters")]
 pub struct TooShort;
@@ -29,12 +28,10 @@ impl Secrets {
         long_enough.then_some(secrets).ok_or(TooShort)
     }
 
-    /// A random secret that no other process knows.
     pub fn random() -> Self {
         Self { first: format!("{:032x}", rand::random::<u128>()), others: Vec::new() }
     }
 
-    /// The one to use.
     pub fn first(&self) -> &str {
         &self.first
     }

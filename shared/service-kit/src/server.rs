@@ -55,7 +55,6 @@ use crate::{
 };
 use protocol::problem::Problem;
 
-/// Bounds of one listener.
 #[derive(Debug, Clone)]
 pub struct Limits {
     /// Concurrent HTTP connections; more wait in the kernel's backlog. Handed-off sockets do not count.
@@ -70,7 +69,7 @@ pub struct Limits {
     pub idle: Duration,
     /// A peer that accepts no bytes for this long is disconnected.
     pub write: Duration,
-    /// For requests in progress after a stop.
+    /// Time for requests in progress after a stop.
     pub stop: Duration,
 }
 

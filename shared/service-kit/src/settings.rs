@@ -16,10 +16,8 @@ use std::{
 use clap::{Arg, CommandFactory, FromArgMatches};
 use thiserror::Error;
 
-/// The largest secret that is read from a file.
 const LARGEST_SECRET_BYTES: u64 = 64 * 1024;
 
-/// A setting as it was declared.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Row {
     pub name: String,
@@ -29,7 +27,6 @@ pub struct Row {
     pub help: String,
 }
 
-/// The value of a setting that is not given.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Initial {
     Default(&'static str),
@@ -86,7 +83,7 @@ impl Given {
     }
 }
 
-/// Reads settings and collects what is wrong with them.
+/// Reads settings and collects their problems.
 ///
 /// A setting that cannot be used is a problem, and reads as its default or example, so that the others are still checked.
 pub struct Settings<'a> {
@@ -102,7 +99,6 @@ impl<'a> Settings<'a> {
         Self { given, rows: Vec::new(), problems: Vec::new(), invalid: BTreeSet::new() }
     }
 
-    /// Every setting that `read` reads.
     pub fn rows<T>(read: impl FnOnce(&mut Settings<'_>) -> T) -> Vec<Row> {
         let nothing = Given::default();
         let mut settings = Settings::new(&nothing);
@@ -227,7 +223,7 @@ impl<'a> Settings<'a> {
         parsed.map_err(|problem| self.problem(&[name], problem)).ok()
     }
 
-    /// Reports a problem with these settings, unless one of them is known to be invalid by itself.
+    /// Reports a problem with these settings, unless one of them is already reported.
     pub fn problem(&mut self, names: &[&str], sentence: impl Into<String>) {
         if names.iter().any(|name| self.invalid.contains(*name)) {
             return;
@@ -265,7 +261,7 @@ impl<'a> Settings<'a> {
         }
     }
 
-    /// What `build` makes of the settings, if nothing is wrong with them.
+    /// Returns what `build` makes of the settings, or the problems.
     pub fn finish<T>(&mut self, build: impl FnOnce() -> Option<T>) -> Result<T, Problems> {
         if !self.problems.is_empty() {
             return Err(Problems(std::mem::take(&mut self.problems)));
@@ -274,7 +270,6 @@ impl<'a> Settings<'a> {
     }
 }
 
-/// What is wrong with the settings, one sentence each.
 #[derive(Debug, Error)]
 pub struct Problems(Vec<String>);
 

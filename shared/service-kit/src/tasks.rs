@@ -1,5 +1,5 @@
-//! Watches the tasks that live as long as the process, each by a name. A task that panics, or ends before it was told to
-//! stop, is logged and makes the process stop with an error. Tasks of one request or one connection are not watched.
+//! Watches the tasks that live as long as the process, each by a name. A task that panics, or ends before its shutdown, is
+//! logged and makes the process stop with an error. Tasks of one request or one connection are not watched.
 
 use std::{any::Any, borrow::Cow, panic::AssertUnwindSafe};
 
@@ -8,7 +8,6 @@ use thiserror::Error;
 use tokio::{sync::watch, task::JoinHandle};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
-/// Why the process cannot continue.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 #[error("task {task} {outcome}")]
 pub struct Failure {
@@ -46,7 +45,7 @@ impl Tasks {
         async move {
             match AssertUnwindSafe(future).catch_unwind().await {
                 Ok(()) if stop.is_cancelled() => {}
-                Ok(()) => tasks.fail(task, "ended before it was told to stop".into()),
+                Ok(()) => tasks.fail(task, "ended before its shutdown".into()),
                 Err(panic) => tasks.fail(task, format!("panicked: {}", message_of(&*panic))),
             }
         }
@@ -57,7 +56,6 @@ impl Tasks {
         self.failure.borrow().clone()
     }
 
-    /// Waits for the first failure.
     pub async fn failed(&self) -> Failure {
         let mut failure = self.failure.subscribe();
         let failed = failure.wait_for(Option::is_some).await.expect("this sender lives");
@@ -74,7 +72,7 @@ impl Tasks {
     }
 }
 
-/// Tasks of the process that stop together. Dropping the stage tells them to stop, too.
+/// Tasks of the process that stop together. Dropping the stage stops them, too.
 pub struct Stage {
     tasks: Tasks,
     stop: CancellationToken,
@@ -86,12 +84,11 @@ impl Stage {
         Self::stopped_by(tasks, CancellationToken::new())
     }
 
-    /// A stage that begins to stop with `stop`.
     pub fn stopped_by(tasks: &Tasks, stop: CancellationToken) -> Self {
         Self { tasks: tasks.clone(), stop, running: TaskTracker::new() }
     }
 
-    /// Runs the task until it is told to stop by the token that it gets.
+    /// Runs a task with a token that is cancelled when the task must stop.
     #[expect(clippy::disallowed_methods, reason = "it is watched")]
     pub fn spawn<F: Future<Output = ()> + Send + 'static>(
         &self,
@@ -102,7 +99,7 @@ impl Stage {
         self.running.spawn(self.tasks.watch(task, &self.stop, run(self.stop.clone())));
     }
 
-    /// Tells the tasks to stop and waits until they have.
+    /// Stops the tasks and waits for their end.
     pub async fn stop(self) {
         self.stop.cancel();
         self.running.close();
@@ -153,7 +150,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_task_that_was_told_to_stop_may_end_but_not_panic() {
+    async fn stopped_task_may_end_but_not_panic() {
         let (tasks, stop) = (Tasks::default(), CancellationToken::new());
         let until_stopped = tasks.spawn("regular", &stop, stop.clone().cancelled_owned());
         stop.cancel();

@@ -30,14 +30,12 @@ impl FromStr for LogFormat {
 /// One per process, as there is one log.
 static FILTER: OnceLock<reload::Handle<EnvFilter, Registry>> = OnceLock::new();
 
-/// How to log.
 #[derive(Debug)]
 pub struct Logging {
     pub filter: EnvFilter,
     pub format: LogFormat,
 }
 
-/// Starts logging.
 pub fn start(Logging { filter, format }: Logging) {
     let (filter, handle) = reload::Layer::new(filter);
     let lines = tracing_subscriber::fmt::layer().with_writer(std::io::stdout);
@@ -57,7 +55,6 @@ pub fn filter() -> Option<String> {
     FILTER.get()?.with_current(ToString::to_string).ok()
 }
 
-/// Why the filter was not changed.
 #[derive(Debug, Error)]
 pub enum FilterUnchanged {
     #[error("logging was not started")]
@@ -66,7 +63,6 @@ pub enum FilterUnchanged {
     Unreadable(String),
 }
 
-/// Replaces the log filter.
 pub fn change_filter(directives: &str) -> Result<(), FilterUnchanged> {
     let filter: EnvFilter =
         directives.parse().map_err(|error| FilterUnchanged::Unreadable(format!("{error}")))?;

@@ -1,7 +1,8 @@
 //! Traces of requests through both services, exported to an OpenTelemetry collector. Off unless a collector is configured.
 //!
-//! Nothing waits for the collector: a span that ends goes to a bounded queue, and is dropped and counted if that is full. New
-//! traces per second are bounded, whatever clients request. An untraced request costs one decision, its events one branch each.
+//! Requests never wait for the collector: an ended span goes to a bounded queue, or is dropped and counted if that is full.
+//! New traces per second are bounded, even if clients request more. An untraced request costs one decision, its events one
+//! branch each.
 //!
 //! Spans contain ids, numbers and names of routes and events, never tokens or message text.
 
@@ -56,7 +57,6 @@ impl Metrics {
     }
 }
 
-/// Makes spans. Off by default.
 #[derive(Clone, Default)]
 pub struct Tracer(Option<Arc<Active>>);
 
@@ -168,7 +168,6 @@ impl Span {
         self.0.as_ref().map(|recording| TraceContext::of(recording.span.span_context()))
     }
 
-    /// A span below this one.
     pub fn child(&self, name: &'static str, kind: SpanKind) -> Self {
         match &self.0 {
             Some(recording) => Self::start(&recording.tracer, self.context(), false, name, kind),
@@ -195,7 +194,6 @@ impl Span {
         }
     }
 
-    /// Marks the span as failed.
     pub fn fail(&mut self, why: impl fmt::Display) {
         if let Some(recording) = &mut self.0 {
             recording.span.set_status(Status::error(why.to_string()));

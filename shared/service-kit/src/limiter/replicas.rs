@@ -50,16 +50,15 @@ redis.call('SET', KEYS[1], string.format('%.0f', owes_until), 'PX', lasts)
 return 0
 ";
 
-/// Checks in flight; further ones are decided locally.
+/// Checks in flight; further checks are decided locally.
 const MAX_IN_FLIGHT: usize = 512;
-/// For connecting, and for the first answer.
+/// Limits connecting and the first answer.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
-/// Between attempts to connect: the first delay and the longest.
+/// Delays between attempts to connect: the first and the longest.
 const BACKOFF: [Duration; 2] = [Duration::from_millis(100), Duration::from_secs(5)];
-/// A connection that lasted this long resets the back-off, so that a flapping Redis is left alone.
+/// A connection that lasted this long resets the back-off, so that a flapping Redis gets few attempts.
 const STABLE_AFTER: Duration = Duration::from_secs(10);
 
-/// One check of one key.
 pub(super) struct SharedCheck {
     pub(super) key: String,
     pub(super) interval: Duration,
@@ -86,7 +85,6 @@ struct SharedConnection {
     number: u64,
 }
 
-/// The task that keeps the connection to Redis.
 pub struct Worker {
     topology: RedisTopology,
     channels: Channels,
@@ -226,7 +224,7 @@ impl Worker {
         let script = nodes.first().map(|(_, (_, script))| script.as_str().into()).unwrap_or_default();
         let nodes = nodes.into_iter().map(|(node, (connection, _))| (node, connection)).collect();
         let connection = SharedConnection { nodes: Arc::new(nodes), map: Arc::new(map), script, number };
-        // A trial finds a replica or a Redis without memory, which cannot count.
+        // A trial check fails on a replica, or on a Redis without memory.
         for node in connection.map.nodes() {
             let keys =
                 (0..).map(|turn| self.channels.limit("none", "trial", format_args!("{number}-{turn}")));
@@ -236,7 +234,6 @@ impl Worker {
         Ok(connection)
     }
 
-    /// With the SHA1 of the script.
     async fn connect_to(&self, node: &Node) -> RedisResult<(MultiplexedConnection, String)> {
         let config = AsyncConnectionConfig::new()
             .set_connection_timeout(Some(CONNECT_TIMEOUT))

@@ -36,7 +36,6 @@ const FETCH_EVERY: Duration = Duration::from_secs(4);
 /// Between two fetches of the slot map, however often a refresh is requested.
 const MIN_FETCH_INTERVAL: Duration = Duration::from_millis(200);
 
-/// `REDIS_TOPOLOGY`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum TopologyKind {
     Single,
@@ -61,7 +60,6 @@ impl std::str::FromStr for TopologyKind {
     }
 }
 
-/// A Redis server to connect to.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Node {
     /// The single server, or the primary that Sentinel names.
@@ -130,7 +128,6 @@ impl RedisTopology {
         })
     }
 
-    /// A single server at this URL.
     pub fn single(url: impl IntoConnectionInfo) -> RedisResult<Self> {
         Ok(Self(Arc::new(Kind::Single(Client::open(with_resp3(url.into_connection_info()?))?))))
     }
@@ -140,12 +137,10 @@ impl RedisTopology {
         matches!(*self.0, Kind::Cluster { .. })
     }
 
-    /// The command that publishes to a channel.
     pub fn publish_command(&self) -> redis::Cmd {
         redis::cmd(if self.is_sharded() { "SPUBLISH" } else { "PUBLISH" })
     }
 
-    /// A new connection.
     pub async fn connect(
         &self,
         node: &Node,
@@ -245,7 +240,6 @@ impl RedisTopology {
     }
 }
 
-/// The slot map as it is known now.
 #[derive(Clone)]
 pub struct SlotMapWatch {
     slot_maps: watch::Receiver<Arc<SlotMap>>,
@@ -295,7 +289,6 @@ pub fn is_server_error(error: &RedisError) -> bool {
     matches!(error.kind(), ErrorKind::Server(_) | ErrorKind::Extension)
 }
 
-/// Redis URLs, comma-separated.
 pub fn servers(list: &str) -> Result<Vec<ConnectionInfo>, NotRedisUrls> {
     let urls = list.split(',').map(str::trim).filter(|url| !url.is_empty());
     // The error may hold the URL, and that a password.

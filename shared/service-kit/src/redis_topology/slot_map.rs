@@ -8,7 +8,6 @@ const SLOTS: usize = 16_384;
 /// In place of an index: no node owns the slot.
 const UNASSIGNED: u16 = u16::MAX;
 
-/// The hash slot of a key or channel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Slot(u16);
 
@@ -27,12 +26,10 @@ pub struct SlotMap {
 }
 
 impl SlotMap {
-    /// One node that owns every slot.
     pub fn single_node() -> Self {
         Self { nodes: vec![Node::Only], node_by_slot: Vec::new() }
     }
 
-    /// The nodes that own slots.
     pub fn nodes(&self) -> &[Node] {
         &self.nodes
     }
@@ -74,7 +71,6 @@ impl SlotMap {
     }
 }
 
-/// The slot map as one node reports it.
 pub(super) struct ReportedSlotMap {
     pub(super) map: SlotMap,
     state_ok: bool,

@@ -32,7 +32,7 @@ pub struct RequestBody(Arc<Mutex<Received>>);
 
 struct Received {
     body: Incoming,
-    begun: bool,
+    started: bool,
     ended: bool,
     /// The client waits for `100 Continue`, which hyper sends at the first read.
     expects_continue: bool,
@@ -45,14 +45,14 @@ impl RequestBody {
         let ended = body.is_end_stream();
         Self(Arc::new(Mutex::new(Received {
             body,
-            begun: false,
+            started: false,
             ended,
             expects_continue,
             tail: Tail::of(BLANK_LINE),
         })))
     }
 
-    /// What the handler leaves unread.
+    /// The part that the handler leaves unread.
     pub(super) fn rest(&self) -> Rest {
         Rest(self.0.clone())
     }
@@ -60,7 +60,7 @@ impl RequestBody {
 
 impl Received {
     fn poll_frame(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
-        self.begun = true;
+        self.started = true;
         let in_chunks = self.body.size_hint().exact().is_none();
         let frame = ready!(Pin::new(&mut self.body).poll_frame(cx));
         if let Some(Ok(frame)) = &frame
@@ -103,7 +103,7 @@ impl Rest {
         let received = Arc::into_inner(self.0)?;
         let received = received.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner);
         let unwanted = received.body.size_hint().lower() > UNWANTED_BYTES
-            || received.expects_continue && !received.begun;
+            || received.expects_continue && !received.started;
         if received.ended {
             return Some(received.tail);
         }
@@ -126,7 +126,6 @@ async fn read_to_end(mut received: Received) -> Option<Tail> {
     Some(received.tail)
 }
 
-/// The body that hyper gets.
 pub(super) struct AnswerBody<B> {
     pub(super) body: B,
     pub(super) watch: Arc<Watch>,

@@ -43,7 +43,6 @@ pub(super) struct Permit {
 
 #[derive(Debug, PartialEq, Eq)]
 enum Refused {
-    /// All connections are in use.
     Full,
     /// The address has reached its limit.
     Address,
@@ -54,7 +53,7 @@ impl Connections {
         let per_address = (limits.per_address > 0).then_some(limits.per_address);
         Self {
             limit: limits.connections,
-            // Whatever the setting, one address cannot fill the listener.
+            // One address cannot fill the listener, even if the setting would allow it.
             per_address: per_address.map(|bound| bound.min(limits.connections / 2).max(1)),
             proxies: limits.proxies.clone(),
             open: Mutex::default(),
@@ -127,7 +126,7 @@ impl Open {
 impl Drop for Permit {
     fn drop(&mut self) {
         let mut open = lock(&self.connections.open);
-        // One that made room is not there any more.
+        // A closed idle connection is not in the map any more.
         open.remove(self.number);
         self.connections.count.set(open.connections.len().cast_signed() as i64);
         drop(open);
@@ -195,7 +194,7 @@ mod tests {
         let mut opened = opened.into_iter();
         let _first = opened.next();
         drop(opened);
-        // Those that made room free nothing more when they end.
+        // Connections that were closed to make room free nothing more when they end.
         assert_eq!(open(&connections, "192.0.2.2").err(), Some(Refused::Full));
     }
 }

@@ -5,7 +5,6 @@ use std::str::FromStr;
 use http::{HeaderMap, Request, Response, StatusCode, Uri, Version, header, uri::Authority};
 use protocol::problem::Problem;
 
-/// Why a request head is rejected.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Malformed {
     Target,

@@ -1,5 +1,3 @@
-//! What a listener counts.
-
 use prometheus_client::metrics::{counter::Counter, family::Family, gauge::Gauge};
 
 use crate::{labels, metrics};

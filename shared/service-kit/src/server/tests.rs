@@ -60,8 +60,8 @@ impl Running {
 
     /// Returns when `limits.head` has passed since the call: a head that began after it has timed out.
     async fn head_limit_passes(&self) {
-        let begun = send(self.address, b"GET /hello HTTP/1.1\r\nHo").await;
-        assert_eq!(soon("the head limit", rest(begun)).await, "");
+        let partial = send(self.address, b"GET /hello HTTP/1.1\r\nHo").await;
+        assert_eq!(soon("the head limit", rest(partial)).await, "");
     }
 }
 

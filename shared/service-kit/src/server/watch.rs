@@ -20,7 +20,7 @@ use super::{Limits, Ticket, lock};
 pub(super) enum Phase {
     /// No byte of a next request has arrived.
     Idle,
-    /// A request head has begun.
+    /// A request head is arriving.
     Head,
     /// A handler has the request and bounds its own time.
     Serving,

@@ -42,7 +42,6 @@ impl TraceContext {
         Self { flags: self.flags & !SAMPLED, ..self }
     }
 
-    /// As hex digits.
     pub fn trace_id(self) -> String {
         format!("{:032x}", self.trace)
     }

@@ -31,13 +31,13 @@ use tokio_util::sync::CancellationToken;
 use super::{Metrics, Settings};
 use crate::outbound::Outbound;
 
-/// For one batch, from connecting to the end of the answer.
+/// Limits one batch, from connecting to the end of the answer.
 pub(super) const TIMEOUT: Duration = Duration::from_secs(10);
 /// Spans in one batch.
 const BATCH: usize = 512;
 /// How long the first span of a batch waits for others.
 const GATHER: Duration = Duration::from_secs(1);
-/// Between two log lines about failures.
+/// Shortest time between two log lines about failures.
 const LOG_INTERVAL: Duration = Duration::from_secs(60);
 
 /// The task that exports spans; idle without a collector.

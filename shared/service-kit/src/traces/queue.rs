@@ -1,4 +1,4 @@
-//! The span processor: a span that ends goes to a bounded queue, and is dropped and counted if that is full.
+//! The span processor: it puts each ended span into a bounded queue, or drops and counts it if the queue is full.
 
 use std::{fmt, time::Duration};
 
@@ -35,7 +35,6 @@ impl SpanProcessor for QueueProcessor {
         }
     }
 
-    /// The exporter empties the queue.
     fn force_flush(&self) -> OTelSdkResult {
         Ok(())
     }

@@ -10,7 +10,7 @@ pub struct Settings {
     pub(super) endpoint: Uri,
     /// May hold a secret; none is shown.
     pub(super) headers: HeaderMap,
-    /// Of the traces that begin here, from 0 to 1.
+    /// Share of the traces that begin here, from 0 to 1.
     pub(super) ratio: f64,
     pub(super) per_second: NonZeroU32,
 }
