@@ -131,7 +131,7 @@ export class Model {
     try {
       const page = await this.#readList(this.order.at(-1));
       if (load !== this.#load) return;
-      // The stream already placed the others.
+      // The stream already delivered the others.
       const found = page.filter((conversation) => !this.order.includes(conversation.id));
       for (const conversation of found) this.#put(conversation);
       this.order.push(...found.map((conversation) => conversation.id));

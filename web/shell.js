@@ -91,14 +91,14 @@ export function makeShell(session, { go, leave }) {
 
   const label = "New conversation with";
   const { field, list: options } = usernameField({ id: "start", label, placeholder: `${label}…`, signal });
-  const refusal = h("p", { id: "start-problem", class: "problem", role: "alert" });
-  field.setAttribute("aria-describedby", refusal.id);
-  field.addEventListener("input", () => { refusal.textContent = ""; });
+  const problemLine = h("p", { id: "start-problem", class: "problem", role: "alert" });
+  field.setAttribute("aria-describedby", problemLine.id);
+  field.addEventListener("input", () => { problemLine.textContent = ""; });
   const button = h("button", { class: "primary" }, "Start");
   const form = h("form", { class: "start", submit: async (/** @type {SubmitEvent} */ event) => {
     event.preventDefault();
     if (button.getAttribute("aria-disabled")) return;
-    refusal.textContent = "";
+    problemLine.textContent = "";
     setAttribute(button, "aria-disabled", "true");
     try {
       const { body } = await post("/api/conversations", { username: field.value }, { signal });
@@ -107,7 +107,7 @@ export function makeShell(session, { go, leave }) {
       go(`/conversations/${body.id}`);
     } catch (error) {
       if (!signal.aborted) {
-        refusal.textContent = sentence(error);
+        problemLine.textContent = sentence(error);
         field.focus();
       }
     } finally {
@@ -121,7 +121,7 @@ export function makeShell(session, { go, leave }) {
     "The list could not be loaded. Trying again… ", h("b", {}, "Try now"));
   const empty = h("p", { class: "empty" }, "No conversations yet. Start one with a username above.");
   const scroller = h("div", { class: "scroll" }, list, more, trouble, empty);
-  const nav = h("nav", { "aria-label": "Conversations" }, form, refusal, scroller);
+  const nav = h("nav", { "aria-label": "Conversations" }, form, problemLine, scroller);
   const main = h("main", { id: "main", tabindex: -1 });
   const aside = h("div", { class: "aside" }, header, problem, nav);
   const element = h("div", { class: "app" },

@@ -45,7 +45,7 @@ const EVENTS = ["message", "message.sent", "conversation.created", "conversation
  * @typedef {"connecting" | "live" | "offline" | "signed-out"} State
  *
  * @typedef {object} Options
- * @property {string | null} [cursor] the `Feed-Cursor` of what was read by REST; without one, the stream begins now
+ * @property {string | null} [cursor] the `Feed-Cursor` of what was read by REST; without one, the stream starts now
  * @property {string} [url] by default `/api/messages`
  * @property {string} [scope] tabs of one scope share a stream: one per user, or per token where tabs have different ones
  * @property {boolean} [shared] false: a connection for this tab alone
@@ -190,7 +190,7 @@ export class MessengerStream extends EventTarget {
     this.#ticking = setInterval(() => this.#tick(), TICK * (1 + Math.random() / 5));
     if (!this.#shared) return this.#lead();
     this.#channel = new BroadcastChannel(this.#name);
-    this.#channel.onmessage = ({ data }) => this.#hear(data);
+    this.#channel.onmessage = ({ data }) => this.#receive(data);
     this.#queue();
     this.#ask();
   }
@@ -268,7 +268,7 @@ export class MessengerStream extends EventTarget {
   }
 
   /** @param {Note} note */
-  #hear(note) {
+  #receive(note) {
     if (note.kind === "ask") {
       const { from: to, after, hurry } = note;
       this.#tell({ to, after, events: after === null ? [] : this.#history.after(after) });
@@ -489,7 +489,7 @@ class Connection {
     }
   }
 
-  /** The user is waiting: connects now, unless an attempt has just begun or the server is busy. */
+  /** The user is waiting: connects now, unless an attempt has just started or the server is busy. */
   hurry() {
     this.check();
     if (!this.#readyAt && !isBusy(this.#reason) && isOver(this.#heardAt, SHORTLY)) this.connect();
