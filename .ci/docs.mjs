@@ -1,4 +1,4 @@
-// Checks the documents: every relative link leads to a file and a heading, and the decisions are numbered without holes, have at
+// Checks the documents: every relative link leads to a file and a heading, and the decisions are numbered without gaps, have at
 // most 25 lines, and are all in their index. Prints each problem.
 
 import { execFileSync } from "node:child_process";
