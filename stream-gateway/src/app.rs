@@ -1,9 +1,11 @@
-//! Wires the gateway together, runs it on given listeners, and stops it in order: unready, a wait for load balancers to
-//! notice, a steady parting from all streams, the rest.
+//! Wires the gateway together, runs it on given listeners, and stops it in order.
 
-use std::sync::{
-    Arc,
-    atomic::{AtomicBool, Ordering},
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
 };
 
 use anyhow::Context as _;
@@ -15,22 +17,22 @@ use service_kit::{
     ops::{self, Readiness},
     origins::Origins,
     server::{self, Limits as ServerLimits},
-    tasks::Tasks,
-    traces,
+    tasks::{Stage, Tasks},
+    traces::{self, Tracer},
 };
 use tokio::{
     net::TcpListener,
     sync::{Semaphore, mpsc, oneshot},
     time::{sleep, timeout},
 };
-use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use tokio_util::sync::CancellationToken;
 use warp::Filter;
 
 use crate::{
     api_client::ApiClient,
-    config::{Config, LAST_GOODBYES},
+    config::{Config, Drain, LAST_GOODBYES},
     descriptors,
-    engine::{self, EngineCommand, Inputs, Rights},
+    engine::{self, EngineCommand, Inputs, NewStream, Rights},
     explain::explain,
     http::{self, Streams},
     identities::identities,
@@ -57,134 +59,181 @@ impl Listeners {
     }
 }
 
-/// Runs until `stop`, then drains.
-#[expect(clippy::disallowed_methods, reason = "each is watched")]
+/// Serves until `stop`, or until a task fails; then stops in the order of [`Stages::stop`].
 pub async fn run(config: Config, listeners: Listeners, stop: CancellationToken) -> anyhow::Result<()> {
+    let tasks = Tasks::default();
     let (metrics, registry) = Metrics::of_service();
     let metrics = Arc::new(metrics);
     metrics.streams_limit.set(config.admission.streams as i64);
     metrics.replay_buffer_limit_bytes.set(config.delivery.replay_buffer_bytes as i64);
-    let (tracer, exporter) =
-        traces::start(config.traces, "stream-gateway", env!("CARGO_PKG_VERSION"), metrics.traces.clone())
-            .context(
-                "failed to load the system's trusted CA certificates (SSL_CERT_FILE, ca-certificates)",
-            )?;
-    let tasks = Tasks::default();
-    let stop_tracing = CancellationToken::new();
-    let exporting = tasks.spawn("trace exporter", &stop_tracing, exporter.run(stop_tracing.clone()));
-    let api = ApiClient::new(&config.api_internal_url, config.internal_secrets, metrics.clone());
-    let keys = Arc::new(Keys::new(config.origin.as_str(), api.on_any_replica(), metrics.clone()));
-    let (identities, asking) = identities(api.clone());
-    let desired = DesiredSubscriptions::new(config.channels.clone());
-    let ended_sessions = EndedSessions::default();
-    let (updates_in, updates) = mpsc::channel(subscriber::QUEUE);
-    let (new_streams_in, new_streams) = mpsc::channel(engine::NEW_STREAMS);
-    let (commands_in, commands) = mpsc::channel(4);
-
-    let stop_delivery = CancellationToken::new();
-    let inputs = Inputs { new_streams, updates, commands, tasks: tasks.clone(), stop: stop_delivery.clone() };
-    engine::start(
-        config.delivery,
-        api.clone(),
-        Rights { keys: keys.clone(), ended_sessions: ended_sessions.clone() },
-        desired.clone(),
-        tracer.clone(),
-        metrics.clone(),
-        inputs,
-    )?;
-
-    let end = CancellationToken::new();
-    let running = TaskTracker::new();
-    let following = keys.clone().follow(end.clone());
-    running.spawn(tasks.watch("keys", &end, following));
-    running.spawn(tasks.watch("external identities", &end, asking.run(end.clone())));
-    let subscriber = Subscriber {
-        topology: config.redis.clone(),
-        channels: config.channels.clone(),
-        keys: keys.clone(),
-        desired,
-        updates: updates_in,
-        tracer,
-        tasks: tasks.clone(),
-        metrics: metrics.clone(),
+    let limits = ServerLimits {
+        per_address: config.connections_per_address,
+        proxies: config.trusted_proxies.clone(),
+        ..ServerLimits::default()
     };
-    running.spawn(tasks.watch("redis subscriber", &end, subscriber.run(end.clone())));
+
+    let tracing = Stage::new(&tasks);
+    let (tracer, exporter) = traces::start(
+        config.traces.clone(),
+        "stream-gateway",
+        env!("CARGO_PKG_VERSION"),
+        metrics.traces.clone(),
+    )
+    .context("failed to load the system's trusted CA certificates (SSL_CERT_FILE, ca-certificates)")?;
+    tracing.spawn("trace exporter", |stop| exporter.run(stop));
+
+    let serving = Stage::new(&tasks);
+    let api = ApiClient::new(&config.api_internal_url, config.internal_secrets.clone(), metrics.clone());
+    let keys = Arc::new(Keys::new(config.origin.as_str(), api.on_any_replica(), metrics.clone()));
+    serving.spawn("keys", |stop| keys.clone().follow(stop));
+    let ended_sessions = EndedSessions::default();
+    let rights = Rights { keys: keys.clone(), ended_sessions: ended_sessions.clone() };
+    let delivery = start_delivery(&config, &serving, &tasks, api.clone(), rights, tracer, &metrics)?;
 
     let stopping = Arc::new(AtomicBool::new(false));
     let readiness = {
         let (api, keys, stopping, metrics) = (api.clone(), keys.clone(), stopping.clone(), metrics.clone());
         move || readiness(&api, &keys, &stopping, &metrics)
     };
-    let explaining = explain::route({
-        let engine = commands_in.clone();
-        move |question| {
-            let engine = engine.clone();
-            async move { explain(&engine, question).await }
-        }
-    });
-    let ops_routes = ops::routes(Arc::new(registry), tasks.clone(), readiness);
-    let ops_routes = warp::service(ops_routes.or(explaining));
-    let bounds = ServerLimits {
-        per_address: config.connections_per_address,
-        proxies: config.trusted_proxies.clone(),
-        ..ServerLimits::default()
-    };
-    let ops_bounds = ServerLimits { connections: descriptors::OPS, ..bounds.clone() };
+    let routes = ops::routes(Arc::new(registry), tasks.clone(), readiness);
+    let routes = warp::service(routes.or(explain_route(delivery.commands.clone())));
+    let bounds = ServerLimits { connections: descriptors::OPS, ..limits.clone() };
     let counted = metrics.http.listener("ops");
-    let serving = server::serve(listeners.ops, ops_routes, ops_bounds, counted, end.clone());
-    running.spawn(tasks.watch("ops listener", &end, serving));
+    serving.spawn("ops listener", |stop| server::serve(listeners.ops, routes, bounds, counted, stop));
 
-    let (limiter, counting) =
+    let (drain, counted) = (config.drain, metrics.http.listener("public"));
+    let new_streams = delivery.new_streams.clone();
+    let streams = make_streams(config, &serving, api, keys, ended_sessions, new_streams, metrics);
+    let routes = warp::service(http::routes(streams.clone()));
+    let bounds = ServerLimits { connections: descriptors::HTTP, ..limits };
+    serving.spawn("public listener", |stop| server::serve(listeners.public, routes, bounds, counted, stop));
+
+    tokio::select! {
+        () = stop.cancelled() => {}
+        // The other tasks still stop in order.
+        _ = tasks.failed() => {}
+    }
+    Stages { stopping, streams, delivery, serving, tracing }.stop(drain).await;
+    tasks.failure().map_or(Ok(()), |failure| Err(failure.into()))
+}
+
+/// The parts of the process, in the order in which they stop.
+struct Stages {
+    /// Makes the process unready.
+    stopping: Arc<AtomicBool>,
+    streams: Arc<Streams>,
+    delivery: DeliveryThread,
+    serving: Stage,
+    tracing: Stage,
+}
+
+impl Stages {
+    async fn stop(self, drain: Drain) {
+        self.stopping.store(true, Ordering::Relaxed);
+        tracing::info!(wait = ?drain.wait, "shutdown: unready; waiting for load balancers to notice");
+        sleep(drain.wait).await;
+        self.streams.draining.store(true, Ordering::Relaxed);
+        self.delivery.drain(drain.window).await;
+        self.serving.stop().await;
+        // A collector that does not answer costs the last spans.
+        let _ = timeout(traces::LAST_SPANS, self.tracing.stop()).await;
+    }
+}
+
+/// The delivery thread, as the rest of the process reaches it.
+struct DeliveryThread {
+    new_streams: mpsc::Sender<NewStream>,
+    commands: mpsc::Sender<EngineCommand>,
+    /// From then on the thread may end.
+    stop: CancellationToken,
+}
+
+impl DeliveryThread {
+    /// Closes all streams at a steady rate over `window`.
+    async fn drain(&self, window: Duration) {
+        let (done_in, done) = oneshot::channel();
+        self.stop.cancel();
+        if self.commands.send(EngineCommand::Drain { window, done: done_in }).await.is_ok() {
+            let _ = timeout(window + LAST_GOODBYES, done).await;
+        }
+    }
+}
+
+/// Starts the delivery thread and the Redis subscriber that feeds it.
+fn start_delivery(
+    config: &Config,
+    serving: &Stage,
+    tasks: &Tasks,
+    api: ApiClient,
+    rights: Rights,
+    tracer: Tracer,
+    metrics: &Arc<Metrics>,
+) -> anyhow::Result<DeliveryThread> {
+    let desired = DesiredSubscriptions::new(config.channels.clone());
+    let (updates_in, updates) = mpsc::channel(subscriber::QUEUE);
+    let (new_streams_in, new_streams) = mpsc::channel(engine::NEW_STREAMS);
+    let (commands_in, commands) = mpsc::channel(4);
+    let stop = CancellationToken::new();
+    let subscriber = Subscriber {
+        topology: config.redis.clone(),
+        channels: config.channels.clone(),
+        keys: rights.keys.clone(),
+        desired: desired.clone(),
+        updates: updates_in,
+        tracer: tracer.clone(),
+        tasks: tasks.clone(),
+        metrics: metrics.clone(),
+    };
+    let inputs = Inputs { new_streams, updates, commands, tasks: tasks.clone(), stop: stop.clone() };
+    engine::start(config.delivery, api, rights, desired, tracer, metrics.clone(), inputs)?;
+    serving.spawn("redis subscriber", |stop| subscriber.run(stop));
+    Ok(DeliveryThread { new_streams: new_streams_in, commands: commands_in, stop })
+}
+
+/// Makes what the stream route works with, and starts the tasks that belong to it.
+fn make_streams(
+    config: Config,
+    serving: &Stage,
+    api: ApiClient,
+    keys: Arc<Keys>,
+    ended: EndedSessions,
+    new_streams: mpsc::Sender<NewStream>,
+    metrics: Arc<Metrics>,
+) -> Arc<Streams> {
+    let (identities, lookups) = identities(api);
+    serving.spawn("external identities", |stop| lookups.run(stop));
+    let (limiter, counter) =
         Limiter::new(config.redis, config.channels, config.opening.patience, metrics.limits.clone());
+    // Before its worker, which has nothing to do when there are no rules.
     let limits = StreamLimits::new(&config.admission, &config.opening, limiter);
-    running.spawn(tasks.watch("shared rate limits", &end, counting.run(end.clone())));
-
-    let counted = metrics.http.listener("public");
-    let streams = Arc::new(Streams {
+    serving.spawn("shared rate limits", |stop| counter.run(stop));
+    Arc::new(Streams {
         keys,
         identities: Arc::new(identities),
         limits,
-        ended: ended_sessions,
+        ended,
         metrics,
         cookies: Cookies::new(&config.origin),
         origins: Origins::new(config.origin, config.allowed_origins),
         trusted_proxies: config.trusted_proxies,
         max_age: config.admission.max_age,
-        new_streams: new_streams_in,
+        new_streams,
         rejecting: Arc::new(Semaphore::new(descriptors::REJECTED)),
         draining: AtomicBool::new(false),
-    });
-    let routes = warp::service(http::routes(streams.clone()));
-    let bounds = ServerLimits { connections: descriptors::HTTP, ..bounds };
-    let serving = server::serve(listeners.public, routes, bounds, counted, end.clone());
-    running.spawn(tasks.watch("public listener", &end, serving));
-
-    tokio::select! {
-        () = stop.cancelled() => {}
-        // In the same order, so that what still works ends well.
-        _ = tasks.failed() => {}
-    }
-    stopping.store(true, Ordering::Relaxed);
-    tracing::info!(wait = ?config.drain.wait, "shutdown: unready; waiting for load balancers to notice");
-    sleep(config.drain.wait).await;
-    streams.draining.store(true, Ordering::Relaxed);
-    let (done_in, done) = oneshot::channel();
-    stop_delivery.cancel();
-    let window = config.drain.window;
-    if commands_in.send(EngineCommand::Drain { window, done: done_in }).await.is_ok() {
-        let _ = timeout(window + LAST_GOODBYES, done).await;
-    }
-    end.cancel();
-    running.close();
-    running.wait().await;
-    stop_tracing.cancel();
-    // A collector that takes no more costs the last spans.
-    let _ = timeout(traces::LAST_SPANS, exporting).await;
-    tasks.failure().map_or(Ok(()), |failure| Err(failure.into()))
+    })
 }
 
-/// A gateway without Redis is degraded and still of use; one without keys can admit nobody. One that `api` refuses from its
-/// start on has no keys; one that it refuses later keeps its streams, which no other gateway could serve better.
+fn explain_route(
+    engine: mpsc::Sender<EngineCommand>,
+) -> impl Filter<Extract = (impl warp::Reply,), Error = warp::Rejection> + Clone {
+    explain::route(move |request| {
+        let engine = engine.clone();
+        async move { explain(&engine, request).await }
+    })
+}
+
+/// A gateway without Redis is degraded but ready; one without keys can admit no stream. If `api` rejects its secrets from the
+/// start, it has no keys; if `api` rejects them later, it stays ready, because no other gateway could serve its streams better.
 fn readiness(api: &ApiClient, keys: &Keys, stopping: &AtomicBool, metrics: &Metrics) -> Readiness {
     if stopping.load(Ordering::Relaxed) {
         return Readiness { ready: false, note: "stopping".into() };
