@@ -1,4 +1,4 @@
-//! The HTTP client of `api`'s internal listener, and nothing else.
+//! The HTTP client of `api`'s internal listener.
 
 use std::{
     sync::{Arc, Mutex, PoisonError},
@@ -24,12 +24,11 @@ const TIMEOUT: Duration = Duration::from_secs(5);
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 /// Requests of all kinds in flight, those for keys and identities included.
 const IN_FLIGHT: usize = 64;
-/// An answer holds some 4,000 events of at most some 4 KiB.
+/// Bytes: an answer has about 4,000 events of at most about 4 KiB.
 const MAX_ANSWER: usize = 32 << 20;
-/// During a rotation each request may be rejected.
+/// During a rotation every request may be rejected first.
 const REJECTIONS_LOGGED_EVERY: Duration = Duration::from_mins(1);
 
-/// `api`'s internal listener.
 #[derive(Clone)]
 pub struct ApiClient {
     outbound: Outbound,

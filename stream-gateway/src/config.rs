@@ -1,4 +1,4 @@
-//! Every setting of the gateway, declared where it is read, typed and checked together. Imports nothing from what it configures.
+//! Every setting of the gateway, declared where it is read, typed and checked together. Imports nothing that it configures.
 
 use std::{net::SocketAddr, time::Duration};
 
@@ -18,11 +18,11 @@ use service_kit::{
 
 use crate::descriptors;
 
-/// For goodbyes that are still being written when the drain's window is over.
+/// For the goodbyes that are still being written at the end of the drain window.
 pub const LAST_GOODBYES: Duration = Duration::from_secs(10);
 /// After draining: the rest of a shutdown.
 const MARGIN: Duration = Duration::from_secs(5);
-/// Heartbeats are spread by this share of their interval in both directions.
+/// Share of the interval by which heartbeats are spread in both directions.
 pub const HEARTBEAT_JITTER: f64 = 0.1;
 
 /// Holds the Server-Sent Events streams of browsers: GET /api/messages.
@@ -45,7 +45,6 @@ pub enum Command {
     Healthcheck { probe: Probe },
 }
 
-/// The settings, checked.
 #[derive(Debug, Clone)]
 pub struct Config {
     pub listen: SocketAddr,
@@ -67,7 +66,7 @@ pub struct Config {
     pub traces: Option<traces::Settings>,
 }
 
-/// What the delivery engine works by.
+/// Settings of the delivery engine.
 #[derive(Debug, Clone, Copy)]
 pub struct Delivery {
     pub heartbeat: Duration,
@@ -110,7 +109,7 @@ pub fn rows() -> Vec<Row> {
     Settings::rows(|s| read(s, u64::MAX))
 }
 
-/// `open_files`: as many as the machine allows this process.
+/// `open_files`: the limit of this process.
 pub fn for_serving(given: &Given, open_files: u64) -> Result<(Config, Logging), Problems> {
     read(&mut Settings::new(given), open_files)
 }
@@ -322,7 +321,7 @@ mod tests {
     #[test]
     fn all_missing_settings_are_reported_together() {
         let problems = check(&[
-            // Given as flags, so that the environment of the tests says nothing.
+            // As flags, so that the environment of the tests does not count.
             "--origin=",
             "--api-internal-url=",
             "--internal-secret=",
@@ -375,20 +374,20 @@ mod tests {
 
     #[test]
     fn settings_that_do_not_fit_together_are_rejected() {
-        let refused = |args: &[&str], open_files| {
+        let problems = |args: &[&str], open_files| {
             check_with(&[&ENOUGH, args].concat(), open_files).err().map(|problems| problems.to_string())
         };
-        assert_eq!(refused(&["--termination-grace-seconds=40"], u64::MAX), None);
-        let cut = refused(&["--termination-grace-seconds=39"], u64::MAX).unwrap();
+        assert_eq!(problems(&["--termination-grace-seconds=40"], u64::MAX), None);
+        let cut = problems(&["--termination-grace-seconds=39"], u64::MAX).unwrap();
         assert!(
             cut.contains("TERMINATION_GRACE_SECONDS is 39") && cut.contains("DRAIN_WINDOW_SECONDS"),
             "{cut}"
         );
-        assert_eq!(refused(&["--heartbeat-seconds=26", "--proxy-idle-seconds=30"], u64::MAX), None);
-        let silent = refused(&["--heartbeat-seconds=27", "--proxy-idle-seconds=30"], u64::MAX).unwrap();
+        assert_eq!(problems(&["--heartbeat-seconds=26", "--proxy-idle-seconds=30"], u64::MAX), None);
+        let silent = problems(&["--heartbeat-seconds=27", "--proxy-idle-seconds=30"], u64::MAX).unwrap();
         assert!(silent.contains("HEARTBEAT_SECONDS is 27"), "{silent}");
-        assert_eq!(refused(&["--max-streams=1000"], 4_612), None);
-        let few = refused(&["--max-streams=1000"], 4_611).unwrap();
+        assert_eq!(problems(&["--max-streams=1000"], 4_612), None);
+        let few = problems(&["--max-streams=1000"], 4_611).unwrap();
         assert!(few.contains("4612 open files"), "{few}");
     }
 }

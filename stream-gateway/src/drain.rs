@@ -1,5 +1,4 @@
-//! How fast to part from streams when the process must go: at a steady rate over a window, so that their reconnects are a
-//! trickle for the others and not a storm. Pure.
+//! The rate at which a drain closes streams: steady over a window, so that the other gateways see no storm of reconnects. Pure.
 
 use crate::sequencer::Millis;
 
@@ -25,7 +24,7 @@ impl DrainSchedule {
         self.next
     }
 
-    /// One step: how many of those who stay to part from now.
+    /// How many of the remaining streams to close now.
     pub fn step(&mut self, staying: usize, now: Millis) -> usize {
         self.next = now + STEP;
         let steps_left = self.end.saturating_sub(now) / STEP;
@@ -38,7 +37,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_rate_is_steady_and_nobody_is_left_at_the_end() {
+    fn the_rate_is_steady_and_no_stream_is_left_at_the_end() {
         let mut drain = DrainSchedule::new(1_000, 10_000);
         let (mut staying, mut shares) = (10_000, Vec::new());
         while drain.next() < drain.end() {
@@ -52,7 +51,7 @@ mod tests {
     }
 
     #[test]
-    fn without_a_window_all_go_at_once() {
+    fn without_a_window_all_streams_close_immediately() {
         assert_eq!(DrainSchedule::new(5, 0).step(7, 5), 7);
     }
 }

@@ -1,4 +1,4 @@
-//! One event of one feed, ready to be written.
+//! One event of one feed, encoded.
 
 use std::sync::Arc;
 

@@ -9,7 +9,7 @@ use tokio::{
 
 use crate::engine::{EngineCommand, Explanation};
 
-/// For the delivery thread to answer.
+/// For the delivery thread's answer.
 const TIMEOUT: Duration = Duration::from_secs(5);
 
 pub async fn explain(
@@ -22,12 +22,12 @@ pub async fn explain(
         return Err(ExplainError(StatusCode::BAD_REQUEST, sentence.into()));
     };
     let (answer, answered) = oneshot::channel();
-    let asked = async {
+    let explanation = async {
         engine.send(EngineCommand::Explain { user, seq, answer }).await.ok()?;
         answered.await.ok()
     };
     let busy = || {
         ExplainError(StatusCode::SERVICE_UNAVAILABLE, "The delivery thread does not answer; try again".into())
     };
-    timeout(TIMEOUT, asked).await.ok().flatten().ok_or_else(busy)
+    timeout(TIMEOUT, explanation).await.ok().flatten().ok_or_else(busy)
 }

@@ -1,11 +1,9 @@
-//! Events to bytes: the wire form of the stream (WHATWG HTML, 9.2 "Server-sent events"; RFC 9112, 7.1 "Chunked Transfer
-//! Coding"). Pure.
+//! The wire form of the stream (WHATWG HTML, 9.2 "Server-sent events"; RFC 9112, 7.1 "Chunked Transfer Coding"). Pure.
 //!
-//! It promises that nothing from outside can add a line to a block: fields hold no CR, LF or NUL, whatever the envelope
-//! holds, and no other character that some readers treat as a line end. An event is encoded once and shared by every
-//! connection.
+//! No envelope can add a line to a block: fields contain no CR, LF or NUL, and no other character that some readers treat as a
+//! line end. An event is encoded once and shared by every connection.
 //!
-//! The lines of a block are `retry`, `event`, `data`, `id`, in this order: widely used readers keep an id when they read its
+//! The lines of a block are `retry`, `event`, `data`, `id`, in this order: widely used readers store an id when they read its
 //! line, so an id before its data would skip an event whose block is cut between the two.
 
 use std::{
@@ -26,10 +24,10 @@ use thiserror::Error;
 
 use crate::sequencer::ResyncReason;
 
-/// The largest envelope that is taken from Redis, in bytes. A message of 480 code points makes some 4 KiB at most.
+/// The largest envelope accepted from Redis, in bytes. A message of 480 code points makes about 4 KiB at most.
 pub const MAX_ENVELOPE: usize = 16 * 1024;
 
-/// A block of the stream, framed as one chunk of an HTTP/1.1 body. It is encoded once; every receiver gets the same bytes.
+/// A block of the stream, framed as one chunk of an HTTP/1.1 body. Every connection gets the same bytes.
 #[derive(Debug, Clone)]
 pub struct Chunk(Bytes);
 
@@ -87,7 +85,7 @@ impl Framing {
     }
 }
 
-/// The heartbeat of a stream, as its client asked for it. It keeps proxies from closing an idle connection.
+/// The heartbeat that a client requested. It keeps proxies from closing an idle connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Heartbeat {
     pub form: HeartbeatForm,
@@ -97,11 +95,11 @@ pub struct Heartbeat {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum HeartbeatForm {
-    /// A comment line, invisible to scripts. No empty line follows, because some readers take that for an empty event. So the
-    /// comment stands between the `retry` line and `ready`, or before the first line of the next block.
+    /// A comment line, invisible to scripts. No empty line follows, because some readers would see an empty event. So the comment
+    /// is part of the next block: before its first line, or between `retry` and `ready`.
     #[default]
     Comment,
-    /// An event, for clients that asked: by it a script can tell a quiet stream from a dead one. It moves no cursor.
+    /// An event, by which a script can distinguish an idle stream from a dead one. It moves no cursor.
     Event,
 }
 
@@ -118,7 +116,7 @@ impl Heartbeat {
     }
 }
 
-/// This build may not pass the envelope on.
+/// This build cannot send the envelope.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
 pub enum InvalidEnvelope {
     #[error("envelope of version {0}")]
@@ -127,7 +125,6 @@ pub enum InvalidEnvelope {
     Name,
 }
 
-/// One event as a block of the stream.
 pub fn encode(envelope: &Envelope) -> Result<Chunk, InvalidEnvelope> {
     if envelope.v != event::VERSION {
         return Err(InvalidEnvelope::Version(envelope.v));
@@ -149,7 +146,7 @@ pub fn encode(envelope: &Envelope) -> Result<Chunk, InvalidEnvelope> {
             match end {
                 // Raw JSON is one value; a line break in it can only be white space between tokens.
                 '\r' | '\n' => block.push(' '),
-                // These stand only inside strings.
+                // The others occur only inside strings.
                 end => _ = write!(block, "\\u{:04x}", u32::from(end)),
             }
         }
@@ -158,12 +155,12 @@ pub fn encode(envelope: &Envelope) -> Result<Chunk, InvalidEnvelope> {
     Ok(Chunk::new(&block))
 }
 
-/// CR and LF end a line of the stream. The others end one for Unicode, and so for readers that split lines by it.
+/// CR and LF end a line of the stream. The others end one in Unicode, and so for readers that split lines by its rules.
 fn ends_a_line(c: char) -> bool {
     matches!(c, '\r' | '\n' | '\u{85}' | '\u{2028}' | '\u{2029}')
 }
 
-/// `message` travels without a name; `error` and `open` would be mistaken for the browser's own.
+/// `error` and `open` would be mistaken for the browser's own events.
 fn is_name(name: &str) -> bool {
     let allowed = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'.' | b'_' | b'-');
     (1..=64).contains(&name.len()) && name.bytes().all(allowed) && !matches!(name, "error" | "open")
@@ -187,24 +184,24 @@ pub fn ready(cursor: Position, resumed: bool, with_id: bool, heartbeat: Duration
     Chunk::new(&format!("event: ready\ndata: {data}\n{id}\n"))
 }
 
-/// The place is lost: reload by REST, go on from the head.
+/// The client must reload by REST and continue from the head.
 pub fn resync(head: Position, why: ResyncReason) -> Chunk {
     let data = json!({ "cursor": head.to_string(), "reason": why.as_str() });
     Chunk::new(&format!("event: resync\ndata: {data}\nid: {head}\n\n"))
 }
 
-/// Why a connection ends by our will, as the client is told.
+/// Why the gateway closes a stream, as sent to the client.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Goodbye {
     /// This process takes no streams now: it is going away, or it has no public keys yet. Both pass in seconds.
     Drain,
     /// Over a limit.
     Busy,
-    /// The right to be connected runs out with the token.
+    /// The token expires.
     Expired,
     /// The session has ended.
     Revoked,
-    /// Old enough: reconnecting spreads the load.
+    /// Reached its age limit: reconnecting spreads the load.
     Rotate,
     /// The user opened more streams than are allowed; this was the oldest.
     Replaced,
@@ -227,8 +224,7 @@ impl Goodbye {
         !matches!(self, Self::Expired | Self::Revoked)
     }
 
-    /// The bounds of the `retry` that goes with it, in milliseconds. Refused clients stay away for a while. Many
-    /// readers reconnect whatever `reconnect` says.
+    /// The bounds of its `retry`, in milliseconds. Long ones keep rejected clients away, because many readers ignore `reconnect`.
     pub fn retry(self) -> std::ops::RangeInclusive<u32> {
         match self {
             Self::Busy | Self::Replaced => 60_000..=120_000,
@@ -272,7 +268,7 @@ mod tests {
         }
     }
 
-    /// The block alone.
+    /// The block without its chunk framing.
     fn text(chunk: &Chunk) -> String {
         String::from_utf8(Framing::Close.bytes(chunk).into()).unwrap()
     }
@@ -281,15 +277,15 @@ mod tests {
         Heartbeat { form, seconds: None }.chunk()
     }
 
-    /// What a browser makes of these bytes, by somebody else's parser.
+    /// Parses the bytes as a browser does, with an independent parser.
     fn parsed(bytes: &[u8]) -> Vec<eventsource_stream::Event> {
         let chunks: Vec<_> = bytes.chunks(7).map(|chunk| Ok::<_, std::io::Error>(chunk.to_vec())).collect();
         let events = stream::iter(chunks).eventsource().map(Result::unwrap).collect();
-        FutureExt::now_or_never(events).expect("a stream of what is there already")
+        FutureExt::now_or_never(events).expect("the stream is complete")
     }
 
     #[test]
-    fn the_wire_form_is_golden() {
+    fn the_wire_form_is_fixed() {
         let sent = encode(&envelope(kind::MESSAGE_SENT, r#"{"id":"7"}"#)).unwrap();
         assert_eq!(text(&sent), "event: message.sent\ndata: {\"id\":\"7\"}\nid: 00000000000000ff-3\n\n");
         let message = encode(&envelope(kind::MESSAGE, r#"{"id":"7"}"#)).unwrap();
@@ -343,7 +339,7 @@ mod tests {
     }
 
     #[test]
-    fn no_name_or_version_that_clients_could_not_take_gets_out() {
+    fn invalid_event_names_and_versions_are_not_sent() {
         for name in ["", "a b", "a\nb", "a\rb", "a:b", "é", "error", "open", &"x".repeat(65)] {
             assert_eq!(encode(&envelope(name, "1")).unwrap_err(), InvalidEnvelope::Name, "{name:?}");
         }
@@ -351,7 +347,7 @@ mod tests {
         assert_eq!(encode(&other).unwrap_err(), InvalidEnvelope::Version(2));
     }
 
-    /// JSON as anybody might write it: any strings, white space of any kind between tokens.
+    /// JSON with any strings and any white space between tokens.
     fn raw_json() -> impl Strategy<Value = String> {
         let gap = "[ \t\r\n]{0,3}";
         (any::<String>(), any::<String>(), gap, gap, gap).prop_map(|(key, value, a, b, c)| {

@@ -1,7 +1,7 @@
-//! Who is connected, and what was lately delivered to them. Memory only: all of it may be lost.
+//! The connected users and their replay buffers. In memory only: all of it may be lost.
 //!
-//! One entry per user with a live connection. The replay holds encoded frames that some connection has not taken yet, and
-//! nothing when all are up to date; it is bounded per user here and per process by the engine.
+//! One entry per connected user. A replay buffer has the encoded frames that some connection has not received yet, and is empty
+//! when all are up to date; it is bounded per user here and per process by the engine.
 
 use std::collections::{HashMap, VecDeque};
 
@@ -17,11 +17,11 @@ use crate::{
     subscriber::RedisConnectionId,
 };
 
-/// Of one user's frames, as many and as long are kept for readers that are behind.
+/// Bounds of one user's replay buffer.
 const REPLAY_FRAMES: usize = 256;
 const REPLAY_BYTES: usize = 256 * 1024;
 
-/// Names one connection for as long as the process runs: indexes are reused, generations are not.
+/// Names one connection, for as long as the process runs: indexes are reused, generations are not.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct ConnectionKey {
     pub index: u32,
@@ -36,9 +36,9 @@ pub struct UserEntry {
     pub connections: Vec<ConnectionKey>,
     /// The connection on which Redis has confirmed the subscription.
     pub subscribed_on: Option<RedisConnectionId>,
-    /// When the last connection left. The entry stays for a moment, because people reload pages.
+    /// When the last connection closed. The entry stays for a moment, because users reload pages.
     pub empty_since: Option<Millis>,
-    /// When the sequencer is next looked at; 0: never.
+    /// When the sequencer is next ticked; 0: never.
     pub tick_at: Millis,
 }
 
@@ -129,17 +129,17 @@ impl ReplayBuffer {
         }
     }
 
-    /// The event after this place, if it is held.
-    pub fn after(&self, place: Position) -> Option<&EncodedEvent> {
+    /// The event after this position, if it is buffered.
+    pub fn after(&self, position: Position) -> Option<&EncodedEvent> {
         let first = self.events.front()?.position;
-        if first.epoch != place.epoch {
+        if first.epoch != position.epoch {
             return None;
         }
-        let index = (place.seq + 1).checked_sub(first.seq)?;
+        let index = (position.seq + 1).checked_sub(first.seq)?;
         self.events.get(usize::try_from(index).ok()?)
     }
 
-    /// Drops what everybody has passed.
+    /// Drops events up to this one.
     pub fn trim(&mut self, passed: Seq) {
         while self.events.front().is_some_and(|first| first.position.seq <= passed) {
             self.pop();
@@ -149,7 +149,7 @@ impl ReplayBuffer {
         }
     }
 
-    /// An empty replay holds no memory.
+    /// An empty buffer allocates no memory.
     pub fn clear(&mut self) {
         *self = Self::default();
     }
@@ -181,7 +181,7 @@ mod tests {
     }
 
     #[test]
-    fn the_ring_gives_what_follows_or_nothing() {
+    fn replay_buffer_returns_the_next_event_or_none() {
         let mut replay = ReplayBuffer::default();
         assert_eq!(after(&replay, 0), None);
         (5..8).for_each(|seq| replay.push(event(seq)));
@@ -195,7 +195,7 @@ mod tests {
     }
 
     #[test]
-    fn a_jump_starts_anew_and_the_size_is_bounded() {
+    fn a_gap_clears_the_buffer_and_its_size_is_bounded() {
         let mut replay = ReplayBuffer::default();
         (1..4).for_each(|seq| replay.push(event(seq)));
         replay.push(event(9));

@@ -1,6 +1,6 @@
-//! Which users the subjects of a external issuer are here: asked of `api`, many in one request, and remembered for a while.
+//! The users behind the subjects of the external issuer: looked up at `api`, many in one request, and cached.
 //!
-//! Fifty thousand of them who reconnect at once are a hundred requests. Who cannot be told in time is told to come back.
+//! Fifty thousand reconnects make a hundred requests. A stream whose user is not found in time is rejected and retries later.
 
 use std::time::Duration;
 
@@ -18,13 +18,13 @@ use tokio_util::sync::CancellationToken;
 
 use crate::api_client::ApiClient;
 
-/// Subjects that are remembered, at some 200 bytes each.
+/// Cached subjects, about 200 bytes each.
 const REMEMBERED: u64 = 100_000;
-/// A user who was deleted and comes back is another one.
+/// Bounded because a deleted user who returns gets another id.
 const REMEMBERED_FOR: Duration = Duration::from_mins(5);
-/// Subjects that wait for `api`; more are told to come back.
+/// Lookups that wait for `api`; more are rejected.
 const QUEUE: usize = 16_384;
-/// How long a stream waits to learn whose it is.
+/// How long a stream waits for its lookup.
 const LOOKUP_TIMEOUT: Duration = Duration::from_secs(5);
 
 pub struct Identities {
@@ -37,7 +37,7 @@ struct PendingLookup {
     answer: oneshot::Sender<UserId>,
 }
 
-/// The task that asks.
+/// The task that looks subjects up.
 pub struct Worker {
     api: ApiClient,
     known: Cache<String, UserId>,
@@ -51,16 +51,16 @@ pub fn identities(api: ApiClient) -> (Identities, Worker) {
 }
 
 impl Identities {
-    /// Without asking.
+    /// From the cache.
     pub fn known(&self, claims: &ExternalClaims) -> Option<UserId> {
         self.known.get(&claims.sub)
     }
 
-    /// `None`: it cannot be told now.
+    /// `None`: the lookup failed.
     pub async fn user_of(&self, claims: &ExternalClaims) -> Option<UserId> {
-        let (answer, told) = oneshot::channel();
+        let (answer, user) = oneshot::channel();
         self.lookups.try_send(PendingLookup { identity: claims.into(), answer }).ok()?;
-        timeout(LOOKUP_TIMEOUT, told).await.ok()?.ok()
+        timeout(LOOKUP_TIMEOUT, user).await.ok()?.ok()
     }
 }
 
@@ -72,7 +72,7 @@ impl Worker {
                 count = self.lookups.recv_many(&mut batch, MAX_PAIRS) => if count == 0 { return },
                 () = stop.cancelled() => return,
             }
-            // Nobody waits any more for some of these.
+            // Some streams no longer wait.
             batch.retain(|lookup| !lookup.answer.is_closed());
             if batch.is_empty() {
                 continue;
@@ -90,7 +90,7 @@ impl Worker {
                 Ok(users) => {
                     for (PendingLookup { identity, answer }, user) in batch.drain(..).zip(users) {
                         self.known.insert(identity.subject, user);
-                        let _ = answer.send(user); // Or its stream has gone.
+                        let _ = answer.send(user); // The stream may have closed.
                     }
                 }
                 Err(error) => {

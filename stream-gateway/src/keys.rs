@@ -1,7 +1,7 @@
-//! By which keys tokens are checked: our own and, if one is trusted, a external issuer's, as `api` tells both.
+//! The public keys that verify tokens: `api`'s own and those of the external issuer, if there is one. `api` provides both.
 //!
-//! It promises that a lack of keys is never mistaken for a bad token or a removed key, and that keys are up to date within
-//! seconds after somebody said that there are others.
+//! Missing keys are never mistaken for an invalid token or a removed key, and keys are up to date within seconds after a new
+//! version is announced.
 
 use std::{
     sync::{Arc, Mutex, PoisonError},
@@ -24,13 +24,12 @@ use crate::{api_client::ApiClient, metrics::Metrics};
 
 #[derive(Debug, PartialEq, Eq)]
 pub enum VerifyError {
-    /// The token is not good.
     Token(TokenError),
-    /// It cannot be told yet: there are no keys.
+    /// The token cannot be verified yet: there are no keys.
     NoKeys,
 }
 
-/// A token whose signature, issuer, audience and time are good, and the key that signed it.
+/// The claims of a token with valid signature, issuer, audience and times, and the key that signed it.
 #[derive(Debug)]
 pub struct VerifiedToken {
     pub claims: VerifiedClaims,
@@ -40,32 +39,30 @@ pub struct VerifiedToken {
 #[derive(Debug)]
 pub enum VerifiedClaims {
     Own(Claims),
-    /// Who this is here is asked next.
+    /// The user is looked up next.
     External(ExternalClaims),
 }
 
-/// Who comes in the moment in which a process starts waits for its first keys, instead of being sent away for minutes. Later, a
-/// lack of keys is an outage, and nobody waits.
+/// During start-up, requests wait for the first keys instead of being rejected. Later, missing keys are an outage, and requests
+/// do not wait.
 const START_UP: Duration = Duration::from_secs(10);
 const FIRST_KEYS_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// Of two configurations the later one counts. If no replica has said for this long that it has the one in use, whatever `api`
-/// answers counts: the later one was taken back.
+/// The configuration that was started last counts. If no replica has confirmed the one in use for this long, it was rolled back,
+/// and any answer of `api` counts.
 const STALE_AFTER: Duration = Duration::from_secs(30);
-/// Between two attempts to fetch keys of which somebody spoke: each asks a replica at random, perhaps one of the earlier
-/// configuration.
+/// Between two attempts to fetch announced keys: each reaches a random replica, perhaps one with the earlier configuration.
 const FETCH_RETRY_WAIT: Duration = Duration::from_millis(500);
-/// Then the replica that spoke of them has probably gone. If not, it will speak again.
+/// After these, the replica that announced the keys has probably stopped. If not, it announces them again.
 const FETCH_ATTEMPTS: usize = 20;
 
 pub struct Keys {
     ring: KeyRing<FromApi>,
-    /// Another version than the one in use, that somebody spoke of and that is to be fetched.
+    /// An announced version that must be fetched.
     announced: watch::Sender<Option<KeysVersion>>,
     started_at: Instant,
 }
 
-/// What `api` told.
 pub struct TrustedKeys {
     own: KeySet,
     external: Option<External>,
@@ -81,7 +78,7 @@ struct External {
 struct FromApi {
     issuer: String,
     api: ApiClient,
-    /// When a replica last said that it has the keys in use.
+    /// When a replica last confirmed the version in use.
     confirmed_at: Mutex<Instant>,
     metrics: Arc<Metrics>,
 }
@@ -148,12 +145,11 @@ impl Keys {
         self.ring.current().is_some()
     }
 
-    /// Notified when other keys take the place of these.
+    /// Notified when the keys are replaced.
     pub fn subscribe(&self) -> watch::Receiver<Option<Arc<TrustedKeys>>> {
         self.ring.subscribe()
     }
 
-    /// Whether this key is one of those in use.
     pub fn accepts(&self, key: KeyName) -> bool {
         self.ring.current().is_some_and(|trusted| trusted.accepts(key))
     }
@@ -164,7 +160,7 @@ impl Keys {
         tokio::join!(self.ring.follow(stop.clone()), fetching);
     }
 
-    /// A replica of `api` has keys of this version. Returns immediately.
+    /// A replica of `api` has announced its version. Returns immediately.
     pub fn notice_version(&self, version: &KeysVersion) {
         let Some(in_use) = self.ring.current() else { return };
         let source = self.ring.source();
@@ -180,13 +176,13 @@ impl Keys {
         while announced.changed().await.is_ok() {
             for _ in 0..FETCH_ATTEMPTS {
                 self.ring.renew().await;
-                let wanted = announced.borrow_and_update().clone();
+                let version = announced.borrow_and_update().clone();
                 let current = self.ring.current();
-                let mine = current.as_ref().map(|current| &current.version);
-                let here = |wanted: &KeysVersion| {
-                    mine.is_none_or(|mine| wanted.agrees_with(mine) || mine.replaces(wanted))
+                let in_use = current.as_ref().map(|current| &current.version);
+                let fetched = |version: &KeysVersion| {
+                    in_use.is_none_or(|in_use| version.agrees_with(in_use) || in_use.replaces(version))
                 };
-                if wanted.as_ref().is_none_or(here) {
+                if version.as_ref().is_none_or(fetched) {
                     break;
                 }
                 sleep(FETCH_RETRY_WAIT.mul_f64(rand::random_range(0.8..1.2))).await;
@@ -194,7 +190,7 @@ impl Keys {
         }
     }
 
-    /// The proofs of those tokens that are good for the stream: one at least. Newer keys are asked for only if none is.
+    /// Returns the tokens that are valid for the stream, at least one. Fetches newer keys only if none is.
     pub async fn verify(&self, tokens: &[String]) -> Result<Vec<VerifiedToken>, VerifyError> {
         let trusted = match self.ring.current() {
             None if self.started_at.elapsed() < START_UP => {
@@ -203,43 +199,43 @@ impl Keys {
             current => current,
         };
         let trusted = trusted.ok_or(VerifyError::NoKeys)?;
-        let (refused, unknown) = match trusted.verify_each(tokens) {
-            Err((refused @ (VerifyError::Token(TokenError::UnknownKey) | VerifyError::NoKeys), token)) => {
-                (refused, token)
+        let (error, unknown) = match trusted.verify_each(tokens) {
+            Err((error @ (VerifyError::Token(TokenError::UnknownKey) | VerifyError::NoKeys), token)) => {
+                (error, token)
             }
-            told => return told.map_err(|(refused, _)| refused),
+            outcome => return outcome.map_err(|(error, _)| error),
         };
-        tracing::debug!(?refused, "token key unknown; fetching newer keys from api");
-        // Without a name it misses a key all the same.
+        tracing::debug!(?error, "token key unknown; fetching newer keys from api");
+        // A token without a key id needs newer keys too.
         let kid = external::kid_of(unknown).unwrap_or_default();
         let newest = self.ring.refresh_once(Some(&trusted), Some(&kid)).await;
         let trusted = self.ring.current().ok_or(VerifyError::NoKeys)?;
-        trusted.verify_each(tokens).map_err(|(refused, _)| match refused {
+        trusted.verify_each(tokens).map_err(|(error, _)| match error {
             VerifyError::Token(TokenError::UnknownKey) if !newest => VerifyError::NoKeys,
-            refused => refused,
+            error => error,
         })
     }
 }
 
 impl TrustedKeys {
-    /// If none is good: why not, and of which token; of one that newer keys could make good, if there is such a one.
+    /// The error names its token, by preference one that newer keys could verify.
     fn verify_each<'a>(&self, tokens: &'a [String]) -> Result<Vec<VerifiedToken>, (VerifyError, &'a str)> {
-        let mut proofs = Vec::new();
-        let mut refusal = (VerifyError::Token(TokenError::Invalid), "");
+        let mut verified = Vec::new();
+        let mut failure = (VerifyError::Token(TokenError::Invalid), "");
         for token in tokens {
             match self.verify(token) {
-                Ok(proof) => proofs.push(proof),
-                Err(refused @ (VerifyError::Token(TokenError::UnknownKey) | VerifyError::NoKeys)) => {
-                    refusal = (refused, token);
+                Ok(token) => verified.push(token),
+                Err(error @ (VerifyError::Token(TokenError::UnknownKey) | VerifyError::NoKeys)) => {
+                    failure = (error, token);
                 }
-                Err(refused) if refusal.1.is_empty() => refusal = (refused, token),
+                Err(error) if failure.1.is_empty() => failure = (error, token),
                 Err(_) => {}
             }
         }
-        if proofs.is_empty() { Err(refusal) } else { Ok(proofs) }
+        if verified.is_empty() { Err(failure) } else { Ok(verified) }
     }
 
-    /// What was answered. A replica without the issuer's keys says nothing about those that are in use.
+    /// From `api`'s answer. If it has no keys of the external issuer yet, those in use stay.
     fn new(
         own: KeySet,
         external: Option<ExternalKeysAnswer>,
@@ -267,7 +263,6 @@ impl TrustedKeys {
         self.own.names().chain(external.into_iter().flat_map(|keys| keys.names()))
     }
 
-    /// Whether this is one of the keys.
     pub fn accepts(&self, key: KeyName) -> bool {
         self.names().any(|name| name == key)
     }

@@ -1,7 +1,7 @@
-//! The stream gateway: holds the live connections of browsers and keeps nothing that cannot be lost.
+//! The stream gateway: holds the live connections of browsers; all of its state may be lost.
 //!
-//! It promises each connection of a user every event of that user's feed, once, in order, from its cursor on; whatever
-//! fails in between costs time, never an event. `docs/architecture.md` walks one message through the modules.
+//! Each connection receives every event of its user's feed, once and in order, from its cursor on; a failure may delay events
+//! but loses none. `docs/architecture.md` follows one message through the modules.
 
 pub mod app;
 pub mod cli;

@@ -1,5 +1,5 @@
-//! How many streams there may be: in this process, per client address, and how many may open a second; and how often one user
-//! or one address may open one, over all gateways. How many one user may have is the hub's to say, which replaces the oldest.
+//! Limits of open streams per process and per client address, of new streams per second, and rate limits per user and per
+//! address over all gateways. The engine limits the open streams of a user and replaces the oldest.
 
 use std::{
     collections::HashMap,
@@ -24,20 +24,19 @@ pub struct StreamLimits {
     streams_per_address: usize,
     rate: DefaultDirectRateLimiter,
     open: AtomicUsize,
-    /// Only kept when there is a limit.
+    /// Empty without a limit.
     by_address: Mutex<HashMap<IpAddr, usize>>,
     limiter: Limiter,
     opened_per_user: Rule,
     opened_per_address: Rule,
 }
 
-/// The right to one open stream, given back when dropped.
+/// Admission of one stream; released on drop.
 pub struct Permit {
     limits: Arc<StreamLimits>,
     address: IpAddr,
 }
 
-/// Which limit refused a stream.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum LimitReached {
     Process,
@@ -80,8 +79,8 @@ impl StreamLimits {
         })
     }
 
-    /// A stream of this user may open. The others of this address and of this process are not made to wait by who opens too
-    /// many; and Redis is asked last, for those only whom nothing here refuses.
+    /// Admits a stream of this user. The user's local count comes first, so that a user over the limit uses up nothing of the
+    /// process; Redis comes last, so that it counts only streams that nothing here rejects.
     pub async fn admit(self: &Arc<Self>, user: Subject<'_>, client: IpAddr) -> Result<Permit, LimitReached> {
         let charges = [(&self.opened_per_user, user), (&self.opened_per_address, Subject::Address(client))];
         self.limiter.check_local(&charges)?;
@@ -143,7 +142,7 @@ mod tests {
     fn limits(streams: usize, streams_per_address: usize, rate: u32) -> Arc<StreamLimits> {
         let admission = Admission { streams, streams_per_address, rate, max_age: Duration::from_mins(1) };
         let opening = Opening { per_user: Limit::Off, per_address: Limit::Off, patience: Duration::ZERO };
-        // Nobody asks it.
+        // Never used.
         let redis = RedisTopology::single("redis://localhost").unwrap();
         let (limiter, _) = Limiter::new(redis, Channels::default(), opening.patience, Metrics::default());
         StreamLimits::new(&admission, &opening, limiter)
@@ -153,7 +152,7 @@ mod tests {
     const B: IpAddr = IpAddr::V4(Ipv4Addr::new(127, 0, 0, 2));
 
     #[test]
-    fn each_limit_refuses_and_a_place_is_given_back() {
+    fn each_limit_rejects_and_a_dropped_permit_is_released() {
         let limits = limits(3, 2, 1_000);
         let first = limits.take(A).ok().unwrap();
         let _second = limits.take(A).ok().unwrap();
@@ -167,7 +166,7 @@ mod tests {
     }
 
     #[test]
-    fn a_burst_beyond_the_rate_waits() {
+    fn a_burst_over_the_rate_is_rejected() {
         let limits = limits(100, 0, 5);
         let taken: Vec<_> = (0..10).map_while(|_| limits.take(A).ok()).collect();
         assert_eq!(taken.len(), 5);

@@ -81,7 +81,7 @@ metrics! {
     }
 }
 
-/// Until the first health probe has returned.
+/// Degraded until the first health probe has returned.
 fn degraded() -> Gauge {
     let gauge = Gauge::default();
     gauge.set(1);

@@ -25,7 +25,7 @@ pub const MAX_BUFFERED: usize = 64;
 /// Why a client must reload, in the contract's words.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum ResyncReason {
-    /// The feed is another one: a foreign or redrawn epoch.
+    /// The feed has another epoch.
     Unknown,
     /// Events after the position are no longer kept.
     Expired,

@@ -1,8 +1,8 @@
-//! The trace of one event through this gateway: a span from its arrival until nobody here needs it any more, and a child span
-//! for each flush to a socket.
+//! The trace of one event through this gateway: a span from its arrival until its last flush, and a child span for each flush
+//! to a socket.
 //!
-//! At most [`FLUSHES`] flushes of an event are recorded, spread evenly over the user's streams; each says how many it stands
-//! for.
+//! At most [`FLUSHES`] flushes of an event are recorded, spread evenly over the user's streams; each records how many it
+//! stands for.
 
 use std::sync::{
     Arc,

@@ -1,4 +1,4 @@
-//! Questions to Postgres, why they are asked, and what their answers mean: joining, catching up, the reconcile.
+//! Backfill requests and what their answers mean: joining, catching up, reconciling.
 
 use std::{collections::HashSet, num::NonZeroU32};
 
@@ -69,12 +69,12 @@ impl Engine {
         self.on_position_known(before, user);
     }
 
-    /// The answer to a connection's own question.
+    /// The answer to a connection's own request.
     fn on_page(&mut self, key: ConnectionKey, number: NonZeroU32, after: u64, answer: RangeAnswer) {
         let room = self.settings.replay_buffer_bytes.saturating_sub(self.backlog);
         let Some(connection) = self.connection(key) else { return };
         if connection.range_request != Some(number) {
-            return; // Its place was lost since.
+            return; // A resync came in between.
         }
         connection.range_request = None;
         let cursor = Position { epoch: connection.position.epoch, seq: after };
@@ -95,7 +95,7 @@ impl Engine {
                 let mut bytes = 0;
                 let passed = connection.position.seq;
                 let page = answer.events.into_iter().filter(|event| event.position.seq > passed).enumerate();
-                // At least one, so that a full backlog slows readers down and does not stop them.
+                // At least one event, so that lagging connections progress although the replay buffers are full.
                 connection.page = page
                     .take_while(|(index, event)| {
                         bytes += event.frame.len();
@@ -145,7 +145,7 @@ impl Engine {
                     self.metrics.reconcile_recovered_feeds.inc_by(u64::from(beyond));
                     entry.sequencer.observe(answer(head), self.now, &mut steps);
                 }
-                // Only what differs is answered.
+                // api answers only with heads that differ.
                 (None, _) => {}
             }
             self.apply(user, steps, DeliveryPath::Repair);
@@ -157,7 +157,7 @@ impl Engine {
         }
     }
 
-    /// The session lives, by the answer to this request: those of its connections that had come before may join.
+    /// The answer to this batch confirms the session: its connections that were opened before the batch may join.
     fn confirm_session(&mut self, login: Login, batch: u32) {
         let Some(user) = self.hub.find(login.user) else { return };
         for key in self.connections_of(user) {
@@ -171,7 +171,7 @@ impl Engine {
         }
     }
 
-    /// After an answer: if it told the user's place for the first time, those who waited for it go on.
+    /// If an answer brought the user's first position, the connections that waited for it continue.
     fn on_position_known(&mut self, before: Option<Position>, user: u32) {
         let known = self.hub.get(user).is_some_and(|entry| entry.sequencer.position().is_some());
         if before.is_some() || !known {
@@ -180,13 +180,13 @@ impl Engine {
         for key in self.connections_of(user) {
             match self.connection(key).map(|connection| connection.state) {
                 Some(State::Joining(Resume::Head | Resume::Invalid)) => self.join_at_head(key),
-                Some(State::Joined) => self.write_pending(key), // It was ahead of the hub and may be behind it now.
+                Some(State::Joined) => self.write_pending(key), // It was ahead of the sequencer and may be behind it now.
                 _ => {}
             }
         }
     }
 
-    /// From here on Redis brings what is published for this user; what was committed before is asked for.
+    /// Redis delivers this user's events from here on; earlier ones are requested.
     pub(super) fn on_subscribed(&mut self, user: UserId, link: RedisConnectionId) {
         let Some(at) = self.hub.find(user) else { return };
         let Some(entry) = self.hub.get_mut(at) else { return };
@@ -196,7 +196,7 @@ impl Engine {
                 HeadRequest { user, requested_at: Some(position), why: HeadReason::Join, session: None };
             self.backfill.request_head(request);
         } else if entry.connections.iter().any(|key| self.connections[key.index as usize].session_requested) {
-            // The answer that is on its way was asked for too early: look again after it.
+            // The request in flight was made before the subscription: check again after it.
             entry.sequencer.mark_uncertain(self.now);
             self.apply(at, vec![], DeliveryPath::Repair);
         }
@@ -205,7 +205,7 @@ impl Engine {
         }
     }
 
-    /// Whose head is beyond what is here? One round at a time.
+    /// Requests the head of every user. One round at a time.
     pub(super) fn reconcile(&mut self) {
         let every =
             if self.redis_degraded { self.settings.degraded_reconcile } else { self.settings.reconcile };
@@ -239,7 +239,7 @@ impl Engine {
         }
     }
 
-    /// A doubt about everybody. During a round, another one follows: the present one may have asked too early.
+    /// Events of any user may be missing. During a round, another one follows: the current one may have been requested too early.
     pub(super) fn reconcile_now(&mut self) {
         if self.reconciling > 0 {
             self.reconcile_again = true;
@@ -248,7 +248,7 @@ impl Engine {
         }
     }
 
-    /// While `api` does not answer, connections that came and went must not leave questions behind.
+    /// While `api` does not answer, requests of closed connections must not pile up.
     fn drop_stale_requests(&mut self) {
         let (hub, connections) = (&self.hub, &self.connections);
         let mut dropped = 0;
@@ -269,7 +269,7 @@ impl Engine {
                 };
                 match request.why {
                     HeadReason::Position => true,
-                    // Of several that ask the same, the first is enough.
+                    // One request per session is enough.
                     HeadReason::Join => {
                         let wanted = request.session.is_none_or(|session| {
                             let mut here = entry.connections.iter();
@@ -281,7 +281,7 @@ impl Engine {
                         });
                         wanted && seen.insert((request.user, request.session))
                     }
-                    // The next round asks anew.
+                    // The next round requests it again.
                     HeadReason::Reconcile => {
                         dropped += 1;
                         false

@@ -1,5 +1,5 @@
-//! One stream after the handoff: a cursor and a socket. It has no queue of its own; what it holds is the rest of the block
-//! that its socket did not take, and while it catches up, one page of the feed.
+//! One stream after the handoff: a cursor and a socket. It has no queue: only the rest of a block that its socket did not
+//! take and, while it catches up, one page of the feed.
 
 use std::{
     collections::VecDeque,
@@ -25,74 +25,72 @@ use crate::{
 /// What a client says about its position.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Resume {
-    /// Nothing: start at the head.
+    /// It sent no cursor: start at the head.
     Head,
     After(Position),
-    /// Something that is no cursor of ours.
+    /// It sent something that is not a cursor.
     Invalid,
 }
 
-/// What was last seen of the way to the client.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum State {
-    /// Its place is not known yet.
+    /// Its position is not known yet.
     Joining(Resume),
-    /// `head` is its cursor.
+    /// `position` is its cursor.
     Joined,
 }
 
 pub struct Connection {
     pub socket: mio::net::TcpStream,
     pub generation: u32,
-    /// Where the user is in the hub.
+    /// Index of the user in the hub.
     pub user: u32,
-    /// None: a foreign token, which nobody can revoke here.
+    /// None: a token of the external issuer, which has no session.
     pub session: Option<SessionId>,
-    /// Which signed the token.
+    /// The key that signed the token.
     pub key: KeyName,
     pub state: State,
-    /// The last event that was written: in `Joined`, and from the start when the client brought a cursor.
+    /// The last event written: in `Joined`, and from the start if the client sent a cursor.
     pub position: Position,
-    /// The place after which it began, or began anew.
+    /// The events after this one are sent; moved by a resync.
     pub started_after: Seq,
-    /// What the socket did not take. Nothing else is written before it.
+    /// Bytes that the socket did not take. Nothing else is written before them.
     pub rest: Bytes,
-    /// What follows the cursor, read from the feed because the replay does not hold it.
+    /// Events after the cursor, read from the feed because the replay buffer does not have them.
     pub page: VecDeque<EncodedEvent>,
-    /// Requests about heads that had been sent when this connection came. Only answers to later ones confirm its session: an
-    /// earlier one says nothing about a session that ended meanwhile.
+    /// Head batches sent before this connection opened. Only an answer to a later one confirms its session: an earlier one may
+    /// have been read before the session ended.
     pub came_after_batch: u32,
     pub session_requested: bool,
-    /// The session lives, or there is none. Until then the connection receives nothing.
+    /// True without a session. Until then the connection receives nothing.
     pub session_confirmed: bool,
-    /// A question about this connection's cursor is on its way.
+    /// The request in flight for the events after this connection's cursor.
     pub range_request: Option<NonZeroU32>,
-    /// `ready` is still to be written; whether it resumes.
+    /// `ready` must be written; the flag: whether the stream resumes.
     pub pending_ready: Option<bool>,
-    /// The place is lost; a resync is still to be written.
+    /// A resync must be written.
     pub pending_resync: Option<ResyncReason>,
     pub closing: Option<Goodbye>,
-    /// The goodbye was written; the client's end of the connection is awaited.
+    /// The gateway waits for the client to close.
     pub goodbye_written: bool,
     pub heartbeat_at: Millis,
     pub heartbeat: Heartbeat,
     pub framing: Framing,
     pub ends_at: Millis,
     pub ends_why: Goodbye,
-    /// Since when the socket takes nothing, while `rest` is not empty.
+    /// While `rest` is not empty: when the socket last took bytes.
     pub blocked_since: Millis,
-    /// The connection's own time in the wheel.
+    /// The connection's valid entry in the wheel.
     pub due: Millis,
-    /// Bytes that the client sent on a stream.
+    /// Bytes.
     pub unexpected_input: u32,
     pub _permit: Permit,
 }
 
-/// What came of a write.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Written {
     All,
-    /// The socket takes no more; the rest is kept.
+    /// The socket takes no more; `rest` has the remaining bytes.
     Short,
 }
 
@@ -101,7 +99,7 @@ impl Connection {
         self.state == State::Joined
     }
 
-    /// An event that follows may be written straight to the socket.
+    /// The next event may be written directly to the socket.
     pub fn is_live(&self) -> bool {
         self.is_joined()
             && self.rest.is_empty()
@@ -111,13 +109,13 @@ impl Connection {
             && self.closing.is_none()
     }
 
-    /// Writes a block; behind a goodbye, the end of the body with it.
+    /// Writes a block and, after a goodbye, the end of the body.
     pub fn write_block(&mut self, block: &Chunk, now: Millis) -> io::Result<Written> {
         let bytes = if self.goodbye_written { self.framing.last(block) } else { self.framing.bytes(block) };
         self.write(bytes, now)
     }
 
-    /// Writes this, or as much of it as the socket takes. Only when nothing is left of what was written before.
+    /// Writes as much as the socket takes. `rest` must be empty.
     pub fn write(&mut self, bytes: Bytes, now: Millis) -> io::Result<Written> {
         debug_assert!(self.rest.is_empty(), "a block inside another");
         self.rest = bytes;
@@ -138,11 +136,11 @@ impl Connection {
                 Err(error) => return Err(error),
             }
         }
-        self.rest = Bytes::new(); // Lets go of the frame.
+        self.rest = Bytes::new(); // Frees the frame.
         Ok(Written::All)
     }
 
-    /// Reads and forgets. `false` when the client has closed its side.
+    /// Discards unexpected input. `false` when the client has closed its side.
     pub fn discard_input(&mut self) -> io::Result<bool> {
         let mut buffer = [0; 4_096];
         loop {
@@ -159,7 +157,7 @@ impl Connection {
         }
     }
 
-    /// Ends the body of a stream that gets no goodbye, unless that would cut a block.
+    /// Ends the body of a stream without a goodbye, unless that would cut a block.
     pub fn end_body(&mut self) {
         if self.rest.is_empty() && !self.goodbye_written {
             let _ = self.socket.write(self.framing.end());
@@ -167,11 +165,11 @@ impl Connection {
         self.finish_writing();
     }
 
-    /// No more will be written. Closing at once could make the kernel discard what the client has not read yet.
+    /// Closes only our side: closing the socket could make the kernel discard what the client has not read yet.
     pub fn finish_writing(&self) {
         let _ = self.socket.shutdown(Shutdown::Write);
     }
 }
 
-/// Bytes that a client may send on a stream, where it has nothing to say.
+/// Bytes of unexpected input before the stream is closed.
 pub const MAX_UNEXPECTED_INPUT: u32 = 64 * 1024;

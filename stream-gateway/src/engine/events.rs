@@ -1,4 +1,4 @@
-//! Events, from Redis or from an answer, through the sequencer to the connections of their user.
+//! Events from Redis or a backfill, through the sequencer to the connections of their user.
 
 use protocol::ids::{SessionId, UserId};
 
@@ -42,7 +42,7 @@ impl Engine {
                 self.redis_degraded = degraded;
                 self.metrics.redis_degraded.set(i64::from(degraded));
                 if degraded {
-                    // Nobody will confirm now; answers are all there is.
+                    // No subscription will be confirmed now: connections join without one.
                     let joining = self.connections.iter().filter(|(_, connection)| !connection.is_joined());
                     let joining: Vec<_> = joining
                         .map(|(index, connection)| ConnectionKey {
@@ -80,7 +80,7 @@ impl Engine {
                 continue;
             }
             match connection.state {
-                // The event proves the cursor, and nothing was missed.
+                // The event follows the cursor, so nothing is missing.
                 State::Joining(Resume::After(_)) if connection.session_confirmed => {
                     Self::join_at_cursor(connection);
                     self.write_pending(key);
@@ -95,13 +95,13 @@ impl Engine {
         if entry.sequencer.position().is_some() {
             entry.sequencer.live(at, event, self.now, &mut steps);
         } else {
-            // The answer that brings the place brings what comes before it: nothing is kept while `api` is away.
+            // Not buffered, in case `api` is down: the check includes this event, and a stream that needs it reads the feed.
             entry.sequencer.mark_uncertain(self.now);
         }
         self.apply(user, steps, DeliveryPath::Redis);
     }
 
-    /// Writes an event to a connection that has the one before it, if its socket is free.
+    /// Writes the event if it is the connection's next one and the connection is live.
     fn write_next(&mut self, key: ConnectionKey, event: &EncodedEvent, path: DeliveryPath) {
         let now = self.now;
         let Some(connection) = self.connections.get_mut(key.index as usize) else { return };
@@ -120,7 +120,7 @@ impl Engine {
         }
     }
 
-    /// Does what a sequencer says.
+    /// Carries out a sequencer's steps and schedules its next tick.
     pub(super) fn apply(&mut self, user: u32, steps: Vec<Step<EncodedEvent>>, path: DeliveryPath) {
         let Some(entry) = self.hub.get(user) else { return };
         let id = entry.user;
@@ -176,7 +176,7 @@ impl Engine {
         }
     }
 
-    /// The next event of a feed: to every socket that is free and has the one before; for the others it is kept.
+    /// Writes the event to the live connections; the replay buffer keeps it for lagging ones.
     fn deliver(&mut self, user: u32, event: EncodedEvent, path: DeliveryPath) {
         let at = event.position;
         let mut behind = false;
@@ -209,7 +209,7 @@ impl Engine {
         entry.replay.push(event);
         self.backlog += entry.replay.bytes();
         if self.backlog > self.settings.replay_buffer_bytes {
-            // Those who are behind read from the feed when their sockets drain.
+            // Lagging connections read from the feed when their sockets take bytes again.
             self.clear_replay(user);
         }
     }
@@ -220,7 +220,7 @@ impl Engine {
         entry.replay.clear();
     }
 
-    /// Lets go of frames that every connection of the user has passed.
+    /// Frees frames that all joined connections of the user have passed.
     pub(super) fn trim(&mut self, user: u32) {
         let Some(entry) = self.hub.get_mut(user) else { return };
         if entry.replay.is_empty() {

@@ -1,4 +1,4 @@
-//! What an explanation says, and the record of closed streams that it needs.
+//! The answer to an operator's explain request, and the record of closed streams that it needs.
 
 use std::collections::VecDeque;
 
@@ -18,14 +18,14 @@ pub struct Explanation {
     pub seq: Seq,
     /// In sentences, the most important one first.
     pub says: Vec<String>,
-    /// Up to where this user's events were delivered here; absent without a stream, or before Postgres first answered.
+    /// This user's events were delivered here up to this one; absent without a stream, or before Postgres first answered.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub position: Option<Position>,
-    /// Whether Redis brings what is published for this user.
+    /// Whether the subscription of this user's channel is confirmed and Redis is not degraded.
     pub subscribed: bool,
     /// Oldest first.
     pub streams: Vec<OpenStream>,
-    /// Of this user's, the newest first; bounded by what is remembered of everybody's.
+    /// Newest first; limited by the record of all users' closed streams.
     pub ended: Vec<EndedStream>,
 }
 
@@ -36,9 +36,9 @@ pub struct OpenStream {
     pub connection: u32,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub session: Option<SessionId>,
-    /// It was told what follows this event.
+    /// It receives the events after this one.
     pub after: Seq,
-    /// Up to this one, the last that was written to its socket.
+    /// The last event that was written to its socket.
     pub upto: Seq,
     pub says: &'static str,
 }
@@ -56,9 +56,9 @@ pub struct EndedStream {
     pub says: &'static str,
 }
 
-/// Streams of all users: some 300 KB.
+/// Closed streams of all users, about 300 KB.
 const REMEMBERED: usize = 4_096;
-/// The streams that closed last, the newest at the end.
+/// The newest is the last.
 #[derive(Default)]
 pub struct ClosedStreams(VecDeque<ClosedStream>);
 

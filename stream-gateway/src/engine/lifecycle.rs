@@ -1,4 +1,4 @@
-//! Connections come and go: stream, finding out where a connection stands, closing, burial.
+//! The life of a connection: admission, joining, closing, removal.
 
 use std::collections::VecDeque;
 
@@ -41,7 +41,7 @@ impl Engine {
         let options = socket2::SockRef::from(&socket);
         let prepared = socket.set_nonblocking(true).and_then(|()| {
             options.set_send_buffer_size(SEND_BUFFER)?;
-            // What the kernel holds unacknowledged, or cannot send to a full receiver, may make no progress this long.
+            // Bounds how long the kernel holds bytes that the client does not acknowledge or has no room for.
             options.set_tcp_user_timeout(Some(self.settings.write_deadline))
         });
         let mut socket = mio::net::TcpStream::from_std(socket);
@@ -54,7 +54,7 @@ impl Engine {
         });
         if let Err(error) = registered {
             tracing::warn!(%error, user.id = %user, "stream handoff failed; the connection is closed");
-            // It was not opened, so it does not end either.
+            // It was not counted as opened, so it is not counted as closed.
             self.metrics.streams_rejected.get_or_create(&Reason { reason: "error" }).inc();
             return;
         }
@@ -114,7 +114,7 @@ impl Engine {
         if self.drain.is_some() {
             return self.start_closing(key, Goodbye::Drain);
         }
-        // Since the request was checked, the session may have ended, and the key may have been removed.
+        // After the HTTP check the session may have ended, and the key may have been removed.
         let ended = session.is_some_and(|session| self.ended.contains(user, session));
         if ended || !self.keys.accepts(signed_by) {
             return self.start_closing(key, Goodbye::Revoked);
@@ -122,8 +122,8 @@ impl Engine {
         self.join(key);
     }
 
-    /// One user's streams beyond the limit: the oldest goes. Those that are not confirmed count by themselves, so whoever comes
-    /// with the token of an ended session replaces nobody.
+    /// Closes the user's oldest streams over the limit. Confirmed and unconfirmed streams are counted separately, so that the
+    /// token of an ended session cannot replace live streams.
     pub(super) fn enforce_user_limit(&mut self, user: u32, confirmed: bool) {
         let limit = self.settings.streams_per_user;
         let Some(entry) = self.hub.get(user) else { return };
@@ -139,9 +139,8 @@ impl Engine {
         }
     }
 
-    /// Asks what must be known of a joining connection, as soon as asking makes sense: an answer given before Redis listens
-    /// for this user could miss what comes between the two. The session comes first: what follows a cursor is read, and a
-    /// place is given, only once it is confirmed.
+    /// Requests what a joining connection needs, not before the subscription is confirmed: an earlier answer could miss events
+    /// between the two. The session comes first: without a confirmed one, no events are read and no position is assigned.
     pub(super) fn join(&mut self, key: ConnectionKey) {
         let redis_degraded = self.redis_degraded;
         let Some(connection) = self.connections.get_mut(key.index as usize) else { return };
@@ -164,7 +163,7 @@ impl Engine {
             State::Joining(Resume::After(cursor)) if may_request && connection.range_request.is_none() => {
                 self.request_range(key, cursor.seq);
             }
-            // The head that was just asked for places it otherwise.
+            // Otherwise the requested head brings the position.
             State::Joining(Resume::Head | Resume::Invalid) if position.is_some() => self.join_at_head(key),
             State::Joining(_) | State::Joined => {}
         }
@@ -193,7 +192,7 @@ impl Engine {
         connection.pending_ready = Some(true);
     }
 
-    /// Says goodbye, once what was begun is written, and closes.
+    /// Writes the goodbye after the current block, then closes.
     pub(super) fn start_closing(&mut self, key: ConnectionKey, why: Goodbye) {
         let now = self.now;
         let Some(connection) = self.connection(key) else { return };
@@ -212,7 +211,7 @@ impl Engine {
         self.write_pending(key);
     }
 
-    /// Ends the streams whose token none of these keys signed.
+    /// Closes the streams whose token was signed by a key that is no longer trusted.
     pub(super) fn close_streams_of_removed_keys(&mut self, trusted: &TrustedKeys) {
         let signed = self.connections.iter().filter(|(_, connection)| !trusted.accepts(connection.key));
         let ending: Vec<_> = signed
@@ -233,7 +232,7 @@ impl Engine {
         self.to_close.push((key, reason));
     }
 
-    /// Removes what has ended. Not where it ends, because there somebody may be walking over the user's connections.
+    /// Removes closed connections. Not in [`Self::close`], whose callers may be iterating over the user's connections.
     pub(super) fn remove_closed(&mut self) {
         while let Some((key, reason)) = self.to_close.pop() {
             if self.connection(key).is_none() {
@@ -269,7 +268,7 @@ impl Engine {
         (connection.generation == key.generation).then_some(connection)
     }
 
-    /// Lets go of a user who has had no connection for a while.
+    /// Removes a user who has had no connection for [`LINGER`].
     pub(super) fn forget_user(&mut self, user: UserId) {
         let Some(at) = self.hub.find(user) else { return };
         let idle = self
@@ -346,7 +345,7 @@ mod tests {
         let permit = limits.admit(Subject::User(UserId(1)), Ipv4Addr::LOCALHOST.into()).await;
 
         engine.admit(NewStream {
-            // No socket takes the options of one.
+            // A file that rejects socket options.
             socket: OwnedFd::from(File::open("/dev/null").unwrap()).into(),
             user: UserId(1),
             session: None,

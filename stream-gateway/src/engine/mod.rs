@@ -1,15 +1,14 @@
 //! Delivery: one thread that owns every stream of the process.
 //!
-//! It brings together what Redis says ([`crate::subscriber`]), what Postgres answers ([`crate::backfill`]) and the sockets:
-//! an event goes from the sequencer straight to each socket of its user, with no queue and no task in between. All sockets
-//! are watched by one epoll, which tokio watches in turn; one timing wheel serves all heartbeats and deadlines. An idle
-//! connection costs its slot here and a heartbeat every few seconds.
+//! It connects Redis ([`crate::subscriber`]), Postgres ([`crate::backfill`]) and the sockets: an event goes from the sequencer
+//! directly to each socket of its user, with no queue and no task in between. One epoll watches all sockets, and tokio watches
+//! the epoll; one timing wheel serves all heartbeats and deadlines. An idle connection costs its slot and its heartbeats.
 //!
-//! It promises per connection: after `ready`, every event after the cursor, once, in order, or a resync. No connection can
-//! hold up another: a socket that takes nothing is left alone until it drains, and its events are read from the feed.
+//! After `ready`, each connection receives every event after its cursor, once and in order, or a resync. No connection delays
+//! another: a lagging one is skipped until its socket takes bytes, and then reads from the replay buffer or the feed.
 //!
-//! This file holds the loop and the clock; beside it stand the connections' comings and goings (`lifecycle`), what is written
-//! to them (`sockets`), the way of an event (`events`) and the questions to Postgres (`questions`).
+//! This file has the loop and the timers; `lifecycle` opens and closes connections, `sockets` writes to them, `events` delivers
+//! events, and `backfill` handles requests to Postgres.
 
 mod backfill;
 mod connection;
@@ -67,20 +66,20 @@ use crate::{
     trace::Flush,
 };
 
-/// Streams that were accepted and not yet taken over: a storm of reconnects fits in.
+/// Accepted streams that wait for the engine; a storm of reconnects fits in.
 pub const NEW_STREAMS: usize = 16_384;
-/// Streams taken over before others get their turn.
+/// Streams admitted before other inputs get their turn.
 const ADMITTED_PER_TURN: usize = 64;
 /// An entry without connections stays this long.
 const LINGER: Millis = 1_000;
-/// A goodbye must be out, and the client gone, this long after it was due.
+/// A closing stream is cut after this long.
 const GOODBYE_WITHIN: Millis = 3_000;
-/// The same where the right to be connected has ended: a reader that is stalled must not gain time by it.
+/// The same when the token or the session has ended: a lagging client must not gain time.
 const EXPIRED_WITHIN: Millis = 500;
 const REVOKED_WITHIN: Millis = 1_000;
 /// Redis updates taken before sockets and timers get their turn.
 const UPDATES_PER_TURN: usize = 512;
-/// The kernel doubles it. Enough for a page of the feed; what does not fit stays in the replay or in Postgres.
+/// The kernel doubles it. Enough for a page of the feed; the rest stays in the replay buffer or in Postgres.
 const SEND_BUFFER: usize = 64 * 1024;
 
 /// A stream that the HTTP side has decided to open.
@@ -88,12 +87,12 @@ pub struct NewStream {
     pub socket: std::net::TcpStream,
     pub user: UserId,
     pub session: Option<SessionId>,
-    /// Which signed the token.
+    /// The key that signed the token.
     pub key: KeyName,
     pub resume: Resume,
     pub heartbeat: Heartbeat,
     pub framing: Framing,
-    /// The head of the HTTP answer and the first `retry`.
+    /// The head of the HTTP response and the first `retry`.
     pub head: Bytes,
     /// When the stream ends at the latest, and why.
     pub ends: Instant,
@@ -101,12 +100,17 @@ pub struct NewStream {
     pub permit: Permit,
 }
 
-/// What the rest of the process tells the engine.
 pub enum EngineCommand {
-    /// Part from everybody, at a steady rate over this time; then answer.
-    Drain { window: Duration, done: oneshot::Sender<()> },
-    /// What is known of this event?
-    Explain { user: UserId, seq: Seq, answer: oneshot::Sender<Explanation> },
+    /// Close all streams at a steady rate over `window`, then signal `done`.
+    Drain {
+        window: Duration,
+        done: oneshot::Sender<()>,
+    },
+    Explain {
+        user: UserId,
+        seq: Seq,
+        answer: oneshot::Sender<Explanation>,
+    },
 }
 
 /// What a stream's right to be open depends on.
@@ -115,17 +119,16 @@ pub struct Rights {
     pub ended_sessions: EndedSessions,
 }
 
-/// The engine's inputs.
 pub struct Inputs {
     pub new_streams: mpsc::Receiver<NewStream>,
     pub updates: mpsc::Receiver<RedisUpdate>,
     pub commands: mpsc::Receiver<EngineCommand>,
-    /// They watch the thread, which may end once `stop` is cancelled.
+    /// Watch the thread, which may end once `stop` is cancelled.
     pub tasks: Tasks,
     pub stop: CancellationToken,
 }
 
-/// Starts the engine's thread. It ends after a drain, or when its inputs are gone; before `stop`, that is a failure.
+/// Starts the delivery thread. It ends after a drain or when its inputs are closed; before `stop`, that is a failure.
 #[expect(clippy::disallowed_methods, reason = "the thread is watched")]
 pub fn start(
     settings: Delivery,
@@ -157,15 +160,13 @@ pub fn start(
     Ok(())
 }
 
-/// Lets tokio watch the epoll that watches the sockets.
-#[expect(unsafe_code, reason = "tokio asks us to vouch for the descriptor")]
+#[expect(unsafe_code, reason = "tokio requires a descriptor that stays valid")]
 fn watch(poll: Poll) -> io::Result<AsyncFd<Poll>> {
     // SAFETY: `Poll` owns its descriptor, keeps it open until it is dropped and always names the same one.
     unsafe { AsyncFd::register_with_interest(poll, Readiness::READABLE) }
         .map_err(|error| error.into_parts().1)
 }
 
-/// Who asked what follows a position.
 #[derive(Debug, Clone, Copy)]
 enum Requester {
     User,
@@ -189,20 +190,20 @@ struct Engine {
     hub: Hub,
     connections: Slab<Connection>,
     wheel: Wheel,
-    /// When the sequencers in doubt are next looked at.
+    /// When the uncertain sequencers are next ticked.
     ticks: BTreeSet<(Millis, u32)>,
-    /// Entries without connections, by when they may go.
+    /// Users without connections, by when they may be removed.
     lingering: VecDeque<(Millis, UserId)>,
-    /// Recorded flushes of which the socket has not taken all yet: aside, because nearly no connection has one.
+    /// Recorded flushes in progress; not in `Connection`, because few connections have one.
     flushes: HashMap<ConnectionKey, Flush>,
-    /// Connections that ended while others were being served.
+    /// Connections to remove at the end of the turn.
     to_close: Vec<(ConnectionKey, &'static str)>,
     closed_streams: ClosedStreams,
     redis_degraded: bool,
     reconcile_at: Millis,
-    /// Questions of the present reconcile round that are not answered yet.
+    /// Unanswered requests of the current reconcile round.
     reconciling: usize,
-    /// Something may have been missed since the present round began.
+    /// Events may be missing since the current round began.
     reconcile_again: bool,
     drain: Option<DrainSchedule>,
     draining: Option<oneshot::Sender<()>>,
@@ -370,7 +371,7 @@ impl Engine {
         self.continue_drain();
     }
 
-    /// Whatever one connection is due for: an end, a heartbeat, a look at its progress.
+    /// Closes the connection, or sends its heartbeat.
     fn on_due(&mut self, key: ConnectionKey) {
         let write_deadline = self.settings.write_deadline.as_millis() as Millis;
         let now = self.now;
@@ -404,7 +405,7 @@ impl Engine {
             due = due.min(connection.blocked_since + write_deadline);
         }
         if due != connection.due {
-            connection.due = due; // It stands there already otherwise.
+            connection.due = due; // Otherwise the wheel has the entry already.
             self.wheel.insert(key, due);
         }
     }
@@ -434,7 +435,7 @@ impl Engine {
         }
     }
 
-    /// Whether all streams are gone and none is on its way, or the time for it is over.
+    /// Whether all streams are closed and none is waiting, or the time for the drain is over.
     fn drained(&mut self, none_to_come: bool) -> bool {
         let over = self.drain.as_ref().is_some_and(|drain| {
             self.connections.is_empty() && none_to_come || self.now >= drain.end() + 2 * GOODBYE_WITHIN
@@ -463,15 +464,15 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_shortest_heartbeat_comes_within_the_shortest_read_timeout() {
+    fn shortest_heartbeat_comes_within_the_shortest_read_timeout() {
         let latest =
             Duration::from_secs(4).mul_f64(1.0 + HEARTBEAT_JITTER) + Duration::from_millis(wheel::SLOT);
         assert!(latest < Duration::from_secs(5), "{latest:?}");
     }
 
-    /// An idle stream costs this and its user's entry: what makes it bigger is paid for every stream.
+    /// Every idle stream costs this and its user's entry.
     #[test]
-    fn a_connection_does_not_grow_unnoticed() {
+    fn a_connection_stays_within_its_size() {
         let limit = if cfg!(debug_assertions) { 248 } else { 232 }; // A socket of mio's is bigger in debug builds.
         assert!(size_of::<Connection>() <= limit, "{}", size_of::<Connection>());
     }

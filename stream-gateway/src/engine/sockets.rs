@@ -1,4 +1,4 @@
-//! What goes to sockets and comes from them. [`Engine::write_pending`] is the one place that decides what a connection is written next.
+//! Socket I/O. Only [`Engine::write_pending`] decides what is written to a connection next.
 
 use std::{collections::VecDeque, io, time::SystemTime};
 
@@ -61,8 +61,8 @@ impl Engine {
         }
     }
 
-    /// Writes all that the connection may have and its socket takes: the rest of a block, what it is owed, what follows its
-    /// cursor. Asks for what is not here.
+    /// Writes what is pending, as far as the socket takes it: the rest of a block, control events, the events after the cursor.
+    /// Requests events that are not in memory.
     pub(super) fn write_pending(&mut self, key: ConnectionKey) {
         let now = self.now;
         loop {
@@ -119,7 +119,7 @@ impl Engine {
                 if event.position.epoch != connection.position.epoch
                     || event.position.seq != connection.position.seq + 1
                 {
-                    continue; // Passed already, by a live event.
+                    continue; // Already written, as a live event.
                 }
                 connection.position = event.position;
                 let flush = begin_flush(&self.hub, connection, &event);
@@ -175,14 +175,14 @@ impl Engine {
     }
 }
 
-/// Nothing, mostly: of an event whose trace is recorded.
+/// Returns a span only if the event is traced.
 pub(super) fn begin_flush(hub: &Hub, connection: &Connection, event: &EncodedEvent) -> Option<Flush> {
     let trace = event.trace.as_ref()?;
     let streams = hub.get(connection.user).map_or(1, |entry| entry.connections.len());
     trace.flush(streams, connection.generation)
 }
 
-/// The kernel gives up on a peer that acknowledges nothing for the write deadline; all else is the client's doing.
+/// `TimedOut`: the client acknowledged nothing for the write deadline (`TCP_USER_TIMEOUT`).
 fn why_broken(error: &io::Error) -> &'static str {
     if error.kind() == io::ErrorKind::TimedOut { "slow_consumer" } else { "client" }
 }

@@ -1,5 +1,5 @@
-//! One timer for all connections: a wheel of short slots. A connection stands in it at its next due time; nothing is done for
-//! it in between. Entries are not removed: one whose time is no longer the connection's own is ignored when it comes up.
+//! One timer for all connections: a timing wheel that holds each connection at its next due time. Entries are not removed; the
+//! engine ignores one whose time is no longer the connection's `due`.
 
 use crate::{hub::ConnectionKey, sequencer::Millis};
 
@@ -18,13 +18,13 @@ impl Wheel {
         Self { slots: (0..SLOTS).map(|_| Vec::new()).collect(), turned_to: now / SLOT }
     }
 
-    /// `due` beyond the wheel's reach is kept at its far end and moved on from there.
+    /// A `due` beyond the wheel's range is inserted at its far end and re-inserted from there.
     pub fn insert(&mut self, key: ConnectionKey, due: Millis) {
         let slot = due.div_ceil(SLOT).clamp(self.turned_to + 1, self.turned_to + SLOTS - 1);
         self.slots[(slot % SLOTS) as usize].push((key, due));
     }
 
-    /// Everything due by now, at most one slot late and never early.
+    /// Moves the due entries to `due`, at most one slot late and never early.
     pub fn turn(&mut self, now: Millis, due: &mut Vec<(ConnectionKey, Millis)>) {
         while self.turned_to < now / SLOT {
             self.turned_to += 1;
@@ -54,7 +54,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn everything_comes_up_once_and_at_most_a_slot_late(
+        fn each_entry_is_due_once_and_at_most_a_slot_late(
             start in 0..1_000_000u64,
             dues in proptest::collection::vec(0..200_000u64, 1..100),
             steps in proptest::collection::vec(1..5_000u64, 1..400),

@@ -1,5 +1,4 @@
-//! The route table: the stream, and nothing else. The other end of the table is a route too, not a rejection, so that its
-//! answer is made like every other.
+//! The route table: the stream. Not found is a route too, not a rejection, so that its response is made like every other.
 
 mod parameters;
 mod stream;

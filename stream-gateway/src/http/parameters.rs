@@ -1,4 +1,4 @@
-//! What a request says about its stream: the token, the cursor, the heartbeat.
+//! The parameters of a stream request: token, cursor, heartbeat.
 
 use std::{borrow::Cow, num::NonZeroU8};
 
@@ -8,7 +8,7 @@ use url::form_urlencoded;
 
 use crate::frame::{Heartbeat, HeartbeatForm};
 
-/// The credential that counts; on the stream, a token in the query may stand for the header.
+/// The tokens of the request; on the stream, a token in the query may replace the header.
 pub fn presented(headers: &HeaderMap, query: &str, cookies: &Cookies) -> Option<PresentedTokens> {
     PresentedTokens::find(headers, parameter(query, "token").map(Cow::into_owned), cookies)
 }
@@ -26,18 +26,18 @@ pub fn last_event_id(headers: &HeaderMap, query: &str) -> Option<Vec<u8>> {
 pub fn heartbeat(query: &str) -> Heartbeat {
     /// With its jitter, the minimum serves readers that give up after 5 seconds.
     const SECONDS: (f64, f64) = (4.0, 60.0);
-    let asked = parameter(query, "heartbeat").unwrap_or_default();
-    if asked == "event" {
+    let value = parameter(query, "heartbeat").unwrap_or_default();
+    if value == "event" {
         return Heartbeat { form: HeartbeatForm::Event, seconds: None };
     }
-    let seconds = asked.parse::<f64>().ok().filter(|seconds| !seconds.is_nan());
+    let seconds = value.parse::<f64>().ok().filter(|seconds| !seconds.is_nan());
     let seconds = seconds.and_then(|seconds| NonZeroU8::new(seconds.clamp(SECONDS.0, SECONDS.1) as u8));
     Heartbeat { form: HeartbeatForm::Comment, seconds }
 }
 
 /// The last of a repeated parameter counts: clients that extend an existing URL append the newer value.
-fn parameter<'a>(query: &'a str, wanted: &str) -> Option<Cow<'a, str>> {
-    form_urlencoded::parse(query.as_bytes()).filter(|(name, _)| name == wanted).last().map(|(_, value)| value)
+fn parameter<'a>(query: &'a str, name: &str) -> Option<Cow<'a, str>> {
+    form_urlencoded::parse(query.as_bytes()).filter(|(other, _)| other == name).last().map(|(_, value)| value)
 }
 
 #[cfg(test)]
@@ -61,20 +61,20 @@ mod tests {
     }
 
     #[test]
-    fn the_place_comes_from_the_header_else_the_query() {
-        let place = |pairs: &[(&'static str, &str)], query| {
+    fn the_cursor_comes_from_the_header_else_the_query() {
+        let cursor = |pairs: &[(&'static str, &str)], query| {
             last_event_id(&headers(pairs), query).map(|value| String::from_utf8(value).unwrap())
         };
-        assert_eq!(place(&[("last-event-id", "a-1")], "lastEventId=b-2"), Some("a-1".into()));
-        assert_eq!(place(&[("last-event-id", "")], "lastEventId=b-2"), Some("b-2".into()));
-        assert_eq!(place(&[], "lastEventId="), None);
-        assert_eq!(place(&[], "lastEventId=%0A"), Some("\n".into()));
-        assert_eq!(place(&[], "lastEventId=a-1&x=&lastEventId=b-2"), Some("b-2".into()));
-        assert_eq!(place(&[], "lastEventId=a-1&lastEventId="), None, "the last one is empty");
+        assert_eq!(cursor(&[("last-event-id", "a-1")], "lastEventId=b-2"), Some("a-1".into()));
+        assert_eq!(cursor(&[("last-event-id", "")], "lastEventId=b-2"), Some("b-2".into()));
+        assert_eq!(cursor(&[], "lastEventId="), None);
+        assert_eq!(cursor(&[], "lastEventId=%0A"), Some("\n".into()));
+        assert_eq!(cursor(&[], "lastEventId=a-1&x=&lastEventId=b-2"), Some("b-2".into()));
+        assert_eq!(cursor(&[], "lastEventId=a-1&lastEventId="), None, "the last one is empty");
     }
 
     #[test]
-    fn a_client_chooses_the_form_or_the_seconds_of_its_heartbeats() {
+    fn a_client_chooses_the_form_or_interval_of_heartbeats() {
         let events = Heartbeat { form: HeartbeatForm::Event, seconds: None };
         assert_eq!(heartbeat("token=a&heartbeat=event"), events);
         assert_eq!(heartbeat("heartbeat=5&heartbeat=event"), events);
@@ -83,8 +83,8 @@ mod tests {
         {
             assert_eq!(heartbeat(query), Heartbeat::default(), "{query}");
         }
-        let seconds = |asked: &str| heartbeat(&format!("heartbeat={asked}")).seconds.map(NonZeroU8::get);
-        for (asked, wanted) in [
+        let seconds = |value: &str| heartbeat(&format!("heartbeat={value}")).seconds.map(NonZeroU8::get);
+        for (value, expected) in [
             ("4", 4),
             ("8", 8),
             ("4.9", 4),
@@ -96,7 +96,7 @@ mod tests {
             ("99999999999999999999", 60),
             ("event&heartbeat=10", 10),
         ] {
-            assert_eq!(seconds(asked), Some(wanted), "{asked}");
+            assert_eq!(seconds(value), Some(expected), "{value}");
         }
     }
 }

@@ -1,7 +1,7 @@
 //! `GET /api/messages`: authenticates, admits, and hands the socket to the engine.
 //!
-//! Until the credential and `Accept` are checked, errors are statuses. From there on the answer is 200, because a browser's
-//! `EventSource` gives up for ever on anything else: what is refused then is told in band.
+//! Until the token and `Accept` are checked, errors are statuses. Afterwards the status is 200, and a rejection is a `goodbye`
+//! in band, because a browser's `EventSource` gives up permanently on any other status.
 
 use std::{
     fmt,
@@ -54,10 +54,9 @@ use crate::{
     metrics::{Code, Metrics, Reason},
 };
 
-/// For a head into an empty socket.
+/// For writing a head into an empty socket.
 const HEAD_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// All that the stream route works with.
 pub struct Streams {
     pub keys: Arc<Keys>,
     pub identities: Arc<Identities>,
@@ -69,9 +68,9 @@ pub struct Streams {
     pub trusted_proxies: TrustedProxies,
     pub max_age: Duration,
     pub new_streams: mpsc::Sender<NewStream>,
-    /// Rejected streams that are still sent their goodbye; beyond these a goodbye is one write.
+    /// Permits for goodbyes that wait for the client to close; without one, a goodbye is a single write.
     pub rejecting: Arc<Semaphore>,
-    /// Set when this process parts from its streams.
+    /// Set when the drain begins.
     pub draining: AtomicBool,
 }
 
@@ -93,9 +92,9 @@ impl Streams {
         let mut response = match method {
             Method::GET => match self.open(version, headers, query, client, &request_id, origin).await {
                 Ok(response) => return response,
-                Err(refusal) => self.refuse(&refusal, &request_id),
+                Err(error) => self.error(&error, &request_id),
             },
-            _ => self.refuse(&StreamError::Method, &request_id),
+            _ => self.error(&StreamError::Method, &request_id),
         };
         self.origins.let_read(origin, response.headers_mut());
         response
@@ -112,7 +111,7 @@ impl Streams {
     ) -> Result<Response, StreamError> {
         let presented = presented(headers, query, &self.cookies).ok_or(StreamError::Unauthorized)?;
         let principal = match self.keys.verify(&presented.tokens).await {
-            Ok(proofs) => self.first_live(proofs),
+            Ok(verified) => self.first_live(verified),
             Err(VerifyError::Token(reason)) => {
                 tracing::debug!(%client, request.id = request_id, %reason, "stream request rejected: unauthorized");
                 return Err(StreamError::Unauthorized);
@@ -182,8 +181,8 @@ impl Streams {
                 ends_why,
                 permit,
             };
-            if let Err(refused) = new_streams.try_send(stream) {
-                let (stream, limit, why) = match refused {
+            if let Err(rejected) = new_streams.try_send(stream) {
+                let (stream, limit, why) = match rejected {
                     TrySendError::Full(stream) => (stream, "queue_full", Goodbye::Busy),
                     TrySendError::Closed(stream) => (stream, "drain", Goodbye::Drain),
                 };
@@ -201,13 +200,13 @@ impl Streams {
             }
             Who::Subject(claims) => claims,
         };
-        // The head goes out at once, whatever is down; whose stream it is is asked meanwhile.
+        // The head is written immediately, even if `api` is down; the user is looked up meanwhile.
         let (identities, metrics) = (self.identities.clone(), self.metrics.clone());
         server::hand_off(move |mut socket| {
             tokio::spawn(async move {
-                let told = timeout(HEAD_TIMEOUT, socket.write_all(&bytes)).await;
+                let written = timeout(HEAD_TIMEOUT, socket.write_all(&bytes)).await;
                 let user = identities.user_of(&subject).await;
-                let (Ok(Ok(())), Ok(socket)) = (told, socket.into_std()) else { return };
+                let (Ok(Ok(())), Ok(socket)) = (written, socket.into_std()) else { return };
                 if let Some(user) = user {
                     admit(socket, user, Bytes::new());
                 } else {
@@ -218,11 +217,11 @@ impl Streams {
         })
     }
 
-    /// Of several good tokens, which hardly ever are, one whose session is not known to have ended; else the first.
-    fn first_live(&self, proofs: Vec<VerifiedToken>) -> Option<Principal> {
-        let mut bearers: Vec<_> = proofs.into_iter().map(|proof| self.principal(proof)).collect();
-        let live = bearers.iter().position(|principal| self.ended(principal).is_none());
-        (!bearers.is_empty()).then(|| bearers.swap_remove(live.unwrap_or(0)))
+    /// Of several valid tokens, the first whose session is not known to have ended, else the first.
+    fn first_live(&self, verified: Vec<VerifiedToken>) -> Option<Principal> {
+        let mut principals: Vec<_> = verified.into_iter().map(|token| self.principal(token)).collect();
+        let live = principals.iter().position(|principal| self.ended(principal).is_none());
+        (!principals.is_empty()).then(|| principals.swap_remove(live.unwrap_or(0)))
     }
 
     fn ended(&self, principal: &Principal) -> Option<(UserId, SessionId)> {
@@ -244,7 +243,7 @@ impl Streams {
         }
     }
 
-    /// 200, and the end: one write, no stream.
+    /// 200 with a `goodbye`, and the end of the body.
     #[expect(clippy::disallowed_methods, reason = "one connection, for a few seconds at most")]
     fn reject(
         &self,
@@ -264,7 +263,7 @@ impl Streams {
             bytes.extend(closing_bytes(framing, why));
             tokio::spawn(async move {
                 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-                let farewell = async {
+                let goodbye = async {
                     socket.write_all(&bytes).await?;
                     socket.shutdown().await?;
                     // Closing with unread input would make the kernel discard what the client has not read yet.
@@ -276,14 +275,14 @@ impl Streams {
                     }
                     std::io::Result::Ok(())
                 };
-                let _ = timeout(Duration::from_secs(2), farewell).await;
+                let _ = timeout(Duration::from_secs(2), goodbye).await;
                 drop(permit);
             });
         })
     }
 
-    fn refuse(&self, refusal: &StreamError, request_id: &str) -> Response {
-        let (status, code, message) = match refusal {
+    fn error(&self, error: &StreamError, request_id: &str) -> Response {
+        let (status, code, message) = match error {
             StreamError::Method => {
                 (StatusCode::METHOD_NOT_ALLOWED, "method_not_allowed", "Method not allowed".into())
             }
@@ -297,11 +296,11 @@ impl Streams {
         };
         self.metrics.stream_request_errors.get_or_create(&Code { code }).inc();
         let mut problem = Problem::new(status, code, message, request_id);
-        if let StreamError::NotAcceptable = refusal {
+        if let StreamError::NotAcceptable = error {
             problem.detail = Some("Send the header Accept: text/event-stream".into());
         }
         let mut response: Response = problem.into_response();
-        match refusal {
+        match error {
             StreamError::Method => {
                 response.headers_mut().insert(header::ALLOW, HeaderValue::from_static("GET"))
             }
@@ -313,7 +312,6 @@ impl Streams {
         response
     }
 
-    /// The head of every stream, as it goes to the socket.
     fn head(&self, version: Version, request_id: &str, origin: Option<&HeaderValue>) -> ResponseHead {
         let framing = Framing::of(version);
         let mut headers = HeaderMap::new();
@@ -341,11 +339,11 @@ impl Streams {
     }
 }
 
-/// Who brings the token, and until when it lets them listen.
+/// The owner of the token, and how long the token allows the stream.
 struct Principal {
     who: Who,
     session: Option<SessionId>,
-    /// Which signed the token.
+    /// The key that signed the token.
     key: KeyName,
     /// Seconds since 1970.
     ends_at: i64,
@@ -353,12 +351,12 @@ struct Principal {
 
 enum Who {
     User(UserId),
-    /// Of the external issuer; which user that is is not known here yet.
+    /// Of the external issuer; the user is not known here yet.
     Subject(ExternalClaims),
 }
 
 impl Who {
-    /// As whom their streams are limited: by their subject, until it is known which user that is.
+    /// Rate limits count by user or, until that is known, by subject.
     fn counted(&self) -> Subject<'_> {
         match self {
             Self::User(user) => Subject::User(*user),
@@ -371,7 +369,7 @@ impl fmt::Display for Who {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::User(user) => user.fmt(f),
-            Self::Subject(_) => f.write_str("a external issuer's"),
+            Self::Subject(_) => f.write_str("an external issuer's"),
         }
     }
 }
@@ -383,7 +381,6 @@ enum StreamError {
     NotAcceptable,
 }
 
-/// Whatever is no route of ours.
 pub(super) fn not_found(headers: &HeaderMap) -> Response {
     Problem::new(StatusCode::NOT_FOUND, "not_found", "Not found", request_id(headers)).into_response()
 }
@@ -392,7 +389,6 @@ fn accepts_event_stream(headers: &HeaderMap) -> bool {
     weight(headers, header::ACCEPT, "text/event-stream").is_some_and(|weight| weight > 0)
 }
 
-/// The head of the answer, and how its body is framed.
 struct ResponseHead {
     bytes: Vec<u8>,
     framing: Framing,
@@ -400,7 +396,7 @@ struct ResponseHead {
 
 /// How long a stream may last: until the last minute before its token expires, or a random age, whichever comes first.
 fn lifetime(ends_at: i64, now: SystemTime, max_age: Duration) -> (Duration, Goodbye) {
-    /// Never after the token's end: a quarter second for the wheel, half of one for a goodbye that finds a full socket.
+    /// Never after the token expires: a quarter second for the wheel, half a second for a goodbye into a full socket.
     const MARGIN: f64 = 1.0;
     const LAST: f64 = 60.0;
     let now = now.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs_f64();
@@ -415,12 +411,11 @@ fn lifetime(ends_at: i64, now: SystemTime, max_age: Duration) -> (Duration, Good
     }
 }
 
-/// The goodbye to a rejected stream, and the end of its body.
 fn closing_bytes(framing: Framing, why: Goodbye) -> Bytes {
     framing.last(&frame::goodbye(why, rand::rng().random_range(why.retry())))
 }
 
-/// One write and the end, where nothing more can be afforded. The socket's buffer is empty, so it needs no waiting.
+/// One write without waiting: the socket's buffer is empty.
 fn write_goodbye(mut socket: &std::net::TcpStream, head: &[u8], framing: Framing, why: Goodbye) {
     use std::io::Write;
     let _ = socket.write_all(&[head, &closing_bytes(framing, why)].concat());
@@ -487,7 +482,7 @@ mod tests {
             accepts_event_stream(&headers)
         };
         assert!(["text/event-stream", "text/html, Text/Event-Stream;q=0.9"].into_iter().all(accepts));
-        let refused = [
+        let rejected = [
             "*/*",
             "text/*",
             "text/event-streams",
@@ -495,6 +490,6 @@ mod tests {
             "text/event-stream;q=0",
             "text/event-stream; q=0.0, */*",
         ];
-        assert!(!refused.into_iter().any(accepts));
+        assert!(!rejected.into_iter().any(accepts));
     }
 }

@@ -1,5 +1,5 @@
-//! The rules one by one, then the whole against a model: a feed in Postgres, a Redis that loses, repeats and reorders,
-//! answers that arrive late, a database that is pruned and set back.
+//! The rules one by one, then all of them against a model: a feed in Postgres, a Redis that loses, repeats and reorders,
+//! answers that arrive late, a database that is pruned and restored.
 
 use proptest::prelude::*;
 
@@ -21,7 +21,7 @@ fn answer(
     Answer { requested_at, head: Some(head), events, after: requested_at.map(|head| head.seq), more: false }
 }
 
-/// A sequencer whose place is `seq`, and nothing in pending.
+/// A certain sequencer whose position is `seq`.
 fn positioned(seq: Seq) -> Sequencer<Seq> {
     let mut sequencer = Sequencer::default();
     assert_eq!(observed(&mut sequencer, answer(None, at(seq), []), 0), []);
@@ -53,7 +53,6 @@ fn observed(sequencer: &mut Sequencer<Seq>, answer: Answer<Seq>, now: Millis) ->
     steps
 }
 
-/// Nothing is in pending, and nothing is buffered.
 fn assert_idle(sequencer: &Sequencer<Seq>) {
     assert!(sequencer.pending.is_none() && sequencer.due().is_none(), "{sequencer:?}");
 }
@@ -68,7 +67,7 @@ fn the_next_event_is_delivered_and_a_repeat_is_not() {
 }
 
 #[test]
-fn events_before_the_place_is_known_wait_for_it() {
+fn events_before_the_first_position_wait_for_it() {
     let mut sequencer = Sequencer::default();
     assert_eq!(live(&mut sequencer, 6, 0), []);
     assert_eq!(tick(&mut sequencer, REORDER_WAIT), [Step::Request { after: None }]);
@@ -78,7 +77,7 @@ fn events_before_the_place_is_known_wait_for_it() {
 }
 
 #[test]
-fn a_reordering_costs_no_question() {
+fn a_reordering_costs_no_request() {
     let mut sequencer = positioned(0);
     assert_eq!(live(&mut sequencer, 3, 0), []);
     assert_eq!(live(&mut sequencer, 2, 0), []);
@@ -88,7 +87,7 @@ fn a_reordering_costs_no_question() {
 }
 
 #[test]
-fn a_hole_is_asked_for_once_after_the_wait() {
+fn a_gap_is_requested_once_after_the_wait() {
     let mut sequencer = positioned(0);
     live(&mut sequencer, 3, 10);
     assert_eq!(sequencer.due(), Some(10 + REORDER_WAIT));
@@ -101,7 +100,7 @@ fn a_hole_is_asked_for_once_after_the_wait() {
 }
 
 #[test]
-fn live_events_after_the_question_survive_its_older_answer() {
+fn live_events_after_the_request_survive_its_older_answer() {
     let mut sequencer = positioned(0);
     live(&mut sequencer, 2, 0);
     tick(&mut sequencer, REORDER_WAIT);
@@ -113,7 +112,7 @@ fn live_events_after_the_question_survive_its_older_answer() {
 }
 
 #[test]
-fn a_head_below_live_events_that_came_after_the_question_is_merely_old() {
+fn a_head_below_events_that_came_after_the_request_is_old() {
     let mut sequencer = positioned(0);
     sequencer.mark_uncertain(0);
     assert_eq!(tick(&mut sequencer, REORDER_WAIT), [Step::Request { after: Some(0) }]);
@@ -123,7 +122,7 @@ fn a_head_below_live_events_that_came_after_the_question_is_merely_old() {
 }
 
 #[test]
-fn a_head_below_the_place_at_asking_is_a_feed_set_back() {
+fn a_head_below_the_position_at_the_request_causes_a_resync() {
     let mut sequencer = positioned(5);
     assert_eq!(
         observed(&mut sequencer, answer(Some(at(5)), at(4), []), 0),
@@ -133,7 +132,7 @@ fn a_head_below_the_place_at_asking_is_a_feed_set_back() {
 }
 
 #[test]
-fn what_was_held_of_a_history_that_was_lost_is_not_delivered_in_the_next() {
+fn buffered_events_of_a_lost_history_are_not_delivered() {
     let mut sequencer = positioned(5);
     live(&mut sequencer, 8, 0);
     let steps = observed(&mut sequencer, answer(Some(at(5)), at(4), []), 0);
@@ -145,22 +144,22 @@ fn what_was_held_of_a_history_that_was_lost_is_not_delivered_in_the_next() {
 }
 
 #[test]
-fn what_was_held_of_another_epoch_is_forgotten_when_the_place_or_an_event_of_ours_comes() {
-    let stranger = Position { epoch: OTHER, seq: 900 };
+fn buffered_events_of_another_epoch_are_dropped() {
+    let other = Position { epoch: OTHER, seq: 900 };
     let mut sequencer = Sequencer::default();
-    sequencer.live(stranger, 900, 0, &mut vec![]);
+    sequencer.live(other, 900, 0, &mut vec![]);
     assert_eq!(observed(&mut sequencer, answer(None, at(5), []), 0), []);
     assert_idle(&sequencer);
 
     let mut sequencer = Sequencer::default();
-    sequencer.live(stranger, 900, 0, &mut vec![]);
+    sequencer.live(other, 900, 0, &mut vec![]);
     assert_eq!(live(&mut sequencer, 6, 0), []);
     assert_eq!(observed(&mut sequencer, answer(None, at(5), []), 0), [Step::Deliver(6, 6)]);
     assert_idle(&sequencer);
 }
 
 #[test]
-fn another_epoch_is_another_feed_and_redis_alone_cannot_say_so() {
+fn another_epoch_from_redis_is_checked_before_the_resync() {
     let mut sequencer = positioned(5);
     let mut steps = Vec::new();
     sequencer.live(Position { epoch: OTHER, seq: 6 }, 6, 0, &mut steps);
@@ -175,7 +174,7 @@ fn another_epoch_is_another_feed_and_redis_alone_cannot_say_so() {
 }
 
 #[test]
-fn a_foreign_epoch_during_a_question_needs_another_question() {
+fn another_epoch_during_a_request_needs_another_request() {
     let mut sequencer = positioned(5);
     sequencer.mark_uncertain(0);
     let mut steps = tick(&mut sequencer, REORDER_WAIT);
@@ -185,7 +184,7 @@ fn a_foreign_epoch_during_a_question_needs_another_question() {
 }
 
 #[test]
-fn an_old_answer_of_an_old_epoch_changes_nothing_but_asks_again() {
+fn an_answer_of_an_old_epoch_only_causes_a_new_request() {
     let mut sequencer = positioned(5);
     let head = Position { epoch: OTHER, seq: 9 };
     let requested_at = Some(Position { epoch: OTHER, seq: 8 });
@@ -195,14 +194,14 @@ fn an_old_answer_of_an_old_epoch_changes_nothing_but_asks_again() {
 }
 
 #[test]
-fn a_head_beyond_the_place_is_a_hole() {
+fn a_head_beyond_the_position_is_a_gap() {
     let mut sequencer = positioned(5);
     assert_eq!(observed(&mut sequencer, answer(None, at(7), []), 0), []);
     assert_eq!(tick(&mut sequencer, REORDER_WAIT), [Step::Request { after: Some(5) }]);
 }
 
 #[test]
-fn rows_that_are_no_longer_kept_lose_the_place() {
+fn pruned_events_after_the_position_cause_a_resync() {
     let mut sequencer = positioned(5);
     let steps = observed(&mut sequencer, answer(Some(at(5)), at(9), [8, 9]), 0);
     assert_eq!(steps, [Step::Resync(ResyncReason::Expired, at(9))]);
@@ -214,14 +213,14 @@ fn rows_that_are_no_longer_kept_lose_the_place() {
 }
 
 #[test]
-fn a_lost_place_is_called_as_the_contract_has_it() {
+fn resync_reasons_are_those_of_the_contract() {
     let names =
         [ResyncReason::Unknown, ResyncReason::Expired, ResyncReason::Future].map(ResyncReason::as_str);
     assert_eq!(names, ["unknown", "expired", "future"]);
 }
 
 #[test]
-fn an_older_answer_does_not_take_back_what_a_newer_one_said() {
+fn an_older_answer_does_not_take_back_a_newer_head() {
     let mut sequencer = positioned(5);
     sequencer.mark_uncertain(0);
     assert_eq!(tick(&mut sequencer, REORDER_WAIT), [Step::Request { after: Some(5) }]);
@@ -235,7 +234,7 @@ fn an_older_answer_does_not_take_back_what_a_newer_one_said() {
 }
 
 #[test]
-fn what_came_live_beyond_an_expired_place_follows_it() {
+fn live_events_beyond_an_expired_position_are_delivered() {
     let mut sequencer = positioned(5);
     live(&mut sequencer, 8, 0);
     assert_eq!(tick(&mut sequencer, REORDER_WAIT), [Step::Request { after: Some(5) }]);
@@ -246,18 +245,18 @@ fn what_came_live_beyond_an_expired_place_follows_it() {
 }
 
 #[test]
-fn what_postgres_refutes_is_forgotten() {
+fn events_that_postgres_does_not_have_are_dropped() {
     let mut sequencer = positioned(5);
     live(&mut sequencer, 900, 0);
     tick(&mut sequencer, REORDER_WAIT);
     live(&mut sequencer, 8, 35);
     assert_eq!(answered(&mut sequencer, answer(Some(at(5)), at(5), []), 40), []);
-    // 8 is below what was held when the question was asked, so it is refuted as well; a true 8 is found by its head.
+    // 8 is below 900, which was buffered at the request, so it is dropped too; a real 8 is found by its head.
     assert_idle(&sequencer);
 }
 
 #[test]
-fn a_cut_range_goes_on_at_once() {
+fn a_cut_range_continues_immediately() {
     let mut sequencer = positioned(0);
     observed(&mut sequencer, answer(None, at(4), []), 0);
     tick(&mut sequencer, REORDER_WAIT);
@@ -267,7 +266,7 @@ fn a_cut_range_goes_on_at_once() {
 }
 
 #[test]
-fn questions_that_bring_nothing_come_ever_more_rarely() {
+fn requests_that_bring_nothing_back_off() {
     let mut sequencer = positioned(0);
     let mut waits = Vec::new();
     let mut now = 0;
@@ -286,7 +285,7 @@ fn questions_that_bring_nothing_come_ever_more_rarely() {
 }
 
 #[test]
-fn what_is_held_is_bounded_and_found_again() {
+fn buffered_events_are_bounded_and_the_rest_is_requested() {
     let mut sequencer = positioned(0);
     for seq in 2..1_000 {
         live(&mut sequencer, seq, 0);
@@ -300,14 +299,14 @@ fn what_is_held_is_bounded_and_found_again() {
 }
 
 #[test]
-fn a_user_who_is_gone_is_gone() {
+fn a_deleted_user_is_gone() {
     let mut sequencer = positioned(3);
     let gone = Answer { requested_at: Some(at(3)), head: None, events: vec![], after: None, more: false };
     assert_eq!(observed(&mut sequencer, gone, 0), [Step::Gone]);
 }
 
 #[test]
-fn a_cursor_is_judged_by_epoch_head_and_first_row() {
+fn a_cursor_is_judged_by_epoch_head_and_first_event() {
     use Verdict::{Follows, Gone, Resync as L};
     for (head, first, verdict) in [
         (None, None, Gone),
@@ -323,14 +322,14 @@ fn a_cursor_is_judged_by_epoch_head_and_first_row() {
     }
 }
 
-/// What happens in the world between two looks at the sequencer. Numbers pick among what there is.
+/// One step of the model. Numbers select among the messages and events that exist.
 #[derive(Debug, Clone)]
-enum Happening {
-    /// An event commits; Redis carries it, or not.
+enum Action {
+    /// An event commits, and is published or lost.
     Commit {
         published: bool,
     },
-    /// Redis delivers one of the messages on their way, and perhaps keeps it to repeat it.
+    /// Redis delivers one of the messages in flight, and will repeat it if `again`.
     Arrive {
         which: usize,
         again: bool,
@@ -338,30 +337,31 @@ enum Happening {
     Pass {
         ms: Millis,
     },
-    /// Postgres answers the open question as of now; the answer is on its way.
+    /// Postgres answers the open request; the answer is in flight.
     Serve,
-    Bring,
-    /// The reconcile asks, or its answer arrives.
+    /// That answer arrives.
+    Answered,
+    /// The reconcile requests a head.
     Reconcile,
+    /// Its answer arrives.
     Reconciled,
-    /// Old rows are deleted.
     Prune {
         kept: usize,
     },
-    /// A backup is restored; `new-epoch` is run.
+    /// A backup is restored, and `new-epoch` is run.
     Restore {
         back: usize,
     },
 }
 
-fn happening() -> impl Strategy<Value = Happening> {
-    use Happening::*;
+fn action() -> impl Strategy<Value = Action> {
+    use Action::*;
     prop_oneof![
         6 => any::<bool>().prop_map(|published| Commit { published }),
         6 => (any::<usize>(), any::<bool>()).prop_map(|(which, again)| Arrive { which, again }),
         3 => (0..200u64).prop_map(|ms| Pass { ms }),
         3 => Just(Serve),
-        3 => Just(Bring),
+        3 => Just(Answered),
         1 => Just(Reconcile),
         1 => Just(Reconciled),
         1 => (0..6usize).prop_map(|kept| Prune { kept }),
@@ -369,37 +369,37 @@ fn happening() -> impl Strategy<Value = Happening> {
     ]
 }
 
-/// An event carries its own identity, so that a wrong one is seen.
+/// Its own identity, so that a wrong event is noticed.
 type Event = (Epoch, Seq);
 
-struct World {
+struct Model {
     now: Millis,
     head: Position,
     first_kept: Seq,
-    on_their_way: Vec<Event>,
-    /// The open question, and its answer once served.
-    question: Option<(Option<Position>, Option<Seq>)>,
+    in_flight: Vec<Event>,
+    /// The open request.
+    request: Option<(Option<Position>, Option<Seq>)>,
     served: Option<Answer<Event>>,
     reconcile: Option<Answer<Event>>,
     sequencer: Sequencer<Event>,
-    /// What a client of this gateway has: its position, by what was delivered.
+    /// A client's position, by the delivered events.
     client: Option<Position>,
-    questions: usize,
+    requests: usize,
 }
 
-impl World {
+impl Model {
     fn new() -> Self {
         Self {
             now: 0,
             head: Position { epoch: Epoch(7), seq: 3 },
             first_kept: 1,
-            on_their_way: vec![],
-            question: None,
+            in_flight: vec![],
+            request: None,
             served: None,
             reconcile: None,
             sequencer: Sequencer::default(),
             client: None,
-            questions: 0,
+            requests: 0,
         }
     }
 
@@ -417,21 +417,21 @@ impl World {
         for step in steps {
             match step {
                 Step::Deliver(seq, event) => {
-                    let client = self.client.as_mut().expect("delivered before the place was known");
+                    let client = self.client.as_mut().expect("delivered before the position was known");
                     assert_eq!((client.epoch, client.seq + 1), event, "not the next event");
                     assert_eq!(seq, event.1);
                     client.seq = seq;
                 }
                 Step::Request { after } => {
-                    assert!(self.question.is_none(), "asked while a question is open");
-                    self.question = Some((self.sequencer.position(), after));
-                    self.questions += 1;
+                    assert!(self.request.is_none(), "requested while a request is open");
+                    self.request = Some((self.sequencer.position(), after));
+                    self.requests += 1;
                 }
                 Step::Resync(_, head) => self.client = Some(head),
-                Step::Gone => panic!("nobody went"),
+                Step::Gone => panic!("no user was deleted"),
             }
         }
-        assert_eq!(self.client, self.sequencer.position(), "the place is what was delivered");
+        assert_eq!(self.client, self.sequencer.position(), "the position is the last delivered event");
     }
 
     fn answer(&self, requested_at: Option<Position>, after: Option<Seq>) -> Answer<Event> {
@@ -444,52 +444,52 @@ impl World {
         Answer { requested_at, head: Some(self.head), events, after, more: all.len() > PAGE }
     }
 
-    fn happen(&mut self, happening: &Happening) {
-        match *happening {
-            Happening::Commit { published } => {
+    fn run(&mut self, action: &Action) {
+        match *action {
+            Action::Commit { published } => {
                 self.head.seq += 1;
                 if published {
-                    self.on_their_way.push((self.head.epoch, self.head.seq));
+                    self.in_flight.push((self.head.epoch, self.head.seq));
                 }
             }
-            Happening::Arrive { which, again } => {
-                if self.on_their_way.is_empty() {
+            Action::Arrive { which, again } => {
+                if self.in_flight.is_empty() {
                     return;
                 }
-                let which = which % self.on_their_way.len();
-                let (epoch, seq) = self.on_their_way[which];
+                let which = which % self.in_flight.len();
+                let (epoch, seq) = self.in_flight[which];
                 if !again {
-                    self.on_their_way.remove(which);
+                    self.in_flight.remove(which);
                 }
                 self.act(|sequencer, now, steps| {
                     sequencer.live(Position { epoch, seq }, (epoch, seq), now, steps);
                 });
             }
-            Happening::Pass { ms } => {
+            Action::Pass { ms } => {
                 self.now += ms;
                 self.act(Sequencer::tick);
             }
-            Happening::Serve => {
-                if let (Some((requested_at, after)), None) = (self.question, &self.served) {
+            Action::Serve => {
+                if let (Some((requested_at, after)), None) = (self.request, &self.served) {
                     self.served = Some(self.answer(requested_at, after));
                 }
             }
-            Happening::Bring => {
+            Action::Answered => {
                 if let Some(answer) = self.served.take() {
-                    self.question = None;
+                    self.request = None;
                     self.act(|sequencer, now, steps| sequencer.answer(answer, now, steps));
                 }
             }
-            Happening::Reconcile => self.reconcile = Some(self.answer(self.sequencer.position(), None)),
-            Happening::Reconciled => {
+            Action::Reconcile => self.reconcile = Some(self.answer(self.sequencer.position(), None)),
+            Action::Reconciled => {
                 if let Some(answer) = self.reconcile.take() {
                     self.act(|sequencer, now, steps| sequencer.observe(answer, now, steps));
                 }
             }
-            Happening::Prune { kept } => {
+            Action::Prune { kept } => {
                 self.first_kept = self.first_kept.max((self.head.seq + 1).saturating_sub(kept as Seq));
             }
-            Happening::Restore { back } => {
+            Action::Restore { back } => {
                 self.head = Position {
                     epoch: Epoch(self.head.epoch.0 + 1),
                     seq: self.head.seq.saturating_sub(back as Seq).max(1),
@@ -499,21 +499,21 @@ impl World {
         }
     }
 
-    /// Nothing is lost any more: everything on its way arrives, questions are answered, one reconcile looks.
-    fn clear_if_resolved(&mut self) {
-        while !self.on_their_way.is_empty() {
-            self.happen(&Happening::Arrive { which: 0, again: false });
+    /// Everything in flight arrives, requests are answered, and one reconcile runs.
+    fn settle(&mut self) {
+        while !self.in_flight.is_empty() {
+            self.run(&Action::Arrive { which: 0, again: false });
         }
-        self.happen(&Happening::Reconciled);
-        self.happen(&Happening::Serve);
-        self.happen(&Happening::Bring);
-        for happening in [Happening::Reconcile, Happening::Reconciled] {
-            self.happen(&happening);
+        self.run(&Action::Reconciled);
+        self.run(&Action::Serve);
+        self.run(&Action::Answered);
+        for action in [Action::Reconcile, Action::Reconciled] {
+            self.run(&action);
         }
         for _ in 0..200 {
-            self.happen(&Happening::Pass { ms: 5_000 });
-            self.happen(&Happening::Serve);
-            self.happen(&Happening::Bring);
+            self.run(&Action::Pass { ms: 5_000 });
+            self.run(&Action::Serve);
+            self.run(&Action::Answered);
         }
     }
 }
@@ -522,19 +522,19 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: 3_000, ..ProptestConfig::default() })]
 
     #[test]
-    fn whatever_happens_each_event_comes_once_in_order_and_in_the_end_all_have_come(
-        happenings in proptest::collection::vec(happening(), 0..120),
+    fn all_events_are_delivered_once_in_order_whatever_happens(
+        actions in proptest::collection::vec(action(), 0..120),
     ) {
-        let mut world = World::new();
-        for happening in &happenings {
-            world.happen(happening);
+        let mut model = Model::new();
+        for action in &actions {
+            model.run(action);
         }
-        world.clear_if_resolved();
-        prop_assert_eq!(world.client, Some(world.head));
-        prop_assert_eq!(world.sequencer.due(), None, "still in pending: {:?}", world.sequencer);
-        prop_assert!(world.sequencer.pending.is_none(), "an idle sequencer holds nothing: {:?}", world.sequencer);
-        let before = world.questions;
-        world.happen(&Happening::Pass { ms: 60_000 });
-        prop_assert_eq!(world.questions, before, "asks though nothing is open");
+        model.settle();
+        prop_assert_eq!(model.client, Some(model.head));
+        prop_assert_eq!(model.sequencer.due(), None, "still uncertain: {:?}", model.sequencer);
+        prop_assert!(model.sequencer.pending.is_none(), "an idle sequencer has nothing pending: {:?}", model.sequencer);
+        let before = model.requests;
+        model.run(&Action::Pass { ms: 60_000 });
+        prop_assert_eq!(model.requests, before, "requests although nothing is open");
     }
 }

@@ -1,7 +1,9 @@
-//! Which channels are wanted, changed by the hub at any time; and which connection is to listen to which of them.
+//! The desired subscriptions, and the connection that each belongs to.
 //!
-//! The hub only leaves its changes, under a lock of their own that nobody holds for longer than a moment: it never waits for
-//! work that concerns every user. The subscriber takes them over.
+//! There are two locks. The delivery thread takes the one of `changes`, to record that a user's first stream opened or that the
+//! user was forgotten; the supervisor takes it to fetch the recorded changes. Both hold it for one map operation. Only the
+//! supervisor and the node subscribers take the lock of `state`, for work that may concern every user, so the delivery thread
+//! never waits for such work.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -15,13 +17,13 @@ use tokio::sync::Notify;
 
 use super::RedisConnectionId;
 
-/// Channels in one command: it keeps one command's work in Redis, and its answer, small.
+/// Channels per command, so that Redis answers other clients in between.
 const BATCH: usize = 512;
 
-/// The channels that should be subscribed to. Held by the hub.
+/// The channels that should be subscribed. Clones share them.
 #[derive(Clone)]
 pub struct DesiredSubscriptions {
-    /// By the hub, not taken over yet.
+    /// Recorded by the delivery thread and not applied yet.
     changes: Arc<Mutex<HashMap<UserId, bool>>>,
     changed: Arc<Notify>,
     state: Arc<Mutex<State>>,
@@ -29,17 +31,17 @@ pub struct DesiredSubscriptions {
 }
 
 struct State {
-    /// With their slots, so that to ask for a channel's owner takes no name.
-    wanted: HashMap<UserId, Slot>,
+    /// With their slots, so that finding a channel's node needs no name.
+    desired: HashMap<UserId, Slot>,
     map: Arc<SlotMap>,
-    /// Connections that listen.
+    /// Of connected nodes.
     queues: HashMap<Node, NodeQueue>,
 }
 
 struct NodeQueue {
     connection: RedisConnectionId,
-    /// Whose wish may differ from what this node was told. While there is no connection nothing is noted: a new one starts from
-    /// `wanted`.
+    /// Users whose desired and actual subscription at this node may differ. Nothing is recorded without a connection: a new one
+    /// starts from `desired`.
     changed: HashSet<UserId>,
     notify: Arc<Notify>,
 }
@@ -52,9 +54,9 @@ impl NodeQueue {
 }
 
 impl DesiredSubscriptions {
-    /// Before the cluster is known, nobody listens to anything.
+    /// Until the slot map is known, no node is assigned.
     pub fn new(channels: Channels) -> Self {
-        let state = State { wanted: HashMap::new(), map: Arc::default(), queues: HashMap::new() };
+        let state = State { desired: HashMap::new(), map: Arc::default(), queues: HashMap::new() };
         let (changes, changed, state) = (Arc::default(), Arc::default(), Arc::new(Mutex::new(state)));
         Self { changes, changed, state, channels }
     }
@@ -67,46 +69,46 @@ impl DesiredSubscriptions {
         self.change(user, false);
     }
 
-    fn change(&self, user: UserId, wanted: bool) {
-        self.changes.lock().unwrap_or_else(PoisonError::into_inner).insert(user, wanted);
+    fn change(&self, user: UserId, is_desired: bool) {
+        self.changes.lock().unwrap_or_else(PoisonError::into_inner).insert(user, is_desired);
         self.changed.notify_one();
     }
 
-    /// When there is something to [`Self::take_over`].
+    /// Waits for something to [`Self::apply_changes`].
     pub(super) async fn changed(&self) {
         self.changed.notified().await;
     }
 
-    /// What the hub has changed counts from now on. By one task alone: newer changes must not be overtaken.
+    /// Applies the recorded changes. Called by one task alone, so that no change overtakes a newer one.
     pub(super) fn apply_changes(&self) {
         let changes = mem::take(&mut *self.changes.lock().unwrap_or_else(PoisonError::into_inner));
-        let slot = |(user, wanted)| (user, wanted, Slot::of(&self.channels.user(user)));
+        let slot = |(user, is_desired)| (user, is_desired, Slot::of(&self.channels.user(user)));
         let changes: Vec<_> = changes.into_iter().map(slot).collect();
         let mut state = self.lock();
-        let State { wanted, map, queues } = &mut *state;
-        for (user, is_wanted, slot) in changes {
-            // One who is wanted already has left and come back in between, and waits to hear that the subscription is there.
-            let noted = if is_wanted {
-                wanted.insert(user, slot);
+        let State { desired, map, queues } = &mut *state;
+        for (user, is_desired, slot) in changes {
+            // A user who is desired already left and returned in between: the engine waits for the confirmation again.
+            let changed = if is_desired {
+                desired.insert(user, slot);
                 true
             } else {
-                wanted.remove(&user).is_some()
+                desired.remove(&user).is_some()
             };
-            if noted && let Some(queue) = map.node_of_slot(slot).and_then(|node| queues.get_mut(node)) {
+            if changed && let Some(queue) = map.node_of_slot(slot).and_then(|node| queues.get_mut(node)) {
                 queue.push(user);
             }
         }
     }
 
     pub(super) fn count(&self) -> usize {
-        self.lock().wanted.len()
+        self.lock().desired.len()
     }
 
-    /// From now on this map says who is to listen to whom.
+    /// Moves subscriptions to the nodes that own their slots by the `new` map.
     pub(super) fn assign_by(&self, new: Arc<SlotMap>) {
         let mut state = self.lock();
-        let State { wanted, map, queues } = &mut *state;
-        for (user, slot) in wanted.iter() {
+        let State { desired, map, queues } = &mut *state;
+        for (user, slot) in desired.iter() {
             let (from, to) = (map.node_of_slot(*slot), new.node_of_slot(*slot));
             if from != to {
                 for node in [from, to].into_iter().flatten() {
@@ -119,11 +121,11 @@ impl DesiredSubscriptions {
         *map = new;
     }
 
-    /// A connection to this node, without any subscription yet. Notified when there is something to [`Self::take`].
+    /// A new connection to this node, without subscriptions. Notified when [`Self::next_batch`] has something.
     pub(super) fn attach(&self, node: &Node, connection: RedisConnectionId) -> Arc<Notify> {
         let mut state = self.lock();
-        let State { wanted, map, queues } = &mut *state;
-        let mine = wanted.iter().filter(|(_, slot)| map.node_of_slot(**slot) == Some(node));
+        let State { desired, map, queues } = &mut *state;
+        let mine = desired.iter().filter(|(_, slot)| map.node_of_slot(**slot) == Some(node));
         let changed = mine.map(|(user, _)| *user).collect();
         let notify = Arc::new(Notify::new());
         notify.notify_one();
@@ -131,7 +133,6 @@ impl DesiredSubscriptions {
         notify
     }
 
-    /// This connection listens no more.
     pub(super) fn detach(&self, node: &Node, connection: RedisConnectionId) {
         let mut state = self.lock();
         if state.queues.get(node).is_some_and(|queue| queue.connection == connection) {
@@ -139,26 +140,27 @@ impl DesiredSubscriptions {
         }
     }
 
-    /// The node is to be told again of those who are still wanted there; how many that are.
+    /// Queues those of the users whose subscription is still desired at this node; returns how many.
     pub(super) fn retry(&self, node: &Node, users: impl Iterator<Item = UserId>) -> usize {
         let mut state = self.lock();
-        let State { wanted, map, queues } = &mut *state;
+        let State { desired, map, queues } = &mut *state;
         let Some(queue) = queues.get_mut(node) else { return 0 };
-        let here = |user: &UserId| wanted.get(user).is_some_and(|slot| map.node_of_slot(*slot) == Some(node));
+        let here =
+            |user: &UserId| desired.get(user).is_some_and(|slot| map.node_of_slot(*slot) == Some(node));
         users.filter(here).map(|user| queue.push(user)).count()
     }
 
-    /// Some of the users whose wish has changed, by what is to be done about it at this node.
+    /// Some of this node's changes, by what must be done about them.
     pub(super) fn next_batch(&self, node: &Node, actual: &HashSet<UserId>) -> Batch {
         let mut state = self.lock();
-        let State { wanted, map, queues } = &mut *state;
+        let State { desired, map, queues } = &mut *state;
         let mut batch = Batch::default();
         let Some(queue) = queues.get_mut(node) else { return batch };
         let some: Vec<_> = queue.changed.iter().copied().take(BATCH).collect();
         for user in some {
             queue.changed.remove(&user);
-            let wanted = wanted.get(&user).is_some_and(|slot| map.node_of_slot(*slot) == Some(node));
-            match (wanted, actual.contains(&user)) {
+            let here = desired.get(&user).is_some_and(|slot| map.node_of_slot(*slot) == Some(node));
+            match (here, actual.contains(&user)) {
                 (true, false) => batch.subscribe.push(user),
                 (false, true) => batch.unsubscribe.push(user),
                 (true, true) => batch.unchanged.push(user),
@@ -180,7 +182,7 @@ impl DesiredSubscriptions {
 pub(super) struct Batch {
     pub(super) subscribe: Vec<UserId>,
     pub(super) unsubscribe: Vec<UserId>,
-    /// Left and came back before Redis was told: the subscription was there all the time, and the hub does not know it.
+    /// The user left and returned before the node unsubscribed: still subscribed, but the engine needs the confirmation again.
     pub(super) unchanged: Vec<UserId>,
 }
 
@@ -198,7 +200,6 @@ mod tests {
         [ids(batch.subscribe), ids(batch.unsubscribe), ids(batch.unchanged)]
     }
 
-    /// Of a single server.
     fn desired() -> DesiredSubscriptions {
         let desired = DesiredSubscriptions::new(Channels::default());
         desired.assign_by(Arc::new(SlotMap::single_node()));
@@ -206,7 +207,7 @@ mod tests {
     }
 
     #[test]
-    fn wishes_are_told_once_connected_and_only_where_they_differ() {
+    fn a_batch_holds_only_the_differences_after_connecting() {
         let desired = desired();
         desired.add(UserId(1));
         desired.add(UserId(2));
@@ -222,7 +223,7 @@ mod tests {
     }
 
     #[test]
-    fn one_who_left_and_came_back_at_once_is_confirmed_again() {
+    fn a_user_who_left_and_returned_is_confirmed_again() {
         let desired = desired();
         desired.add(UserId(2));
         desired.apply_changes();
@@ -235,7 +236,7 @@ mod tests {
     }
 
     #[test]
-    fn many_wishes_go_out_in_batches() {
+    fn many_subscriptions_are_sent_in_batches() {
         let desired = desired();
         (1..=1_300).for_each(|id| desired.add(UserId(id)));
         desired.apply_changes();
@@ -254,7 +255,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_is_remembered_of_users_who_came_and_went_while_redis_was_away() {
+    fn nothing_is_kept_of_users_who_left_while_redis_was_away() {
         let desired = desired();
         desired.attach(&Node::Only, RedisConnectionId(1));
         desired.detach(&Node::Only, RedisConnectionId(1));
@@ -264,11 +265,11 @@ mod tests {
             desired.remove(UserId(id));
             desired.apply_changes();
         }
-        assert!(desired.lock().queues.is_empty() && desired.lock().wanted.is_empty());
+        assert!(desired.lock().queues.is_empty() && desired.lock().desired.is_empty());
     }
 
     #[test]
-    fn the_end_of_a_connection_does_not_end_the_one_after_it() {
+    fn detaching_a_connection_keeps_the_one_after_it() {
         let desired = desired();
         desired.attach(&Node::Only, RedisConnectionId(1));
         desired.attach(&Node::Only, RedisConnectionId(2));
@@ -279,10 +280,10 @@ mod tests {
     }
 
     #[test]
-    fn the_hub_never_waits_for_work_on_every_user() {
+    fn the_delivery_thread_never_waits_for_work_on_every_user() {
         let desired = desired();
         desired.attach(&Node::Only, RedisConnectionId(1));
-        // As while a new connection, or a new map, is prepared for all users.
+        // As during the work for a new connection or a new slot map.
         let work = desired.lock();
         desired.add(UserId(1));
         desired.add(UserId(2));
@@ -293,7 +294,7 @@ mod tests {
     }
 
     #[test]
-    fn each_node_is_told_of_its_own_and_a_moved_slot_is_left_here_and_joined_there() {
+    fn moved_slots_are_resubscribed_on_their_new_node() {
         let [one, two] = [1, 2].map(|port| Node::At("host".into(), port));
         let map = |second_from| {
             Arc::new(SlotMap::from_ranges(vec![
@@ -317,7 +318,7 @@ mod tests {
         let joined: HashSet<_> = desired.next_batch(&two, &there).subscribe.into_iter().collect();
         assert!(!left.is_empty() && left == joined && left.is_subset(&here));
 
-        // A node that sends us away for a slot that it has by the map is asked again.
+        // A node that redirects us for a slot that it owns by the map gets the command again.
         assert_eq!(desired.retry(&two, here.iter().copied()), joined.len());
         assert_eq!(desired.next_batch(&two, &there).subscribe.len(), joined.len());
     }

@@ -1,10 +1,10 @@
-//! Redis: listens to the channels of the users who have a stream here, and to what is said about public keys.
+//! Redis subscriptions: the channels of the users who have a stream here, and the channel of public key versions.
 //!
-//! One supervised connection of its own, or one to each node of a cluster, rebuilt for ever with capped, jittered back-off. Which
-//! channels are wanted is shared state, changed by the hub at any time; which are confirmed is known only to the connection, and
-//! only after Redis has said so. Every queue is bounded: a message that finds the queue full is dropped and reported as a doubt,
-//! which a reconcile heals. A beat through Redis and back, published over another connection that is renewed now and then, finds a
-//! server that is silently dead, demoted, or no longer where the address points. Redis is trusted while every node is.
+//! One supervised connection, or one to each node of a cluster, reopened with capped, jittered back-off. The engine changes the
+//! desired subscriptions at any time; only the connection knows which are confirmed. Every queue is bounded: a message that finds
+//! the queue full is dropped, and a reconcile recovers its event. A health probe, published over a second connection that is
+//! renewed regularly, detects a server that is dead, demoted, or no longer the one behind the address. Redis is degraded unless
+//! every node is healthy.
 
 mod desired;
 mod node;
@@ -36,34 +36,31 @@ use crate::{event::EncodedEvent, keys::Keys, metrics::Metrics};
 /// Messages from Redis that the engine has not taken yet.
 pub const QUEUE: usize = 16_384;
 
-/// A connection to Redis, told from all before and after.
+/// Names one connection to Redis, for as long as the process runs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct RedisConnectionId(pub u64);
 
-/// What the engine hears from Redis, and about it.
 #[derive(Debug)]
 pub enum RedisUpdate {
     Event(UserId, EncodedEvent),
     /// A session of this user has ended.
     SessionEnded(UserId, SessionId),
-    /// Something was said about this user that cannot be read.
+    /// A message on this user's channel could not be parsed.
     Uncertain(UserId),
-    /// From here on, what is published for these users arrives by this connection.
+    /// Redis has confirmed these users' channels on this connection.
     Subscribed(RedisConnectionId, Vec<UserId>),
-    /// This connection brings nothing for these users any more: a cluster sent them elsewhere.
+    /// The slots of these users' channels have moved away from this connection's node.
     Moved(RedisConnectionId, Vec<UserId>),
-    /// The connection is gone, and with it what it had confirmed.
+    /// The connection is closed, and its subscriptions with it.
     Disconnected(RedisConnectionId),
-    /// Whether Redis is trusted to bring what is published.
     Degraded(bool),
-    /// Something may have been missed.
+    /// Messages were dropped.
     Dropped,
 }
 
 pub struct Subscriber {
     pub topology: RedisTopology,
     pub channels: Channels,
-    /// Hears of changes of the public keys.
     pub keys: Arc<Keys>,
     pub desired: DesiredSubscriptions,
     pub updates: mpsc::Sender<RedisUpdate>,
@@ -72,14 +69,13 @@ pub struct Subscriber {
     pub metrics: Arc<Metrics>,
 }
 
-/// What is known of a node's connection.
+/// Of one node's connection, or of all together.
 #[derive(Clone, Copy, Default, PartialEq, Eq)]
 struct Health {
     connected: bool,
     healthy: bool,
 }
 
-/// Where listeners note how they are.
 #[derive(Default)]
 struct HealthBoard {
     nodes: Mutex<HashMap<Node, Health>>,
@@ -94,7 +90,6 @@ impl HealthBoard {
         }
     }
 
-    /// Of all of these together.
     fn of(&self, nodes: &[Node]) -> Health {
         let mut known = self.nodes.lock().unwrap_or_else(PoisonError::into_inner);
         known.retain(|node, _| nodes.contains(node));
@@ -104,14 +99,14 @@ impl HealthBoard {
 }
 
 impl Subscriber {
-    /// Listens until `stop`.
+    /// Subscribes until `stop`.
     pub async fn run(self, stop: CancellationToken) {
         stop.run_until_cancelled(self.supervise()).await;
-        // During a stop, the delivery thread may be gone before this is told to stop.
+        // During a shutdown the delivery thread ends first, and the supervision with it.
         stop.cancelled().await;
     }
 
-    /// One listener for each node that owns something.
+    /// Runs one subscriber for each node that owns slots.
     #[expect(clippy::disallowed_methods, reason = "each subscriber is watched")]
     async fn supervise(&self) {
         let (mut slot_maps, following) = self.topology.watch_slot_map();
@@ -141,7 +136,6 @@ impl Subscriber {
             }
             known_before |= !map.nodes().is_empty();
             self.desired.assign_by(map.clone());
-            // Until the map changes, that is how it is.
             loop {
                 let health = board.of(map.nodes());
                 self.metrics.redis_connected.set(i64::from(health.connected && !map.nodes().is_empty()));

@@ -1,8 +1,7 @@
-//! One connection to Redis, or to one node of a cluster, supervised. What is confirmed on it is known only here, and only after
-//! Redis has said so.
+//! One supervised connection to Redis, or to one node of a cluster, and its confirmed subscriptions.
 //!
-//! A cluster says by itself that a channel's slot has gone elsewhere, by a confirmation of an unsubscription that nobody asked for,
-//! in between the answers to what was asked. Where it could be taken for one of those, the connection is given up.
+//! When a slot moves, a cluster node sends an unrequested SUNSUBSCRIBE confirmation between its other replies. Where it could be
+//! mistaken for the reply to a command in flight, the connection is closed.
 
 use std::{
     collections::HashSet,
@@ -44,14 +43,13 @@ use crate::{
     metrics::{DeliveryPath, Metrics},
 };
 
-/// An overload lasts; its log line does not say so hundreds of times.
 const OVERFLOWS_LOGGED_EVERY: Duration = Duration::from_secs(1);
 const PROBE_INTERVAL: Duration = Duration::from_secs(2);
-/// Beats are published over a connection of their own. It is made again this often, drawn at random, to notice that the address
-/// leads to another server: until then events of that one arrive by reconcile.
+/// Age at which the connection that publishes health probes is replaced, in seconds, drawn at random. Only a new connection
+/// notices that the address leads to another server; until then a reconcile delivers the events of that server.
 const PUBLISHER_RENEWED_AFTER: std::ops::Range<f64> = 10.0..20.0;
-/// Beats in a row before a Redis that was lost is trusted again. Publishers come back after their own back-off, and drop events
-/// until then: the reconcile that goes with trust finds those.
+/// Health probes that must return before a reconnected Redis counts as healthy. Publishers reconnect after their own back-off
+/// and drop events until then: the reconcile on recovery finds those.
 const PROBES_TO_RECOVER: u64 = 2;
 const RESPONSE_TIMEOUT: Duration = Duration::from_secs(2);
 const BACKOFF: [Duration; 2] = [Duration::from_millis(50), Duration::from_secs(2)];
@@ -67,29 +65,29 @@ pub(super) struct NodeSubscriber {
     board: Arc<HealthBoard>,
     tracer: Tracer,
     metrics: Arc<Metrics>,
-    /// Redis, or the node, is not met for the first time.
+    /// There was an earlier connection to Redis.
     reconnecting: AtomicBool,
-    /// Channels that this connection has in the metric.
+    /// This connection's share of the metric.
     counted: AtomicI64,
 }
 
-/// What the connection's driver notes for the supervisor. The driver must not wait, so it only leaves marks.
+/// What the connection's driver reports. The driver must not wait, so it only sets marks.
 #[derive(Default)]
 struct Signals {
     noticed: Notify,
     disconnected: AtomicBool,
     overflows: AtomicU64,
-    /// The newest beat that came back.
+    /// The newest health probe that returned.
     last_probe: AtomicU64,
     probe_noticed: Notify,
     replies: Mutex<PendingReplies>,
 }
 
-/// Whether answers are on their way, and who was sent elsewhere.
 #[derive(Default)]
 struct PendingReplies {
-    /// While a command is not answered: the channels that it leaves.
+    /// While a command is in flight: the channels that it unsubscribes.
     unsubscribing: Option<HashSet<Vec<u8>>>,
+    /// Users whose slot has moved to another node.
     moved: Vec<UserId>,
 }
 
@@ -103,7 +101,7 @@ impl Signals {
         self.replies.lock().unwrap_or_else(PoisonError::into_inner).unsubscribing = unsubscribing;
     }
 
-    /// Redis says that a channel is left: by our wish, or because its slot is.
+    /// A confirmation: of our own command, or because the slot has moved.
     fn on_unsubscribed(&self, channel: &[u8], channels: &Channels) {
         let mut replies = self.replies.lock().unwrap_or_else(PoisonError::into_inner);
         match (&replies.unsubscribing, channels.user_of(channel)) {
@@ -112,7 +110,7 @@ impl Signals {
                 replies.moved.push(user);
                 self.noticed.notify_one();
             }
-            // The answers are one behind from here on; or it is the beat's or the keys'.
+            // It may have been taken for a reply, so later replies would be off by one; or it is the probe's or the keys' channel.
             _ => self.mark_disconnected(),
         }
     }
@@ -122,7 +120,6 @@ impl Signals {
     }
 }
 
-/// A connection in use.
 struct NodeConnection {
     redis: MultiplexedConnection,
     id: RedisConnectionId,
@@ -130,13 +127,12 @@ struct NodeConnection {
     probe_channel: String,
     probes: u64,
     publisher: Option<ProbePublisher>,
-    /// Confirmed.
     actual: HashSet<UserId>,
-    /// Wanted here, and not to be had: asked for again with the next beat.
+    /// Desired here, but the node rejected the subscription: retried with the next health probe.
     rejected: HashSet<UserId>,
 }
 
-/// While a connection is in use, or in the making. What it claimed is taken back when it ends, even by a panic.
+/// Withdraws on drop, even after a panic, what a connection has registered.
 struct Registration<'a> {
     subscriber: &'a NodeSubscriber,
     id: RedisConnectionId,
@@ -151,14 +147,13 @@ impl Drop for Registration<'_> {
     }
 }
 
-/// The connection that publishes beats.
+/// The connection that publishes health probes.
 struct ProbePublisher {
     redis: MultiplexedConnection,
     renew_at: Instant,
 }
 
 impl NodeSubscriber {
-    /// `again`: it takes the place of another one.
     pub(super) fn new(
         of: &Subscriber,
         node: Node,
@@ -182,13 +177,13 @@ impl NodeSubscriber {
         }
     }
 
-    /// Listens until `stop`.
+    /// Reconnects until `stop`.
     pub(super) async fn run(self, stop: CancellationToken) {
         let mut failures = 0;
         let mut backoff = Backoff::new(BACKOFF[0], BACKOFF[1]);
         while !stop.is_cancelled() {
-            static LINKS: AtomicU64 = AtomicU64::new(1);
-            let id = RedisConnectionId(LINKS.fetch_add(1, Ordering::Relaxed));
+            static IDS: AtomicU64 = AtomicU64::new(1);
+            let id = RedisConnectionId(IDS.fetch_add(1, Ordering::Relaxed));
             let began = Instant::now();
             let ended = {
                 let _registration = Registration { subscriber: &self, id };
@@ -214,11 +209,11 @@ impl NodeSubscriber {
             }
             stop.run_until_cancelled(sleep(wait)).await;
         }
-        // Without the delivery thread there is nothing to do.
+        // The delivery thread has ended.
         stop.cancelled().await;
     }
 
-    /// One connection, until something is wrong with it.
+    /// One connection, until it fails.
     async fn serve(&self, id: RedisConnectionId) -> anyhow::Result<Infallible> {
         let mut connection = self.connect(id).await?;
         let desired_changed = self.desired.attach(&self.node, id);
@@ -287,7 +282,7 @@ impl NodeSubscriber {
         })
     }
 
-    /// Runs where the connection is read; must not wait.
+    /// Runs in the connection's driver; must not wait.
     fn push_handler(
         &self,
         probe_channel: &str,
@@ -340,7 +335,7 @@ impl NodeSubscriber {
                 return Ok(());
             };
             let message = read(&tracer, user, payload).unwrap_or_else(|| {
-                // Of a newer api, or a stranger's: the feed has it if it is an event.
+                // From a newer api or another publisher: if it is an event, the feed has it.
                 metrics.redis_invalid_messages.inc();
                 RedisUpdate::Uncertain(user)
             });
@@ -356,7 +351,7 @@ impl NodeSubscriber {
     async fn sync_subscriptions(&self, connection: &mut NodeConnection) -> anyhow::Result<()> {
         let Batch { subscribe, unsubscribe, unchanged } =
             self.desired.next_batch(&self.node, &connection.actual);
-        // One command after the other: a confirmation then always belongs to the newest command on its channel.
+        // One command at a time, so that a confirmation belongs to the newest command on its channel.
         if !unsubscribe.is_empty() {
             self.unsubscribe(connection, &unsubscribe).await?;
             unsubscribe.iter().for_each(|user| _ = connection.actual.remove(user));
@@ -373,7 +368,7 @@ impl NodeSubscriber {
         Ok(())
     }
 
-    /// Those that Redis confirms: all, or on a cluster those whose slot is here.
+    /// Returns the users whose channels Redis confirms; a cluster node rejects those whose slot it does not own.
     async fn subscribe(
         &self,
         connection: &mut NodeConnection,
@@ -418,12 +413,12 @@ impl NodeSubscriber {
         }
         let unsubscribing = names.into_iter().map(String::into_bytes).collect();
         let answers = self.send_for_each(connection, "SUNSUBSCRIBE", users, unsubscribing).await?;
-        // What is not confirmed here was so before we asked, and answers are out of step.
+        // A missing confirmation came before the command: the replies are off by one.
         answers.into_iter().collect::<RedisResult<Vec<_>>>().context("cannot unsubscribe")?;
         Ok(())
     }
 
-    /// One command for each channel, as each has a slot of its own, in one go.
+    /// A pipeline of one command per channel, because the channels may be in different slots.
     async fn send_for_each(
         &self,
         connection: &mut NodeConnection,
@@ -441,7 +436,7 @@ impl NodeSubscriber {
         answers.context("no answer to subscription commands")
     }
 
-    /// The node brings nothing for them any more. Who owns them now will be told to, as soon as the map says who that is.
+    /// The node delivers nothing for moved slots any more. The refreshed slot map assigns them to their new node.
     async fn note_moved(&self, connection: &mut NodeConnection) -> anyhow::Result<()> {
         let users = connection.signals.moved();
         if users.is_empty() {
@@ -466,15 +461,14 @@ impl NodeSubscriber {
         self.metrics.desired_subscriptions.set(i64::try_from(self.desired.count()).unwrap_or(i64::MAX));
     }
 
-    /// Whether a message published now, to wherever the address points now, comes back to us. Fails when this connection is
-    /// to blame.
+    /// Whether a message published now, to the server now behind the address, returns. Fails if this connection is the cause.
     async fn probe(&self, connection: &mut NodeConnection) -> anyhow::Result<bool> {
         connection.signals.expect(Some(HashSet::new()));
         let ping = redis::cmd("PING").query_async::<()>(&mut connection.redis).await;
         connection.signals.expect(None);
         match ping {
             Ok(()) => {}
-            // As when its disk is full: messages go through all the same, which the beat shows.
+            // For example, its disk is full: messages still pass, which the probe shows.
             Err(error) if redis_topology::is_server_error(&error) => {
                 tracing::debug!(%error, node = %self.node, "redis answered PING with an error; the health probe decides");
             }
@@ -491,7 +485,7 @@ impl NodeSubscriber {
                 connection.signals.probe_noticed.notified().await;
             }
         };
-        timeout(RESPONSE_TIMEOUT, came_back).await.context("a beat through Redis did not come unchanged")?;
+        timeout(RESPONSE_TIMEOUT, came_back).await.context("a health probe did not return")?;
         Ok(true)
     }
 
@@ -502,7 +496,7 @@ impl NodeSubscriber {
             && Instant::now() < publisher.renew_at
         {
             match publish.query_async(&mut publisher.redis).await {
-                // It was closed, most likely: a new connection tells whether Redis is well.
+                // Probably closed: a new connection shows whether Redis is healthy.
                 Err(error) if !redis_topology::is_server_error(&error) => {}
                 answered => return answered,
             }
@@ -580,7 +574,7 @@ mod tests {
     }
 
     #[test]
-    fn a_payload_of_another_form_is_none_of_ours() {
+    fn invalid_payloads_are_rejected() {
         for payload in [&b""[..], b"{}", b"[]", b"null", b"\xff", &vec![b' '; MAX_ENVELOPE + 1]] {
             assert!(read(&Tracer::default(), UserId(1), payload).is_none());
         }
