@@ -254,7 +254,8 @@ impl Service {
         };
         while !wanted.iter().all(|name| self.addresses.contains_key(*name)) {
             if let Some(status) = self.process.ended() {
-                std::thread::sleep(Duration::from_millis(100)); // Its last lines may still be in the pipe.
+                // Its last lines may still be in the pipes.
+                self.readers.drain(..).for_each(|reader| reader.join().expect("a reader does not panic"));
                 panic!(
                     "{} ended with {status} at its start: {:#?}",
                     self.plan.log.name,
