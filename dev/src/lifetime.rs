@@ -1,46 +1,50 @@
-//! How long a server of the runner lives, how its data is kept, and where it logs.
+//! How a server of the runner is started: how long it lives, how its data is kept, and where it logs.
 
 use std::fs::{self, File};
 use std::path::Path;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use nix::sys::signal::Signal;
+use testkit::process::Account;
 use tokio::process::Command;
 
-use crate::process::{self, ChildOutput};
+use crate::process::{self, Child};
 
 #[derive(Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Durability {
-    Durable,
-    /// Fast, for throw-away data.
-    Forgetful,
-}
-
-#[derive(Clone, Copy)]
 pub(crate) enum Life {
-    Bound,
-    /// Until `cargo dev down`.
+    /// With the runner; the data is kept.
+    Durable,
+    /// With the runner; fast, for throw-away data.
+    Forgetful,
+    /// As `Forgetful`, but until `cargo dev down`.
     Detached,
 }
 
-impl Life {
-    pub(crate) fn shape(self, mut command: Command, on_death: Signal) -> Command {
-        match self {
-            Self::Bound => process::bind_to_runner(&mut command, on_death),
-            Self::Detached => process::detach(&mut command),
-        }
-        command
+/// The fast shutdown of both servers; it leaves Postgres nothing to recover.
+pub(crate) const STOP: Signal = Signal::SIGINT;
+
+/// Starts a server that logs to a new file in `dir`, and waits until it is ready.
+pub(crate) async fn start(
+    name: &str,
+    mut server: Command,
+    account: Account,
+    dir: &Path,
+    life: Life,
+    ready: impl AsyncFn() -> bool,
+) -> Result<Child> {
+    server.current_dir("/");
+    account.run(server.as_std_mut());
+    match life {
+        Life::Durable | Life::Forgetful => process::bind_to_runner(&mut server, STOP),
+        Life::Detached => process::detach(&mut server),
     }
-}
-
-/// A new log file at each start.
-pub(crate) fn log_file(dir: &Path, name: &str) -> Result<ChildOutput> {
-    Ok(ChildOutput::File(File::create(dir.join(format!("{name}.log")))?))
-}
-
-/// Context for a failed start; the file itself may be gone soon.
-pub(crate) fn log_end(dir: &Path, name: &str) -> String {
-    let log = fs::read_to_string(dir.join(format!("{name}.log"))).unwrap_or_default();
-    let lines: Vec<&str> = log.lines().collect();
-    format!("{name} logged:\n{}\n", lines[lines.len().saturating_sub(10)..].join("\n"))
+    let log = dir.join(format!("{name}.log"));
+    let child = Child::log(name, server, File::create(&log)?)?;
+    // The file itself may be gone soon.
+    child.until_ready(ready).await.with_context(|| {
+        let log = fs::read_to_string(&log).unwrap_or_default();
+        let lines: Vec<&str> = log.lines().collect();
+        format!("{name} logged:\n{}\n", lines[lines.len().saturating_sub(10)..].join("\n"))
+    })?;
+    Ok(child)
 }

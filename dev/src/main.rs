@@ -36,7 +36,7 @@ use crate::folders::Folders;
 #[command(name = "cargo dev", bin_name = "cargo dev")]
 struct DevCli {
     #[command(flatten)]
-    given: servers::Given,
+    given: servers::GivenServers,
     #[command(subcommand)]
     command: DevCommand,
 }

@@ -12,14 +12,14 @@ use nix::unistd::Pid;
 use testkit::programs;
 
 use crate::folders::Folders;
-use crate::servers::Given;
-use crate::state::{Lock, State};
-use crate::{postgres, redis, terminal};
+use crate::servers::{self, GivenServers};
+use crate::state::{Lock, RunState};
+use crate::{lifetime, postgres, terminal};
 
 const STOP_DEADLINE: Duration = Duration::from_secs(45);
 
 pub(crate) fn status(folders: &Folders) -> Result<()> {
-    match State::read(&folders.up())? {
+    match RunState::read(&folders.up())? {
         None => terminal::answer("not running (`cargo dev up` starts it)"),
         Some(state) => {
             let address = if state.address.is_empty() { "starting" } else { &state.address };
@@ -34,10 +34,8 @@ pub(crate) fn status(folders: &Folders) -> Result<()> {
         }
     }
     for (dir, what) in [(folders.up(), ""), (folders.shared(), " (of `cargo dev env`)")] {
-        for (name, server) in [("postgres", postgres::running(&dir)), ("redis", redis::running(&dir))] {
-            if let Some((pid, port)) = server {
-                terminal::answer(format_args!("{name:<10} pid {pid:<8} 127.0.0.1:{port}{what}"));
-            }
+        for (name, pid, port) in servers::running(&dir) {
+            terminal::answer(format_args!("{name:<10} pid {pid:<8} 127.0.0.1:{port}{what}"));
         }
     }
     Ok(())
@@ -45,21 +43,16 @@ pub(crate) fn status(folders: &Folders) -> Result<()> {
 
 pub(crate) async fn down(folders: &Folders) -> Result<()> {
     let mut stopped = false;
-    if let Some(state) = State::read(&folders.up())? {
+    if let Some(state) = RunState::read(&folders.up())? {
         terminal::step("Stopping", format_args!("`cargo dev up`, process {}", state.runner));
         end(state.runner.cast_signed(), Signal::SIGTERM, || Ok(!Lock::is_free(&folders.up())?)).await?;
         stopped = true;
     }
     for dir in [folders.up(), folders.shared()] {
-        let servers = [
-            ("Redis", redis::running(&dir), Signal::SIGTERM),
-            ("Postgres", postgres::running(&dir), Signal::SIGINT),
-        ];
-        for (name, server, signal) in servers {
-            let Some((pid, port)) = server else { continue };
+        for (name, pid, port) in servers::running(&dir).rev() {
             terminal::step("Stopping", format_args!("{name} on 127.0.0.1:{port}, process {pid}"));
             let pid = pid.cast_signed();
-            end(pid, signal, || Ok(is_alive(pid))).await?;
+            end(pid, lifetime::STOP, || Ok(is_alive(pid))).await?;
             stopped = true;
         }
     }
@@ -80,7 +73,7 @@ pub(crate) async fn reset(folders: &Folders) -> Result<()> {
     Ok(())
 }
 
-pub(crate) async fn psql(folders: &Folders, given: &Given, args: &[String]) -> Result<()> {
+pub(crate) async fn psql(folders: &Folders, given: &GivenServers, args: &[String]) -> Result<()> {
     let path = std::env::var_os("PATH").unwrap_or_default();
     let program = if let Some(program) = programs::on_path(&path, &["psql"]) {
         program

@@ -7,8 +7,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail};
-use nix::sys::signal::Signal;
+use anyhow::{Context, Result};
 use sqlx::{AssertSqlSafe, Connection, PgConnection};
 use testkit::ports::free_ports;
 use testkit::postmaster;
@@ -16,14 +15,12 @@ use testkit::process::Account;
 use testkit::programs::{self, POSTGRES};
 
 use crate::folders::{Folders, works_in};
-use crate::lifetime::{Durability, Life, log_end, log_file};
-use crate::process::{Child, command, run_as, run_quietly};
+use crate::lifetime::{self, Life};
+use crate::process::{Child, command, run_quietly};
 use crate::{install, secrets, terminal};
 
 pub(crate) const DATABASE: &str = "messenger";
 const OLDEST_VERSION: u32 = 14;
-const START_DEADLINE: Duration = Duration::from_mins(1);
-const STOP_PATIENCE: Duration = Duration::from_secs(20);
 
 pub(crate) struct Programs {
     pub(crate) bin_dir: PathBuf,
@@ -70,65 +67,41 @@ fn major_version(said: &str) -> Option<u32> {
     number.split(|c: char| !c.is_ascii_digit()).next()?.parse().ok()
 }
 
-pub(crate) struct DevPostgres {
-    /// None when it was found running already.
-    pub(crate) child: Option<Child>,
-    pub(crate) port: u16,
-    password: String,
-}
-
-impl DevPostgres {
-    pub(crate) fn url(&self) -> String {
-        format!("postgres://postgres:{}@127.0.0.1:{}/{DATABASE}", self.password, self.port)
-    }
-}
-
-/// Where the data of a version lies; another version never touches it.
-fn data_dir(dir: &Path, version: u32) -> PathBuf {
-    dir.join(format!("postgres-{version}"))
-}
-
-/// Starts the server whose data is under `dir`, making the data first when there is none.
-pub(crate) async fn start(
-    programs: &Programs,
-    dir: &Path,
-    durability: Durability,
-    life: Life,
-) -> Result<DevPostgres> {
-    let data = data_dir(dir, programs.version);
+/// The URL of the database whose data is under `dir`, and its server unless it was already running. Makes the data if there is
+/// none.
+pub(crate) async fn start(programs: &Programs, dir: &Path, life: Life) -> Result<(String, Option<Child>)> {
+    // Another version never touches it.
+    let data = dir.join(format!("postgres-{}", programs.version));
     let account = Account::for_data(&data)?;
     let password = password(dir)?;
+    let url = |port: u16| format!("postgres://postgres:{password}@127.0.0.1:{port}/{DATABASE}");
     if let Some((_, port)) = ready(&data) {
-        return Ok(DevPostgres { child: None, port, password });
+        return Ok((url(port), None));
     }
     if !data.join("PG_VERSION").exists() {
-        initialise(programs, &data, account, &password, durability).await?;
+        initialise(programs, &data, account, &password, life).await?;
     }
     let [port] = free_ports()?;
     terminal::step("Starting", format_args!("Postgres {} on 127.0.0.1:{port}", programs.version));
     let mut server = command(programs.bin_dir.join("postgres"), ["-D"]);
     server.arg(&data).args(["-p", &port.to_string()]);
-    for setting in settings(durability) {
+    for setting in settings(life) {
         server.args(["-c", setting]);
     }
-    server.current_dir("/");
-    run_as(&mut server, account);
-    // SIGINT is Postgres' fast shutdown, and leaves nothing to recover.
-    let child = Child::spawn("postgres", life.shape(server, Signal::SIGINT), log_file(dir, "postgres")?)?;
-    let postgres = DevPostgres { child: Some(child), port, password };
-    wait_until_ready(&postgres, &data).await.with_context(|| log_end(dir, "postgres"))?;
-    create_database(&postgres).await?;
-    Ok(postgres)
+    let ready = async || ready(&data).is_some();
+    let child = lifetime::start("postgres", server, account, dir, life, ready).await?;
+    create_database(&url(port)).await?;
+    Ok((url(port), Some(child)))
 }
 
-fn settings(durability: Durability) -> Vec<&'static str> {
+fn settings(life: Life) -> Vec<&'static str> {
     let mut settings = vec![
         "listen_addresses=127.0.0.1",
         "unix_socket_directories=",
         "max_connections=300",
         "log_line_prefix=%m ",
     ];
-    if durability == Durability::Forgetful {
+    if life != Life::Durable {
         settings.extend(["fsync=off", "synchronous_commit=off", "full_page_writes=off", "max_wal_size=4GB"]);
     }
     settings
@@ -137,9 +110,9 @@ fn settings(durability: Durability) -> Vec<&'static str> {
 async fn initialise(
     programs: &Programs,
     data: &Path,
-    account: Option<Account>,
+    account: Account,
     password: &str,
-    durability: Durability,
+    life: Life,
 ) -> Result<()> {
     terminal::step("Creating", format_args!("a Postgres {} data folder", programs.version));
     // Made aside, so that one which was interrupted is never taken for whole.
@@ -151,18 +124,16 @@ async fn initialise(
     let password_file = data.with_extension("initdb");
     let _ = fs::remove_file(&password_file);
     secrets::kept(&password_file, || Ok(password.to_owned()))?;
-    if let Some(account) = account {
-        account.own(&begun)?;
-        account.own(&password_file)?;
-    }
+    account.own(&begun)?;
+    account.own(&password_file)?;
     let mut initdb =
         command(programs.bin_dir.join("initdb"), ["-U", "postgres", "--auth=scram-sha-256", "-D"]);
     initdb.arg(&begun).args(["--encoding=UTF8", "--locale=C.UTF-8", "--pwfile"]).arg(&password_file);
-    if durability == Durability::Forgetful {
+    if life != Life::Durable {
         initdb.arg("--no-sync");
     }
     initdb.current_dir("/");
-    run_as(&mut initdb, account);
+    account.run(initdb.as_std_mut());
     let outcome = run_quietly(initdb).await;
     fs::remove_file(&password_file)?;
     outcome.context("a Postgres data folder could not be made")?;
@@ -183,21 +154,8 @@ pub(crate) fn password(dir: &Path) -> Result<String> {
     secrets::kept(&dir.join("postgres.password"), secrets::random_password)
 }
 
-async fn wait_until_ready(postgres: &DevPostgres, data: &Path) -> Result<()> {
-    let wait = async {
-        while ready(data).is_none() {
-            if postgres.child.as_ref().is_some_and(Child::has_ended) {
-                bail!("Postgres ended while starting");
-            }
-            tokio::time::sleep(Duration::from_millis(10)).await;
-        }
-        Ok(())
-    };
-    tokio::time::timeout(START_DEADLINE, wait).await.context("Postgres did not become ready")?
-}
-
-async fn create_database(postgres: &DevPostgres) -> Result<()> {
-    let mut connection = connect(&in_database(&postgres.url(), "postgres")?).await?;
+async fn create_database(url: &str) -> Result<()> {
+    let mut connection = connect(&in_database(url, "postgres")?).await?;
     let exists: bool = sqlx::query_scalar("SELECT EXISTS (SELECT FROM pg_database WHERE datname = $1)")
         .bind(DATABASE)
         .fetch_one(&mut connection)
@@ -225,12 +183,6 @@ pub(crate) fn in_database(url: &str, database: &str) -> Result<String> {
     let path = url[scheme..].find(['/', '?']).map_or(url.len(), |at| scheme + at);
     let query = url[path..].find('?').map_or(url.len(), |at| path + at);
     Ok(format!("{}/{database}{}", &url[..path], &url[query..]))
-}
-
-pub(crate) async fn stop(postgres: &DevPostgres) {
-    if let Some(child) = &postgres.child {
-        child.stop(Signal::SIGINT, STOP_PATIENCE).await;
-    }
 }
 
 #[cfg(test)]

@@ -3,7 +3,7 @@
 //! The `query!` macros write it themselves while they are compiled against a live database. This makes that
 //! database, with the tables and functions of api, and replaces the old data by the new.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
 use std::path::Path;
 use std::time::SystemTime;
@@ -15,20 +15,19 @@ use sqlx::{AssertSqlSafe, Connection, Executor};
 
 use crate::cargo::cargo;
 use crate::folders::Folders;
-use crate::lifetime::{Durability, Life};
-use crate::servers::Given;
+use crate::lifetime::Life;
+use crate::servers::GivenServers;
 use crate::{postgres, process, servers, terminal};
 
 type QueryData = BTreeMap<String, Vec<u8>>;
 
-pub(crate) async fn run(folders: &Folders, given: &Given, check: bool) -> Result<()> {
+pub(crate) async fn run(folders: &Folders, given: &GivenServers, check: bool) -> Result<()> {
     let scratch = folders.scratch()?;
-    let (server, url) =
-        servers::start_postgres(folders, given, scratch.path(), Durability::Forgetful, Life::Bound).await?;
+    let (url, server) = servers::start_postgres(folders, given, scratch.path(), Life::Forgetful).await?;
     let fresh =
         with_scratch_database(&url, async |url| describe_queries(folders, url, scratch.path()).await).await;
     if let Some(server) = server {
-        postgres::stop(&server).await;
+        servers::stop(&server).await;
     }
     let fresh = fresh?;
     let committed_dir = folders.root.join("api/.sqlx");
@@ -139,17 +138,17 @@ fn write(dir: &Path, committed: &QueryData, fresh: &QueryData) -> Result<()> {
 
 /// One line for each query that is missing, changed or no longer used.
 fn differences(committed: &QueryData, fresh: &QueryData) -> Vec<String> {
-    let missing = fresh.iter().filter(|(name, _)| !committed.contains_key(*name));
-    let changed =
-        fresh.iter().filter(|(name, content)| committed.get(*name).is_some_and(|old| old != *content));
-    let unused = committed.iter().filter(|(name, _)| !fresh.contains_key(*name));
-    let line =
-        |what: &str, (_, content): (&String, &Vec<u8>)| format!("  {what}: {}", beginning_of_query(content));
-    missing
-        .map(|query| line("new", query))
-        .chain(changed.map(|query| line("changed", query)))
-        .chain(unused.map(|query| line("unused", query)))
-        .collect()
+    let names: BTreeSet<_> = committed.keys().chain(fresh.keys()).collect();
+    let line = |name| {
+        let (what, content) = match (committed.get(name), fresh.get(name)) {
+            (None, Some(new)) => ("new", new),
+            (Some(old), Some(new)) if old != new => ("changed", new),
+            (Some(old), None) => ("unused", old),
+            _ => return None,
+        };
+        Some(format!("  {what}: {}", beginning_of_query(content)))
+    };
+    names.into_iter().filter_map(line).collect()
 }
 
 fn beginning_of_query(content: &[u8]) -> String {
@@ -180,7 +179,7 @@ mod tests {
     fn what_differs_is_named_by_its_sql() {
         let committed = data(&[("1", "SELECT 1"), ("2", "SELECT old\\n  FROM t"), ("3", "SELECT 3")]);
         let fresh = data(&[("2", "SELECT new\\n  FROM t"), ("3", "SELECT 3"), ("4", "SELECT 4")]);
-        let expected = ["  new: SELECT 4", "  changed: SELECT new FROM t", "  unused: SELECT 1"];
+        let expected = ["  unused: SELECT 1", "  changed: SELECT new FROM t", "  new: SELECT 4"];
         assert_eq!(differences(&committed, &fresh), expected);
     }
 

@@ -11,7 +11,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 use nix::sys::signal::{Signal, kill, killpg};
 use nix::unistd::{Pid, setsid};
-use testkit::process::{Account, tie_to_parent};
+use testkit::process::tie_to_parent;
 use tokio::io::{AsyncRead, AsyncReadExt};
 use tokio::process::Command;
 use tokio::sync::watch;
@@ -19,6 +19,7 @@ use tokio::sync::watch;
 use crate::terminal::{self, Colour};
 
 const LONGEST_LINE: usize = 16 * 1024;
+const START_DEADLINE: Duration = Duration::from_mins(1);
 
 pub(crate) fn command<A: AsRef<OsStr>>(
     program: impl AsRef<OsStr>,
@@ -27,12 +28,6 @@ pub(crate) fn command<A: AsRef<OsStr>>(
     let mut command = Command::new(program);
     command.args(args).stdin(Stdio::null());
     command
-}
-
-pub(crate) fn run_as(command: &mut Command, account: Option<Account>) {
-    if let Some(account) = account {
-        account.run(command.as_std_mut());
-    }
 }
 
 /// A Ctrl-C in the terminal no longer reaches the command, so the runner decides the order of stopping. If the runner dies, the
@@ -98,12 +93,6 @@ fn to_pid(id: u32) -> Pid {
     Pid::from_raw(id.cast_signed())
 }
 
-pub(crate) enum ChildOutput {
-    /// To the terminal, line by line under the child's name.
-    Follow(Colour),
-    File(File),
-}
-
 pub(crate) struct Child {
     pub(crate) name: String,
     pid: Pid,
@@ -111,21 +100,28 @@ pub(crate) struct Child {
 }
 
 impl Child {
-    pub(crate) fn spawn(name: &str, mut command: Command, output: ChildOutput) -> Result<Self> {
-        match &output {
-            ChildOutput::Follow(_) => command.stdout(Stdio::piped()).stderr(Stdio::piped()),
-            ChildOutput::File(file) => command.stdout(file.try_clone()?).stderr(file.try_clone()?),
-        };
+    /// Its output goes to the terminal, line by line under its name.
+    pub(crate) fn follow(name: &str, mut command: Command, colour: Colour) -> Result<Self> {
+        command.stdout(Stdio::piped()).stderr(Stdio::piped());
         let mut child = command.spawn().with_context(|| cannot_start(&command))?;
-        let pid = to_pid(child.id().context("the child was just started")?);
-        if let ChildOutput::Follow(colour) = output {
-            if let Some(stdout) = child.stdout.take() {
-                tokio::spawn(follow(name.to_owned(), colour, stdout));
-            }
-            if let Some(stderr) = child.stderr.take() {
-                tokio::spawn(follow(name.to_owned(), colour, stderr));
-            }
+        if let Some(stdout) = child.stdout.take() {
+            tokio::spawn(follow(name.to_owned(), colour, stdout));
         }
+        if let Some(stderr) = child.stderr.take() {
+            tokio::spawn(follow(name.to_owned(), colour, stderr));
+        }
+        Self::watch(name, child)
+    }
+
+    /// Its output goes to a file.
+    pub(crate) fn log(name: &str, mut command: Command, file: File) -> Result<Self> {
+        command.stdout(file.try_clone()?).stderr(file);
+        let child = command.spawn().with_context(|| cannot_start(&command))?;
+        Self::watch(name, child)
+    }
+
+    fn watch(name: &str, mut child: tokio::process::Child) -> Result<Self> {
+        let pid = to_pid(child.id().context("the child was just started")?);
         let (sender, exit) = watch::channel(None);
         tokio::spawn(async move {
             if let Ok(status) = child.wait().await {
@@ -146,6 +142,21 @@ impl Child {
     pub(crate) fn ended(&self) -> impl Future<Output = Option<ExitStatus>> + Send + use<> {
         let mut exit = self.exit.clone();
         async move { exit.wait_for(Option::is_some).await.ok().and_then(|status| *status) }
+    }
+
+    /// Polls until it is ready, and fails if it ends before that.
+    pub(crate) async fn until_ready(&self, ready: impl AsyncFn() -> bool) -> Result<()> {
+        let wait = async {
+            while !ready().await {
+                if self.has_ended() {
+                    bail!("{} ended while starting", self.name);
+                }
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+            Ok(())
+        };
+        let waited = tokio::time::timeout(START_DEADLINE, wait).await;
+        waited.with_context(|| format!("{} did not become ready within {START_DEADLINE:?}", self.name))?
     }
 
     /// Signals the child, waits for at most `patience`, then kills its group.
@@ -230,11 +241,13 @@ mod tests {
 
     #[tokio::test]
     async fn child_that_ignores_its_signal_is_killed() {
-        let mut shell = command("sh", ["-c", "trap '' TERM; while :; do sleep 0.05; done"]);
+        let trapped = std::env::temp_dir().join(format!("trapped-{}", std::process::id()));
+        let mut shell = command("sh", ["-c", "trap '' TERM; touch $0; while :; do sleep 0.05; done"]);
+        shell.arg(&trapped);
         bind_to_runner(&mut shell, Signal::SIGKILL);
-        let child = Child::spawn("stubborn", shell, ChildOutput::Follow(Colour::Red)).unwrap();
-        // The trap must be in place first.
-        tokio::time::sleep(Duration::from_millis(200)).await;
+        let child = Child::follow("stubborn", shell, Colour::Red).unwrap();
+        child.until_ready(async || trapped.exists()).await.unwrap();
+        std::fs::remove_file(trapped).unwrap();
         child.stop(Signal::SIGTERM, Duration::from_millis(300)).await;
         let status = child.ended().await.unwrap();
         assert_eq!(std::os::unix::process::ExitStatusExt::signal(&status), Some(9));

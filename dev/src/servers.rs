@@ -2,16 +2,19 @@
 
 use std::fs::{self, File};
 use std::path::Path;
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 
 use crate::folders::Folders;
-use crate::lifetime::{Durability, Life};
+use crate::lifetime::{self, Life};
 use crate::process::Child;
 use crate::{postgres, redis, terminal, tools};
 
+const STOP_PATIENCE: Duration = Duration::from_secs(20);
+
 #[derive(clap::Args)]
-pub(crate) struct Given {
+pub(crate) struct GivenServers {
     /// Use this Postgres instead of a private one
     #[arg(long, env, global = true, hide_env_values = true)]
     pub(crate) database_url: Option<String>,
@@ -26,69 +29,63 @@ pub(crate) struct Given {
 pub(crate) struct Servers {
     pub(crate) database_url: String,
     pub(crate) redis_url: String,
-    pub(crate) postgres: Option<postgres::DevPostgres>,
-    pub(crate) redis: Option<redis::DevRedis>,
+    /// What was started here. Servers that were given or already running stay.
+    pub(crate) children: Vec<Child>,
 }
 
 impl Servers {
     pub(crate) async fn start(
         folders: &Folders,
-        given: &Given,
+        given: &GivenServers,
         dir: &Path,
-        durability: Durability,
         life: Life,
     ) -> Result<Self> {
         fs::create_dir_all(dir)?;
-        let (postgres, database_url) = start_postgres(folders, given, dir, durability, life).await?;
-        let (redis, redis_url) = if let Some(url) = &given.redis_url {
-            (None, url.clone())
-        } else {
-            let redis = redis::start(&redis::program(folders, given.valkey).await?, dir, life).await?;
-            let url = redis.url();
-            (Some(redis), url)
+        let (database_url, postgres) = start_postgres(folders, given, dir, life).await?;
+        let (redis_url, redis) = match &given.redis_url {
+            Some(url) => (url.clone(), None),
+            None => redis::start(&redis::program(folders, given.valkey).await?, dir, life).await?,
         };
-        Ok(Self { database_url, redis_url, postgres, redis })
+        Ok(Self { database_url, redis_url, children: postgres.into_iter().chain(redis).collect() })
     }
 
-    pub(crate) fn children(&self) -> impl Iterator<Item = &Child> {
-        let postgres = self.postgres.iter().filter_map(|postgres| postgres.child.as_ref());
-        postgres.chain(self.redis.iter().filter_map(|redis| redis.child.as_ref()))
-    }
-
-    /// In reverse order. Servers that were given or already running stay.
+    /// In reverse order.
     pub(crate) async fn stop(&self) {
-        if let Some(redis) = &self.redis {
-            redis::stop(redis).await;
-        }
-        if let Some(postgres) = &self.postgres {
-            postgres::stop(postgres).await;
+        for child in self.children.iter().rev() {
+            stop(child).await;
         }
     }
+}
+
+pub(crate) async fn stop(child: &Child) {
+    child.stop(lifetime::STOP, STOP_PATIENCE).await;
 }
 
 pub(crate) async fn start_postgres(
     folders: &Folders,
-    given: &Given,
+    given: &GivenServers,
     dir: &Path,
-    durability: Durability,
     life: Life,
-) -> Result<(Option<postgres::DevPostgres>, String)> {
-    if let Some(url) = &given.database_url {
-        return Ok((None, url.clone()));
+) -> Result<(String, Option<Child>)> {
+    match &given.database_url {
+        Some(url) => Ok((url.clone(), None)),
+        None => postgres::start(&postgres::programs(folders).await?, dir, life).await,
     }
-    let programs = postgres::programs(folders).await?;
-    let postgres = postgres::start(&programs, dir, durability, life).await?;
-    let url = postgres.url();
-    Ok((Some(postgres), url))
 }
 
-pub(crate) async fn print_env(folders: &Folders, given: &Given) -> Result<()> {
+/// Name, pid and port of the servers whose data is under `dir`.
+pub(crate) fn running(dir: &Path) -> impl DoubleEndedIterator<Item = (&'static str, u32, u16)> {
+    let found = [("Postgres", postgres::running(dir)), ("Redis", redis::running(dir))];
+    found.into_iter().filter_map(|(name, server)| server.map(|(pid, port)| (name, pid, port)))
+}
+
+pub(crate) async fn print_env(folders: &Folders, given: &GivenServers) -> Result<()> {
     let dir = folders.shared();
     fs::create_dir_all(&dir)?;
     // Two concurrent runs would both start servers.
     let lock = File::create(dir.join("lock"))?;
     lock.lock().context("cannot lock .dev/test")?;
-    let servers = Servers::start(folders, given, &dir, Durability::Forgetful, Life::Detached).await?;
+    let servers = Servers::start(folders, given, &dir, Life::Detached).await?;
     let found = programs(folders, given).await;
     if let Some(list) = found.list_of_missing() {
         terminal::warn(format_args!("tests that need these programs will fail:{list}"));
@@ -104,7 +101,7 @@ pub(crate) async fn print_env(folders: &Folders, given: &Given) -> Result<()> {
     Ok(())
 }
 
-pub(crate) async fn programs(folders: &Folders, given: &Given) -> tools::Found {
+pub(crate) async fn programs(folders: &Folders, given: &GivenServers) -> tools::Found {
     // First the programs that others are installed with.
     let mut found = tools::all(folders).await;
     let postgres = postgres::programs(folders).await.map(|programs| programs.bin_dir);

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail};
 
 #[derive(Debug, PartialEq, Eq)]
-pub(crate) struct State {
+pub(crate) struct RunState {
     pub(crate) runner: u32,
     /// Empty until everything is ready.
     pub(crate) address: String,
@@ -22,7 +22,7 @@ pub(crate) struct ProcessEntry {
     pub(crate) address: SocketAddr,
 }
 
-impl State {
+impl RunState {
     pub(crate) fn read(dir: &Path) -> Result<Option<Self>> {
         if Lock::is_free(dir)? {
             return Ok(None);
@@ -69,7 +69,8 @@ impl Lock {
         match file.try_lock() {
             Ok(()) => Ok(Self { dir: dir.to_owned(), _file: file }),
             Err(TryLockError::WouldBlock) => {
-                let state = fs::read_to_string(dir.join("state")).ok().and_then(|text| State::parse(&text));
+                let state =
+                    fs::read_to_string(dir.join("state")).ok().and_then(|text| RunState::parse(&text));
                 let Some(state) = state else { bail!("another `cargo dev up` is starting") };
                 bail!(
                     "`cargo dev up` is already running (process {}, {}); stop it with `cargo dev down`",
@@ -89,7 +90,7 @@ impl Lock {
         }
     }
 
-    pub(crate) fn write(&self, state: &State) -> Result<()> {
+    pub(crate) fn write(&self, state: &RunState) -> Result<()> {
         let begun = self.dir.join("state.unfinished");
         fs::write(&begun, state.to_text())?;
         Ok(fs::rename(begun, self.dir.join("state"))?)
@@ -100,10 +101,10 @@ impl Lock {
 mod tests {
     use super::*;
 
-    fn state() -> State {
+    fn state() -> RunState {
         let process =
             |name: &str, pid| ProcessEntry { name: name.into(), pid, address: ([127, 0, 0, 1], 80).into() };
-        State {
+        RunState {
             runner: 7,
             address: "http://localhost:3000".into(),
             processes: vec![process("api", 8), process("gateway-1", 9)],
@@ -112,12 +113,12 @@ mod tests {
 
     #[test]
     fn a_state_is_read_as_it_was_written() {
-        let starting = State { address: String::new(), processes: vec![], ..state() };
+        let starting = RunState { address: String::new(), processes: vec![], ..state() };
         for state in [state(), starting] {
-            assert_eq!(State::parse(&state.to_text()), Some(state));
+            assert_eq!(RunState::parse(&state.to_text()), Some(state));
         }
-        assert_eq!(State::parse(""), None);
-        assert_eq!(State::parse("7 here\napi eight 127.0.0.1:80\n"), None);
+        assert_eq!(RunState::parse(""), None);
+        assert_eq!(RunState::parse("7 here\napi eight 127.0.0.1:80\n"), None);
     }
 
     #[test]
@@ -126,9 +127,9 @@ mod tests {
         let lock = Lock::take(&dir).unwrap();
         lock.write(&state()).unwrap();
         let second = Lock::take(&dir).err().map(|error| error.to_string());
-        let seen = State::read(&dir).unwrap();
+        let seen = RunState::read(&dir).unwrap();
         drop(lock);
-        let after = State::read(&dir).unwrap();
+        let after = RunState::read(&dir).unwrap();
         fs::remove_dir_all(&dir).unwrap();
         assert!(second.unwrap().contains("process 7, http://localhost:3000"));
         assert_eq!(seen, Some(state()));

@@ -9,15 +9,15 @@ use nix::sys::signal::Signal;
 
 use crate::cargo::cargo;
 use crate::folders::Folders;
-use crate::lifetime::{Durability, Life};
-use crate::servers::{Given, Servers, programs};
+use crate::lifetime::Life;
+use crate::servers::{GivenServers, Servers, programs};
 use crate::stop::Stop;
 use crate::{process, terminal};
 
 /// The exit code of shells after an interrupt.
 const INTERRUPTED: u8 = 130;
 
-pub(crate) async fn run(folders: &Folders, given: &Given, args: &[String]) -> Result<ExitCode> {
+pub(crate) async fn run(folders: &Folders, given: &GivenServers, args: &[String]) -> Result<ExitCode> {
     let mut stop = Stop::listen()?;
     let scratch = folders.scratch()?;
     let mut servers = None;
@@ -33,7 +33,7 @@ pub(crate) async fn run(folders: &Folders, given: &Given, args: &[String]) -> Re
 
 async fn build_and_test(
     folders: &Folders,
-    given: &Given,
+    given: &GivenServers,
     args: &[String],
     scratch: &Path,
     servers: &mut Option<Servers>,
@@ -45,7 +45,7 @@ async fn build_and_test(
         }
         terminal::warn(format_args!("tests that need these programs will fail:{list}"));
     }
-    let started = Servers::start(folders, given, scratch, Durability::Forgetful, Life::Bound).await?;
+    let started = Servers::start(folders, given, scratch, Life::Forgetful).await?;
     let servers = servers.insert(started);
     // The end-to-end tests run the services' binaries, which cargo does not build for tests of another package.
     let build = cargo(folders, &["build", "--workspace", "--bins"]);

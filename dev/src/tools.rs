@@ -13,7 +13,7 @@ struct Tool {
     what: &'static str,
     variable: &'static str,
     names: &'static [&'static str],
-    /// Arguments with which a suitable program succeeds. Empty: any program of that name is suitable.
+    /// Arguments with which a suitable program succeeds.
     proof: &'static [&'static str],
     from: From,
 }
@@ -29,78 +29,58 @@ enum From {
     Person(&'static str),
 }
 
+/// Any program of this name is suitable.
+const fn tool(
+    what: &'static str,
+    variable: &'static str,
+    names: &'static [&'static str],
+    from: From,
+) -> Tool {
+    Tool { what, variable, names, proof: &[], from }
+}
+
 const PYTHON: Tool = Tool {
-    what: "Python 3.10 or later with pip",
-    variable: "DEV_PYTHON",
-    names: &["python3"],
     proof: &["-c", "import pip, sys; sys.exit(sys.version_info < (3, 10))"],
-    from: From::Debian(&["python3-pip"]),
+    ..tool("Python 3.10 or later with pip", "DEV_PYTHON", &["python3"], From::Debian(&["python3-pip"]))
 };
 
 const TOOLS: [Tool; 9] = [
     Tool {
-        what: "Node.js 20 or later",
-        variable: "DEV_NODE",
-        names: &["node"],
         proof: &["--eval", "process.exit(parseInt(process.versions.node) < 20 ? 1 : 0)"],
-        from: From::Person("install it and put it on PATH"),
+        ..tool("Node.js 20 or later", "DEV_NODE", &["node"], From::Person("install it and put it on PATH"))
     },
-    Tool {
-        what: "npm",
-        variable: "DEV_NPM",
-        names: &["npm"],
-        proof: &[],
-        from: From::Person("it comes with Node.js; put it on PATH"),
-    },
-    Tool {
-        what: "Chromium",
-        variable: "DEV_CHROMIUM",
-        names: &["chromium", "chromium-browser", "google-chrome", "google-chrome-stable"],
-        proof: &[],
+    tool("npm", "DEV_NPM", &["npm"], From::Person("it comes with Node.js; put it on PATH")),
+    tool(
+        "Chromium",
+        "DEV_CHROMIUM",
+        &["chromium", "chromium-browser", "google-chrome", "google-chrome-stable"],
         // The font is for readers of the screenshots.
-        from: From::Debian(&["chromium", "fonts-noto-color-emoji"]),
-    },
-    Tool {
-        what: "nginx",
-        variable: "DEV_NGINX",
-        names: &["nginx"],
-        proof: &[],
-        from: From::Debian(&["nginx"]),
-    },
-    Tool {
-        what: "Prometheus",
-        variable: "DEV_PROMETHEUS",
-        names: &["prometheus"],
-        proof: &[],
-        from: From::Debian(&["prometheus"]),
-    },
-    Tool {
-        what: "promtool",
-        variable: "DEV_PROMTOOL",
-        names: &["promtool"],
-        proof: &[],
-        from: From::Debian(&["prometheus"]),
-    },
+        From::Debian(&["chromium", "fonts-noto-color-emoji"]),
+    ),
+    tool("nginx", "DEV_NGINX", &["nginx"], From::Debian(&["nginx"])),
+    tool("Prometheus", "DEV_PROMETHEUS", &["prometheus"], From::Debian(&["prometheus"])),
+    tool("promtool", "DEV_PROMTOOL", &["promtool"], From::Debian(&["prometheus"])),
     PYTHON,
     Tool {
-        what: "rotel, an OpenTelemetry collector",
-        variable: "DEV_ROTEL",
-        names: &["rotel-agent", "rotel"],
         proof: &["--version"],
-        // It is linked with the Python library.
-        from: From::Pip {
-            package: "rotel==0.0.1a15",
-            path: "rotel/rotel-agent",
-            debian: &["libpython3-dev"],
-        },
+        ..tool(
+            "rotel, an OpenTelemetry collector",
+            "DEV_ROTEL",
+            &["rotel-agent", "rotel"],
+            From::Pip {
+                package: "rotel==0.0.1a15",
+                path: "rotel/rotel-agent",
+                // It is linked with the Python library.
+                debian: &["libpython3-dev"],
+            },
+        )
     },
-    Tool {
-        what: "schemathesis, a fuzzer",
-        variable: "DEV_SCHEMATHESIS",
-        names: &[],
-        proof: &[],
-        from: From::Pip { package: "schemathesis==4.32.5", path: "", debian: &[] },
-    },
+    tool(
+        "schemathesis, a fuzzer",
+        "DEV_SCHEMATHESIS",
+        &[],
+        From::Pip { package: "schemathesis==4.32.5", path: "", debian: &[] },
+    ),
 ];
 
 #[derive(Default)]

@@ -21,15 +21,14 @@ use crate::cargo::{binaries, cargo};
 use crate::demo::demo;
 use crate::folders::Folders;
 use crate::ingress::{self, Routes};
-use crate::lifetime::{Durability, Life};
-use crate::process::{self, Child, ChildOutput};
-use crate::servers::{Given, Servers};
-use crate::state::{Lock, ProcessEntry, State};
+use crate::lifetime::Life;
+use crate::process::{self, Child};
+use crate::servers::{GivenServers, Servers};
+use crate::state::{Lock, ProcessEntry, RunState};
 use crate::stop::Stop;
 use crate::terminal::{self, Colour};
 use crate::{postgres, secrets};
 
-const START_DEADLINE: Duration = Duration::from_secs(30);
 const STOP_PATIENCE: Duration = Duration::from_secs(10);
 const SEEDED: [&str; 2] = ["john", "jane"];
 
@@ -43,7 +42,7 @@ pub(crate) struct Options {
     release: bool,
 }
 
-pub(crate) async fn run(folders: &Folders, given: &Given, options: &Options) -> Result<ExitCode> {
+pub(crate) async fn run(folders: &Folders, given: &GivenServers, options: &Options) -> Result<ExitCode> {
     let began = Instant::now();
     let dir = folders.up();
     let lock = Lock::take(&dir)?;
@@ -84,14 +83,15 @@ impl RunningProcesses {
     async fn start(
         &mut self,
         folders: &Folders,
-        given: &Given,
+        given: &GivenServers,
         options: &Options,
         lock: &Lock,
     ) -> Result<String> {
         let dir = folders.up();
-        let mut state = State { runner: std::process::id(), address: String::new(), processes: Vec::new() };
+        let mut state =
+            RunState { runner: std::process::id(), address: String::new(), processes: Vec::new() };
         lock.write(&state)?;
-        let servers = Servers::start(folders, given, &dir, Durability::Durable, Life::Bound).await?;
+        let servers = Servers::start(folders, given, &dir, Life::Durable).await?;
         let servers = self.servers.insert(servers);
         let binaries = build(folders, options.release).await?;
 
@@ -101,23 +101,23 @@ impl RunningProcesses {
             free_ports()?.map(local);
         let common = common_settings(&dir, &origin, servers)?;
 
-        let settings = api_settings(&dir, servers, [api, internal, api_ops])?;
-        migrate(&binaries, &common, &settings).await?;
+        let settings = [common.clone(), api_settings(&dir, servers, [api, internal, api_ops])?].concat();
+        migrate(&binaries, &settings).await?;
         seed(&servers.database_url).await?;
 
         let gateways = [(gateway_1, gateway_1_ops), (gateway_2, gateway_2_ops)];
         terminal::step("Starting", "one api and two gateways");
-        let child = spawn_service("api", &binaries.join("api"), Colour::Green, &common, &settings)?;
-        wait_until_ready(self.api.insert(child), api_ops).await?;
+        let child = Child::follow("api", service(&binaries.join("api"), &[], &settings), Colour::Green)?;
+        until_ready(self.api.insert(child), api_ops).await?;
         for (number, (listen, ops)) in (1..).zip(gateways) {
             let name = format!("gateway-{number}");
             let colour = if number == 1 { Colour::Magenta } else { Colour::Cyan };
-            let settings = gateway_settings(internal, listen, ops);
-            let program = binaries.join("stream-gateway");
-            self.gateways.push(spawn_service(&name, &program, colour, &common, &settings)?);
+            let settings = [common.clone(), gateway_settings(internal, listen, ops)].concat();
+            let gateway = service(&binaries.join("stream-gateway"), &[], &settings);
+            self.gateways.push(Child::follow(&name, gateway, colour)?);
         }
         for (gateway, (_, ops)) in self.gateways.iter().zip(gateways) {
-            wait_until_ready(gateway, ops).await?;
+            until_ready(gateway, ops).await?;
         }
 
         let routes = Routes::new(api, gateways.map(|(listen, _)| listen).to_vec());
@@ -134,7 +134,7 @@ impl RunningProcesses {
     }
 
     fn children(&self) -> impl Iterator<Item = &Child> {
-        let servers = self.servers.iter().flat_map(Servers::children);
+        let servers = self.servers.iter().flat_map(|servers| &servers.children);
         servers.chain(&self.api).chain(&self.gateways)
     }
 
@@ -239,9 +239,9 @@ fn gateway_settings(internal: SocketAddr, listen: SocketAddr, ops: SocketAddr) -
     ]
 }
 
-fn service(program: &Path, arguments: &[&str], common: &ServiceSettings, own: &ServiceSettings) -> Command {
+fn service(program: &Path, arguments: &[&str], settings: &ServiceSettings) -> Command {
     let mut command = process::command(program, arguments);
-    command.envs(common.iter().chain(own).map(|(name, value)| (name, value)));
+    command.envs(settings.iter().map(|(name, value)| (name, value)));
     if !terminal::has_colours() {
         command.env("NO_COLOR", "1");
     }
@@ -249,28 +249,14 @@ fn service(program: &Path, arguments: &[&str], common: &ServiceSettings, own: &S
     command
 }
 
-fn spawn_service(
-    name: &str,
-    program: &Path,
-    colour: Colour,
-    common: &ServiceSettings,
-    own: &ServiceSettings,
-) -> Result<Child> {
-    Child::spawn(name, service(program, &[], common, own), ChildOutput::Follow(colour))
-}
-
-async fn migrate(binaries: &Path, common: &ServiceSettings, own: &ServiceSettings) -> Result<()> {
+async fn migrate(binaries: &Path, settings: &ServiceSettings) -> Result<()> {
     terminal::step("Migrating", "the database");
-    let migrate = service(&binaries.join("api"), &["migrate"], common, own);
-    let migrate = Child::spawn("api migrate", migrate, ChildOutput::Follow(Colour::Green))?;
-    match migrate.ended().await {
-        Some(status) if status.success() => Ok(()),
-        _ => {
-            bail!(
-                "`api migrate` failed; see its output above (`cargo dev reset` starts with an empty database)"
-            )
-        }
+    let migrate = service(&binaries.join("api"), &["migrate"], settings);
+    let ended = Child::follow("api migrate", migrate, Colour::Green)?.ended().await;
+    if !ended.is_some_and(|status| status.success()) {
+        bail!("`api migrate` failed; see its output above (`cargo dev reset` starts with an empty database)");
     }
+    Ok(())
 }
 
 async fn seed(database_url: &str) -> Result<()> {
@@ -283,18 +269,8 @@ async fn seed(database_url: &str) -> Result<()> {
     Ok(())
 }
 
-async fn wait_until_ready(child: &Child, ops: SocketAddr) -> Result<()> {
-    let wait = async {
-        while !is_ready(ops).await {
-            if child.has_ended() {
-                bail!("{} ended while starting; see its output above", child.name);
-            }
-            tokio::time::sleep(Duration::from_millis(20)).await;
-        }
-        Ok(())
-    };
-    let waited = tokio::time::timeout(START_DEADLINE, wait).await;
-    waited.with_context(|| format!("{} did not become ready within {START_DEADLINE:?}", child.name))?
+async fn until_ready(child: &Child, ops: SocketAddr) -> Result<()> {
+    child.until_ready(async || is_ready(ops).await).await.context("see the output above")
 }
 
 async fn is_ready(ops: SocketAddr) -> bool {

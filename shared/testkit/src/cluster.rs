@@ -1,12 +1,12 @@
 //! A real Redis Cluster: three nodes that own a third of the slots each, with replicas on request. Nodes detect a
 //! dead one within two seconds instead of the usual fifteen.
 
-use std::{
-    thread::sleep,
-    time::{Duration, Instant},
-};
+use std::{thread::sleep, time::Duration};
 
-use super::{PATIENCE, ports::free_port, servers::Redis};
+use crate::{
+    ports::free_port,
+    servers::{Redis, wait},
+};
 
 const SLOTS: usize = 16_384;
 const NODES: usize = 3;
@@ -130,14 +130,6 @@ impl Cluster {
                 .is_ok_and(|answer| answer == "+OK")
         });
         wait("all know of the move", || (0..self.nodes.len()).all(|by| self.owner_by(by, name) == Some(to)));
-    }
-}
-
-fn wait(what: &str, mut is: impl FnMut() -> bool) {
-    let deadline = Instant::now() + PATIENCE;
-    while !is() {
-        assert!(Instant::now() < deadline, "waited {PATIENCE:?} in vain: {what}");
-        sleep(Duration::from_millis(10));
     }
 }
 

@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex};
 use jsonschema::Validator;
 use serde_json::{Value, json};
 
-use super::http::Answer;
+use crate::http::Answer;
 
 pub struct OpenApiDocument {
     root: Value,

@@ -10,42 +10,30 @@ pub mod programs;
 pub mod secrets;
 
 #[cfg(feature = "full")]
-pub mod cluster;
+#[path = "."]
+mod full {
+    pub mod cluster;
+    pub mod documented;
+    pub mod http;
+    pub mod issuer;
+    pub mod ledger;
+    pub mod nginx;
+    pub mod node;
+    pub mod panics;
+    pub mod proxy;
+    pub mod raw;
+    pub mod servers;
+    pub mod service;
+    pub mod sse;
+    #[cfg(test)]
+    mod tests;
+    pub mod tls;
+    pub mod usage;
+    pub mod user;
+    pub mod world;
+}
 #[cfg(feature = "full")]
-pub mod documented;
-#[cfg(feature = "full")]
-pub mod http;
-#[cfg(feature = "full")]
-pub mod issuer;
-#[cfg(feature = "full")]
-pub mod ledger;
-#[cfg(feature = "full")]
-pub mod nginx;
-#[cfg(feature = "full")]
-pub mod node;
-#[cfg(feature = "full")]
-pub mod panics;
-#[cfg(feature = "full")]
-pub mod proxy;
-#[cfg(feature = "full")]
-pub mod raw;
-#[cfg(feature = "full")]
-pub mod servers;
-#[cfg(feature = "full")]
-pub mod service;
-#[cfg(feature = "full")]
-pub mod sse;
-#[cfg(test)]
-#[cfg(feature = "full")]
-mod tests;
-#[cfg(feature = "full")]
-pub mod tls;
-#[cfg(feature = "full")]
-pub mod usage;
-#[cfg(feature = "full")]
-pub mod user;
-#[cfg(feature = "full")]
-pub mod world;
+pub use full::*;
 
 use std::{future::Future, time::Duration};
 

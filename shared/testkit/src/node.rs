@@ -10,7 +10,7 @@ use std::{
 
 use serde_json::Value;
 
-use super::{process::Process, programs::variable};
+use crate::{process::Process, programs::variable};
 
 pub struct NodeServer {
     pub said: Value,

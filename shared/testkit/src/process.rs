@@ -36,34 +36,31 @@ pub fn tie_to_parent(command: &mut Command, end: Signal) {
     }
 }
 
-/// The account that a database server runs as; Postgres refuses root.
+/// The account that a database server runs as: our own, except that Postgres refuses root, which gives way to the owner of the
+/// data, or to `nobody`.
 #[derive(Clone, Copy)]
-pub struct Account {
-    uid: u32,
-    gid: u32,
-}
+pub struct Account(Option<(u32, u32)>);
 
 impl Account {
-    /// `None`: our own. Root gives way to the owner of `data`, or to `nobody`.
-    pub fn for_data(data: &Path) -> io::Result<Option<Self>> {
+    pub fn for_data(data: &Path) -> io::Result<Self> {
         if !geteuid().is_root() {
-            return Ok(None);
+            return Ok(Self(None));
         }
-        if let Ok(meta) = data.metadata()
-            && meta.uid() != 0
-        {
-            return Ok(Some(Self { uid: meta.uid(), gid: meta.gid() }));
+        if let Some(meta) = data.metadata().ok().filter(|meta| meta.uid() != 0) {
+            return Ok(Self(Some((meta.uid(), meta.gid()))));
         }
         let nobody = User::from_name("nobody")?.ok_or(io::Error::other("there is no user `nobody`"))?;
-        Ok(Some(Self { uid: nobody.uid.as_raw(), gid: nobody.gid.as_raw() }))
+        Ok(Self(Some((nobody.uid.as_raw(), nobody.gid.as_raw()))))
     }
 
     pub fn own(self, path: &Path) -> io::Result<()> {
-        chown(path, Some(self.uid), Some(self.gid))
+        self.0.map_or(Ok(()), |(uid, gid)| chown(path, Some(uid), Some(gid)))
     }
 
     pub fn run(self, command: &mut Command) {
-        command.uid(self.uid).gid(self.gid);
+        if let Some((uid, gid)) = self.0 {
+            command.uid(uid).gid(gid);
+        }
     }
 }
 

@@ -14,7 +14,7 @@ use tokio::{
     time::sleep,
 };
 
-use super::until;
+use crate::until;
 
 const CONNECTIONS: usize = 1_024;
 

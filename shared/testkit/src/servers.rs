@@ -12,7 +12,7 @@ use std::{
 
 use tempfile::TempDir;
 
-use super::{
+use crate::{
     PATIENCE,
     ports::free_port,
     postmaster,
@@ -35,7 +35,7 @@ impl Redis {
         Self::start_with(|_| Vec::new())
     }
 
-    pub(super) fn start_with(arguments: impl Fn(&Path) -> Vec<String>) -> Self {
+    pub(crate) fn start_with(arguments: impl Fn(&Path) -> Vec<String>) -> Self {
         // The port may be taken in between.
         for _ in 0..5 {
             let (port, folder) = (free_port(), folder("redis"));
@@ -85,7 +85,7 @@ impl Redis {
         fs::remove_dir_all(self.folder.path()).expect("it is ours");
         let saving = self.command(&["BGSAVE"]).expect("the server answers");
         assert!(saving.starts_with("+Background saving started"), "{saving}");
-        super::until("Redis notices that it cannot save", || async {
+        crate::until("Redis notices that it cannot save", || async {
             self.command(&["PING"]).is_ok_and(|answer| answer.starts_with("-MISCONF"))
         })
         .await;
@@ -133,18 +133,22 @@ fn start_redis(port: u16, folder: &Path, arguments: &[String]) -> Option<Process
 }
 
 /// `false`: the process ended instead.
-fn wait_for(process: &mut Process, mut up: impl FnMut() -> bool) -> bool {
+fn wait_for(process: &mut Process, up: impl Fn() -> bool) -> bool {
+    let mut is_up = false;
+    wait("the server is up", || {
+        is_up = up();
+        is_up || process.ended().is_some()
+    });
+    is_up
+}
+
+/// As [`crate::until`], without a runtime.
+pub(crate) fn wait(what: &str, mut is: impl FnMut() -> bool) {
     let deadline = Instant::now() + PATIENCE;
-    while Instant::now() < deadline {
-        if process.ended().is_some() {
-            return false;
-        }
-        if up() {
-            return true;
-        }
+    while !is() {
+        assert!(Instant::now() < deadline, "waited {PATIENCE:?} in vain: {what}");
         std::thread::sleep(Duration::from_millis(10));
     }
-    false
 }
 
 fn command_redis<'a>(port: u16, commands: impl IntoIterator<Item = &'a [&'a str]>) -> io::Result<String> {
@@ -236,24 +240,23 @@ impl Postgres {
         format!("postgres://postgres@127.0.0.1:{}/postgres", self.port)
     }
 
-    /// A crash: no checkpoint, no goodbye to clients.
+    /// A crash: no checkpoint, no goodbye to clients. Returns when the port is closed: a child that the server has just
+    /// forked still listens, too.
     pub fn kill(&mut self) {
         self.process.kill();
+        wait("the port of a killed Postgres is closed", || TcpStream::connect(self.address()).is_err());
     }
 
     /// On the same port, with everything that was committed.
     pub fn restart(&mut self) {
-        self.process.kill();
-        let deadline = Instant::now() + PATIENCE;
-        // The children of a killed server hold its memory and port for a moment.
-        while Instant::now() < deadline {
-            if let Some(process) = start_postgres(self.port, self.folder.path(), &self.settings) {
-                self.process = process;
-                return;
-            }
-            std::thread::sleep(Duration::from_millis(100));
-        }
-        panic!("the Postgres server does not start again: {}", log_of(self.folder.path()));
+        self.kill();
+        // The children of a killed server hold its memory for a moment.
+        let mut started = None;
+        wait("a killed Postgres starts again", || {
+            started = start_postgres(self.port, self.folder.path(), &self.settings);
+            started.is_some()
+        });
+        self.process = started.expect("it was waited for");
     }
 }
 
@@ -276,21 +279,17 @@ fn start_postgres(port: u16, folder: &Path, settings: &[String]) -> Option<Proce
 
 fn command_in(folder: &Path, name: &str) -> Command {
     let mut command = Command::new(programs::postgres().join(name));
-    if let Some(account) = account_of(folder) {
-        account.run(&mut command);
-    }
+    account_of(folder).run(&mut command);
     command.current_dir(folder).stdin(Stdio::null());
     command
 }
 
-fn account_of(folder: &Path) -> Option<Account> {
+fn account_of(folder: &Path) -> Account {
     Account::for_data(folder).expect("an account for Postgres")
 }
 
 fn give_away(path: &Path) {
-    if let Some(account) = account_of(path) {
-        account.own(path).expect("root may give anything away");
-    }
+    account_of(path).own(path).expect("root may give anything away");
 }
 
 fn log_of(folder: &Path) -> String {

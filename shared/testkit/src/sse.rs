@@ -26,7 +26,7 @@ use tokio::{
     time::{sleep, timeout},
 };
 
-use super::PATIENCE;
+use crate::PATIENCE;
 
 const BLOCK_LIMIT: usize = 1 << 20;
 

@@ -7,7 +7,7 @@ use tokio::{
     net::{TcpListener, TcpStream},
 };
 
-use super::{
+use crate::{
     proxy::Proxy,
     servers::{Postgres, Redis},
     soon,
@@ -153,9 +153,9 @@ async fn the_proxy_has_every_fault_it_claims() {
     assert!(say(&mut socket, b"ut off").await.is_err());
 
     proxy.refuse();
-    super::until("the port is closed", || async { connect().await.is_err() }).await;
+    crate::until("the port is closed", || async { connect().await.is_err() }).await;
     proxy.resume();
-    super::until("the port is open again", || async { connect().await.is_ok() }).await;
+    crate::until("the port is open again", || async { connect().await.is_ok() }).await;
     let mut socket = connect().await.unwrap();
     assert_eq!(say(&mut socket, b"hello").await.unwrap(), b"hello");
 }

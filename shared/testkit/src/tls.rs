@@ -57,11 +57,11 @@ impl Authority {
         self.folder.path().join("ca.pem")
     }
 
-    pub(super) fn server_certificate(&self) -> PathBuf {
+    pub(crate) fn server_certificate(&self) -> PathBuf {
         self.folder.path().join("server.pem")
     }
 
-    pub(super) fn server_key(&self) -> PathBuf {
+    pub(crate) fn server_key(&self) -> PathBuf {
         self.folder.path().join("server.key")
     }
 
