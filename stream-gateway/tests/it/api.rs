@@ -116,7 +116,7 @@ enum Trick {
     Falsified(Falsify),
 }
 
-struct Row {
+struct FeedRow {
     seq: Seq,
     name: String,
     data: String,
@@ -124,10 +124,10 @@ struct Row {
 
 struct Feed {
     head: Position,
-    rows: Vec<Row>,
+    rows: Vec<FeedRow>,
 }
 
-struct State {
+struct FakeState {
     feeds: HashMap<UserId, Feed>,
     owners: HashMap<SessionId, UserId>,
     ended: HashSet<SessionId>,
@@ -142,22 +142,22 @@ struct State {
 
 #[derive(Clone)]
 struct Shared {
-    state: Arc<Mutex<State>>,
+    state: Arc<Mutex<FakeState>>,
     faults: HashMap<&'static str, watch::Sender<Fault>>,
     record: watch::Sender<Record>,
 }
 
-pub(crate) struct Api {
+pub(crate) struct FakeApi {
     pub(crate) address: SocketAddr,
     shared: Shared,
     _stop: DropGuard,
 }
 
-impl Api {
+impl FakeApi {
     pub(crate) fn start(jwks: JwkSet) -> Self {
         let listener = server::bind("127.0.0.1:0".parse().unwrap()).unwrap();
         let address = listener.local_addr().unwrap();
-        let state = State {
+        let state = FakeState {
             feeds: HashMap::new(),
             owners: HashMap::new(),
             ended: HashSet::new(),
@@ -194,7 +194,7 @@ impl Api {
         Self { address, shared, _stop: stop.drop_guard() }
     }
 
-    fn state(&self) -> MutexGuard<'_, State> {
+    fn state(&self) -> MutexGuard<'_, FakeState> {
         self.shared.state.lock().unwrap()
     }
 
@@ -238,7 +238,7 @@ impl Api {
     #[expect(clippy::unused_self, reason = "events that exist come from this fake, too")]
     pub(crate) fn made_up(&self, seq: Seq) -> Envelope {
         let data = json!({ "n": seq }).to_string();
-        envelope(crate::support::EPOCH, &Row { seq, name: event::kind::MESSAGE.into(), data })
+        envelope(crate::support::EPOCH, &FeedRow { seq, name: event::kind::MESSAGE.into(), data })
     }
 
     pub(crate) fn head(&self, user: UserId) -> Position {
@@ -348,14 +348,14 @@ impl Feed {
     fn append(&mut self, padding: Option<String>) -> Envelope {
         self.head.seq += 1;
         let data = json!({ "n": self.head.seq, "padding": padding }).to_string();
-        let row = Row { seq: self.head.seq, name: event::kind::MESSAGE.into(), data };
+        let row = FeedRow { seq: self.head.seq, name: event::kind::MESSAGE.into(), data };
         let envelope = envelope(self.head.epoch, &row);
         self.rows.push(row);
         envelope
     }
 }
 
-fn envelope(epoch: Epoch, row: &Row) -> Envelope {
+fn envelope(epoch: Epoch, row: &FeedRow) -> Envelope {
     Envelope {
         v: event::VERSION,
         epoch,
@@ -435,7 +435,7 @@ impl Shared {
     }
 }
 
-impl State {
+impl FakeState {
     fn heads(&self, request: &HeadsRequest) -> HeadsAnswer {
         let differing = request.users.iter().filter_map(|known| {
             let head = self.feeds.get(&known.user).map(|feed| feed.head);

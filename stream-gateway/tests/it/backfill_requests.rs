@@ -45,8 +45,7 @@ async fn simultaneous_joins_share_bounded_requests() {
     assert!(sizes.iter().all(|size| *size <= MAX_PAIRS), "{sizes:?}");
     // Two pairs a stream. On a slow machine the first requests may have timed out and been sent again.
     assert!(sizes.len() <= 20, "few requests for {} streams: {sizes:?}", streams.len());
-    drop(streams);
-    world.leaves_nothing().await;
+    world.leaves_nothing(streams).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -65,8 +64,7 @@ async fn a_failed_request_is_retried_and_not_multiplied() {
     world.api.fault_feed_requests(Fault::None);
     ready(&mut stream, &world.api.cursor(user.id, 3), true).await;
     receives(&mut stream, 4..=5).await;
-    drop((stream, well));
-    world.ends().await;
+    world.ends((stream, well)).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -87,8 +85,7 @@ async fn a_failing_api_gets_few_requests_however_many_join() {
         ready(stream, &world.api.cursor(user.id, 3), true).await;
         receives(stream, 4..=5).await;
     }
-    drop(streams);
-    world.ends().await;
+    world.ends(streams).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -124,8 +121,7 @@ async fn closed_streams_leave_no_pending_requests() {
     let record = world.api.record();
     let pairs: usize = record.requests().iter().map(ApiRequest::size).sum();
     assert!(pairs <= 6, "{record:?}");
-    drop(steady);
-    world.leaves_nothing().await;
+    world.leaves_nothing(steady).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -142,8 +138,7 @@ async fn an_unanswered_request_times_out_and_is_retried() {
     world.api.fault_feed_requests(Fault::None);
     ready(&mut stream, &world.api.cursor(user.id, 3), true).await;
     receives(&mut stream, 4..=5).await;
-    drop((stream, well));
-    world.leaves_nothing().await;
+    world.leaves_nothing((stream, well)).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -165,14 +160,13 @@ async fn a_reconcile_requests_each_user_and_session_once() {
         let of = |session| Login { user: user.id, session };
         assert_eq!(logins, [of(user.session), of(phone.session)]);
     }
-    drop(streams);
-    world.ends().await;
+    world.ends(streams).await;
 }
 
-type Falsify = fn(&mut RangesAnswer);
+type ChangeAnswer = fn(&mut RangesAnswer);
 
 /// Faults after which the start of a range can be used or the request repeated.
-const REPAIRABLE_FAULTS: [(&str, Falsify); 7] = [
+const REPAIRABLE_FAULTS: [(&str, ChangeAnswer); 7] = [
     ("with a gap", |answer| _ = answer.ranges[0].events.remove(1)),
     ("with an event twice", |answer| answer.ranges[0].events[1].seq -= 1),
     ("beyond the head", |answer| {
@@ -189,7 +183,7 @@ const REPAIRABLE_FAULTS: [(&str, Falsify); 7] = [
 ];
 
 /// Faults that leave nothing usable.
-const UNUSABLE_RANGES: [(&str, Falsify); 3] = [
+const UNUSABLE_RANGES: [(&str, ChangeAnswer); 3] = [
     ("in reverse", |answer| answer.ranges[0].events.reverse()),
     ("of another epoch", |answer| {
         answer.ranges[0].events.iter_mut().for_each(|event| event.epoch = ANOTHER_EPOCH);
@@ -213,14 +207,11 @@ async fn only_the_consistent_start_of_a_range_is_used() {
         world.say(&user, 1).await;
         receives(&mut stream, 3..=6).await;
         // For a gap.
-        for _ in 0..2 {
-            world.api.append(user.id);
-        }
+        world.lose(&user, 2);
         world.api.falsify_ranges(falsify);
         world.say(&user, 1).await;
         receives(&mut stream, 7..=9).await;
-        drop(stream);
-        world.ends().await;
+        world.ends(stream).await;
     }))
     .await;
 }
@@ -235,17 +226,14 @@ async fn a_range_without_a_consistent_start_ends_in_a_resync() {
         let mut stream = world.stream_after(&user, 2).stream().await;
         ready_and_resync(&mut stream, &world.api.cursor(user.id, 5), "expired").await;
         world.until_subscribed(&user).await;
-        for _ in 0..2 {
-            world.api.append(user.id);
-        }
+        world.lose(&user, 2);
         world.api.falsify_ranges(falsify);
         world.say(&user, 1).await;
         resync(&mut stream, &world.api.cursor(user.id, 8), "expired").await;
         assert_eq!(world.api.record().ranges(user.id), [2, 5]);
         world.say(&user, 1).await;
         receives(&mut stream, 9..=9).await;
-        drop(stream);
-        world.ends().await;
+        world.ends(stream).await;
     }))
     .await;
 }
@@ -269,8 +257,7 @@ async fn a_malformed_answer_is_requested_again() {
         let mut another = world.stream(&user).stream().await;
         ready(&mut another, &world.api.cursor(user.id, 5), false).await;
         assert_eq!(world.api.record().heads(user.id), 2);
-        drop((stream, another));
-        world.ends().await;
+        world.ends((stream, another)).await;
     }))
     .await;
 }

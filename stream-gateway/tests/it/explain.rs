@@ -68,8 +68,7 @@ async fn explain_reports_what_each_stream_did_with_an_event() {
     let report = world.explain(&user, 4).await;
     assert_eq!(says(&report["streams"]), [BEFORE], "{report}");
     assert_eq!(says(&report["ended"]), ["Its positions are from another history of the feed"], "{report}");
-    drop(late);
-    world.ends().await;
+    world.ends(late).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -129,6 +128,5 @@ async fn explain_names_the_cause_of_a_missing_event() {
     );
     let by_message = format!("http://{}/admin/explain?user={}&message=1", world.ops, user.id);
     assert_eq!(world.client.get(by_message).send().await.unwrap().status, 400);
-    drop((stream, lagging, joining));
-    world.ends().await;
+    world.ends((stream, lagging, joining)).await;
 }

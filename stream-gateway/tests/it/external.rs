@@ -3,18 +3,17 @@
 use std::time::Duration;
 
 use futures_util::future::join_all;
-use protocol::feed::{ExternalKeysAnswer, IDENTITY_PATH, KEYS_PATH};
+use protocol::feed::{ExternalKeysAnswer, IDENTITY_PATH};
 use service_kit::limiter::Limit;
 use testkit::{
     PATIENCE,
     issuer::{AUDIENCE, ISSUER, IssuerKey, issuer, published},
     sse::StreamRequest,
-    until,
 };
 
 use crate::{
     api::Fault,
-    support::{FeedUser, GatewayWorld, Setup, goodbye, now, ready},
+    support::{FeedUser, GatewayWorld, RETRY_LATER, Setup, assert_retry, goodbye, now, ready},
 };
 
 const SUBJECT: &str = "auth0|jane";
@@ -27,8 +26,7 @@ async fn world() -> (GatewayWorld, FeedUser) {
 async fn world_with(setup: Setup) -> (GatewayWorld, FeedUser) {
     let world = setup.no_keys().start().await;
     world.api.trust(published(&IssuerKey::number(0)));
-    world.api.fault(KEYS_PATH, Fault::None);
-    until("the gateway is ready", || async { world.readiness().await.status == 200 }).await;
+    world.until_ready_with_keys().await;
     world.api.forget_requests();
     let user = world.user(3);
     world.api.identify(SUBJECT, user.id);
@@ -59,8 +57,7 @@ async fn an_external_token_opens_streams_by_one_identity_request() {
     for stream in [&mut first, &mut second] {
         assert_eq!(stream.event().await.unwrap().id, Some(event.cursor().to_string()));
     }
-    drop((first, second));
-    world.leaves_nothing().await;
+    world.leaves_nothing((first, second)).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -83,7 +80,7 @@ async fn simultaneous_external_streams_share_identity_requests() {
     let requests = record.identities();
     assert_eq!(requests.iter().map(|subjects| subjects.len()).sum::<usize>(), 100);
     assert!(requests.len() < 20, "{}", requests.len());
-    world.leaves_nothing().await;
+    world.leaves_nothing(()).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -91,15 +88,13 @@ async fn an_unresolved_identity_gets_a_head_and_then_busy() {
     let (world, user) = world().await;
     world.api.fault(IDENTITY_PATH, Fault::Failing);
     let mut stream = world.with_token(&token()).stream().await;
-    let event = goodbye(&mut stream, "busy").await;
-    assert_eq!(event["reconnect"], true);
-    assert!((60_000..=120_000).contains(&stream.retry.unwrap().as_millis()));
-    assert_eq!(world.metric("messenger_gateway_streams_rejected_total{reason=\"no_identity\"}").await, 1);
+    assert_eq!(goodbye(&mut stream, "busy").await["reconnect"], true);
+    assert_retry(&stream, RETRY_LATER);
+    assert_eq!(world.rejected("no_identity").await, 1);
     world.api.fault(IDENTITY_PATH, Fault::None);
     let mut stream = world.with_token(&token()).stream().await;
     ready(&mut stream, &world.api.cursor(user.id, 3), false).await;
-    drop(stream);
-    world.leaves_nothing().await;
+    world.leaves_nothing(stream).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -116,13 +111,12 @@ async fn an_unresolved_subject_is_rate_limited() {
         waiting.push(world.with_token(&token()).stream().await);
     }
     goodbye(&mut world.with_token(&token()).stream().await, "busy").await;
-    assert_eq!(world.metric("messenger_gateway_streams_rejected_total{reason=\"user_rate\"}").await, 1);
+    assert_eq!(world.rejected("user_rate").await, 1);
     world.api.fault(IDENTITY_PATH, Fault::None);
     for stream in &mut waiting {
         ready(stream, &world.api.cursor(user.id, 3), false).await;
     }
-    drop(waiting);
-    world.leaves_nothing().await;
+    world.leaves_nothing(waiting).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -141,7 +135,7 @@ async fn only_valid_tokens_of_the_issuer_are_accepted() {
         assert_eq!(world.with_token(&bad).open().await.unwrap().status, 401, "{bad}");
     }
     assert_eq!(world.api.record().identities().len(), 0);
-    world.ends().await;
+    world.ends(()).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -153,17 +147,14 @@ async fn the_issuers_keys_may_rotate_and_arrive_late() {
     let mut stream = world.with_token(&token).stream().await;
     ready(&mut stream, &world.api.cursor(user.id, 3), false).await;
     assert_eq!(world.api.record().keys(), 1);
-    drop(stream);
-    world.ends().await;
+    world.ends(stream).await;
 
     let world = Setup::default().no_keys().start().await;
     world.api.trust(ExternalKeysAnswer { issuer: issuer(), jwks: None });
-    world.api.fault(KEYS_PATH, Fault::None);
-    until("the gateway is ready", || async { world.readiness().await.status == 200 }).await;
+    world.until_ready_with_keys().await;
     let mut stream = world.with_token(&token).stream().await;
     goodbye(&mut stream, "drain").await;
-    drop(stream);
-    world.ends().await;
+    world.ends(stream).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -174,6 +165,5 @@ async fn a_stream_ends_before_its_external_token_does() {
     ready(&mut stream, &world.api.cursor(user.id, 3), false).await;
     goodbye(&mut stream, "expired").await;
     assert!(now() <= exp);
-    drop(stream);
-    world.leaves_nothing().await;
+    world.leaves_nothing(stream).await;
 }

@@ -4,11 +4,12 @@ use std::time::Duration;
 
 use protocol::feed::RANGES_PATH;
 use testkit::{soon, sse::Block};
+use tokio::io::AsyncWriteExt;
 
 use crate::{
     api::Fault,
     support::{
-        A_WHILE, ANOTHER_EPOCH, EPOCH, GatewayWorld, Setup, goodbye, ready, ready_and_resync, receives,
+        A_WHILE, ANOTHER_EPOCH, EPOCH, GatewayWorld, Raw, Setup, goodbye, ready, ready_and_resync, receives,
         resync, silence,
     },
 };
@@ -29,8 +30,7 @@ async fn a_stream_without_a_cursor_starts_at_the_head() {
     receives(&mut another, 10..=10).await;
     receives(&mut stream, 10..=10).await;
     assert!(world.api.record().ranges(user.id).is_empty());
-    drop((stream, another));
-    world.ends().await;
+    world.ends((stream, another)).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -50,8 +50,7 @@ async fn a_stream_with_a_cursor_is_backfilled_and_goes_live() {
     for stream in [&mut by_header, &mut by_query, &mut at_head] {
         receives(stream, 8..=10).await;
     }
-    drop((by_header, by_query, at_head));
-    world.leaves_nothing().await;
+    world.leaves_nothing((by_header, by_query, at_head)).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -65,8 +64,7 @@ async fn a_truncated_page_is_followed_by_the_next() {
     world.say(&user, 1).await;
     receives(&mut stream, 26..=26).await;
     assert_eq!(world.api.record().ranges(user.id), [0, 10, 20]);
-    drop(stream);
-    world.ends().await;
+    world.ends(stream).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -108,8 +106,7 @@ async fn a_cursor_that_cannot_be_followed_is_a_resync_to_the_head() {
         let name = format!("messenger_gateway_resyncs_total{{reason=\"{reason}\"}}");
         assert_eq!(world.metric(&name).await, times, "{reason}");
     }
-    drop(streams);
-    world.ends().await;
+    world.ends(streams).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -130,8 +127,7 @@ async fn backfill_starts_after_redis_has_subscribed() {
     receives(&mut streams[0], 2..=4).await;
     ready(&mut streams[1], &world.api.cursor(without.id, 4), false).await;
     assert!(world.is_subscribed(&with_cursor).await && world.is_subscribed(&without).await);
-    drop(streams);
-    world.ends().await;
+    world.ends(streams).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -155,8 +151,7 @@ async fn joins_backfill_while_redis_is_away_and_when_it_returns() {
     world.say(&with_cursor, 1).await;
     receives(&mut a, 5..=5).await;
     world.until_delivered("redis", 1).await;
-    drop((a, b));
-    world.leaves_nothing().await;
+    world.leaves_nothing((a, b)).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -173,8 +168,7 @@ async fn joins_waiting_for_redis_backfill_when_it_is_lost() {
     ready(&mut stream, &world.api.cursor(user.id, 1), true).await;
     receives(&mut stream, 2..=3).await;
     ready(&mut another, &world.api.cursor(user.id, 3), false).await;
-    drop((stream, another));
-    world.ends().await;
+    world.ends((stream, another)).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -193,8 +187,7 @@ async fn an_event_that_directly_follows_the_cursor_needs_no_answer() {
     world.say(&user, 1).await;
     receives(&mut stream, 9..=9).await;
     silence(&mut stream).await;
-    drop(stream);
-    world.ends().await;
+    world.ends(stream).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -210,8 +203,7 @@ async fn an_event_beyond_the_cursor_waits_for_the_answer() {
     world.api.fault(RANGES_PATH, Fault::None);
     ready(&mut stream, &world.api.cursor(user.id, 3), true).await;
     receives(&mut stream, 4..=7).await;
-    drop(stream);
-    world.ends().await;
+    world.ends(stream).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -235,8 +227,7 @@ async fn response_heads_are_sent_whatever_is_down() {
     assert_eq!(stream.header("content-encoding"), None);
     world.api.fault_feed_requests(Fault::None);
     ready(&mut stream, &world.api.cursor(user.id, 3), false).await;
-    drop(stream);
-    world.ends().await;
+    world.ends(stream).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -249,7 +240,7 @@ async fn a_stream_of_an_unknown_user_is_closed() {
         let goodbye = goodbye(&mut stream, "revoked").await;
         assert_eq!(goodbye["reconnect"], false);
     }
-    world.leaves_nothing().await;
+    world.leaves_nothing(()).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -266,15 +257,13 @@ async fn a_restored_or_replaced_feed_resyncs_connected_streams() {
         world.say(user, 1).await;
         receives(stream, 7..=7).await;
     }
-    drop((a, b));
-    world.ends().await;
+    world.ends((a, b)).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_user_returning_during_an_unsubscribe_joins() {
     let world = GatewayWorld::new().await;
-    let user = world.user(3);
-    let stream = world.joined(&user).await;
+    let (user, stream) = world.joined_user(3).await;
     world.until_health_probe().await;
     // The next probe hangs, and every command with it, but for less time than makes Redis degraded.
     tokio::time::sleep(Duration::from_millis(1_200)).await;
@@ -287,8 +276,7 @@ async fn a_user_returning_during_an_unsubscribe_joins() {
     world.network.resume();
     ready(&mut again, &world.api.cursor(user.id, 3), true).await;
     receives(&mut again, 4..=4).await;
-    drop(again);
-    world.leaves_nothing().await;
+    world.leaves_nothing(again).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -302,25 +290,18 @@ async fn a_client_that_leaves_before_it_is_ready_leaves_nothing() {
     drop(streams);
     world.until_ended("client", 2).await;
     world.api.fault_feed_requests(Fault::None);
-    world.leaves_nothing().await;
+    world.leaves_nothing(()).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_half_closed_connection_ends_its_stream() {
-    use tokio::io::{AsyncReadExt, AsyncWriteExt};
     let world = GatewayWorld::new().await;
     let user = world.user(3);
-    let mut socket = tokio::net::TcpStream::connect(world.public).await.unwrap();
-    let head = format!(
-        "GET /api/messages HTTP/1.1\r\nHost: x\r\nAccept: text/event-stream\r\nAuthorization: Bearer {}\r\n\r\n",
-        user.token
-    );
-    socket.write_all(head.as_bytes()).await.unwrap();
+    let mut raw = Raw::request(&world, &user, "1.1").await;
     world.until_metric("messenger_gateway_streams", 1).await;
-    socket.shutdown().await.unwrap();
-    let mut all = Vec::new();
-    socket.read_to_end(&mut all).await.unwrap();
-    assert!(all.starts_with(b"HTTP/1.1 200 OK\r\n"));
+    raw.socket.shutdown().await.unwrap();
+    let (head, _) = raw.whole().await;
+    assert!(head.starts_with("http/1.1 200 ok\r\n"));
     world.until_ended("client", 1).await;
-    world.leaves_nothing().await;
+    world.leaves_nothing(()).await;
 }

@@ -9,8 +9,8 @@ use testkit::{issuer::IssuerKey, sse::StreamRequest, until};
 use crate::{
     api::Fault,
     support::{
-        FeedUser, GatewayWorld, Setup, claims, goodbye, keys, new_keys, now, ready, receives, rotated_keys,
-        silence,
+        FeedUser, GatewayWorld, RETRY_SOON, Setup, assert_retry, claims, goodbye, keys, new_keys, now, ready,
+        receives, rotated_keys, silence,
     },
 };
 
@@ -35,17 +35,14 @@ async fn without_keys_streams_reconnect_later_and_never_get_401() {
         let mut stream = opening.stream().await;
         let event = goodbye(&mut stream, "drain").await;
         assert_eq!(event["reconnect"], true);
-        let retry = stream.retry.unwrap().as_millis();
-        assert!((2_000..=5_000).contains(&retry), "no limit is exceeded: {retry}");
+        assert_retry(&stream, RETRY_SOON);
     }
     assert_eq!(world.opening().open().await.unwrap().status, 401, "no credential is none with any key");
-    world.api.fault(KEYS_PATH, Fault::None);
-    until("the gateway is ready", || async { world.readiness().await.status == 200 }).await;
+    world.until_ready_with_keys().await;
     let mut stream = world.stream(&user).stream().await;
     ready(&mut stream, &world.api.cursor(user.id, 3), false).await;
     assert_eq!(world.opening().bearer("invalid").open().await.unwrap().status, 401);
-    drop(stream);
-    world.ends().await;
+    world.ends(stream).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -60,9 +57,8 @@ async fn requests_during_start_up_wait_for_the_first_keys() {
     });
     let mut stream = stream;
     ready(&mut stream, &world.api.cursor(user.id, 3), false).await;
-    assert_eq!(world.metric("messenger_gateway_streams_rejected_total{reason=\"no_keys\"}").await, 0);
-    drop(stream);
-    world.ends().await;
+    assert_eq!(world.rejected("no_keys").await, 0);
+    world.ends(stream).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -78,7 +74,7 @@ async fn an_unpublished_key_costs_one_request_and_is_rejected() {
         world.metric("messenger_gateway_stream_request_errors_total{code=\"unauthorized\"}").await,
         40
     );
-    world.ends().await;
+    world.ends(()).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -92,7 +88,7 @@ async fn keys_are_rotated_without_a_rejected_request() {
     assert_eq!(statuses(&world.signed_by(&rotated, &user), 20).await, [200; 20]);
     assert_eq!(world.api.record().keys(), 1);
     assert_eq!(statuses(&world.stream(&user), 3).await, [200; 3]);
-    world.ends().await;
+    world.ends(()).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -108,7 +104,7 @@ async fn a_token_is_not_invalid_while_its_key_cannot_be_fetched() {
     // Known keys stay valid, and tokens with other faults stay invalid.
     assert_eq!(statuses(&world.stream(&user), 1).await, [200]);
     assert_eq!(statuses(&world.opening().bearer("invalid"), 1).await, [401]);
-    world.leaves_nothing().await;
+    world.leaves_nothing(()).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -129,8 +125,7 @@ async fn an_empty_or_invalid_key_set_replaces_no_valid_one() {
         assert_eq!(world.api.record().keys(), 1);
         assert_eq!(statuses(&world.stream(&user), 1).await, [200]);
         assert_eq!(world.metric("messenger_gateway_public_keys").await, keys().jwks().keys.len() as u64);
-        drop(stream);
-        world.ends().await;
+        world.ends(stream).await;
     }))
     .await;
 }
@@ -139,8 +134,7 @@ async fn an_empty_or_invalid_key_set_replaces_no_valid_one() {
 async fn world_of_two_keys(setup: Setup) -> GatewayWorld {
     let world = setup.no_keys().start().await;
     world.api.publish_keys_since(rotated_keys().jwks().clone(), 1);
-    world.api.fault(KEYS_PATH, Fault::None);
-    until("the gateway is ready", || async { world.readiness().await.status == 200 }).await;
+    world.until_ready_with_keys().await;
     world.api.forget_requests();
     world
 }
@@ -166,8 +160,7 @@ async fn a_removed_key_ends_what_it_opened(world: GatewayWorld, notify: impl Asy
     assert_eq!(statuses(&world.stream(&user), 3).await, [401; 3]);
     world.say(&user, 1).await;
     receives(&mut by_new_key, 4..=4).await;
-    drop((opened, by_new_key));
-    world.ends().await;
+    world.ends((opened, by_new_key)).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -211,8 +204,7 @@ async fn keys_of_an_older_configuration_do_not_come_back() {
     assert_eq!(statuses(&world.stream(&user), 3).await, [401; 3]);
     silence(&mut stream).await;
     assert_eq!(statuses(&world.signed_by(&new_keys(), &user), 1).await, [200]);
-    drop(stream);
-    world.ends().await;
+    world.ends(stream).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -228,8 +220,7 @@ async fn an_added_key_ends_no_stream() {
     silence(&mut stream).await;
     assert_eq!(world.api.record().keys(), 0);
     assert_eq!(statuses(&world.signed_by(&new_keys(), &user), 1).await, [200]);
-    drop(stream);
-    world.ends().await;
+    world.ends(stream).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -239,8 +230,7 @@ async fn a_removed_key_of_an_external_issuer_ends_its_streams() {
     world.api.publish_keys_since(keys().jwks().clone(), 1);
     let both = jsonwebtoken::jwk::JwkSet { keys: [old.jwks().keys, new.jwks().keys].concat() };
     world.api.fetched_since(Some(both), 1);
-    world.api.fault(KEYS_PATH, Fault::None);
-    until("the gateway is ready", || async { world.readiness().await.status == 200 }).await;
+    world.until_ready_with_keys().await;
     let user = world.user(3);
     world.api.identify("jane", user.id);
     let open = |key: &IssuerKey| {
@@ -263,6 +253,5 @@ async fn a_removed_key_of_an_external_issuer_ends_its_streams() {
     for stream in [&mut stays, &mut own] {
         receives(stream, 4..=4).await;
     }
-    drop((removed, stays, own));
-    world.ends().await;
+    world.ends((removed, stays, own)).await;
 }

@@ -3,37 +3,12 @@
 use std::time::Duration;
 
 use protocol::claims::{Audience, Claims};
-use testkit::{
-    soon,
-    sse::{Block, Stream},
-    until,
-};
+use testkit::{soon, sse::Block, until};
 use tokio::io::AsyncWriteExt;
 
-use crate::support::{GatewayWorld, Raw, Setup, claims, goodbye, keys, now, ready, receives};
-
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn heartbeats_follow_the_requested_interval() {
-    let world = Setup::config(|config| config.delivery.heartbeat = Duration::from_secs(1)).start().await;
-    let user = world.user(3);
-    let mut often = world.joined(&user).await;
-    let mut rarely = world.stream(&user).heartbeat("4").stream().await;
-    let count = async |stream: &mut Stream, heartbeats: usize| {
-        while stream.comments < heartbeats {
-            stream.block().await.unwrap();
-        }
-    };
-    soon("a heartbeat at the slower pace", async {
-        tokio::select! {
-            () = count(&mut rarely, 1) => {}
-            () = count(&mut often, usize::MAX) => {}
-        }
-    })
-    .await;
-    assert!(often.comments > rarely.comments, "{} and {}", often.comments, rarely.comments);
-    drop((often, rarely));
-    world.ends().await;
-}
+use crate::support::{
+    GatewayWorld, RETRY_SOON, Raw, Setup, assert_retry, claims, goodbye, keys, now, ready, receives,
+};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn heartbeat_events_are_sent_on_request_and_move_no_cursor() {
@@ -46,8 +21,7 @@ async fn heartbeat_events_are_sent_on_request_and_move_no_cursor() {
     };
     assert_eq!((heartbeat.name.as_deref(), heartbeat.id.as_deref()), (Some("heartbeat"), None));
     assert_eq!(heartbeat.data, "{}");
-    drop(stream);
-    world.ends().await;
+    world.ends(stream).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -66,18 +40,9 @@ async fn a_stream_ends_before_its_token_does() {
         assert!(now() < exp, "not after the token");
     }
     world.until_ended("expired", 5).await;
-    assert_eq!(
-        world
-            .opening()
-            .bearer(&keys().sign(&claims(user.id, user.session, now() - 1)))
-            .open()
-            .await
-            .unwrap()
-            .status,
-        401
-    );
-    drop(streams);
-    world.ends().await;
+    let expired = keys().sign(&claims(user.id, user.session, now() - 1));
+    assert_eq!(world.opening().bearer(&expired).open().await.unwrap().status, 401);
+    world.ends(streams).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -98,8 +63,7 @@ async fn a_stream_tokens_end_bounds_the_opening_and_not_the_stream() {
     .await;
     world.say(&user, 1).await;
     receives(&mut stream, 4..=4).await;
-    drop((stream, brief));
-    world.ends().await;
+    world.ends((stream, brief)).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -113,12 +77,10 @@ async fn a_stream_ends_at_a_random_age() {
     for stream in &mut streams {
         ready(stream, &world.api.cursor(user.id, 3), false).await;
         assert_eq!(goodbye(stream, "rotate").await["reconnect"], true);
-        let retry = stream.retry.unwrap().as_millis();
-        assert!((2_000..=5_000).contains(&retry), "{retry}");
+        assert_retry(stream, RETRY_SOON);
     }
     world.until_ended("rotate", 5).await;
-    drop(streams);
-    world.leaves_nothing().await;
+    world.leaves_nothing(streams).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -139,8 +101,7 @@ async fn unexpected_input_is_ignored_up_to_a_limit() {
     world.until_ended("unexpected_input", 1).await;
     world.say(&user, 1).await;
     polite.until("\"n\":5").await;
-    drop((polite, rude));
-    world.leaves_nothing().await;
+    world.leaves_nothing((polite, rude)).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -154,6 +115,5 @@ async fn a_client_that_stays_after_the_goodbye_is_disconnected() {
     stays.until_end().await; // The gateway closes its half immediately.
     world.until_ended("revoked", 1).await; // The connection follows, though the client keeps its half open.
     world.until_metric("messenger_gateway_streams", 0).await;
-    drop(stays);
-    world.ends().await;
+    world.ends(stays).await;
 }

@@ -8,23 +8,19 @@ use service_kit::limiter::{self, Limit};
 use stream_gateway::config::Opening;
 use testkit::{
     PATIENCE, soon,
-    sse::{self, End, Stream},
+    sse::{self, Stream},
 };
 use tokio::{io::AsyncWriteExt, net::TcpStream};
 
-use crate::support::{EPOCH, GatewayWorld, Setup, distinct, goodbye, ready, receives};
+use crate::support::{
+    EPOCH, GatewayWorld, RETRY_LATER, Raw, Setup, assert_retry, distinct, goodbye, ready, receives,
+    receives_only_a_goodbye,
+};
 
 /// 200, a long `retry` and `goodbye {busy}`, and nothing else.
 async fn assert_busy(stream: &mut Stream) {
-    let (events, end) = stream.rest().await;
-    assert_eq!((events.len(), end), (1, End::Clean));
-    let goodbye = events[0].json();
-    assert!(
-        events[0].is("goodbye") && goodbye["reason"] == "busy" && goodbye["reconnect"] == true,
-        "{goodbye}"
-    );
-    let retry = stream.retry.unwrap().as_millis();
-    assert!((60_000..=120_000).contains(&retry), "{retry}");
+    assert_eq!(receives_only_a_goodbye(stream, "busy").await["reconnect"], true);
+    assert_retry(stream, RETRY_LATER);
 }
 
 /// The permit is released a moment after its stream has ended.
@@ -50,8 +46,7 @@ async fn a_user_with_too_many_streams_loses_the_oldest() {
     let mut second = world.joined(&phone).await;
     let mut third = world.joined(&user).await;
     assert_eq!(goodbye(&mut first, "replaced").await["reconnect"], true);
-    let retry = first.retry.unwrap().as_millis();
-    assert!((60_000..=120_000).contains(&retry), "{retry}");
+    assert_retry(&first, RETRY_LATER);
     let mut fourth = world.joined(&user).await;
     goodbye(&mut second, "replaced").await;
     world.say(&user, 1).await;
@@ -60,8 +55,7 @@ async fn a_user_with_too_many_streams_loses_the_oldest() {
         receives(stream, 4..=4).await;
     }
     world.until_ended("replaced", 2).await;
-    drop((first, second, third, fourth, others));
-    world.leaves_nothing().await;
+    world.leaves_nothing((first, second, third, fourth, others)).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -76,7 +70,7 @@ async fn a_full_process_is_busy_until_a_permit_is_released() {
         retries.push(refused.retry);
     }
     assert!(distinct(retries) > 5, "those who were refused together do not come back together");
-    assert_eq!(world.metric("messenger_gateway_streams_rejected_total{reason=\"streams\"}").await, 10);
+    assert_eq!(world.rejected("streams").await, 10);
     for _ in 0..3 {
         drop(streams.remove(0));
         streams.push(until_admitted(&world.stream(&user)).await);
@@ -85,8 +79,7 @@ async fn a_full_process_is_busy_until_a_permit_is_released() {
     for stream in &mut streams {
         receives(stream, 4..=4).await;
     }
-    drop(streams);
-    world.ends().await;
+    world.ends(streams).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -95,11 +88,10 @@ async fn streams_of_one_address_are_limited() {
     let users = [world.user(3), world.user(3), world.user(3)];
     let streams = [world.joined(&users[0]).await, world.joined(&users[1]).await];
     assert_busy(&mut world.stream(&users[2]).stream().await).await;
-    assert_eq!(world.metric("messenger_gateway_streams_rejected_total{reason=\"address\"}").await, 1);
+    assert_eq!(world.rejected("address").await, 1);
     drop(streams);
     let stream = until_admitted(&world.stream(&users[2])).await;
-    drop(stream);
-    world.ends().await;
+    world.ends(stream).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -120,9 +112,8 @@ async fn clients_behind_a_trusted_proxy_are_distinguished() {
     for client in ["198.51.100.1:4711", "203.0.113.7, 198.51.100.2", "[2001:db8::2]:80"] {
         assert_busy(&mut from(client).stream().await).await;
     }
-    assert_eq!(world.metric("messenger_gateway_streams_rejected_total{reason=\"address\"}").await, 3);
-    drop(streams);
-    world.ends().await;
+    assert_eq!(world.rejected("address").await, 3);
+    world.ends(streams).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -132,8 +123,7 @@ async fn an_untrusted_peers_forwarded_address_is_ignored() {
     let from = |forwarded_for: &str| world.stream(&user).header("x-forwarded-for", forwarded_for);
     let stream = until_admitted(&from("198.51.100.1")).await;
     assert_busy(&mut from("198.51.100.2").stream().await).await;
-    drop(stream);
-    world.ends().await;
+    world.ends(stream).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -149,11 +139,10 @@ async fn new_streams_above_the_rate_are_rejected() {
         admitted += usize::from(stream.next().await.is("ready"));
     }
     assert!(admitted >= RATE as usize && admitted as f64 <= most, "{admitted} of at most {most}");
-    let refused = world.metric("messenger_gateway_streams_rejected_total{reason=\"rate\"}").await;
+    let refused = world.rejected("rate").await;
     assert_eq!(refused as usize, streams.len() - admitted);
     let stream = until_admitted(&world.stream(&user)).await;
-    drop((streams, stream));
-    world.ends().await;
+    world.ends((streams, stream)).await;
 }
 
 /// A burst without refill within a test.
@@ -198,9 +187,9 @@ async fn gateways_share_a_users_limit_on_new_streams() {
     assert_busy(&mut two.stream(&phone).stream().await).await;
     assert!(two.stream(&other).stream().await.next().await.is("ready"));
     for world in [one, two] {
-        assert_eq!(world.metric("messenger_gateway_streams_rejected_total{reason=\"user_rate\"}").await, 1);
+        assert_eq!(world.rejected("user_rate").await, 1);
         assert_eq!(world.metric("messenger_gateway_rate_limited_total{rule=\"open\",by=\"user\"}").await, 1);
-        world.ends().await;
+        world.ends(()).await;
     }
 }
 
@@ -219,9 +208,7 @@ async fn an_ended_sessions_token_uses_no_stream_limit_of_its_user() {
     goodbye(&mut world.stream(&stolen).stream().await, "revoked").await;
     let mut streams = [world.joined(&phone).await, world.joined(&phone).await];
     for _ in 0..10 {
-        let (events, _) = world.stream_after(&stolen, 1).stream().await.rest().await;
-        let [goodbye] = &events[..] else { panic!("{events:?}") };
-        assert_eq!(goodbye.json()["reason"], "revoked");
+        receives_only_a_goodbye(&mut world.stream_after(&stolen, 1).stream().await, "revoked").await;
     }
     // No stream was replaced, and more can be opened.
     world.say(&phone, 1).await;
@@ -229,8 +216,7 @@ async fn an_ended_sessions_token_uses_no_stream_limit_of_its_user() {
         receives(stream, 4..=4).await;
     }
     let third = world.joined(&phone).await;
-    drop((streams, third));
-    world.ends().await;
+    world.ends((streams, third)).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -243,8 +229,8 @@ async fn an_address_that_opens_too_often_is_rejected() {
     }
     assert_busy(&mut from(&users[2], "203.0.113.7, 198.51.100.1").stream().await).await;
     assert!(from(&users[2], "198.51.100.2").stream().await.next().await.is("ready"));
-    assert_eq!(world.metric("messenger_gateway_streams_rejected_total{reason=\"address_rate\"}").await, 1);
-    world.ends().await;
+    assert_eq!(world.rejected("address_rate").await, 1);
+    world.ends(()).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -273,22 +259,18 @@ async fn a_silent_redis_delays_no_head_and_lifts_no_limit() {
     };
     assert_eq!((alone("slow").await, alone("away").await), (1, MANY - 1));
     world.until_metric("messenger_gateway_streams_opened_total", MANY).await;
-    assert_eq!(world.metric("messenger_gateway_streams_rejected_total{reason=\"user_rate\"}").await, MANY);
+    assert_eq!(world.rejected("user_rate").await, MANY);
     world.network.resume();
     world.until_metric("messenger_gateway_rate_limits_shared", 1).await;
     assert_busy(&mut world.stream(&user).stream().await).await;
-    drop(streams);
-    world.ends().await;
+    world.ends(streams).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn vanishing_clients_keep_no_permit() {
     let world = Setup::config(|config| config.admission.streams = 3).start().await;
     let user = world.user(3);
-    let head = format!(
-        "GET /api/messages HTTP/1.1\r\nHost: x\r\nAccept: text/event-stream\r\nAuthorization: Bearer {}\r\n\r\n",
-        user.token
-    );
+    let head = Raw::head(&user, "1.1");
     for round in 0..60 {
         let mut socket = TcpStream::connect(world.public).await.unwrap();
         let sent = head.len() * (round % 3 + 1) / 3;
@@ -304,8 +286,7 @@ async fn vanishing_clients_keep_no_permit() {
         streams.push(until_admitted(&world.stream(&user)).await);
     }
     assert_busy(&mut world.stream(&user).stream().await).await;
-    drop(streams);
-    world.leaves_nothing().await;
+    world.leaves_nothing(streams).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -323,5 +304,5 @@ async fn streams_that_come_and_go_leave_nothing() {
     }
     world.until_metric("messenger_gateway_streams_opened_total", 200).await;
     world.until_ended("client", 200).await;
-    world.leaves_nothing().await;
+    world.leaves_nothing(()).await;
 }

@@ -58,7 +58,7 @@ async fn header_then_query_then_cookie_is_the_credential() {
     ] {
         assert_eq!(opening.open().await.unwrap().status, status, "{opening:?}");
     }
-    world.ends().await;
+    world.ends(()).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -87,7 +87,7 @@ async fn a_cookie_opens_no_stream_for_another_origin() {
             assert_eq!(opening.open().await.unwrap().status, 200, "{headers:?}");
         }
     }
-    world.ends().await;
+    world.ends(()).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -126,5 +126,5 @@ async fn listed_origins_may_read_streams_and_refusals() {
         assert_eq!(answer.header("vary"), Some("Origin"));
         options().header("origin", origin).expect(405).await;
     }
-    world.ends().await;
+    world.ends(()).await;
 }

@@ -8,16 +8,11 @@ use testkit::sse::Stream;
 
 use crate::{
     api::Fault,
-    support::{FeedUser, GatewayWorld, Setup, claims, goodbye, keys, now, ready, receives, silence},
+    support::{
+        FeedUser, GatewayWorld, Setup, claims, goodbye, keys, now, ready, receives, receives_only_a_goodbye,
+        silence,
+    },
 };
-
-/// The stream writes its goodbye and nothing else.
-async fn receives_only_a_goodbye(stream: &mut Stream, reason: &str) {
-    let (events, _) = stream.rest().await;
-    let [goodbye] = &events[..] else { panic!("{events:?}") };
-    assert!(goodbye.is("goodbye"), "{goodbye:?}");
-    assert_eq!(goodbye.json()["reason"], reason);
-}
 
 /// Four streams: without a cursor, at the head, behind it, and with an invalid cursor.
 async fn one_of_each(world: &GatewayWorld, user: &FeedUser, head: u64) -> Vec<Stream> {
@@ -62,8 +57,7 @@ async fn nothing_is_written_before_the_session_is_confirmed() {
     for stream in of_phone.iter_mut().chain([&mut confirmed]) {
         receives(stream, 9..=9).await;
     }
-    drop((confirmed, of_ended, of_phone));
-    world.leaves_nothing().await;
+    world.leaves_nothing((confirmed, of_ended, of_phone)).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -100,8 +94,7 @@ async fn streams_waiting_for_api_are_complete_and_use_no_memory() {
     for stream in &mut refused {
         receives_only_a_goodbye(stream, "revoked").await;
     }
-    drop((waiting, refused));
-    world.leaves_nothing().await;
+    world.leaves_nothing((waiting, refused)).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -127,15 +120,13 @@ async fn a_session_check_does_not_wait_for_ranges() {
         ready(reader, &world.api.cursor(reading.id, 1), true).await;
         receives(reader, 2..=5).await;
     }
-    drop((stream, readers));
-    world.leaves_nothing().await;
+    world.leaves_nothing((stream, readers)).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_older_answer_does_not_confirm_a_newer_stream() {
     let world = Setup::config(|config| config.delivery.reconcile = Duration::from_secs(1)).start().await;
-    let user = world.user(5);
-    let mut early = world.joined(&user).await;
+    let (user, mut early) = world.joined_user(5).await;
     // The session ends between the answer and its arrival.
     world.api.fault(HEADS_PATH, Fault::Holding);
     world.api.forget_requests();
@@ -147,8 +138,7 @@ async fn an_older_answer_does_not_confirm_a_newer_stream() {
     world.api.fault(HEADS_PATH, Fault::None);
     receives_only_a_goodbye(&mut late, "revoked").await;
     goodbye(&mut early, "revoked").await;
-    drop((early, late));
-    world.leaves_nothing().await;
+    world.leaves_nothing((early, late)).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -167,6 +157,5 @@ async fn a_session_of_another_user_opens_nothing() {
         world.say(owner, 1).await;
         receives(stream, 6..=6).await;
     }
-    drop((of_user, of_thief));
-    world.leaves_nothing().await;
+    world.leaves_nothing((of_user, of_thief)).await;
 }

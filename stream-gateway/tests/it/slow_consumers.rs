@@ -9,7 +9,7 @@ use testkit::{
     sse::{End, Stream},
 };
 
-use crate::support::{ANOTHER_EPOCH, FeedUser, GatewayWorld, Setup, ready, receives};
+use crate::support::{ANOTHER_EPOCH, FeedUser, GatewayWorld, Setup, assert_without_gaps, ready, receives};
 
 /// A ready stream whose client reads only when the test does.
 async fn slow_consumer(world: &GatewayWorld, user: &FeedUser) -> Stream {
@@ -60,8 +60,7 @@ async fn a_slow_consumer_delays_no_other_and_catches_up_exactly() {
     receives(&mut slow, 401..=401).await;
     receives(&mut same, 401..=401).await;
     world.until_metric("messenger_gateway_replay_buffer_bytes", 0).await;
-    drop((slow, same, others));
-    world.leaves_nothing().await;
+    world.leaves_nothing((slow, same, others)).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -86,8 +85,7 @@ async fn replay_buffers_are_bounded_over_all_slow_consumers() {
         assert!(world.metric("messenger_gateway_replay_buffer_bytes").await <= BACKLOG as u64 + 3 * 4_000);
     }
     world.until_metric("messenger_gateway_replay_buffer_bytes", 0).await;
-    drop(slow);
-    world.leaves_nothing().await;
+    world.leaves_nothing(slow).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -104,12 +102,10 @@ async fn a_consumer_without_progress_ends_at_the_write_deadline() {
     until_lagging(&world, 0).await;
     let (events, _) = slow.rest().await;
     assert!(events.len() < 100, "closed before everything was sent");
-    let numbers: Vec<_> = events.iter().map(|event| event.json()["n"].as_u64().unwrap()).collect();
-    assert_eq!(numbers, (1..=events.len() as u64).collect::<Vec<_>>());
+    assert_without_gaps(&events);
     world.say(&user, 1).await;
     receives(&mut well, 101..=101).await;
-    drop((slow, well));
-    world.ends().await;
+    world.ends((slow, well)).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -136,8 +132,7 @@ async fn heartbeats_come_between_blocks_and_never_inside() {
         }
     })
     .await;
-    drop((slow, other));
-    world.ends().await;
+    world.ends((slow, other)).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -152,12 +147,10 @@ async fn a_goodbye_waits_for_the_frame_that_was_begun() {
     let goodbye = events.pop().unwrap();
     assert!(goodbye.is("goodbye") && goodbye.json()["reason"] == "replaced", "{goodbye:?}");
     assert_eq!(end, End::Clean);
-    let numbers: Vec<_> = events.iter().map(|event| event.json()["n"].as_u64().unwrap()).collect();
-    assert_eq!(numbers, (1..=events.len() as u64).collect::<Vec<_>>());
+    assert_without_gaps(&events);
     assert!(events.len() < 40, "frames that were not begun are dropped");
     world.until_ended("replaced", 1).await;
-    drop((slow, another));
-    world.leaves_nothing().await;
+    world.leaves_nothing((slow, another)).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -170,8 +163,7 @@ async fn an_unread_goodbye_is_not_waited_for() {
     world.publish(&user, json!({ "revoked": user.session }).to_string()).await;
     world.until_ended("revoked", 1).await;
     world.until_metric("messenger_gateway_streams", 0).await;
-    drop(slow);
-    world.leaves_nothing().await;
+    world.leaves_nothing(slow).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -188,24 +180,25 @@ async fn a_lost_feed_resyncs_a_slow_consumer_after_its_frame() {
     world.say(&redrawn, 1).await;
     world.api.prune(pruned.id, 299);
     for (user, stream, reason) in [(&redrawn, &mut a, "unknown"), (&pruned, &mut b, "expired")] {
-        let mut seen = 0;
-        loop {
+        let mut events = Vec::new();
+        let resync = loop {
             let event = stream.next().await;
             if event.is("resync") {
-                assert_eq!(event.json()["reason"], reason);
-                assert_eq!(event.id, Some(world.api.cursor(user.id, 300)));
-                break;
+                break event;
             }
-            seen += 1;
-            assert_eq!(event.json()["n"].as_u64(), Some(seen));
-        }
-        assert!(seen < 300, "{seen}");
+            events.push(event);
+        };
+        assert_eq!(
+            (resync.json()["reason"].as_str(), resync.id),
+            (Some(reason), Some(world.api.cursor(user.id, 300)))
+        );
+        assert_without_gaps(&events);
+        assert!(events.len() < 300);
         world.say(user, 1).await;
         receives(stream, 301..=301).await;
     }
     world.until_metric("messenger_gateway_replay_buffer_bytes", 0).await;
-    drop((a, b));
-    world.ends().await;
+    world.ends((a, b)).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -218,7 +211,7 @@ async fn a_slow_consumer_that_leaves_leaves_nothing() {
     assert!(world.metric("messenger_gateway_replay_buffer_bytes").await > 0);
     drop(slow);
     world.until_ended("client", 2).await;
-    world.leaves_nothing().await;
+    world.leaves_nothing(()).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -239,6 +232,5 @@ async fn a_long_backfill_is_paged_at_the_consumers_pace() {
     receives(&mut slow, 1..=403).await;
     world.say(&user, 1).await;
     receives(&mut slow, 404..=404).await;
-    drop(slow);
-    world.ends().await;
+    world.ends(slow).await;
 }

@@ -3,6 +3,7 @@
 use std::{
     collections::BTreeSet,
     net::SocketAddr,
+    ops::RangeInclusive,
     sync::atomic::{AtomicI64, AtomicU64, Ordering},
     time::{Duration, SystemTime},
 };
@@ -11,6 +12,7 @@ use protocol::{
     channels::Channels,
     claims::{Audience, Claims, SigningKeys},
     event::Envelope,
+    feed::KEYS_PATH,
     ids::{SessionId, UserId},
     keys_version::KeysVersion,
     position::{Epoch, Seq},
@@ -27,7 +29,7 @@ use testkit::{
     panics, programs,
     proxy::Proxy,
     soon,
-    sse::{End, Stream, StreamRequest},
+    sse::{End, Event, Stream, StreamRequest},
     until,
 };
 use tokio::{
@@ -38,7 +40,7 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 use url::Url;
 
-use crate::api::{Api, Fault, SECRET};
+use crate::api::{FakeApi, Fault, SECRET};
 
 pub(crate) const ORIGIN: &str = "http://localhost:8080";
 pub(crate) const EPOCH: Epoch = Epoch(0xabc);
@@ -80,12 +82,72 @@ impl Setup {
     }
 
     pub(crate) async fn start(self) -> GatewayWorld {
-        GatewayWorld::start(self).await
+        static WORLDS: AtomicU64 = AtomicU64::new(0);
+        panics::watch();
+        let prefix = format!("gateway-it:{}:{}:", std::process::id(), WORLDS.fetch_add(1, Ordering::Relaxed));
+        let signing = keys();
+        let api = FakeApi::start(signing.jwks().clone());
+        if self.no_keys {
+            api.fault(KEYS_PATH, Fault::Failing);
+        }
+        let url = redis_url();
+        let address = url.socket_addrs(|| Some(6379)).unwrap()[0];
+        let network = Proxy::start(address).await;
+        if self.redis_is_away {
+            network.refuse();
+        }
+        let mut by_proxy = url.clone();
+        by_proxy.set_ip_host(network.address().ip()).unwrap();
+        by_proxy.set_port(Some(network.address().port())).unwrap();
+        let redis = redis::Client::open(url).unwrap().get_multiplexed_async_connection().await.unwrap();
+
+        let args = [
+            "stream-gateway",
+            "--listen=127.0.0.1:0",
+            "--ops-listen=127.0.0.1:0",
+            &format!("--origin={ORIGIN}"),
+            &format!("--api-internal-url=http://{}", api.address),
+            &format!("--internal-secret={SECRET}"),
+            &format!("--redis-url={by_proxy}"),
+            &format!("--channel-prefix={prefix}"),
+            "--drain-wait-seconds=0",
+            "--drain-window-seconds=0",
+            // No reconcile, so that only the test's own requests are counted.
+            "--reconcile-seconds=300",
+            "--degraded-reconcile-millis=60000",
+            "--rate-limits=false",
+            // All clients share one address.
+            "--connections-per-address=0",
+        ];
+        let (_, given) = Given::parse::<Cli>(&config::rows(), args).unwrap();
+        let (mut config, _) = config::for_serving(&given, u64::MAX).unwrap();
+        (self.change)(&mut config);
+        let listeners = Listeners::bind(&config).unwrap();
+        let public = listeners.public.local_addr().unwrap();
+        let ops = listeners.ops.local_addr().unwrap();
+        let stop = CancellationToken::new();
+        let run = tokio::spawn(app::run(config, listeners, stop.clone()));
+        let channels = Channels::new(&prefix);
+        let client = Client::default();
+        let world =
+            GatewayWorld { api, network, client, public, ops, redis, channels, prefix, signing, stop, run };
+        let usual = if self.redis_is_away { "ready; degraded: Redis is unavailable" } else { "ready\n" };
+        let note = if self.no_keys { "no public keys" } else { usual };
+        until("the gateway is as the test wants it", || async {
+            assert!(!world.run.is_finished(), "the gateway ended instead of starting");
+            world.readiness().await.text().starts_with(note)
+        })
+        .await;
+        if !self.redis_is_away {
+            world.until_metric("messenger_gateway_redis_degraded", 0).await;
+        }
+        world.api.forget_requests();
+        world
     }
 }
 
 pub(crate) struct GatewayWorld {
-    pub(crate) api: Api,
+    pub(crate) api: FakeApi,
     /// Between the gateway and Redis.
     pub(crate) network: Proxy,
     pub(crate) client: Client,
@@ -125,69 +187,6 @@ impl GatewayWorld {
         Setup::default().start().await
     }
 
-    async fn start(setup: Setup) -> Self {
-        static WORLDS: AtomicU64 = AtomicU64::new(0);
-        panics::watch();
-        let prefix = format!("gateway-it:{}:{}:", std::process::id(), WORLDS.fetch_add(1, Ordering::Relaxed));
-        let signing = keys();
-        let api = Api::start(signing.jwks().clone());
-        if setup.no_keys {
-            api.fault(protocol::feed::KEYS_PATH, Fault::Failing);
-        }
-        let url = redis_url();
-        let address = url.socket_addrs(|| Some(6379)).unwrap()[0];
-        let network = Proxy::start(address).await;
-        if setup.redis_is_away {
-            network.refuse();
-        }
-        let mut by_proxy = url.clone();
-        by_proxy.set_ip_host(network.address().ip()).unwrap();
-        by_proxy.set_port(Some(network.address().port())).unwrap();
-        let redis = redis::Client::open(url).unwrap().get_multiplexed_async_connection().await.unwrap();
-
-        let args = [
-            "stream-gateway",
-            "--listen=127.0.0.1:0",
-            "--ops-listen=127.0.0.1:0",
-            &format!("--origin={ORIGIN}"),
-            &format!("--api-internal-url=http://{}", api.address),
-            &format!("--internal-secret={SECRET}"),
-            &format!("--redis-url={by_proxy}"),
-            &format!("--channel-prefix={prefix}"),
-            "--drain-wait-seconds=0",
-            "--drain-window-seconds=0",
-            // No reconcile, so that only the test's own requests are counted.
-            "--reconcile-seconds=300",
-            "--degraded-reconcile-millis=60000",
-            "--rate-limits=false",
-            // All clients share one address.
-            "--connections-per-address=0",
-        ];
-        let (_, given) = Given::parse::<Cli>(&config::rows(), args).unwrap();
-        let (mut config, _) = config::for_serving(&given, u64::MAX).unwrap();
-        (setup.change)(&mut config);
-        let listeners = Listeners::bind(&config).unwrap();
-        let public = listeners.public.local_addr().unwrap();
-        let ops = listeners.ops.local_addr().unwrap();
-        let stop = CancellationToken::new();
-        let run = tokio::spawn(app::run(config, listeners, stop.clone()));
-        let channels = Channels::new(&prefix);
-        let client = Client::default();
-        let world = Self { api, network, client, public, ops, redis, channels, prefix, signing, stop, run };
-        let usual = if setup.redis_is_away { "ready; degraded: Redis is unavailable" } else { "ready\n" };
-        let note = if setup.no_keys { "no public keys" } else { usual };
-        until("the gateway is as the test wants it", || async {
-            assert!(!world.run.is_finished(), "the gateway ended instead of starting");
-            world.readiness().await.text().starts_with(note)
-        })
-        .await;
-        if !setup.redis_is_away {
-            world.until_metric("messenger_gateway_redis_degraded", 0).await;
-        }
-        world.api.forget_requests();
-        world
-    }
-
     // ---- Users
 
     /// A new user whose feed ends at `head`.
@@ -196,6 +195,12 @@ impl GatewayWorld {
         let id = UserId(USERS.fetch_add(1, Ordering::Relaxed));
         self.api.add(id, EPOCH, head);
         self.another_session(id)
+    }
+
+    pub(crate) async fn joined_user(&self, head: Seq) -> (FeedUser, Stream) {
+        let user = self.user(head);
+        let stream = self.joined(&user).await;
+        (user, stream)
     }
 
     pub(crate) fn another_session(&self, id: UserId) -> FeedUser {
@@ -259,6 +264,11 @@ impl GatewayWorld {
         self.publish(user, serde_json::to_vec(envelope).unwrap()).await;
     }
 
+    /// Commits events that Redis loses.
+    pub(crate) fn lose(&self, user: &FeedUser, times: usize) {
+        (0..times).for_each(|_| drop(self.api.append(user.id)));
+    }
+
     /// Commits and publishes events; returns the last seq.
     pub(crate) async fn say(&self, user: &FeedUser, times: usize) -> Seq {
         for _ in 0..times {
@@ -297,6 +307,12 @@ impl GatewayWorld {
         self.client.get(format!("http://{}/readyz", self.ops)).send().await.unwrap()
     }
 
+    /// `api` serves keys from now on.
+    pub(crate) async fn until_ready_with_keys(&self) {
+        self.api.fault(KEYS_PATH, Fault::None);
+        until("the gateway is ready", || async { self.readiness().await.status == 200 }).await;
+    }
+
     /// A metric by name and labels; 0 if absent.
     pub(crate) async fn metric(&self, series: &str) -> u64 {
         let metrics = self.client.get(format!("http://{}/metrics", self.ops)).expect(200).await;
@@ -307,12 +323,12 @@ impl GatewayWorld {
         until(&format!("{name} is {value}"), || async { self.metric(name).await == value }).await;
     }
 
-    pub(crate) async fn ended(&self, reason: &str) -> u64 {
-        self.metric(&format!("messenger_gateway_streams_closed_total{{reason=\"{reason}\"}}")).await
+    pub(crate) async fn rejected(&self, reason: &str) -> u64 {
+        self.metric(&format!("messenger_gateway_streams_rejected_total{{reason=\"{reason}\"}}")).await
     }
 
     pub(crate) async fn until_ended(&self, reason: &str, times: u64) {
-        until(&format!("{times} streams ended: {reason}"), || async { self.ended(reason).await == times })
+        self.until_metric(&format!("messenger_gateway_streams_closed_total{{reason=\"{reason}\"}}"), times)
             .await;
     }
 
@@ -334,26 +350,30 @@ impl GatewayWorld {
         panics::assert_none();
     }
 
-    /// Each test ends with this or `leaves_nothing`, its streams closed: none is left, and the gateway stops cleanly.
-    pub(crate) async fn ends(self) {
-        for gauge in [
-            "messenger_gateway_streams",
-            "messenger_gateway_slow_consumers",
-            "messenger_gateway_replay_buffer_bytes",
-        ] {
-            self.until_metric(gauge, 0).await;
+    /// Each test ends with this or `leaves_nothing`: its last streams are closed, none is left, and the gateway stops cleanly.
+    pub(crate) fn ends<T>(self, streams: T) -> impl Future<Output = ()> {
+        drop(streams);
+        self.ends_without_streams()
+    }
+
+    async fn ends_without_streams(self) {
+        for gauge in ["streams", "slow_consumers", "replay_buffer_bytes"] {
+            self.until_metric(&format!("messenger_gateway_{gauge}"), 0).await;
         }
         self.stop();
         self.stopped().await;
     }
 
     /// As `ends`, and no user is left either; the gateway remembers users for a second.
-    pub(crate) async fn leaves_nothing(self) {
-        self.until_metric("messenger_gateway_users", 0).await;
-        if self.metric("messenger_gateway_redis_connected").await == 1 {
-            self.until_metric("messenger_gateway_actual_subscriptions", 0).await;
+    pub(crate) fn leaves_nothing<T>(self, streams: T) -> impl Future<Output = ()> {
+        drop(streams);
+        async {
+            self.until_metric("messenger_gateway_users", 0).await;
+            if self.metric("messenger_gateway_redis_connected").await == 1 {
+                self.until_metric("messenger_gateway_actual_subscriptions", 0).await;
+            }
+            self.ends_without_streams().await;
         }
-        self.ends().await;
     }
 }
 
@@ -422,6 +442,32 @@ pub(crate) async fn goodbye(stream: &mut Stream, reason: &str) -> Value {
     data
 }
 
+/// When a client is to come back: soon, or after its limit.
+pub(crate) const RETRY_SOON: RangeInclusive<u128> = 2_000..=5_000;
+pub(crate) const RETRY_LATER: RangeInclusive<u128> = 60_000..=120_000;
+
+pub(crate) fn assert_retry(stream: &Stream, milliseconds: RangeInclusive<u128>) {
+    let retry = stream.retry.expect("a retry").as_millis();
+    assert!(milliseconds.contains(&retry), "{retry}");
+}
+
+/// The stream writes its goodbye and nothing else.
+pub(crate) async fn receives_only_a_goodbye(stream: &mut Stream, reason: &str) -> Value {
+    let (events, end) = stream.rest().await;
+    assert_eq!(end, End::Clean);
+    let [goodbye] = &events[..] else { panic!("{events:?}") };
+    assert!(goodbye.is("goodbye"), "{goodbye:?}");
+    let data = goodbye.json();
+    assert_eq!(data["reason"], reason);
+    data
+}
+
+/// Events 1 to the last one that came.
+pub(crate) fn assert_without_gaps(events: &[Event]) {
+    let numbers: Vec<_> = events.iter().map(|event| event.json()["n"].as_u64().unwrap()).collect();
+    assert_eq!(numbers, (1..=events.len() as u64).collect::<Vec<_>>());
+}
+
 /// How long a test watches for something that must not happen.
 pub(crate) const A_WHILE: Duration = Duration::from_millis(300);
 
@@ -442,14 +488,17 @@ pub(crate) struct Raw {
 }
 
 impl Raw {
+    pub(crate) fn head(user: &FeedUser, version: &str) -> String {
+        format!(
+            "GET /api/messages HTTP/{version}\r\nHost: x\r\nAccept: text/event-stream\r\nAuthorization: Bearer {}\r\n\r\n",
+            user.token
+        )
+    }
+
     /// `version`: 1.1 or 1.0.
     pub(crate) async fn request(world: &GatewayWorld, user: &FeedUser, version: &str) -> Self {
         let mut socket = TcpStream::connect(world.public).await.unwrap();
-        let head = format!(
-            "GET /api/messages HTTP/{version}\r\nHost: x\r\nAccept: text/event-stream\r\nAuthorization: Bearer {}\r\n\r\n",
-            user.token
-        );
-        socket.write_all(head.as_bytes()).await.unwrap();
+        socket.write_all(Self::head(user, version).as_bytes()).await.unwrap();
         Self { socket, read: vec![] }
     }
 

@@ -16,12 +16,12 @@ use testkit::{
 };
 
 use crate::{
-    api::{Api, SECRET},
+    api::{FakeApi, SECRET},
     support::{ORIGIN, keys},
 };
 
 /// A gateway that trusts this authority, and its ops address.
-fn gateway(api: &Api, redis_port: u16, root: PathBuf) -> (Process, String) {
+fn gateway(api: &FakeApi, redis_port: u16, root: PathBuf) -> (Process, String) {
     let mut command = Command::new(env!("CARGO_BIN_EXE_stream-gateway"));
     command
         .env_clear()
@@ -49,7 +49,7 @@ fn gateway(api: &Api, redis_port: u16, root: PathBuf) -> (Process, String) {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn redis_over_tls_needs_a_trusted_certificate() {
     let authority = Authority::new();
-    let (redis, api) = (Redis::start(), Api::start(keys().jwks().clone()));
+    let (redis, api) = (Redis::start(), FakeApi::start(keys().jwks().clone()));
     let door = Door::start(redis.address(), &authority).await;
     let (_trusting, trusts) = gateway(&api, door.port(), authority.root());
     let (_suspicious, trusts_not) = gateway(&api, door.port(), Authority::new().root());

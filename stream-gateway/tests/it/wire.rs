@@ -61,7 +61,7 @@ async fn each_block_is_one_chunk_and_the_last_chunk_ends_the_body() {
     assert!(head.contains("\r\ntransfer-encoding: chunked\r\n"), "{head}");
     assert!(head.contains("\r\ncontent-type: text/event-stream; charset=utf-8\r\n"), "{head}");
     assert_whole_blocks(&chunks(&body));
-    world.leaves_nothing().await;
+    world.leaves_nothing(()).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -77,7 +77,7 @@ async fn http_1_0_gets_the_same_blocks_without_chunks() {
     let retry = format!("{retry}\n");
     let blocks: Vec<_> = [retry.as_str()].into_iter().chain(blocks.split_inclusive("\n\n")).collect();
     assert_whole_blocks(&blocks);
-    world.leaves_nothing().await;
+    world.leaves_nothing(()).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -91,11 +91,11 @@ async fn a_rejected_stream_is_complete_in_both_http_versions() {
     let (head, body) = Raw::request(&world, &user, "1.0").await.whole().await;
     assert!(!head.contains("transfer-encoding"), "{head}");
     assert!(body.starts_with("retry: ") && body.ends_with("}\n\n"), "{body}");
-    world.leaves_nothing().await;
+    world.leaves_nothing(()).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_client_chooses_how_often_it_gets_a_heartbeat() {
+async fn heartbeats_follow_the_requested_interval() {
     let world = Setup::config(|config| config.delivery.heartbeat = Duration::from_mins(10)).start().await;
     let user = world.user(3);
     for (requested, granted) in [("3", 4), ("30", 30), ("61", 60), ("event", 600), ("often", 600), ("", 600)]
@@ -108,8 +108,7 @@ async fn a_client_chooses_how_often_it_gets_a_heartbeat() {
     for _ in 0..2 {
         assert_eq!(soon("a heartbeat", stream.block()).await, Ok(Block::Comment));
     }
-    drop(stream);
-    world.ends().await;
+    world.ends(stream).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -126,8 +125,7 @@ async fn heartbeats_before_ready_stand_in_its_block() {
     ready(&mut stream, &world.api.cursor(user.id, 3), false).await;
     world.say(&user, 2).await;
     receives(&mut stream, 4..=5).await;
-    drop(stream);
-    world.ends().await;
+    world.ends(stream).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -140,6 +138,5 @@ async fn a_stream_that_ends_before_ready_is_complete() {
     world.publish(&user, json!({ "revoked": user.session }).to_string()).await;
     assert_eq!(goodbye(&mut stream, "revoked").await["reconnect"], false);
     world.api.fault(HEADS_PATH, Fault::None);
-    drop(stream);
-    world.leaves_nothing().await;
+    world.leaves_nothing(stream).await;
 }
