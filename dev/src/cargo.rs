@@ -1,5 +1,3 @@
-//! Calling cargo from within `cargo dev`.
-
 use std::path::PathBuf;
 
 use anyhow::{Context, Result};

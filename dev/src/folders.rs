@@ -1,5 +1,3 @@
-//! The layout of `.dev/`.
-
 use std::ffi::OsStr;
 use std::fs;
 use std::hash::{DefaultHasher, Hash, Hasher};

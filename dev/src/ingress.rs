@@ -92,7 +92,6 @@ pub(crate) async fn listen(wanted: u16) -> Result<TcpListener> {
     Ok(listener)
 }
 
-/// Accepts until dropped. Open connections continue until the runner ends.
 pub(crate) async fn serve(listener: TcpListener, routes: Arc<Routes>) {
     let room = Arc::new(Semaphore::new(MOST_CONNECTIONS));
     loop {
@@ -122,15 +121,13 @@ type IngressResponse = Response<Either<Incoming, Full<Bytes>>>;
 
 async fn forward(routes: &Routes, peer: SocketAddr, mut request: Request<Incoming>) -> IngressResponse {
     let request_id = request.headers().get(REQUEST_ID).cloned();
-    let Some(socket) = connect(&routes.candidates(request.uri().path())).await else {
-        return unavailable(request_id);
-    };
     rewrite(&mut request, peer);
     // One connection per request: none can be stale, so nothing is sent twice.
-    match exchange(socket, request).await {
-        Ok(response) => response.map(Either::Left),
-        Err(_) => unavailable(request_id),
-    }
+    let response = match connect(&routes.candidates(request.uri().path())).await {
+        Some(socket) => exchange(socket, request).await.ok(),
+        None => None,
+    };
+    response.map_or_else(|| unavailable(request_id), |response| response.map(Either::Left))
 }
 
 async fn connect(candidates: &[SocketAddr]) -> Option<TcpStream> {
@@ -171,7 +168,6 @@ fn rewrite(request: &mut Request<Incoming>, peer: SocketAddr) {
     headers.insert(FORWARDED_PROTO, HeaderValue::from_static("http"));
 }
 
-/// Appends the peer to what earlier proxies said.
 fn forwarded_for(headers: &HeaderMap, peer: SocketAddr) -> HeaderValue {
     let mut hops: Vec<&str> =
         headers.get_all(FORWARDED_FOR).iter().filter_map(|hop| hop.to_str().ok()).collect();
@@ -194,19 +190,19 @@ fn remove_hop_by_hop(headers: &mut HeaderMap) {
 }
 
 fn unavailable(request_id: Option<HeaderValue>) -> IngressResponse {
-    let request_id = request_id
-        .or_else(|| secrets::random_password().ok().and_then(|id| HeaderValue::from_str(&id).ok()))
-        .unwrap_or_else(|| HeaderValue::from_static("unknown"));
+    let random = || HeaderValue::try_from(secrets::random_password().ok()?).ok();
+    let request_id = request_id.or_else(random).unwrap_or_else(|| HeaderValue::from_static("unknown"));
     // Only a request id without escapes is repeated in JSON.
     let shown = request_id.to_str().ok().filter(|id| !id.contains(['"', '\\'])).unwrap_or_default();
     let body = format!(
         r#"{{"type":"about:blank","title":"Bad Gateway","status":502,"code":"bad_gateway","message":"The service behind this address does not answer","requestId":"{shown}"}}"#
     );
-    let mut response = Response::new(Either::Right(Full::from(body)));
-    *response.status_mut() = StatusCode::BAD_GATEWAY;
-    response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("application/problem+json"));
-    response.headers_mut().insert(REQUEST_ID, request_id);
-    response
+    Response::builder()
+        .status(StatusCode::BAD_GATEWAY)
+        .header(CONTENT_TYPE, "application/problem+json")
+        .header(REQUEST_ID, request_id)
+        .body(Either::Right(Full::from(body)))
+        .expect("its parts are valid")
 }
 
 #[cfg(test)]

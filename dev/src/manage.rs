@@ -98,7 +98,6 @@ pub(crate) async fn psql(folders: &Folders, given: &GivenServers, args: &[String
     Err(psql.args(args).exec()).context("cannot start psql")
 }
 
-/// Signals a process and waits while `runs`; kills it after the deadline.
 async fn end(pid: i32, signal: Signal, runs: impl Fn() -> Result<bool>) -> Result<()> {
     let pid = Pid::from_raw(pid);
     for (signal, patience) in [(signal, STOP_DEADLINE), (Signal::SIGKILL, Duration::from_secs(5))] {

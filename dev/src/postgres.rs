@@ -167,7 +167,6 @@ async fn create_database(url: &str) -> Result<()> {
     Ok(())
 }
 
-/// Connects, or says in one sentence that it does not answer.
 pub(crate) async fn connect(url: &str) -> Result<PgConnection> {
     tokio::time::timeout(Duration::from_secs(10), PgConnection::connect(url))
         .await

@@ -136,7 +136,6 @@ fn write(dir: &Path, committed: &QueryData, fresh: &QueryData) -> Result<()> {
     Ok(())
 }
 
-/// One line for each query that is missing, changed or no longer used.
 fn differences(committed: &QueryData, fresh: &QueryData) -> Vec<String> {
     let names: BTreeSet<_> = committed.keys().chain(fresh.keys()).collect();
     let line = |name| {

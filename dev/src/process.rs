@@ -113,7 +113,6 @@ impl Child {
         Self::watch(name, child)
     }
 
-    /// Its output goes to a file.
     pub(crate) fn log(name: &str, mut command: Command, file: File) -> Result<Self> {
         command.stdout(file.try_clone()?).stderr(file);
         let child = command.spawn().with_context(|| cannot_start(&command))?;
@@ -190,7 +189,6 @@ async fn follow(name: String, colour: Colour, mut pipe: impl AsyncRead + Unpin) 
     lines.finish(|line| terminal::log_line(&name, colour, line));
 }
 
-/// Cuts a byte stream into lines of bounded length.
 #[derive(Default)]
 struct Lines {
     begun: Vec<u8>,

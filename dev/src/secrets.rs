@@ -8,7 +8,6 @@ use std::path::Path;
 use anyhow::{Context, Result};
 use testkit::secrets::random;
 
-/// 128 random bits in hex.
 pub(crate) fn random_password() -> Result<String> {
     Ok(format!("{:032x}", u128::from_ne_bytes(random()?)))
 }

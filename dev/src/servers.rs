@@ -73,7 +73,6 @@ pub(crate) async fn start_postgres(
     }
 }
 
-/// Name, pid and port of the servers whose data is under `dir`.
 pub(crate) fn running(dir: &Path) -> impl DoubleEndedIterator<Item = (&'static str, u32, u16)> {
     let found = [("Postgres", postgres::running(dir)), ("Redis", redis::running(dir))];
     found.into_iter().filter_map(|(name, server)| server.map(|(pid, port)| (name, pid, port)))

@@ -10,7 +10,6 @@ pub(crate) struct Stop {
 }
 
 impl Stop {
-    /// From here on these signals do not end the runner.
     pub(crate) fn listen() -> Result<Self> {
         Ok(Self {
             interrupt: signal(SignalKind::interrupt())?,

@@ -14,7 +14,6 @@ use crate::servers::{GivenServers, Servers, programs};
 use crate::stop::Stop;
 use crate::{process, terminal};
 
-/// The exit code of shells after an interrupt.
 const INTERRUPTED: u8 = 130;
 
 pub(crate) async fn run(folders: &Folders, given: &GivenServers, args: &[String]) -> Result<ExitCode> {

@@ -39,7 +39,6 @@ pub(crate) fn fail(what: impl Display) {
     let _ = writeln!(io::stderr().lock(), "{} {what}", paint("error:", Colour::Red));
 }
 
-/// A result, on stdout so that it can be piped.
 pub(crate) fn answer(what: impl Display) {
     let _ = writeln!(io::stdout().lock(), "{what}");
 }

@@ -29,7 +29,6 @@ enum From {
     Person(&'static str),
 }
 
-/// Any program of this name is suitable.
 const fn tool(
     what: &'static str,
     variable: &'static str,

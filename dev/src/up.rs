@@ -66,7 +66,6 @@ pub(crate) async fn run(folders: &Folders, given: &GivenServers, options: &Optio
         // The children end with us.
         () = stop.requested() => terminal::warn("interrupted again; exiting immediately"),
     }
-    // A handled Ctrl-C is a success.
     outcome.map(|_| ExitCode::SUCCESS)
 }
 
@@ -138,7 +137,6 @@ impl RunningProcesses {
         servers.chain(&self.api).chain(&self.gateways)
     }
 
-    /// Reports processes that end, until a signal comes.
     async fn watch(&self, stop: &mut Stop) {
         let mut ends = JoinSet::new();
         for child in self.children() {

@@ -31,7 +31,6 @@ struct Metric {
     help: String,
 }
 
-/// `/metrics` of a service once everything has been counted.
 fn exposed(metrics: &impl Sample, registry: &Registry) -> Vec<Metric> {
     metrics.sample();
     let mut text = String::new();
@@ -108,7 +107,6 @@ fn assert_generated(file: &str, content: &str) {
     assert_eq!(fs::read_to_string(path(file)).unwrap_or_default(), content, "{file}: {UPDATE}");
 }
 
-/// The settings that both services have alike, those of api, and those of the gateway.
 fn settings() -> [(&'static str, Vec<Row>); 3] {
     let (mut api, mut gateway) = (api::config::rows(), stream_gateway::config::rows());
     let both = api.extract_if(.., |row| gateway.contains(row)).collect::<Vec<_>>();
@@ -160,7 +158,6 @@ fn env_example_is_up_to_date() {
     assert_generated(".env.example", &example);
 }
 
-/// A comment of at most 120 columns.
 fn wrap(text: &mut String, sentences: &str) {
     let mut column = 121;
     for word in sentences.split(' ') {
@@ -189,7 +186,6 @@ fn each_secret_can_be_given_in_a_file() {
     }
 }
 
-/// The words in this text that are names of metrics.
 fn used(text: &str) -> BTreeSet<&str> {
     let words = text.split(|c: char| !c.is_ascii_alphanumeric() && c != '_');
     let ours = ["messenger_api_", "messenger_gateway_", "messenger_build", "process_", "api_", "gateway_"];

@@ -17,7 +17,7 @@ pub struct Installation {
     /// `kind/name/key` of each Secret and `ConfigMap` that the operator makes.
     pub provided: Vec<String>,
     /// By the last part of the image's name.
-    pub services: BTreeMap<&'static str, Settings>,
+    pub services: BTreeMap<&'static str, SettingDefaults>,
     /// Series of a gateway, and its name for autoscalers, by the rules of prometheus-adapter.
     pub adapted: Vec<(String, String)>,
     /// docs/metrics.md, which is generated from the code.
@@ -25,7 +25,7 @@ pub struct Installation {
 }
 
 /// Defaults by name. `None`: the setting has no default that fits a cluster.
-pub type Settings = BTreeMap<String, Option<String>>;
+pub type SettingDefaults = BTreeMap<String, Option<String>>;
 
 #[derive(Clone)]
 pub struct Object {
@@ -46,13 +46,12 @@ impl Findings {
     }
 }
 
-/// The value at a path with slashes, `spec/template/spec`, or null.
-fn at<'a>(value: &'a Value, path: &str) -> &'a Value {
+pub fn at<'a>(value: &'a Value, path: &str) -> &'a Value {
     value.pointer(&format!("/{path}")).unwrap_or(&Value::Null)
 }
 
 /// The values at a path in which `*` stands for each item of a list.
-fn each<'a>(value: &'a Value, path: &str) -> Vec<&'a Value> {
+pub fn each<'a>(value: &'a Value, path: &str) -> Vec<&'a Value> {
     match path.split_once("/*") {
         Some((lists, rest)) => {
             let items = at(value, lists).as_array().into_iter().flatten();
@@ -67,21 +66,21 @@ fn text(value: &Value) -> &str {
     value.as_str().unwrap_or_default()
 }
 
-fn texts<'a>(value: &'a Value, path: &str) -> Vec<&'a str> {
+pub fn texts<'a>(value: &'a Value, path: &str) -> Vec<&'a str> {
     each(value, path).into_iter().map(text).collect()
 }
 
-fn entries(value: &Value) -> impl Iterator<Item = (&str, &Value)> {
+pub fn entries(value: &Value) -> impl Iterator<Item = (&str, &Value)> {
     value.as_object().into_iter().flatten().map(|(name, value)| (name.as_str(), value))
 }
 
-fn read(path: &str) -> anyhow::Result<String> {
+pub fn read(path: &str) -> anyhow::Result<String> {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("..").join(path);
     fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))
 }
 
 /// The settings of each service, from .env.example: a default is commented out.
-fn services() -> anyhow::Result<BTreeMap<&'static str, Settings>> {
+pub fn services() -> anyhow::Result<BTreeMap<&'static str, SettingDefaults>> {
     let file = read(".env.example")?;
     let of = |service: &str| {
         let sections = file.split("\n# --- ").map(str::lines);
@@ -154,11 +153,11 @@ impl Installation {
     }
 
     /// The pods that run one of the services, the migration included.
-    fn ours(&self) -> impl Iterator<Item = (Pod<'_>, &Settings)> {
+    fn ours(&self) -> impl Iterator<Item = (Pod<'_>, &SettingDefaults)> {
         self.pods().filter_map(|pod| Some((pod, self.services.get(pod.program())?)))
     }
 
-    fn serving(&self) -> impl Iterator<Item = (Pod<'_>, &Settings)> {
+    fn serving(&self) -> impl Iterator<Item = (Pod<'_>, &SettingDefaults)> {
         self.ours().filter(|(pod, _)| pod.serves())
     }
 
@@ -181,7 +180,6 @@ impl Installation {
         self.targets(text(&backend["name"]), at(backend, "port/name"))
     }
 
-    /// The keys of a Secret or `ConfigMap`, in the set or provided.
     fn keys(&self, kind: &str, name: &str) -> BTreeSet<&str> {
         let in_set = self.find(kind, name).into_iter().flat_map(|object| entries(&object.body["data"]));
         let start = format!("{kind}/{name}/");
@@ -219,7 +217,6 @@ impl<'a> Pod<'a> {
         self.container["args"].is_null()
     }
 
-    /// A port by number or name.
     fn port(self, port: &Value) -> Option<u64> {
         let mut ports = each(self.container, "ports/*").into_iter();
         ports.find(|it| it["name"] == *port || it["containerPort"] == *port)?["containerPort"].as_u64()
@@ -239,13 +236,11 @@ impl<'a> Pod<'a> {
         self.environment().get(name).copied().flatten().filter(|value| !value.is_empty())
     }
 
-    /// A setting's value, or its default, as a number.
-    fn number(&self, settings: &Settings, name: &str) -> u64 {
+    fn number(&self, settings: &SettingDefaults, name: &str) -> u64 {
         let value = self.value(name).or(settings.get(name).and_then(Option::as_deref));
         value.and_then(|value| value.parse().ok()).unwrap_or_default()
     }
 
-    /// The port of an address setting such as `LISTEN`.
     fn listens(&self, name: &str) -> Option<u64> {
         self.value(name)?.rsplit(':').next()?.parse().ok()
     }

@@ -10,10 +10,10 @@ use network::flows;
 
 use crate::{Findings, Installation, Object, address, at, each, selects, text, texts};
 
-pub type Rule = fn(&Installation, &mut Findings);
+pub type ManifestRule = fn(&Installation, &mut Findings);
 
 macro_rules! all {
-    ($($rule:ident)*) => { pub const ALL: &[(&str, Rule)] = &[$((stringify!($rule), $rule)),*]; };
+    ($($rule:ident)*) => { pub const ALL: &[(&str, ManifestRule)] = &[$((stringify!($rule), $rule)),*]; };
 }
 all!(product selectors ports listeners references settings agreement secrets shutdown replicas spread routes flows);
 

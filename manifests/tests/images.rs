@@ -2,12 +2,9 @@
 
 #![expect(clippy::unwrap_used, reason = "a helper that fails is a test that fails")]
 
-use std::{
-    collections::{BTreeMap, BTreeSet},
-    fs,
-    path::Path,
-};
+use std::collections::{BTreeMap, BTreeSet};
 
+use manifests::{at, each, entries, services, texts};
 use serde_json::{Value, json};
 
 const OURS: [(&str, &str); 2] = [("api", "api"), ("stream-gateway", "gateway")];
@@ -15,32 +12,22 @@ const OURS: [(&str, &str); 2] = [("api", "api"), ("stream-gateway", "gateway")];
 const OTHER_FILES: u64 = 3_612;
 
 fn read(path: &str) -> String {
-    fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("..").join(path)).unwrap()
+    manifests::read(path).unwrap()
 }
 
 fn yaml(path: &str) -> Value {
     serde_saphyr::from_str(&read(path)).unwrap()
 }
 
-fn at<'a>(value: &'a Value, path: &str) -> &'a Value {
-    value.pointer(&format!("/{path}")).unwrap_or(&Value::Null)
-}
-
-fn texts(value: &Value) -> Vec<&str> {
-    value.as_array().into_iter().flatten().filter_map(Value::as_str).collect()
-}
-
 fn parts(compose: &Value) -> BTreeMap<&str, &Value> {
-    let parts = compose["services"].as_object().unwrap().iter();
-    let parts: BTreeMap<_, _> = parts.map(|(name, part)| (name.as_str(), part)).collect();
+    let parts: BTreeMap<_, _> = entries(&compose["services"]).collect();
     assert!(parts.len() > 6, "{parts:?}");
     parts
 }
 
 fn environment(part: &Value) -> BTreeMap<&str, String> {
-    let variables = part["environment"].as_object().into_iter().flatten();
     let text = |value: &Value| value.as_str().map_or_else(|| value.to_string(), str::to_owned);
-    variables.map(|(name, value)| (name.as_str(), text(value))).collect()
+    entries(&part["environment"]).map(|(name, value)| (name, text(value))).collect()
 }
 
 /// The one instruction of this name in a target of the Dockerfile.
@@ -57,19 +44,6 @@ fn pod(service: &str) -> Value {
     at(&yaml(&format!("k8s/base/{service}/deployment.yaml")), "spec/template/spec").clone()
 }
 
-/// The settings of a service: defaults are commented out in .env.example.
-fn settings(service: &str) -> BTreeMap<String, Option<String>> {
-    let file = read(".env.example");
-    let sections = file.split("\n# --- ");
-    let sections = sections.filter(|it| it.to_lowercase().starts_with("both") || it.starts_with(service));
-    let settings = sections.flat_map(str::lines).filter_map(|line| {
-        let (name, value) = line.trim_start_matches("# ").split_once('=')?;
-        let is_name = name.chars().all(|c| c.is_ascii_uppercase() || c == '_');
-        is_name.then(|| (name.to_owned(), line.starts_with('#').then(|| value.to_owned())))
-    });
-    settings.collect()
-}
-
 #[test]
 fn image_is_what_the_pods_expect() {
     for (service, _) in OURS {
@@ -77,8 +51,8 @@ fn image_is_what_the_pods_expect() {
         let (container, user) = (&pod["containers"][0], &pod["securityContext"]);
         assert_eq!(container["image"], format!("messenger/{service}"));
         assert_eq!(instruction(service, "USER"), format!("{}:{}", user["runAsUser"], user["runAsGroup"]));
-        let ports = container["ports"].as_array().unwrap().iter();
-        let ports: Vec<_> = ports.map(|port| port["containerPort"].to_string()).collect();
+        let ports: Vec<_> =
+            each(container, "ports/*/containerPort").into_iter().map(Value::to_string).collect();
         assert_eq!(instruction(service, "EXPOSE"), ports.join(" "));
         assert_eq!(instruction(service, "ENTRYPOINT"), format!(r#"["/usr/local/bin/{service}"]"#));
         let check = format!(r#"CMD ["/usr/local/bin/{service}", "healthcheck", "livez"]"#);
@@ -101,9 +75,9 @@ fn image_is_built_from_every_crate_in_the_lock_file() {
 #[test]
 fn compose_gives_each_service_its_settings_and_no_other() {
     let compose = yaml("docker-compose.yml");
-    let parts = parts(&compose);
+    let (parts, services) = (parts(&compose), services().unwrap());
     for (service, name) in OURS {
-        let (pod, settings) = (pod(service), settings(service));
+        let (pod, settings) = (pod(service), &services[service]);
         for part in [1, 2].map(|replica| parts[&*format!("{name}-{replica}")]) {
             assert_eq!(part["image"], format!("messenger/{service}:dev"));
             let given = environment(part);
@@ -115,7 +89,7 @@ fn compose_gives_each_service_its_settings_and_no_other() {
                 assert!(given.contains_key(&**name) || given.contains_key(&*file), "{service}: {name}");
             }
             for listener in ["LISTEN", "INTERNAL_LISTEN", "OPS_LISTEN"] {
-                let mut in_pod = at(&pod, "containers/0/env").as_array().unwrap().iter();
+                let mut in_pod = each(&pod, "containers/0/env/*").into_iter();
                 let in_pod = in_pod.find(|variable| variable["name"] == listener);
                 let in_pod = in_pod.and_then(|variable| variable["value"].as_str());
                 assert_eq!(given.get(listener).map(String::as_str), in_pod, "{service} {listener}");
@@ -126,7 +100,7 @@ fn compose_gives_each_service_its_settings_and_no_other() {
         }
     }
     let gateway = parts["gateway-1"];
-    let streams = settings("stream-gateway")["MAX_STREAMS"].clone();
+    let streams = services["stream-gateway"]["MAX_STREAMS"].clone();
     let streams: u64 = environment(gateway).remove("MAX_STREAMS").or(streams).unwrap().parse().unwrap();
     let files = at(gateway, "ulimits/nofile/hard").as_u64().unwrap();
     assert!(files >= streams + OTHER_FILES, "{streams} streams, {files} files");
@@ -192,7 +166,7 @@ fn secrets_are_files_and_only_where_they_are_used() {
         let named = text.split("/run/secrets/").skip(1);
         let end = |c: char| !c.is_ascii_alphanumeric() && c != '-';
         let named: BTreeSet<_> = named.map(|rest| rest.split(end).next().unwrap()).collect();
-        assert_eq!(named, texts(&part["secrets"]).into_iter().collect(), "{name}");
+        assert_eq!(named, texts(part, "secrets/*").into_iter().collect(), "{name}");
         used.extend(named.into_iter().map(str::to_owned));
         for (variable, value) in environment(part) {
             let secret = ["PASSWORD", "SECRET", "_URL", "_AUTH"].iter().any(|word| variable.contains(word));
@@ -204,9 +178,8 @@ fn secrets_are_files_and_only_where_they_are_used() {
             assert!(!part[member].to_string().contains("${"), "{name} {member}");
         }
     }
-    let declared = compose["secrets"].as_object().unwrap();
-    assert_eq!(used, declared.keys().cloned().collect());
-    for secret in declared.values() {
+    assert_eq!(used, entries(&compose["secrets"]).map(|(name, _)| name.to_owned()).collect());
+    for (_, secret) in entries(&compose["secrets"]) {
         let file = secret["file"].as_str().unwrap().strip_prefix("compose/secrets/").unwrap();
         assert!(provide.contains(&format!("secret {file} ")) || provide.contains(&format!("keep {file}\n")));
     }
@@ -236,10 +209,10 @@ fn servers_are_the_same_in_compose_and_in_the_cluster() {
     }
     // A server without its database is not healthy.
     let part = parts(&compose)["postgres"];
-    let check = texts(&part["healthcheck"]["test"])[1..].to_vec();
+    let check = texts(part, "healthcheck/test/*")[1..].to_vec();
     let database = format!("--dbname={}", environment(part)["POSTGRES_DB"]);
     assert!(check.contains(&&*database) && check.contains(&"--host=127.0.0.1"), "{check:?}");
-    let probe = "spec/template/spec/containers/0/readinessProbe/exec/command";
+    let probe = "spec/template/spec/containers/0/readinessProbe/exec/command/*";
     let objects: Vec<Value> = serde_saphyr::from_multiple(&read("k8s/overlays/local/postgres.yaml")).unwrap();
-    assert!(objects.iter().any(|object| texts(at(object, probe)) == check), "{check:?}");
+    assert!(objects.iter().any(|object| texts(object, probe) == check), "{check:?}");
 }
