@@ -52,7 +52,6 @@ impl Cluster {
         }
     }
 
-    /// Every node sees every other, and every slot has a healthy owner.
     pub fn until_whole(&self) {
         wait("the cluster is whole", || {
             self.nodes.iter().all(|node| {
@@ -68,7 +67,6 @@ impl Cluster {
         self.nodes.iter().map(Redis::url).collect::<Vec<_>>().join(",")
     }
 
-    /// The node that owns this key, in the view of node `by`.
     fn owner_by(&self, by: usize, name: &str) -> Option<usize> {
         let slot: u32 = self.slot(by, name)?.parse().ok()?;
         let nodes = self.nodes[by].command(&["CLUSTER", "NODES"]).ok()?;

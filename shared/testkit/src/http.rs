@@ -82,7 +82,6 @@ impl Call {
         self.header("content-type", "application/json")
     }
 
-    /// Without a content type.
     pub fn body(mut self, body: impl Into<Bytes>) -> Self {
         self.body = body.into();
         self

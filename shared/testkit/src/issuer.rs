@@ -121,7 +121,6 @@ impl TestIssuer {
         self.publish_json(json!(key.jwks()));
     }
 
-    /// Any key set, well-formed or not.
     pub fn publish_json(&self, keys: Value) {
         *self.keys.lock().expect("no holder panics") = Some(keys);
     }

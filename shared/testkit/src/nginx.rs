@@ -23,7 +23,6 @@ use crate::{
 
 /// An origin that is not open yet: services need its name to start, and nginx needs their addresses.
 pub struct Front {
-    /// Keeps the port.
     listener: TcpListener,
     tls: bool,
     origin: String,
@@ -116,7 +115,6 @@ impl Nginx {
         self.upstreams.address
     }
 
-    /// Resets every connection and closes the port.
     pub fn kill(&mut self) {
         self.process.kill();
     }

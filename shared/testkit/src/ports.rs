@@ -1,5 +1,3 @@
-//! Free ports of loopback.
-
 use std::{
     io,
     net::{Ipv4Addr, TcpListener},

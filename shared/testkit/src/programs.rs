@@ -69,7 +69,6 @@ fn path() -> std::ffi::OsString {
     std::env::var_os("PATH").unwrap_or_default()
 }
 
-/// The first folder of `path` that holds all of `names` as executables.
 pub fn dir_with(path: &OsStr, names: &[&str]) -> Option<PathBuf> {
     std::env::split_paths(path).find(|dir| dir.is_absolute() && holds(dir, names))
 }

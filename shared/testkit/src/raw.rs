@@ -35,7 +35,6 @@ pub async fn read_to_end(socket: &mut TcpStream) -> Vec<u8> {
     bytes
 }
 
-/// The next answer on this connection, by its content length.
 pub async fn answer(socket: &mut TcpStream) -> Answer {
     let mut head = Vec::new();
     while !head.ends_with(b"\r\n\r\n") {

@@ -63,14 +63,12 @@ impl Redis {
         self.process.kill();
     }
 
-    /// Empty, on the same port.
     pub fn restart(&mut self) {
         self.process.kill();
         self.process = start_redis(self.port, self.folder.path(), &self.arguments)
             .expect("the Redis server starts again");
     }
 
-    /// Stops answering, with all its connections open.
     pub fn freeze(&mut self) {
         self.process.signal(Signal::SIGSTOP);
     }
@@ -126,7 +124,6 @@ fn start_redis(port: u16, folder: &Path, arguments: &[String]) -> Option<Process
         .unwrap_or_else(|error| panic!("no Redis server: {} cannot be started ({error})", program.display()));
     let up = || {
         let ping: &[&str] = &["PING"];
-        // A server that wants a password is up, too.
         command_redis(port, [ping]).is_ok_and(|answer| answer == "+PONG" || answer.starts_with("-NOAUTH"))
     };
     wait_for(&mut process, up).then_some(process)
@@ -189,12 +186,10 @@ impl Postgres {
         Self::start_with(&[])
     }
 
-    /// These settings override the usual ones.
     pub fn start_with(settings: &[&str]) -> Self {
         Self::start_in(folder("postgres"), settings.iter().map(|&setting| setting.to_owned()).collect())
     }
 
-    /// Accepts both plain and TLS connections.
     pub fn start_with_tls(authority: &Authority) -> Self {
         let folder = folder("postgres");
         let mut settings = vec!["ssl=on".to_owned()];

@@ -277,7 +277,6 @@ impl Service {
 }
 
 impl Drop for Service {
-    /// Completes its log.
     fn drop(&mut self) {
         self.process.kill();
         for reader in self.readers.drain(..) {

@@ -147,7 +147,6 @@ impl StreamRequest {
     }
 }
 
-/// Closes the socket when dropped.
 struct ConnectionTask(JoinHandle<()>);
 
 impl Drop for ConnectionTask {
@@ -156,7 +155,6 @@ impl Drop for ConnectionTask {
     }
 }
 
-/// A whole event, or a line that takes effect before its block is complete.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Block {
     Event(Event),
@@ -364,7 +362,6 @@ pub enum ReconnectBy {
 pub struct ReceivedRecord {
     pub events: Vec<Event>,
     pub opened: usize,
-    /// Attempts that failed before a head came.
     pub refused: usize,
     pub open: bool,
     pub comments: usize,

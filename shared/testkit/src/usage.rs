@@ -4,7 +4,6 @@ use std::{fs, io, ops::Sub, time::Duration};
 
 use nix::unistd::{SysconfVar, sysconf};
 
-/// User and system time together. The kernel counts it in ticks, usually of 10 ms.
 #[derive(Debug, Clone, Copy)]
 pub struct Cpu(pub Duration);
 

@@ -2,7 +2,6 @@
 
 use protocol::ids::UserId;
 
-/// A user who is logged in.
 #[derive(Debug, Clone)]
 pub struct User {
     pub id: UserId,

@@ -286,12 +286,10 @@ impl World {
         User { id, name: name.into(), token, cookie: answer.cookie() }
     }
 
-    /// Logs must not contain it.
     pub fn remember(&self, token: &str) {
         self.tokens.lock().expect("no holder panics").push(token.to_owned());
     }
 
-    /// Asserts that a text contains no token, no secret and no message's text.
     pub fn assert_discreet(&self, whom: &str, text: &str) {
         assert!(!text.contains(WHISPER), "a message's text in {whom}: {text}");
         assert!(!text.contains(&self.internal_secret), "the internal secret in {whom}");

@@ -44,7 +44,6 @@ pub(crate) enum Fault {
     FailingAfter(Duration),
 }
 
-/// One request, in its order.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum ApiRequest {
     Heads { users: Vec<(UserId, Option<Position>)>, logins: Vec<Login> },
@@ -64,7 +63,6 @@ impl ApiRequest {
     }
 }
 
-/// All requests so far.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Record(Vec<ApiRequest>);
 
@@ -80,7 +78,6 @@ impl Record {
         })
     }
 
-    /// The positions after which this user's feed was requested.
     pub(crate) fn ranges(&self, user: UserId) -> Vec<Seq> {
         self.range_requests().flatten().filter(|pair| pair.user == user).map(|pair| pair.after).collect()
     }
@@ -93,7 +90,6 @@ impl Record {
         users.flatten().filter(|(id, _)| *id == user).count()
     }
 
-    /// The requested subjects, request by request.
     pub(crate) fn identities(&self) -> Vec<&[String]> {
         self.0
             .iter()
@@ -135,7 +131,6 @@ struct FakeState {
     external: Option<ExternalKeysAnswer>,
     version: KeysVersion,
     subjects: HashMap<String, UserId>,
-    /// Maximum events in one range.
     page: usize,
     tricks: HashMap<&'static str, VecDeque<Trick>>,
 }
@@ -198,8 +193,6 @@ impl FakeApi {
         self.shared.state.lock().unwrap()
     }
 
-    // ---- Feeds
-
     /// A new user whose feed ends at `head`, with no event pruned.
     pub(crate) fn add(&self, user: UserId, epoch: Epoch, head: Seq) {
         let mut feed = Feed { head: Position { epoch, seq: 0 }, rows: vec![] };
@@ -215,12 +208,10 @@ impl FakeApi {
         change(self.state().feeds.get_mut(&user).expect("the test added this user"))
     }
 
-    /// Commits an event and publishes nothing.
     pub(crate) fn append(&self, user: UserId) -> Envelope {
         self.change(user, |feed| feed.append(None))
     }
 
-    /// Commits an event with this many bytes of padding.
     pub(crate) fn append_large(&self, user: UserId, bytes: usize) -> Envelope {
         self.change(user, |feed| feed.append(Some("x".repeat(bytes))))
     }
@@ -249,12 +240,10 @@ impl FakeApi {
         Position { epoch: self.head(user).epoch, seq }.to_string()
     }
 
-    /// Prunes events up to this one.
     pub(crate) fn prune(&self, user: UserId, to: Seq) {
         self.change(user, |feed| feed.rows.retain(|row| row.seq > to));
     }
 
-    /// Restores a backup in which the feed ends at `head`.
     pub(crate) fn restore(&self, user: UserId, epoch: Epoch, head: Seq) {
         self.change(user, |feed| {
             feed.rows.retain(|row| row.seq <= head);
@@ -269,8 +258,6 @@ impl FakeApi {
     pub(crate) fn end_session(&self, session: SessionId) {
         self.state().ended.insert(session);
     }
-
-    // ---- Answers
 
     pub(crate) fn publish_keys(&self, jwks: JwkSet) {
         let mut state = self.state();
@@ -312,23 +299,18 @@ impl FakeApi {
         self.shared.faults[path].send_replace(fault);
     }
 
-    /// Sets the fault of feed requests; keys are still served.
     pub(crate) fn fault_feed_requests(&self, fault: Fault) {
         self.fault(HEADS_PATH, fault);
         self.fault(RANGES_PATH, fault);
     }
 
-    /// Replaces the next answer.
     pub(crate) fn next_answer(&self, path: &'static str, body: impl Into<Bytes>) {
         self.state().tricks.entry(path).or_default().push_back(Trick::Instead(body.into()));
     }
 
-    /// Changes the next answer about ranges.
     pub(crate) fn falsify_ranges(&self, falsify: impl FnOnce(&mut RangesAnswer) + Send + 'static) {
         self.state().tricks.entry(RANGES_PATH).or_default().push_back(Trick::Falsified(Box::new(falsify)));
     }
-
-    // ---- Requests
 
     pub(crate) fn record(&self) -> Record {
         self.shared.record.borrow().clone()

@@ -182,7 +182,6 @@ const REPAIRABLE_FAULTS: [(&str, ChangeAnswer); 7] = [
     }),
 ];
 
-/// Faults that leave nothing usable.
 const UNUSABLE_RANGES: [(&str, ChangeAnswer); 3] = [
     ("in reverse", |answer| answer.ranges[0].events.reverse()),
     ("of another epoch", |answer| {

@@ -48,7 +48,6 @@ async fn explain_reports_what_each_stream_did_with_an_event() {
     assert_eq!(first["session"], json!(user.session));
     assert_eq!((&report["position"]["seq"], &report["subscribed"]), (&json!(13), &json!(true)), "{report}");
 
-    // Ended streams are remembered.
     drop(early);
     world.until_ended("client", 1).await;
     world.say(&user, 1).await;
@@ -60,7 +59,6 @@ async fn explain_reports_what_each_stream_did_with_an_event() {
     assert_eq!(says(&world.explain(&user, 13).await["ended"]), [WRITTEN]);
     assert_eq!(says(&world.explain(&user, 10).await["ended"]), ["The event is before its start"]);
 
-    // Another epoch begins.
     world.api.restore(user.id, ANOTHER_EPOCH, 3);
     let unknown = world.api.append(user.id);
     world.publish_event(&user, &unknown).await;
@@ -76,7 +74,6 @@ async fn explain_names_the_cause_of_a_missing_event() {
     let world = Setup::default().start().await;
     let (user, slow, new) = (world.user(0), world.user(0), world.user(5));
 
-    // The client reads nothing.
     let mut lagging = world.stream(&slow).tiny_receive_buffer().stream().await;
     ready(&mut lagging, &world.api.cursor(slow.id, 0), false).await;
     world.until_subscribed(&slow).await;
@@ -117,7 +114,6 @@ async fn explain_names_the_cause_of_a_missing_event() {
     world.api.fault_feed_requests(Fault::None);
     receives(&mut stream, 1..=2).await;
 
-    // Redis is away.
     world.network.refuse();
     world.network.cut();
     world.until_metric("messenger_gateway_redis_degraded", 1).await;

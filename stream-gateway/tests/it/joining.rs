@@ -92,12 +92,10 @@ async fn a_cursor_that_cannot_be_followed_is_a_resync_to_the_head() {
         ready_and_resync(&mut stream, &head, reason).await;
         streams.push(stream);
     }
-    // The oldest valid cursor.
     let mut stream = world.stream_after(&user, 10).stream().await;
     ready(&mut stream, &world.api.cursor(user.id, 10), true).await;
     receives(&mut stream, 11..=20).await;
     streams.push(stream);
-    // All streams continue.
     world.say(&user, 1).await;
     for stream in &mut streams {
         receives(stream, 21..=21).await;

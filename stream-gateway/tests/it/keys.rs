@@ -15,13 +15,11 @@ use crate::{
 };
 
 impl GatewayWorld {
-    /// A stream of this user with a token of another key.
     fn signed_by(&self, keys: &SigningKeys, user: &FeedUser) -> StreamRequest {
         self.opening().bearer(&keys.sign(&claims(user.id, user.session, now() + 3_600)))
     }
 }
 
-/// The status of each of these simultaneous requests.
 async fn statuses(opening: &StreamRequest, times: usize) -> Vec<u16> {
     join_all((0..times).map(|_| async { opening.open().await.unwrap().status })).await
 }

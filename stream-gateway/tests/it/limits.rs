@@ -145,7 +145,6 @@ async fn new_streams_above_the_rate_are_rejected() {
     world.ends((streams, stream)).await;
 }
 
-/// A burst without refill within a test.
 fn once(burst: u32) -> Limit {
     Limit::new(burst, Duration::from_hours(1))
 }
@@ -210,7 +209,6 @@ async fn an_ended_sessions_token_uses_no_stream_limit_of_its_user() {
     for _ in 0..10 {
         receives_only_a_goodbye(&mut world.stream_after(&stolen, 1).stream().await, "revoked").await;
     }
-    // No stream was replaced, and more can be opened.
     world.say(&phone, 1).await;
     for stream in &mut streams {
         receives(stream, 4..=4).await;

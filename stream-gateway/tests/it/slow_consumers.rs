@@ -55,7 +55,6 @@ async fn a_slow_consumer_delays_no_other_and_catches_up_exactly() {
     let ranges = world.api.record().ranges(user.id);
     assert!(!ranges.is_empty() && ranges.is_sorted(), "{ranges:?}");
     assert!(world.api.record().ranges(other.id).is_empty());
-    // The stream is live again.
     world.say(&user, 1).await;
     receives(&mut slow, 401..=401).await;
     receives(&mut same, 401..=401).await;

@@ -187,9 +187,6 @@ impl GatewayWorld {
         Setup::default().start().await
     }
 
-    // ---- Users
-
-    /// A new user whose feed ends at `head`.
     pub(crate) fn user(&self, head: Seq) -> FeedUser {
         static USERS: AtomicI64 = AtomicI64::new(1);
         let id = UserId(USERS.fetch_add(1, Ordering::Relaxed));
@@ -232,8 +229,6 @@ impl GatewayWorld {
         self.api.until_requested("the session", |record| record.heads(user.id) > before).await;
         stream
     }
-
-    // ---- Redis
 
     pub(crate) async fn publish(&self, user: &FeedUser, payload: impl AsRef<[u8]>) {
         let mut redis = self.redis.clone();
@@ -278,7 +273,6 @@ impl GatewayWorld {
         self.api.head(user.id).seq
     }
 
-    /// Whether Redis has the gateway's subscription to this user's channel.
     pub(crate) async fn is_subscribed(&self, user: &FeedUser) -> bool {
         let mut redis = self.redis.clone();
         let mut command = redis::cmd("PUBSUB");
@@ -300,8 +294,6 @@ impl GatewayWorld {
         let mut probes = listener.on_message();
         soon("a health probe", probes.next()).await.unwrap();
     }
-
-    // ---- The operators' view
 
     pub(crate) async fn readiness(&self) -> Answer {
         self.client.get(format!("http://{}/readyz", self.ops)).send().await.unwrap()
@@ -337,8 +329,6 @@ impl GatewayWorld {
         self.until_metric(&format!("messenger_gateway_events_delivered_total{{path=\"{path}\"}}"), times)
             .await;
     }
-
-    // ---- The end
 
     pub(crate) fn stop(&self) {
         self.stop.cancel();
@@ -389,7 +379,6 @@ pub(crate) fn claims(user: UserId, session: SessionId, exp: i64) -> Claims {
     }
 }
 
-/// Expects `ready` at `cursor`.
 pub(crate) async fn ready(stream: &mut Stream, cursor: &str, resumed: bool) {
     let ready = stream.named("ready").await;
     assert_eq!(ready.id.as_deref(), Some(cursor));
@@ -481,7 +470,6 @@ pub(crate) fn distinct<T: Ord>(all: impl IntoIterator<Item = T>) -> usize {
     all.into_iter().collect::<BTreeSet<_>>().len()
 }
 
-/// A client over a raw socket.
 pub(crate) struct Raw {
     pub(crate) socket: TcpStream,
     read: Vec<u8>,
@@ -495,7 +483,6 @@ impl Raw {
         )
     }
 
-    /// `version`: 1.1 or 1.0.
     pub(crate) async fn request(world: &GatewayWorld, user: &FeedUser, version: &str) -> Self {
         let mut socket = TcpStream::connect(world.public).await.unwrap();
         socket.write_all(Self::head(user, version).as_bytes()).await.unwrap();

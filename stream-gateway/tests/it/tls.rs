@@ -20,7 +20,6 @@ use crate::{
     support::{ORIGIN, keys},
 };
 
-/// A gateway that trusts this authority, and its ops address.
 fn gateway(api: &FakeApi, redis_port: u16, root: PathBuf) -> (Process, String) {
     let mut command = Command::new(env!("CARGO_BIN_EXE_stream-gateway"));
     command

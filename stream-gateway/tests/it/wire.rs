@@ -26,7 +26,6 @@ fn chunks(mut body: &str) -> Vec<&str> {
     }
 }
 
-/// Three messages, and a goodbye.
 async fn say_and_revoke(world: &GatewayWorld, user: &FeedUser, raw: &mut Raw) {
     raw.until("event: ready").await;
     world.until_subscribed(user).await;
