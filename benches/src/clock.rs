@@ -11,6 +11,13 @@ pub fn now() -> Micros {
     (time.tv_sec() as Micros) * 1_000_000 + (time.tv_nsec() as Micros) / 1_000
 }
 
+/// Between an order and the first event: long enough for all processes to get ready.
+pub const HEAD_START: Duration = Duration::from_millis(500);
+
+pub fn soon() -> Micros {
+    now() + micros(HEAD_START)
+}
+
 pub fn sleep_until(at: Micros) {
     std::thread::sleep(Duration::from_micros(at.saturating_sub(now())));
 }

@@ -1,7 +1,7 @@
 //! The least of an HTTP/1.1 client: one connection kept open, one request at a time, no cost beyond its system calls.
 
 use std::{
-    io::{BufRead, BufReader, Read, Write},
+    io::{self, Read, Write},
     net::{SocketAddr, TcpStream},
     time::Duration,
 };
@@ -9,15 +9,38 @@ use std::{
 use anyhow::Context as _;
 
 const PATIENCE: Duration = Duration::from_secs(30);
+const MAX_HEADERS: usize = 64;
+
+pub struct AnswerHead {
+    pub status: u16,
+    pub length: Option<usize>,
+    pub chunked: bool,
+    pub closes: bool,
+}
+
+/// The head at the start of these bytes, and its size; `None` while it is incomplete.
+pub fn parse_head(bytes: &[u8]) -> anyhow::Result<Option<(AnswerHead, usize)>> {
+    let mut headers = [httparse::EMPTY_HEADER; MAX_HEADERS];
+    let mut answer = httparse::Response::new(&mut headers);
+    let httparse::Status::Complete(size) = answer.parse(bytes)? else { return Ok(None) };
+    let status = answer.code.context("an answer has a status")?;
+    let value = |name: &str| {
+        let header = answer.headers.iter().find(|header| header.name.eq_ignore_ascii_case(name))?;
+        std::str::from_utf8(header.value).ok()
+    };
+    let length = value("content-length").map(str::parse).transpose().context("a length is a number")?;
+    let is = |name, wanted| value(name).is_some_and(|value| value.eq_ignore_ascii_case(wanted));
+    let (chunked, closes) = (is("transfer-encoding", "chunked"), is("connection", "close"));
+    Ok(Some((AnswerHead { status, length, chunked, closes }, size)))
+}
 
 pub struct HttpConnection {
-    socket: BufReader<TcpStream>,
+    socket: TcpStream,
 }
 
 pub struct PostAnswer {
-    pub status: u16,
+    pub head: AnswerHead,
     pub body: String,
-    pub last: bool,
 }
 
 impl HttpConnection {
@@ -25,45 +48,29 @@ impl HttpConnection {
         let socket = TcpStream::connect_timeout(&address, PATIENCE)?;
         socket.set_nodelay(true)?;
         socket.set_read_timeout(Some(PATIENCE))?;
-        Ok(Self { socket: BufReader::new(socket) })
+        Ok(Self { socket })
     }
 
     pub fn exchange(&mut self, request: &[u8]) -> anyhow::Result<PostAnswer> {
-        self.socket.get_mut().write_all(request)?;
-        let status_line = self.line()?;
-        let status = status_line.split(' ').nth(1).and_then(|status| status.parse().ok());
-        let status = status.with_context(|| format!("no status in {status_line:?}"))?;
-        let (mut length, mut last) = (0, false);
+        self.socket.write_all(request)?;
+        let (mut bytes, mut buffer) = (Vec::new(), [0; 4_096]);
         loop {
-            let line = self.line()?;
-            if line.is_empty() {
-                break;
+            if let Some((head, size)) = parse_head(&bytes)?
+                && bytes.len() >= size + head.length.unwrap_or(0)
+            {
+                let body = String::from_utf8(bytes.split_off(size)).context("bodies are UTF-8")?;
+                return Ok(PostAnswer { head, body });
             }
-            let Some((name, value)) = line.split_once(':') else { continue };
-            if name.eq_ignore_ascii_case("content-length") {
-                length = value.trim().parse().context("a length is a number")?;
-            } else if name.eq_ignore_ascii_case("connection") {
-                last = value.trim().eq_ignore_ascii_case("close");
-            }
+            let count = self.socket.read(&mut buffer).context("no answer")?;
+            anyhow::ensure!(count > 0, "the connection was closed before an answer");
+            bytes.extend_from_slice(&buffer[..count]);
         }
-        let mut body = vec![0; length];
-        self.socket.read_exact(&mut body)?;
-        Ok(PostAnswer { status, body: String::from_utf8(body).context("bodies are UTF-8")?, last })
     }
 
     /// Whether the other end has not closed an idle connection.
     pub fn is_open(&self) -> bool {
-        let socket = self.socket.get_ref();
-        let looked = socket.set_nonblocking(true).and_then(|()| socket.peek(&mut [0]));
-        let silent = looked.is_err_and(|error| error.kind() == std::io::ErrorKind::WouldBlock);
-        silent && socket.set_nonblocking(false).is_ok()
-    }
-
-    fn line(&mut self) -> anyhow::Result<String> {
-        let mut line = String::new();
-        let count = self.socket.read_line(&mut line).context("no answer")?;
-        anyhow::ensure!(count > 0, "the connection was closed before an answer");
-        line.truncate(line.trim_end().len());
-        Ok(line)
+        let looked = self.socket.set_nonblocking(true).and_then(|()| self.socket.peek(&mut [0]));
+        let silent = looked.is_err_and(|error| error.kind() == io::ErrorKind::WouldBlock);
+        silent && self.socket.set_nonblocking(false).is_ok()
     }
 }

@@ -2,12 +2,7 @@
 
 #![allow(clippy::disallowed_methods, reason = "a tool, whose user notices")]
 
-use std::{
-    process::{Command, ExitCode},
-    sync::mpsc::{RecvTimeoutError, SyncSender, sync_channel},
-    thread,
-    time::Duration,
-};
+use std::process::{Command, ExitCode};
 
 use anyhow::Context as _;
 use benches::{
@@ -39,7 +34,7 @@ struct BenchCli {
     no_build: bool,
 }
 
-const LONGEST: Duration = Duration::from_mins(15);
+const LONGEST_SECONDS: u32 = 15 * 60;
 
 fn main() -> ExitCode {
     match run() {
@@ -64,43 +59,25 @@ fn run() -> anyhow::Result<()> {
         build()?;
     }
     let streams = cli.streams.unwrap_or(if cli.quick { 200 } else { 10_000 });
-    let mut sizes = if cli.quick { Sizes::quick(streams) } else { Sizes::full(streams) };
+    let mut sizes = Sizes::new(cli.quick, streams);
     if !cli.rates.is_empty() {
         sizes.ceiling_rates = cli.rates;
     }
     let scenarios = if cli.scenarios.is_empty() { Scenario::value_variants() } else { &cli.scenarios };
     benches::describe(cli.quick);
-    let over = end_what_hangs();
     // On this thread: children end with the thread that started them.
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async {
         for &scenario in scenarios {
+            // Load processes are read without async: only a signal ends a scenario that hangs, and so its children.
+            nix::unistd::alarm::set(LONGEST_SECONDS);
             tokio::select! {
                 result = scenarios::run(scenario, &sizes) => result?,
                 _ = tokio::signal::ctrl_c() => anyhow::bail!("interrupted"),
             }
-            over.send(())?;
         }
         Ok(())
     })
-}
-
-/// Exits, and so ends the children, unless each scenario reports its end in time.
-fn end_what_hangs() -> SyncSender<()> {
-    let (over, next) = sync_channel(1);
-    thread::spawn(move || {
-        loop {
-            match next.recv_timeout(LONGEST) {
-                Ok(()) => {}
-                Err(RecvTimeoutError::Disconnected) => return,
-                Err(RecvTimeoutError::Timeout) => {
-                    eprintln!("error: a scenario takes longer than {LONGEST:?}");
-                    std::process::exit(1);
-                }
-            }
-        }
-    });
-    over
 }
 
 /// Cargo puts the services beside this program.

@@ -23,7 +23,7 @@ use sqlx::Connection;
 use testkit::user::User;
 
 use crate::{
-    clock::{Micros, micros, now, sleep_until},
+    clock::{self, HEAD_START, Micros, micros, now, sleep_until},
     fixtures::{self, Bench},
 };
 
@@ -33,7 +33,6 @@ const BATCH_ROWS: usize = 5_000;
 const GRAIN: Micros = 1_000;
 /// Events are committed this long before they are due.
 const LEAD: Duration = Duration::from_millis(50);
-const HEAD_START: Duration = Duration::from_millis(500);
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Commits {
@@ -118,7 +117,7 @@ impl<'a> EventLoad<'a> {
                 bursts.push_back(self.burst(some[0].due, some)?);
             }
         }
-        let since = now() + micros(HEAD_START);
+        let since = clock::soon();
         begin(since)?;
         let publisher = RedisPublisher::start(self.world.redis.address(), since)?;
         bursts.into_iter().try_for_each(|burst| publisher.send(burst))?;

@@ -1,7 +1,6 @@
 //! Load comes from separate processes: they share no runtime, descriptor or lock with the measured services, and their own cost is
 //! known. This file has the protocol of both sides and the controlling side.
 
-mod chunks;
 mod posts;
 mod streams;
 mod viewer;
@@ -80,8 +79,15 @@ pub struct Status {
     pub events_ever: u64,
 }
 
+impl Status {
+    pub fn endings(&self) -> String {
+        let ended: Vec<_> = self.ended.iter().map(|(reason, times)| format!("{times} {reason}")).collect();
+        if ended.is_empty() { "none".into() } else { ended.join(", ") }
+    }
+}
+
 /// One stream's result. Cursors are texts here.
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct StreamSummary {
     pub user: UserId,
     pub began: Option<String>,
@@ -89,7 +95,8 @@ pub struct StreamSummary {
     pub digest: u64,
 }
 
-#[derive(Debug, Serialize, Deserialize)]
+/// Lists are of what happened since `Measure`.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
 pub struct Report {
     pub summaries: Vec<StreamSummary>,
     /// From the time in a message's text to its arrival at the other participant; microseconds.

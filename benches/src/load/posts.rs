@@ -123,15 +123,11 @@ fn attempt(connection: &mut Option<HttpConnection>, api: SocketAddr, request: &[
         None => HttpConnection::open(api).context("cannot connect")?,
     };
     let answer = used.exchange(request)?;
-    if !answer.last {
+    if !answer.head.closes {
         *connection = Some(used);
     }
-    anyhow::ensure!(
-        answer.status == 201,
-        "{}: {}",
-        answer.status,
-        answer.body.lines().next().unwrap_or_default()
-    );
+    let (status, body) = (answer.head.status, answer.body.lines().next().unwrap_or_default());
+    anyhow::ensure!(status == 201, "{status}: {body}");
     Ok(())
 }
 

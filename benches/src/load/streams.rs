@@ -3,7 +3,7 @@
 
 use std::{
     cmp::Reverse,
-    collections::{BTreeMap, BinaryHeap, VecDeque},
+    collections::{BinaryHeap, VecDeque},
     io::{self, BufRead, Read, Write},
     net::{IpAddr, Ipv4Addr, SocketAddr},
     sync::mpsc::{Receiver, sync_channel},
@@ -17,7 +17,7 @@ use socket2::{Domain, Protocol, Socket, Type};
 
 use super::{
     Order, Report, Status, StreamSummary, Viewer, read_lines,
-    viewer::{DeliveredEvent, Ledger, Reader, StreamItem},
+    viewer::{DeliveredEvent, Ledger, StreamItem, StreamReader},
 };
 use crate::clock::{Micros, now};
 
@@ -51,15 +51,15 @@ struct ViewerStream {
     connection: Option<StreamSocket>,
     heartbeats: bool,
     longest_delay: u32,
+    goodbye: Option<String>,
     ended_at: Option<Micros>,
 }
 
 struct StreamSocket {
     socket: TcpStream,
-    reader: Reader,
+    reader: StreamReader,
     requested: bool,
     ready: bool,
-    goodbye: Option<String>,
 }
 
 struct Holder {
@@ -73,16 +73,7 @@ struct Holder {
     by_itself: bool,
     since: Micros,
     status: Status,
-    latencies: Vec<u32>,
-    readies: Vec<u32>,
-    delays: Vec<u32>,
-    begun_at: Vec<Micros>,
-    ended_at: Vec<Micros>,
-    away: Vec<u32>,
-    statuses: BTreeMap<u16, u64>,
-    faults: u64,
-    first_fault: Option<String>,
-    resyncs: u64,
+    report: Report,
 }
 
 impl Holder {
@@ -98,16 +89,7 @@ impl Holder {
             by_itself: false,
             since: 0,
             status: Status::default(),
-            latencies: Vec::new(),
-            readies: Vec::new(),
-            delays: Vec::new(),
-            begun_at: Vec::new(),
-            ended_at: Vec::new(),
-            away: Vec::new(),
-            statuses: BTreeMap::new(),
-            faults: 0,
-            first_fault: None,
-            resyncs: 0,
+            report: Report::default(),
         }
     }
 
@@ -146,25 +128,21 @@ impl Holder {
                 self.opened_until = now();
                 for viewer in read_lines(&viewers)? {
                     self.waiting.push_back(self.streams.len());
-                    let ledger = Ledger::default();
                     self.streams.push(ViewerStream {
                         viewer,
-                        ledger,
+                        ledger: Ledger::default(),
                         connection: None,
                         heartbeats: false,
                         longest_delay: 0,
+                        goodbye: None,
                         ended_at: None,
                     });
                 }
             }
             Order::Measure { since } => {
                 self.since = since;
-                self.latencies.clear();
-                self.readies.clear();
-                self.delays.clear();
-                self.begun_at.clear();
-                self.ended_at.clear();
-                self.away.clear();
+                let Report { statuses, faults, first_fault, resyncs, .. } = std::mem::take(&mut self.report);
+                self.report = Report { statuses, faults, first_fault, resyncs, ..Report::default() };
                 let Status { ready, opening, events_ever, .. } = self.status;
                 self.status = Status { ready, opening, events_ever, ..Status::default() };
                 for stream in &mut self.streams {
@@ -197,17 +175,8 @@ impl Holder {
         let longest = self.streams.iter().map(|stream| stream.longest_delay);
         Report {
             summaries: self.streams.iter().map(summary).collect(),
-            latencies: self.latencies.clone(),
-            readies: self.readies.clone(),
-            delays: self.delays.clone(),
             longest_delays: longest.filter(|delay| *delay > 0).collect(),
-            begun_at: self.begun_at.clone(),
-            ended_at: self.ended_at.clone(),
-            away: self.away.clone(),
-            statuses: self.statuses.clone(),
-            faults: self.faults,
-            first_fault: self.first_fault.clone(),
-            resyncs: self.resyncs,
+            ..self.report.clone()
         }
     }
 
@@ -232,13 +201,12 @@ impl Holder {
         let connection = connect(self.gateway, index).and_then(|mut socket| {
             let interest = Interest::READABLE | Interest::WRITABLE;
             self.poll.registry().register(&mut socket, Token(index), interest)?;
-            let reader = Reader::default();
-            Ok(StreamSocket { socket, reader, requested: false, ready: false, goodbye: None })
+            Ok(StreamSocket { socket, reader: StreamReader::default(), requested: false, ready: false })
         });
         match connection {
             Ok(connection) => {
                 self.status.opening += 1;
-                self.begun_at.push(now());
+                self.report.begun_at.push(now());
                 self.streams[index].connection = Some(connection);
             }
             Err(error) => {
@@ -264,25 +232,19 @@ impl Holder {
             let Some(stream) = self.streams.get_mut(index) else { return };
             let Some(connection) = &mut stream.connection else { return };
             let count = match connection.socket.read(buffer) {
-                Ok(0) => {
-                    let reason = connection.goodbye.take();
-                    return self.end(index, reason.as_deref().unwrap_or("closed"));
-                }
+                Ok(0) => return self.end(index, "closed"),
                 Ok(count) => count,
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
                 Err(_) => return self.end(index, "reset"),
             };
-            let arrived = now();
-            let wall = Utc::now().timestamp_micros();
-            let mut heard = Heard::default();
-            connection.reader.read(&buffer[..count], &mut stream.ledger, |said| heard.take(said));
-            let body_ended = heard.body_ended;
-            self.account(index, heard, arrived, wall);
+            let (arrived, wall) = (now(), Utc::now().timestamp_micros());
+            let mut items = Vec::new();
+            connection.reader.read(&buffer[..count], &mut stream.ledger, |item| items.push(item));
+            let body_ended = items.contains(&StreamItem::End);
+            items.into_iter().for_each(|item| self.account(index, item, arrived, wall));
             if body_ended {
-                let reason =
-                    self.streams[index].connection.as_mut().and_then(|connection| connection.goodbye.take());
-                return self.end(index, reason.as_deref().unwrap_or("ended"));
+                return self.end(index, "ended");
             }
             // Less than the buffer holds: nothing is left, and more is another event.
             if count < buffer.len() && !over {
@@ -292,53 +254,49 @@ impl Holder {
     }
 
     /// `arrived` by our clock, `wall` by that of Postgres.
-    fn account(&mut self, index: usize, heard: Heard, arrived: Micros, wall: i64) {
-        let stream = &mut self.streams[index];
-        let status = &mut self.status;
-        if let Some(connection) = &mut stream.connection {
-            if heard.ready && !connection.ready {
+    fn account(&mut self, index: usize, item: StreamItem, arrived: Micros, wall: i64) {
+        let (stream, status, report) = (&mut self.streams[index], &mut self.status, &mut self.report);
+        match item {
+            StreamItem::Status(status) => *report.statuses.entry(status).or_default() += 1,
+            StreamItem::Ready => {
+                let Some(connection) = stream.connection.as_mut().filter(|connection| !connection.ready)
+                else {
+                    return;
+                };
                 connection.ready = true;
                 status.ready += 1;
                 status.opening -= 1;
-                self.readies.push(arrived.saturating_sub(self.since) as u32);
-                if let Some(ended) = stream.ended_at.take() {
-                    self.away.push(arrived.saturating_sub(ended) as u32);
+                report.readies.push(arrived.saturating_sub(self.since) as u32);
+                report.away.extend(stream.ended_at.take().map(|ended| arrived.saturating_sub(ended) as u32));
+            }
+            StreamItem::Event(DeliveredEvent { number, created_at }) => {
+                status.events += 1;
+                status.events_ever += 1;
+                status.last_event_at = arrived;
+                if let Some(number) = number.filter(|_| report.latencies.len() < SAMPLES) {
+                    // An event that the reconcile delivered first is early.
+                    report.latencies.push(arrived.saturating_sub(self.since + number) as u32);
+                }
+                if let Some(created_at) = created_at.filter(|_| report.delays.len() < SAMPLES) {
+                    let delay = u32::try_from(wall - created_at).unwrap_or_default();
+                    stream.longest_delay = stream.longest_delay.max(delay);
+                    report.delays.push(delay);
                 }
             }
-            connection.goodbye = heard.goodbye.or(connection.goodbye.take());
-        }
-        if heard.heartbeats && !stream.heartbeats {
-            stream.heartbeats = true;
-            status.heartbeats += 1;
-        }
-        if !heard.events.is_empty() {
-            status.events += heard.events.len() as u64;
-            status.events_ever += heard.events.len() as u64;
-            status.last_event_at = arrived;
-        }
-        for DeliveredEvent { number, created_at } in heard.events {
-            if let Some(number) = number
-                && self.latencies.len() < SAMPLES
-            {
-                // An event that the reconcile delivered first is early.
-                self.latencies.push(arrived.saturating_sub(self.since + number) as u32);
+            StreamItem::Heartbeat => {
+                status.heartbeats += usize::from(!std::mem::replace(&mut stream.heartbeats, true));
             }
-            if let Some(created_at) = created_at
-                && self.delays.len() < SAMPLES
-            {
-                let delay = u32::try_from(wall - created_at).unwrap_or_default();
-                stream.longest_delay = stream.longest_delay.max(delay);
-                self.delays.push(delay);
+            StreamItem::Resync => report.resyncs += 1,
+            StreamItem::Goodbye(reason) => stream.goodbye = Some(reason),
+            StreamItem::End => {}
+            StreamItem::Fault(fault) => {
+                let fault = format!("stream of {}: {fault}", stream.viewer.user);
+                self.fault(fault);
             }
         }
-        for status in heard.statuses {
-            *self.statuses.entry(status).or_default() += 1;
-        }
-        self.resyncs += heard.resyncs;
-        let user = stream.viewer.user;
-        heard.faults.into_iter().for_each(|fault| self.fault(format!("stream of {user}: {fault}")));
     }
 
+    /// For the reason of its goodbye, if it got one.
     fn end(&mut self, index: usize, reason: &str) {
         let Some(connection) = self.streams[index].connection.take() else { return };
         if connection.ready {
@@ -346,10 +304,11 @@ impl Holder {
         } else {
             self.status.opening -= 1;
         }
-        *self.status.ended.entry(reason.to_owned()).or_default() += 1;
+        let reason = self.streams[index].goodbye.take().unwrap_or_else(|| reason.to_owned());
+        *self.status.ended.entry(reason).or_default() += 1;
         // A rejected stream has been away since its last end.
         self.streams[index].ended_at.get_or_insert_with(now);
-        self.ended_at.push(now());
+        self.report.ended_at.push(now());
         self.come_back(index);
     }
 
@@ -361,35 +320,8 @@ impl Holder {
     }
 
     fn fault(&mut self, fault: String) {
-        self.faults += 1;
-        self.first_fault.get_or_insert(fault);
-    }
-}
-
-#[derive(Default)]
-struct Heard {
-    statuses: Vec<u16>,
-    ready: bool,
-    events: Vec<DeliveredEvent>,
-    heartbeats: bool,
-    resyncs: u64,
-    goodbye: Option<String>,
-    body_ended: bool,
-    faults: Vec<String>,
-}
-
-impl Heard {
-    fn take(&mut self, said: StreamItem) {
-        match said {
-            StreamItem::Status(status) => self.statuses.push(status),
-            StreamItem::Ready => self.ready = true,
-            StreamItem::Event(event) => self.events.push(event),
-            StreamItem::Heartbeat => self.heartbeats = true,
-            StreamItem::Resync => self.resyncs += 1,
-            StreamItem::Goodbye(reason) => self.goodbye = Some(reason),
-            StreamItem::End => self.body_ended = true,
-            StreamItem::Fault(fault) => self.faults.push(fault),
-        }
+        self.report.faults += 1;
+        self.report.first_fault.get_or_insert(fault);
     }
 }
 

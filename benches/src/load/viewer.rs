@@ -5,7 +5,7 @@ use std::hash::{DefaultHasher, Hash, Hasher};
 use chrono::DateTime;
 use protocol::{event::kind, position::Position};
 
-use super::chunks::ChunkReader;
+use crate::http;
 
 const LONGEST: usize = 64 * 1024;
 const DEFAULT_RETRY_MILLIS: u32 = 3_000;
@@ -49,20 +49,21 @@ pub fn digest(before: u64, seq: u64, kind: &str, payload: &str) -> u64 {
 }
 
 #[derive(Debug, Default)]
-pub struct Reader {
+pub struct StreamReader {
     rest: Vec<u8>,
-    headers_read: bool,
-    body: Body,
+    /// `None`: the head is not complete.
+    body: Option<Body>,
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 enum Body {
     /// Until the connection closes, as in HTTP/1.0.
-    #[default]
     Open,
-    Chunked(ChunkReader),
+    /// The beginning of the next chunk.
+    Chunked(Vec<u8>),
     /// Bytes still to come: the proxy's own answer.
     Known(usize),
+    Over,
 }
 
 impl Ledger {
@@ -71,58 +72,52 @@ impl Ledger {
     }
 }
 
-impl Reader {
+impl StreamReader {
     pub fn read(&mut self, bytes: &[u8], ledger: &mut Ledger, mut say: impl FnMut(StreamItem)) {
-        if self.headers_read {
-            self.read_body(bytes, ledger, &mut say);
-        } else {
-            self.rest.extend_from_slice(bytes);
-            let Some(end) = find(&self.rest, b"\r\n\r\n") else { return self.limit(&mut say) };
-            let all = std::mem::take(&mut self.rest);
-            self.headers_read = true;
-            self.read_head(&String::from_utf8_lossy(&all[..end]), &mut say);
-            self.read_body(&all[end + 4..], ledger, &mut say);
+        if self.body.is_some() {
+            return self.read_body(bytes, ledger, &mut say);
         }
-    }
-
-    fn read_head(&mut self, head: &str, say: &mut impl FnMut(StreamItem)) {
-        let mut lines = head.split("\r\n");
-        let status = lines.next().unwrap_or_default();
-        say(StreamItem::Status(
-            status.split(' ').nth(1).and_then(|code| code.parse().ok()).unwrap_or_default(),
-        ));
-        if !status.starts_with("HTTP/1.1 200 ") {
-            say(StreamItem::Fault(format!("answered {status}")));
+        self.rest.extend_from_slice(bytes);
+        let (head, size) = match http::parse_head(&self.rest) {
+            Ok(Some(found)) => found,
+            Ok(None) => return self.limit(&mut say),
+            Err(error) => return say(StreamItem::Fault(format!("{error:#}"))),
+        };
+        say(StreamItem::Status(head.status));
+        if head.status != 200 {
+            say(StreamItem::Fault(format!("answered {}", head.status)));
         }
-        for line in lines.map(str::to_ascii_lowercase) {
-            if line == "transfer-encoding: chunked" {
-                self.body = Body::Chunked(ChunkReader::default());
-            } else if let Some(length) = line.strip_prefix("content-length: ") {
-                self.body = Body::Known(length.parse().unwrap_or_default());
-            }
-        }
+        self.body = Some(match head.length {
+            _ if head.chunked => Body::Chunked(Vec::new()),
+            Some(length) => Body::Known(length),
+            None => Body::Open,
+        });
+        let all = std::mem::take(&mut self.rest);
+        self.read_body(&all[size..], ledger, &mut say);
     }
 
     fn read_body(&mut self, bytes: &[u8], ledger: &mut Ledger, say: &mut impl FnMut(StreamItem)) {
         let mut unpacked = Vec::new();
         let (bytes, over) = match &mut self.body {
-            Body::Open => (bytes, Ok(false)),
-            Body::Chunked(chunks) => {
-                let over = chunks.read(bytes, &mut unpacked);
+            None | Some(Body::Over) => return,
+            Some(Body::Open) => (bytes, Ok(false)),
+            Some(Body::Chunked(rest)) => {
+                rest.extend_from_slice(bytes);
+                let over = take_chunks(rest, &mut unpacked);
                 (&unpacked[..], over)
             }
-            Body::Known(left) => {
-                let before = *left;
-                *left = before.saturating_sub(bytes.len());
-                (bytes, Ok(before > 0 && *left == 0))
+            Some(Body::Known(left)) => {
+                *left = left.saturating_sub(bytes.len());
+                (bytes, Ok(*left == 0))
             }
         };
         self.read_blocks(bytes, ledger, say);
         match over {
-            Ok(false) => {}
+            Ok(false) => return,
             Ok(true) => say(StreamItem::End),
             Err(fault) => say(StreamItem::Fault(fault.into())),
         }
+        self.body = Some(Body::Over);
     }
 
     fn read_blocks(&mut self, bytes: &[u8], ledger: &mut Ledger, say: &mut impl FnMut(StreamItem)) {
@@ -147,6 +142,26 @@ impl Reader {
             say(StreamItem::Fault("a block without an end".into()));
         }
     }
+}
+
+/// Moves the contents of all complete chunks to `body`. `true`: the last one was among them.
+fn take_chunks(bytes: &mut Vec<u8>, body: &mut Vec<u8>) -> Result<bool, &'static str> {
+    const BROKEN: &str = "a body whose chunks are broken";
+    while let httparse::Status::Complete((start, size)) =
+        httparse::parse_chunk_size(bytes).map_err(|_| BROKEN)?
+    {
+        let size = usize::try_from(size).ok().filter(|size| *size <= LONGEST).ok_or(BROKEN)?;
+        let Some(end) = bytes.get(start + size..start + size + 2) else { return Ok(false) };
+        if end != b"\r\n" {
+            return Err(BROKEN);
+        }
+        body.extend_from_slice(&bytes[start..start + size]);
+        bytes.drain(..start + size + 2);
+        if size == 0 {
+            return Ok(true);
+        }
+    }
+    Ok(false)
 }
 
 /// Returns the number of complete bytes. A comment, or a `retry` before a block, takes effect with its line.
@@ -183,21 +198,19 @@ impl Ledger {
                 _ => return Some(StreamItem::Fault(format!("a line of no known form: {line:?}"))),
             }
         }
-        let cursor = match id.map(str::parse::<Position>) {
-            Some(Err(_)) => return Some(StreamItem::Fault(format!("an id that is no cursor: {id:?}"))),
-            Some(Ok(cursor)) => Some(cursor),
-            None => None,
+        let Ok(cursor) = id.map(str::parse::<Position>).transpose() else {
+            return Some(StreamItem::Fault(format!("an id that is no cursor: {id:?}")));
         };
         match (name, cursor) {
             (Some("ready"), None) => Some(StreamItem::Ready), // A resync follows.
             (Some("ready"), Some(cursor)) => {
-                let came_back_elsewhere = self.position.is_some_and(|position| position != cursor);
-                let fault =
-                    || StreamItem::Fault(format!("was at {:?}, and is ready at {cursor}", self.position));
-                let said = if came_back_elsewhere { fault() } else { StreamItem::Ready };
-                self.position = Some(cursor);
                 self.began.get_or_insert(cursor);
-                Some(said)
+                Some(match self.position.replace(cursor) {
+                    Some(before) if before != cursor => {
+                        StreamItem::Fault(format!("was at {before}, and is ready at {cursor}"))
+                    }
+                    _ => StreamItem::Ready,
+                })
             }
             (Some("resync"), Some(cursor)) => {
                 self.position = Some(cursor);
@@ -208,19 +221,14 @@ impl Ledger {
                 Some(StreamItem::Goodbye(reason.to_owned()))
             }
             (name, Some(cursor)) => {
-                let follows = self
-                    .position
-                    .is_some_and(|position| position.epoch == cursor.epoch && position.seq + 1 == cursor.seq);
-                let fault = || StreamItem::Fault(format!("{cursor} came after {:?}", self.position));
-                let number = if name.is_none() { number_in_text(data) } else { None };
-                let said = if follows {
-                    StreamItem::Event(DeliveredEvent { number, created_at: created_at(data) })
-                } else {
-                    fault()
-                };
-                self.position = Some(cursor);
                 self.digest = digest(self.digest, cursor.seq, name.unwrap_or(kind::MESSAGE), data);
-                Some(said)
+                let number = if name.is_none() { number_in_text(data) } else { None };
+                Some(match self.position.replace(cursor) {
+                    Some(before) if before.epoch == cursor.epoch && before.seq + 1 == cursor.seq => {
+                        StreamItem::Event(DeliveredEvent { number, created_at: created_at(data) })
+                    }
+                    before => StreamItem::Fault(format!("{cursor} came after {before:?}")),
+                })
             }
             (Some(name), None) => Some(StreamItem::Fault(format!("{name} without an id"))),
             (None, None) => comment.then_some(StreamItem::Heartbeat),
@@ -269,15 +277,19 @@ mod tests {
         format!("event: ready\ndata: {{}}\nid: {}\n\n", id(seq))
     }
 
+    fn event(number: Option<u64>) -> StreamItem {
+        StreamItem::Event(DeliveredEvent { number, created_at: None })
+    }
+
     /// Reads whole and byte by byte, with the same result.
     fn read(ledger: &mut Ledger, text: &str) -> Vec<StreamItem> {
         let (mut whole, mut pieces) = (Vec::new(), Vec::new());
         let mut copy = ledger.clone();
-        let mut reader = Reader::default();
+        let mut reader = StreamReader::default();
         for byte in text.bytes() {
             reader.read(&[byte], &mut copy, |said| pieces.push(said));
         }
-        Reader::default().read(text.as_bytes(), ledger, |said| whole.push(said));
+        StreamReader::default().read(text.as_bytes(), ledger, |said| whole.push(said));
         assert_eq!(whole, pieces);
         assert_eq!((ledger.position, ledger.digest), (copy.position, copy.digest));
         assert_eq!(whole.remove(0), StreamItem::Status(if text.contains(" 401 ") { 401 } else { 200 }));
@@ -296,12 +308,8 @@ mod tests {
             message(6, "hello"),
         );
         let said = read(&mut ledger, &text);
-        let event = |number| StreamItem::Event(DeliveredEvent { number, created_at: None });
-        let heartbeat = || StreamItem::Heartbeat;
-        assert_eq!(
-            said,
-            [heartbeat(), StreamItem::Ready, event(Some(17)), heartbeat(), event(None), event(None)]
-        );
+        use StreamItem::{Heartbeat, Ready};
+        assert_eq!(said, [Heartbeat, Ready, event(Some(17)), Heartbeat, event(None), event(None)]);
         assert_eq!((ledger.retry_millis(), ledger.position.map(|position| position.seq)), (2_500, Some(6)));
     }
 
@@ -347,14 +355,7 @@ mod tests {
         let head = "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n";
         let chunk = |part: &str| format!("{:x}\r\n{part}\r\n", part.len());
         let said = read(&mut ledger, &format!("{head}{}{}0\r\n\r\n", chunk(first), chunk(second)));
-        assert_eq!(
-            said,
-            [
-                StreamItem::Ready,
-                StreamItem::Event(DeliveredEvent { number: Some(17), created_at: None }),
-                StreamItem::End
-            ]
-        );
+        assert_eq!(said, [StreamItem::Ready, event(Some(17)), StreamItem::End]);
         let alone = "HTTP/1.1 200 OK\r\nContent-Length: 13\r\n\r\nretry: 3000\n\n";
         assert_eq!(read(&mut ledger, alone), [StreamItem::End]);
         assert_eq!(ledger.retry_millis(), 3_000);

@@ -4,12 +4,11 @@
 use std::time::Duration;
 
 use anyhow::Context as _;
-use testkit::{service::Service, user::User};
 
-use super::{Costs, PATIENCE, Sizes, check_ledgers, open_streams, print_complaints};
+use super::{GatewayUnderLoad, PATIENCE, Sizes};
 use crate::{
     fixtures::{self, Bench},
-    load::{Order, StreamLoad},
+    load::{Order, Status},
     report::{Percentiles, count, figure, heading, progress},
     source::{Commits, EventLoad, PublishReport},
 };
@@ -25,81 +24,65 @@ pub async fn run(sizes: &Sizes) -> anyhow::Result<()> {
     let api = world.api().ready().await;
 
     let gateway = world.gateway(api.internal()).ready().await;
-    let mut streams = open_streams(&world, &gateway, &users, sizes).await?;
-    let scene = FanoutRun { world: &world, users: &users, api: &api, gateway: &gateway };
-    scene.warm_up(&mut streams, sizes).await?;
+    let mut load = GatewayUnderLoad::open(&world, &users, &api, gateway, sizes)?;
+    load.warm_up(sizes).await?;
     heading(format_args!(
         "  {}/s for {:?} over {} streams, everything as shipped; events are committed moments before they are published",
         count(sizes.fanout_rate.into()),
         sizes.fanout_length,
         count(users.len() as u64),
     ));
-    scene.step(&mut streams, sizes.fanout_rate, sizes.fanout_length, Commits::Meanwhile).await?;
-    print_complaints(&[&api, &gateway]);
-    drop((streams, gateway));
+    load.step(sizes.fanout_rate, sizes.fanout_length, Commits::Meanwhile).await?;
+    load.print_complaints();
+    drop(load);
 
     let gateway = world.gateway(api.internal()).env("RECONCILE_SECONDS", NO_RECONCILE).ready().await;
-    let mut streams = open_streams(&world, &gateway, &users, sizes).await?;
-    let scene = FanoutRun { world: &world, users: &users, api: &api, gateway: &gateway };
-    scene.warm_up(&mut streams, sizes).await?;
+    let mut load = GatewayUnderLoad::open(&world, &users, &api, gateway, sizes)?;
+    load.warm_up(sizes).await?;
     for &rate in &sizes.ceiling_rates {
+        let (length, rate_text) = (sizes.ceiling_length, count(rate.into()));
         heading(format_args!(
-            "  {}/s for {:?}; all events committed before, no reconcile meanwhile",
-            count(rate.into()),
-            sizes.ceiling_length
+            "  {rate_text}/s for {length:?}; all events committed before, no reconcile meanwhile"
         ));
-        if !scene.step(&mut streams, rate, sizes.ceiling_length, Commits::Before).await? {
-            figure("the ceiling", format_args!("below {}/s", count(rate.into())));
+        if !load.step(rate, length, Commits::Before).await? {
+            figure("the ceiling", format_args!("below {rate_text}/s"));
             break;
         }
     }
-    print_complaints(&[&api, &gateway]);
+    load.print_complaints();
     Ok(())
 }
 
-struct FanoutRun<'a> {
-    world: &'a Bench,
-    users: &'a [User],
-    api: &'a Service,
-    gateway: &'a Service,
-}
-
-impl FanoutRun<'_> {
-    async fn warm_up(&self, streams: &mut StreamLoad, sizes: &Sizes) -> anyhow::Result<()> {
+impl GatewayUnderLoad<'_> {
+    async fn warm_up(&mut self, sizes: &Sizes) -> anyhow::Result<()> {
         progress("warming up");
         let mut source = EventLoad::new(self.world, self.users).await?;
         let warm_up = Duration::from_secs(1);
         let published = source.steady(sizes.fanout_rate, warm_up, Commits::Meanwhile, |_| Ok(())).await?;
-        let arrived = |status: &crate::load::Status| status.events >= published.events;
-        streams.until("the first events arrive", PATIENCE, arrived)?;
+        let enough = |status: &Status| status.events >= published.events;
+        self.streams.until("the first events arrive", PATIENCE, enough)?;
         Ok(())
     }
 
     /// `false`: the rate was too much.
-    async fn step(
-        &self,
-        streams: &mut StreamLoad,
-        rate: u32,
-        length: Duration,
-        commits: Commits,
-    ) -> anyhow::Result<bool> {
+    async fn step(&mut self, rate: u32, length: Duration, commits: Commits) -> anyhow::Result<bool> {
         let mut source = EventLoad::new(self.world, self.users).await?;
         let mut at_start = None;
         let detours = self.detours().await;
         let published = source
             .steady(rate, length, commits, |since| {
-                streams.order(&Order::Measure { since })?;
-                at_start = Some((since, self.costs(streams)?));
+                self.streams.order(&Order::Measure { since })?;
+                at_start = Some((since, self.costs()?));
                 Ok(())
             })
             .await?;
         let (since, costs) = at_start.context("the source begins")?;
         let PublishReport { events, latest, heard } = published;
-        let status = streams.until("all events arrive", PATIENCE, |status| status.events >= events)?;
-        let costs = self.costs(streams)?.since(&costs);
+        let status = self.streams.until("all events arrive", PATIENCE, |status| status.events >= events)?;
+        let costs = self.costs()?.since(&costs);
         let detours = self.detours().await - detours;
-        let latency = Percentiles::of(streams.report()?.latencies);
-        check_ledgers(self.world, streams, self.users).await?;
+        let latency = Percentiles::of(self.streams.report()?.latencies);
+        self.check_ledgers().await?;
 
         let took = (status.last_event_at - since) as f64 / 1e6;
         let delivered = events as f64 / took;
@@ -114,19 +97,9 @@ impl FanoutRun<'_> {
             format_args!("{detours} events; Redis had {heard} receivers"),
         );
         costs.say();
-        figure(
-            "CPU seconds per 100k deliveries",
-            format_args!(
-                "gateway {:.2}, Redis {:.2}",
-                costs.gateway.per(1e5, events),
-                costs.redis.per(1e5, events)
-            ),
-        );
+        let [gateway, redis] = [costs.gateway, costs.redis].map(|cpu| cpu.per(1e5, events));
+        figure("CPU seconds per 100k deliveries", format_args!("gateway {gateway:.2}, Redis {redis:.2}"));
         Ok(latency.p99 < TOO_LATE_MICROS && delivered > 0.95 * f64::from(rate))
-    }
-
-    fn costs(&self, streams: &StreamLoad) -> anyhow::Result<Costs> {
-        Costs::now(self.world, self.api, Some(self.gateway), Some(streams))
     }
 
     async fn detours(&self) -> f64 {

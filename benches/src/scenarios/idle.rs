@@ -4,7 +4,7 @@ use std::thread::sleep;
 
 use testkit::usage::Memory;
 
-use super::{Costs, PATIENCE, Sizes, check_ledgers, open_streams, print_complaints};
+use super::{GatewayUnderLoad, PATIENCE, Sizes};
 use crate::{
     clock::now,
     fixtures::{self, Bench},
@@ -30,9 +30,9 @@ pub async fn run(sizes: &Sizes) -> anyhow::Result<()> {
     figure("PSS before", format_args!("{}; RSS {}", megabytes(before.pss), megabytes(before.rss)));
 
     let cpu = gateway.cpu()?;
-    let mut streams = open_streams(&world, &gateway, &users, sizes).await?;
-    let opening = gateway.cpu()? - cpu;
-    let opened = gateway.memory()?;
+    let mut load = GatewayUnderLoad::open(&world, &users, &api, gateway, sizes)?;
+    let opening = load.gateway.cpu()? - cpu;
+    let opened = load.gateway.memory()?;
     figure(format_args!("PSS with {} streams", count(sizes.streams as u64)), each(opened));
     figure(
         "CPU of the gateway to open a stream",
@@ -41,30 +41,30 @@ pub async fn run(sizes: &Sizes) -> anyhow::Result<()> {
 
     progress("one event to each");
     EventLoad::new(&world, &users).await?.one_each().await?;
-    streams.until("all have the event", PATIENCE, |status| status.events >= users.len() as u64)?;
-    figure("PSS after an event to each", each(gateway.memory()?));
+    load.streams.until("all have the event", PATIENCE, |status| status.events >= users.len() as u64)?;
+    figure("PSS after an event to each", each(load.gateway.memory()?));
 
     progress("a round of heartbeats");
-    streams.order(&Order::Measure { since: now() })?;
-    streams.until("all have a heartbeat", PATIENCE, |status| status.heartbeats == users.len())?;
-    let heartbeats = gateway.memory()?;
+    load.streams.order(&Order::Measure { since: now() })?;
+    load.streams.until("all have a heartbeat", PATIENCE, |status| status.heartbeats == users.len())?;
+    let heartbeats = load.gateway.memory()?;
     figure("PSS after a round of heartbeats", each(heartbeats));
 
     progress(format_args!("idling for {:?}", sizes.idling));
-    let costs = Costs::now(&world, &api, Some(&gateway), Some(&streams))?;
+    let costs = load.costs()?;
     sleep(sizes.idling);
-    let idle = Costs::now(&world, &api, Some(&gateway), Some(&streams))?.since(&costs);
-    let after = gateway.memory()?;
+    let idle = load.costs()?.since(&costs);
+    let after = load.gateway.memory()?;
     figure(format_args!("PSS after idling for {:?}", sizes.idling), each(after));
     idle.say();
 
-    let status = streams.status()?;
+    let status = load.streams.status()?;
     anyhow::ensure!(status.ended.is_empty(), "streams ended: {:?}", status.ended);
-    check_ledgers(&world, &mut streams, &users).await?;
+    load.check_ledgers().await?;
     let most = [opened, heartbeats, after].map(|memory| memory.pss).into_iter().max().unwrap_or_default();
     let bytes = most.saturating_sub(before.pss) as f64 / sizes.streams as f64;
     let verdict = if bytes <= ALLOWED { "kept" } else { "NOT KEPT" };
     figure("at most 1.5 KB a stream", format_args!("{verdict}: {bytes:.0} bytes at the most"));
-    print_complaints(&[&api, &gateway]);
+    load.print_complaints();
     Ok(())
 }

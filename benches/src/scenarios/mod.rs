@@ -6,7 +6,7 @@ mod idle;
 mod post;
 mod storm;
 
-use std::{collections::BTreeMap, time::Duration};
+use std::{collections::BTreeMap, net::SocketAddr, time::Duration};
 
 use clap::ValueEnum;
 use testkit::{service::Service, usage::Cpu, user::User};
@@ -52,48 +52,32 @@ pub struct Sizes {
     pub pace: deploy::Pace,
 }
 
-impl Sizes {
-    pub fn full(streams: usize) -> Self {
-        Self {
-            streams,
-            opened_per_second: 1_500,
-            heartbeat: Duration::from_secs(15),
-            idling: Duration::from_mins(1),
-            fanout_rate: 5_000,
-            fanout_length: Duration::from_secs(10),
-            ceiling_rates: vec![10_000, 20_000, 40_000, 50_000, 60_000, 80_000, 100_000, 120_000],
-            ceiling_length: Duration::from_secs(5),
-            post_pairs: 2_000,
-            post_clients: vec![1, 8, 32, 64],
-            post_length: Duration::from_secs(10),
-            screen_rate: 500,
-            screen_length: Duration::from_secs(20),
-            pace: deploy::Pace::full(),
-        }
-    }
+const CEILING_RATES: [u32; 8] = [10_000, 20_000, 40_000, 50_000, 60_000, 80_000, 100_000, 120_000];
 
-    pub fn quick(streams: usize) -> Self {
+impl Sizes {
+    pub fn new(quick: bool, streams: usize) -> Self {
         Self {
             streams,
-            opened_per_second: 500,
-            heartbeat: Duration::from_secs(1),
-            idling: Duration::from_secs(2),
-            fanout_rate: 500,
-            fanout_length: Duration::from_secs(2),
-            ceiling_rates: vec![1_000],
-            ceiling_length: Duration::from_secs(1),
-            post_pairs: 50,
-            post_clients: vec![1, 4],
-            post_length: Duration::from_secs(1),
-            screen_rate: 50,
-            screen_length: Duration::from_secs(2),
-            pace: deploy::Pace::quick(),
+            opened_per_second: if quick { 500 } else { 1_500 },
+            heartbeat: Duration::from_secs(if quick { 1 } else { 15 }),
+            idling: Duration::from_secs(if quick { 2 } else { 60 }),
+            fanout_rate: if quick { 500 } else { 5_000 },
+            fanout_length: Duration::from_secs(if quick { 2 } else { 10 }),
+            ceiling_rates: if quick { vec![1_000] } else { CEILING_RATES.into() },
+            ceiling_length: Duration::from_secs(if quick { 1 } else { 5 }),
+            post_pairs: if quick { 50 } else { 2_000 },
+            post_clients: if quick { vec![1, 4] } else { vec![1, 8, 32, 64] },
+            post_length: Duration::from_secs(if quick { 1 } else { 10 }),
+            screen_rate: if quick { 50 } else { 500 },
+            screen_length: Duration::from_secs(if quick { 2 } else { 20 }),
+            pace: deploy::Pace::new(quick),
         }
     }
 }
 
 pub async fn run(scenario: Scenario, sizes: &Sizes) -> anyhow::Result<()> {
-    heading(format_args!("{} — load average {}", scenario.name(), machine::load_average()));
+    let name = scenario.to_possible_value().expect("no scenario is skipped");
+    heading(format_args!("{} — load average {}", name.get_name(), machine::load_average()));
     match scenario {
         Scenario::Idle => idle::run(sizes).await,
         Scenario::Fanout => fanout::run(sizes).await,
@@ -103,38 +87,56 @@ pub async fn run(scenario: Scenario, sizes: &Sizes) -> anyhow::Result<()> {
     }
 }
 
-impl Scenario {
-    fn name(self) -> &'static str {
-        match self {
-            Self::Idle => "idle",
-            Self::Fanout => "fanout",
-            Self::Post => "post",
-            Self::Storm => "storm",
-            Self::Deploy => "deploy",
-        }
+const PATIENCE: Duration = Duration::from_mins(1);
+
+/// One gateway, and a stream for each user.
+struct GatewayUnderLoad<'a> {
+    streams: StreamLoad,
+    gateway: Service,
+    world: &'a Bench,
+    users: &'a [User],
+    api: &'a Service,
+}
+
+impl<'a> GatewayUnderLoad<'a> {
+    fn open(
+        world: &'a Bench,
+        users: &'a [User],
+        api: &'a Service,
+        gateway: Service,
+        sizes: &Sizes,
+    ) -> anyhow::Result<Self> {
+        let mut streams = StreamLoad::start()?;
+        open_streams(&mut streams, world, gateway.public(), users, sizes)?;
+        streams.order(&Order::Measure { since: now() })?;
+        Ok(Self { streams, gateway, world, users, api })
+    }
+
+    fn costs(&self) -> anyhow::Result<Costs> {
+        Costs::now(self.world, self.api, Some((&self.gateway, &self.streams)))
+    }
+
+    async fn check_ledgers(&mut self) -> anyhow::Result<()> {
+        check(&self.streams.report()?, &fixtures::heads(self.world, self.users).await?)
+    }
+
+    fn print_complaints(&self) {
+        print_complaints([self.api, &self.gateway]);
     }
 }
 
-const PATIENCE: Duration = Duration::from_mins(1);
-
-async fn open_streams(
+fn open_streams(
+    streams: &mut StreamLoad,
     world: &Bench,
-    gateway: &Service,
+    gateway: SocketAddr,
     users: &[User],
     sizes: &Sizes,
-) -> anyhow::Result<StreamLoad> {
+) -> anyhow::Result<()> {
     progress(format_args!("opening {} streams", users.len()));
     let viewers = fixtures::viewers_file(world, users)?;
-    let mut streams = StreamLoad::start()?;
-    let per_second = sizes.opened_per_second;
-    streams.order(&Order::Open { gateway: gateway.public(), viewers, per_second })?;
+    streams.order(&Order::Open { gateway, viewers, per_second: sizes.opened_per_second })?;
     streams.until("all streams are ready", PATIENCE, |status| status.ready == users.len())?;
-    streams.order(&Order::Measure { since: now() })?;
-    Ok(streams)
-}
-
-async fn check_ledgers(world: &Bench, streams: &mut StreamLoad, users: &[User]) -> anyhow::Result<()> {
-    check(&streams.report()?, &fixtures::heads(world, users).await?)
+    Ok(())
 }
 
 struct Costs {
@@ -146,21 +148,17 @@ struct Costs {
 }
 
 impl Costs {
-    fn now(
-        world: &Bench,
-        api: &Service,
-        gateway: Option<&Service>,
-        streams: Option<&StreamLoad>,
-    ) -> anyhow::Result<Self> {
-        let none = Cpu(Duration::ZERO);
-        let own = Cpu::of(std::process::id())?;
-        let streams = streams.map_or(Ok(none), StreamLoad::cpu)?;
+    fn now(world: &Bench, api: &Service, streaming: Option<(&Service, &StreamLoad)>) -> anyhow::Result<Self> {
+        let (gateway, streams) = match streaming {
+            Some((gateway, streams)) => (gateway.cpu()?, streams.cpu()?),
+            None => (Cpu(Duration::ZERO), Cpu(Duration::ZERO)),
+        };
         Ok(Self {
-            gateway: gateway.map_or(Ok(none), Service::cpu)?,
+            gateway,
             api: api.cpu()?,
             postgres: world.postgres_cpu()?,
             redis: world.redis_cpu()?,
-            load: Cpu(own.0 + streams.0),
+            load: Cpu(Cpu::of(std::process::id())?.0 + streams.0),
         })
     }
 
@@ -184,9 +182,9 @@ impl Costs {
 }
 
 /// Warnings and errors do not invalidate a figure, but its reader should know.
-fn print_complaints(services: &[&Service]) {
+fn print_complaints<'a>(services: impl IntoIterator<Item = &'a Service>) {
     let mut times = BTreeMap::<String, usize>::new();
-    for complaint in services.iter().flat_map(|service| service.log().complaints()) {
+    for complaint in services.into_iter().flat_map(|service| service.log().complaints()) {
         *times.entry(complaint).or_default() += 1;
     }
     for (complaint, times) in times {

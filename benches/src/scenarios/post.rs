@@ -5,16 +5,14 @@ use std::time::Duration;
 
 use testkit::usage::Cpu;
 
-use super::{Costs, PATIENCE, Sizes, check_ledgers, open_streams, print_complaints};
+use super::{Costs, GatewayUnderLoad, PATIENCE, Sizes};
 use crate::{
-    clock::{micros, now},
+    clock,
     fixtures::{self, Bench},
     load::{Order, Posting, Posts},
-    report,
-    report::{Percentiles, count, figure, heading},
+    report::{Percentiles, count, figure, heading, progress},
 };
 
-const HEAD_START: Duration = Duration::from_millis(500);
 /// Clients that share a fixed rate: enough that none waits for its previous answer.
 const SCREEN_CLIENTS: usize = 32;
 
@@ -32,43 +30,37 @@ pub async fn run(sizes: &Sizes) -> anyhow::Result<()> {
         Posting::start(&Posts { api, senders, clients, length, per_second, insist: false, begin })?.finish()
     };
 
-    report::progress("warming up");
-    let mut stored = post(4, Duration::from_secs(1), None, now() + micros(HEAD_START))?.accepted;
+    progress("warming up");
+    let mut stored = post(4, Duration::from_secs(1), None, clock::soon())?.accepted;
     for &clients in &sizes.post_clients {
-        let costs = Costs::now(&world, &api, None, None)?;
-        let posted = post(clients, sizes.post_length, None, now() + micros(HEAD_START))?;
-        let mut costs = Costs::now(&world, &api, None, None)?.since(&costs);
+        let costs = Costs::now(&world, &api, None)?;
+        let posted = post(clients, sizes.post_length, None, clock::soon())?;
+        let mut costs = Costs::now(&world, &api, None)?.since(&costs);
         costs.load = Cpu(costs.load.0 + Duration::from_secs_f64(posted.cpu_seconds));
         let per_second = posted.accepted as f64 / (posted.took as f64 / 1e6);
         heading(format_args!("  POST by {clients} clients for {:?}", sizes.post_length));
         figure("messages a second", format_args!("{per_second:.0} ({} messages)", count(posted.accepted)));
         figure("from request to answer", Percentiles::of(posted.latencies));
         costs.say();
-        figure(
-            "CPU ms per message",
-            format_args!(
-                "api {:.2}, Postgres {:.2}",
-                costs.api.per(1e3, posted.accepted),
-                costs.postgres.per(1e3, posted.accepted)
-            ),
-        );
+        let [api, postgres] = [costs.api, costs.postgres].map(|cpu| cpu.per(1e3, posted.accepted));
+        figure("CPU ms per message", format_args!("api {api:.2}, Postgres {postgres:.2}"));
         stored += posted.accepted;
         anyhow::ensure!(messages(&world).await? == stored, "answered 201: {stored}; in Postgres are others");
     }
 
     let gateway = world.gateway(api.internal()).ready().await;
-    let mut streams = open_streams(&world, &gateway, &users, sizes).await?;
-    let begin = now() + micros(HEAD_START);
-    streams.order(&Order::Measure { since: begin })?;
-    let costs = Costs::now(&world, &api, Some(&gateway), Some(&streams))?;
+    let mut load = GatewayUnderLoad::open(&world, &users, &api, gateway, sizes)?;
+    let begin = clock::soon();
+    load.streams.order(&Order::Measure { since: begin })?;
+    let costs = load.costs()?;
     let posted =
         post(SCREEN_CLIENTS.min(sizes.post_pairs), sizes.screen_length, Some(sizes.screen_rate), begin)?;
     let status =
-        streams.until("all events arrive", PATIENCE, |status| status.events >= 2 * posted.accepted)?;
-    let mut costs = Costs::now(&world, &api, Some(&gateway), Some(&streams))?.since(&costs);
+        load.streams.until("all events arrive", PATIENCE, |status| status.events >= 2 * posted.accepted)?;
+    let mut costs = load.costs()?.since(&costs);
     costs.load = Cpu(costs.load.0 + Duration::from_secs_f64(posted.cpu_seconds));
-    let screens = Percentiles::of(streams.report()?.latencies);
-    check_ledgers(&world, &mut streams, &users).await?;
+    let screens = Percentiles::of(load.streams.report()?.latencies);
+    load.check_ledgers().await?;
     anyhow::ensure!(status.events == 2 * posted.accepted, "two events for each message: {status:?}");
     heading(format_args!(
         "  from POST to the other's screen, {}/s for {:?}, {} streams, everything as shipped",
@@ -80,7 +72,7 @@ pub async fn run(sizes: &Sizes) -> anyhow::Result<()> {
     figure("from due to the 201", Percentiles::of(posted.latencies));
     figure("from due to the other's screen", screens);
     costs.say();
-    print_complaints(&[&api, &gateway]);
+    load.print_complaints();
     Ok(())
 }
 

@@ -13,15 +13,14 @@ use sqlx::Row as _;
 use tokio::time::sleep;
 
 use self::site::Deployment;
-use super::{PATIENCE, Sizes, check_ledgers, print_complaints};
+use super::{PATIENCE, Sizes, open_streams, print_complaints};
 use crate::{
-    clock::{micros, now},
+    clock::{self, HEAD_START},
     fixtures::{self, Bench},
-    load::{Order, Posting, Posts, Report, digest},
-    report::{count, figure, heading, progress},
+    load::{Order, Posting, Posts, Report, check, digest},
+    report::{count, figure, heading},
 };
 
-const HEAD_START: Duration = Duration::from_millis(500);
 /// Clients that share the rate: one that waits for a killed api delays few others.
 const SENDERS: usize = 64;
 
@@ -40,29 +39,16 @@ pub struct Pace {
 }
 
 impl Pace {
-    pub fn full() -> Self {
+    pub fn new(quick: bool) -> Self {
         Self {
-            messages_per_second: 300,
-            calm: Duration::from_secs(30),
-            drain_wait: Duration::from_secs(10),
-            drain_window: Duration::from_secs(30),
-            api_wait: Duration::from_secs(10),
-            down: Duration::from_secs(3),
-            pause: Duration::from_secs(10),
-            keeps_to_rates: true,
-        }
-    }
-
-    pub fn quick() -> Self {
-        Self {
-            messages_per_second: 100,
-            calm: Duration::from_secs(1),
-            drain_wait: Duration::from_secs(0),
-            drain_window: Duration::from_secs(1),
-            api_wait: Duration::from_secs(0),
-            down: Duration::from_millis(300),
-            pause: Duration::from_millis(300),
-            keeps_to_rates: false,
+            messages_per_second: if quick { 100 } else { 300 },
+            calm: Duration::from_secs(if quick { 1 } else { 30 }),
+            drain_wait: Duration::from_secs(if quick { 0 } else { 10 }),
+            drain_window: Duration::from_secs(if quick { 1 } else { 30 }),
+            api_wait: Duration::from_secs(if quick { 0 } else { 10 }),
+            down: Duration::from_millis(if quick { 300 } else { 3_000 }),
+            pause: Duration::from_millis(if quick { 300 } else { 10_000 }),
+            keeps_to_rates: !quick,
         }
     }
 }
@@ -72,16 +58,12 @@ pub async fn run(sizes: &Sizes) -> anyhow::Result<()> {
     let users = fixtures::make_users(&world, sizes.streams).await?;
     let senders = fixtures::start_conversations(&world, &users).await?;
     let senders = fixtures::senders_file(&world, &senders)?;
-    let viewers = fixtures::viewers_file(&world, &users)?;
     let pace = &sizes.pace;
     let mut site = Deployment::open(&world, pace, users.len()).await?;
 
-    progress(format_args!("opening {} streams", users.len()));
-    let gateway = site.nginx.address();
-    site.streams.order(&Order::Open { gateway, viewers, per_second: sizes.opened_per_second })?;
-    site.streams.until("all streams are ready", PATIENCE, |status| status.ready == users.len())?;
+    open_streams(&mut site.streams, &world, site.nginx.address(), &users, sizes)?;
     site.streams.order(&Order::ComeBack { by_itself: true })?;
-    let begin = now() + micros(HEAD_START);
+    let begin = clock::soon();
     let posting = Posting::start(&Posts {
         api: site.nginx.address(),
         senders,
@@ -118,7 +100,7 @@ pub async fn run(sizes: &Sizes) -> anyhow::Result<()> {
         phase.say(&posted, begin, pace);
     }
     heading("  in total");
-    check_ledgers(&world, &mut site.streams, &users).await?;
+    check(&report, &fixtures::heads(&world, &users).await?)?;
     arrived?;
     check_contents(&world, &report).await?;
     figure("messages", format_args!("{}, each stored once", count(posted.accepted)));
@@ -135,7 +117,7 @@ pub async fn run(sizes: &Sizes) -> anyhow::Result<()> {
     for (complaint, times) in site.nginx.complaints() {
         figure(format_args!("nginx logged {times} times"), complaint);
     }
-    print_complaints(&site.services().collect::<Vec<_>>());
+    print_complaints(site.services());
     for phase in &phases {
         phase.judge(pace)?;
     }

@@ -64,9 +64,7 @@ impl DeployPhase {
         heading(format_args!("  {}: {:.0} s", self.name, (self.ended - self.began) as f64 / 1e6));
         figure("from commit to arrival, all events", Percentiles::of(report.delays.clone()));
         figure("the longest of each stream", Percentiles::of(report.longest_delays.clone()));
-        let ended: Vec<_> =
-            self.status.ended.iter().map(|(reason, times)| format!("{times} {reason}")).collect();
-        figure("connections that ended", if ended.is_empty() { "none".into() } else { ended.join(", ") });
+        figure("connections that ended", self.status.endings());
         if !report.away.is_empty() {
             figure("reconnect time, from end to `ready`", Percentiles::of(report.away.clone()));
             figure("reconnects per second", PerSecond::of(&report.begun_at));
@@ -135,9 +133,7 @@ impl PerSecond {
         let at = |hundredths: usize| counts[(counts.len() - 1) * hundredths / 100];
         Self { p50: at(50), p99: at(99), max: times.iter().copied().map(in_second_from).max().unwrap_or(0) }
     }
-}
 
-impl PerSecond {
     /// Streams close in steps and return at random, so seconds differ.
     fn keeps_to(&self, rate: f64) -> bool {
         self.p50 as f64 <= 1.1 * rate + 5.0 && self.max as f64 <= 1.6 * rate + 10.0
