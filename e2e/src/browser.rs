@@ -24,7 +24,7 @@ use std::{
 use serde_json::{Value, json};
 use tempfile::TempDir;
 use testkit::{PATIENCE, node, process::Process, programs, usage, user::User};
-use tokio::sync::oneshot;
+use tokio::{runtime::Handle, sync::oneshot, task::block_in_place};
 
 /// Browsers at the same time, over all test processes; each one is a dozen processes.
 const AT_ONCE: usize = 2;
@@ -58,7 +58,7 @@ impl fmt::Display for PageReport {
     }
 }
 
-type Waiting = Box<dyn FnOnce(Result<Value, String>) + Send>;
+type Waiting = oneshot::Sender<Result<Value, String>>;
 
 struct Driver {
     /// None once it is closing.
@@ -74,19 +74,15 @@ fn held<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Driver {
-    fn send(&self, on: u64, chain: &Value, waiting: Waiting) {
+    async fn call(&self, on: u64, chain: Value) -> Result<Value, String> {
         let id = self.next.fetch_add(1, Ordering::Relaxed);
+        let (waiting, answered) = oneshot::channel();
         held(&self.waiting).insert(id, waiting);
         let line = format!("{}\n", json!({ "id": id, "on": on, "chain": chain }));
         let written = held(&self.stdin).as_mut().map(|stdin| stdin.write_all(line.as_bytes()));
         if !matches!(written, Some(Ok(()))) {
             held(&self.waiting).remove(&id);
         }
-    }
-
-    async fn call(&self, on: u64, chain: Value) -> Result<Value, String> {
-        let (answer, answered) = oneshot::channel();
-        self.send(on, &chain, Box::new(|result| drop(answer.send(result))));
         match tokio::time::timeout(PATIENCE, answered).await {
             Ok(Ok(result)) => result,
             Ok(Err(_)) => Err(format!("the driver ended: {:#?}", held(&self.complaints))),
@@ -96,9 +92,7 @@ impl Driver {
 
     /// For `drop`, which cannot await.
     fn call_blocking(&self, on: u64, chain: Value) -> Result<Value, String> {
-        let (answer, answered) = sync_channel(1);
-        self.send(on, &chain, Box::new(move |result| drop(answer.send(result))));
-        answered.recv_timeout(PATIENCE).unwrap_or_else(|error| Err(error.to_string()))
+        block_in_place(|| Handle::current().block_on(self.call(on, chain)))
     }
 
     fn read(&self, line: &str) {
@@ -108,7 +102,8 @@ impl Driver {
             let happening = PageReport { page, kind: text("kind"), text: text("text"), url: text("url") };
             held(&self.happenings).push(happening);
         } else if let Some(waiting) = line["id"].as_u64().and_then(|id| held(&self.waiting).remove(&id)) {
-            waiting(if line["error"].is_string() { Err(text("error")) } else { Ok(line["ok"].clone()) });
+            let result = if line["error"].is_string() { Err(text("error")) } else { Ok(line["ok"].clone()) };
+            let _ = waiting.send(result);
         }
     }
 }
@@ -178,10 +173,10 @@ impl Browser {
                 Some(target.to_str()?.strip_prefix("socket:[")?.strip_suffix(']')?.to_owned())
             }));
         }
-        let tables =
-            ["tcp", "tcp6", "udp", "udp6"].map(|table| fs::read_to_string(format!("/proc/net/{table}")));
-        let tables = tables.map(Result::unwrap_or_default).join("\n");
-        let lines = tables.lines().map(|line| line.split_whitespace().collect::<Vec<_>>());
+        let tables = ["tcp", "tcp6", "udp", "udp6"]
+            .map(|table| fs::read_to_string(format!("/proc/net/{table}")).unwrap_or_default());
+        let lines = tables.iter().flat_map(|table| table.lines());
+        let lines = lines.map(|line| line.split_whitespace().collect::<Vec<_>>());
         let ours = lines.filter(|fields| fields.get(9).is_some_and(|inode| inodes.contains(*inode)));
         ours.map(|fields| peer(fields[2]).expect("the kernel's own notation").to_canonical()).collect()
     }
@@ -276,13 +271,13 @@ impl BrowserContext {
         called.unwrap_or_else(|error| panic!("{}: {chain}: {error}", self.0.who))
     }
 
-    pub async fn page(&self) -> Page {
+    pub async fn page(&self) -> WebPage {
         let number = number(self.call(json!([["newPage"]])).await);
         held(&self.0.pages).push(number);
-        Page { context: self.0.clone(), number }
+        WebPage { context: self.0.clone(), number }
     }
 
-    pub async fn open(&self, path: &str) -> Page {
+    pub async fn open(&self, path: &str) -> WebPage {
         let page = self.page().await;
         page.goto(path).await;
         page
@@ -303,10 +298,6 @@ impl BrowserContext {
 
     pub fn expect(&self, part: &str) {
         held(&self.0.expected).push(part.to_owned());
-    }
-
-    pub fn problems(&self) -> Vec<PageReport> {
-        self.0.problems()
     }
 }
 
@@ -363,12 +354,12 @@ pub fn screenshots() -> PathBuf {
     programs::build_folder().parent().expect("target/<profile> lies in target").join("screenshots")
 }
 
-pub struct Page {
+pub struct WebPage {
     context: Arc<Inner>,
     number: u64,
 }
 
-impl Page {
+impl WebPage {
     /// Anything that Playwright's `Page` can do, step by step: `[["locator", "li"], ["first"], ["click"]]`.
     pub async fn call(&self, chain: Value) -> Value {
         let called = self.try_call(chain.clone()).await;
@@ -394,10 +385,6 @@ impl Page {
 
     pub async fn evaluate(&self, expression: &str) -> Value {
         self.call(json!([["evaluate", expression]])).await
-    }
-
-    pub async fn evaluate_with(&self, function: &str, value: &Value) -> Value {
-        self.evaluate(&format!("({function})({value})")).await
     }
 
     /// Waits until the expression is true, also over reloads.
@@ -450,26 +437,18 @@ impl Page {
         self.call(chain).await
     }
 
-    pub async fn hide(&self) {
+    /// Hides the tab and puts it to sleep: none of its scripts runs any more.
+    pub async fn freeze(&self) {
         self.believe_to_be_looked_at(false).await;
         self.window("minimized").await;
-    }
-
-    pub async fn show(&self) {
-        self.window("normal").await;
-        self.believe_to_be_looked_at(true).await;
-    }
-
-    /// Puts a hidden tab to sleep: none of its scripts runs any more.
-    pub async fn freeze(&self) {
-        self.hide().await;
         self.cdp("Page.setWebLifecycleState", json!({ "state": "frozen" })).await;
         self.wait_for("it is hidden", "document.visibilityState === 'hidden'").await;
     }
 
     pub async fn thaw(&self) {
         self.cdp("Page.setWebLifecycleState", json!({ "state": "active" })).await;
-        self.show().await;
+        self.window("normal").await;
+        self.believe_to_be_looked_at(true).await;
         self.wait_for("it is seen", "document.visibilityState === 'visible'").await;
     }
 
@@ -477,15 +456,8 @@ impl Page {
     async fn believe_to_be_looked_at(&self, yes: bool) {
         let page = json!({ "$": self.number });
         let send = json!(["send", "Emulation.setFocusEmulationEnabled", { "enabled": yes }]);
-        let chain = json!([
-            ["_connection"],
-            ["toImpl", page],
-            ["delegate"],
-            ["_mainFrameSession"],
-            ["_client"],
-            send
-        ]);
-        self.call(chain).await;
+        let session = json!(["_mainFrameSession"]);
+        self.call(json!([["_connection"], ["toImpl", page], ["delegate"], session, ["_client"], send])).await;
     }
 
     async fn window(&self, state: &str) {
@@ -516,11 +488,9 @@ impl Page {
 
     /// The status of each response to a URL with this part, in order.
     pub fn statuses(&self, part: &str) -> Vec<u16> {
-        let happenings = self.happenings();
-        let of_these = happenings
-            .iter()
-            .filter(|happening| happening.kind == "response" && happening.url.contains(part));
-        of_these.filter_map(|happening| happening.text.parse().ok()).collect()
+        let mut happenings = self.happenings();
+        happenings.retain(|happening| happening.kind == "response" && happening.url.contains(part));
+        happenings.iter().filter_map(|happening| happening.text.parse().ok()).collect()
     }
 
     pub async fn close(self) {
@@ -531,7 +501,7 @@ impl Page {
 /// Elements of a page, looked up at each use. Actions wait until they are possible.
 #[derive(Clone)]
 pub struct Locator<'a> {
-    page: &'a Page,
+    page: &'a WebPage,
     chain: Vec<Value>,
 }
 
@@ -599,16 +569,8 @@ impl Locator<'_> {
         string(&self.call(json!(["inputValue"])).await)
     }
 
-    pub async fn attribute(&self, name: &str) -> Option<String> {
-        self.call(json!(["getAttribute", name])).await.as_str().map(str::to_owned)
-    }
-
     pub async fn count(&self) -> u64 {
         self.call(json!(["count"])).await.as_u64().expect("a number")
-    }
-
-    pub async fn is_visible(&self) -> bool {
-        self.call(json!(["isVisible"])).await == Value::Bool(true)
     }
 }
 

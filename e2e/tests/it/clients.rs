@@ -12,7 +12,7 @@ use std::{
 
 use e2e::{
     Browser, Front, World,
-    browser::Page,
+    browser::WebPage,
     clients::{ClientProgram, Language, block, event, strict},
     ledger::StoredFeed,
 };
@@ -26,7 +26,7 @@ use tokio::{
 };
 
 use crate::{
-    support::{Traffic, Two},
+    support::{Traffic, Two, until_metric},
     web::stream::{BLANK, blank},
 };
 
@@ -62,11 +62,9 @@ async fn bad_gateway() -> SocketAddr {
         while let Ok((mut socket, _)) = listener.accept().await {
             let mut head = [0; 4_096];
             let _ = socket.read(&mut head).await;
-            let body = "<html><body><h1>Bad Gateway</h1></body></html>";
-            let head = "HTTP/1.1 502 Bad Gateway\r\nContent-Type: text/html\r\nConnection: close";
-            let _ = socket
-                .write_all(format!("{head}\r\nContent-Length: {}\r\n\r\n{body}", body.len()).as_bytes())
-                .await;
+            let answer = b"HTTP/1.1 502 Bad Gateway\r\nContent-Type: text/html\r\nConnection: close\r\n\
+                           Content-Length: 20\r\n\r\n<h1>Bad Gateway</h1>";
+            let _ = socket.write_all(answer).await;
         }
     });
     address
@@ -83,7 +81,7 @@ async fn until_all(clients: &mut [ClientProgram], what: &str, holds: impl Fn(&Cl
     }
 }
 
-async fn until_caught_up(world: &World, jane: UserId, clients: &mut [ClientProgram], page: Option<&Page>) {
+async fn until_caught_up(world: &World, jane: UserId, clients: &mut [ClientProgram], page: Option<&WebPage>) {
     let head = StoredFeed::read(&world.sql, jane).await.head_cursor();
     until_all(clients, "all receive the newest event", |client| client.has(&head)).await;
     if let Some(page) = page {
@@ -131,8 +129,7 @@ async fn documented_clients_receive_exactly_the_feed() {
     let script = format!("{PAGE}\n{}", block("Browser"));
     page.call(json!([["addScriptTag", { "content": script }]])).await;
     let readers = documented.len() + strict.len() + 1;
-    until("all streams are open", || async { a.metric("messenger_gateway_streams").await == readers as f64 })
-        .await;
+    until_metric(&a, "messenger_gateway_streams", readers as f64).await;
     let begin = StoredFeed::read(&world.sql, jane).await.head;
     let traffic = Traffic::start(&world, &[&api], &[(two.john.clone(), two.conversation)], PAUSE);
     traffic.more(30).await;
@@ -164,7 +161,7 @@ async fn documented_clients_receive_exactly_the_feed() {
     let url = api.url(&format!("/api/conversations/{}/messages", two.conversation));
     let text = format!("{} {CUT_HERE} and not before", world.text());
     world.client.post(url).bearer(&two.john.token).json(&json!({ "content": text })).expect(201).await;
-    until("all are cut off", || async { a.metric("messenger_gateway_streams").await == 0.0 }).await;
+    until_metric(&a, "messenger_gateway_streams", 0.0).await;
     door.resume();
     strict_door.resume();
     traffic.more(30).await;

@@ -11,11 +11,14 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use testkit::{
     proxy::Proxy,
     servers::{Postgres, Redis},
-    sse::{Block, EventSource, ReconnectBy},
+    sse::Block,
     until,
 };
 
-use crate::support::{Crowd, RETRY, Traffic, Two, assert_all_exact, browser};
+use crate::support::{
+    Busy, Crowd, Traffic, Two, assert_all_exact, assert_stored, assert_stored_once, browser, start_in,
+    until_metric, until_redis_is_trusted, watch,
+};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn message_arrives_if_api_dies_before_publishing() {
@@ -26,8 +29,7 @@ async fn message_arrives_if_api_dies_before_publishing() {
     let (well, mut doomed) = tokio::join!(world.api().ready(), world.api().env("REDIS_URL", behind).ready());
     let gateway = world.gateway(well.internal()).env("RECONCILE_SECONDS", 1).ready().await;
     let two = Two::meet(&world, &well).await;
-    let jane = browser(gateway.stream(&two.jane));
-    jane.ready().await;
+    let jane = watch(&gateway, &two.jane).await;
 
     dead_link.silence();
     let posted = world.say(&doomed, &two.john, two.conversation).await;
@@ -43,12 +45,9 @@ async fn message_arrives_if_api_dies_before_publishing() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn unpublished_event_arrives_alone_or_before_the_next() {
-    let world = World::new().await;
-    let api = world.api().ready().await;
-    let gateway = world.gateway(api.internal()).env("RECONCILE_SECONDS", 1).ready().await;
-    let two = Two::meet(&world, &api).await;
-    let jane = browser(gateway.stream(&two.jane));
-    jane.ready().await;
+    let (world, api, gateway, two) =
+        start_in(World::new().await, |gateway| gateway.env("RECONCILE_SECONDS", 1)).await;
+    let jane = watch(&gateway, &two.jane).await;
     let session = world.claims(&two.john).sid;
     let commit = || async {
         let post = sqlx::query("SELECT messenger.post_message($1, $2, $3, $4, NULL, NULL, NULL)");
@@ -115,7 +114,10 @@ async fn more_users_than_one_batch_are_subscribed_and_resumed() {
     let redis = Redis::start();
     let world = World::with_redis(redis.url()).await;
     let api = world.api().ready().await;
-    let mut gateway = world.gateway(api.internal()).env("RECONCILE_SECONDS", 1).ready().await;
+    let plan = world.gateway(api.internal()).env("RECONCILE_SECONDS", 1);
+    // Limits on new streams as shipped: all may reconnect together from one address.
+    let plan = plan.without("LIMIT_OPEN_PER_USER").without("LIMIT_OPEN_PER_ADDRESS");
+    let mut gateway = plan.ready().await;
     let users = world.many(USERS).await;
     let watching: Vec<_> = users.iter().map(|user| (user, browser(gateway.stream(user)))).collect();
     join_all(watching.iter().map(|(_, browser)| browser.ready())).await;
@@ -127,13 +129,8 @@ async fn more_users_than_one_batch_are_subscribed_and_resumed() {
         }
     };
     let subscribed = async |gateway: &Service| {
-        until("all are subscribed", || async {
-            gateway.metric("messenger_gateway_users").await == USERS as f64
-                && gateway.metric("messenger_gateway_redis_degraded").await == 0.0
-                && gateway.metric("messenger_gateway_actual_subscriptions").await
-                    == gateway.metric("messenger_gateway_desired_subscriptions").await
-        })
-        .await;
+        until_metric(gateway, "messenger_gateway_users", USERS as f64).await;
+        until_redis_is_trusted(gateway).await;
     };
     subscribed(&gateway).await;
     delivered().await;
@@ -146,6 +143,13 @@ async fn more_users_than_one_batch_are_subscribed_and_resumed() {
     delivered().await;
     let opened: Vec<_> = watching.iter().map(|(_, browser)| browser.record().opened).collect();
     assert!(opened.iter().all(|opened| *opened == 2), "each came back once: {:?}", opened.iter().max());
+    assert_eq!(gateway.metric("messenger_gateway_streams_rejected_total").await, 0.0);
+}
+
+async fn until_a_backfill_fails(gateway: &Service) {
+    let failed = || gateway.metric("messenger_gateway_backfill_requests_failed_total");
+    let before = failed().await;
+    until("a backfill request fails", || async { failed().await > before }).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -158,8 +162,7 @@ async fn live_events_continue_while_the_internal_listener_is_down() {
     let link = Proxy::start(api.internal()).await;
     let gateway = world.gateway(link.address()).env("RECONCILE_SECONDS", 1).ready().await;
     let two = Two::meet(&world, &api).await;
-    let jane = browser(gateway.stream(&two.jane));
-    jane.ready().await;
+    let jane = watch(&gateway, &two.jane).await;
 
     for silent in [false, true] {
         if silent {
@@ -177,11 +180,7 @@ async fn live_events_continue_while_the_internal_listener_is_down() {
         lossy.silence();
         world.say(&unheard, &two.john, two.conversation).await;
         two.say(&world, &api, 3).await;
-        let failures = gateway.metric("messenger_gateway_backfill_requests_failed_total").await;
-        until("a backfill request fails", || async {
-            gateway.metric("messenger_gateway_backfill_requests_failed_total").await > failures
-        })
-        .await;
+        until_a_backfill_fails(&gateway).await;
         assert_eq!(jane.record().opened, 1, "the stream stays open");
 
         link.resume();
@@ -201,8 +200,7 @@ async fn a_stream_opened_while_api_is_away_is_whole_once_it_is_back() {
     let two = Two::meet(&world, &api).await;
     two.say(&world, &api, 3).await;
     let cursor = StoredFeed::read(&world.sql, two.jane.id).await.head_cursor();
-    let desk = browser(gateway.stream(&two.jane).last_event_id(&cursor));
-    desk.ready().await;
+    let desk = watch(&gateway, &two.jane).await;
     link.silence();
     let back = browser(gateway.stream(&two.jane).last_event_id(&cursor));
     back.until("the stream is open", |record| record.open).await;
@@ -218,14 +216,13 @@ async fn a_stream_opened_while_api_is_away_is_whole_once_it_is_back() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn broken_link_to_api_delivers_no_partial_event() {
-    let world = Arc::new(World::with_redis("redis://127.0.0.1:1/".into()).await);
+    let world = World::with_redis("redis://127.0.0.1:1/".into()).await;
     let api = world.api().ready().await;
     let link = Proxy::start(api.internal()).await;
     // Everything comes by backfill, and its answers break off.
     let gateway = world.gateway(link.address()).ready().await;
-    let crowd = Crowd::gather(&world, &api, 4).await;
-    let watching = crowd.watch(&[&gateway]).await;
-    let traffic = Traffic::start(&world, &[&api], &crowd.lines, Duration::from_millis(20));
+    let busy = Busy::of(world, vec![api], vec![gateway]).await;
+    let traffic = busy.traffic();
     for bytes in [100, 900, 5_000, 20_000] {
         link.cut_after(bytes);
         link.cut();
@@ -233,18 +230,16 @@ async fn broken_link_to_api_delivers_no_partial_event() {
     }
     link.resume();
     traffic.stop().await;
-    assert_all_exact(&world, &api, &crowd.lines, &watching).await;
-    assert!(watching.iter().all(|(_, browser)| browser.record().opened == 1), "no stream ended");
+    busy.assert_exact().await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn postgres_crash_under_traffic_loses_no_accepted_message() {
     let mut postgres = Postgres::start();
-    let world = Arc::new(World::with_postgres(postgres.url()).await);
+    let world = World::with_postgres(postgres.url()).await;
     let (api, gateway) = world.pair().await;
-    let crowd = Crowd::gather(&world, &api, 4).await;
-    let watching = crowd.watch(&[&gateway]).await;
-    let traffic = Traffic::start(&world, &[&api], &crowd.lines, Duration::from_millis(20));
+    let busy = Busy::of(world, vec![api], vec![gateway]).await;
+    let traffic = busy.traffic();
     for _ in 0..2 {
         traffic.more(60).await;
         postgres.kill();
@@ -252,37 +247,26 @@ async fn postgres_crash_under_traffic_loses_no_accepted_message() {
     }
     traffic.more(60).await;
     let accepted = traffic.stop().await;
-    assert_all_exact(&world, &api, &crowd.lines, &watching).await;
-    assert!(watching.iter().all(|(_, browser)| browser.record().opened == 1), "no stream ended");
-    let ids: Vec<i64> = accepted.iter().map(|id| id.parse().unwrap()).collect();
-    let kept: i64 = sqlx::query_scalar("SELECT count(*) FROM messenger.messages WHERE id = ANY($1)")
-        .bind(&ids)
-        .fetch_one(&world.sql)
-        .await
-        .unwrap();
-    assert_eq!(usize::try_from(kept).unwrap(), ids.len(), "every accepted message is there");
+    busy.assert_exact().await;
+    assert_stored(&busy.world, &accepted).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn broken_link_to_postgres_keeps_streams_open_and_exact() {
     let postgres = Postgres::start();
     let link = Proxy::start(postgres.address()).await;
-    let world = Arc::new(World::with_postgres(postgres.url()).await);
+    let world = World::with_postgres(postgres.url()).await;
     let behind = world.database_url().replace(&postgres.address().to_string(), &link.address().to_string());
     let api = world.api().env("DATABASE_URL", behind).ready().await;
     let gateway = world.gateway(api.internal()).env("RECONCILE_SECONDS", 1).ready().await;
-    let crowd = Crowd::gather(&world, &api, 4).await;
-    let watching = crowd.watch(&[&gateway]).await;
-    let traffic = Traffic::start(&world, &[&api], &crowd.lines, Duration::from_millis(20));
+    let busy = Busy::of(world, vec![api], vec![gateway]).await;
+    let traffic = busy.traffic();
     traffic.more(60).await;
 
     link.silence();
-    let mut new = gateway.stream(&crowd.users[0]).stream().await;
+    let mut new = busy.gateways[0].stream(&busy.crowd.users[0]).stream().await;
     assert!(matches!(new.block().await, Ok(Block::Retry(_))), "the head needs no database");
-    until("a request failed", || async {
-        gateway.metric("messenger_gateway_backfill_requests_failed_total").await >= 1.0
-    })
-    .await;
+    until_a_backfill_fails(&busy.gateways[0]).await;
     link.resume();
     new.named("ready").await;
     traffic.more(60).await;
@@ -293,24 +277,16 @@ async fn broken_link_to_postgres_keeps_streams_open_and_exact() {
         traffic.more(10).await;
     }
     let accepted = traffic.stop().await;
-    assert_all_exact(&world, &api, &crowd.lines, &watching).await;
-    assert!(watching.iter().all(|(_, browser)| browser.record().opened == 1), "no stream ended");
-    let messages: i64 =
-        sqlx::query_scalar("SELECT count(*) FROM messenger.messages").fetch_one(&world.sql).await.unwrap();
-    assert_eq!(usize::try_from(messages).unwrap(), accepted.len() + crowd.lines.len(), "each was taken once");
+    busy.assert_exact().await;
+    assert_stored_once(&busy.world, &accepted, busy.crowd.lines.len()).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_gateway_that_was_frozen_goes_on_exactly() {
-    let world = Arc::new(World::new().await);
-    let api = world.api().ready().await;
-    let mut gateway = world.gateway(api.internal()).env("RECONCILE_SECONDS", 1).ready().await;
-    let two = Two::meet(&world, &api).await;
-    let watching = vec![(
-        two.jane.clone(),
-        EventSource::open(vec![gateway.stream(&two.jane)], ReconnectBy::Header, RETRY),
-    )];
-    watching[0].1.ready().await;
+    let (world, api, mut gateway, two) =
+        start_in(World::new().await, |gateway| gateway.env("RECONCILE_SECONDS", 1)).await;
+    let world = Arc::new(world);
+    let watching = [(two.jane.clone(), watch(&gateway, &two.jane).await)];
     let line = [(two.john.clone(), two.conversation)];
     let traffic = Traffic::start(&world, &[&api], &line, Duration::from_millis(2));
     traffic.more(20).await;

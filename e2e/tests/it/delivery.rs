@@ -11,32 +11,11 @@ use testkit::{
     proxy::Proxy,
     servers::Redis,
     sse::{EventSource, ReconnectBy, StreamRequest},
-    until,
 };
 
-use crate::support::{Crowd, RETRY, Traffic, Two, assert_all_exact, browser};
-
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_message_travels_from_post_to_both_screens() {
-    let world = World::new().await;
-    let (api, gateway) = world.pair().await;
-    let two = Two::meet(&world, &api).await;
-    let mut jane = gateway.stream(&two.jane).stream().await;
-    let mut john = gateway.stream(&two.john).stream().await;
-    jane.named("ready").await;
-    john.named("ready").await;
-
-    let posted = world.say(&api, &two.john, two.conversation).await;
-
-    let seen = jane.next().await;
-    assert_eq!(seen.name, None, "a bare onmessage hears it");
-    let mut wanted = posted.clone();
-    wanted["mine"] = false.into();
-    assert_eq!(seen.json(), wanted);
-    let seen = john.named("message.sent").await.json();
-    assert_eq!(seen["id"], posted["id"]);
-    assert_eq!(seen["mine"], true);
-}
+use crate::support::{
+    Crowd, RETRY, Traffic, assert_all_exact, browser, start, start_in, until_metric, watch,
+};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn every_device_receives_exactly_its_users_feed() {
@@ -49,19 +28,19 @@ async fn every_device_receives_exactly_its_users_feed() {
     // One of the three delivery paths breaks in the middle of an event.
     let breaking = Proxy::start(a.public()).await;
     breaking.cut_after(3_500);
-    let ways = |user: &e2e::User, first: usize| -> Vec<StreamRequest> {
+    let paths = |user: &e2e::User, first: usize| -> Vec<StreamRequest> {
         let broken =
             StreamRequest::new(format!("http://{}/api/messages", breaking.address())).bearer(&user.token);
-        let mut ways = vec![broken, b.stream(user), c.stream(user)];
-        ways.rotate_left(first % 3);
-        ways
+        let mut paths = vec![broken, b.stream(user), c.stream(user)];
+        paths.rotate_left(first % 3);
+        paths
     };
     let mut watching = Vec::new();
     for (number, user) in crowd.users.iter().enumerate() {
         for (device, resume) in
             [ReconnectBy::Header, ReconnectBy::Query, ReconnectBy::Alternately].into_iter().enumerate()
         {
-            watching.push((user.clone(), EventSource::open(ways(user, number + device), resume, RETRY)));
+            watching.push((user.clone(), EventSource::open(paths(user, number + device), resume, RETRY)));
         }
     }
     join_all(watching.iter().map(|(_, browser)| browser.ready())).await;
@@ -76,37 +55,23 @@ async fn every_device_receives_exactly_its_users_feed() {
             world.client.post(url).bearer(&reader.token).expect(204).await;
         }
     }
-    let accepted = traffic.stop().await;
+    traffic.stop().await;
     breaking.resume();
 
     assert_all_exact(&world, &one, &crowd.lines, &watching).await;
-    let mut delivered = 0;
     for user in &crowd.users {
-        let feed = StoredFeed::read(&world.sql, user.id).await;
-        feed.assert_without_gaps();
-        delivered += feed.events.len();
+        StoredFeed::read(&world.sql, user.id).await.assert_without_gaps();
     }
     let reconnects: usize = watching.iter().map(|(_, browser)| browser.record().opened - 1).sum();
     assert!(reconnects >= 60, "only {reconnects} reconnects: the test does not test");
-    println!(
-        "{} messages, {delivered} feed events, {} devices, {reconnects} reconnects",
-        accepted.len(),
-        watching.len()
-    );
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn healthy_redis_delivers_every_event() {
-    let world = World::new().await;
-    let api = world.api().ready().await;
-    let gateway = world.gateway(api.internal()).env("RECONCILE_SECONDS", 300).ready().await;
-    let two = Two::meet(&world, &api).await;
-    let jane = browser(gateway.stream(&two.jane));
-    jane.ready().await;
-    until("Redis confirmed the subscription", || async {
-        gateway.metric("messenger_gateway_actual_subscriptions").await >= 1.0
-    })
-    .await;
+    let (world, api, gateway, two) =
+        start_in(World::new().await, |gateway| gateway.env("RECONCILE_SECONDS", 300)).await;
+    let jane = watch(&gateway, &two.jane).await;
+    until_metric(&gateway, "messenger_gateway_actual_subscriptions", 1.0).await;
     for _ in 0..50 {
         let posted = world.say(&api, &two.john, two.conversation).await;
         jane.until("the message", |record| {
@@ -114,20 +79,17 @@ async fn healthy_redis_delivers_every_event() {
         })
         .await;
     }
-    let by =
-        async |label: &str| gateway.metric_where("messenger_gateway_events_delivered_total", label).await;
-    assert_eq!(by(r#"path="redis""#).await, 50.0);
-    assert_eq!(gateway.metric("messenger_gateway_events_delivered_total").await, 50.0);
+    for series in ["{path=\"redis\"}", ""] {
+        let delivered = gateway.metric(&format!("messenger_gateway_events_delivered_total{series}")).await;
+        assert_eq!(delivered, 50.0, "{series}");
+    }
     assert_eq!(gateway.metric("messenger_gateway_reconcile_recovered_feeds_total").await, 0.0);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_burst_arrives_whole_and_in_order() {
-    let world = World::new().await;
-    let (api, gateway) = world.pair().await;
-    let two = Two::meet(&world, &api).await;
-    let jane = browser(gateway.stream(&two.jane));
-    jane.ready().await;
+    let (world, api, gateway, two) = start().await;
+    let jane = watch(&gateway, &two.jane).await;
     // All together, in any order for the publisher, Redis and the gateway.
     join_all((0..300).map(|_| world.say(&api, &two.john, two.conversation))).await;
     assert_exact(&world.sql, two.jane.id, "jane", &jane).await;
@@ -136,9 +98,8 @@ async fn a_burst_arrives_whole_and_in_order() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn device_that_joins_under_traffic_misses_nothing() {
-    let world = Arc::new(World::new().await);
-    let (api, gateway) = world.pair().await;
-    let two = Two::meet(&world, &api).await;
+    let (world, api, gateway, two) = start().await;
+    let world = Arc::new(world);
     let line = [(two.john.clone(), two.conversation)];
     let traffic = Traffic::start(&world, &[&api], &line, Duration::ZERO);
     let mut watching = Vec::new();
@@ -161,10 +122,7 @@ async fn message_posted_while_joining_is_not_missed() {
     // No reconcile and no later event shows a gap.
     let plan = world.gateway(api.internal()).env("RECONCILE_SECONDS", 300);
     let gateway = plan.env("REDIS_URL", format!("redis://{}/", link.address())).ready().await;
-    until("Redis is not degraded", || async {
-        gateway.metric("messenger_gateway_redis_degraded").await == 0.0
-    })
-    .await;
+    until_metric(&gateway, "messenger_gateway_redis_degraded", 0.0).await;
     link.slow(Duration::from_millis(25));
     let john = world.user(&api, "john").await;
     let mut joining = Vec::new();
@@ -190,11 +148,8 @@ async fn message_posted_while_joining_is_not_missed() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn user_who_returns_to_the_same_gateway_misses_nothing() {
-    let world = World::new().await;
-    let (api, gateway) = world.pair().await;
-    let two = Two::meet(&world, &api).await;
-    let first = browser(gateway.stream(&two.jane));
-    first.ready().await;
+    let (world, api, gateway, two) = start().await;
+    let first = watch(&gateway, &two.jane).await;
     two.say(&world, &api, 2).await;
     assert_exact(&world.sql, two.jane.id, "jane", &first).await;
     let cursor = first.record().last_id().unwrap().to_owned();
@@ -202,7 +157,7 @@ async fn user_who_returns_to_the_same_gateway_misses_nothing() {
     // The gateway keeps the user for a moment; both kinds of return must find everything.
     for lingers in [true, true, false] {
         if !lingers {
-            until("the entry is gone", async || gateway.metric("messenger_gateway_users").await == 0.0).await;
+            until_metric(&gateway, "messenger_gateway_users", 0.0).await;
         }
         two.say(&world, &api, 3).await;
         let back = browser(gateway.stream(&two.jane).last_event_id(&cursor));

@@ -9,6 +9,8 @@ use testkit::{
     until,
 };
 
+use crate::revocation::stream_token;
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn external_token_works_for_rest_and_stream() {
     let world = World::new().await;
@@ -40,9 +42,7 @@ async fn external_token_works_for_rest_and_stream() {
     assert_eq!(sent.json()["mine"], true);
 
     let other = world.gateway(api.internal()).ready().await;
-    let call = world.client.post(api.url("/api/stream_token")).bearer(&jane);
-    let stream_token = call.expect(200).await.json()["token"].as_str().unwrap().to_owned();
-    world.remember(&stream_token);
+    let stream_token = stream_token(&world, &api, &jane).await;
     let cursor = first.id.unwrap();
     let url = format!("/api/messages?token={stream_token}&lastEventId={cursor}");
     let mut resumed = StreamRequest::new(other.url(&url)).stream().await;

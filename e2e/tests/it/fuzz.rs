@@ -3,10 +3,10 @@
 
 use std::process::{Command, Stdio};
 
-use e2e::{World, program};
+use e2e::program;
 use testkit::documented::OpenApiDocument;
 
-use crate::support::Two;
+use crate::support::{ready, start};
 
 /// Checks that are disabled are the fuzzer's opinions on what must be refused: the contract has its own.
 const CHECKS: &str = "not_a_server_error,status_code_conformance,content_type_conformance,response_headers_conformance,\
@@ -14,9 +14,7 @@ const CHECKS: &str = "not_a_server_error,status_code_conformance,content_type_co
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn fuzzer_finds_no_answer_outside_the_openapi_document() {
-    let world = World::new().await;
-    let (api, gateway) = world.pair().await;
-    let two = Two::meet(&world, &api).await;
+    let (world, api, gateway, two) = start().await;
     for _ in 0..3 {
         world.say(&api, &two.jane, two.conversation).await;
     }
@@ -32,25 +30,16 @@ async fn fuzzer_finds_no_answer_outside_the_openapi_document() {
             .args(["-m", "schemathesis.cli", "run", &api.url("/api/openapi.json"), "--url", &base])
             .args(["--header", &format!("Authorization: Bearer {}", two.john.token)])
             .args(["--checks", CHECKS, "--phases", "examples,coverage,fuzzing", "--max-examples", "30"])
-            .args([
-                "--continue-on-failure",
-                "--no-color",
-                "--warnings",
-                "off",
-                "--request-timeout",
-                "10",
-                "--max-redirects",
-                "0",
-            ])
+            .args(
+                "--continue-on-failure --no-color --warnings off --request-timeout 10 --max-redirects 0"
+                    .split(' '),
+            )
             .args(only)
             .stdin(Stdio::null());
         let output = tokio::task::spawn_blocking(move || command.output().unwrap()).await.unwrap();
         let said = String::from_utf8_lossy(&output.stdout).into_owned();
         assert!(output.status.success(), "{said}{}", String::from_utf8_lossy(&output.stderr));
-        println!(
-            "{}",
-            said.lines().rev().take(12).collect::<Vec<_>>().into_iter().rev().collect::<Vec<_>>().join("\n")
-        );
+        println!("{said}");
     };
     // The calls that end the fuzzer's own session come last.
     let ending = "^/api/(logout|sessions|messages$)";
@@ -64,18 +53,13 @@ async fn fuzzer_finds_no_answer_outside_the_openapi_document() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn events_on_the_wire_are_as_documented() {
-    let world = World::new().await;
-    let (api, gateway) = world.pair().await;
+    let (world, api, gateway, two) = start().await;
     let document = world.client.get(api.url("/api/openapi.json")).expect(200).await;
     let document = OpenApiDocument::new(&document.text());
-    let two = Two::meet(&world, &api).await;
-    let mut streams = vec![
-        gateway.stream(&two.john).last_event_id("invalid").stream().await,
-        gateway.stream(&two.jane).stream().await,
+    let mut streams = [
+        ready(gateway.stream(&two.john).last_event_id("invalid")).await,
+        ready(gateway.stream(&two.jane)).await,
     ];
-    for stream in &mut streams {
-        stream.named("ready").await;
-    }
     world.say(&api, &two.john, two.conversation).await;
     let read = format!("/api/conversations/{}/read_messages", two.conversation);
     world.client.post(api.url(&read)).bearer(&two.jane.token).expect(204).await;

@@ -13,7 +13,6 @@ mod external;
 mod fuzz;
 mod heads;
 mod keys;
-mod limits;
 mod monitoring;
 mod numbering;
 mod opening;

@@ -10,9 +10,9 @@ use std::{
 
 use e2e::{Service, World, program};
 use serde_json::Value;
-use testkit::{process::Process, soon, until};
+use testkit::{ports::free_port, process::Process, soon, until};
 
-use crate::support::Two;
+use crate::support::{ready, start};
 
 fn monitoring(file: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../monitoring").join(file)
@@ -37,11 +37,8 @@ fn the_alert_rules_are_rules_and_fire_when_they_should() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_real_prometheus_understands_all_that_the_services_tell() {
-    let world = World::new().await;
-    let (api, gateway) = world.pair().await;
-    let two = Two::meet(&world, &api).await;
-    let mut stream = gateway.stream(&two.jane).stream().await;
-    stream.named("ready").await;
+    let (world, api, gateway, two) = start().await;
+    let mut stream = ready(gateway.stream(&two.jane)).await;
     world.say(&api, &two.john, two.conversation).await;
     soon("the message arrives", stream.event()).await.unwrap();
     for service in [&api, &gateway] {
@@ -50,18 +47,12 @@ async fn a_real_prometheus_understands_all_that_the_services_tell() {
     }
 
     let prometheus = Prometheus::start(&api, &gateway);
-    until("one delivery is known there", async || {
-        let delivered =
-            prometheus.query(&world, r#"messenger_gateway_events_delivered_total{path="redis"}"#).await;
-        delivered.is_some_and(|values| values == ["1"])
-    })
-    .await;
-    until("both are scraped", async || {
-        prometheus.query(&world, "sum(up)").await.is_some_and(|values| values == ["2"])
-    })
-    .await;
+    let delivered = r#"messenger_gateway_events_delivered_total{path="redis"}"#;
     let lag = "sum(messenger_gateway_delivery_lag_seconds_count)";
-    assert_eq!(prometheus.query(&world, lag).await.as_deref(), Some(["1".to_owned()].as_slice()));
+    for (query, value) in [(delivered, "1"), ("sum(up)", "2"), (lag, "1")] {
+        until(query, async || prometheus.query(&world, query).await.is_some_and(|values| values == [value]))
+            .await;
+    }
 
     until("each rule was evaluated", async || {
         let answer = world.client.get(prometheus.url("/api/v1/rules")).expect(200).await.json();
@@ -106,8 +97,7 @@ impl Prometheus {
             job("stream-gateway", gateway)
         );
         fs::write(folder.path().join("prometheus.yml"), config).unwrap();
-        let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
-        let address = format!("127.0.0.1:{port}");
+        let address = format!("127.0.0.1:{}", free_port());
         let mut command =
             Command::new(program("DEV_PROMETHEUS", "Prometheus", "Debian: apt install prometheus"));
         command

@@ -2,23 +2,15 @@
 
 use e2e::World;
 use serde_json::{Value, json};
-use testkit::sse::Stream;
 
-use crate::support::Two;
-
-async fn ready(mut stream: Stream) -> Stream {
-    stream.named("ready").await;
-    stream
-}
+use crate::support::{ready, start};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn sender_and_receiver_each_get_their_own_event() {
-    let world = World::new().await;
-    let (api, gateway) = world.pair().await;
-    let two = Two::meet(&world, &api).await;
-    let mut phone = ready(gateway.stream(&two.john).stream().await).await;
-    let mut laptop = ready(gateway.stream(&world.login(&api, "john").await).stream().await).await;
-    let mut jane = ready(gateway.stream(&two.jane).stream().await).await;
+    let (world, api, gateway, two) = start().await;
+    let mut phone = ready(gateway.stream(&two.john)).await;
+    let mut laptop = ready(gateway.stream(&world.login(&api, "john").await)).await;
+    let mut jane = ready(gateway.stream(&two.jane)).await;
     let url = api.url(&format!("/api/conversations/{}/messages", two.conversation));
     let text = world.text();
     for key in [Some("my-key"), None] {
@@ -27,22 +19,20 @@ async fn sender_and_receiver_each_get_their_own_event() {
             call = call.header("idempotency-key", key);
         }
         let posted = call.expect(201).await.json();
-        let own = json!({
-            "id": posted["id"], "content": text, "conversationId": two.conversation, "createdAt": posted["createdAt"],
-            "mine": true, "idempotencyKey": key,
-        });
-        for device in [&mut phone, &mut laptop] {
-            let event = device.named("message.sent").await;
-            assert!(event.id.is_some());
-            assert_eq!(event.json(), own);
-        }
-        let event = jane.next().await;
-        assert_eq!((event.name.clone(), event.id.is_some()), (None, true));
-        let others = json!({
+        let mut message = json!({
             "id": posted["id"], "content": text, "conversationId": two.conversation, "createdAt": posted["createdAt"],
             "mine": false,
         });
-        assert_eq!(event.json(), others);
+        let event = jane.next().await;
+        assert_eq!((event.name.as_deref(), event.id.is_some()), (None, true), "a bare onmessage hears it");
+        assert_eq!(event.json(), message);
+        message["mine"] = true.into();
+        message["idempotencyKey"] = key.into();
+        for device in [&mut phone, &mut laptop] {
+            let event = device.named("message.sent").await;
+            assert!(event.id.is_some());
+            assert_eq!(event.json(), message);
+        }
     }
 }
 
@@ -50,10 +40,9 @@ async fn sender_and_receiver_each_get_their_own_event() {
 async fn both_users_receive_a_new_conversation_as_they_see_it() {
     let world = World::new().await;
     let (api, gateway) = world.pair().await;
-    let john = world.user(&api, "john").await;
-    let jane = world.user(&api, "jane").await;
-    let mut johns = ready(gateway.stream(&john).stream().await).await;
-    let mut janes = ready(gateway.stream(&jane).stream().await).await;
+    let (john, jane) = (world.user(&api, "john").await, world.user(&api, "jane").await);
+    let mut johns = ready(gateway.stream(&john)).await;
+    let mut janes = ready(gateway.stream(&jane)).await;
     let id = world.conversation(&api, &john, &jane).await;
     world.conversation(&api, &jane, &john).await; // It exists, so there is no event.
     for (stream, user, other) in [(&mut johns, &john, &jane), (&mut janes, &jane, &john)] {
@@ -74,13 +63,11 @@ async fn both_users_receive_a_new_conversation_as_they_see_it() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn read_event_reaches_both_users_only_if_the_mark_moves() {
-    let world = World::new().await;
-    let (api, gateway) = world.pair().await;
-    let two = Two::meet(&world, &api).await;
+    let (world, api, gateway, two) = start().await;
     let first = world.say(&api, &two.john, two.conversation).await;
     let second = world.say(&api, &two.john, two.conversation).await;
-    let mut john = ready(gateway.stream(&two.john).stream().await).await;
-    let mut jane = ready(gateway.stream(&two.jane).stream().await).await;
+    let mut john = ready(gateway.stream(&two.john)).await;
+    let mut jane = ready(gateway.stream(&two.jane)).await;
     let path = format!("/api/conversations/{}", two.conversation);
 
     let mut assert_event = async |position: &Value, unread: u64| {
@@ -117,9 +104,7 @@ async fn read_event_reaches_both_users_only_if_the_mark_moves() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn stream_from_a_rest_answers_cursor_misses_nothing() {
-    let world = World::new().await;
-    let (api, gateway) = world.pair().await;
-    let two = Two::meet(&world, &api).await;
+    let (world, api, gateway, two) = start().await;
     two.say(&world, &api, 2).await;
     let paths = [
         "/api/auth_user".to_owned(),

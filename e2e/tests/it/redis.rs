@@ -1,11 +1,11 @@
 //! Without Redis delivery is slower and still complete.
 
-use std::{sync::Arc, time::Duration};
+use std::time::Duration;
 
-use e2e::{World, ledger::assert_exact};
+use e2e::World;
 use testkit::{proxy::Proxy, servers::Redis, until};
 
-use crate::support::{Busy, Crowd, PAUSE, Traffic, Two, assert_all_exact, browser};
+use crate::support::Busy;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn redis_killed_wiped_and_restarted_under_traffic_loses_nothing() {
@@ -31,12 +31,7 @@ async fn a_redis_that_is_silently_dead_for_a_while_loses_nothing() {
     let traffic = busy.traffic();
     traffic.more(80).await;
     redis.freeze();
-    for gateway in &busy.gateways {
-        until("the gateway notices", || async {
-            gateway.metric("messenger_gateway_redis_degraded").await == 1.0
-        })
-        .await;
-    }
+    busy.until_redis_is_degraded().await;
     traffic.more(80).await;
     redis.thaw();
     busy.until_redis_is_trusted().await;
@@ -49,30 +44,17 @@ async fn a_redis_that_is_silently_dead_for_a_while_loses_nothing() {
 async fn events_arrive_by_reconcile_until_redis_first_starts() {
     let mut redis = Redis::start();
     redis.kill(); // Its address is known and nothing listens.
-    let world = Arc::new(World::with_redis(redis.url()).await);
+    let world = World::with_redis(redis.url()).await;
     let (api, gateway) = world.pair().await;
-    let crowd = Crowd::gather(&world, &api, 4).await;
-    let watching = crowd.watch(&[&gateway]).await;
-    for _ in 0..10 {
-        let (sender, conversation) = &crowd.lines[0];
-        let posted = world.say(&api, sender, *conversation).await;
-        let (_, receiver) = &watching[1];
-        receiver
-            .until("the message", |record| {
-                record.ledger().next_back().is_some_and(|event| event.json()["id"] == posted["id"])
-            })
-            .await;
-    }
-    let traffic = Traffic::start(&world, &[&api], &crowd.lines, PAUSE);
+    let busy = Busy::of(world, vec![api], vec![gateway]).await;
+    let traffic = busy.traffic();
     traffic.more(100).await;
+    busy.until_all_is_seen().await;
     redis.restart();
-    until("the gateway trusts it", || async {
-        gateway.metric("messenger_gateway_redis_degraded").await == 0.0
-    })
-    .await;
+    busy.until_redis_is_trusted().await;
     traffic.more(100).await;
     traffic.stop().await;
-    assert_all_exact(&world, &api, &crowd.lines, &watching).await;
+    busy.assert_exact().await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -93,10 +75,8 @@ async fn subscribers_killed_again_and_again_lose_nothing() {
     busy.until_redis_is_trusted().await;
     busy.assert_exact().await;
     for gateway in &busy.gateways {
-        assert!(
-            gateway.metric("messenger_gateway_redis_connections_opened_total").await > 1.0,
-            "the subscribers were killed"
-        );
+        let opened = gateway.metric("messenger_gateway_redis_connections_opened_total").await;
+        assert!(opened > 1.0, "the subscribers were killed");
     }
 }
 
@@ -104,25 +84,18 @@ async fn subscribers_killed_again_and_again_lose_nothing() {
 async fn a_half_open_link_between_gateway_and_redis_loses_nothing() {
     let redis = Redis::start();
     let proxy = Proxy::start(redis.address()).await;
-    let world = Arc::new(World::with_redis(redis.url()).await);
+    let world = World::with_redis(redis.url()).await;
     let api = world.api().ready().await;
     let behind = format!("redis://{}/", proxy.address());
     let gateway = world.gateway(api.internal()).env("REDIS_URL", behind).ready().await;
-    let crowd = Crowd::gather(&world, &api, 4).await;
-    let watching = crowd.watch(&[&gateway]).await;
-    let traffic = Traffic::start(&world, &[&api], &crowd.lines, PAUSE);
+    let busy = Busy::of(world, vec![api], vec![gateway]).await;
+    let traffic = busy.traffic();
     traffic.more(50).await;
     proxy.silence();
-    until("the gateway notices", || async {
-        gateway.metric("messenger_gateway_redis_degraded").await == 1.0
-    })
-    .await;
+    busy.until_redis_is_degraded().await;
     traffic.more(50).await;
     proxy.resume();
-    until("it trusts Redis again", || async {
-        gateway.metric("messenger_gateway_redis_degraded").await == 0.0
-    })
-    .await;
+    busy.until_redis_is_trusted().await;
     proxy.slow(Duration::from_millis(60));
     traffic.more(50).await;
     proxy.cut_after(700);
@@ -130,7 +103,7 @@ async fn a_half_open_link_between_gateway_and_redis_loses_nothing() {
     traffic.more(50).await;
     proxy.resume();
     traffic.stop().await;
-    assert_all_exact(&world, &api, &crowd.lines, &watching).await;
+    busy.assert_exact().await;
 }
 
 fn refused_pings(redis: &Redis) -> u64 {
@@ -159,48 +132,6 @@ async fn redis_whose_disk_is_full_still_brings_events() {
     busy.until_events_come_by_redis().await;
     busy.assert_exact().await;
     assert_eq!(connects().await, before, "an error is an answer: the connections live");
-}
-
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn invalid_and_repeated_messages_on_a_channel_change_nothing() {
-    let redis = Redis::start();
-    let world = World::with_redis(redis.url()).await;
-    let (api, gateway) = world.pair().await;
-    let two = Two::meet(&world, &api).await;
-    let jane = browser(gateway.stream(&two.jane));
-    jane.ready().await;
-    two.say(&world, &api, 3).await;
-    let channel = world.channel(two.jane.id);
-    let feed = e2e::ledger::StoredFeed::read(&world.sql, two.jane.id).await;
-    let event = |epoch: &str, seq: u64| {
-        format!(
-            r#"{{"v":1,"epoch":"{epoch}","seq":{seq},"event":"message","data":{{"forged":true}},"createdAt":"2026-01-01T00:00:00Z"}}"#
-        )
-    };
-    let epoch = feed.epoch.to_string();
-    for payload in [
-        "",
-        "invalid",
-        "{}",
-        "[1]",
-        r#"{"v":2,"epoch":"x"}"#,
-        &event(&epoch, 1),
-        &event(&epoch, feed.head),
-        &event(&epoch, feed.head + 1_000),
-        &event("00000000000000aa", feed.head + 1),
-        &event("00000000000000aa", 0),
-        &event(&epoch, u64::MAX),
-        r#"{"revoked":"999999999"}"#,
-        r#"{"revoked":"-1"}"#,
-        &"x".repeat(200_000),
-    ] {
-        redis.command(&["PUBLISH", &channel, payload]).unwrap();
-        two.say(&world, &api, 1).await;
-    }
-    redis.command(&["PUBLISH", &format!("{channel}x"), "invalid"]).unwrap();
-    assert_exact(&world.sql, two.jane.id, "jane", &jane).await;
-    assert_eq!(jane.record().opened, 1);
-    assert!(!jane.record().events.iter().any(|event| event.data.contains("forged")));
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -18,14 +18,11 @@ fn lines(nth: usize, prefix: &str) -> Vec<String> {
     let blocks = text.split("\n```").filter(|block| block.contains("\nACL SETUSER"));
     let block = blocks.into_iter().nth(nth).expect("the page has a block for each kind of Redis");
     let of_ours = |line: &str| {
-        let password = PASSWORDS
-            .iter()
-            .find(|(user, _)| line.contains(&format!("SETUSER {user} ")))
-            .map(|(_, password)| *password);
-        let line = line.replace(">…", &format!(">{}", password.unwrap_or_default()));
-        ["user:", "probe:", "limit:"].iter().fold(line, |line, name| {
-            line.replace(&format!("&{name}"), &format!("&{prefix}{name}"))
-                .replace(&format!("~{name}"), &format!("~{prefix}{name}"))
+        let ours = PASSWORDS.iter().find(|(user, _)| line.contains(&format!("SETUSER {user} ")));
+        let line = line.replace(">…", &format!(">{}", ours.map_or("", |(_, password)| *password)));
+        ["&user:", "&probe:", "~limit:"].iter().fold(line, |line, pattern| {
+            let (kind, name) = pattern.split_at(1);
+            line.replace(pattern, &format!("{kind}{prefix}{name}"))
         })
     };
     block.lines().filter(|line| line.starts_with("ACL ")).map(of_ours).collect()
@@ -62,17 +59,14 @@ async fn busy(world: World, urls: &str) -> Busy {
     let (one, two) = tokio::join!(api(), api());
     let gateway = |internal| world.gateway(internal).env("REDIS_URL", url_of(1, urls)).ready();
     let (a, b) = tokio::join!(gateway(one.internal()), gateway(two.internal()));
-    Busy::of(world, [one, two], [a, b], 4).await
+    Busy::of(world, vec![one, two], vec![a, b]).await
 }
 
 async fn assert_all_is_well(busy: &Busy) {
     busy.until_redis_is_trusted().await;
     busy.until_events_come_by_redis().await;
-    for (service, name) in busy.apis.iter().zip(["api"; 2]).chain(busy.gateways.iter().zip(["gateway"; 2])) {
-        until("limits are counted together", || async {
-            service.metric(&format!("messenger_{name}_rate_limits_shared")).await == 1.0
-        })
-        .await;
+    busy.until_limits_are_shared().await;
+    for service in busy.apis.iter().chain(&busy.gateways) {
         let lines = service.log().lines();
         let refused =
             lines.iter().find(|line| line.contains("ACL failure") || line.contains("no permissions"));

@@ -1,14 +1,14 @@
 //! Ending a session ends REST access immediately on every replica, and its streams as soon as gateways learn of it.
 
 use chrono::Utc;
-use e2e::{Service, User, World, ledger::StoredFeed};
+use e2e::{
+    Service, User, World,
+    ledger::{StoredFeed, assert_exact},
+};
 use protocol::claims::Claims;
 use testkit::{ports::free_port, soon, sse::Stream, until};
 
-use crate::{
-    endings::{goodbye, ready},
-    support::{Two, browser},
-};
+use crate::support::{Two, browser, goodbye, ready, start, until_metric, watch};
 
 async fn call(world: &World, api: &Service, user: &User, method: &str, path: &str, status: u16) {
     world.client.call(method, api.url(path)).bearer(&user.token).expect(status).await;
@@ -16,6 +16,13 @@ async fn call(world: &World, api: &Service, user: &User, method: &str, path: &st
 
 fn session_of(world: &World, user: &User) -> String {
     world.claims(user).sid.expect("a session of ours").to_string()
+}
+
+pub(crate) async fn stream_token(world: &World, api: &Service, token: &str) -> String {
+    let answer = world.client.post(api.url("/api/stream_token")).bearer(token).expect(200).await.json();
+    let token = answer["token"].as_str().unwrap().to_owned();
+    world.remember(&token);
+    token
 }
 
 async fn until_revoked(streams: &mut [Stream]) {
@@ -32,18 +39,13 @@ async fn ended_session_is_refused_and_its_streams_end() {
     let gateway = || world.gateway(one.internal()).env("RECONCILE_SECONDS", 300).ready();
     let gateways = tokio::join!(gateway(), gateway());
     let two = Two::meet(&world, &one).await;
-    let kept = browser(gateways.0.stream(&two.john));
-    let desk = browser(gateways.1.stream(&two.jane));
-    tokio::join!(kept.ready(), desk.ready());
-    for way in ["one", "others", "logout"] {
+    let (kept, desk) = (watch(&gateways.0, &two.john).await, watch(&gateways.1, &two.jane).await);
+    for ending in ["one", "others", "logout"] {
         let phone = world.login(&one, "jane").await;
-        let mut streams = [
-            ready(gateways.0.stream(&phone).stream().await).await,
-            ready(gateways.1.stream(&phone).stream().await).await,
-        ];
+        let mut streams = [ready(gateways.0.stream(&phone)).await, ready(gateways.1.stream(&phone)).await];
         // The replica that the gateways use is silent, so only Redis can notify them.
         one.freeze();
-        match way {
+        match ending {
             "one" => {
                 let path = format!("/api/sessions/{}", session_of(&world, &phone));
                 call(&world, &other, &two.jane, "DELETE", &path, 204).await;
@@ -61,7 +63,7 @@ async fn ended_session_is_refused_and_its_streams_end() {
     }
     two.say(&world, &one, 3).await;
     for (who, browser) in [(&two.john, &kept), (&two.jane, &desk)] {
-        e2e::ledger::assert_exact(&world.sql, who.id, &who.name, browser).await;
+        assert_exact(&world.sql, who.id, &who.name, browser).await;
         assert_eq!(browser.record().opened, 1, "the streams of other sessions live on");
     }
 }
@@ -75,17 +77,15 @@ async fn an_ended_session_receives_nothing_while_api_is_away() {
     let (phone, tablet) = (world.login(&one, "jane").await, world.login(&one, "jane").await);
     // This gateway has no subscription for jane, so it does not learn of the end.
     call(&world, &other, &phone, "POST", "/api/logout", 204).await;
-    let desk = browser(gateway.stream(&two.jane));
-    desk.ready().await;
+    let desk = watch(&gateway, &two.jane).await;
     one.freeze();
     let cursor = StoredFeed::read(&world.sql, two.jane.id).await.head_cursor();
     let mut late =
         [gateway.stream(&phone).stream().await, gateway.stream(&phone).last_event_id(&cursor).stream().await];
     let waiting = browser(gateway.stream(&tablet).last_event_id(&cursor));
-    until("the streams are open", || async { gateway.metric("messenger_gateway_streams").await == 4.0 })
-        .await;
+    until_metric(&gateway, "messenger_gateway_streams", 4.0).await;
     two.say(&world, &other, 3).await;
-    e2e::ledger::assert_exact(&world.sql, two.jane.id, "jane", &desk).await;
+    assert_exact(&world.sql, two.jane.id, "jane", &desk).await;
     one.thaw();
     for stream in &mut late {
         let (events, _) = stream.rest().await;
@@ -97,7 +97,7 @@ async fn an_ended_session_receives_nothing_while_api_is_away() {
     waiting.ready().await;
     two.say(&world, &other, 1).await;
     for browser in [&desk, &waiting] {
-        e2e::ledger::assert_exact(&world.sql, two.jane.id, "jane", browser).await;
+        assert_exact(&world.sql, two.jane.id, "jane", browser).await;
         assert_eq!(browser.record().opened, 1);
     }
 }
@@ -110,10 +110,9 @@ async fn streams_of_an_ended_session_end_without_redis() {
     let gateway = world.gateway(one.internal()).env("DEGRADED_RECONCILE_MILLIS", 1_000);
     let gateway = gateway.env("RECONCILE_SECONDS", 300).ready().await;
     let two = Two::meet(&world, &one).await;
-    let kept = browser(gateway.stream(&two.jane));
-    kept.ready().await;
+    let kept = watch(&gateway, &two.jane).await;
     let phone = world.login(&one, "jane").await;
-    let mut streams = [ready(gateway.stream(&phone).stream().await).await];
+    let mut streams = [ready(gateway.stream(&phone)).await];
     // The session check at the opening has been answered when the next reconcile delivers this.
     let posted = world.say(&one, &two.john, two.conversation).await;
     assert_eq!(streams[0].next().await.json()["id"], posted["id"]);
@@ -121,31 +120,27 @@ async fn streams_of_an_ended_session_end_without_redis() {
     call(&world, &other, &phone, "GET", "/api/auth_user", 401).await;
     until_revoked(&mut streams).await;
     two.say(&world, &one, 2).await;
-    e2e::ledger::assert_exact(&world.sql, two.jane.id, "jane", &kept).await;
+    assert_exact(&world.sql, two.jane.id, "jane", &kept).await;
     assert_eq!(kept.record().opened, 1);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn streams_of_a_stream_token_last_as_long_as_the_session() {
-    let world = World::new().await;
-    let (api, gateway) = world.pair().await;
-    let two = Two::meet(&world, &api).await;
+    let (world, api, gateway, two) = start().await;
     let jane = world.login(&api, "jane").await;
-    let call = world.client.post(api.url("/api/stream_token")).bearer(&jane.token);
-    let token = call.expect(200).await.json()["token"].as_str().unwrap().to_owned();
-    world.remember(&token);
+    let token = stream_token(&world, &api, &jane.token).await;
     world.client.get(api.url("/api/auth_user")).bearer(&token).expect(401).await;
 
     let claims = world.claims(&User { token: token.clone(), ..jane.clone() });
     let brief = world.sign(&Claims { exp: Utc::now().timestamp() + 2, ..claims.clone() });
-    let mut outlives = ready(gateway.anonymous_stream().query_token(&brief).stream().await).await;
+    let mut outlives = ready(gateway.anonymous_stream().query_token(&brief)).await;
 
     // Repeatedly, as a browser reconnects to the same URL.
     let mut streams = Vec::new();
     for _ in 0..3 {
-        streams.push(ready(gateway.anonymous_stream().query_token(&token).stream().await).await);
+        streams.push(ready(gateway.anonymous_stream().query_token(&token)).await);
     }
-    streams.push(ready(gateway.anonymous_stream().bearer(&token).stream().await).await);
+    streams.push(ready(gateway.anonymous_stream().bearer(&token)).await);
 
     until("the brief one has expired", || async {
         gateway.anonymous_stream().query_token(&brief).open().await.unwrap().status == 401
@@ -171,10 +166,8 @@ async fn a_stream_by_a_stream_token_ends_before_its_session_does() {
     let jane = world.user(&api, "jane").await;
     let expire = "UPDATE messenger.sessions SET expires_at = now() + interval '4 s' RETURNING extract(epoch FROM expires_at)::bigint";
     let ends: i64 = sqlx::query_scalar(expire).fetch_one(&world.sql).await.unwrap();
-    let call = world.client.post(api.url("/api/stream_token")).bearer(&jane.token);
-    let token = call.expect(200).await.json()["token"].as_str().unwrap().to_owned();
-    world.remember(&token);
-    let mut stream = ready(gateway.anonymous_stream().query_token(&token).stream().await).await;
+    let token = stream_token(&world, &api, &jane.token).await;
+    let mut stream = ready(gateway.anonymous_stream().query_token(&token)).await;
     let (reason, _) = soon("the stream ends", goodbye(&mut stream)).await;
     assert_eq!(reason, "expired");
     assert!(Utc::now().timestamp() <= ends, "never after");

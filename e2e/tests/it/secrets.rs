@@ -6,7 +6,7 @@ use std::path::Path;
 use e2e::World;
 use testkit::until;
 
-use crate::support::{Busy, Two, browser};
+use crate::support::{Busy, Two, watch};
 
 const NEW: &str = "a-new-secret-between-the-services";
 
@@ -32,7 +32,7 @@ async fn internal_secret_is_rotated_under_traffic_without_a_refusal() {
         world.gateway(internal).env("DRAIN_WAIT_SECONDS", 0).env("DRAIN_WINDOW_SECONDS", 1).ready()
     };
     let (a, b) = tokio::join!(gateway(one.internal()), gateway(two.internal()));
-    let mut busy = Busy::of(world, [one, two], [a, b], 4).await;
+    let mut busy = Busy::of(world, vec![one, two], vec![a, b]).await;
     let steps = steps(busy.world.internal_secret());
     assert_eq!(steps.last().map(String::as_str), Some(NEW), "the old secret is gone in the end");
     let traffic = busy.traffic();
@@ -62,16 +62,13 @@ async fn gateway_refused_by_api_says_so_and_recovers() {
     let gateway = world.gateway(api.internal()).env("INTERNAL_SECRET", format!("{NEW},{old}")).ready().await;
     assert!(gateway.metric("messenger_gateway_api_unauthorized_total").await > 0.0);
     let two = Two::meet(&world, &api).await;
-    let jane = browser(gateway.stream(&two.jane));
-    jane.ready().await;
+    let jane = watch(&gateway, &two.jane).await;
 
     // None is accepted from the start: alive, not ready, and the reason is given.
     let stranger = world.gateway(api.internal()).env("INTERNAL_SECRET", NEW).start().await;
     until("it says that it is refused", || async {
-        stranger
-            .readiness()
-            .await
-            .is_some_and(|(status, note)| status == 503 && note.contains("INTERNAL_SECRET"))
+        let readiness = stranger.readiness().await;
+        readiness.is_some_and(|(status, note)| status == 503 && note.contains("INTERNAL_SECRET"))
     })
     .await;
     assert!(!stranger.log().lines().iter().any(|line| line.contains(NEW)));

@@ -11,13 +11,14 @@ use std::{
 use e2e::{
     Service, User, World,
     ledger::{StoredFeed, assert_exact},
+    service::Plan,
 };
 use futures_util::future::join_all;
 use protocol::ids::ConversationId;
 use testkit::{
     servers::Redis,
     soon,
-    sse::{EventSource, ReconnectBy, StreamRequest},
+    sse::{End, EventSource, ReconnectBy, Stream, StreamRequest},
     until,
 };
 
@@ -26,6 +27,56 @@ pub(crate) const RETRY: Duration = Duration::from_millis(50);
 
 pub(crate) fn browser(opening: StreamRequest) -> EventSource {
     EventSource::open(vec![opening], ReconnectBy::Header, RETRY)
+}
+
+pub(crate) async fn watch(gateway: &Service, user: &User) -> EventSource {
+    let browser = browser(gateway.stream(user));
+    browser.ready().await;
+    browser
+}
+
+pub(crate) async fn ready(opening: StreamRequest) -> Stream {
+    let mut stream = opening.stream().await;
+    stream.named("ready").await;
+    stream
+}
+
+/// The reason of the goodbye, and whether to reconnect.
+pub(crate) async fn goodbye(stream: &mut Stream) -> (String, bool) {
+    let (events, end) = stream.rest().await;
+    assert_eq!(end, End::Clean);
+    let goodbye = events.last().expect("a goodbye");
+    assert!(goodbye.is("goodbye") && goodbye.id.is_none(), "{goodbye:?}");
+    let data = goodbye.json();
+    (data["reason"].as_str().unwrap().to_owned(), data["reconnect"].as_bool().unwrap())
+}
+
+pub(crate) async fn until_metric(service: &Service, series: &str, wanted: f64) {
+    until(&format!("{series} is {wanted}"), || async { service.metric(series).await == wanted }).await;
+}
+
+pub(crate) async fn until_redis_is_trusted(gateway: &Service) {
+    until_metric(gateway, "messenger_gateway_redis_degraded", 0.0).await;
+    until("everybody is subscribed", || async {
+        gateway.metric("messenger_gateway_actual_subscriptions").await
+            == gateway.metric("messenger_gateway_desired_subscriptions").await
+    })
+    .await;
+}
+
+/// A world with one replica of each service, and two users who talk.
+pub(crate) async fn start() -> (World, Service, Service, Two) {
+    start_in(World::new().await, |gateway| gateway).await
+}
+
+pub(crate) async fn start_in(
+    world: World,
+    settings: impl FnOnce(Plan) -> Plan,
+) -> (World, Service, Service, Two) {
+    let api = world.api().ready().await;
+    let gateway = settings(world.gateway(api.internal())).ready().await;
+    let two = Two::meet(&world, &api).await;
+    (world, api, gateway, two)
 }
 
 /// Between two messages of one client.
@@ -159,31 +210,36 @@ impl Traffic {
     }
 }
 
-/// Two replicas, two gateways, and users who write and watch continuously.
+/// Replicas, gateways, and users who write and watch continuously.
 pub(crate) struct Busy {
     pub(crate) world: Arc<World>,
-    pub(crate) apis: [Service; 2],
-    pub(crate) gateways: [Service; 2],
+    pub(crate) apis: Vec<Service>,
+    pub(crate) gateways: Vec<Service>,
     pub(crate) crowd: Crowd,
     watching: Vec<(User, EventSource)>,
 }
 
 impl Busy {
+    /// Two of each.
     pub(crate) async fn new(world: World) -> Self {
         let (one, two) = tokio::join!(world.api().ready(), world.api().ready());
         let (a, b) =
             tokio::join!(world.gateway(one.internal()).ready(), world.gateway(two.internal()).ready());
-        Self::of(world, [one, two], [a, b], 4).await
+        Self::of(world, vec![one, two], vec![a, b]).await
     }
 
-    pub(crate) async fn of(world: World, apis: [Service; 2], gateways: [Service; 2], users: usize) -> Self {
-        let crowd = Crowd::gather(&world, &apis[0], users).await;
-        let watching = crowd.watch(&[&gateways[0], &gateways[1]]).await;
+    pub(crate) async fn of(world: World, apis: Vec<Service>, gateways: Vec<Service>) -> Self {
+        let crowd = Crowd::gather(&world, &apis[0], 4).await;
+        let watching = crowd.watch(&gateways.iter().collect::<Vec<_>>()).await;
         Self { world: Arc::new(world), apis, gateways, crowd, watching }
     }
 
     pub(crate) fn traffic(&self) -> Traffic {
-        Traffic::start(&self.world, &[&self.apis[0], &self.apis[1]], &self.crowd.lines, PAUSE)
+        Traffic::start(&self.world, &self.apis.iter().collect::<Vec<_>>(), &self.crowd.lines, PAUSE)
+    }
+
+    pub(crate) fn close_streams(&mut self) {
+        self.watching.clear();
     }
 
     /// All have received what was in their feeds at the call.
@@ -213,21 +269,22 @@ impl Busy {
 
     pub(crate) async fn until_redis_is_trusted(&self) {
         for gateway in &self.gateways {
-            until("the gateway trusts Redis", || async {
-                gateway.metric("messenger_gateway_redis_degraded").await == 0.0
-                    && gateway.metric("messenger_gateway_actual_subscriptions").await
-                        == gateway.metric("messenger_gateway_desired_subscriptions").await
-            })
-            .await;
+            until_redis_is_trusted(gateway).await;
         }
     }
 
     pub(crate) async fn until_redis_is_degraded(&self) {
         for gateway in &self.gateways {
-            until("the gateway notices", || async {
-                gateway.metric("messenger_gateway_redis_degraded").await == 1.0
-            })
-            .await;
+            until_metric(gateway, "messenger_gateway_redis_degraded", 1.0).await;
+        }
+    }
+
+    pub(crate) async fn until_limits_are_shared(&self) {
+        for api in &self.apis {
+            until_metric(api, "messenger_api_rate_limits_shared", 1.0).await;
+        }
+        for gateway in &self.gateways {
+            until_metric(gateway, "messenger_gateway_rate_limits_shared", 1.0).await;
         }
     }
 
@@ -283,4 +340,18 @@ pub(crate) async fn assert_all_exact(
     for (user, browser) in watching {
         assert_exact(&world.sql, user.id, &user.name, browser).await;
     }
+}
+
+pub(crate) async fn assert_stored(world: &World, accepted: &[String]) {
+    let ids: Vec<i64> = accepted.iter().map(|id| id.parse().unwrap()).collect();
+    let stored = sqlx::query_scalar("SELECT count(*) FROM messenger.messages WHERE id = ANY($1)").bind(&ids);
+    let stored: i64 = stored.fetch_one(&world.sql).await.unwrap();
+    assert_eq!(usize::try_from(stored).unwrap(), ids.len(), "every accepted message is there");
+}
+
+/// Besides these, each line got one more.
+pub(crate) async fn assert_stored_once(world: &World, accepted: &[String], lines: usize) {
+    let stored = sqlx::query_scalar("SELECT count(*) FROM messenger.messages").fetch_one(&world.sql).await;
+    let stored: i64 = stored.unwrap();
+    assert_eq!(usize::try_from(stored).unwrap(), accepted.len() + lines, "each was taken once");
 }

@@ -6,7 +6,7 @@ use std::{
         Arc,
         atomic::{AtomicUsize, Ordering},
     },
-    time::{Duration, Instant, SystemTime},
+    time::{Instant, SystemTime},
 };
 
 use e2e::{
@@ -18,7 +18,7 @@ use opentelemetry_proto::tonic::trace::v1::span::SpanKind;
 use serde_json::json;
 use testkit::{ports::free_port, servers::Redis, soon, until};
 
-use crate::support::{Crowd, Traffic, Two, assert_all_exact, browser};
+use crate::support::{Busy, Two, browser, ready, watch};
 
 const ENDPOINT: &str = "OTEL_EXPORTER_OTLP_ENDPOINT";
 const POST: &str = "POST /api/conversations/{id}/messages";
@@ -29,6 +29,14 @@ fn traced(plan: e2e::service::Plan, collector: &Collector) -> e2e::service::Plan
     plan.env(ENDPOINT, collector.endpoint())
         .env("OTEL_TRACES_SAMPLER_ARG", 0)
         .env("TRACES_PER_SECOND", 10_000)
+}
+
+async fn start_traced(world: World) -> (World, Collector, Service, Service, Two) {
+    let collector = Collector::start().await;
+    let api = traced(world.api(), &collector).ready().await;
+    let gateway = traced(world.gateway(api.internal()), &collector).ready().await;
+    let two = Two::meet(&world, &api).await;
+    (world, collector, api, gateway, two)
 }
 
 fn new_trace() -> String {
@@ -146,13 +154,9 @@ async fn one_message_is_one_trace_from_post_to_each_flush() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn repaired_and_replayed_events_keep_their_trace() {
     let mut redis = Redis::start();
-    let (world, collector) = tokio::join!(World::with_redis(redis.url()), Collector::start());
-    let api = traced(world.api(), &collector).ready().await;
-    let gateway = traced(world.gateway(api.internal()), &collector).ready().await;
-    let two = Two::meet(&world, &api).await;
+    let (world, collector, api, gateway, two) = start_traced(World::with_redis(redis.url()).await).await;
     let before = StoredFeed::read(&world.sql, two.jane.id).await.head_cursor();
-    let tab = browser(gateway.stream(&two.jane));
-    tab.ready().await;
+    let tab = watch(&gateway, &two.jane).await;
     redis.kill();
     let lost = new_trace();
     say(&world, &api, &two, &lost).await;
@@ -165,11 +169,11 @@ async fn repaired_and_replayed_events_keep_their_trace() {
     assert_inside(flush, deliver);
     assert_eq!([deliver.attribute("path"), flush.attribute("path")], ["repair"; 2]);
 
-    let mut late = gateway.stream(&two.jane).last_event_id(before).stream().await;
-    late.named("ready").await;
+    let mut late = ready(gateway.stream(&two.jane).last_event_id(before)).await;
     soon("what it missed", late.event()).await.unwrap();
     let spans = collector.until("the replayed event", &lost, |spans| delivered(spans, 2)).await;
-    let replayed = spans.iter().filter(|span| span.attributes.get("path").is_some_and(|way| way == "replay"));
+    let replayed =
+        spans.iter().filter(|span| span.attributes.get("path").is_some_and(|path| path == "replay"));
     let replayed: Vec<_> = replayed.cloned().collect();
     let (deliver, flush) = (one(&replayed, "deliver"), one(&replayed, "flush"));
     assert_inside(deliver, one(&spans, "commit"));
@@ -179,15 +183,10 @@ async fn repaired_and_replayed_events_keep_their_trace() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn recorded_flushes_are_sampled_and_say_their_weight() {
-    let (world, collector) = tokio::join!(World::new(), Collector::start());
-    let api = traced(world.api(), &collector).ready().await;
-    let gateway = traced(world.gateway(api.internal()), &collector).ready().await;
-    let two = Two::meet(&world, &api).await;
+    let (world, collector, api, gateway, two) = start_traced(World::new().await).await;
     let mut streams = Vec::new();
     for _ in 0..30 {
-        let mut stream = gateway.stream(&two.jane).stream().await;
-        stream.named("ready").await;
-        streams.push(stream);
+        streams.push(ready(gateway.stream(&two.jane)).await);
     }
     let trace = new_trace();
     say(&world, &api, &two, &trace).await;
@@ -203,12 +202,8 @@ async fn recorded_flushes_are_sampled_and_say_their_weight() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_flush_ends_when_the_socket_has_taken_the_last_byte() {
-    let (world, collector) = tokio::join!(World::new(), Collector::start());
-    let api = traced(world.api(), &collector).ready().await;
-    let gateway = traced(world.gateway(api.internal()), &collector).ready().await;
-    let two = Two::meet(&world, &api).await;
-    let mut slow = gateway.stream(&two.jane).tiny_receive_buffer().stream().await;
-    slow.named("ready").await;
+    let (world, collector, api, gateway, two) = start_traced(World::new().await).await;
+    let mut slow = ready(gateway.stream(&two.jane).tiny_receive_buffer()).await;
     let mut traces = Vec::new();
     let long = format!("{} {}", world.text(), "😀".repeat(450));
     soon("the socket takes no more", async {
@@ -239,8 +234,7 @@ async fn api_without_a_collector_passes_the_trace_on() {
     let api = world.api().ready().await;
     let gateway = traced(world.gateway(api.internal()), &collector).ready().await;
     let two = Two::meet(&world, &api).await;
-    let tab = browser(gateway.stream(&two.jane));
-    tab.ready().await;
+    let _tab = watch(&gateway, &two.jane).await;
     let trace = new_trace();
     say(&world, &api, &two, &trace).await;
     let spans = collector.until("the delivery", &trace, |spans| delivered(spans, 1)).await;
@@ -271,28 +265,27 @@ async fn clients_cannot_have_more_traced_than_the_bound() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn unavailable_collector_costs_only_spans() {
-    let world = Arc::new(World::new().await);
+    let world = World::new().await;
     let nowhere = format!("http://127.0.0.1:{}", free_port());
     let (silent, connections) = silent_collector().await;
     let plan = world.api().env(ENDPOINT, nowhere).env("OTEL_TRACES_SAMPLER_ARG", 1);
-    let mut api = plan.env("TRACES_PER_SECOND", 10_000).env("SHUTDOWN_WAIT_SECONDS", 0).ready().await;
+    let api = plan.env("TRACES_PER_SECOND", 10_000).env("SHUTDOWN_WAIT_SECONDS", 0).ready().await;
     let plan = world.gateway(api.internal()).env(ENDPOINT, silent);
-    let mut gateway = plan.env("TRACES_PER_SECOND", 10_000).env("DRAIN_WAIT_SECONDS", 0).ready().await;
-    let crowd = Crowd::gather(&world, &api, 4).await;
-    let watching = crowd.watch(&[&gateway]).await;
-    let traffic = Traffic::start(&world, &[&api], &crowd.lines, Duration::from_millis(5));
+    let gateway = plan.env("TRACES_PER_SECOND", 10_000).env("DRAIN_WAIT_SECONDS", 0).ready().await;
+    let mut busy = Busy::of(world, vec![api], vec![gateway]).await;
+    let traffic = busy.traffic();
     traffic.more(200).await;
     until("the hanging collector has a connection", async || connections.load(Ordering::Relaxed) > 0).await;
     until("spans were dropped", async || {
-        api.metric_where("messenger_api_dropped_spans_total", "reason=\"failed\"").await > 0.0
+        busy.apis[0].metric_where("messenger_api_dropped_spans_total", "reason=\"failed\"").await > 0.0
     })
     .await;
     traffic.more(200).await;
     traffic.stop().await;
-    assert_all_exact(&world, &api, &crowd.lines, &watching).await;
-    assert_eq!(gateway.metric("messenger_gateway_exported_spans_total").await, 0.0);
-    drop(watching);
-    for service in [&mut gateway, &mut api] {
+    busy.assert_exact().await;
+    assert_eq!(busy.gateways[0].metric("messenger_gateway_exported_spans_total").await, 0.0);
+    busy.close_streams();
+    for service in busy.gateways.iter_mut().chain(&mut busy.apis) {
         service.terminate();
         assert!(service.wait().await.success(), "it ends in order");
     }

@@ -164,11 +164,6 @@ impl World {
             .env("LIMIT_SEND_PER_ADDRESS", GENEROUS)
     }
 
-    /// An api in the middle of a rotation: a new key signs, the usual one is still accepted.
-    pub fn api_with_another_key(&self) -> Plan {
-        self.api().env("SIGNING_KEY_FILES", self.key_files(&["another.pem", "signing.pem"]))
-    }
-
     /// For `SIGNING_KEY_FILES`: the first of `signing.pem` and `another.pem` signs.
     pub fn key_files(&self, names: &[&str]) -> String {
         names.iter().map(|name| self.key_file(name)).collect::<Vec<_>>().join(",")

@@ -9,14 +9,8 @@ impl Messenger {
     /// Presses Tab until the focus is on this role and name.
     async fn tab_to(&self, selector: &str) {
         for _ in 0..40 {
-            if self
-                .evaluate_with(
-                    "(selector) => Boolean(document.activeElement?.matches(selector))",
-                    &json!(selector),
-                )
-                .await
-                == true
-            {
+            let focused = format!("Boolean(document.activeElement?.matches({}))", json!(selector));
+            if self.evaluate(&focused).await == true {
                 let style = "(({ outlineStyle, boxShadow, borderColor }) => outlineStyle !== 'none' || boxShadow !== 'none' || borderColor)(getComputedStyle(document.activeElement))";
                 assert_ne!(self.evaluate(style).await, json!(false), "the focus on {selector} is not seen");
                 return;

@@ -1,6 +1,6 @@
 //! Screenshots for review, accessibility rules, and the size of a first visit.
 
-use e2e::{Browser, Front, User, browser::Page};
+use e2e::{Browser, Front, User, browser::WebPage};
 use protocol::ids::ConversationId;
 use serde_json::{Value, json};
 
@@ -63,7 +63,7 @@ async fn furnish(site: &Site) -> (User, ConversationId) {
 }
 
 /// Takes a picture in every theme and size, and runs the accessibility engine.
-async fn look(page: &Page, name: &str) {
+async fn look(page: &WebPage, name: &str) {
     let mut complaints = Vec::new();
     for theme in THEMES {
         page.call(json!([["emulateMedia", { "colorScheme": theme, "reducedMotion": "reduce" }]])).await;
@@ -131,7 +131,7 @@ async fn every_page_is_accessible_in_both_themes_on_both_sizes() {
 }
 
 /// Bytes on the wire of everything that a first visit loads, headers included.
-async fn weight(page: &Page) -> Value {
+async fn weight(page: &WebPage) -> Value {
     page.evaluate(
         "(() => {
             const all = ['navigation', 'resource'].flatMap((type) => performance.getEntriesByType(type));

@@ -8,7 +8,7 @@ use std::{
 
 use e2e::{
     User, World,
-    browser::{BrowserContext, Locator, POLL, Page},
+    browser::{BrowserContext, Locator, POLL, WebPage},
 };
 use futures_util::future::join_all;
 use protocol::ids::ConversationId;
@@ -17,12 +17,12 @@ use sqlx::PgPool;
 use testkit::{PATIENCE, soon, until};
 use tokio::sync::watch;
 
-pub(crate) struct Messenger(Page);
+pub(crate) struct Messenger(WebPage);
 
 impl Deref for Messenger {
-    type Target = Page;
+    type Target = WebPage;
 
-    fn deref(&self) -> &Page {
+    fn deref(&self) -> &WebPage {
         &self.0
     }
 }

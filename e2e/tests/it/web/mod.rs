@@ -15,5 +15,4 @@ mod sending;
 mod sign_in;
 mod site;
 pub(crate) mod stream;
-mod tabs;
 mod talk;

@@ -6,7 +6,7 @@
 
 use std::path::PathBuf;
 
-use e2e::{Browser, Front, browser::Page};
+use e2e::{Browser, Front, browser::WebPage};
 use serde_json::json;
 
 use super::site::site;
@@ -40,7 +40,7 @@ const CLIENT: &str = r"
     };
 ";
 
-async fn person(browser: &Browser, origin: &str, name: &str) -> (e2e::browser::BrowserContext, Page) {
+async fn person(browser: &Browser, origin: &str, name: &str) -> (e2e::browser::BrowserContext, WebPage) {
     let context = browser.context(name, origin).await;
     context.expect("the server responded with a status of"); // Wrong on purpose.
     let page = context.open("/icon.svg").await;

@@ -1,6 +1,6 @@
 //! Written messages are neither lost nor sent twice.
 
-use e2e::{Browser, Front, browser::Page};
+use e2e::{Browser, Front, browser::WebPage};
 use serde_json::json;
 use testkit::until;
 
@@ -13,7 +13,7 @@ use crate::support::Two;
 const SEND: &str = "**/api/conversations/*/messages";
 
 /// Handles requests to send until `let_through`.
-async fn intercept(page: &Page, what: &str) {
+async fn intercept(page: &WebPage, what: &str) {
     let only_sends = format!(
         "((handle) => (route) => route.request().method() === 'POST' ? handle(route) : route.continue())({what})"
     );
@@ -30,7 +30,7 @@ const LOSE_THE_FIRST_ANSWER: &str = "(() => {
     };
 })()";
 
-async fn let_through(page: &Page) {
+async fn let_through(page: &WebPage) {
     page.call(json!([["unroute", SEND]])).await;
 }
 

@@ -6,7 +6,6 @@ use e2e::{Browser, Front, Service, User, World, browser::BrowserContext, nginx::
 use futures_util::future::join_all;
 
 /// In the order of teardown.
-#[allow(dead_code, reason = "some are only held")]
 pub(crate) struct Site {
     pub(crate) nginx: Nginx,
     pub(crate) gateways: Vec<Service>,
@@ -33,6 +32,11 @@ pub(crate) async fn site_of(front: Front, [apis, gateways]: [usize; 2], settings
 impl Site {
     pub(crate) fn api(&self) -> &Service {
         &self.apis[0]
+    }
+
+    /// The sum over all gateways.
+    pub(crate) async fn metric(&self, series: &str) -> f64 {
+        join_all(self.gateways.iter().map(|gateway| gateway.metric(series))).await.iter().sum()
     }
 
     pub(crate) async fn signed_in(&self, browser: &Browser, user: &User) -> BrowserContext {

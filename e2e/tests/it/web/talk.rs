@@ -1,12 +1,13 @@
 //! Two users talk, one of them on two devices.
 
 use e2e::{Browser, Front, World, browser::BrowserContext};
+use futures_util::future::join_all;
 use serde_json::{Value, json};
 use testkit::until;
 
 use super::{
     messenger::{Messenger, assert_all_show},
-    site::{Site, site},
+    site::site,
 };
 
 async fn log_in(context: &BrowserContext, name: &str) -> Messenger {
@@ -30,14 +31,6 @@ async fn known_to(world: &World, context: &BrowserContext) {
     world.remember(session["value"].as_str().unwrap());
 }
 
-async fn streams(site: &Site) -> Vec<f64> {
-    let mut streams = Vec::new();
-    for gateway in &site.gateways {
-        streams.push(gateway.metric("messenger_gateway_streams").await);
-    }
-    streams
-}
-
 async fn two_users_and_a_third_device_talk(front: Front, protocol: &str) {
     let browser = Browser::launch().await;
     let site = site(front, &[]).await;
@@ -56,7 +49,9 @@ async fn two_users_and_a_third_device_talk(front: Front, protocol: &str) {
         known_to(world, context).await;
     }
     until("both gateways have some of the three streams", || async {
-        let streams = streams(&site).await;
+        let streams =
+            join_all(site.gateways.iter().map(|gateway| gateway.metric("messenger_gateway_streams")));
+        let streams = streams.await;
         streams.iter().sum::<f64>() == 3.0 && streams.iter().all(|streams| *streams > 0.0)
     })
     .await;
@@ -95,13 +90,9 @@ async fn two_users_and_a_third_device_talk(front: Front, protocol: &str) {
     let on_the_way = world.text();
     johns_phone.say(&on_the_way).await;
     john.shows_last(&on_the_way).await;
-    let (john_is, jane_is) = (user(&site, "john").await, user(&site, "jane").await);
+    let (john_is, jane_is) = (world.login(site.api(), "john").await, world.login(site.api(), "jane").await);
     let watching = [(&john_is, &john), (&john_is, &johns_phone), (&jane_is, &jane)];
     assert_all_show(world, conversation, &watching).await;
-}
-
-async fn user(site: &Site, name: &str) -> e2e::User {
-    site.world.login(site.api(), name).await
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
