@@ -91,7 +91,9 @@ async fn a_burst_arrives_whole_and_in_order() {
     let (world, api, gateway, two) = start().await;
     let jane = watch(&gateway, &two.jane).await;
     // All together, in any order for the publisher, Redis and the gateway.
-    join_all((0..300).map(|_| world.say(&api, &two.john, two.conversation))).await;
+    let apis = [api.url("")];
+    let send = async |key: String| world.say_until_accepted(&apis, &two.john, two.conversation, &key).await;
+    join_all((0..300).map(|number| send(number.to_string()))).await;
     assert_exact(&world.sql, two.jane.id, "jane", &jane).await;
     assert_eq!(jane.record().ledger().count(), 300);
 }
