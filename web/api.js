@@ -40,8 +40,10 @@ export const sentence = (error) => (error instanceof ApiError ? error.message : 
 /**
  * `unauthorized`: a request got 401. `again`: a good moment to retry, because the network or the server is back.
  */
-export const weather = new EventTarget();
-addEventListener("online", () => weather.dispatchEvent(new Event("again")));
+export const apiEvents = new EventTarget();
+/** Repeats immediately what waits for its next attempt. */
+export const retryNow = () => void apiEvents.dispatchEvent(new Event("again"));
+addEventListener("online", retryNow);
 
 /**
  * @typedef {{ method?: string, body?: unknown, headers?: Record<string, string>, signal?: AbortSignal }} Options
@@ -72,7 +74,7 @@ export async function request(path, { method = "GET", body, headers = {}, signal
     // A proxy may answer anything.
     try { json = JSON.parse(text); } catch { /* not JSON */ }
     if (response.ok && (json !== null || response.status === 204)) return { body: json, headers: response.headers };
-    if (response.status === 401) weather.dispatchEvent(new Event("unauthorized"));
+    if (response.status === 401) apiEvents.dispatchEvent(new Event("unauthorized"));
     const problem = json && typeof json === "object" ? json : {};
     throw new ApiError(response.ok ? 502 : response.status, problem, 1000 * (Number(response.headers.get("Retry-After")) || 0));
   } catch (error) {
@@ -111,7 +113,7 @@ export function pause(ms, signal) {
       settle();
     };
     const timer = setTimeout(() => end(() => resolve(false)), ms);
-    weather.addEventListener("again", () => end(() => resolve(true)), { signal: over.signal });
+    apiEvents.addEventListener("again", () => end(() => resolve(true)), { signal: over.signal });
     signal?.addEventListener("abort", () => end(() => reject(signal.reason)), { signal: over.signal });
     if (signal?.aborted) end(() => reject(signal.reason));
   });

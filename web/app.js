@@ -1,6 +1,6 @@
 // The entry point: finds out who is logged in, shows the page of the address, and keeps all tabs on the same user.
 
-import { ApiError, keepTrying, weather } from "./api.js";
+import { ApiError, apiEvents, keepTrying } from "./api.js";
 import { showBadge } from "./badge.js";
 import { h } from "./dom.js";
 import { accessPage } from "./pages/access.js";
@@ -140,7 +140,7 @@ document.addEventListener("click", (event) => {
 });
 
 // The request of `begin` itself may be the one that got 401.
-weather.addEventListener("unauthorized", () => inside && !asking && begin(ENDED));
+apiEvents.addEventListener("unauthorized", () => inside && !asking && begin(ENDED));
 
 // All tabs share one cookie: when another tab logs out or changes the user, this one follows, immediately or when it wakes.
 function follow() {

@@ -13,7 +13,7 @@ import { Thread, lastIndex } from "./thread.js";
  * @typedef {import("./api.js").Conversation} Conversation
  * @typedef {import("./api.js").Message} Message
  * @typedef {import("./api.js").User} User
- * @typedef {{ held: [string, any][], read: Promise<Conversation | null> }} Coming
+ * @typedef {{ buffered: [string, any][], read: Promise<Conversation | null> }} Coming
  */
 
 /** The server's largest page. */
@@ -45,7 +45,7 @@ export class Model {
   /** @type {Map<string, Thread>} In the order of opening. */
   #threads = new Map();
   /** @type {[string, any][] | null} Events buffered while the list loads. */
-  #held = null;
+  #buffered = null;
   /** @type {Map<string, Conversation>} As a page described it, until the stream delivers its last message. */
   #pages = new Map();
   /** @type {Map<string, Coming>} Conversations that load, with the events that arrived meanwhile. */
@@ -90,7 +90,7 @@ export class Model {
     const load = (this.#load += 1);
     const wanted = Math.min(this.order.length, PAGE * MOST_PAGES);
     // Earlier events are in the pages, which are requested only now.
-    this.#held = [];
+    this.#buffered = [];
     this.#coming.clear();
     /** @type {Conversation[]} */
     let list = [];
@@ -108,9 +108,9 @@ export class Model {
     this.hasMore = hasMore;
     this.listed = true;
     this.waiting = false;
-    const held = this.#held ?? [];
-    this.#held = null;
-    for (const [name, data] of held) {
+    const buffered = this.#buffered ?? [];
+    this.#buffered = null;
+    for (const [name, data] of buffered) {
       if (isMessage(name)) this.#toTop(data.conversationId);
       if (paged.has(data.conversationId)) this.#change(name, data);
     }
@@ -124,9 +124,9 @@ export class Model {
   }
 
   async loadMore() {
-    if (this.#more || !this.hasMore || this.#held) return;
+    if (this.#more || !this.hasMore || this.#buffered) return;
     /** @type {[string, any][]} */
-    const held = (this.#more = []);
+    const buffered = (this.#more = []);
     const load = this.#load;
     try {
       const page = await this.#readList(this.order.at(-1));
@@ -135,7 +135,7 @@ export class Model {
       const found = page.filter((conversation) => !this.order.includes(conversation.id));
       for (const conversation of found) this.#put(conversation);
       this.order.push(...found.map((conversation) => conversation.id));
-      for (const [name, data] of held) {
+      for (const [name, data] of buffered) {
         if (found.some((conversation) => conversation.id === data.conversationId)) this.#change(name, data);
       }
       this.hasMore = page.length === PAGE;
@@ -177,11 +177,11 @@ export class Model {
     return this.conversations.get(id) ?? this.#readOnce(id);
   }
 
-  /** @param {string} id @param {[string, any][]} held Events that the answer may lack. */
-  #readOnce(id, held = []) {
+  /** @param {string} id @param {[string, any][]} buffered Events that the answer may lack. */
+  #readOnce(id, buffered = []) {
     let coming = this.#coming.get(id);
     if (!coming) {
-      coming = { held, read: Promise.resolve(null) };
+      coming = { buffered, read: Promise.resolve(null) };
       this.#coming.set(id, coming);
       coming.read = this.#readConversation(id, coming);
     }
@@ -190,7 +190,7 @@ export class Model {
 
   /** @param {string} id @param {Coming} coming @returns {Promise<Conversation | null>} */
   async #readConversation(id, coming) {
-    const { held } = coming;
+    const { buffered } = coming;
     const isLate = () => this.#coming.get(id) !== coming;
     const path = `/api/conversations/${encodeURIComponent(id)}`;
     try {
@@ -207,8 +207,8 @@ export class Model {
     }
     this.#coming.delete(id);
     const last = this.conversations.get(id)?.lastMessage?.id;
-    const known = last ? lastIndex(held, ([, data]) => data.id === last) : -1;
-    for (const [name, data] of held.slice(known + 1)) this.#change(name, data);
+    const known = last ? lastIndex(buffered, ([, data]) => data.id === last) : -1;
+    for (const [name, data] of buffered.slice(known + 1)) this.#change(name, data);
     this.changes.tell();
     return this.conversations.get(id) ?? null;
   }
@@ -254,8 +254,8 @@ export class Model {
       if (data.idempotencyKey) this.#outbox.drop(data.idempotencyKey);
       if (name === "message") this.onMessage(data, this.conversations.get(conversationId));
     }
-    this.#coming.get(data.conversationId)?.held.push([name, data]);
-    this.#held?.push([name, data]);
+    this.#coming.get(data.conversationId)?.buffered.push([name, data]);
+    this.#buffered?.push([name, data]);
     this.#more?.push([name, data]);
     this.#applyToList(name, data);
     this.changes.tell();

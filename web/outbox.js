@@ -4,7 +4,7 @@
 // All tabs see all entries. The tab that made one sends it; after a long silence another tab takes over. Two that send at the
 // same time do no harm: the server knows the key.
 
-import { ApiError, backOff, passes, pause, post, sentence, weather } from "./api.js";
+import { ApiError, backOff, passes, pause, post, sentence } from "./api.js";
 import { Changes } from "./dom.js";
 import { who } from "./storage.js";
 

@@ -1,6 +1,6 @@
 // A user in a tab: stream, model, outbox and drafts, wired together. `end` stops all of them.
 
-import { get, post, weather } from "./api.js";
+import { get, post, retryNow } from "./api.js";
 import { Model } from "./model.js";
 import { Outbox } from "./outbox.js";
 import { Drawer, who } from "./storage.js";
@@ -39,7 +39,7 @@ export class Session {
       const { state, reason } = /** @type {any} */ (event);
       this.state = state;
       this.reason = reason ?? "";
-      if (state === "live") weather.dispatchEvent(new Event("again"));
+      if (state === "live") retryNow();
       if (state === "signed-out") signedOut();
       this.onState();
     });

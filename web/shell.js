@@ -1,6 +1,6 @@
 // The frame of every page of a logged-in user: header, connection state, list of conversations, and the page itself.
 
-import { post, sentence, weather } from "./api.js";
+import { post, retryNow, sentence } from "./api.js";
 import { showBadge } from "./badge.js";
 import { usernameField } from "./combobox.js";
 import { h, icon, reconcile, setAttribute, setText } from "./dom.js";
@@ -117,7 +117,7 @@ export function makeShell(session, { go, leave }) {
 
   const list = h("ul", { class: "conversations" });
   const more = h("button", { type: "button", class: "plain more", click: () => model.loadMore().catch(() => {}) }, "Load more");
-  const trouble = h("button", { type: "button", class: "trouble", click: () => weather.dispatchEvent(new Event("again")) },
+  const trouble = h("button", { type: "button", class: "trouble", click: retryNow },
     "The list could not be loaded. Trying again… ", h("b", {}, "Try now"));
   const empty = h("p", { class: "empty" }, "No conversations yet. Start one with a username above.");
   const scroller = h("div", { class: "scroll" }, list, more, trouble, empty);

@@ -29,7 +29,7 @@ export class Thread {
   /** How many messages at the front came in pages; the stream delivered the others. */
   #paged = 0;
   /** @type {Message[] | null} Messages buffered while the newest page loads. */
-  #held = null;
+  #buffered = null;
   /** @type {string | null} */
   #readByOther = null;
   /** Counts loads: answers to earlier ones are dropped. */
@@ -55,7 +55,7 @@ export class Thread {
     const load = (this.#load += 1);
     const wanted = Math.min(this.messages.length, PAGE * MOST_PAGES);
     // Earlier messages are in the page, which is requested only now.
-    this.#held = [];
+    this.#buffered = [];
     this.older = false;
     /** @type {Message[]} */
     let newestFirst = [];
@@ -78,10 +78,10 @@ export class Thread {
     const paged = newestFirst.reverse();
     const known = new Set(paged.map((message) => message.id));
     // Messages before one of the page are in it, or older.
-    const after = this.#held.slice(lastIndex(this.#held, (message) => known.has(message.id)) + 1);
+    const after = this.#buffered.slice(lastIndex(this.#buffered, (message) => known.has(message.id)) + 1);
     this.messages = paged.concat(after);
     this.#paged = paged.length;
-    this.#held = null;
+    this.#buffered = null;
     this.hasOlder = hasOlder;
     this.state = "ready";
     this.waiting = false;
@@ -90,7 +90,7 @@ export class Thread {
   }
 
   async loadOlder() {
-    if (this.state !== "ready" || this.older || !this.hasOlder || this.#held) return;
+    if (this.state !== "ready" || this.older || !this.hasOlder || this.#buffered) return;
     const load = this.#load;
     this.older = true;
     this.#tell();
@@ -118,7 +118,7 @@ export class Thread {
 
   /** Adds a message from the stream. @param {Message} message */
   append(message) {
-    this.#held?.push(message);
+    this.#buffered?.push(message);
     const at = lastIndex(this.messages, (known) => known.id === message.id);
     if (at >= this.#paged) return;
     if (at >= 0) {

@@ -5,7 +5,7 @@
 
 async (seed, rounds) => {
   const { Model } = await import("/model.js");
-  const { weather } = await import("/api.js");
+  const { retryNow } = await import("/api.js");
   const PAGE = 25;
   const MESSAGES = 50;
   const STEPS = 300;
@@ -144,7 +144,7 @@ async (seed, rounds) => {
     }
     for (let quiet = 0; quiet < 30; quiet += 1) {
       if (requests.length > 0 || position < server.feed.length) quiet = 0;
-      weather.dispatchEvent(new Event("again"));
+      retryNow();
       hear();
       for (const request of requests.splice(0)) {
         read(request);

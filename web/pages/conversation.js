@@ -1,7 +1,7 @@
 // A conversation and its composer. What the reader looks at stays in place whatever is added above or below; at the end, the
 // newest message stays in view.
 
-import { post, weather } from "../api.js";
+import { apiEvents, post, retryNow } from "../api.js";
 import { h, icon, reconcile, setAttribute, setText } from "../dom.js";
 import { avatar, backLink } from "../shell.js";
 import { LONGEST, clock, codePoints, day, moment, normalise, parts } from "../text.js";
@@ -159,7 +159,7 @@ export function conversationPage({ session, signal, setTitle, fail }, id) {
     if (marked === newest) attend();
   }
   document.addEventListener("visibilitychange", attend, { signal });
-  weather.addEventListener("again", attend, { signal });
+  apiEvents.addEventListener("again", attend, { signal });
 
   /** The first message of the other after the one with this id. @param {string | null} after */
   function firstAfter(after) {
@@ -283,7 +283,7 @@ export function conversationPage({ session, signal, setTitle, fail }, id) {
     }
     if (item.kind !== "message") {
       return h("li", { class: "top", role: "none" }, h("span", {}),
-        h("button", { type: "button", class: "plain", click: () => weather.dispatchEvent(new Event("again")) }, "Try now"));
+        h("button", { type: "button", class: "plain", click: retryNow }, "Try now"));
     }
     return h("li", { class: "message", role: "article", "data-mine": String(item.mine) },
       h("span", { class: "unseen" }, item.mine ? "You:" : `${named}:`),
