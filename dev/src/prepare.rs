@@ -31,6 +31,7 @@ pub(crate) async fn run(folders: &Folders, given: &GivenServers, check: bool) ->
     }
     let fresh = fresh?;
     let committed_dir = folders.root.join("api/.sqlx");
+    fs::create_dir_all(&committed_dir)?;
     let committed = read(&committed_dir)?;
     let differences = differences(&committed, &fresh);
     if differences.is_empty() {
@@ -109,15 +110,11 @@ fn expand_macros_again(folders: &Folders) -> Result<()> {
 }
 
 fn read(dir: &Path) -> Result<QueryData> {
-    if !dir.exists() {
-        return Ok(QueryData::new());
-    }
     let mut data = QueryData::new();
     for entry in fs::read_dir(dir)? {
         let path = entry?.path();
         if let Some(name) = path.file_name().and_then(|name| name.to_str())
             && name.starts_with("query-")
-            && name.ends_with(".json")
         {
             data.insert(name.to_owned(), fs::read(&path)?);
         }
@@ -126,7 +123,6 @@ fn read(dir: &Path) -> Result<QueryData> {
 }
 
 fn write(dir: &Path, committed: &QueryData, fresh: &QueryData) -> Result<()> {
-    fs::create_dir_all(dir)?;
     for (name, content) in fresh.iter().filter(|(name, content)| committed.get(*name) != Some(content)) {
         fs::write(dir.join(name), content)?;
     }
@@ -185,6 +181,7 @@ mod tests {
     #[test]
     fn writing_leaves_exactly_the_fresh_data() {
         let dir = std::env::temp_dir().join(format!("prepare-{}", std::process::id()));
+        fs::create_dir_all(&dir).unwrap();
         let committed = data(&[("1", "SELECT 1"), ("2", "SELECT 2")]);
         let fresh = data(&[("2", "SELECT two"), ("3", "SELECT 3")]);
         write(&dir, &QueryData::new(), &committed).unwrap();

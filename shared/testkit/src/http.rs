@@ -1,6 +1,6 @@
 //! A plain HTTP client: status, headers and body as received.
 
-use std::{sync::Arc, time::Duration};
+use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use http::{HeaderMap, Request, Uri, header};
@@ -11,6 +11,9 @@ use hyper_util::{
 };
 use serde::Serialize;
 use serde_json::Value;
+use service_kit::server::{self, Limits, Metrics};
+use tokio_util::sync::{CancellationToken, DropGuard};
+use warp::filters::BoxedFilter;
 
 const BODY_LIMIT: usize = 16 << 20;
 const TIME_LIMIT: Duration = Duration::from_secs(30);
@@ -33,6 +36,17 @@ pub struct Answer {
 /// There was no complete answer.
 #[derive(Debug)]
 pub struct HttpFailure(pub String);
+
+/// Serves these routes at a free port of loopback until the guard is dropped.
+pub fn serve<R: warp::Reply + 'static>(routes: BoxedFilter<(R,)>) -> (SocketAddr, DropGuard) {
+    let listener = server::bind(SocketAddr::from(([127, 0, 0, 1], 0))).expect("a free port of loopback");
+    let address = listener.local_addr().expect("it is bound");
+    let stop = CancellationToken::new();
+    let limits = Limits { stop: Duration::ZERO, ..Limits::default() };
+    let metrics = Metrics::default().listener("test");
+    tokio::spawn(server::serve(listener, warp::service(routes), limits, metrics, stop.clone()));
+    (address, stop.drop_guard())
+}
 
 impl Default for Client {
     fn default() -> Self {

@@ -7,7 +7,6 @@ use std::{
         Arc, Mutex,
         atomic::{AtomicUsize, Ordering},
     },
-    time::Duration,
 };
 
 use http::StatusCode;
@@ -16,14 +15,14 @@ use jsonwebtoken::{
     jwk::{Jwk, JwkSet, PublicKeyUse, ThumbprintHash},
 };
 use serde_json::{Value, json};
-use tokio_util::sync::{CancellationToken, DropGuard};
+use tokio_util::sync::DropGuard;
 use warp::Filter;
 
+use crate::http::serve;
 use protocol::{
     external::{ExternalAlgorithm, ExternalIssuer},
     feed::ExternalKeysAnswer,
 };
-use service_kit::server::{self, Limits, Metrics};
 
 pub const ISSUER: &str = "https://login.example";
 pub const AUDIENCE: &str = "messenger";
@@ -50,18 +49,20 @@ impl IssuerKey {
     }
 
     pub fn sign(&self, claims: &Value) -> String {
-        jsonwebtoken::encode(&self.header, claims, &self.key).expect("claims are JSON")
+        self.sign_with(&self.header, claims)
     }
 
     pub fn sign_nameless(&self, claims: &Value) -> String {
-        let header = Header { kid: None, ..self.header.clone() };
-        jsonwebtoken::encode(&header, claims, &self.key).expect("claims are JSON")
+        self.sign_with(&Header { kid: None, ..self.header.clone() }, claims)
     }
 
     pub fn sign_critical(&self, claims: &Value) -> String {
-        let mut header = self.header.clone();
-        header.crit = Some(vec!["https://login.example/x".into()]);
-        jsonwebtoken::encode(&header, claims, &self.key).expect("claims are JSON")
+        let crit = Some(vec!["https://login.example/x".into()]);
+        self.sign_with(&Header { crit, ..self.header.clone() }, claims)
+    }
+
+    fn sign_with(&self, header: &Header, claims: &Value) -> String {
+        jsonwebtoken::encode(header, claims, &self.key).expect("claims are JSON")
     }
 
     pub fn token(&self, subject: &str, exp: i64) -> String {
@@ -92,9 +93,6 @@ pub struct TestIssuer {
 
 impl TestIssuer {
     pub fn start(keys: Option<&IssuerKey>) -> Self {
-        let anywhere = SocketAddr::from(([127, 0, 0, 1], 0));
-        let listener = server::bind(anywhere).expect("a free port of loopback");
-        let address = listener.local_addr().expect("it is bound");
         let published = Arc::new(Mutex::new(keys.map(|key| json!(key.jwks()))));
         let requests = Arc::new(AtomicUsize::new(0));
         let routes = warp::path("jwks").map({
@@ -106,11 +104,8 @@ impl TestIssuer {
                 warp::reply::with_status(warp::reply::json(&keys), status)
             }
         });
-        let stop = CancellationToken::new();
-        let limits = Limits { stop: Duration::ZERO, ..Limits::default() };
-        let metrics = Metrics::default().listener("issuer");
-        tokio::spawn(server::serve(listener, warp::service(routes), limits, metrics, stop.clone()));
-        Self { address, keys: published, requests, _stop: stop.drop_guard() }
+        let (address, stop) = serve(routes.boxed());
+        Self { address, keys: published, requests, _stop: stop }
     }
 
     pub fn url(&self) -> String {

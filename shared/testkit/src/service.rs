@@ -87,12 +87,8 @@ impl Plan {
 
     /// Returns when it accepts connections, which is before it is ready.
     pub async fn start(self) -> Service {
-        let mut command = self.command();
-        let mut process = Process::start(&mut command).expect("the binary can be started");
-        let stdout = process.child().stdout.take().expect("stdout is piped");
-        let stderr = process.child().stderr.take().expect("stderr is piped");
         let before = self.log.lines().len();
-        let readers = vec![self.log.follow(stdout), self.log.follow(stderr)];
+        let (process, readers) = self.spawn(&[]);
         let mut service =
             Service { process, readers, plan: self, addresses: BTreeMap::new(), client: Client::default() };
         soon("the service logs its addresses", service.listening(before)).await;
@@ -106,25 +102,21 @@ impl Plan {
     }
 
     pub async fn run(&self, arguments: &[&str]) {
-        let mut process = Process::start(self.command().args(arguments)).expect("the binary can be started");
-        let readers = [
-            self.log.follow(process.child().stdout.take().expect("stdout is piped")),
-            self.log.follow(process.child().stderr.take().expect("stderr is piped")),
-        ];
+        let (mut process, readers) = self.spawn(arguments);
         let status = soon("the command ends", process.wait()).await;
         readers.into_iter().for_each(|reader| reader.join().expect("a reader does not panic"));
         assert!(status.success(), "{} {arguments:?}: {status}: {:#?}", self.log.name, self.log.lines());
     }
 
-    fn command(&self) -> Command {
+    /// The process, and the threads that read its output to the end.
+    fn spawn(&self, arguments: &[&str]) -> (Process, Vec<JoinHandle<()>>) {
         let mut command = Command::new(&self.binary);
-        command
-            .env_clear()
-            .envs(&self.env)
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped());
-        command
+        command.args(arguments).env_clear().envs(&self.env);
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut process = Process::start(&mut command).expect("the binary can be started");
+        let stdout = process.child().stdout.take().expect("stdout is piped");
+        let stderr = process.child().stderr.take().expect("stderr is piped");
+        (process, vec![self.log.follow(stdout), self.log.follow(stderr)])
     }
 }
 
@@ -256,20 +248,16 @@ impl Service {
             if let Some(status) = self.process.ended() {
                 // Its last lines may still be in the pipes.
                 self.readers.drain(..).for_each(|reader| reader.join().expect("a reader does not panic"));
-                panic!(
-                    "{} ended with {status} at its start: {:#?}",
-                    self.plan.log.name,
-                    self.plan.log.lines()
-                );
+                let Log { name, .. } = &*self.plan.log;
+                panic!("{name} ended with {status} at its start: {:#?}", self.plan.log.lines());
             }
             for line in self.plan.log.lines().iter().skip(before) {
                 let Ok(line) = serde_json::from_str::<Value>(line) else { continue };
-                let (Some("listening"), Some(name), Some(address)) =
-                    (line["message"].as_str(), line["name"].as_str(), line["address"].as_str())
-                else {
-                    continue;
-                };
-                self.addresses.insert(name.into(), address.parse().expect("the log names an address"));
+                if line["message"] == "listening"
+                    && let (Some(name), Some(address)) = (line["name"].as_str(), line["address"].as_str())
+                {
+                    self.addresses.insert(name.into(), address.parse().expect("the log names an address"));
+                }
             }
             tokio::time::sleep(Duration::from_millis(5)).await;
         }

@@ -24,13 +24,13 @@ use protocol::{
 };
 use serde::Serialize;
 use serde_json::{json, value::RawValue};
-use service_kit::server::{self, Limits, Metrics};
 use testkit::{
+    http::serve,
     issuer::{IssuerKey, published},
     soon,
 };
 use tokio::{sync::watch, time::sleep};
-use tokio_util::sync::{CancellationToken, DropGuard};
+use tokio_util::sync::DropGuard;
 use warp::Filter;
 
 pub(crate) const SECRET: &str = "the-internal-secret-of-these-tests";
@@ -105,12 +105,7 @@ impl Record {
     }
 }
 
-type Falsify = Box<dyn FnOnce(&mut RangesAnswer) + Send>;
-
-enum Trick {
-    Instead(Bytes),
-    Falsified(Falsify),
-}
+type Falsify = Box<dyn FnOnce(Bytes) -> Bytes + Send>;
 
 struct FeedRow {
     seq: Seq,
@@ -132,7 +127,7 @@ struct FakeState {
     version: KeysVersion,
     subjects: HashMap<String, UserId>,
     page: usize,
-    tricks: HashMap<&'static str, VecDeque<Trick>>,
+    falsified: HashMap<&'static str, VecDeque<Falsify>>,
 }
 
 #[derive(Clone)]
@@ -150,8 +145,6 @@ pub(crate) struct FakeApi {
 
 impl FakeApi {
     pub(crate) fn start(jwks: JwkSet) -> Self {
-        let listener = server::bind("127.0.0.1:0".parse().unwrap()).unwrap();
-        let address = listener.local_addr().unwrap();
         let state = FakeState {
             feeds: HashMap::new(),
             owners: HashMap::new(),
@@ -161,7 +154,7 @@ impl FakeApi {
             external: None,
             subjects: HashMap::new(),
             page: 1_000,
-            tricks: HashMap::new(),
+            falsified: HashMap::new(),
         };
         let endpoints = [HEADS_PATH, RANGES_PATH, KEYS_PATH, IDENTITY_PATH];
         let shared = Shared {
@@ -169,7 +162,6 @@ impl FakeApi {
             faults: endpoints.map(|path| (path, watch::Sender::new(Fault::None))).into(),
             record: watch::Sender::default(),
         };
-        let stop = CancellationToken::new();
         let answering = shared.clone();
         let routes = warp::path::full()
             .and(warp::header::headers_cloned())
@@ -183,10 +175,8 @@ impl FakeApi {
                 let answering = answering.clone();
                 async move { answering.answer(path.as_str(), &headers, &body).await }
             });
-        let limits = Limits { stop: Duration::ZERO, ..Limits::default() };
-        let metrics = Metrics::default().listener("api");
-        tokio::spawn(server::serve(listener, warp::service(routes), limits, metrics, stop.clone()));
-        Self { address, shared, _stop: stop.drop_guard() }
+        let (address, stop) = serve(routes.boxed());
+        Self { address, shared, _stop: stop }
     }
 
     fn state(&self) -> MutexGuard<'_, FakeState> {
@@ -305,11 +295,22 @@ impl FakeApi {
     }
 
     pub(crate) fn next_answer(&self, path: &'static str, body: impl Into<Bytes>) {
-        self.state().tricks.entry(path).or_default().push_back(Trick::Instead(body.into()));
+        let body = body.into();
+        self.falsify(path, Box::new(|_| body));
     }
 
-    pub(crate) fn falsify_ranges(&self, falsify: impl FnOnce(&mut RangesAnswer) + Send + 'static) {
-        self.state().tricks.entry(RANGES_PATH).or_default().push_back(Trick::Falsified(Box::new(falsify)));
+    pub(crate) fn falsify_ranges(&self, change: impl FnOnce(&mut RangesAnswer) + Send + 'static) {
+        let changed = |answer: Bytes| {
+            let mut answer = serde_json::from_slice(&answer).unwrap();
+            change(&mut answer);
+            to_json(&answer)
+        };
+        self.falsify(RANGES_PATH, Box::new(changed));
+    }
+
+    /// Changes the next answer.
+    fn falsify(&self, path: &'static str, falsify: Falsify) {
+        self.state().falsified.entry(path).or_default().push_back(falsify);
     }
 
     pub(crate) fn record(&self) -> Record {
@@ -378,7 +379,7 @@ impl Shared {
 
     fn make(&self, path: &'static str, body: &[u8]) -> (ApiRequest, Bytes) {
         let mut state = self.state.lock().unwrap();
-        let trick = state.tricks.get_mut(path).and_then(VecDeque::pop_front);
+        let falsify = state.falsified.get_mut(path).and_then(VecDeque::pop_front);
         let (made, answer) = match path {
             HEADS_PATH => {
                 let request: HeadsRequest = serde_json::from_slice(body).unwrap();
@@ -388,12 +389,8 @@ impl Shared {
             }
             RANGES_PATH => {
                 let request: RangesRequest = serde_json::from_slice(body).unwrap();
-                let mut answer = state.ranges(&request);
-                if let Some(Trick::Falsified(falsify)) = trick {
-                    falsify(&mut answer);
-                    return (ApiRequest::Ranges(request.ranges), to_json(&answer));
-                }
-                (ApiRequest::Ranges(request.ranges), to_json(&answer))
+                let answer = to_json(&state.ranges(&request));
+                (ApiRequest::Ranges(request.ranges), answer)
             }
             IDENTITY_PATH => {
                 let request: IdentityRequest = serde_json::from_slice(body).unwrap();
@@ -401,19 +398,13 @@ impl Shared {
                 let users = subjects.iter().map(|subject| state.subjects[subject]).collect();
                 (ApiRequest::Identities(subjects), to_json(&IdentityAnswer { users }))
             }
-            _ => (
-                ApiRequest::Keys,
-                to_json(&KeysAnswer {
-                    version: state.version.clone(),
-                    own: state.jwks.clone(),
-                    external: state.external.clone(),
-                }),
-            ),
+            _ => {
+                let (version, own, external) =
+                    (state.version.clone(), state.jwks.clone(), state.external.clone());
+                (ApiRequest::Keys, to_json(&KeysAnswer { version, own, external }))
+            }
         };
-        match trick {
-            Some(Trick::Instead(body)) => (made, body),
-            _ => (made, answer),
-        }
+        (made, falsify.map_or(answer.clone(), |falsify| falsify(answer)))
     }
 }
 

@@ -49,22 +49,26 @@ async fn simultaneous_joins_share_bounded_requests() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_failed_request_is_retried_and_not_multiplied() {
-    let world = GatewayWorld::new().await;
-    let (user, other) = (world.user(5), world.user(5));
-    let mut well = world.joined(&other).await;
-    world.api.fault(RANGES_PATH, Fault::Failing);
-    let mut stream = world.stream_after(&user, 3).stream().await;
-    world.api.until_requested("five times", |record| record.range_requests().count() >= 5).await;
-    let record = world.api.record();
-    assert!(record.range_requests().all(|pairs| pairs.len() == 1), "{record:?}");
-    // Streams that need no answer continue.
-    world.say(&other, 2).await;
-    receives(&mut well, 6..=7).await;
-    world.api.fault_feed_requests(Fault::None);
-    ready(&mut stream, &world.api.cursor(user.id, 3), true).await;
-    receives(&mut stream, 4..=5).await;
-    world.ends((stream, well)).await;
+async fn an_unanswered_or_failed_request_is_retried_alone() {
+    join_all([(Fault::Failing, 5), (Fault::Holding, 2)].map(async |(fault, times)| {
+        let world = GatewayWorld::new().await;
+        let (other, mut well) = world.joined_user(5).await;
+        let user = world.user(5);
+        world.api.fault(RANGES_PATH, fault);
+        let mut stream = world.stream_after(&user, 3).stream().await;
+        world.api.until_requested("a range", |record| !record.ranges(user.id).is_empty()).await;
+        // Streams that need no answer continue.
+        world.say(&other, 2).await;
+        receives(&mut well, 6..=7).await;
+        world.api.until_requested("again", |record| record.range_requests().count() >= times).await;
+        let record = world.api.record();
+        assert!(record.range_requests().all(|pairs| pairs.len() == 1), "{record:?}");
+        world.api.fault_feed_requests(Fault::None);
+        ready(&mut stream, &world.api.cursor(user.id, 3), true).await;
+        receives(&mut stream, 4..=5).await;
+        world.leaves_nothing((stream, well)).await;
+    }))
+    .await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -122,23 +126,6 @@ async fn closed_streams_leave_no_pending_requests() {
     let pairs: usize = record.requests().iter().map(ApiRequest::size).sum();
     assert!(pairs <= 6, "{record:?}");
     world.leaves_nothing(steady).await;
-}
-
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn an_unanswered_request_times_out_and_is_retried() {
-    let world = GatewayWorld::new().await;
-    let (user, other) = (world.user(5), world.user(5));
-    let mut well = world.joined(&other).await;
-    world.api.fault(RANGES_PATH, Fault::Holding);
-    let mut stream = world.stream_after(&user, 3).stream().await;
-    world.api.until_requested("once", |record| record.ranges(user.id) == [3]).await;
-    world.say(&other, 1).await;
-    receives(&mut well, 6..=6).await;
-    world.api.until_requested("again", |record| record.ranges(user.id) == [3, 3]).await;
-    world.api.fault_feed_requests(Fault::None);
-    ready(&mut stream, &world.api.cursor(user.id, 3), true).await;
-    receives(&mut stream, 4..=5).await;
-    world.leaves_nothing((stream, well)).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
