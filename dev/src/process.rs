@@ -12,13 +12,13 @@ use anyhow::{Context, Result, bail};
 use nix::sys::signal::{Signal, kill, killpg};
 use nix::unistd::{Pid, setsid};
 use testkit::process::tie_to_parent;
-use tokio::io::{AsyncRead, AsyncReadExt};
+use tokio::io::{AsyncBufReadExt, AsyncRead, AsyncReadExt, BufReader};
 use tokio::process::Command;
 use tokio::sync::watch;
 
 use crate::terminal::{self, Colour};
 
-const LONGEST_LINE: usize = 16 * 1024;
+const LONGEST_LINE: u64 = 16 * 1024;
 const START_DEADLINE: Duration = Duration::from_mins(1);
 
 pub(crate) fn command<A: AsRef<OsStr>>(
@@ -104,11 +104,12 @@ impl Child {
     pub(crate) fn follow(name: &str, mut command: Command, colour: Colour) -> Result<Self> {
         command.stdout(Stdio::piped()).stderr(Stdio::piped());
         let mut child = command.spawn().with_context(|| cannot_start(&command))?;
+        let show = |name: String| move |line: &str| terminal::log_line(&name, colour, line);
         if let Some(stdout) = child.stdout.take() {
-            tokio::spawn(follow(name.to_owned(), colour, stdout));
+            tokio::spawn(follow(stdout, show(name.to_owned())));
         }
         if let Some(stderr) = child.stderr.take() {
-            tokio::spawn(follow(name.to_owned(), colour, stderr));
+            tokio::spawn(follow(stderr, show(name.to_owned())));
         }
         Self::watch(name, child)
     }
@@ -180,35 +181,12 @@ impl Child {
     }
 }
 
-async fn follow(name: String, colour: Colour, mut pipe: impl AsyncRead + Unpin) {
-    let mut lines = Lines::default();
-    let mut chunk = vec![0; 8 * 1024];
-    while let Ok(read @ 1..) = pipe.read(&mut chunk).await {
-        lines.push(&chunk[..read], |line| terminal::log_line(&name, colour, line));
-    }
-    lines.finish(|line| terminal::log_line(&name, colour, line));
-}
-
-#[derive(Default)]
-struct Lines {
-    begun: Vec<u8>,
-}
-
-impl Lines {
-    fn push(&mut self, chunk: &[u8], mut show: impl FnMut(&str)) {
-        for part in chunk.split_inclusive(|&byte| byte == b'\n') {
-            self.begun.extend_from_slice(part);
-            if part.ends_with(b"\n") || self.begun.len() >= LONGEST_LINE {
-                self.finish(&mut show);
-            }
-        }
-    }
-
-    fn finish(&mut self, mut show: impl FnMut(&str)) {
-        if !self.begun.is_empty() {
-            show(String::from_utf8_lossy(&self.begun).trim_end_matches(['\n', '\r']));
-            self.begun.clear();
-        }
+/// Shows each line, and what is too long for one in parts.
+async fn follow(pipe: impl AsyncRead + Unpin, mut show: impl FnMut(&str)) {
+    let (mut pipe, mut line) = (BufReader::new(pipe), Vec::new());
+    while let Ok(1..) = (&mut pipe).take(LONGEST_LINE).read_until(b'\n', &mut line).await {
+        show(String::from_utf8_lossy(&line).trim_end_matches(['\n', '\r']));
+        line.clear();
     }
 }
 
@@ -216,25 +194,13 @@ impl Lines {
 mod tests {
     use super::*;
 
-    fn lines_of(chunks: &[&[u8]]) -> Vec<String> {
+    #[tokio::test]
+    async fn each_line_is_shown_and_a_long_one_in_parts() {
         let mut shown = Vec::new();
-        let mut lines = Lines::default();
-        for chunk in chunks {
-            lines.push(chunk, |line| shown.push(line.to_owned()));
-        }
-        lines.finish(|line| shown.push(line.to_owned()));
-        shown
-    }
-
-    #[test]
-    fn line_is_shown_whole_however_it_arrives() {
-        assert_eq!(lines_of(&[b"on", b"e\ntwo\r\n\nthr", b"ee"]), ["one", "two", "", "three"]);
-    }
-
-    #[test]
-    fn line_without_end_is_shown_in_parts() {
-        let shown = lines_of(&[&[b'x'; LONGEST_LINE], &[b'y'; 10]]);
-        assert_eq!(shown, ["x".repeat(LONGEST_LINE), "y".repeat(10)]);
+        let long = "x".repeat(LONGEST_LINE as usize);
+        let text = format!("one\ntwo\r\n\n{long}yyy\nthree");
+        follow(text.as_bytes(), |line| shown.push(line.to_owned())).await;
+        assert_eq!(shown, ["one", "two", "", &long, "yyy", "three"]);
     }
 
     #[tokio::test]

@@ -2,7 +2,7 @@
 //! reads ones that exist.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::BTreeSet,
     fmt::Write,
     fs,
     path::{Path, PathBuf},
@@ -35,32 +35,23 @@ fn exposed(metrics: &impl Sample, registry: &Registry) -> Vec<Metric> {
     metrics.sample();
     let mut text = String::new();
     text::encode(&mut text, registry).expect("writing to a string does not fail");
-    let mut helps = BTreeMap::new();
-    let mut exposed = Vec::new();
-    for line in text.lines() {
-        if let Some((name, help)) = line.strip_prefix("# HELP ").and_then(|rest| rest.split_once(' ')) {
-            helps.insert(name, help.trim_end_matches('.'));
-        } else if let Some((name, kind)) = line.strip_prefix("# TYPE ").and_then(|rest| rest.split_once(' '))
-        {
-            let sample = text.lines().find(|line| {
-                line.strip_prefix(name).is_some_and(|rest| {
-                    ["{", " ", "_total", "_bucket"].iter().any(|next| rest.starts_with(next))
-                })
-            });
-            let labels =
-                sample.and_then(|line| line.split_once('{')?.1.split_once('}')).map_or("", |(set, _)| set);
-            let labels = labels.split(',').filter_map(|label| Some(label.split_once('=')?.0));
-            let labels: Vec<_> =
-                labels.filter(|label| *label != "le").map(|label| format!("`{label}`")).collect();
-            let suffix = if kind == "counter" { "_total" } else { "" };
-            exposed.push(Metric {
-                name: format!("{name}{suffix}"),
-                kind: kind.to_owned(),
-                labels: labels.join(", "),
-                help: helps[name].to_owned(),
-            });
+    let metric = |block: &str| {
+        let mut lines = block.lines();
+        let (name, help) = lines.next().and_then(|line| line.split_once(' ')).expect("name and help");
+        let kind = lines.next().and_then(|line| line.rsplit(' ').next()).expect("a type");
+        let sample = lines.find(|line| !line.starts_with('#')).unwrap_or_default();
+        let labels = sample.split_once('{').and_then(|(_, rest)| rest.split_once('}'));
+        let labels = labels.map_or("", |(set, _)| set).split(',');
+        let labels = labels.filter_map(|label| Some(label.split_once('=')?.0)).filter(|label| *label != "le");
+        let suffix = if kind == "counter" { "_total" } else { "" };
+        Metric {
+            name: format!("{name}{suffix}"),
+            kind: kind.to_owned(),
+            labels: labels.map(|label| format!("`{label}`")).collect::<Vec<_>>().join(", "),
+            help: help.trim_end_matches('.').to_owned(),
         }
-    }
+    };
+    let exposed: Vec<_> = text.split("# HELP ").skip(1).map(metric).collect();
     assert!(exposed.len() > 20, "{text}");
     exposed
 }

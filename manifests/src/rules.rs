@@ -70,11 +70,8 @@ fn ports(set: &Installation, out: &mut Findings) {
     for service in set.of("Service") {
         for port in each(&service.body, "spec/ports/*") {
             let exists = !set.targets(&service.name, &port["port"]).is_empty();
-            out.must(
-                &service.id,
-                exists,
-                format!("targetPort {} is no port of its pods", port["targetPort"]),
-            );
+            let target = &port["targetPort"];
+            out.must(&service.id, exists, format!("targetPort {target} is no port of its pods"));
         }
     }
     for pod in set.pods() {
@@ -232,11 +229,8 @@ fn shutdown(set: &Installation, out: &mut Findings) {
         let one = rollout["maxUnavailable"] == 0 && rollout["maxSurge"] == 1;
         out.must(pod.id(), one, "a rollout must start one new pod before it stops an old one");
         let ready = pod.owner.at("spec/minReadySeconds").as_u64().unwrap_or_default();
-        out.must(
-            pod.id(),
-            !gateway || ready >= end,
-            format!("minReadySeconds must cover a drain of {end} s"),
-        );
+        let covers = !gateway || ready >= end;
+        out.must(pod.id(), covers, format!("minReadySeconds must cover a drain of {end} s"));
     }
 }
 
@@ -270,11 +264,8 @@ fn replicas(set: &Installation, out: &mut Findings) {
         // One pod more during a rollout, and one connection more of each for its readiness.
         let pool = pod.number(settings, "DATABASE_POOL_SIZE");
         let fits = pool == 0 || (most + 1) * (pool + 1) <= POSTGRES_CONNECTIONS;
-        out.must(
-            pod.id(),
-            fits,
-            format!("{most} replicas with a pool of {pool} exceed Postgres's connections"),
-        );
+        let problem = format!("{most} replicas with a pool of {pool} exceed Postgres's connections");
+        out.must(pod.id(), fits, problem);
         if let (Some(scaler), "stream-gateway") = (scaler, pod.program()) {
             let mut metrics = each(&scaler.body, "spec/metrics/*/pods").into_iter();
             let streams = metrics.find(|it| at(it, "metric/name") == "messenger_gateway_streams");
@@ -289,11 +280,8 @@ fn replicas(set: &Installation, out: &mut Findings) {
 
 fn spread(set: &Installation, out: &mut Findings) {
     for budget in set.of("PodDisruptionBudget") {
-        out.must(
-            &budget.id,
-            budget.at("spec/maxUnavailable") == 1,
-            "a drained node must stop one pod at a time",
-        );
+        let one = budget.at("spec/maxUnavailable") == 1;
+        out.must(&budget.id, one, "a drained node must stop one pod at a time");
     }
     for (pod, _) in set.serving() {
         let budgets = set.of("PodDisruptionBudget").filter(|it| selects(it.at("spec/selector"), pod.labels));
@@ -336,11 +324,8 @@ fn routes(set: &Installation, out: &mut Findings) {
             out.must(id, !gateway || annotation("proxy-buffering") == "off", "proxy-buffering must be off");
             let idle = pod.number(&set.services["stream-gateway"], "PROXY_IDLE_SECONDS");
             let waits = annotation("proxy-read-timeout").parse::<u64>().is_ok_and(|wait| wait >= idle);
-            out.must(
-                id,
-                !gateway || waits,
-                format!("proxy-read-timeout is below PROXY_IDLE_SECONDS ({idle})"),
-            );
+            let problem = format!("proxy-read-timeout is below PROXY_IDLE_SECONDS ({idle})");
+            out.must(id, !gateway || waits, problem);
         }
     }
     out.must("Ingress", routed.len() == 2, "/api/messages and / must be routed");

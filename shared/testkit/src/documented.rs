@@ -31,15 +31,9 @@ impl OpenApiDocument {
         let name = if method == "HEAD" { "get" } else { &method.to_lowercase() };
         let Some(operation) = item.get(name) else {
             // A disabled path is not documented.
-            assert!(
-                [404, 405].contains(&answer.status),
-                "{method} {path}: {} is not documented",
-                answer.status
-            );
-            assert!(
-                answer.status == 404 || answer.header("allow").is_some(),
-                "{method} {path}: 405 without Allow"
-            );
+            let (status, allow) = (answer.status, answer.header("allow"));
+            assert!([404, 405].contains(&status), "{method} {path}: {status} is not documented");
+            assert!(status == 404 || allow.is_some(), "{method} {path}: 405 without Allow");
             return;
         };
         let what = format!("{method} {template}: {}", answer.status);

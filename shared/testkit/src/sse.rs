@@ -2,19 +2,11 @@
 //! against the contract and against another parser. [`EventSource`] reconnects like a browser's: it keeps the last id, waits for the
 //! given `retry`, resumes by header, and stops permanently on anything but a 200.
 
-use std::{
-    collections::VecDeque,
-    io,
-    net::SocketAddr,
-    pin::Pin,
-    sync::{Arc, Mutex, PoisonError},
-    task::{Context, Poll},
-    time::Duration,
-};
+use std::{io, net::SocketAddr, time::Duration};
 
 use bytes::Bytes;
 use eventsource_stream::EventStream;
-use futures_util::{FutureExt, Stream as Chunks, StreamExt};
+use futures_util::{FutureExt, StreamExt, stream};
 use http::{HeaderMap, HeaderValue, Request, Uri, header};
 use http_body_util::{BodyExt, Empty};
 use hyper::{body::Incoming, client::conn::http1};
@@ -124,15 +116,13 @@ impl StreamRequest {
             let _ = connection.await; // The body shows how it ended.
         }));
         let (head, body) = sender.send_request(request).await.map_err(io::Error::other)?.into_parts();
-        let fed = Fed::default();
         Ok(Stream {
             status: head.status.as_u16(),
             headers: head.headers,
             body,
             raw: Vec::new(),
             fields: Default::default(),
-            parser: EventStream::new(fed.clone()),
-            fed,
+            lines: String::new(),
             retry: None,
             comments: 0,
             last_id: None,
@@ -197,8 +187,8 @@ pub struct Stream {
     raw: Vec<u8>,
     /// The [`FIELDS`] of an incomplete block.
     fields: [Option<String>; FIELDS.len()],
-    parser: EventStream<Fed>,
-    fed: Fed,
+    /// The lines of an incomplete block, for another parser.
+    lines: String,
     pub retry: Option<Duration>,
     pub comments: usize,
     pub last_id: Option<String>,
@@ -222,7 +212,6 @@ impl Stream {
                 Some(Ok(frame)) => {
                     if let Ok(bytes) = frame.into_data() {
                         self.raw.extend_from_slice(&bytes);
-                        self.fed.push(bytes);
                     }
                 }
                 None if self.raw.is_empty() && self.fields.iter().all(Option::is_none) => {
@@ -276,9 +265,9 @@ impl Stream {
 
     fn take_line(&mut self) -> Option<String> {
         let end = self.raw.iter().position(|byte| *byte == b'\n')?;
-        let mut line: Vec<u8> = self.raw.drain(..=end).collect();
+        let mut line = String::from_utf8(self.raw.drain(..=end).collect()).expect("the stream is UTF-8");
+        self.lines.push_str(&line);
         line.pop();
-        let line = String::from_utf8(line).expect("the stream is UTF-8");
         let splits = ['\0', '\r', '\u{85}', '\u{2028}', '\u{2029}'];
         assert!(!line.contains(splits), "some reader would break this line: {line:?}");
         Some(line)
@@ -319,33 +308,14 @@ impl Stream {
         }
 
         // Another parser must read the same from the same bytes.
-        let parsed = self.parser.next().now_or_never().flatten().expect("the parser has the whole block");
+        let block = std::mem::take(&mut self.lines);
+        let mut parser = EventStream::new(stream::iter([Ok::<_, io::Error>(block)]));
+        let parsed = parser.next().now_or_never().flatten().expect("the parser has the whole block");
         let parsed = parsed.expect("the parser accepts the block");
         assert_eq!(parsed.data, event.data);
         assert_eq!(parsed.event, event.name.as_deref().unwrap_or("message"));
-        assert_eq!(parsed.id, self.last_id.as_deref().unwrap_or_default());
+        assert_eq!(parsed.id, event.id.as_deref().unwrap_or_default());
         event
-    }
-}
-
-#[derive(Clone, Default)]
-struct Fed(Arc<Mutex<VecDeque<Bytes>>>);
-
-impl Fed {
-    fn push(&self, bytes: Bytes) {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).push_back(bytes);
-    }
-}
-
-impl Chunks for Fed {
-    type Item = Result<Bytes, io::Error>;
-
-    /// Wakes no task: it is polled only when a block is complete.
-    fn poll_next(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<Option<Self::Item>> {
-        match self.0.lock().unwrap_or_else(PoisonError::into_inner).pop_front() {
-            Some(bytes) => Poll::Ready(Some(Ok(bytes))),
-            None => Poll::Pending,
-        }
     }
 }
 

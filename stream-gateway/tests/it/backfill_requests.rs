@@ -9,17 +9,12 @@ use protocol::{
     ids::UserId,
     position::Position,
 };
-use testkit::sse::{Stream, StreamRequest};
 use tokio::time::sleep;
 
 use crate::{
     api::{ApiRequest, Fault},
-    support::{ANOTHER_EPOCH, GatewayWorld, Setup, ready, ready_and_resync, receives, resync},
+    support::{ANOTHER_EPOCH, GatewayWorld, Setup, open_all, ready, ready_and_resync, receives, resync},
 };
-
-async fn open_all(openings: impl IntoIterator<Item = StreamRequest>) -> Vec<Stream> {
-    join_all(openings.into_iter().map(|opening| async move { opening.stream().await })).await
-}
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn simultaneous_joins_share_bounded_requests() {
@@ -99,11 +94,8 @@ async fn closed_streams_leave_no_pending_requests() {
     let others: Vec<_> = (0..30).map(|_| world.user(5)).collect();
     let mut steady = world.joined(&user).await;
     world.api.fault_feed_requests(Fault::Failing);
-    let mut streams = open_all(others.iter().map(|other| world.stream_after(other, 1))).await;
-    for _ in 0..30 {
-        let another = world.another_session(user.id);
-        streams.push(world.stream_after(&another, 1).stream().await);
-    }
+    let more = (0..30).map(|_| world.another_session(user.id)).collect::<Vec<_>>();
+    let streams = open_all(others.iter().chain(&more).map(|user| world.stream_after(user, 1))).await;
     world
         .api
         .until_requested("all users and sessions", |record| {

@@ -5,7 +5,7 @@ use std::time::Duration;
 use futures_util::future::join_all;
 use testkit::{PATIENCE, soon, until};
 
-use crate::support::{RETRY_SOON, Setup, assert_retry, distinct, goodbye, receives};
+use crate::support::{RETRY_SOON, Setup, all_receive, assert_retry, distinct, goodbye, receives};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn each_stream_ends_with_a_goodbye_and_a_retry_of_its_own() {
@@ -44,9 +44,7 @@ async fn streams_continue_until_load_balancers_stop_routing() {
     // New streams are still admitted, and events continue.
     streams.push(world.joined(&user).await);
     world.say(&user, 1).await;
-    for stream in &mut streams {
-        receives(stream, 4..=4).await;
-    }
+    all_receive(&mut streams, 4..=4).await;
     // One closes immediately, the other after half the window.
     goodbye(&mut streams[0], "drain").await;
     let mut late = world.stream(&user).stream().await;

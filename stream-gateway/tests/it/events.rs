@@ -6,7 +6,7 @@ use protocol::event::Envelope;
 use serde_json::{json, value::RawValue};
 use testkit::until;
 
-use crate::support::{ANOTHER_EPOCH, GatewayWorld, Setup, goodbye, receives, resync, silence};
+use crate::support::{ANOTHER_EPOCH, GatewayWorld, Setup, all_receive, goodbye, receives, resync, silence};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn reordered_events_need_no_backfill() {
@@ -32,13 +32,9 @@ async fn a_gap_is_backfilled_by_one_request() {
     world.api.forget_requests();
     world.lose(&user, 3);
     world.say(&user, 4).await;
-    for stream in &mut streams {
-        receives(stream, 6..=12).await;
-    }
+    all_receive(&mut streams, 6..=12).await;
     world.say(&user, 1).await;
-    for stream in &mut streams {
-        receives(stream, 13..=13).await;
-    }
+    all_receive(&mut streams, 13..=13).await;
     assert_eq!(world.api.record().ranges(user.id), [5]);
     assert_eq!(world.api.record().heads(user.id), 0);
     world.ends(streams).await;

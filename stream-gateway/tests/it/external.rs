@@ -13,7 +13,7 @@ use testkit::{
 
 use crate::{
     api::Fault,
-    support::{FeedUser, GatewayWorld, RETRY_LATER, Setup, assert_retry, goodbye, now, ready},
+    support::{FeedUser, GatewayWorld, RETRY_LATER, Setup, assert_retry, goodbye, now, open_all, ready},
 };
 
 const SUBJECT: &str = "auth0|jane";
@@ -68,12 +68,8 @@ async fn simultaneous_external_streams_share_identity_requests() {
         world.api.identify(subject, world.user(1).id);
     }
     world.api.fault(IDENTITY_PATH, Fault::Holding);
-    let openings = subjects.iter().map(|subject| {
-        let token = IssuerKey::number(0).token(subject, now() + 3_600);
-        let opening = world.with_token(&token);
-        async move { opening.stream().await }
-    });
-    let streams = join_all(openings).await;
+    let token = |subject| IssuerKey::number(0).token(subject, now() + 3_600);
+    let streams = open_all(subjects.iter().map(|subject| world.with_token(&token(subject)))).await;
     world.api.fault(IDENTITY_PATH, Fault::None);
     join_all(streams.into_iter().map(|mut stream| async move { stream.named("ready").await })).await;
     let record = world.api.record();
@@ -106,10 +102,7 @@ async fn an_unresolved_subject_is_rate_limited() {
     }))
     .await;
     world.api.fault(IDENTITY_PATH, Fault::Holding);
-    let mut waiting = Vec::new();
-    for _ in 0..3 {
-        waiting.push(world.with_token(&token()).stream().await);
-    }
+    let mut waiting = open_all(vec![world.with_token(&token()); 3]).await;
     goodbye(&mut world.with_token(&token()).stream().await, "busy").await;
     assert_eq!(world.rejected("user_rate").await, 1);
     world.api.fault(IDENTITY_PATH, Fault::None);

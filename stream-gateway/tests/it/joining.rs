@@ -9,8 +9,8 @@ use tokio::io::AsyncWriteExt;
 use crate::{
     api::Fault,
     support::{
-        A_WHILE, ANOTHER_EPOCH, EPOCH, GatewayWorld, Raw, Setup, goodbye, ready, ready_and_resync, receives,
-        resync, silence,
+        A_WHILE, ANOTHER_EPOCH, EPOCH, GatewayWorld, Raw, Setup, all_receive, goodbye, ready,
+        ready_and_resync, receives, resync, silence,
     },
 };
 
@@ -47,9 +47,7 @@ async fn a_stream_with_a_cursor_is_backfilled_and_goes_live() {
     receives(&mut by_query, 1..=7).await;
     ready(&mut at_head, &world.api.cursor(user.id, 7), true).await;
     world.say(&user, 3).await;
-    for stream in [&mut by_header, &mut by_query, &mut at_head] {
-        receives(stream, 8..=10).await;
-    }
+    all_receive([&mut by_header, &mut by_query, &mut at_head], 8..=10).await;
     world.leaves_nothing((by_header, by_query, at_head)).await;
 }
 
@@ -97,9 +95,7 @@ async fn a_cursor_that_cannot_be_followed_is_a_resync_to_the_head() {
     receives(&mut stream, 11..=20).await;
     streams.push(stream);
     world.say(&user, 1).await;
-    for stream in &mut streams {
-        receives(stream, 21..=21).await;
-    }
+    all_receive(&mut streams, 21..=21).await;
     for (reason, times) in [("unknown", 6), ("future", 2), ("expired", 2)] {
         let name = format!("messenger_gateway_resyncs_total{{reason=\"{reason}\"}}");
         assert_eq!(world.metric(&name).await, times, "{reason}");

@@ -9,8 +9,8 @@ use testkit::{issuer::IssuerKey, sse::StreamRequest, until};
 use crate::{
     api::Fault,
     support::{
-        FeedUser, GatewayWorld, RETRY_SOON, Setup, assert_retry, claims, goodbye, keys, new_keys, now, ready,
-        receives, rotated_keys, silence,
+        FeedUser, GatewayWorld, RETRY_SOON, Setup, all_receive, assert_retry, claims, goodbye, keys,
+        new_keys, now, ready, receives, rotated_keys, silence,
     },
 };
 
@@ -68,10 +68,8 @@ async fn an_unpublished_key_costs_one_request_and_is_rejected() {
     assert_eq!(world.api.record().keys(), 1);
     assert_eq!(statuses(&opening, 20).await, [401; 20]);
     assert_eq!(world.api.record().keys(), 1, "tokens of unknown keys are no load on api");
-    assert_eq!(
-        world.metric("messenger_gateway_stream_request_errors_total{code=\"unauthorized\"}").await,
-        40
-    );
+    let refused = "messenger_gateway_stream_request_errors_total{code=\"unauthorized\"}";
+    assert_eq!(world.metric(refused).await, 40);
     world.ends(()).await;
 }
 
@@ -248,8 +246,6 @@ async fn a_removed_key_of_an_external_issuer_ends_its_streams() {
     world.announce(&version).await;
     goodbye(&mut removed, "revoked").await;
     world.say(&user, 1).await;
-    for stream in [&mut stays, &mut own] {
-        receives(stream, 4..=4).await;
-    }
+    all_receive([&mut stays, &mut own], 4..=4).await;
     world.ends((removed, stays, own)).await;
 }

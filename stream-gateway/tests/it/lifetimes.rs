@@ -7,7 +7,7 @@ use testkit::{soon, sse::Block, until};
 use tokio::io::AsyncWriteExt;
 
 use crate::support::{
-    GatewayWorld, RETRY_SOON, Raw, Setup, assert_retry, claims, goodbye, keys, now, ready, receives,
+    GatewayWorld, RETRY_SOON, Raw, Setup, assert_retry, claims, goodbye, keys, now, open_all, ready, receives,
 };
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -30,10 +30,7 @@ async fn a_stream_ends_before_its_token_does() {
     let user = world.user(3);
     let exp = now() + 4;
     let token = keys().sign(&claims(user.id, user.session, exp));
-    let mut streams = Vec::new();
-    for _ in 0..5 {
-        streams.push(world.opening().bearer(&token).stream().await);
-    }
+    let mut streams = open_all(vec![world.opening().bearer(&token); 5]).await;
     for stream in &mut streams {
         ready(stream, &world.api.cursor(user.id, 3), false).await;
         assert_eq!(goodbye(stream, "expired").await["reconnect"], false);
@@ -70,10 +67,7 @@ async fn a_stream_tokens_end_bounds_the_opening_and_not_the_stream() {
 async fn a_stream_ends_at_a_random_age() {
     let world = Setup::config(|config| config.admission.max_age = Duration::from_secs(2)).start().await;
     let user = world.user(3);
-    let mut streams = Vec::new();
-    for _ in 0..5 {
-        streams.push(world.stream(&user).stream().await);
-    }
+    let mut streams = open_all(vec![world.stream(&user); 5]).await;
     for stream in &mut streams {
         ready(stream, &world.api.cursor(user.id, 3), false).await;
         assert_eq!(goodbye(stream, "rotate").await["reconnect"], true);

@@ -2,7 +2,6 @@
 
 use std::time::{Duration, Instant};
 
-use futures_util::future::join_all;
 use protocol::channels::Channels;
 use service_kit::limiter::{self, Limit};
 use stream_gateway::config::Opening;
@@ -13,8 +12,8 @@ use testkit::{
 use tokio::{io::AsyncWriteExt, net::TcpStream};
 
 use crate::support::{
-    EPOCH, GatewayWorld, RETRY_LATER, Raw, Setup, assert_retry, distinct, goodbye, ready, receives,
-    receives_only_a_goodbye,
+    EPOCH, GatewayWorld, RETRY_LATER, Raw, Setup, all_receive, assert_retry, distinct, goodbye, open_all,
+    ready, receives_only_a_goodbye,
 };
 
 /// 200, a long `retry` and `goodbye {busy}`, and nothing else.
@@ -51,9 +50,7 @@ async fn a_user_with_too_many_streams_loses_the_oldest() {
     goodbye(&mut second, "replaced").await;
     world.say(&user, 1).await;
     world.say(&other, 1).await;
-    for stream in [&mut third, &mut fourth, &mut others] {
-        receives(stream, 4..=4).await;
-    }
+    all_receive([&mut third, &mut fourth, &mut others], 4..=4).await;
     world.until_ended("replaced", 2).await;
     world.leaves_nothing((first, second, third, fourth, others)).await;
 }
@@ -76,9 +73,7 @@ async fn a_full_process_is_busy_until_a_permit_is_released() {
         streams.push(until_admitted(&world.stream(&user)).await);
     }
     world.say(&user, 1).await;
-    for stream in &mut streams {
-        receives(stream, 4..=4).await;
-    }
+    all_receive(&mut streams, 4..=4).await;
     world.ends(streams).await;
 }
 
@@ -126,7 +121,7 @@ async fn new_streams_above_the_rate_are_rejected() {
     let world = Setup::config(|config| config.admission.rate = RATE).start().await;
     let user = world.user(3);
     let began = Instant::now();
-    let mut streams = join_all((0..30).map(|_| async { world.stream(&user).stream().await })).await;
+    let mut streams = open_all(vec![world.stream(&user); 30]).await;
     let most = f64::from(RATE) * (1.0 + began.elapsed().as_secs_f64());
     let mut admitted = 0;
     for stream in &mut streams {
@@ -204,9 +199,7 @@ async fn an_ended_sessions_token_uses_no_stream_limit_of_its_user() {
         receives_only_a_goodbye(&mut world.stream_after(&stolen, 1).stream().await, "revoked").await;
     }
     world.say(&phone, 1).await;
-    for stream in &mut streams {
-        receives(stream, 4..=4).await;
-    }
+    all_receive(&mut streams, 4..=4).await;
     let third = world.joined(&phone).await;
     world.ends((streams, third)).await;
 }
@@ -286,8 +279,7 @@ async fn streams_that_come_and_go_leave_nothing() {
     let world = GatewayWorld::new().await;
     let users: Vec<_> = (0..20).map(|_| world.user(3)).collect();
     for round in 0..10_u64 {
-        let mut streams =
-            join_all(users.iter().map(|user| async { world.stream_after(user, 1).stream().await })).await;
+        let mut streams = open_all(users.iter().map(|user| world.stream_after(user, 1))).await;
         if round % 2 == 0 {
             for (user, stream) in users.iter().zip(&mut streams) {
                 ready(stream, &world.api.cursor(user.id, 1), true).await;

@@ -9,20 +9,20 @@ use testkit::sse::Stream;
 use crate::{
     api::Fault,
     support::{
-        FeedUser, GatewayWorld, Setup, claims, goodbye, keys, now, ready, receives, receives_only_a_goodbye,
-        silence,
+        FeedUser, GatewayWorld, Setup, all_receive, claims, goodbye, keys, now, open_all, ready, receives,
+        receives_only_a_goodbye, silence,
     },
 };
 
 /// Four streams: without a cursor, at the head, behind it, and with an invalid cursor.
 async fn one_of_each(world: &GatewayWorld, user: &FeedUser, head: u64) -> Vec<Stream> {
-    let openings = [
+    open_all([
         world.stream(user),
         world.stream_after(user, head),
         world.stream_after(user, head - 2),
         world.stream(user).last_event_id("invalid"),
-    ];
-    join_all(openings.map(|opening| async move { opening.stream().await })).await
+    ])
+    .await
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -54,9 +54,7 @@ async fn nothing_is_written_before_the_session_is_confirmed() {
     senseless.named("ready").await;
     senseless.named("resync").await;
     world.say(&user, 1).await;
-    for stream in of_phone.iter_mut().chain([&mut confirmed]) {
-        receives(stream, 9..=9).await;
-    }
+    all_receive(of_phone.iter_mut().chain([&mut confirmed]), 9..=9).await;
     world.leaves_nothing((confirmed, of_ended, of_phone)).await;
 }
 
@@ -68,12 +66,8 @@ async fn streams_waiting_for_api_are_complete_and_use_no_memory() {
     let ended: Vec<_> = users.iter().map(|user| world.another_session(user.id)).collect();
     ended.iter().for_each(|user| world.api.end_session(user.session));
     world.api.fault(HEADS_PATH, Fault::Failing);
-    let open = async |users: &[FeedUser], after| {
-        join_all(users.iter().map(|user| world.stream_after(user, after)).map(async |it| it.stream().await))
-            .await
-    };
-    let mut waiting = open(&users, 0).await;
-    let mut refused = open(&ended, 0).await;
+    let mut waiting = open_all(users.iter().map(|user| world.stream_after(user, 0))).await;
+    let mut refused = open_all(ended.iter().map(|user| world.stream_after(user, 0))).await;
     world.until_metric("messenger_gateway_actual_subscriptions", USERS as u64).await;
     // `api` fails for several reconciles while Redis delivers many events.
     for _ in 0..3 {

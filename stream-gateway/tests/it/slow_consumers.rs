@@ -187,10 +187,8 @@ async fn a_lost_feed_resyncs_a_slow_consumer_after_its_frame() {
             }
             events.push(event);
         };
-        assert_eq!(
-            (resync.json()["reason"].as_str(), resync.id),
-            (Some(reason), Some(world.api.cursor(user.id, 300)))
-        );
+        assert_eq!(resync.json()["reason"], reason);
+        assert_eq!(resync.id, Some(world.api.cursor(user.id, 300)));
         assert_without_gaps(&events);
         assert!(events.len() < 300);
         world.say(user, 1).await;
