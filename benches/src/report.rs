@@ -1,6 +1,9 @@
 //! Output: progress on standard error, figures on standard output, one a line.
 
-use std::fmt::{self, Display};
+use std::{
+    collections::BTreeMap,
+    fmt::{self, Display},
+};
 
 /// Percentiles of samples in microseconds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -37,6 +40,13 @@ pub fn heading(text: impl Display) {
 #[expect(clippy::print_stdout, reason = "figures are what this program is for")]
 pub fn figure(name: impl Display, value: impl Display) {
     println!("  {:<44} {value}", name.to_string());
+}
+
+/// A figure for each different text, by how often it comes.
+pub fn tally(what: &str, texts: impl Iterator<Item = String>) {
+    let mut tally = BTreeMap::<String, usize>::new();
+    texts.for_each(|text| *tally.entry(text).or_default() += 1);
+    tally.into_iter().for_each(|(text, times)| figure(format_args!("{what} {times} times"), text));
 }
 
 pub fn progress(text: impl Display) {

@@ -486,7 +486,6 @@ impl WebPage {
         all.iter().filter(|happening| happening.page == self.number).cloned().collect()
     }
 
-    /// The status of each response to a URL with this part, in order.
     pub fn statuses(&self, part: &str) -> Vec<u16> {
         let mut happenings = self.happenings();
         happenings.retain(|happening| happening.kind == "response" && happening.url.contains(part));
@@ -498,7 +497,6 @@ impl WebPage {
     }
 }
 
-/// Elements of a page, looked up at each use. Actions wait until they are possible.
 #[derive(Clone)]
 pub struct Locator<'a> {
     page: &'a WebPage,

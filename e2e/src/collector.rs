@@ -88,7 +88,6 @@ impl Collector {
         of(trace, &self.seen.borrow())
     }
 
-    /// Waits until the spans of this trace satisfy `wanted`.
     pub async fn until(
         &self,
         what: &str,

@@ -57,7 +57,6 @@ pub fn run(order: &str) -> anyhow::Result<()> {
     anyhow::ensure!(senders.len() >= 2 * posts.clients, "more clients than pairs who may write");
     if posts.length.is_none() {
         thread::spawn(|| {
-            // Returns when it is closed.
             let _ = std::io::stdin().lock().read(&mut [0]);
             ENOUGH.store(true, Ordering::Relaxed);
         });

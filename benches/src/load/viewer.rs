@@ -281,7 +281,6 @@ mod tests {
         StreamItem::Event(DeliveredEvent { number, created_at: None })
     }
 
-    /// Reads whole and byte by byte, with the same result.
     fn read(ledger: &mut Ledger, text: &str) -> Vec<StreamItem> {
         let (mut whole, mut pieces) = (Vec::new(), Vec::new());
         let mut copy = ledger.clone();

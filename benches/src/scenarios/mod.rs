@@ -6,7 +6,7 @@ mod idle;
 mod post;
 mod storm;
 
-use std::{collections::BTreeMap, net::SocketAddr, time::Duration};
+use std::{net::SocketAddr, time::Duration};
 
 use clap::ValueEnum;
 use testkit::{service::Service, usage::Cpu, user::User};
@@ -16,7 +16,7 @@ use crate::{
     fixtures::{self, Bench},
     load::{Order, StreamLoad, check},
     machine,
-    report::{figure, heading, progress},
+    report::{figure, heading, progress, tally},
 };
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -183,11 +183,5 @@ impl Costs {
 
 /// Warnings and errors do not invalidate a figure, but its reader should know.
 fn print_complaints<'a>(services: impl IntoIterator<Item = &'a Service>) {
-    let mut times = BTreeMap::<String, usize>::new();
-    for complaint in services.into_iter().flat_map(|service| service.log().complaints()) {
-        *times.entry(complaint).or_default() += 1;
-    }
-    for (complaint, times) in times {
-        figure(format_args!("logged {times} times"), complaint);
-    }
+    tally("logged", services.into_iter().flat_map(|service| service.log().complaints()));
 }

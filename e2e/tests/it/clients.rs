@@ -45,7 +45,6 @@ const DOCUMENTED: [(&str, Language); 6] = [
 
 const STRICT: [&str; 3] = ["eventsource-2", "extended-eventsource", "fetch-event-source"];
 
-/// The page for the browser's block, with output that a test can read.
 const PAGE: &str = "
     window.lines = [];
     window.troubles = [];
@@ -194,7 +193,6 @@ async fn documented_clients_receive_exactly_the_feed() {
     assert_eq!(page.evaluate("troubles").await, json!(["401"]));
 }
 
-/// Each received everything after `begin`, once, in order, byte for byte.
 async fn assert_exact(world: &World, jane: UserId, begin: Seq, clients: &[ClientProgram]) {
     let feed = StoredFeed::read(&world.sql, jane).await;
     let difference = |client: &ClientProgram| {

@@ -23,7 +23,6 @@ const WORKERS: u64 = 3;
 /// An incomplete request gets no answer; longer than this is not waited for.
 const ANSWER_TIME: Duration = Duration::from_millis(150);
 
-/// Every kind of listener, and a path that it knows.
 fn listeners(api: &Service, gateway: &Service) -> [(&'static str, SocketAddr, &'static str); 5] {
     [
         ("api", api.public(), "/.well-known/jwks.json"),
@@ -147,7 +146,6 @@ async fn an_address_that_has_all_its_connections_hurts_no_other() {
     }
 }
 
-/// Generates requests that are almost valid.
 struct Heads {
     random: StdRng,
     token: String,

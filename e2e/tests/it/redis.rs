@@ -66,7 +66,6 @@ async fn subscribers_killed_again_and_again_lose_nothing() {
         traffic.more(15).await;
         redis.command(&["CLIENT", "KILL", "TYPE", "pubsub"]).unwrap();
     }
-    // The publishers' connections, too.
     for _ in 0..5 {
         traffic.more(15).await;
         redis.command(&["CLIENT", "KILL", "TYPE", "normal"]).unwrap();

@@ -36,7 +36,6 @@ async fn slow_consumer_delays_no_other_and_catches_up_exactly() {
     let mut slow = ready(gateway.stream(&two.jane).tiny_receive_buffer()).await;
     let well = watch(&gateway, &two.jane).await;
     let mut seen = Vec::new();
-    // Repeatedly lagging and live.
     for _ in 0..3 {
         say_much(&world, &api, &two, MESSAGES / 3).await;
         until_metric(&gateway, SLOW, 1.0).await;

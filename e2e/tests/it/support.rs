@@ -103,7 +103,6 @@ impl Two {
     }
 }
 
-/// Several users, each in conversation with the next two.
 pub(crate) struct Crowd {
     pub(crate) users: Vec<User>,
     /// The sender and the conversation.
@@ -188,7 +187,6 @@ impl Traffic {
         Self { senders: senders.collect(), stop, accepted }
     }
 
-    /// Waits until this many more messages are accepted.
     pub(crate) async fn more(&self, messages: u64) {
         let wanted = self.accepted.load(Ordering::Relaxed) + messages;
         soon("the traffic continues", async {
@@ -220,7 +218,6 @@ pub(crate) struct Busy {
 }
 
 impl Busy {
-    /// Two of each.
     pub(crate) async fn new(world: World) -> Self {
         let (one, two) = tokio::join!(world.api().ready(), world.api().ready());
         let (a, b) =
@@ -242,7 +239,6 @@ impl Busy {
         self.watching.clear();
     }
 
-    /// All have received what was in their feeds at the call.
     pub(crate) async fn until_all_is_seen(&self) {
         for (user, browser) in &self.watching {
             let head = StoredFeed::read(&self.world.sql, user.id).await.head_cursor();
@@ -259,7 +255,6 @@ impl Busy {
         assert_all_exact(&self.world, &self.apis[0], &self.crowd.lines, &self.watching).await;
     }
 
-    /// All feeds are exact, and every stream stayed open.
     pub(crate) async fn assert_exact(&self) {
         assert_all_exact(&self.world, &self.apis[0], &self.crowd.lines, &self.watching).await;
         for (user, browser) in &self.watching {

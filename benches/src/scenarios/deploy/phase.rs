@@ -1,9 +1,6 @@
 //! The figures of one phase of a deployment, and their checks.
 
-use std::{
-    collections::BTreeMap,
-    fmt::{self, Display},
-};
+use std::fmt::{self, Display};
 
 use testkit::usage::Cpu;
 
@@ -11,7 +8,7 @@ use super::Pace;
 use crate::{
     clock::Micros,
     load::{PostReport, Report, Status},
-    report::{Percentiles, count, figure, heading, megabytes},
+    report::{Percentiles, count, figure, heading, megabytes, tally},
     scenarios::Costs,
 };
 
@@ -82,13 +79,8 @@ impl DeployPhase {
             "POST, from due to the 201",
             format_args!("{}; {messages} messages", Percentiles::of(latencies)),
         );
-        let mut failures = BTreeMap::<&str, usize>::new();
-        for (_, failure) in posted.failures.iter().filter(|(time, _)| within(time)) {
-            *failures.entry(failure).or_default() += 1;
-        }
-        for (failure, times) in failures {
-            figure(format_args!("POST failed {times} times"), failure);
-        }
+        let failures = posted.failures.iter().filter(|(time, _)| within(time));
+        tally("POST failed", failures.map(|(_, failure)| failure.clone()));
         self.costs.services.say();
         figure("CPU seconds of nginx", format_args!("{:.2}", self.costs.nginx.seconds()));
         figure("PSS of a gateway, at most", megabytes(self.most_memory));

@@ -39,7 +39,6 @@ impl Typists {
         }
     }
 
-    /// Both type while this happens, and a little longer.
     async fn type_while(&self, site: &mut Site, trouble: impl AsyncFnOnce(&mut Site, &Talk)) {
         let (world, talk) = (site.world.clone(), Talk::default());
         let trouble = async {

@@ -8,7 +8,6 @@ use testkit::until;
 use super::site::site;
 use crate::support::Two;
 
-/// Records what a bare `EventSource` receives, by `id`.
 const LISTEN: &str = "new Promise((ready, failed) => {
     window.heard = [];
     window.source = new EventSource('/api/messages');

@@ -16,7 +16,6 @@ impl Messenger {
         self.evaluate("window.chosen.getBoundingClientRect().top").await.as_f64().unwrap()
     }
 
-    /// Scrolls near to the beginning and chooses the first message in view.
     async fn look(&self) -> f64 {
         let choose = "(list) => {
             list.scrollTop = 120;

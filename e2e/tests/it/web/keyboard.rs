@@ -6,7 +6,6 @@ use serde_json::json;
 use super::{messenger::Messenger, site::site};
 
 impl Messenger {
-    /// Presses Tab until the focus is on this role and name.
     async fn tab_to(&self, selector: &str) {
         for _ in 0..40 {
             let focused = format!("Boolean(document.activeElement?.matches({}))", json!(selector));

@@ -62,7 +62,6 @@ async fn furnish(site: &Site) -> (User, ConversationId) {
     (jane, conversation)
 }
 
-/// Takes a picture in every theme and size, and runs the accessibility engine.
 async fn look(page: &WebPage, name: &str) {
     let mut complaints = Vec::new();
     for theme in THEMES {

@@ -145,7 +145,6 @@ impl Messenger {
         self.wait_for(&format!("{text} is on screen"), &format!("{last} === {}", Value::from(text))).await;
     }
 
-    /// The access page, without user data.
     pub(crate) async fn shows_login(&self) {
         self.role("button", "Log in").appears().await;
         assert_eq!(self.messages().count().await, 0);

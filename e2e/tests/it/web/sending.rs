@@ -58,7 +58,6 @@ async fn failed_message_is_kept_and_sent_once_on_retry() {
         failed.clone().with_text(problem).appears().await;
     }
 
-    // Also after a reload.
     john.reload().await;
     john.css("li.message[data-failed]").with_text(&again).appears().await;
     john.css("li.message[data-failed]").with_text(&never).role("button", "Discard").click().await;
