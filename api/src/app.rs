@@ -24,8 +24,8 @@ use crate::{
     commands::CommandContext,
     config::{Addresses, Config, FLUSH_TIMEOUT},
     explain::explain,
-    external::External,
-    http::{self, Api, ApiEdge, Cors, auth::Auth, oauth::SignIn},
+    external::ExternalUsers,
+    http::{self, Api, ApiEdge, Cors, auth::Auth, oauth::SignIn, tokens::Tokens},
     last_used::{self, LastUsed},
     maintenance,
     metrics::Metrics,
@@ -199,7 +199,6 @@ impl Stages {
     }
 }
 
-/// Builds the dependencies of the handlers and starts their tasks.
 fn make_api(
     config: Config,
     stages: &Stages,
@@ -224,9 +223,10 @@ fn make_api(
     let context = CommandContext::new(database.clone(), publisher, tracer.clone());
 
     let used = LastUsed::default();
-    let external = config.external.map(External::new).transpose().context(CA_CERTIFICATES)?.map(Arc::new);
-    let auth = Auth::new(config.keys, origins.clone(), config.lifetimes, used.clone(), context.clone())
-        .with_external(external.clone());
+    let external =
+        config.external.map(ExternalUsers::new).transpose().context(CA_CERTIFICATES)?.map(Arc::new);
+    let auth = Auth::new(&config.keys, origins.clone(), used.clone(), context.clone(), external.clone());
+    let tokens = Tokens::new(config.keys, &config.origin, config.lifetimes);
     stages.background.spawn("last use of sessions", |stop| last_used::run(used, database.clone(), stop));
     if let Some(external) = external.clone() {
         stages.background.spawn("external keys", |stop| external.follow(stop));
@@ -243,6 +243,7 @@ fn make_api(
     Ok(Arc::new(Api {
         context,
         auth,
+        tokens,
         limits,
         external,
         dev_login: config.dev_login,

@@ -7,7 +7,7 @@ use protocol::{
     position::{Epoch, Position, Seq},
 };
 use serde::Serialize;
-use service_kit::explain::{Event, ExplainError, ExplainRequest};
+use service_kit::explain::{ExplainError, ExplainRequest, RequestedEvent};
 
 use crate::{
     metrics::Metrics,
@@ -71,25 +71,30 @@ pub async fn explain(
     })
 }
 
-fn sentence(event: Event, head: Position, first: Option<Seq>, written: Option<&StoredEvent>) -> String {
+fn sentence(
+    event: RequestedEvent,
+    head: Position,
+    first: Option<Seq>,
+    written: Option<&StoredEvent>,
+) -> String {
     match (event, written) {
         (_, Some(StoredEvent { seq, name, created_at, .. })) => format!(
             "Event {seq} ({name}) was written at {created_at:?} and is kept: clients with the cursor {} receive it",
             seq - 1,
         ),
-        (Event::Seq(seq), None) if seq > head.seq => format!(
+        (RequestedEvent::Seq(seq), None) if seq > head.seq => format!(
             "Event {seq} was never written: the feed ends at {}. A client with this cursor has a position in another history (a \
              restored backup), and gets a resync",
             head.seq,
         ),
-        (Event::Seq(seq), None) => format!(
+        (RequestedEvent::Seq(seq), None) => format!(
             "Event {seq} was written and has been pruned: {}. A client that needs it gets a resync and reloads by REST",
             match first {
                 Some(first) => format!("the feed begins at {first}"),
                 None => "no event of this feed is kept".into(),
             },
         ),
-        (Event::Message(message), None) => format!(
+        (RequestedEvent::Message(message), None) => format!(
             "No event of this feed is about message {message}: the user is no participant of its conversation, had blocked its \
              sender, the message does not exist, or the event has been pruned"
         ),

@@ -19,7 +19,7 @@ use protocol::{
 };
 use service_kit::{
     keyring::{KeyRing, Source},
-    outbound::{Limits, Outbound},
+    outbound::{Outbound, OutboundLimits},
 };
 use thiserror::Error;
 use tokio_util::sync::CancellationToken;
@@ -35,12 +35,11 @@ use crate::{
 const CACHED_SUBJECTS: u64 = 100_000;
 /// A user who was deleted and returns is a new one, so entries expire.
 const CACHED_FOR: Duration = Duration::from_mins(5);
-/// Limits the request for the issuer's keys.
 const TIME_LIMIT: Duration = Duration::from_secs(5);
 
-pub struct External {
+pub struct ExternalUsers {
     issuer: ExternalIssuer,
-    keyring: KeyRing<Issuer>,
+    keyring: KeyRing<IssuerSource>,
     users: Cache<String, UserId>,
 }
 
@@ -50,7 +49,7 @@ struct Published {
     version: Version,
 }
 
-struct Issuer {
+struct IssuerSource {
     settings: ExternalSettings,
     outbound: Outbound,
 }
@@ -67,7 +66,7 @@ pub enum ExternalError {
     Store(#[from] StoreError),
 }
 
-impl Source for Issuer {
+impl Source for IssuerSource {
     type Keys = Published;
     type Error = anyhow::Error;
 
@@ -94,19 +93,18 @@ impl Source for Issuer {
     }
 }
 
-impl External {
+impl ExternalUsers {
     pub fn new(settings: ExternalSettings) -> io::Result<Self> {
         Ok(Self {
             issuer: settings.issuer.clone(),
-            keyring: KeyRing::new(Issuer {
+            keyring: KeyRing::new(IssuerSource {
                 settings,
-                outbound: Outbound::new(Limits::external(TIME_LIMIT))?,
+                outbound: Outbound::new(OutboundLimits::external(TIME_LIMIT))?,
             }),
             users: Cache::builder().max_capacity(CACHED_SUBJECTS).time_to_live(CACHED_FOR).build(),
         })
     }
 
-    /// Keeps the issuer's keys current until `stop`.
     pub async fn follow(self: Arc<Self>, stop: CancellationToken) {
         self.keyring.follow(stop).await;
     }

@@ -1,4 +1,4 @@
-//! When a session was last used, within some minutes. Requests note it in memory; a task writes many notes in one statement,
+//! The last use of each session, within some minutes. Requests note it in memory; a task writes many notes in one statement,
 //! for each session at most once in [`COARSE`]. REST requests and open streams, of which gateways report the sessions, count
 //! as use.
 //!
@@ -18,11 +18,9 @@ use crate::store::{Database, StoreError, sessions};
 
 /// A written time is moved only when it is older than this.
 pub const COARSE: Duration = Duration::from_mins(10);
-/// Between two rounds.
 const PAUSE: Duration = Duration::from_secs(30);
 /// A written session is not written again for this long.
 const AFTER: Duration = Duration::from_mins(2);
-/// Sessions in one statement.
 const BATCH: usize = 1_000;
 /// Sessions with a note. Further ones are not noted until some are forgotten.
 const REMEMBERED: usize = 100_000;

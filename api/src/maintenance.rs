@@ -16,9 +16,7 @@ use crate::{
     },
 };
 
-/// Limits the wait for Postgres when a process starts.
 const START_TIMEOUT: Duration = Duration::from_secs(30);
-/// Bounds one attempt to connect and to inspect the server.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 
 pub async fn migrate(postgres: PgConnectOptions) -> anyhow::Result<()> {

@@ -15,23 +15,23 @@ use prometheus_client::{
 use service_kit::{labels, limiter, metrics, server, traces};
 
 #[derive(Debug, Clone, Default, PartialEq, Eq, Hash, EncodeLabelSet)]
-struct Request {
+struct RequestLabels {
     route: &'static str,
     method: &'static str,
     status: u16,
 }
 
-labels!(Route { route });
+labels!(RouteLabels { route });
 labels!(pub Dropped { reason });
-labels!(Login { provider, outcome });
+labels!(LoginLabels { provider, outcome });
 
 metrics! {
     pub struct Metrics {
-        http_requests: Family<Request, Counter> = "HTTP requests answered";
-        http_request_duration_seconds: Family<Route, Histogram> =
+        http_requests: Family<RequestLabels, Counter> = "HTTP requests answered";
+        http_request_duration_seconds: Family<RouteLabels, Histogram> =
             "Time from the end of the request head until the response is ready",
             Family::new_with_constructor(|| Histogram::new(exponential_buckets(0.0005, 2.0, 15)));
-        provider_logins: Family<Login, Counter> =
+        provider_logins: Family<LoginLabels, Counter> =
             "Logins with an OAuth or OpenID Connect provider: started, succeeded, or the code of the failure";
         pub published_events: Counter = "Events that Redis accepted";
         pub publish_dropped_events: Family<Dropped, Counter> =
@@ -57,12 +57,12 @@ impl Metrics {
     }
 
     pub fn login(&self, provider: &'static str, outcome: &'static str) {
-        self.provider_logins.get_or_create(&Login { provider, outcome }).inc();
+        self.provider_logins.get_or_create(&LoginLabels { provider, outcome }).inc();
     }
 
     pub fn answered(&self, route: &'static str, method: &http::Method, status: u16, took: Duration) {
-        self.http_requests.get_or_create(&Request { route, method: known(method), status }).inc();
-        self.http_request_duration_seconds.get_or_create(&Route { route }).observe(took.as_secs_f64());
+        self.http_requests.get_or_create(&RequestLabels { route, method: known(method), status }).inc();
+        self.http_request_duration_seconds.get_or_create(&RouteLabels { route }).observe(took.as_secs_f64());
     }
 }
 

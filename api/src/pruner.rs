@@ -14,13 +14,10 @@ use crate::{
     store::{Database, StoreError, feed, identities, sessions},
 };
 
-/// Users looked at in one step.
 const USERS: i64 = 500;
-/// Events deleted by one statement.
 const ROWS: i64 = 1_000;
-/// Sessions looked at in one step.
 const SESSIONS: i64 = 1_000;
-/// How long operators can look at a session that has ended.
+/// Operators can look at an ended session for this long.
 const ENDED_KEEP: Duration = Duration::from_hours(168);
 /// Between two steps of a walk, and between two walks.
 const STEP_PAUSE: Duration = Duration::from_secs(1);
@@ -29,7 +26,7 @@ const WALK_PAUSE: Duration = Duration::from_mins(10);
 #[derive(Debug, PartialEq, Eq)]
 pub struct PruneStep {
     pub deleted: u64,
-    /// Where the next step continues; `None` after the last user.
+    /// The start of the next step; `None` after the last user.
     pub next: Option<UserId>,
 }
 
@@ -72,7 +69,6 @@ pub struct Pruned {
     pub codes: u64,
 }
 
-/// Walks once over everything, without pauses.
 pub async fn prune_all(database: &Database, keep: Keep) -> Result<Pruned, StoreError> {
     let mut pruned = Pruned::default();
     let mut after = Some(UserId(0));
@@ -96,7 +92,6 @@ pub async fn prune_all(database: &Database, keep: Keep) -> Result<Pruned, StoreE
     }
 }
 
-/// Prunes feeds, sessions and codes concurrently until `stop`.
 pub async fn run(database: Database, keep: Keep, metrics: Metrics, stop: CancellationToken) {
     let feeds = async {
         let mut after = UserId(0);

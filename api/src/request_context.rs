@@ -1,4 +1,4 @@
-//! What a request carries through the layers: its id, its trace and, once known, its caller.
+//! The data that a request carries through the layers: its id, its trace and, once known, its caller.
 
 use std::sync::{Arc, OnceLock};
 
@@ -9,7 +9,6 @@ use service_kit::traces::TraceContext;
 #[derive(Debug, Clone)]
 pub struct RequestContext {
     pub request_id: String,
-    /// The parent of the spans that the request causes.
     pub trace: Option<TraceContext>,
     caller: Arc<OnceLock<UserId>>,
 }

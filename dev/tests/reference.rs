@@ -11,7 +11,7 @@ use std::{
 use prometheus_client::{encoding::text, registry::Registry};
 use service_kit::{
     metrics::Sample,
-    settings::{Initial, Row},
+    settings::{Initial, Setting},
 };
 
 const UPDATE: &str = "run: UPDATE_REFERENCE=1 cargo test --workspace --test reference";
@@ -98,7 +98,7 @@ fn assert_generated(file: &str, content: &str) {
     assert_eq!(fs::read_to_string(path(file)).unwrap_or_default(), content, "{file}: {UPDATE}");
 }
 
-fn settings() -> [(&'static str, Vec<Row>); 3] {
+fn settings() -> [(&'static str, Vec<Setting>); 3] {
     let (mut api, mut gateway) = (api::config::rows(), stream_gateway::config::rows());
     let both = api.extract_if(.., |row| gateway.contains(row)).collect::<Vec<_>>();
     gateway.retain(|row| !both.contains(row));
@@ -114,7 +114,7 @@ fn settings_table_is_up_to_date() {
     for (title, rows) in settings() {
         write!(table, "\n## {title}\n\n| Setting | Default | Values | Meaning |\n|---|---|---|---|\n")
             .unwrap();
-        for Row { name, initial, values, help } in rows {
+        for Setting { name, initial, values, help } in rows {
             let initial = match initial {
                 Initial::Default("") => String::new(),
                 Initial::Default(default) => format!("`{default}`"),
@@ -135,7 +135,7 @@ fn env_example_is_up_to_date() {
     );
     for (title, rows) in settings() {
         write!(example, "\n# --- {title} ---\n\n").unwrap();
-        for Row { name, initial, help, .. } in rows {
+        for Setting { name, initial, help, .. } in rows {
             // The file of a secret stands below it.
             if !name.ends_with("_FILE") {
                 wrap(&mut example, &help);

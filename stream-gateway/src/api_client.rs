@@ -11,7 +11,7 @@ use http::{Method, Request, Response, StatusCode, header};
 use protocol::feed;
 use serde::{Serialize, de::DeserializeOwned};
 use service_kit::{
-    outbound::{Limits, Outbound},
+    outbound::{Outbound, OutboundLimits},
     secrets::Secrets,
 };
 use tokio::time::{Instant, timeout};
@@ -39,7 +39,7 @@ pub struct ApiClient {
 }
 
 fn outbound(idle: usize) -> Outbound {
-    Outbound::plaintext(Limits {
+    Outbound::plaintext(OutboundLimits {
         time: TIMEOUT,
         connect: CONNECT_TIMEOUT,
         body: MAX_ANSWER,

@@ -11,7 +11,7 @@ use service_kit::{
     limiter::{self, Limit},
     redis_topology::RedisTopology,
     secrets::Secrets,
-    settings::{Given, Problems, Required, Row, Settings},
+    settings::{Given, Problems, Required, Setting, Settings},
     telemetry::Logging,
     traces,
 };
@@ -63,7 +63,7 @@ pub struct Config {
     pub admission: Admission,
     pub opening: Opening,
     pub drain: Drain,
-    pub traces: Option<traces::Settings>,
+    pub traces: Option<traces::TraceSettings>,
 }
 
 /// Settings of the delivery engine.
@@ -105,7 +105,7 @@ pub struct Drain {
 const OPS_LISTEN: &str = "127.0.0.1:8092";
 
 /// Every setting of the gateway.
-pub fn rows() -> Vec<Row> {
+pub fn rows() -> Vec<Setting> {
     Settings::rows(|s| read(s, u64::MAX))
 }
 

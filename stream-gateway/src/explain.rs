@@ -1,7 +1,7 @@
 //! The route that explains what this gateway did with one event of one user, for an operator.
 
 use http::StatusCode;
-use service_kit::explain::{Event, ExplainError, ExplainRequest};
+use service_kit::explain::{ExplainError, ExplainRequest, RequestedEvent};
 use tokio::{
     sync::{mpsc, oneshot},
     time::{Duration, timeout},
@@ -17,7 +17,7 @@ pub async fn explain(
     request: ExplainRequest,
 ) -> Result<Explanation, ExplainError> {
     let ExplainRequest { user, event } = request;
-    let Event::Seq(seq) = event else {
+    let RequestedEvent::Seq(seq) = event else {
         let sentence = "A gateway knows events by seq; ask api for the seq of a message's event";
         return Err(ExplainError(StatusCode::BAD_REQUEST, sentence.into()));
     };

@@ -14,7 +14,7 @@ use std::{
 use governor::{DefaultDirectRateLimiter, Quota, RateLimiter};
 use service_kit::{
     client_address::client_network,
-    limiter::{Limiter, Over, Rule, Subject},
+    limiter::{Limiter, Over, RateLimitRule, Subject},
 };
 
 use crate::config::{Admission, Opening};
@@ -27,8 +27,8 @@ pub struct StreamLimits {
     /// Empty without a limit.
     by_address: Mutex<HashMap<IpAddr, usize>>,
     limiter: Limiter,
-    opened_per_user: Rule,
-    opened_per_address: Rule,
+    opened_per_user: RateLimitRule,
+    opened_per_address: RateLimitRule,
 }
 
 /// Admission of one stream; released on drop.

@@ -1,4 +1,4 @@
-//! A user blocks or unblocks another user, who is not notified.
+//! A user blocks or unblocks another user, who is not notified. Messages that were hidden by a block stay hidden.
 
 use protocol::ids::UserId;
 
@@ -6,40 +6,15 @@ use super::{Actor, CommandContext};
 pub use crate::store::blocks::BlockUserOutcome;
 use crate::store::{StoreError, blocks};
 
-pub async fn block_user(
+pub async fn set_block(
     context: &CommandContext,
-    actor: Actor,
-    other: UserId,
-) -> Result<BlockUserOutcome, StoreError> {
-    set(context, actor, other, true).await
-}
-
-/// Messages that were hidden by the block stay hidden.
-pub async fn unblock_user(
-    context: &CommandContext,
-    actor: Actor,
-    other: UserId,
-) -> Result<BlockUserOutcome, StoreError> {
-    set(context, actor, other, false).await
-}
-
-async fn set(
-    context: &CommandContext,
-    actor: Actor,
+    Actor { session, user }: Actor,
     other: UserId,
     blocked: bool,
 ) -> Result<BlockUserOutcome, StoreError> {
-    let Actor { session, user } = actor;
     let database = context.database.clone();
     let work = async move {
-        let set = async |connection: &mut _| {
-            if blocked {
-                blocks::block(connection, session, user, other).await
-            } else {
-                blocks::unblock(connection, session, user, other).await
-            }
-        };
-        database.run(set).await
+        database.run(async |connection| blocks::set(connection, session, user, other, blocked).await).await
     };
     let outcome = context.run_to_completion(work).await?;
     if let BlockUserOutcome::Done = outcome {

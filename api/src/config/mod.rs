@@ -13,13 +13,13 @@ use service_kit::{
     limiter::{self, Limit},
     redis_topology::RedisTopology,
     secrets::Secrets,
-    settings::{Given, Problems, Required, Row, Settings, text},
+    settings::{Given, Problems, Required, Setting, Settings, text},
     telemetry::Logging,
     traces,
 };
 use sqlx::postgres::PgConnectOptions;
 
-pub use self::providers::{ProviderSettings, Registration, protected_url};
+pub use self::providers::{ClientRegistration, ProviderSettings, protected_url};
 
 /// Time for publishing the queue when the service stops.
 pub const FLUSH_TIMEOUT: Duration = Duration::from_secs(2);
@@ -80,7 +80,6 @@ pub struct Config {
     pub state_secrets: Secrets,
     pub dev_login: bool,
     pub providers: Vec<ProviderSettings>,
-    /// Limits one request to a provider.
     pub provider_time_limit: Duration,
     pub callback_token_in_query: bool,
     pub external: Option<ExternalSettings>,
@@ -89,12 +88,12 @@ pub struct Config {
     pub limits: RateLimits,
     pub shutdown_wait: Duration,
     pub shutdown_grace: Duration,
-    pub traces: Option<traces::Settings>,
+    pub traces: Option<traces::TraceSettings>,
 }
 
 #[derive(Debug, Clone, Copy)]
 pub struct Lifetimes {
-    /// Of a session since its last refresh; the maximum for an `api` token.
+    /// From the last refresh of a session; the maximum for an `api` token.
     pub session: Duration,
     pub stream_token: Duration,
 }
@@ -140,7 +139,7 @@ impl RateLimits {
     };
 }
 
-pub fn rows() -> Vec<Row> {
+pub fn rows() -> Vec<Setting> {
     Settings::rows(read)
 }
 
@@ -148,7 +147,6 @@ pub fn for_serving(given: &Given) -> Result<(Config, Addresses, Logging), Proble
     read(&mut Settings::new(given))
 }
 
-/// For the commands that only need the database.
 pub fn for_database(given: &Given) -> Result<(PgConnectOptions, Logging), Problems> {
     let mut s = Settings::new(given);
     let (database, logging) = (database(&mut s), config::logging(&mut s));

@@ -8,7 +8,7 @@ use thiserror::Error;
 use url::Url;
 
 #[derive(Clone, Default)]
-pub struct Registration {
+pub struct ClientRegistration {
     pub client_id: String,
     pub client_secret: String,
 }
@@ -16,9 +16,9 @@ pub struct Registration {
 #[derive(Clone)]
 pub enum ProviderSettings {
     /// Neither URL ends with a slash.
-    GitHub { url: String, api_url: String, registration: Registration },
+    GitHub { url: String, api_url: String, registration: ClientRegistration },
     /// Exactly as the provider writes it.
-    Oidc { issuer: String, registration: Registration },
+    Oidc { issuer: String, registration: ClientRegistration },
 }
 
 const GITHUB_URL: &str = "https://github.com";
@@ -103,7 +103,7 @@ fn oidc(s: &mut Settings) -> Option<ProviderSettings> {
 }
 
 /// `None`: neither is given.
-fn registration(s: &mut Settings, [id, secret]: [&str; 2], help: &str) -> Option<Registration> {
+fn registration(s: &mut Settings, [id, secret]: [&str; 2], help: &str) -> Option<ClientRegistration> {
     let client_id = s.with(id, "", help, text);
     let client_secret = s.secret(secret, "", "Client secret", text);
     if client_id.is_empty() && client_secret.as_ref().is_some_and(String::is_empty) {
@@ -112,7 +112,7 @@ fn registration(s: &mut Settings, [id, secret]: [&str; 2], help: &str) -> Option
     let client_secret = client_secret.unwrap_or_default();
     s.require(id, &client_id);
     s.require(secret, &client_secret);
-    Some(Registration { client_id, client_secret })
+    Some(ClientRegistration { client_id, client_secret })
 }
 
 #[cfg(test)]

@@ -8,13 +8,11 @@ use serde::Serialize;
 #[serde(rename_all = "camelCase")]
 pub struct ListedSession {
     pub id: SessionId,
-    /// A label by which the user recognises it.
     pub device: String,
     #[serde(serialize_with = "super::time")]
     pub created_at: DateTime<Utc>,
     /// Within some minutes: the module `last_used` writes it.
     #[serde(serialize_with = "super::time")]
     pub last_used_at: DateTime<Utc>,
-    /// The session of this request.
     pub current: bool,
 }

@@ -1,15 +1,10 @@
-//! Authentication: which tokens are accepted, whose they are, from which page a cookie may come; and the tokens and cookies
-//! that are issued.
+//! Authentication: which tokens are accepted, whose they are, and from which page a cookie may come.
 
-use std::{sync::Arc, time::Duration};
+use std::sync::Arc;
 
-use chrono::{DateTime, Utc};
-use http::HeaderValue;
-use jsonwebtoken::jwk::JwkSet;
 use protocol::{
-    claims::{Audience, Claims, KeySet, SigningKeys},
+    claims::{Audience, KeySet, SigningKeys},
     feed::{Identity, Login},
-    ids::UserId,
     keys_version::{KeysVersion, Version},
     position::Position,
 };
@@ -18,29 +13,23 @@ use service_kit::{cookies::Cookies, ended_sessions::EndedSessions, http::Present
 use super::{HandlerResult, error::ApiError, request::Inbound};
 use crate::{
     commands::{Actor, CommandContext},
-    config::Lifetimes,
     domain::user::User,
-    external::External,
+    external::ExternalUsers,
     last_used::LastUsed,
     request_context::RequestContext,
-    store::{
-        StoreError,
-        sessions::{self, Session},
-    },
+    store::{StoreError, sessions},
 };
 
 pub struct Auth {
-    keys: SigningKeys,
     verifier: KeySet,
     /// Identifies the configured keys: gateways compare it to learn of a removed one.
     version: Version,
     origins: Arc<Origins>,
     cookies: Cookies,
-    lifetimes: Lifetimes,
     used: LastUsed,
     ended: EndedSessions,
     context: CommandContext,
-    external: Option<Arc<External>>,
+    external: Option<Arc<ExternalUsers>>,
 }
 
 /// A valid token. Whether its session is live is checked next, alone or by the statement of a command.
@@ -67,41 +56,28 @@ impl Caller {
     }
 }
 
-/// A caller whose session is live.
 #[derive(Debug)]
-pub(super) struct Reader {
+pub(super) struct LiveCaller {
     pub(super) actor: Actor,
     pub(super) user: User,
     /// Their position in their feed before anything else was read.
     pub(super) cursor: Position,
 }
 
-pub(super) struct Token {
-    pub(super) text: String,
-    pub(super) expires_at: DateTime<Utc>,
-}
-
 impl Auth {
     pub fn new(
-        keys: SigningKeys,
+        keys: &SigningKeys,
         origins: Arc<Origins>,
-        lifetimes: Lifetimes,
         used: LastUsed,
         context: CommandContext,
+        external: Option<Arc<ExternalUsers>>,
     ) -> Self {
-        let (verifier, version) = (keys.verifier(), Version::of(&keys.thumbprints()));
-        let cookies = Cookies::new(origins.own());
-        let ended = EndedSessions::default();
-        Self { keys, verifier, version, origins, cookies, lifetimes, used, ended, context, external: None }
-    }
-
-    pub fn with_external(self, external: Option<Arc<External>>) -> Self {
         let issuer = external.as_ref().map(|external| external.issuer());
-        let version = Version::of(&(self.keys.thumbprints(), issuer));
-        Self { version, external, ..self }
+        let version = Version::of(&(keys.thumbprints(), issuer));
+        let (verifier, cookies) = (keys.verifier(), Cookies::new(origins.own()));
+        Self { verifier, version, origins, cookies, used, ended: EndedSessions::default(), context, external }
     }
 
-    /// The version of the keys by which tokens are verified.
     pub fn keys_version(&self) -> KeysVersion {
         let external = self.external.as_ref().and_then(|external| external.version());
         KeysVersion { configured: self.version.clone(), external }
@@ -109,59 +85,6 @@ impl Auth {
 
     pub(super) fn used(&self) -> &LastUsed {
         &self.used
-    }
-
-    pub(super) fn lifetime(&self) -> Duration {
-        self.lifetimes.session
-    }
-
-    pub(super) fn jwks(&self) -> &JwkSet {
-        self.keys.jwks()
-    }
-
-    /// A token that is valid for as long as its session.
-    pub(super) fn issue(&self, user: UserId, session: Session) -> Token {
-        let actor = Actor { user, session: Some(session.id) };
-        self.sign(actor, session.expires_at, Audience::Api, self.lifetimes.session, None)
-    }
-
-    /// A token that opens streams. An open stream may last until `ends_at`, the end of the session.
-    pub(super) fn issue_for_stream(&self, actor: Actor, ends_at: DateTime<Utc>) -> Token {
-        let session_exp = Some(ends_at.timestamp());
-        self.sign(actor, ends_at, Audience::Stream, self.lifetimes.stream_token, session_exp)
-    }
-
-    fn sign(
-        &self,
-        actor: Actor,
-        ends_at: DateTime<Utc>,
-        aud: Audience,
-        lifetime: Duration,
-        session_exp: Option<i64>,
-    ) -> Token {
-        let now = Utc::now();
-        // Rounded down to seconds: never past the session, which ends by the database's clock, nor past `lifetime`.
-        let exp = ends_at.min(now + lifetime).timestamp();
-        let claims = Claims {
-            sub: actor.user,
-            sid: actor.session,
-            iat: now.timestamp(),
-            exp,
-            aud,
-            iss: self.keys.issuer().to_owned(),
-            session_exp,
-        };
-        let expires_at = DateTime::from_timestamp(exp, 0).expect("it came from a timestamp");
-        Token { text: self.keys.sign(&claims), expires_at }
-    }
-
-    pub(super) fn cookie(&self, token: &Token) -> HeaderValue {
-        let age = (token.expires_at - Utc::now()).num_seconds();
-        self.cookies.set(self.cookies.session(), &token.text, age.try_into().unwrap_or(0))
-    }
-
-    pub(super) fn no_cookie(&self) -> HeaderValue {
-        self.cookies.set(self.cookies.session(), "", 0)
     }
 
     /// The credential, checked without the database.
@@ -195,7 +118,7 @@ impl Auth {
         }
     }
 
-    /// Of several valid ones, which are rare, the first whose session is live.
+    /// The first credential whose session is live. Several valid ones are rare.
     async fn first_live(&self, credentials: &[Credential]) -> Result<Credential, ApiError> {
         for credential in credentials {
             if self.is_live(credential.actor).await? {
@@ -226,11 +149,11 @@ impl Auth {
         Ok(Credential { actor, from_cookie: false, expires_at: claims.exp })
     }
 
-    pub(super) async fn reader(&self, credential: Credential) -> Result<Reader, ApiError> {
+    pub(super) async fn reader(&self, credential: Credential) -> Result<LiveCaller, ApiError> {
         let actor = credential.actor;
         let find = async |connection: &mut _| sessions::caller(connection, actor.session, actor.user).await;
         let (user, cursor) = self.context.database.run(find).await?.ok_or(ApiError::Unauthorized)?;
-        Ok(Reader { actor, user, cursor })
+        Ok(LiveCaller { actor, user, cursor })
     }
 
     /// The error of a request that ends before its command has checked the session.

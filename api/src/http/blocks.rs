@@ -12,22 +12,22 @@ use super::{
     error::ApiError,
     request::{Inbound, NoBody},
 };
-use crate::commands::block_user::{BlockUserOutcome, block_user, unblock_user};
+use crate::commands::block_user::{BlockUserOutcome, set_block};
 
 pub(super) fn user(inbound: &Inbound, _: NoBody) -> Result<UserId, ApiError> {
     inbound.id().ok_or(ApiError::NO_USER)
 }
 
 pub(super) async fn block(api: Arc<Api>, caller: Caller, other: UserId) -> HandlerResult {
-    answer(block_user(&api.context, caller.actor, other).await?)
+    set(&api, &caller, other, true).await
 }
 
 pub(super) async fn unblock(api: Arc<Api>, caller: Caller, other: UserId) -> HandlerResult {
-    answer(unblock_user(&api.context, caller.actor, other).await?)
+    set(&api, &caller, other, false).await
 }
 
-fn answer(outcome: BlockUserOutcome) -> HandlerResult {
-    match outcome {
+async fn set(api: &Api, caller: &Caller, other: UserId, blocked: bool) -> HandlerResult {
+    match set_block(&api.context, caller.actor, other, blocked).await? {
         BlockUserOutcome::Done => Ok(empty(StatusCode::NO_CONTENT)),
         BlockUserOutcome::NoUser => Err(ApiError::NO_USER),
         BlockUserOutcome::NoSession => Err(ApiError::Unauthorized),

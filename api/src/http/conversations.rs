@@ -8,7 +8,7 @@ use serde::Deserialize;
 
 use super::{
     Api, HandlerResult,
-    auth::{Caller, Reader},
+    auth::{Caller, LiveCaller},
     empty,
     error::ApiError,
     json,
@@ -23,7 +23,7 @@ use crate::{
 
 const PAGE: i64 = 25;
 
-pub(super) async fn list(api: Arc<Api>, reader: Reader, inbound: Inbound) -> HandlerResult {
+pub(super) async fn list(api: Arc<Api>, reader: LiveCaller, inbound: Inbound) -> HandlerResult {
     let unknown = || ApiError::unacceptable("before", "No such conversation");
     let before = inbound.query("before").map(|id| id.parse().map_err(|_| unknown())).transpose()?;
     let page = async |connection: &mut _| store::page(connection, reader.user.id, before, PAGE).await;
@@ -65,14 +65,14 @@ pub(super) async fn start(api: Arc<Api>, caller: Caller, username: String) -> Ha
     Ok(response)
 }
 
-pub(super) async fn find(api: Arc<Api>, reader: Reader, inbound: Inbound) -> HandlerResult {
+pub(super) async fn find(api: Arc<Api>, reader: LiveCaller, inbound: Inbound) -> HandlerResult {
     let id: ConversationId = inbound.id().ok_or(ApiError::NO_CONVERSATION)?;
     let find = async |connection: &mut _| store::find(connection, id, reader.user.id).await;
     let found = api.context.database.run(find).await?.ok_or(ApiError::NO_CONVERSATION)?;
     Ok(json(StatusCode::OK, &found))
 }
 
-pub(super) async fn other_participant(api: Arc<Api>, reader: Reader, inbound: Inbound) -> HandlerResult {
+pub(super) async fn other_participant(api: Arc<Api>, reader: LiveCaller, inbound: Inbound) -> HandlerResult {
     let id: ConversationId = inbound.id().ok_or(ApiError::NO_CONVERSATION)?;
     let find = async |connection: &mut _| store::other_participant(connection, id, reader.user.id).await;
     let found = api.context.database.run(find).await?.ok_or(ApiError::NO_CONVERSATION)?;

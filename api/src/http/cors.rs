@@ -14,10 +14,8 @@ use warp::reply::Response;
 
 use super::Label;
 
-/// All methods of any path.
 const METHODS: &str = "GET, HEAD, POST, PUT, DELETE";
 
-/// Wraps the routes, inside the edge.
 #[derive(Clone)]
 pub struct Cors<S> {
     routes: S,

@@ -10,7 +10,7 @@ use std::{pin::Pin, sync::Arc};
 
 use super::{
     Api, HandlerResult,
-    auth::{Caller, Reader},
+    auth::{Caller, LiveCaller},
     error::ApiError,
     internal::require_secret,
     limits::Rate,
@@ -42,7 +42,6 @@ impl Endpoint {
     }
 }
 
-/// A route without a credential.
 pub(super) fn open<B: FromBody, F: Future<Output = HandlerResult> + Send + 'static>(
     handler: impl Fn(Arc<Api>, Inbound, B) -> F + Clone + Send + Sync + 'static,
 ) -> Endpoint {
@@ -57,9 +56,8 @@ pub(super) fn open<B: FromBody, F: Future<Output = HandlerResult> + Send + 'stat
     })
 }
 
-/// A route that reads for a user.
 pub(super) fn read<F: Future<Output = HandlerResult> + Send + 'static>(
-    handler: impl Fn(Arc<Api>, Reader, Inbound) -> F + Clone + Send + Sync + 'static,
+    handler: impl Fn(Arc<Api>, LiveCaller, Inbound) -> F + Clone + Send + Sync + 'static,
 ) -> Endpoint {
     Endpoint::new(move |api, inbound, rate| {
         let handler = handler.clone();
@@ -112,7 +110,6 @@ pub(super) fn nothing(_: &Inbound, _: NoBody) -> Result<(), ApiError> {
     Ok(())
 }
 
-/// A route for gateways.
 pub(super) fn gateway<B: FromBody, F: Future<Output = HandlerResult> + Send + 'static>(
     handler: impl Fn(Arc<Api>, Inbound, B) -> F + Clone + Send + Sync + 'static,
 ) -> Endpoint {

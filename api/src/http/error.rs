@@ -1,4 +1,4 @@
-//! How a failure is answered. Only this file knows statuses, codes and sentences.
+//! Answers to failures. Only this file knows statuses, codes and sentences.
 
 use std::sync::Arc;
 

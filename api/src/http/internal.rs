@@ -66,7 +66,7 @@ pub(super) async fn keys(api: Arc<Api>, inbound: Inbound, _: NoBody) -> HandlerR
         None => (None, None),
     };
     let version = KeysVersion { external, ..api.auth.keys_version() };
-    Ok(json(StatusCode::OK, &KeysAnswer { version, own: api.auth.jwks().clone(), external: external_keys }))
+    Ok(json(StatusCode::OK, &KeysAnswer { version, own: api.tokens.jwks().clone(), external: external_keys }))
 }
 
 pub(super) async fn identity(

@@ -3,7 +3,7 @@
 use std::net::IpAddr;
 
 use protocol::ids::UserId;
-use service_kit::limiter::{Limiter, Over, Rule, Subject};
+use service_kit::limiter::{Limiter, Over, RateLimitRule, Subject};
 
 use crate::config::RateLimits;
 
@@ -18,7 +18,7 @@ pub(super) enum Rate {
 pub struct RequestLimits {
     limiter: Limiter,
     log_in: Rules,
-    log_in_as: Rule,
+    log_in_as: RateLimitRule,
     search: Rules,
     start: Rules,
     send: Rules,
@@ -26,8 +26,8 @@ pub struct RequestLimits {
 
 /// One limit per user, if users are known, and one per address.
 struct Rules {
-    user: Option<Rule>,
-    address: Rule,
+    user: Option<RateLimitRule>,
+    address: RateLimitRule,
 }
 
 impl RequestLimits {

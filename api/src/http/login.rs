@@ -9,10 +9,11 @@ use warp::reply::Response;
 
 use super::{
     Api, HandlerResult,
-    auth::{Caller, Token},
+    auth::Caller,
     error::ApiError,
     json,
     request::{Inbound, Json, NoBody},
+    tokens::Token,
 };
 use crate::{
     commands::{
@@ -57,9 +58,9 @@ struct LoginAnswer<'a> {
 pub(super) async fn log_in(api: Arc<Api>, inbound: Inbound, Json(body): Json<LoginBody>) -> HandlerResult {
     let username = body.username.filter(|name| may_be_a_name(name)).ok_or(ApiError::NO_USER)?;
     api.limits.check_login_as(&name::key(&username)).await?;
-    match log_in_by_name(&api.context, username, inbound.device(), api.auth.lifetime()).await? {
+    match log_in_by_name(&api.context, username, inbound.device(), api.tokens.lifetime()).await? {
         LogInOutcome::LoggedIn(user, session) => {
-            let token = api.auth.issue(user.id, session);
+            let token = api.tokens.issue(user.id, session);
             Ok(token_answer(&api, Some(&user), &token))
         }
         LogInOutcome::Unknown => Err(ApiError::NO_USER),
@@ -67,9 +68,9 @@ pub(super) async fn log_in(api: Arc<Api>, inbound: Inbound, Json(body): Json<Log
 }
 
 pub(super) async fn refresh(api: Arc<Api>, caller: Caller, (): ()) -> HandlerResult {
-    match refresh_session(&api.context, caller.actor, api.auth.lifetime()).await? {
+    match refresh_session(&api.context, caller.actor, api.tokens.lifetime()).await? {
         RefreshSessionOutcome::Refreshed(session) => {
-            Ok(token_answer(&api, None, &api.auth.issue(caller.actor.user, session)))
+            Ok(token_answer(&api, None, &api.tokens.issue(caller.actor.user, session)))
         }
         RefreshSessionOutcome::NoSession => Err(ApiError::Unauthorized),
     }
@@ -78,10 +79,10 @@ pub(super) async fn refresh(api: Arc<Api>, caller: Caller, (): ()) -> HandlerRes
 pub(super) fn token_answer(api: &Api, auth_user: Option<&User>, token: &Token) -> Response {
     let body = LoginAnswer { auth_user, token: &token.text, expires_at: token.expires_at };
     let mut response = json(StatusCode::OK, &body);
-    response.headers_mut().insert(header::SET_COOKIE, api.auth.cookie(token));
+    response.headers_mut().insert(header::SET_COOKIE, api.tokens.cookie(token));
     response
 }
 
 pub(super) async fn jwks(api: Arc<Api>, _: Inbound, _: NoBody) -> HandlerResult {
-    Ok(json(StatusCode::OK, api.auth.jwks()))
+    Ok(json(StatusCode::OK, api.tokens.jwks()))
 }

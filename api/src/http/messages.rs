@@ -8,7 +8,7 @@ use serde::Deserialize;
 
 use super::{
     Api, HandlerResult,
-    auth::{Caller, Reader},
+    auth::{Caller, LiveCaller},
     empty,
     error::ApiError,
     json,
@@ -72,7 +72,7 @@ pub(super) async fn send(api: Arc<Api>, caller: Caller, draft: Draft) -> Handler
     }
 }
 
-pub(super) async fn list(api: Arc<Api>, reader: Reader, inbound: Inbound) -> HandlerResult {
+pub(super) async fn list(api: Arc<Api>, reader: LiveCaller, inbound: Inbound) -> HandlerResult {
     let window = Window {
         after: message_id(&inbound, "after")?,
         before: message_id(&inbound, "before")?,

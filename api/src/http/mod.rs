@@ -17,6 +17,7 @@ mod openapi;
 mod request;
 mod route;
 mod sessions;
+pub mod tokens;
 mod users;
 mod web;
 
@@ -31,22 +32,24 @@ use warp::{filters::BoxedFilter, reply::Response};
 pub use cors::Cors;
 pub use edge::ApiEdge;
 
-use crate::{commands::CommandContext, external::External};
+use crate::{commands::CommandContext, external::ExternalUsers};
 use auth::Auth;
 use endpoint::{change, gateway, nothing, open, read};
 use error::ApiError;
 use limits::{Rate, RequestLimits};
 use oauth::SignIn;
 use route::{at, matching, routes};
+use tokens::Tokens;
 
 pub struct Api {
     pub context: CommandContext,
     pub auth: Auth,
+    pub tokens: Tokens,
     pub limits: RequestLimits,
     pub dev_login: bool,
     pub sign_in: SignIn,
     pub internal_secrets: Secrets,
-    pub external: Option<Arc<External>>,
+    pub external: Option<Arc<ExternalUsers>>,
 }
 
 type HandlerResult = Result<Response, ApiError>;

@@ -28,7 +28,7 @@ use crate::{
     domain::user::Profile,
     metrics::Metrics,
     oauth::{
-        Failure, Provider, Returned,
+        LoginFailure, Provider, Returned,
         attempt::{self, Seal},
     },
     store::{StoreError, identities::Provisioned},
@@ -81,8 +81,8 @@ impl SignIn {
         redirect(&format!("{}/callback?{query}", self.origin.as_str()))
     }
 
-    fn failed(&self, provider: &'static str, failure: &Failure) -> Response {
-        if let Failure::AccessDenied = failure {
+    fn failed(&self, provider: &'static str, failure: &LoginFailure) -> Response {
+        if let LoginFailure::AccessDenied = failure {
             tracing::info!(provider, "login denied: {failure}");
         } else {
             tracing::warn!(provider, outcome = failure.code(), "login failed: {failure}");
@@ -110,12 +110,10 @@ impl SignIn {
         is_ours.then(|| self.cookies.name(&format!("{kind}{tells}")))
     }
 
-    /// The browser's cookies of this kind for this secret.
     fn carried<'a>(&self, headers: &'a HeaderMap, kind: &str, secret: &str) -> Vec<&'a str> {
         self.cookie_of(kind, secret).map_or_else(Vec::new, |name| cookies::values(headers, &name))
     }
 
-    /// Adds a cookie to those of the browser that sent `headers`.
     fn carry(
         &self,
         response: &mut Response,
@@ -133,7 +131,6 @@ impl SignIn {
         }
     }
 
-    /// Removes the cookie: the login is over.
     fn remove(&self, response: &mut Response, kind: &str, secret: &str) {
         if let Some(name) = self.cookie_of(kind, secret) {
             response.headers_mut().append(header::SET_COOKIE, self.cookies.set(&name, "", 0));
@@ -173,7 +170,7 @@ pub(super) async fn callback(api: Arc<Api>, inbound: Inbound, _: NoBody) -> Hand
             Err(error) => sign_in.not_stored(provider.name(), error),
         },
         // The cookie stays: a link with a wrong state must not end a login that the browser began elsewhere.
-        Err(failure @ Failure::BadState(_)) => return Ok(sign_in.failed(provider.name(), &failure)),
+        Err(failure @ LoginFailure::BadState(_)) => return Ok(sign_in.failed(provider.name(), &failure)),
         Err(failure) => sign_in.failed(provider.name(), &failure),
     };
     sign_in.remove(&mut response, ATTEMPT, &state);
@@ -189,11 +186,11 @@ async fn arrived(
     let (sign_in, context) = (&api.sign_in, &api.context);
     let (Provisioned { user, created }, response) = if sign_in.token_in_query {
         let (arrived, session) =
-            log_in_by_profile(context, profile, inbound.device(), api.auth.lifetime()).await?;
-        let token = api.auth.issue(arrived.user, session);
+            log_in_by_profile(context, profile, inbound.device(), api.tokens.lifetime()).await?;
+        let token = api.tokens.issue(arrived.user, session);
         let expires_at = protocol::event::rfc3339(token.expires_at);
         let mut response = sign_in.to_page(&[("token", &token.text), ("expires_at", &expires_at)]);
-        response.headers_mut().append(header::SET_COOKIE, api.auth.cookie(&token));
+        response.headers_mut().append(header::SET_COOKIE, api.tokens.cookie(&token));
         (arrived, response)
     } else {
         let (arrived, Halves { code, binding }) = arrive(context, profile).await?;
@@ -223,10 +220,10 @@ pub(super) async fn exchange(
     if bindings.is_empty() {
         return Err(ApiError::Unauthorized);
     }
-    let lifetime = api.auth.lifetime();
+    let lifetime = api.tokens.lifetime();
     let outcome = log_in_by_code(&api.context, &code, &bindings, inbound.device(), lifetime).await?;
     let LogInOutcome::LoggedIn(user, session) = outcome else { return Err(ApiError::Unauthorized) };
-    let token = api.auth.issue(user.id, session);
+    let token = api.tokens.issue(user.id, session);
     let mut response = token_answer(&api, Some(&user), &token);
     api.sign_in.remove(&mut response, BINDING, &code);
     Ok(response)

@@ -16,7 +16,6 @@ use warp::Filter;
 use super::error::ApiError;
 use crate::{domain::device, request_context::RequestContext};
 
-/// Limits the time in which a whole body must arrive.
 const BODY_TIME: Duration = Duration::from_secs(10);
 
 /// Headers that mark a prefetch: of the standard, and of older Chrome, Safari and Firefox.
@@ -30,7 +29,7 @@ pub(super) struct Inbound {
     pub(super) headers: HeaderMap,
     pub(super) context: RequestContext,
     pub(super) client: IpAddr,
-    /// Of the path, in the order of its pattern.
+    /// Parameters of the path, in the order of its pattern.
     pub(super) parameters: Vec<String>,
     query: String,
     body: BodyChunks,
@@ -72,7 +71,6 @@ impl Inbound {
         self.parameters.first()?.parse().ok()
     }
 
-    /// The label of a session that this request begins.
     pub(super) fn device(&self) -> String {
         device::label(self.headers.get(header::USER_AGENT).map_or(b"", |value| value.as_bytes()))
     }
@@ -154,7 +152,6 @@ impl<'de, T: Deserialize<'de>> Deserialize<'de> for JsonObject<T> {
     }
 }
 
-/// The type of a handler's request body.
 pub(super) trait FromBody: Sized + Send + 'static {
     /// Checks what the head says about it.
     fn require(_: &Inbound) -> Result<(), ApiError> {

@@ -9,7 +9,7 @@ use serde::Serialize;
 
 use super::{
     Api, HandlerResult,
-    auth::{Caller, Reader},
+    auth::{Caller, LiveCaller},
     empty,
     error::ApiError,
     json,
@@ -23,7 +23,7 @@ use crate::{
 /// More are not listed; ending all others ends these too.
 const LISTED: i64 = 100;
 
-pub(super) async fn list(api: Arc<Api>, reader: Reader, _: Inbound) -> HandlerResult {
+pub(super) async fn list(api: Arc<Api>, reader: LiveCaller, _: Inbound) -> HandlerResult {
     let list = async |connection: &mut _| {
         store::of_user(connection, reader.user.id, reader.actor.session, LISTED).await
     };
@@ -44,7 +44,7 @@ pub(super) async fn end_others(api: Arc<Api>, caller: Caller, (): ()) -> Handler
 
 pub(super) async fn log_out(api: Arc<Api>, caller: Caller, (): ()) -> HandlerResult {
     let mut response = end(&api, &caller, Which::Own).await?;
-    response.headers_mut().insert(header::SET_COOKIE, api.auth.no_cookie());
+    response.headers_mut().insert(header::SET_COOKIE, api.tokens.no_cookie());
     Ok(response)
 }
 
@@ -79,7 +79,7 @@ pub(super) async fn stream_token(
             database.run(async |connection| store::is_live(connection, None, actor.user).await).await?;
         DateTime::from_timestamp(expires_at, 0).filter(|_| exists)
     };
-    let token = api.auth.issue_for_stream(actor, ends_at.ok_or(ApiError::Unauthorized)?);
+    let token = api.tokens.issue_for_stream(actor, ends_at.ok_or(ApiError::Unauthorized)?);
     let answer = StreamTokenAnswer { token: token.text, expires_at: token.expires_at };
     Ok(json(StatusCode::OK, &answer))
 }

@@ -4,14 +4,14 @@ use std::sync::Arc;
 
 use http::StatusCode;
 
-use super::{Api, HandlerResult, auth::Reader, error::ApiError, json, request::Inbound, with_cursor};
+use super::{Api, HandlerResult, auth::LiveCaller, error::ApiError, json, request::Inbound, with_cursor};
 use crate::{domain::name::may_be_a_name, store::users};
 
-pub(super) async fn auth_user(_: Arc<Api>, reader: Reader, _: Inbound) -> HandlerResult {
+pub(super) async fn auth_user(_: Arc<Api>, reader: LiveCaller, _: Inbound) -> HandlerResult {
     Ok(with_cursor(json(StatusCode::OK, &reader.user), reader.cursor))
 }
 
-pub(super) async fn search(api: Arc<Api>, reader: Reader, inbound: Inbound) -> HandlerResult {
+pub(super) async fn search(api: Arc<Api>, reader: LiveCaller, inbound: Inbound) -> HandlerResult {
     let search = inbound.query("search").unwrap_or_default();
     let search = search.trim();
     if search.is_empty() {

@@ -29,7 +29,6 @@ const POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self'; i
 /// Revalidated each time by `ETag`: after a deploy nobody runs the old client against the new service.
 const CACHE: &str = "no-cache";
 
-/// Bytes of a digest in an `ETag`.
 const TAG_BYTES: usize = 16;
 
 #[derive(RustEmbed)]
@@ -123,7 +122,6 @@ fn accepts_gzip(asked: &HeaderMap) -> bool {
     gzip > 0 && gzip >= weight("identity").unwrap_or(0)
 }
 
-/// Each version of a file is compressed once.
 fn compressed(digest: [u8; 32], plain: &[u8]) -> Bytes {
     /// More than there are files; only a debug build, in which files change, reaches it.
     const MOST: usize = 64;

@@ -12,7 +12,6 @@ use serde::{Deserialize, Serialize};
 use service_kit::secrets::Secrets;
 use sha2::Sha256;
 
-/// Time to log in at the provider.
 pub const LIFETIME: Duration = Duration::from_mins(10);
 const LABEL: &[u8] = b"messenger api: oauth attempt, version 1";
 /// A sealed attempt has about 300 bytes; longer ones are rejected.

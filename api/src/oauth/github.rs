@@ -5,7 +5,7 @@ use protocol::jose;
 use serde::Deserialize;
 use serde_json::Value;
 
-use super::{Endpoints, Failure, object, text};
+use super::{Endpoints, LoginFailure, object, text};
 use crate::domain::user::Profile;
 
 pub(super) fn endpoints(url: &str, api_url: &str) -> Endpoints {
@@ -30,14 +30,14 @@ struct GitHubUser {
 }
 
 /// An account is identified by its number, because another user can take a released name.
-pub(super) fn profile(issuer: &str, answer: &[u8]) -> Result<Profile, Failure> {
-    let user: GitHubUser = object(answer).ok_or(Failure::BadProfile("not a JSON object with an id"))?;
+pub(super) fn profile(issuer: &str, answer: &[u8]) -> Result<Profile, LoginFailure> {
+    let user: GitHubUser = object(answer).ok_or(LoginFailure::BadProfile("not a JSON object with an id"))?;
     let subject = user.id;
     let is_number = subject.parse::<u64>().is_ok_and(|id| id > 0 && id.to_string() == subject);
     is_number
         .then(|| Profile::new(issuer, &subject, text(&user.login), text(&user.avatar_url)))
         .flatten()
-        .ok_or(Failure::BadProfile("id is not a number"))
+        .ok_or(LoginFailure::BadProfile("id is not a number"))
 }
 
 #[cfg(test)]
@@ -46,7 +46,7 @@ mod tests {
 
     use super::*;
 
-    fn read(answer: Value) -> Result<Profile, Failure> {
+    fn read(answer: Value) -> Result<Profile, LoginFailure> {
         profile("https://github.com", &serde_json::to_vec(&answer).unwrap())
     }
 
@@ -65,7 +65,10 @@ mod tests {
         for id in
             [json!(null), json!(0), json!(-1), json!(1.5), json!("x"), json!("007"), json!(""), json!([1])]
         {
-            assert!(matches!(read(json!({ "id": id, "login": "x" })), Err(Failure::BadProfile(_))), "{id}");
+            assert!(
+                matches!(read(json!({ "id": id, "login": "x" })), Err(LoginFailure::BadProfile(_))),
+                "{id}"
+            );
         }
         assert!(read(json!({ "login": "x" })).is_err());
         assert!(read(json!("x")).is_err());

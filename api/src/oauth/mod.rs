@@ -19,27 +19,25 @@ use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 use service_kit::{
     config::Origin,
-    outbound::{Limits, Outbound, OutboundError},
+    outbound::{Outbound, OutboundError, OutboundLimits},
 };
 use subtle::ConstantTimeEq;
 use thiserror::Error;
 
 use crate::{
-    config::{ProviderSettings, Registration},
+    config::{ClientRegistration, ProviderSettings},
     domain::user::Profile,
 };
 use attempt::Attempt;
 use oidc::Discovery;
 
-/// Why a login failed. The text is for the log and contains no secret.
+/// The cause of a failed login. The text is for the log and contains no secret.
 #[derive(Debug, Clone, Error)]
-pub enum Failure {
+pub enum LoginFailure {
     #[error("access was denied at the provider")]
     AccessDenied,
-    /// The callback does not belong to a login of this browser.
     #[error("{0}")]
     BadState(&'static str),
-    /// The provider sent an invalid answer.
     #[error("{0}")]
     Provider(String),
     /// The provider may be available again later.
@@ -49,7 +47,7 @@ pub enum Failure {
     BadProfile(&'static str),
 }
 
-impl Failure {
+impl LoginFailure {
     pub fn code(&self) -> &'static str {
         match self {
             Self::AccessDenied => "access_denied",
@@ -71,13 +69,13 @@ pub struct Returned {
 
 pub struct Provider {
     name: &'static str,
-    kind: Kind,
-    registration: Registration,
+    kind: ProviderKind,
+    registration: ClientRegistration,
     redirect: RedirectUrl,
     outbound: Outbound,
 }
 
-enum Kind {
+enum ProviderKind {
     GitHub { issuer: String, endpoints: Arc<Endpoints> },
     Oidc(Box<Discovery>),
 }
@@ -106,7 +104,7 @@ pub fn providers(
     if settings.is_empty() {
         return Ok(Vec::new());
     }
-    let outbound = Outbound::new(Limits::external(time_limit))?;
+    let outbound = Outbound::new(OutboundLimits::external(time_limit))?;
     let provider = |settings| Arc::new(Provider::new(settings, origin, outbound.clone()));
     Ok(settings.into_iter().map(provider).collect())
 }
@@ -116,10 +114,10 @@ impl Provider {
         let (name, kind, registration) = match settings {
             ProviderSettings::GitHub { url, api_url, registration } => {
                 let endpoints = Arc::new(github::endpoints(&url, &api_url));
-                ("github", Kind::GitHub { issuer: url, endpoints }, registration)
+                ("github", ProviderKind::GitHub { issuer: url, endpoints }, registration)
             }
             ProviderSettings::Oidc { issuer, registration } => {
-                ("oidc", Kind::Oidc(Box::new(Discovery::new(issuer))), registration)
+                ("oidc", ProviderKind::Oidc(Box::new(Discovery::new(issuer))), registration)
             }
         };
         let redirect = format!("{}/api/oauth/{name}/callback", origin.as_str());
@@ -131,15 +129,15 @@ impl Provider {
         self.name
     }
 
-    pub async fn begin(&self) -> Result<StartedLogin, Failure> {
+    pub async fn begin(&self) -> Result<StartedLogin, LoginFailure> {
         let client = self.client(&*self.endpoints().await?);
         let (challenge, verifier) = PkceCodeChallenge::new_random_sha256();
         let secret = || CsrfToken::new_random_len(32);
         let nonce = secret().into_secret();
         let mut request = client.authorize_url(secret).set_pkce_challenge(challenge);
         request = match &self.kind {
-            Kind::GitHub { .. } => request.add_scope(Scope::new("read:user".into())),
-            Kind::Oidc(_) => request
+            ProviderKind::GitHub { .. } => request.add_scope(Scope::new("read:user".into())),
+            ProviderKind::Oidc(_) => request
                 .add_scopes(["openid", "profile"].map(|scope| Scope::new(scope.into())))
                 .add_extra_param("nonce", &nonce),
         };
@@ -149,40 +147,44 @@ impl Provider {
     }
 
     /// Completes a login. `attempt` is the browser's, if its signature is valid and it has not expired.
-    pub async fn finish(&self, attempt: Option<Attempt>, returned: Returned) -> Result<Profile, Failure> {
-        let attempt = attempt.ok_or(Failure::BadState("the browser has no valid login attempt"))?;
+    pub async fn finish(
+        &self,
+        attempt: Option<Attempt>,
+        returned: Returned,
+    ) -> Result<Profile, LoginFailure> {
+        let attempt = attempt.ok_or(LoginFailure::BadState("the browser has no valid login attempt"))?;
         if attempt.provider != self.name {
-            return Err(Failure::BadState("the login attempt is for another provider"));
+            return Err(LoginFailure::BadState("the login attempt is for another provider"));
         }
         let state = returned.state.unwrap_or_default();
         // In constant time, so that timing does not reveal how much of a guess is right.
         if !bool::from(state.as_bytes().ct_eq(attempt.state.as_bytes())) {
-            return Err(Failure::BadState("state does not match the login attempt"));
+            return Err(LoginFailure::BadState("state does not match the login attempt"));
         }
         if returned.iss.as_deref().is_some_and(|iss| !self.is_issuer(iss)) {
-            return Err(Failure::BadState("iss names another issuer"));
+            return Err(LoginFailure::BadState("iss names another issuer"));
         }
         if let Some(error) = returned.error {
             return Err(match error.as_str() {
-                "access_denied" => Failure::AccessDenied,
-                "temporarily_unavailable" | "server_error" => Failure::Unavailable(error_code(&error)),
-                _ => Failure::Provider(error_code(&error)),
+                "access_denied" => LoginFailure::AccessDenied,
+                "temporarily_unavailable" | "server_error" => LoginFailure::Unavailable(error_code(&error)),
+                _ => LoginFailure::Provider(error_code(&error)),
             });
         }
         let code = returned
             .code
-            .ok_or_else(|| Failure::Provider("the callback has neither code nor error".into()))?;
+            .ok_or_else(|| LoginFailure::Provider("the callback has neither code nor error".into()))?;
         let endpoints = self.endpoints().await?;
         // RFC 9207: without `iss`, the answer is not from this provider.
         if endpoints.names_itself && returned.iss.is_none() {
-            return Err(Failure::BadState("iss is missing"));
+            return Err(LoginFailure::BadState("iss is missing"));
         }
         let tokens =
             token::exchange(&self.client(&endpoints), &self.outbound, code, attempt.verifier).await?;
         let answer = self.profile(&endpoints.profile, tokens.access()).await?;
         match &self.kind {
-            Kind::GitHub { issuer, .. } => github::profile(issuer, &answer),
-            Kind::Oidc(discovery) => {
+            ProviderKind::GitHub { issuer, .. } => github::profile(issuer, &answer),
+            ProviderKind::Oidc(discovery) => {
                 let (issuer, client_id) = (discovery.issuer(), &self.registration.client_id);
                 let info = oidc::user_info(&answer)?;
                 let id_claims = match tokens.id_token() {
@@ -199,21 +201,21 @@ impl Provider {
     fn is_issuer(&self, iss: &str) -> bool {
         match &self.kind {
             // GitHub predates RFC 9207: its issuer is its address, in its metadata with the path.
-            Kind::GitHub { issuer, .. } => {
+            ProviderKind::GitHub { issuer, .. } => {
                 iss == issuer || iss.strip_suffix("/login/oauth").is_some_and(|base| base == issuer)
             }
-            Kind::Oidc(discovery) => iss == discovery.issuer(),
+            ProviderKind::Oidc(discovery) => iss == discovery.issuer(),
         }
     }
 
-    async fn endpoints(&self) -> Result<Arc<Endpoints>, Failure> {
+    async fn endpoints(&self) -> Result<Arc<Endpoints>, LoginFailure> {
         match &self.kind {
-            Kind::GitHub { endpoints, .. } => Ok(endpoints.clone()),
-            Kind::Oidc(discovery) => discovery.endpoints(&self.outbound).await,
+            ProviderKind::GitHub { endpoints, .. } => Ok(endpoints.clone()),
+            ProviderKind::Oidc(discovery) => discovery.endpoints(&self.outbound).await,
         }
     }
 
-    fn client(&self, endpoints: &Endpoints) -> token::Client {
+    fn client(&self, endpoints: &Endpoints) -> token::OAuthClient {
         oauth2::Client::new(ClientId::new(self.registration.client_id.clone()))
             .set_client_secret(ClientSecret::new(self.registration.client_secret.clone()))
             .set_auth_type(endpoints.auth.clone())
@@ -222,18 +224,18 @@ impl Provider {
             .set_redirect_uri(self.redirect.clone())
     }
 
-    async fn profile(&self, url: &str, access_token: &str) -> Result<Vec<u8>, Failure> {
+    async fn profile(&self, url: &str, access_token: &str) -> Result<Vec<u8>, LoginFailure> {
         let request = Request::get(url)
             .header(header::ACCEPT, "application/json")
             .header(header::AUTHORIZATION, format!("Bearer {access_token}"))
             .body(Vec::new())
-            .map_err(|_| Failure::Provider("its access token is not a valid header".into()))?;
+            .map_err(|_| LoginFailure::Provider("its access token is not a valid header".into()))?;
         let response = self::request(&self.outbound, request).await.map_err(|error| match error {
-            Unanswered::No(OutboundError::TooLarge(_)) => Failure::BadProfile("too large"),
+            Unanswered::No(OutboundError::TooLarge(_)) => LoginFailure::BadProfile("too large"),
             other => other.into(),
         })?;
         if response.status() != StatusCode::OK {
-            return Err(Failure::Provider(format!(
+            return Err(LoginFailure::Provider(format!(
                 "the profile request was answered with {}",
                 response.status()
             )));
@@ -250,7 +252,7 @@ enum Unanswered {
     Status(StatusCode),
 }
 
-impl From<Unanswered> for Failure {
+impl From<Unanswered> for LoginFailure {
     fn from(error: Unanswered) -> Self {
         match error {
             Unanswered::No(OutboundError::TooLarge(_)) => Self::Provider(error.to_string()),
@@ -259,7 +261,6 @@ impl From<Unanswered> for Failure {
     }
 }
 
-/// Sends a request; 5xx and 429 are errors.
 async fn request(
     outbound: &Outbound,
     mut request: Request<Vec<u8>>,

@@ -14,7 +14,7 @@ use service_kit::outbound::Outbound;
 use tokio::sync::Mutex;
 use url::Url;
 
-use super::{Endpoints, Failure, object, request};
+use super::{Endpoints, LoginFailure, object, request};
 use crate::{config::protected_url, domain::user::Profile};
 
 /// The discovery document is fetched again after this.
@@ -23,7 +23,6 @@ const FRESH: Duration = Duration::from_hours(1);
 const USABLE: Duration = Duration::from_hours(24);
 /// Between a failed discovery and the next, so that every login does not query a provider that is down.
 const PAUSE: Duration = Duration::from_secs(2);
-/// Tolerated difference of clocks, in seconds.
 const LEEWAY: i64 = 60;
 
 /// The endpoints of a provider, discovered when first needed.
@@ -36,7 +35,7 @@ pub(super) struct Discovery {
 #[derive(Default)]
 struct Known {
     found: Option<(Arc<Endpoints>, Instant)>,
-    failed: Option<(Failure, Instant)>,
+    failed: Option<(LoginFailure, Instant)>,
 }
 
 #[derive(Deserialize)]
@@ -60,7 +59,7 @@ impl Discovery {
         &self.issuer
     }
 
-    pub(super) async fn endpoints(&self, outbound: &Outbound) -> Result<Arc<Endpoints>, Failure> {
+    pub(super) async fn endpoints(&self, outbound: &Outbound) -> Result<Arc<Endpoints>, LoginFailure> {
         let mut known = self.known.lock().await;
         if let Some((endpoints, at)) = &known.found
             && at.elapsed() < FRESH
@@ -89,7 +88,7 @@ impl Discovery {
         }
     }
 
-    async fn discover(&self, outbound: &Outbound) -> Result<Endpoints, Failure> {
+    async fn discover(&self, outbound: &Outbound) -> Result<Endpoints, LoginFailure> {
         let url = format!("{}/.well-known/openid-configuration", self.issuer.trim_end_matches('/'));
         // The issuer is compared as it is written; the URL may be another form of it, as for a host that is not ASCII.
         let url = Url::parse(&url).expect("the setting was checked to be a URL");
@@ -99,14 +98,14 @@ impl Discovery {
             .expect("a URL is an address");
         let response = self::request(outbound, request).await?;
         if response.status() != StatusCode::OK {
-            return Err(Failure::Provider(format!("discovery was answered with {}", response.status())));
+            return Err(LoginFailure::Provider(format!("discovery was answered with {}", response.status())));
         }
         read_document(&self.issuer, response.body())
     }
 }
 
-fn read_document(issuer: &str, body: &[u8]) -> Result<Endpoints, Failure> {
-    let bad = |what: &str| Failure::Provider(format!("the discovery document {what}"));
+fn read_document(issuer: &str, body: &[u8]) -> Result<Endpoints, LoginFailure> {
+    let bad = |what: &str| LoginFailure::Provider(format!("the discovery document {what}"));
     let document: Document = object(body).ok_or_else(|| bad("lacks required endpoints"))?;
     // Otherwise a provider could assert accounts of another one.
     if document.issuer != issuer {
@@ -143,15 +142,15 @@ pub(super) struct UserInfo {
     person: Person,
 }
 
-pub(super) fn user_info(answer: &[u8]) -> Result<UserInfo, Failure> {
-    object(answer).ok_or(Failure::BadProfile("not a JSON object with a sub"))
+pub(super) fn user_info(answer: &[u8]) -> Result<UserInfo, LoginFailure> {
+    object(answer).ok_or(LoginFailure::BadProfile("not a JSON object with a sub"))
 }
 
 /// Names come from user info, else from the id token, where AD FS has them.
-pub(super) fn profile(issuer: &str, info: &UserInfo, id_claims: &Person) -> Result<Profile, Failure> {
+pub(super) fn profile(issuer: &str, info: &UserInfo, id_claims: &Person) -> Result<Profile, LoginFailure> {
     let name = info.person.name().or(id_claims.name());
     let picture = info.person.picture.as_deref().or(id_claims.picture.as_deref());
-    Profile::new(issuer, &info.sub, name, picture).ok_or(Failure::BadProfile("sub is invalid"))
+    Profile::new(issuer, &info.sub, name, picture).ok_or(LoginFailure::BadProfile("sub is invalid"))
 }
 
 #[derive(Deserialize)]
@@ -177,8 +176,8 @@ pub(super) fn check_id_token(
     client_id: &str,
     nonce: &str,
     subject: &str,
-) -> Result<Person, Failure> {
-    let bad = |what: &str| Failure::Provider(format!("the id token {what}"));
+) -> Result<Person, LoginFailure> {
+    let bad = |what: &str| LoginFailure::Provider(format!("the id token {what}"));
     let claims = Unverified::read(id_token).and_then(|token| token.claims::<IdClaims>());
     let claims = claims.ok_or_else(|| bad("is malformed"))?;
     let audiences = claims.aud.as_slice();
@@ -202,13 +201,13 @@ pub(super) fn check_id_token(
 mod tests {
     use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
     use serde_json::{Value, json};
-    use service_kit::outbound::Limits;
+    use service_kit::outbound::OutboundLimits;
 
     use super::*;
 
     const ISSUER: &str = "https://id.example/realm";
 
-    fn document(change: Value) -> Result<Endpoints, Failure> {
+    fn document(change: Value) -> Result<Endpoints, LoginFailure> {
         let mut document = json!({
             "issuer": ISSUER,
             "authorization_endpoint": "https://id.example/auth",
@@ -230,7 +229,7 @@ mod tests {
             json!({ "authorization_endpoint": "javascript:alert(1)" }),
             json!({ "userinfo_endpoint": null }),
         ] {
-            assert!(matches!(document(change.clone()), Err(Failure::Provider(_))), "{change}");
+            assert!(matches!(document(change.clone()), Err(LoginFailure::Provider(_))), "{change}");
         }
         assert!(read_document(ISSUER, b"<html>").is_err());
     }
@@ -238,7 +237,7 @@ mod tests {
     #[tokio::test]
     async fn known_endpoints_are_used_while_discovery_fails() {
         // No host has this address, so the port is never open.
-        let outbound = Outbound::new(Limits::external(Duration::from_millis(50))).unwrap();
+        let outbound = Outbound::new(OutboundLimits::external(Duration::from_millis(50))).unwrap();
         let known_for = |age: Duration| {
             let discovery = Discovery::new("http://127.255.255.255:1".into());
             let at = Instant::now().checked_sub(age).expect("the clock counts from long ago");
@@ -253,7 +252,7 @@ mod tests {
         let stale = known_for(FRESH);
         assert!(stale.endpoints(&outbound).await.is_ok() && asked(&stale));
         let too_old = known_for(USABLE);
-        assert!(matches!(too_old.endpoints(&outbound).await, Err(Failure::Unavailable(_))));
+        assert!(matches!(too_old.endpoints(&outbound).await, Err(LoginFailure::Unavailable(_))));
     }
 
     #[test]
@@ -321,7 +320,7 @@ mod tests {
             json!({ "nonce": null }),
             json!({ "sub": "s2" }),
         ] {
-            assert!(matches!(check(bad.clone()), Err(Failure::Provider(_))), "{bad}");
+            assert!(matches!(check(bad.clone()), Err(LoginFailure::Provider(_))), "{bad}");
         }
         assert!(check_with(json!({ "alg": "RS256", "crit": ["x"], "x": 1 }), json!({})).is_err());
         for odd in ["", "a.b.c", "..", "e30"] {

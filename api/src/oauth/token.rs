@@ -13,11 +13,11 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use service_kit::{outbound::Outbound, quality_values::essence};
 
-use super::{Failure, error_code, request};
+use super::{LoginFailure, error_code, request};
 
 type TokenAnswer = StandardTokenResponse<IdToken, BasicTokenType>;
 
-pub(super) type Client = oauth2::Client<
+pub(super) type OAuthClient = oauth2::Client<
     BasicErrorResponse,
     TokenAnswer,
     BasicTokenIntrospectionResponse,
@@ -58,11 +58,11 @@ impl Tokens {
 }
 
 pub(super) async fn exchange(
-    client: &Client,
+    client: &OAuthClient,
     outbound: &Outbound,
     code: String,
     verifier: String,
-) -> Result<Tokens, Failure> {
+) -> Result<Tokens, LoginFailure> {
     let http = |request| {
         let outbound = outbound.clone();
         async move { self::request(&outbound, request).await.map(normalized) }
@@ -78,13 +78,13 @@ pub(super) async fn exchange(
             BasicErrorResponseType::Extension(code)
                 if matches!(code.as_str(), "temporarily_unavailable" | "server_error") =>
             {
-                Failure::Unavailable(error_code(code))
+                LoginFailure::Unavailable(error_code(code))
             }
-            code => Failure::Provider(error_code(code.as_ref())),
+            code => LoginFailure::Provider(error_code(code.as_ref())),
         },
         // The errors may repeat the answer, and so a token.
         RequestTokenError::Parse(..) | RequestTokenError::Other(_) => {
-            Failure::Provider("its token response is malformed".into())
+            LoginFailure::Provider("its token response is malformed".into())
         }
     })
 }

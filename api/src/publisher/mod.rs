@@ -31,7 +31,6 @@ use crate::{
 
 /// Events in the queue for Redis, or for one node of a cluster; more are dropped.
 const QUEUE: usize = 16_384;
-/// Events in one pipeline.
 const BATCH: usize = 512;
 /// Bounds a connection attempt, and the wait for the replies to a pipeline.
 const TIMEOUT: Duration = Duration::from_secs(1);
@@ -44,12 +43,11 @@ pub struct Publisher {
     metrics: Metrics,
 }
 
-/// One message for one channel, ready to send.
 struct Publication {
     channel: String,
     payload: Vec<u8>,
     kind: PublicationKind,
-    /// How often nodes of a cluster have redirected it.
+    /// The number of redirects by nodes of a cluster.
     redirects: u8,
     /// Ends with the publication: when Redis has taken it, or it is dropped.
     span: Span,
@@ -65,7 +63,6 @@ enum PublicationKind {
     Keys,
 }
 
-/// The task that publishes what [`Publisher`] takes.
 pub struct PublisherTask {
     queue: mpsc::Receiver<Publication>,
     topology: RedisTopology,
@@ -112,7 +109,6 @@ impl Publisher {
         }
     }
 
-    /// Announces this replica's keys to every gateway.
     pub fn publish_keys(&self, version: &KeysVersion) {
         let channel = self.channels.keys().next().expect("they have no end");
         let payload = serde_json::to_vec(version).expect("a version is strings and numbers");
@@ -133,7 +129,6 @@ impl Publisher {
     }
 }
 
-/// Puts it into the queue, or drops and counts it.
 fn enqueue(queue: &mpsc::Sender<Publication>, publication: Publication, metrics: &Metrics) {
     match queue.try_send(publication) {
         Ok(()) => _ = metrics.publish_queued_events.inc(),

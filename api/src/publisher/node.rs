@@ -51,7 +51,6 @@ enum SendEnd {
     Failed { worked: bool },
 }
 
-/// The connection that will replace a working one.
 type Renewal = AbortOnDropHandle<RedisResult<MultiplexedConnection>>;
 
 impl NodePublisher {
@@ -102,12 +101,11 @@ impl NodePublisher {
                         }
                     }
                 }
-                Err(error) if redis_topology::is_access_denied(&error) => {
-                    tracing::error!(%error, node = %self.node, "redis authentication or ACL failure; delivery falls back to reconciliation");
-                    "access denied"
-                }
                 Err(error) => {
-                    tracing::warn!(%error, node = %self.node, "redis publisher could not connect; delivery falls back to reconciliation");
+                    self.log(
+                        &error,
+                        "redis publisher could not connect; delivery falls back to reconciliation",
+                    );
                     "cannot connect"
                 }
             };
@@ -155,11 +153,7 @@ impl NodePublisher {
             };
             worked |= taken;
             let Some(error) = error else { continue };
-            if redis_topology::is_access_denied(&error) {
-                tracing::error!(%error, node = %self.node, "redis authentication or ACL failure; delivery falls back to reconciliation");
-            } else {
-                tracing::warn!(%error, node = %self.node, "redis rejected a publish; delivery falls back to reconciliation");
-            }
+            self.log(&error, "redis rejected a publish; delivery falls back to reconciliation");
             if !redis_topology::is_server_error(&error) {
                 return SendEnd::Failed { worked };
             }
@@ -260,6 +254,14 @@ impl NodePublisher {
                     self.drop_publications("disconnected", batch);
                 }
             }
+        }
+    }
+
+    fn log(&self, error: &RedisError, failure: &'static str) {
+        if redis_topology::is_access_denied(error) {
+            tracing::error!(%error, node = %self.node, "{}", redis_topology::ACCESS_DENIED);
+        } else {
+            tracing::warn!(%error, node = %self.node, "{failure}");
         }
     }
 

@@ -12,57 +12,37 @@ pub enum BlockUserOutcome {
     NoSession,
 }
 
-impl BlockUserOutcome {
-    fn from_row(is_live: bool, found: bool) -> Self {
-        match (is_live, found) {
-            (false, _) => Self::NoSession,
-            (true, false) => Self::NoUser,
-            (true, true) => Self::Done,
-        }
-    }
-}
-
-pub async fn block(
+/// Blocks the user `other`, or ends the block.
+pub async fn set(
     connection: &mut PgConnection,
     session: Option<SessionId>,
     user: UserId,
-    blocked: UserId,
+    other: UserId,
+    blocked: bool,
 ) -> sqlx::Result<BlockUserOutcome> {
     let row = sqlx::query!(
         r#"WITH caller AS MATERIALIZED (SELECT messenger.session_is_live($1, $2) AS is_live),
                 other AS (SELECT id FROM messenger.users WHERE id = $3 AND id <> $2),
                 made AS (
-                    INSERT INTO messenger.blocks (blocker_id, blocked_id) SELECT $2, other.id FROM other, caller WHERE caller.is_live
+                    INSERT INTO messenger.blocks (blocker_id, blocked_id)
+                    SELECT $2, other.id FROM other, caller WHERE caller.is_live AND $4
                     ON CONFLICT DO NOTHING
-                )
-           SELECT is_live AS "is_live!", EXISTS (SELECT FROM other) AS "found!" FROM caller"#,
-        session.map(|session| session.0),
-        user.0,
-        blocked.0,
-    )
-    .fetch_one(connection)
-    .await?;
-    Ok(BlockUserOutcome::from_row(row.is_live, row.found))
-}
-
-pub async fn unblock(
-    connection: &mut PgConnection,
-    session: Option<SessionId>,
-    user: UserId,
-    blocked: UserId,
-) -> sqlx::Result<BlockUserOutcome> {
-    let row = sqlx::query!(
-        r#"WITH caller AS MATERIALIZED (SELECT messenger.session_is_live($1, $2) AS is_live),
-                other AS (SELECT id FROM messenger.users WHERE id = $3 AND id <> $2),
+                ),
                 ended AS (
-                    DELETE FROM messenger.blocks USING caller WHERE caller.is_live AND blocker_id = $2 AND blocked_id = $3
+                    DELETE FROM messenger.blocks USING caller
+                    WHERE caller.is_live AND NOT $4 AND blocker_id = $2 AND blocked_id = $3
                 )
            SELECT is_live AS "is_live!", EXISTS (SELECT FROM other) AS "found!" FROM caller"#,
         session.map(|session| session.0),
         user.0,
-        blocked.0,
+        other.0,
+        blocked,
     )
     .fetch_one(connection)
     .await?;
-    Ok(BlockUserOutcome::from_row(row.is_live, row.found))
+    Ok(match (row.is_live, row.found) {
+        (false, _) => BlockUserOutcome::NoSession,
+        (true, false) => BlockUserOutcome::NoUser,
+        (true, true) => BlockUserOutcome::Done,
+    })
 }

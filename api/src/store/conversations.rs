@@ -13,11 +13,9 @@ use crate::{
 
 #[derive(Debug)]
 pub enum StartConversationOutcome {
-    /// With the data of the starter's event: the conversation as they see it.
     Created(ConversationId, Box<RawValue>),
     Exists(ConversationId),
     NoUser,
-    /// The name is the caller's own.
     Oneself,
     NoSession,
 }
@@ -59,7 +57,7 @@ pub async fn start(
     Ok((outcome, output.events))
 }
 
-struct Row {
+struct ConversationRow {
     id: i64,
     unread_count: i64,
     last_read_message_id: Option<i64>,
@@ -73,8 +71,8 @@ struct Row {
     message_mine: Option<bool>,
 }
 
-impl From<Row> for Conversation {
-    fn from(row: Row) -> Self {
+impl From<ConversationRow> for Conversation {
+    fn from(row: ConversationRow) -> Self {
         let last_message =
             match (row.message_id, row.message_content, row.message_created_at, row.message_mine) {
                 (Some(id), Some(content), Some(created_at), Some(mine)) => {
@@ -104,7 +102,7 @@ pub async fn find(
     reader: UserId,
 ) -> sqlx::Result<Option<Conversation>> {
     let row = sqlx::query_as!(
-        Row,
+        ConversationRow,
         r#"SELECT p.conversation_id AS id, p.unread_count, p.last_read_message_id,
                   messenger.visible_last_read(other.last_read_message_id, p.last_message_id) AS other_last_read_message_id,
                   u.id AS other_id, u.username AS other_username, u.avatar_url AS other_avatar_url,
@@ -150,7 +148,7 @@ pub async fn page(
         }
     };
     let rows = sqlx::query_as!(
-        Row,
+        ConversationRow,
         r#"SELECT p.conversation_id AS id, p.unread_count, p.last_read_message_id,
                   messenger.visible_last_read(other.last_read_message_id, p.last_message_id) AS other_last_read_message_id,
                   u.id AS other_id, u.username AS other_username, u.avatar_url AS other_avatar_url,

@@ -7,7 +7,7 @@ use protocol::{
     position::{Epoch, Position, Seq},
 };
 use serde::Serialize;
-use service_kit::explain::Event;
+use service_kit::explain::RequestedEvent;
 use sqlx::PgConnection;
 
 use super::{envelope, number};
@@ -45,7 +45,7 @@ pub async fn heads(connection: &mut PgConnection, known: &[KnownHead]) -> sqlx::
         .collect()
 }
 
-/// What follows each position, in the order of the request. One statement, so one snapshot: a head and its rows agree.
+/// The events after each position, in the order of the request. One statement, so one snapshot: a head and its rows agree.
 pub async fn ranges(connection: &mut PgConnection, requested: &[RangeAfter]) -> sqlx::Result<Vec<Range>> {
     if requested.is_empty() {
         return Ok(Vec::new());
@@ -99,12 +99,10 @@ pub async fn ranges(connection: &mut PgConnection, requested: &[RangeAfter]) -> 
 pub struct FeedSummary {
     pub username: String,
     pub head: Position,
-    /// The oldest event that is kept.
     pub first: Option<Seq>,
     pub event: Option<StoredEvent>,
 }
 
-/// An event without its payload.
 #[derive(Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct StoredEvent {
@@ -123,11 +121,11 @@ pub struct StoredEvent {
 pub async fn look_up(
     connection: &mut PgConnection,
     user: UserId,
-    event: Event,
+    event: RequestedEvent,
 ) -> sqlx::Result<Option<FeedSummary>> {
     let (seq, message) = match event {
-        Event::Seq(seq) => (Some(bigint(seq)), None),
-        Event::Message(message) => (None, Some(message.0)),
+        RequestedEvent::Seq(seq) => (Some(bigint(seq)), None),
+        RequestedEvent::Message(message) => (None, Some(message.0)),
     };
     let found = sqlx::query!(
         r#"SELECT u.username, h.epoch, h.head_seq,

@@ -14,11 +14,9 @@ pub type Hash = [u8; 32];
 #[derive(Debug, Clone, Copy)]
 pub struct Provisioned {
     pub user: UserId,
-    /// By this login, their first.
     pub created: bool,
 }
 
-/// Returns the user of this profile; creates them at the first login.
 pub async fn provision(connection: &mut PgConnection, profile: &Profile) -> sqlx::Result<Provisioned> {
     sqlx::query_as!(
         Provisioned,
@@ -122,7 +120,6 @@ pub async fn use_code(
     }))
 }
 
-/// At most `limit` of them.
 pub async fn delete_expired_codes(connection: &mut PgConnection, limit: i64) -> sqlx::Result<u64> {
     let deleted = sqlx::query!(
         "DELETE FROM messenger.login_codes WHERE code_hash IN (

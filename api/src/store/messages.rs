@@ -15,13 +15,11 @@ pub enum PostMessageOutcome {
     Sent(Message),
     /// The same key and content as before: the message that was posted then.
     Replayed(Message),
-    /// The key was used for another message.
     KeyConflict,
     NoConversation,
     NoSession,
 }
 
-/// SQL `post_message()`.
 pub async fn post(
     connection: &mut PgConnection,
     session: Option<SessionId>,
@@ -116,13 +114,13 @@ pub struct Window {
 }
 
 #[derive(Debug)]
-pub struct Page {
+pub struct MessagePage {
     /// The newest first; with `after`, the oldest first.
     pub messages: Vec<Message>,
     pub last_read: Option<MessageId>,
 }
 
-struct Row {
+struct MessageRow {
     last_read_message_id: Option<i64>,
     id: Option<i64>,
     content: Option<String>,
@@ -138,13 +136,13 @@ pub async fn page(
     conversation: ConversationId,
     reader: UserId,
     window: Window,
-) -> sqlx::Result<Option<Page>> {
+) -> sqlx::Result<Option<MessagePage>> {
     // Both bounds are always set, so that every plan uses the index. Ids are positive.
     let above = window.after.map_or(0, |id| id.0);
     let below = window.before.map_or(i64::MAX, |id| id.0);
     let rows = if window.after.is_none() {
         sqlx::query_as!(
-            Row,
+            MessageRow,
             r#"SELECT p.last_read_message_id, m.id AS "id?", m.content AS "content?", m.created_at AS "created_at?",
                       m.sender_id = p.user_id AS mine
                FROM messenger.participants AS p
@@ -166,7 +164,7 @@ pub async fn page(
         .await?
     } else {
         sqlx::query_as!(
-            Row,
+            MessageRow,
             r#"SELECT p.last_read_message_id, m.id AS "id?", m.content AS "content?", m.created_at AS "created_at?",
                       m.sender_id = p.user_id AS mine
                FROM messenger.participants AS p
@@ -196,5 +194,5 @@ pub async fn page(
             Some(Message { id: MessageId(id), content, conversation_id: None, created_at, mine })
         })
         .collect();
-    Ok(Some(Page { messages, last_read }))
+    Ok(Some(MessagePage { messages, last_read }))
 }

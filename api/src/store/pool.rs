@@ -20,7 +20,6 @@ use tokio::{
 
 use super::session;
 
-/// Limits the wait for a connection, connecting included.
 const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(2);
 /// A connection that was idle for longer is tested before use, and must answer within this time.
 const IDLE: Duration = Duration::from_secs(1);

@@ -135,7 +135,6 @@ fn migrator(migrations: impl Iterator<Item = Migration>) -> Migrator {
     migrator
 }
 
-/// One script that puts the functions in place and records their checksum.
 fn replace_functions() -> String {
     let functions = FUNCTIONS.concat();
     let checksum = functions_checksum();

@@ -1,5 +1,5 @@
-//! What is set or checked before we rely on a database: the settings of a session, an encoding that holds every text, and no pooler that
-//! mixes up the statements of its clients.
+//! Settings and checks before we rely on a database: the settings of a session, an encoding that holds every text, and no
+//! pooler that mixes up the statements of its clients.
 //!
 //! The startup message carries no settings, because poolers refuse unknown ones. A session sets them when it begins; behind a pooler in
 //! transaction mode, each transaction does.
@@ -47,7 +47,7 @@ pub(super) async fn begin_without_limits(connection: &mut PgConnection) -> sqlx:
     Ok(())
 }
 
-/// What is between us and Postgres.
+/// The connection to Postgres: direct, or through a pooler.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Route {
     /// A connection keeps one session of the server.
@@ -56,7 +56,6 @@ pub enum Route {
     Pooled,
 }
 
-/// The database cannot be used as it is.
 #[derive(Debug, Error)]
 pub enum UnusableDatabase {
     #[error(

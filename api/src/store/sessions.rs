@@ -20,7 +20,6 @@ pub struct Session {
     pub expires_at: DateTime<Utc>,
 }
 
-/// `device` is what the user will recognise it by.
 pub async fn start(
     connection: &mut PgConnection,
     user: UserId,
@@ -39,7 +38,6 @@ pub async fn start(
     Ok(Session { id: SessionId(row.id), expires_at: row.expires_at })
 }
 
-/// A live session lasts another `lifetime` from now.
 pub async fn extend(
     connection: &mut PgConnection,
     session: SessionId,
@@ -116,7 +114,6 @@ pub async fn of_user(
 #[derive(Debug, Clone, Copy)]
 pub enum Which {
     One(SessionId),
-    /// All but the caller's own.
     Others,
     Own,
 }
@@ -253,7 +250,6 @@ pub async fn ended_logins(connection: &mut PgConnection, requested: &[Login]) ->
     Ok(ended.into_iter().map(|row| Login { user: UserId(row.user_id), session: SessionId(row.id) }).collect())
 }
 
-/// Sessions and users, in the same order.
 fn columns(logins: &[Login]) -> (Vec<i64>, Vec<i64>) {
     logins.iter().map(|login| (login.session.0, login.user.0)).unzip()
 }

@@ -7,7 +7,6 @@ use crate::domain::user::User;
 
 const SUGGESTIONS: i64 = 5;
 
-/// SQL `find_user()`.
 pub async fn find_by_name(connection: &mut PgConnection, username: &str) -> sqlx::Result<Option<User>> {
     sqlx::query_as!(
         User,

@@ -8,7 +8,7 @@ use std::{
     time::Duration,
 };
 
-use api::config::{ProviderSettings, Registration};
+use api::config::{ProviderSettings, ClientRegistration};
 use serde_json::{Value, json};
 use testkit::{
     http::{Answer, Client},
@@ -30,8 +30,8 @@ use crate::support::ORIGIN;
 pub(crate) const CLIENT_ID: &str = "messenger";
 pub(crate) const CLIENT_SECRET: &str = "the-client-secret-of-these-tests";
 
-fn registration() -> Registration {
-    Registration { client_id: CLIENT_ID.into(), client_secret: CLIENT_SECRET.into() }
+fn registration() -> ClientRegistration {
+    ClientRegistration { client_id: CLIENT_ID.into(), client_secret: CLIENT_SECRET.into() }
 }
 
 pub(crate) fn github_at(url: &str) -> ProviderSettings {

@@ -15,12 +15,10 @@ impl Channels {
         Self { prefix: prefix.into() }
     }
 
-    /// The channel of a user's events.
     pub fn user(&self, user: UserId) -> String {
         format!("{}user:{user}", self.prefix)
     }
 
-    /// The user of a channel; `None` for other names.
     pub fn user_of(&self, channel: &[u8]) -> Option<UserId> {
         let id = channel.strip_prefix(self.prefix.as_bytes())?.strip_prefix(b"user:")?;
         std::str::from_utf8(id).ok()?.parse().ok()
@@ -32,12 +30,10 @@ impl Channels {
         (0..).map(|turn| format!("{}user:keys-{turn}", self.prefix))
     }
 
-    /// The channel on which a gateway process receives its own health probes.
     pub fn probe(&self, instance: &str) -> String {
         format!("{}probe:{instance}", self.prefix)
     }
 
-    /// The key that counts a subject under a rule.
     pub fn limit(&self, rule: &str, by: &str, subject: impl Display) -> String {
         format!("{}limit:{rule}:{by}:{subject}", self.prefix)
     }

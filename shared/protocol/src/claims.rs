@@ -103,7 +103,7 @@ fn read_pem(pem: &[u8]) -> Result<(EncodingKey, Jwk), BadKey> {
     Ok((key, jwk))
 }
 
-/// Why a token is rejected. Clients only see 401.
+/// The cause of a rejection. Clients only see 401.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 pub enum TokenError {
     #[error("signed with an unknown key")]
@@ -157,7 +157,6 @@ impl KeySet {
         self.verify_by_key(token, accepted).map(|(claims, _)| claims)
     }
 
-    /// Also returns the key that signed the token.
     pub fn verify_by_key(&self, token: &str, accepted: &[Audience]) -> Result<(Claims, KeyName), TokenError> {
         let header = jsonwebtoken::decode_header(token).map_err(|_| TokenError::Invalid)?;
         if header.alg != Algorithm::EdDSA {

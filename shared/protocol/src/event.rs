@@ -36,7 +36,6 @@ pub struct Envelope {
     pub data: Box<RawValue>,
     /// By the database's clock.
     pub created_at: DateTime<Utc>,
-    /// The request that caused it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub request_id: Option<String>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -54,7 +53,6 @@ pub fn rfc3339(at: DateTime<Utc>) -> String {
     at.to_rfc3339_opts(SecondsFormat::Micros, true)
 }
 
-/// A message on a user's Redis channel.
 #[derive(Debug)]
 pub enum Notice {
     Event(Envelope),

@@ -16,11 +16,9 @@ use crate::{
     jose::{self, Audiences, NumericDate, Person, Unverified},
 };
 
-/// The longest subject in `OpenID` Connect.
 const MAX_SUBJECT: usize = 255;
-/// How far the issuer's clock may be ahead, because many issuers set `nbf` to now.
+/// The issuer's clock may be ahead by this, because many issuers set `nbf` to now.
 const NOT_BEFORE_LEEWAY: i64 = 30;
-/// Keys that are tried on one token, at most.
 pub const KEYS_TRIED: usize = 8;
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -115,7 +113,7 @@ pub struct ExternalClaims {
 }
 
 #[derive(Deserialize)]
-struct Claims {
+struct UncheckedClaims {
     iss: String,
     aud: Audiences,
     #[serde(deserialize_with = "jose::subject")]
@@ -159,7 +157,6 @@ impl ExternalKeys {
         self.verify_by_key(token).map(|(claims, _)| claims)
     }
 
-    /// Also returns the key that signed the token.
     pub fn verify_by_key(&self, token: &str) -> Result<(ExternalClaims, KeyName), TokenError> {
         let token = Unverified::read(token).ok_or(TokenError::Invalid)?;
         if !token.is_for(self.algorithm) {
@@ -179,8 +176,8 @@ impl ExternalKeys {
         Ok((self.judge(token.claims().ok_or(TokenError::Invalid)?)?, *name))
     }
 
-    fn judge(&self, claims: Claims) -> Result<ExternalClaims, TokenError> {
-        let Claims { iss, aud, sub, exp, nbf, person } = claims;
+    fn judge(&self, claims: UncheckedClaims) -> Result<ExternalClaims, TokenError> {
+        let UncheckedClaims { iss, aud, sub, exp, nbf, person } = claims;
         let now = Utc::now().timestamp();
         if iss != self.issuer.issuer {
             return Err(TokenError::Invalid);

@@ -61,7 +61,6 @@ pub struct HeadsAnswer {
     pub heads: Vec<UserHead>,
     /// Sessions of the request that are revoked, expired, unknown or another user's.
     pub ended_logins: Vec<Login>,
-    /// The keys of the replica that answers.
     pub keys: KeysVersion,
 }
 
@@ -73,7 +72,6 @@ pub struct UserHead {
     pub head: Option<Position>,
 }
 
-/// `POST /internal/feed/ranges`: the events after these positions.
 #[derive(Debug, Default, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct RangesRequest {

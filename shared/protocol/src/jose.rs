@@ -104,13 +104,13 @@ impl Audiences {
 pub fn subject<'de, D: Deserializer<'de>>(deserializer: D) -> Result<String, D::Error> {
     #[derive(Deserialize)]
     #[serde(untagged)]
-    enum Subject {
+    enum StringOrNumber {
         Number(u64),
         Text(String),
     }
-    Ok(match Subject::deserialize(deserializer)? {
-        Subject::Number(number) => number.to_string(),
-        Subject::Text(text) => text,
+    Ok(match StringOrNumber::deserialize(deserializer)? {
+        StringOrNumber::Number(number) => number.to_string(),
+        StringOrNumber::Text(text) => text,
     })
 }
 

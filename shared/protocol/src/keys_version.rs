@@ -7,7 +7,6 @@ use chrono::Utc;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
-/// The version of all keys that check tokens.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct KeysVersion {
@@ -23,12 +22,11 @@ pub struct KeysVersion {
 pub struct Version {
     /// Equal for equal content.
     pub digest: String,
-    /// When the replica got it, in milliseconds since 1970 by its own clock.
+    /// The time at which the replica got it, in milliseconds since 1970 by its own clock.
     pub since: i64,
 }
 
 impl Version {
-    /// The version of this content, from now on.
     pub fn of(content: &impl Serialize) -> Self {
         let json = serde_json::to_vec(content).expect("keys and settings are plain JSON");
         Self { digest: format!("{:.32x}", Sha256::digest(json)), since: Utc::now().timestamp_millis() }
@@ -49,7 +47,6 @@ impl KeysVersion {
         self.configured.digest == other.configured.digest && external
     }
 
-    /// Whether this version replaces that one.
     pub fn replaces(&self, other: &Self) -> bool {
         if self.configured.digest != other.configured.digest {
             return self.configured.replaces(&other.configured);

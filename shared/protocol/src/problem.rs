@@ -13,17 +13,14 @@ pub struct Problem {
     pub kind: String,
     pub title: String,
     pub status: u16,
-    /// Stable, `snake_case`, for programs.
     pub code: String,
-    /// One sentence, for a user.
     pub message: String,
-    /// How to correct the request, where the fixed `message` does not say so.
+    /// The correction, where the fixed `message` does not say it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub detail: Option<String>,
     /// Field to sentence; on 422 only.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub errors: BTreeMap<String, String>,
-    /// Finds the error in the logs.
     pub request_id: String,
 }
 

@@ -23,7 +23,6 @@ impl Backoff {
         self.delays.next().expect("the number of retries is not limited")
     }
 
-    /// After a success: the next delay is a first one.
     pub fn reset(&mut self) {
         self.delays = self.builder.build();
     }

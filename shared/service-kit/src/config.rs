@@ -30,7 +30,7 @@ pub struct Common {
     pub internal_secrets: Option<Secrets>,
     pub rate_limits: bool,
     pub logging: Logging,
-    pub traces: Option<traces::Settings>,
+    pub traces: Option<traces::TraceSettings>,
 }
 
 impl Common {
@@ -133,7 +133,7 @@ fn redis(s: &mut Settings) -> Option<RedisTopology> {
     redis.map_err(|problem| s.problem(&["REDIS_URL", "REDIS_TOPOLOGY", "REDIS_SENTINELS"], problem)).ok()
 }
 
-fn traces(s: &mut Settings) -> Option<traces::Settings> {
+fn traces(s: &mut Settings) -> Option<traces::TraceSettings> {
     let endpoint = s.with(
         "OTEL_EXPORTER_OTLP_ENDPOINT",
         "",
@@ -154,7 +154,7 @@ fn traces(s: &mut Settings) -> Option<traces::Settings> {
         "api: traces started per second, and as many again that clients ask for. stream-gateway: events per second whose delivery \
          is traced",
     );
-    Some(traces::Settings::new(endpoint?, headers?, NonZeroU32::new(per_second)?))
+    Some(traces::TraceSettings::new(endpoint?, headers?, NonZeroU32::new(per_second)?))
 }
 
 /// An origin in the one form in which browsers send it (RFC 6454, 6.2): `scheme://host[:port]`, the host in lower case and in

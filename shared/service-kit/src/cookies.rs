@@ -8,10 +8,8 @@ use http::{HeaderMap, HeaderValue, header};
 
 use crate::config::Origin;
 
-/// Cookies of one name that are tried.
 const MAX_TRIED: usize = 8;
 
-/// Names and attributes of this deployment's cookies.
 #[derive(Debug, Clone)]
 pub struct Cookies {
     secure: bool,
@@ -28,7 +26,6 @@ impl Cookies {
         &self.session
     }
 
-    /// The full name of another cookie.
     pub fn name(&self, own: &str) -> String {
         full_name(self.secure, own)
     }

@@ -11,7 +11,6 @@ use protocol::ids::{SessionId, UserId};
 
 /// About 100 bytes each.
 const CAPACITY: u64 = 100_000;
-/// The longest life of a token.
 const TTL: Duration = Duration::from_secs(14 * 24 * 60 * 60);
 
 /// Clones share the entries.

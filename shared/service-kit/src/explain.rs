@@ -1,8 +1,6 @@
 //! `GET /admin/explain?user=&seq=` on the operations listener of both services: whether and how a user received an event. `api` reports
 //! the feed, a gateway its delivery; only ids and times, never message text or tokens.
 
-use std::{future::Future, str::FromStr};
-
 use http::StatusCode;
 use serde::Serialize;
 use warp::{Filter, Rejection, Reply};
@@ -16,11 +14,11 @@ use protocol::{
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ExplainRequest {
     pub user: UserId,
-    pub event: Event,
+    pub event: RequestedEvent,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Event {
+pub enum RequestedEvent {
     Seq(Seq),
     /// The first event of this message; only `api` can find it.
     Message(MessageId),
@@ -59,14 +57,16 @@ fn parse(query: &str) -> Result<ExplainRequest, &'static str> {
     let (mut user, mut events) = (None, Vec::new());
     for (name, value) in form_urlencoded::parse(query.as_bytes()) {
         match &*name {
-            "user" if user.is_none() => user = Some(number(&value).ok_or("user must be a user's id")?),
-            // Postgres holds no larger one.
-            "seq" => events.push(Event::Seq(
-                number(&value)
-                    .filter(|seq| (1..=i64::MAX.cast_unsigned()).contains(seq))
-                    .ok_or("seq must be an event's number, from 1")?,
-            )),
-            "message" => events.push(Event::Message(number(&value).ok_or("message must be a message's id")?)),
+            "user" if user.is_none() => user = Some(value.parse().map_err(|_| "user must be a user's id")?),
+            "seq" => {
+                // Postgres holds no larger one.
+                let seq = value.parse().ok().filter(|seq| (1..=i64::MAX.cast_unsigned()).contains(seq));
+                events.push(RequestedEvent::Seq(seq.ok_or("seq must be an event's number, from 1")?));
+            }
+            "message" => {
+                let message = value.parse().map_err(|_| "message must be a message's id")?;
+                events.push(RequestedEvent::Message(message));
+            }
             _ => return Err("ask as ?user=<id>&seq=<number>; api also knows ?user=<id>&message=<id>"),
         }
     }
@@ -76,10 +76,6 @@ fn parse(query: &str) -> Result<ExplainRequest, &'static str> {
     }
 }
 
-fn number<T: FromStr>(text: &str) -> Option<T> {
-    text.parse().ok()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -87,23 +83,13 @@ mod tests {
     #[test]
     fn request_names_one_user_and_one_event() {
         let about = |event| Ok(ExplainRequest { user: UserId(7), event });
-        assert_eq!(parse("user=7&seq=12"), about(Event::Seq(12)));
-        assert_eq!(parse("message=5&user=7"), about(Event::Message(MessageId(5))));
-        for bad in [
-            "",
-            "user=7",
-            "seq=1",
-            "user=7&seq=0",
-            "user=7&seq=-1",
-            "user=x&seq=1",
-            "user=07&seq=1",
-            "user=7&seq=1&seq=2",
-            "user=7&user=8&seq=1",
-            "user=7&seq=1&message=1",
-            "user=7&seq=9223372036854775808",
-            "user=7&seq=1&verbose",
-            "%",
-        ] {
+        assert_eq!(parse("user=7&seq=12"), about(RequestedEvent::Seq(12)));
+        assert_eq!(parse("message=5&user=7"), about(RequestedEvent::Message(MessageId(5))));
+        for bad in "user=7 seq=1 user=7&seq=0 user=7&seq=-1 user=x&seq=1 user=07&seq=1 user=7&seq=1&seq=2 user=7&user=8&seq=1 \
+                    user=7&seq=1&message=1 user=7&seq=9223372036854775808 user=7&seq=1&verbose %"
+            .split_whitespace()
+            .chain([""])
+        {
             assert!(parse(bad).is_err(), "{bad}");
         }
     }

@@ -33,12 +33,10 @@ impl Probe {
 pub enum Unhealthy {
     #[error("{0} does not answer: {1}")]
     Silent(SocketAddr, io::Error),
-    /// The service's note.
     #[error("{0}")]
     Refused(String),
 }
 
-/// Queries the operations listener at `ops_listen`. Returns its note if the answer is 200.
 pub fn ask(ops_listen: SocketAddr, probe: Probe) -> Result<String, Unhealthy> {
     let address = reachable(ops_listen);
     let answer = get(address, probe.path()).map_err(|error| Unhealthy::Silent(address, error))?;

@@ -29,17 +29,14 @@ pub trait Source: Send + Sync {
 }
 
 const REFRESH_EVERY: Duration = Duration::from_secs(300);
-/// Delay after a failed refresh.
 const REFRESH_RETRY: Duration = Duration::from_secs(30);
 /// After a failure, while there are no keys: the first delay and the longest.
 const FIRST_FETCH_RETRY: [Duration; 2] = [Duration::from_millis(200), Duration::from_secs(2)];
-/// Shortest time between two refreshes for unknown keys.
 const UNKNOWN_KEY_INTERVAL: Duration = Duration::from_secs(5);
 
 pub struct KeyRing<S: Source> {
     source: S,
     current: watch::Sender<Option<Arc<S::Keys>>>,
-    /// The last refresh for an unknown key, and whether it succeeded.
     last_refresh: Mutex<Option<(Instant, bool)>>,
     /// One fetch at a time, so that an older answer cannot replace a newer one.
     fetching: Mutex<()>,

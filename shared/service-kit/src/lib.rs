@@ -1,4 +1,4 @@
-//! What both services share: configuration, telemetry, the accept loop, the operations listener, rate limits, the Redis topology,
+//! The parts that both services share: configuration, telemetry, the accept loop, the operations listener, rate limits, the Redis topology,
 //! cookies, origins and the process lifecycle. No product rules.
 
 #![cfg_attr(test, allow(clippy::disallowed_methods, reason = "tests notice the end of their tasks"))]

@@ -10,13 +10,13 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
-use crate::settings::{Given, Row};
+use crate::settings::{Given, Setting};
 
 /// The whole `main` of a service: parses the command line, runs it, and reports its failure on standard error, because
 /// logging may not have started yet.
 pub fn run_service<C: CommandFactory + FromArgMatches, E: Display>(
     name: &str,
-    settings: &[Row],
+    settings: &[Setting],
     execute: impl AsyncFnOnce(C, Given) -> Result<(), E>,
 ) -> ExitCode {
     let (command_line, given) =

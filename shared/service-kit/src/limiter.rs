@@ -28,7 +28,7 @@ use prometheus_client::metrics::{counter::Counter, family::Family, gauge::Gauge}
 use sha2::{Digest, Sha256};
 use thiserror::Error;
 
-pub use self::replicas::Worker;
+pub use self::replicas::LimiterTask;
 use self::{
     replicas::{Replicas, SharedCheck},
     table::Table,
@@ -102,13 +102,12 @@ impl fmt::Display for Subject<'_> {
     }
 }
 
-/// A limit of this process, by name. Made by [`Limiter::rule`].
-pub struct Rule {
+pub struct RateLimitRule {
     name: &'static str,
-    active: Option<Active>,
+    active: Option<ActiveRule>,
 }
 
-struct Active {
+struct ActiveRule {
     local: RateLimiter<u64, Table, DefaultClock, NoOpMiddleware<<DefaultClock as Clock>::Instant>>,
     /// Between two requests when the burst is used up.
     interval: Duration,
@@ -124,7 +123,6 @@ pub struct Over {
 }
 
 impl Over {
-    /// For `Retry-After`: `wait` in seconds, rounded up.
     pub fn retry_after(&self) -> u64 {
         (self.wait.as_millis().div_ceil(1_000) as u64).max(1)
     }
@@ -162,7 +160,7 @@ impl Limiter {
         channels: Channels,
         timeout: Duration,
         metrics: Metrics,
-    ) -> (Self, Worker) {
+    ) -> (Self, LimiterTask) {
         let (replicas, worker) = replicas::new(topology, channels.clone(), timeout, metrics.clone());
         let limiter = Self {
             table: Table::default(),
@@ -175,7 +173,7 @@ impl Limiter {
         (limiter, worker)
     }
 
-    pub fn rule(&self, name: &'static str, limit: Limit) -> Rule {
+    pub fn rule(&self, name: &'static str, limit: Limit) -> RateLimitRule {
         let active = match limit {
             Limit::Off => None,
             Limit::Of { burst, period } => {
@@ -183,20 +181,20 @@ impl Limiter {
                 let interval = (period / burst.get()).max(Duration::from_micros(1));
                 let quota = Quota::with_period(interval).expect("it is not zero").allow_burst(burst);
                 let local = RateLimiter::new(quota, self.table.clone(), self.clock.clone());
-                Some(Active { local, interval, burst: burst.get() })
+                Some(ActiveRule { local, interval, burst: burst.get() })
             }
         };
-        Rule { name, active }
+        RateLimitRule { name, active }
     }
 
     /// Counts a request locally and in Redis. If several rules reject it, the longest wait is returned. All rules count it, even if
     /// one rejects it.
-    pub async fn check(&self, charges: &[(&Rule, Subject<'_>)]) -> Result<(), Over> {
+    pub async fn check(&self, charges: &[(&RateLimitRule, Subject<'_>)]) -> Result<(), Over> {
         self.check_local(charges)?;
         self.check_shared(charges).await
     }
 
-    pub fn check_local(&self, charges: &[(&Rule, Subject<'_>)]) -> Result<(), Over> {
+    pub fn check_local(&self, charges: &[(&RateLimitRule, Subject<'_>)]) -> Result<(), Over> {
         let waits = charges.iter().filter_map(|(rule, subject)| {
             let active = rule.active.as_ref()?;
             let subject_of = |subject| self.hasher.hash_one((rule.name, subject));
@@ -210,9 +208,9 @@ impl Limiter {
         self.longest(waits)
     }
 
-    pub async fn check_shared(&self, charges: &[(&Rule, Subject<'_>)]) -> Result<(), Over> {
-        let active = |(rule, subject): &(&Rule, Subject<'_>)| {
-            let Active { interval, burst, .. } = rule.active.as_ref()?;
+    pub async fn check_shared(&self, charges: &[(&RateLimitRule, Subject<'_>)]) -> Result<(), Over> {
+        let active = |(rule, subject): &(&RateLimitRule, Subject<'_>)| {
+            let ActiveRule { interval, burst, .. } = rule.active.as_ref()?;
             let key = self.channels.limit(rule.name, subject.by(), subject);
             Some((rule.name, subject.by(), SharedCheck { key, interval: *interval, burst: *burst }))
         };

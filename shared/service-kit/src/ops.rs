@@ -12,7 +12,7 @@ use warp::{Filter, Rejection};
 
 use crate::{
     quality_values::weight,
-    tasks::{Failure, Tasks},
+    tasks::{TaskFailure, Tasks},
     telemetry,
 };
 
@@ -37,7 +37,7 @@ pub fn routes(
 ) -> impl Filter<Extract = (Response<String>,), Error = Rejection> + Clone + Send + Sync + 'static {
     let livez = warp::path!("livez").and(read()).map(|| plain(StatusCode::OK, "alive\n".into()));
     let readyz = warp::path!("readyz").and(read()).map(move || {
-        let failed = |failure: Failure| Readiness { ready: false, note: failure.to_string() };
+        let failed = |failure: TaskFailure| Readiness { ready: false, note: failure.to_string() };
         let Readiness { ready, note } = tasks.failure().map_or_else(&readiness, failed);
         plain(if ready { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE }, format!("{note}\n"))
     });

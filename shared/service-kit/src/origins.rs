@@ -9,7 +9,7 @@ use crate::config::Origin;
 const REQUEST_HEADERS: &str =
     "Authorization, Cache-Control, Content-Type, Idempotency-Key, Last-Event-ID, X-Request-Id";
 const EXPOSED_HEADERS: &str = "Feed-Cursor, X-Request-Id, Retry-After, Idempotent-Replayed";
-/// How long browsers cache a preflight, in seconds.
+/// Browsers cache a preflight for this long, in seconds.
 const MAX_AGE: &str = "600";
 
 const SEC_FETCH_SITE: &str = "sec-fetch-site";
@@ -17,7 +17,7 @@ const SEC_FETCH_SITE: &str = "sec-fetch-site";
 /// The longest received origin that an error repeats, in bytes; the longest host fits.
 const MAX_REPEATED: usize = 300;
 
-/// Why a request with a valid cookie is rejected. The answer is 403 with this sentence.
+/// The cause for rejecting a request with a valid cookie. The answer is 403 with this sentence.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 pub enum OriginNotAllowed {
     #[error("Origin {0} is not allowed; add it to ALLOWED_ORIGINS")]
@@ -52,7 +52,6 @@ impl Origins {
         &self.own
     }
 
-    /// The `Origin` of the request if it is allowed.
     pub fn named<'a>(&self, headers: &'a HeaderMap) -> Option<&'a HeaderValue> {
         let mut values = headers.get_all(header::ORIGIN).iter();
         let value = values.next().filter(|_| values.next().is_none())?;
@@ -81,7 +80,6 @@ impl Origins {
         }
     }
 
-    /// Adds the CORS headers for an allowed page, and `Vary: Origin` to any answer.
     pub fn let_read(&self, page: Option<&HeaderValue>, answer: &mut HeaderMap) {
         answer.append(header::VARY, HeaderValue::from_static("Origin"));
         let Some(page) = page else { return };

@@ -14,10 +14,9 @@ use tokio::{sync::Semaphore, time::timeout};
 const IDLE_TIMEOUT: Duration = Duration::from_secs(30);
 
 #[derive(Debug, Clone, Copy)]
-pub struct Limits {
+pub struct OutboundLimits {
     /// Limits a request, from waiting for a permit to the last byte of the answer.
     pub time: Duration,
-    /// Limits connecting.
     pub connect: Duration,
     /// Limits an answer's body, in bytes.
     pub body: usize,
@@ -27,14 +26,14 @@ pub struct Limits {
     pub idle: usize,
 }
 
-impl Limits {
+impl OutboundLimits {
     /// For small answers of external servers.
     pub const fn external(time: Duration) -> Self {
         Self { time, connect: Duration::from_secs(5), body: 1024 * 1024, in_flight: 64, idle: 4 }
     }
 }
 
-/// Why there is no answer. It repeats nothing of the request.
+/// The cause of a missing answer. It repeats nothing of the request.
 #[derive(Debug, Error)]
 pub enum OutboundError {
     #[error("no answer in time")]
@@ -48,13 +47,13 @@ pub enum OutboundError {
 #[derive(Debug, Clone)]
 pub struct Outbound {
     client: Client,
-    limits: Limits,
+    limits: OutboundLimits,
     permits: Arc<Semaphore>,
 }
 
 impl Outbound {
     /// Trusts the certificates of the system, or those of `SSL_CERT_FILE` and `SSL_CERT_DIR`. Fails if there are none.
-    pub fn new(limits: Limits) -> io::Result<Self> {
+    pub fn new(limits: OutboundLimits) -> io::Result<Self> {
         let found = rustls_native_certs::load_native_certs();
         let mut roots = RootCertStore::empty();
         if roots.add_parsable_certificates(found.certs).0 == 0 {
@@ -65,11 +64,11 @@ impl Outbound {
     }
 
     /// For plain HTTP to servers of ours: no TLS server is trusted.
-    pub fn plaintext(limits: Limits) -> Self {
+    pub fn plaintext(limits: OutboundLimits) -> Self {
         Self::build(limits, RootCertStore::empty())
     }
 
-    fn build(limits: Limits, roots: RootCertStore) -> Self {
+    fn build(limits: OutboundLimits, roots: RootCertStore) -> Self {
         let tls = ClientConfig::builder_with_provider(Arc::new(ring::default_provider()))
             .with_safe_default_protocol_versions()
             .expect("ring supports the default TLS versions")

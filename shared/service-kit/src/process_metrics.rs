@@ -15,7 +15,7 @@ use prometheus_client::{
 };
 
 pub fn register(registry: &mut Registry, name: &'static str, version: &'static str) {
-    registry.register_collector(Box::new(Process { started: since_1970() }));
+    registry.register_collector(Box::new(ProcessCollector { started: since_1970() }));
     let build = Family::<[(&'static str, &'static str); 2], Gauge<f64, AtomicU64>>::default();
     build.get_or_create(&[("service", name), ("version", version)]).set(1.0);
     registry.register("messenger_build_info", "1, labelled with the name and version of the program", build);
@@ -26,11 +26,11 @@ fn since_1970() -> f64 {
 }
 
 #[derive(Debug)]
-struct Process {
+struct ProcessCollector {
     started: f64,
 }
 
-impl Collector for Process {
+impl Collector for ProcessCollector {
     fn encode(&self, mut encoder: DescriptorEncoder) -> Result<(), fmt::Error> {
         let cpu = clock_gettime(ClockId::CLOCK_PROCESS_CPUTIME_ID).map_err(|_| fmt::Error)?;
         let cpu = ConstCounter::new(cpu.tv_sec() as f64 + cpu.tv_nsec() as f64 / 1e9);

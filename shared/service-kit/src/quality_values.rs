@@ -21,7 +21,6 @@ pub fn entries(headers: &HeaderMap, name: HeaderName) -> impl Iterator<Item = &s
     values.flat_map(|value| split(value, ',')).filter(|entry| !entry.is_empty())
 }
 
-/// The media type of a `Content-Type`, without its parameters.
 pub fn essence(content_type: &str) -> &str {
     split(content_type, ';').next().unwrap_or_default()
 }

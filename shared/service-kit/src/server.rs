@@ -59,17 +59,15 @@ use protocol::problem::Problem;
 pub struct Limits {
     /// Concurrent HTTP connections; more wait in the kernel's backlog. Handed-off sockets do not count.
     pub connections: usize,
-    /// Of these, per client address (IPv6: per /64), and at most half; more are closed. 0: no bound.
+    /// Connections per client address (IPv6: per /64), and at most half; more are closed. 0: no bound.
     pub per_address: usize,
     /// Addresses without that bound, because each carries many clients.
     pub proxies: TrustedProxies,
     /// From the first byte of a request head, or from accepting the connection, until the head is complete.
     pub head: Duration,
-    /// A connection without a request is closed after this.
     pub idle: Duration,
     /// A peer that accepts no bytes for this long is disconnected.
     pub write: Duration,
-    /// Time for requests in progress after a stop.
     pub stop: Duration,
 }
 
@@ -87,7 +85,6 @@ impl Default for Limits {
     }
 }
 
-/// The peer of the connection, as a request extension.
 #[derive(Debug, Clone, Copy)]
 pub struct PeerAddr(pub SocketAddr);
 

@@ -19,10 +19,9 @@ use thiserror::Error;
 const LARGEST_SECRET_BYTES: u64 = 64 * 1024;
 
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Row {
+pub struct Setting {
     pub name: String,
     pub initial: Initial,
-    /// The values that are allowed, where a few words can say it.
     pub values: String,
     pub help: String,
 }
@@ -42,7 +41,7 @@ impl From<&'static str> for Initial {
     }
 }
 
-impl Row {
+impl Setting {
     fn arg(&self) -> Arg {
         let arg = Arg::new(self.name.clone())
             .long(self.name.to_lowercase().replace('_', "-"))
@@ -74,11 +73,11 @@ impl<const N: usize> From<[(&str, &str); N]> for Given {
 impl Given {
     /// The commands `C` of a service, and its settings `rows` by flag or environment variable.
     pub fn parse<C: CommandFactory + FromArgMatches>(
-        rows: &[Row],
+        rows: &[Setting],
         args: impl IntoIterator<Item: Into<OsString> + Clone>,
     ) -> Result<(C, Self), clap::Error> {
-        let matches = C::command().args(rows.iter().map(Row::arg)).try_get_matches_from(args)?;
-        let given = |row: &Row| Some((row.name.clone(), matches.get_one::<String>(&row.name)?.clone()));
+        let matches = C::command().args(rows.iter().map(Setting::arg)).try_get_matches_from(args)?;
+        let given = |row: &Setting| Some((row.name.clone(), matches.get_one::<String>(&row.name)?.clone()));
         Ok((C::from_arg_matches(&matches)?, Self(rows.iter().filter_map(given).collect())))
     }
 }
@@ -88,9 +87,8 @@ impl Given {
 /// A setting that cannot be used is a problem, and reads as its default or example, so that the others are still checked.
 pub struct Settings<'a> {
     given: &'a Given,
-    rows: Vec<Row>,
+    rows: Vec<Setting>,
     problems: Vec<String>,
-    /// Settings that a problem was reported for.
     invalid: BTreeSet<String>,
 }
 
@@ -99,7 +97,7 @@ impl<'a> Settings<'a> {
         Self { given, rows: Vec::new(), problems: Vec::new(), invalid: BTreeSet::new() }
     }
 
-    pub fn rows<T>(read: impl FnOnce(&mut Settings<'_>) -> T) -> Vec<Row> {
+    pub fn rows<T>(read: impl FnOnce(&mut Settings<'_>) -> T) -> Vec<Setting> {
         let nothing = Given::default();
         let mut settings = Settings::new(&nothing);
         read(&mut settings);
@@ -108,7 +106,7 @@ impl<'a> Settings<'a> {
 
     fn declare(&mut self, name: &str, initial: Initial, values: &str, help: &str) {
         let (name, values, help) = (name.to_owned(), values.to_owned(), help.to_owned());
-        self.rows.push(Row { name, initial, values, help });
+        self.rows.push(Setting { name, initial, values, help });
     }
 
     fn given(&self, name: &str) -> Option<&'a str> {
@@ -154,7 +152,6 @@ impl<'a> Settings<'a> {
         self.with(name, initial, help, str::parse)
     }
 
-    /// Several values, comma-separated.
     pub fn list<T: FromStr<Err: Display>>(&mut self, name: &str, help: &str) -> Vec<T> {
         let entries =
             |text: &str| text.split(',').map(str::trim).filter(|t| !t.is_empty()).map(str::parse).collect();
@@ -280,7 +277,6 @@ impl Display for Problems {
     }
 }
 
-/// A parser for text of any form.
 pub fn text(text: &str) -> Result<String, &'static str> {
     Ok(text.to_owned())
 }

@@ -10,15 +10,14 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 #[error("task {task} {outcome}")]
-pub struct Failure {
+pub struct TaskFailure {
     pub task: Cow<'static, str>,
     pub outcome: String,
 }
 
-/// Remembers the first task that failed. Clones share it.
 #[derive(Clone, Default)]
 pub struct Tasks {
-    failure: watch::Sender<Option<Failure>>,
+    failure: watch::Sender<Option<TaskFailure>>,
 }
 
 impl Tasks {
@@ -52,11 +51,11 @@ impl Tasks {
     }
 
     /// The first failure, if there was one. From then on the process is not ready.
-    pub fn failure(&self) -> Option<Failure> {
+    pub fn failure(&self) -> Option<TaskFailure> {
         self.failure.borrow().clone()
     }
 
-    pub async fn failed(&self) -> Failure {
+    pub async fn failed(&self) -> TaskFailure {
         let mut failure = self.failure.subscribe();
         let failed = failure.wait_for(Option::is_some).await.expect("this sender lives");
         failed.clone().expect("it was waited for")
@@ -66,7 +65,7 @@ impl Tasks {
         tracing::error!(%task, outcome, "task failed; the process stops");
         self.failure.send_if_modified(|first| {
             let is_first = first.is_none();
-            first.get_or_insert(Failure { task, outcome });
+            first.get_or_insert(TaskFailure { task, outcome });
             is_first
         });
     }
@@ -99,7 +98,6 @@ impl Stage {
         self.running.spawn(self.tasks.watch(task, &self.stop, run(self.stop.clone())));
     }
 
-    /// Stops the tasks and waits for their end.
     pub async fn stop(self) {
         self.stop.cancel();
         self.running.close();

@@ -29,40 +29,38 @@ use self::queue::QueueProcessor;
 pub use self::{
     context::{InvalidTraceContext, TraceContext},
     export::Exporter,
-    settings::Settings,
+    settings::TraceSettings,
 };
 use crate::{
     labels, metrics,
-    outbound::{Limits, Outbound},
+    outbound::{Outbound, OutboundLimits},
 };
 
 /// Spans that wait for export, about half a KB each; more are dropped.
 const QUEUE: usize = 4_096;
-/// Limit for the export of the last spans at shutdown.
 pub const LAST_SPANS: Duration = Duration::from_secs(1);
 
-labels!(Dropped { reason });
+labels!(DroppedSpans { reason });
 
 metrics! {
     pub struct Metrics {
         exported_spans: Counter = "Spans that the collector accepted";
-        dropped_spans: Family<Dropped, Counter> =
+        dropped_spans: Family<DroppedSpans, Counter> =
             "Spans that the collector did not get: the queue was full, it was unreachable, or it rejected them";
     }
 }
 
 impl Metrics {
     fn drop(&self, spans: u64, reason: &'static str) {
-        self.dropped_spans.get_or_create(&Dropped { reason }).inc_by(spans);
+        self.dropped_spans.get_or_create(&DroppedSpans { reason }).inc_by(spans);
     }
 }
 
 #[derive(Clone, Default)]
-pub struct Tracer(Option<Arc<Active>>);
+pub struct Tracer(Option<Arc<ActiveTracer>>);
 
-struct Active {
+struct ActiveTracer {
     tracer: SdkTracer,
-    /// Of the traces that begin here.
     ratio: f64,
     own: DefaultDirectRateLimiter,
     /// Traces that clients request have a bound of their own, so that they cannot use up ours.
@@ -73,7 +71,7 @@ struct Active {
 ///
 /// Fails if the system has no trusted certificates.
 pub fn start(
-    settings: Option<Settings>,
+    settings: Option<TraceSettings>,
     name: &'static str,
     version: &'static str,
     metrics: Metrics,
@@ -83,7 +81,7 @@ pub fn start(
     let scope = InstrumentationScope::builder(name).with_version(version).build();
     let processor = QueueProcessor { queue, metrics: metrics.clone() };
     let tracer = Tracer::new(processor, scope, settings.ratio, settings.per_second);
-    let outbound = Outbound::new(Limits::external(export::TIMEOUT))?;
+    let outbound = Outbound::new(OutboundLimits::external(export::TIMEOUT))?;
     Ok((tracer, Exporter::new(ended, outbound, settings, name, version, metrics)?))
 }
 
@@ -102,7 +100,7 @@ impl Tracer {
             .build();
         let bound = || RateLimiter::direct(Quota::per_second(per_second));
         let tracer = provider.tracer_with_scope(scope);
-        Self(Some(Arc::new(Active { tracer, ratio, own: bound(), requested: bound() })))
+        Self(Some(Arc::new(ActiveTracer { tracer, ratio, own: bound(), requested: bound() })))
     }
 
     /// The first span of a trace in this process. With a sampled parent it records, within the bound; without a parent, a new trace
@@ -119,7 +117,6 @@ impl Tracer {
         Span::start(active, given, true, name, kind)
     }
 
-    /// A span below one of this process.
     pub fn child(&self, parent: Option<TraceContext>, name: &'static str, kind: SpanKind) -> Span {
         match (&self.0, parent) {
             (Some(active), Some(parent)) if parent.is_sampled() => {
@@ -141,14 +138,14 @@ pub struct Span(Option<Box<Recording>>);
 
 struct Recording {
     span: SdkSpan,
-    tracer: Arc<Active>,
+    tracer: Arc<ActiveTracer>,
 }
 
 impl Span {
     pub const NONE: Self = Self(None);
 
     fn start(
-        active: &Arc<Active>,
+        active: &Arc<ActiveTracer>,
         parent: Option<TraceContext>,
         is_remote: bool,
         name: &'static str,
@@ -311,6 +308,6 @@ mod tests {
             drop(tracer.begin(None, "request", SpanKind::Server));
         }
         assert_eq!(std::iter::from_fn(|| ended.try_recv().ok()).count(), 3);
-        assert_eq!(metrics.dropped_spans.get_or_create(&Dropped { reason: "queue_full" }).get(), 7);
+        assert_eq!(metrics.dropped_spans.get_or_create(&DroppedSpans { reason: "queue_full" }).get(), 7);
     }
 }

@@ -50,11 +50,9 @@ redis.call('SET', KEYS[1], string.format('%.0f', owes_until), 'PX', lasts)
 return 0
 ";
 
-/// Checks in flight; further checks are decided locally.
 const MAX_IN_FLIGHT: usize = 512;
 /// Limits connecting and the first answer.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
-/// Delays between attempts to connect: the first and the longest.
 const BACKOFF: [Duration; 2] = [Duration::from_millis(100), Duration::from_secs(5)];
 /// A connection that lasted this long resets the back-off, so that a flapping Redis gets few attempts.
 const STABLE_AFTER: Duration = Duration::from_secs(10);
@@ -69,7 +67,6 @@ pub(super) struct Replicas {
     /// `None` while Redis is not used.
     connection: watch::Sender<Option<SharedConnection>>,
     permits: Semaphore,
-    /// Whether any rule needs Redis.
     pub(super) wanted: AtomicBool,
     timeout: Duration,
     metrics: Metrics,
@@ -85,7 +82,7 @@ struct SharedConnection {
     number: u64,
 }
 
-pub struct Worker {
+pub struct LimiterTask {
     topology: RedisTopology,
     channels: Channels,
     replicas: Arc<Replicas>,
@@ -96,7 +93,7 @@ pub(super) fn new(
     channels: Channels,
     timeout: Duration,
     metrics: Metrics,
-) -> (Arc<Replicas>, Worker) {
+) -> (Arc<Replicas>, LimiterTask) {
     let replicas = Arc::new(Replicas {
         connection: watch::Sender::default(),
         permits: Semaphore::new(MAX_IN_FLIGHT),
@@ -104,11 +101,11 @@ pub(super) fn new(
         timeout,
         metrics,
     });
-    (replicas.clone(), Worker { topology, channels, replicas })
+    (replicas.clone(), LimiterTask { topology, channels, replicas })
 }
 
 impl Replicas {
-    /// How long each has to wait, zero if it was counted. `None`: Redis gave no answer.
+    /// The wait of each, zero if it was counted. `None`: Redis gave no answer.
     pub(super) async fn ask(
         &self,
         checks: impl ExactSizeIterator<Item = &SharedCheck>,
@@ -179,7 +176,7 @@ impl SharedCheck {
     }
 }
 
-impl Worker {
+impl LimiterTask {
     /// Runs until `stop`; the connection then stays for checks of the shutdown. All rules must exist before; without any, there is
     /// nothing to do.
     pub async fn run(self, stop: CancellationToken) {

@@ -57,16 +57,16 @@ mod tests {
 
     use super::*;
 
-    type Limiter = RateLimiter<u64, Table, FakeRelativeClock, NoOpMiddleware<Nanos>>;
+    type TestLimiter = RateLimiter<u64, Table, FakeRelativeClock, NoOpMiddleware<Nanos>>;
 
     const BURST: u32 = 10;
 
-    fn limiter(table: &Table, clock: &FakeRelativeClock) -> Limiter {
+    fn limiter(table: &Table, clock: &FakeRelativeClock) -> TestLimiter {
         let quota = Quota::with_period(Duration::from_secs(1)).unwrap();
         RateLimiter::new(quota.allow_burst(NonZeroU32::new(BURST).unwrap()), table.clone(), clock.clone())
     }
 
-    fn allowed(limiter: &Limiter, key: u64, tries: u32) -> u32 {
+    fn allowed(limiter: &TestLimiter, key: u64, tries: u32) -> u32 {
         (0..tries).map(|_| u32::from(limiter.check_key(&key).is_ok())).sum()
     }
 

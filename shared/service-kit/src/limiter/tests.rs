@@ -48,7 +48,7 @@ impl Replica {
         .await;
     }
 
-    async fn allowed(&self, rule: &Rule, subject: Subject<'_>, tries: u32) -> u32 {
+    async fn allowed(&self, rule: &RateLimitRule, subject: Subject<'_>, tries: u32) -> u32 {
         let mut allowed = 0;
         for _ in 0..tries {
             allowed += u32::from(self.limiter.check(&[(rule, subject)]).await.is_ok());

@@ -29,7 +29,6 @@ pub use self::slot_map::{Slot, SlotMap};
 const QUERY_TIMEOUT: Duration = Duration::from_secs(1);
 /// Nodes that are queried for the slot map at the same time; the newest answer counts.
 const QUERIED_AT_ONCE: usize = 3;
-/// Nodes that are queried before the fetch fails.
 const MAX_QUERIED: usize = 12;
 /// Between two fetches of the slot map, plus up to half as much again.
 const FETCH_EVERY: Duration = Duration::from_secs(4);
@@ -77,11 +76,11 @@ impl fmt::Display for Node {
     }
 }
 
-/// How to reach Redis. Cheap to clone.
+/// Reaches Redis. Cheap to clone.
 #[derive(Clone)]
-pub struct RedisTopology(Arc<Kind>);
+pub struct RedisTopology(Arc<Topology>);
 
-enum Kind {
+enum Topology {
     Single(Client),
     Sentinel { service: String, primary: SentinelNodeConnectionInfo, sentinels: Vec<ConnectionInfo> },
     Cluster { seeds: Vec<ConnectionInfo> },
@@ -91,9 +90,9 @@ impl fmt::Debug for RedisTopology {
     /// Without the URLs, which hold passwords.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match *self.0 {
-            Kind::Single(_) => "Single",
-            Kind::Sentinel { .. } => "Sentinel",
-            Kind::Cluster { .. } => "Cluster",
+            Topology::Single(_) => "Single",
+            Topology::Sentinel { .. } => "Sentinel",
+            Topology::Cluster { .. } => "Cluster",
         })
     }
 }
@@ -122,19 +121,19 @@ impl RedisTopology {
             TopologyKind::Single => Self::single(urls.remove(0)).map_err(|_| "REDIS_URL cannot be used")?,
             TopologyKind::Sentinel => {
                 let (service, primary) = sentinel_service(&urls[0]);
-                Self(Arc::new(Kind::Sentinel { service, primary, sentinels }))
+                Self(Arc::new(Topology::Sentinel { service, primary, sentinels }))
             }
-            TopologyKind::Cluster => Self(Arc::new(Kind::Cluster { seeds: urls })),
+            TopologyKind::Cluster => Self(Arc::new(Topology::Cluster { seeds: urls })),
         })
     }
 
     pub fn single(url: impl IntoConnectionInfo) -> RedisResult<Self> {
-        Ok(Self(Arc::new(Kind::Single(Client::open(with_resp3(url.into_connection_info()?))?))))
+        Ok(Self(Arc::new(Topology::Single(Client::open(with_resp3(url.into_connection_info()?))?))))
     }
 
     /// Whether channels belong to slots: `SSUBSCRIBE` and `SPUBLISH` in place of `SUBSCRIBE` and `PUBLISH`.
     pub fn is_sharded(&self) -> bool {
-        matches!(*self.0, Kind::Cluster { .. })
+        matches!(*self.0, Topology::Cluster { .. })
     }
 
     pub fn publish_command(&self) -> redis::Cmd {
@@ -147,15 +146,15 @@ impl RedisTopology {
         config: &AsyncConnectionConfig,
     ) -> RedisResult<MultiplexedConnection> {
         match &*self.0 {
-            Kind::Single(client) => client.get_multiplexed_async_connection_with_config(config).await,
+            Topology::Single(client) => client.get_multiplexed_async_connection_with_config(config).await,
             // A client per connection: a cached one would serialize callers, and try sentinel connections that have broken.
-            Kind::Sentinel { service, primary, sentinels } => {
+            Topology::Sentinel { service, primary, sentinels } => {
                 let (sentinels, primary) = (sentinels.clone(), Some(primary.clone()));
                 SentinelClient::build(sentinels, service, primary, SentinelServerType::Master)?
                     .get_async_connection_with_config(config)
                     .await
             }
-            Kind::Cluster { seeds } => {
+            Topology::Cluster { seeds } => {
                 let info = match node {
                     Node::Only => seeds[0].clone(),
                     Node::At(host, port) => with_address(&seeds[0], host, *port),
@@ -167,7 +166,7 @@ impl RedisTopology {
 
     /// The slot map as the cluster reports it now. Nodes of `known` are queried first, then those in the settings.
     pub async fn fetch_slot_map(&self, known: &SlotMap) -> RedisResult<SlotMap> {
-        let Kind::Cluster { seeds } = &*self.0 else { return Ok(SlotMap::single_node()) };
+        let Topology::Cluster { seeds } = &*self.0 else { return Ok(SlotMap::single_node()) };
         let mut queried: Vec<ConnectionInfo> = known
             .nodes()
             .iter()
@@ -277,6 +276,9 @@ pub fn redirect_target(error: &RedisError, by: &Node) -> Option<Node> {
     }
 }
 
+/// The log line of both services for [`is_access_denied`]; docs/runbook.md explains it.
+pub const ACCESS_DENIED: &str = "redis authentication or ACL failure; delivery falls back to reconciliation";
+
 /// Whether Redis refuses our user, password or permissions, which a retry does not fix.
 pub fn is_access_denied(error: &RedisError) -> bool {
     use redis::ServerErrorKind::NoPerm;
@@ -305,7 +307,6 @@ fn with_resp3(info: ConnectionInfo) -> ConnectionInfo {
     info.set_redis_settings(settings)
 }
 
-/// The same TLS mode, user and password for another address.
 fn with_address(info: &ConnectionInfo, host: &str, port: u16) -> ConnectionInfo {
     let addr = match info.addr().clone() {
         ConnectionAddr::TcpTls { insecure, tls_params, .. } => {

@@ -1,4 +1,4 @@
-//! Which node of a Redis cluster owns which slots.
+//! The slots of a Redis cluster and the nodes that own them.
 
 use redis::{ConnectionAddr, ConnectionInfo, RedisResult, Value};
 

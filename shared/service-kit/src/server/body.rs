@@ -19,7 +19,7 @@ use super::{
     watch::{Phase, Tail, Watch},
 };
 
-/// How much of an unread body is read after the answer, and for how long, so that the client gets its answer and a connection
+/// Bounds for reading an unread body after the answer, so that the client gets its answer and a connection
 /// that a proxy shares stays open.
 const UNWANTED_BYTES: u64 = 1 << 20;
 const UNWANTED_TIME: Duration = Duration::from_secs(1);
@@ -52,7 +52,6 @@ impl RequestBody {
         })))
     }
 
-    /// The part that the handler leaves unread.
     pub(super) fn rest(&self) -> Rest {
         Rest(self.0.clone())
     }

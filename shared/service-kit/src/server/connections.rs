@@ -25,18 +25,17 @@ pub(super) struct Connections {
 #[derive(Default)]
 struct Open {
     next: u64,
-    connections: HashMap<u64, Connection>,
+    connections: HashMap<u64, OpenConnection>,
     by_address: HashMap<IpAddr, usize>,
 }
 
-struct Connection {
+struct OpenConnection {
     /// `None` for a proxy, which carries many clients.
     address: Option<IpAddr>,
     watch: Arc<Watch>,
 }
 
-/// Admits a connection until it is dropped.
-pub(super) struct Permit {
+pub(super) struct ConnectionPermit {
     connections: Arc<Connections>,
     number: u64,
 }
@@ -44,7 +43,6 @@ pub(super) struct Permit {
 #[derive(Debug, PartialEq, Eq)]
 enum Refused {
     Full,
-    /// The address has reached its limit.
     Address,
 }
 
@@ -63,7 +61,11 @@ impl Connections {
     }
 
     /// Waits while the listener is full. `None`: the address has reached its limit.
-    pub(super) async fn permit(self: &Arc<Self>, peer: IpAddr, watch: &Arc<Watch>) -> Option<Permit> {
+    pub(super) async fn permit(
+        self: &Arc<Self>,
+        peer: IpAddr,
+        watch: &Arc<Watch>,
+    ) -> Option<ConnectionPermit> {
         loop {
             match self.admit(peer, watch) {
                 Ok(permit) => return Some(permit),
@@ -73,7 +75,7 @@ impl Connections {
         }
     }
 
-    fn admit(self: &Arc<Self>, peer: IpAddr, watch: &Arc<Watch>) -> Result<Permit, Refused> {
+    fn admit(self: &Arc<Self>, peer: IpAddr, watch: &Arc<Watch>) -> Result<ConnectionPermit, Refused> {
         let address = (!self.proxies.trusts(peer)).then(|| client_network(peer));
         let mut open = lock(&self.open);
         if let (Some(address), Some(bound)) = (address, self.per_address)
@@ -90,9 +92,9 @@ impl Connections {
         if let Some(address) = address {
             *open.by_address.entry(address).or_default() += 1;
         }
-        open.connections.insert(number, Connection { address, watch: watch.clone() });
+        open.connections.insert(number, OpenConnection { address, watch: watch.clone() });
         self.count.set(open.connections.len().cast_signed() as i64);
-        Ok(Permit { connections: self.clone(), number })
+        Ok(ConnectionPermit { connections: self.clone(), number })
     }
 }
 
@@ -109,7 +111,7 @@ impl Open {
         true
     }
 
-    fn remove(&mut self, number: u64) -> Option<Connection> {
+    fn remove(&mut self, number: u64) -> Option<OpenConnection> {
         let connection = self.connections.remove(&number)?;
         if let Some(address) = connection.address
             && let Some(count) = self.by_address.get_mut(&address)
@@ -123,7 +125,7 @@ impl Open {
     }
 }
 
-impl Drop for Permit {
+impl Drop for ConnectionPermit {
     fn drop(&mut self) {
         let mut open = lock(&self.connections.open);
         // A closed idle connection is not in the map any more.
@@ -145,7 +147,7 @@ mod tests {
         Arc::new(Connections::new(&limits, Gauge::default()))
     }
 
-    fn open(connections: &Arc<Connections>, peer: &str) -> Result<(Permit, Arc<Watch>), Refused> {
+    fn open(connections: &Arc<Connections>, peer: &str) -> Result<(ConnectionPermit, Arc<Watch>), Refused> {
         let watch = Arc::new(Watch::default());
         connections.admit(peer.parse().unwrap(), &watch).map(|permit| (permit, watch))
     }

@@ -20,17 +20,15 @@ use super::{Limits, Ticket, lock};
 pub(super) enum Phase {
     /// No byte of a next request has arrived.
     Idle,
-    /// A request head is arriving.
     Head,
     /// A handler has the request and bounds its own time.
     Serving,
-    /// Hyper has the whole answer and writes it.
     Flushing,
     /// Everything is written. Input is discarded, because closing with unread input would reset the connection.
     Closing,
 }
 
-/// How long a connection may stay half closed.
+/// The longest time in which a connection may stay half closed.
 const LINGER: Duration = Duration::from_secs(1);
 
 #[derive(Default)]
@@ -45,11 +43,9 @@ struct Notes {
     since: Instant,
     /// Since when the peer accepts no bytes.
     blocked: Option<Instant>,
-    /// How often hyper flushed everything.
     flushes: u64,
     /// The requested handoff, and `flushes` at that time.
     ticket: Option<(Ticket, u64)>,
-    /// The last bytes that arrived.
     read: Tail,
     /// The last bytes of the answered request: if others arrived after them, hyper has those in its buffer.
     answered: Tail,
@@ -74,7 +70,6 @@ impl Watch {
         lock(&self.notes).enter(phase);
     }
 
-    /// The request with these last bytes was answered.
     pub(super) fn answered(&self, request: Tail) {
         lock(&self.notes).answered = request;
     }
@@ -101,7 +96,7 @@ impl Watch {
         (notes.phase == Phase::Idle).then_some(notes.since)
     }
 
-    /// When the connection is closed, and the reason for the metric.
+    /// The time at which the connection is closed, and the reason for the metric.
     pub(super) fn deadline(&self, limits: &Limits) -> Option<(Instant, &'static str)> {
         let notes = lock(&self.notes);
         if let Some(blocked) = notes.blocked {
@@ -151,7 +146,6 @@ impl Tail {
 pub(super) struct Watched {
     pub(super) socket: TcpStream,
     pub(super) watch: Arc<Watch>,
-    /// Notified when the connection becomes idle.
     pub(super) idle: Arc<Notify>,
 }
 

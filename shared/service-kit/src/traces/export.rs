@@ -28,16 +28,14 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
-use super::{Metrics, Settings};
+use super::{Metrics, TraceSettings};
 use crate::outbound::Outbound;
 
 /// Limits one batch, from connecting to the end of the answer.
 pub(super) const TIMEOUT: Duration = Duration::from_secs(10);
-/// Spans in one batch.
 const BATCH: usize = 512;
-/// How long the first span of a batch waits for others.
+/// The first span of a batch waits this long for others.
 const GATHER: Duration = Duration::from_secs(1);
-/// Shortest time between two log lines about failures.
 const LOG_INTERVAL: Duration = Duration::from_secs(60);
 
 /// The task that exports spans; idle without a collector.
@@ -81,12 +79,12 @@ impl Exporter {
     pub(super) fn new(
         queue: mpsc::Receiver<SpanData>,
         outbound: Outbound,
-        settings: Settings,
+        settings: TraceSettings,
         name: &'static str,
         version: &'static str,
         metrics: Metrics,
     ) -> io::Result<Self> {
-        let Settings { endpoint, mut headers, ratio, per_second } = settings;
+        let TraceSettings { endpoint, mut headers, ratio, per_second } = settings;
         headers.remove(header::CONTENT_TYPE);
         let rejected = Arc::new(AtomicI64::new(0));
         let mut exporter = SpanExporter::builder()

@@ -1,4 +1,4 @@
-//! Where spans go, and how many are made.
+//! The destination of spans, and their number.
 
 use std::num::NonZeroU32;
 
@@ -6,7 +6,7 @@ use http::{HeaderMap, HeaderName, HeaderValue, Uri};
 use thiserror::Error;
 
 #[derive(Debug, Clone)]
-pub struct Settings {
+pub struct TraceSettings {
     pub(super) endpoint: Uri,
     /// May hold a secret; none is shown.
     pub(super) headers: HeaderMap,
@@ -15,19 +15,17 @@ pub struct Settings {
     pub(super) per_second: NonZeroU32,
 }
 
-impl Settings {
-    /// Begins no trace by itself.
+impl TraceSettings {
     pub fn new(endpoint: Uri, headers: HeaderMap, per_second: NonZeroU32) -> Self {
         Self { endpoint, headers, ratio: 0.0, per_second }
     }
 
-    /// Begins this share of the traces.
     pub fn sampling(self, ratio: f64) -> Self {
         Self { ratio, ..self }
     }
 }
 
-/// What is wrong with a setting. It does not repeat the value, which may be a secret.
+/// An invalid setting. The text does not repeat the value, which may be a secret.
 #[derive(Debug, PartialEq, Eq, Error)]
 pub enum Invalid {
     #[error("it must have the form http://host:port or https://host, without a user in it")]
