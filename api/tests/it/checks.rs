@@ -5,7 +5,7 @@ use sqlx::PgPool;
 
 use crate::{
     raw,
-    support::{App, ORIGIN, ORIGIN_NOT_ALLOWED, assert_common_headers, assert_problem},
+    support::{App, ORIGIN, ORIGIN_NOT_ALLOWED, SECRET, assert_common_headers, assert_problem, execute},
 };
 
 const PATHS: &[(&str, &str)] = &[
@@ -105,12 +105,8 @@ async fn checks_run_in_the_contracts_order(pool: PgPool) {
     let app = App::start(&pool).await;
     let (john, _, conversation) = app.pair(&pool).await;
     let (revoked, gone) = (app.user(&pool, "revoked").await, app.user(&pool, "gone").await);
-    sqlx::query("UPDATE messenger.sessions SET revoked_at = now() WHERE user_id = $1")
-        .bind(revoked.id.0)
-        .execute(&pool)
-        .await
-        .unwrap();
-    sqlx::query("DELETE FROM messenger.users WHERE id = $1").bind(gone.id.0).execute(&pool).await.unwrap();
+    revoked.set_session(&pool, "revoked_at = now()").await;
+    execute(&pool, format!("DELETE FROM messenger.users WHERE id = {}", gone.id)).await;
 
     let huge = format!(r#"{{"content":"{}","username":"x"}}"#, "x".repeat(17 * 1024));
     let bodies = [
@@ -177,7 +173,7 @@ async fn internal_listener_requires_the_shared_secret(pool: PgPool) {
             let answer = app.client.call(method, &url).send().await.unwrap();
             assert_problem(&answer, 405, "Method not allowed");
         }
-        for secret in ["", "wrong", &crate::support::SECRET[1..], &format!("{}x", crate::support::SECRET)] {
+        for secret in ["", "wrong", &SECRET[1..], &format!("{SECRET}x")] {
             let answer = app.client.post(&url).bearer(secret).send().await.unwrap();
             assert_problem(&answer, 401, "Unauthorized");
         }

@@ -14,17 +14,17 @@ use api::store::{
 use futures_util::future::join_all;
 use prometheus_client::metrics::counter::Counter;
 use serde_json::json;
-use sqlx::{AssertSqlSafe, Connection, PgConnection, PgPool, Row, postgres::PgPoolOptions};
+use sqlx::{PgPool, postgres::PgPoolOptions};
 use testkit::{
     http::{Call, Client},
     ports::free_port,
-    process::{Process, Signal},
-    soon, until,
+    process::Process,
+    until,
 };
 
 use crate::{
-    process::{database_url, run, serve_from},
-    support::{App, config, text},
+    process::{assert_says, database_url, key_file, run, serve_from},
+    support::{App, SECRET, add_users, execute, number, options, text},
 };
 
 /// Debian's `nobody`: `PgBouncer` refuses to run as root.
@@ -40,8 +40,7 @@ fn encoded(text: &str) -> String {
 
 async fn set_default(pool: &PgPool, setting: &str, value: &str) {
     let database = pool.connect_options().get_database().unwrap().to_owned();
-    let statement = format!(r#"ALTER DATABASE "{database}" SET {setting} = '{value}'"#);
-    sqlx::query(AssertSqlSafe(statement)).execute(pool).await.unwrap();
+    execute(pool, format!(r#"ALTER DATABASE "{database}" SET {setting} = '{value}'"#)).await;
 }
 
 async fn send_eighty(app: &App, pool: &PgPool) {
@@ -71,20 +70,19 @@ async fn defaults_of_the_database_do_not_change_how_sends_end(pool: PgPool) {
         ] {
             set_default(&pool, setting, value).await;
         }
-        let mut settings = config((*pool.connect_options()).clone());
-        settings.database_pool_size = 16;
-        let app = App::start_with(settings).await;
+        let app = App::with(&pool, |config| config.database_pool_size = 16).await;
         send_eighty(&app, &pool).await;
         app.stop().await;
-        sqlx::raw_sql("TRUNCATE messenger.users CASCADE").execute(&pool).await.unwrap();
+        execute(&pool, "TRUNCATE messenger.users CASCADE").await;
     }
 }
 
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
 async fn a_conflict_is_repeated_once_then_unavailable(pool: PgPool) {
     let conflicts = Counter::default();
-    let database = Database::new((*pool.connect_options()).clone(), 1, conflicts.clone());
-    sqlx::raw_sql(
+    let database = Database::new(options(&pool), 1, conflicts.clone());
+    execute(
+        &pool,
         "CREATE SEQUENCE tries;
          CREATE FUNCTION conflict(until bigint, state text) RETURNS bigint LANGUAGE plpgsql AS $$
          BEGIN
@@ -94,11 +92,9 @@ async fn a_conflict_is_repeated_once_then_unavailable(pool: PgPool) {
              RETURN currval('tries');
          END $$",
     )
-    .execute(&pool)
-    .await
-    .unwrap();
+    .await;
     let conflict = async |until: i64, state: &str| {
-        sqlx::query("ALTER SEQUENCE tries RESTART").execute(&pool).await.unwrap();
+        execute(&pool, "ALTER SEQUENCE tries RESTART").await;
         database
             .run(async |connection| {
                 let query = sqlx::query_scalar::<_, i64>("SELECT conflict($1, $2)").bind(until).bind(state);
@@ -123,38 +119,28 @@ async fn a_conflict_is_repeated_once_then_unavailable(pool: PgPool) {
 
 #[sqlx::test(migrations = false)]
 async fn tables_of_a_host_application_are_left_alone(pool: PgPool) {
-    sqlx::raw_sql(
+    execute(
+        &pool,
         "CREATE TABLE public.users (username text);
          INSERT INTO public.users VALUES ('host');
          CREATE TABLE public._sqlx_migrations (version bigint PRIMARY KEY, checksum bytea);
          INSERT INTO public._sqlx_migrations VALUES (1, 'host')",
     )
-    .execute(&pool)
-    .await
-    .unwrap();
-    let options = || (*pool.connect_options()).clone();
-    api::maintenance::migrate(options()).await.unwrap();
-    let app = App::start_with(config(options())).await;
+    .await;
+    api::maintenance::migrate(options(&pool)).await.unwrap();
+    let app = App::start(&pool).await;
     send_eighty(&app, &pool).await;
     app.stop().await;
-    let own: (String, Vec<u8>) =
-        sqlx::query_as("SELECT username, checksum FROM public.users, public._sqlx_migrations")
-            .fetch_one(&pool)
-            .await
-            .unwrap();
-    assert_eq!(own, ("host".into(), b"host".to_vec()));
-    let relations: Vec<String> = sqlx::query_scalar(
-        "SELECT relname::text FROM pg_class WHERE relnamespace = 'public'::regnamespace AND relkind = 'r'",
-    )
-    .fetch_all(&pool)
-    .await
-    .unwrap();
-    assert_eq!(relations.len(), 2, "{relations:?}");
+    let own = "SELECT count(*) FROM public.users, public._sqlx_migrations WHERE username = 'host' AND checksum = 'host'";
+    assert_eq!(number(&pool, own).await, 1);
+    let tables =
+        "SELECT count(*) FROM pg_class WHERE relnamespace = 'public'::regnamespace AND relkind = 'r'";
+    assert_eq!(number(&pool, tables).await, 2);
 }
 
 #[sqlx::test(migrations = false)]
 async fn changed_functions_are_replaced_once_by_concurrent_migrates(pool: PgPool) {
-    let migrate = || api::maintenance::migrate((*pool.connect_options()).clone());
+    let migrate = || api::maintenance::migrate(options(&pool));
     let sets = async || -> Vec<(Vec<u8>, chrono::DateTime<chrono::Utc>)> {
         let sets = "SELECT checksum, applied_at FROM messenger.function_sets ORDER BY applied_at";
         sqlx::query_as(sets).fetch_all(&pool).await.unwrap()
@@ -169,13 +155,8 @@ async fn changed_functions_are_replaced_once_by_concurrent_migrates(pool: PgPool
     migrate_twice_at_once().await;
     assert_eq!(sets().await, first, "nothing is applied again");
 
-    sqlx::raw_sql(
-        "CREATE OR REPLACE FUNCTION messenger.rfc3339(_at timestamptz) RETURNS text LANGUAGE sql AS $$ SELECT 'older' $$;
-         UPDATE messenger.function_sets SET checksum = 'older'",
-    )
-    .execute(&pool)
-    .await
-    .unwrap();
+    execute(&pool, "CREATE OR REPLACE FUNCTION messenger.rfc3339(_at timestamptz) RETURNS text LANGUAGE sql AS $$ SELECT 'older' $$;
+         UPDATE messenger.function_sets SET checksum = 'older'").await;
     migrate_twice_at_once().await;
     let second = sets().await;
     assert_eq!((second.len(), &second[0].0[..], &second[1].0), (2, &b"older"[..], &first[0].0));
@@ -187,27 +168,29 @@ async fn changed_functions_are_replaced_once_by_concurrent_migrates(pool: PgPool
 /// The roles and rights of `docs/deploy.md`.
 #[sqlx::test(migrations = false)]
 async fn a_server_needs_no_right_to_change_the_schema(pool: PgPool) {
-    let options = || (*pool.connect_options()).clone();
-    let name = options().get_database().unwrap().to_owned();
+    let name = options(&pool).get_database().unwrap().to_owned();
     let [owner, server] = ["owner", "server"].map(|role| format!("{role}_{}", &name[name.len() - 24..]));
-    let run =
-        async |statements: String| sqlx::raw_sql(AssertSqlSafe(statements)).execute(&pool).await.unwrap();
-    run(format!(
+    let by = |role: &str| options(&pool).username(role).password("secret");
+    let roles = format!(
         r#"CREATE ROLE "{owner}" LOGIN PASSWORD 'secret'; CREATE ROLE "{server}" LOGIN PASSWORD 'secret';
            CREATE SCHEMA messenger AUTHORIZATION "{owner}";
            GRANT USAGE ON SCHEMA messenger TO "{server}";
            ALTER DEFAULT PRIVILEGES FOR ROLE "{owner}" IN SCHEMA messenger
                GRANT SELECT, INSERT, UPDATE, DELETE ON TABLES TO "{server}";
            ALTER DEFAULT PRIVILEGES FOR ROLE "{owner}" IN SCHEMA messenger GRANT USAGE ON SEQUENCES TO "{server}""#
-    ))
-    .await;
-    api::maintenance::migrate(options().username(&owner).password("secret")).await.unwrap();
-    let refused = api::maintenance::migrate(options().username(&server).password("secret")).await;
+    );
+    execute(&pool, roles).await;
+    api::maintenance::migrate(by(&owner)).await.unwrap();
+    let refused = api::maintenance::migrate(by(&server)).await;
     assert!(format!("{:#}", refused.unwrap_err()).contains("permission denied"));
-    let app = App::start_with(config(options().username(&server).password("secret"))).await;
+    let app = App::with(&pool, |config| config.database = by(&server)).await;
     send_eighty(&app, &pool).await;
     app.stop().await;
-    run(format!(r#"DROP OWNED BY "{server}", "{owner}" CASCADE; DROP ROLE "{server}", "{owner}""#)).await;
+    execute(
+        &pool,
+        format!(r#"DROP OWNED BY "{server}", "{owner}" CASCADE; DROP ROLE "{server}", "{owner}""#),
+    )
+    .await;
 }
 
 /// Another database on the same server, made with these options.
@@ -215,25 +198,18 @@ async fn make_database(pool: &PgPool, name: &str, options: &str) -> String {
     let own = pool.connect_options().get_database().unwrap().to_owned();
     // A name has 63 bytes at most, and sqlx's has nearly as many.
     let name = format!("{name}_{}", &own[own.len() - 24..]);
-    for statement in [
-        format!(r#"DROP DATABASE IF EXISTS "{name}""#),
-        format!(r#"CREATE DATABASE "{name}" TEMPLATE template0 {options}"#),
-    ] {
-        sqlx::query(AssertSqlSafe(statement)).execute(pool).await.unwrap();
-    }
+    execute(pool, format!(r#"DROP DATABASE IF EXISTS "{name}""#)).await;
+    execute(pool, format!(r#"CREATE DATABASE "{name}" TEMPLATE template0 {options}"#)).await;
     name
 }
 
 async fn drop_database(pool: &PgPool, name: &str) {
-    let statement = format!(r#"DROP DATABASE "{name}" WITH (FORCE)"#);
-    sqlx::query(AssertSqlSafe(statement)).execute(pool).await.unwrap();
+    execute(pool, format!(r#"DROP DATABASE "{name}" WITH (FORCE)"#)).await;
 }
 
 #[sqlx::test(migrations = false)]
 async fn an_encoding_that_does_not_hold_every_text_is_refused(pool: PgPool) {
-    let folder = tempfile::tempdir().unwrap();
-    let key = folder.path().join("key.pem");
-    fs::write(&key, crate::support::PEM).unwrap();
+    let key = key_file();
     for encoding in ["SQL_ASCII", "LATIN1"] {
         let options = format!("ENCODING '{encoding}' LC_COLLATE 'C' LC_CTYPE 'C'");
         let name = make_database(&pool, "encoding", &options).await;
@@ -242,18 +218,15 @@ async fn an_encoding_that_does_not_hold_every_text_is_refused(pool: PgPool) {
         let settings = [
             ("DATABASE_URL", url.as_str()),
             ("REDIS_URL", "redis://127.0.0.1:1"),
-            ("INTERNAL_SECRET", crate::support::SECRET),
-            ("SIGNING_KEY_FILES", key.to_str().unwrap()),
-            ("LISTEN", "127.0.0.1:0"),
-            ("INTERNAL_LISTEN", "127.0.0.1:0"),
-            ("OPS_LISTEN", "127.0.0.1:0"),
+            ("INTERNAL_SECRET", SECRET),
+            ("SIGNING_KEY_FILES", key.path().to_str().unwrap()),
         ];
-        for command in ["migrate", "check-config", "serve"] {
-            let (success, said) = run(&[command], &settings);
-            assert!(!success, "{command}: {said}");
-            for part in [encoding, &name, "CREATE DATABASE name ENCODING 'UTF8' TEMPLATE template0"] {
-                assert!(said.contains(part), "{command}: {part} is missing in {said}");
-            }
+        let serve =
+            ["serve", "--listen=127.0.0.1:0", "--internal-listen=127.0.0.1:0", "--ops-listen=127.0.0.1:0"];
+        for command in [&["migrate"][..], &["check-config"], &serve] {
+            let (success, said) = run(command, &settings);
+            assert!(!success, "{said}");
+            assert_says(&said, &[encoding, &name, "CREATE DATABASE name ENCODING 'UTF8' TEMPLATE template0"]);
         }
         drop_database(&pool, &name).await;
     }
@@ -262,7 +235,7 @@ async fn an_encoding_that_does_not_hold_every_text_is_refused(pool: PgPool) {
 #[sqlx::test(migrations = false)]
 async fn names_are_found_in_either_case_under_any_locale(pool: PgPool) {
     let name = make_database(&pool, "locale", "ENCODING 'UTF8' LC_COLLATE 'C' LC_CTYPE 'C'").await;
-    let options = (*pool.connect_options()).clone().database(&name);
+    let options = options(&pool).database(&name);
     let own = PgPoolOptions::new().max_connections(2).connect_with(options).await.unwrap();
     api::store::schema::MIGRATIONS.run(&own).await.unwrap();
     let app = App::start(&own).await;
@@ -323,11 +296,8 @@ async fn both_normal_forms_of_a_name_are_one_persons(pool: PgPool) {
         for spelling in [NFC, NFD, "JOS\u{c9}", "JOSE\u{301}"] {
             let logged_in = log_in(&app, spelling).expect(200).await.json();
             assert_eq!(text(&logged_in["authUser"]["id"]), jose.id.to_string(), "{stored:?} by {spelling:?}");
-            assert_eq!(
-                me.usernames(&encoded(spelling)).expect(200).await.json(),
-                json!([stored]),
-                "{stored:?} by {spelling:?}"
-            );
+            let found = me.usernames(&encoded(spelling)).expect(200).await.json();
+            assert_eq!(found, json!([stored]), "by {spelling:?}");
             let started = me.start_conversation(spelling).send().await.unwrap();
             assert!([201, 302].contains(&started.status), "{stored:?} by {spelling:?}: {}", started.text());
         }
@@ -336,12 +306,7 @@ async fn both_normal_forms_of_a_name_are_one_persons(pool: PgPool) {
         let logged_in = log_in(&app, &stored.to_uppercase()).expect(200).await.json();
         assert_eq!(text(&logged_in["authUser"]["id"]), other.id.to_string());
         assert_eq!(log_in(&app, &stored.to_lowercase()).send().await.unwrap().status, 404);
-        let ids = [jose.id.0, other.id.0];
-        sqlx::query("DELETE FROM messenger.users WHERE id = ANY ($1)")
-            .bind(&ids[..])
-            .execute(&pool)
-            .await
-            .unwrap();
+        execute(&pool, format!("DELETE FROM messenger.users WHERE id IN ({}, {})", jose.id, other.id)).await;
     }
     app.stop().await;
 }
@@ -449,10 +414,8 @@ async fn a_pooler_that_mixes_up_statements_is_refused(pool: PgPool) {
             let pooler = Pooler::start(&file, &direct, &settings).await;
             let url = pooler.url(&direct);
             for route in routes(&url).await {
-                assert!(
-                    route.is_err_and(|error| error.contains("mixes up the prepared statements")),
-                    "{version:?}"
-                );
+                let error = route.unwrap_err();
+                assert!(error.contains("mixes up the prepared statements"), "{version:?}: {error}");
             }
             let (success, said) = run(&["migrate"], &[("DATABASE_URL", &url)]);
             assert!(!success && said.contains("PgBouncer 1.21 or newer"), "{said}");
@@ -477,14 +440,8 @@ async fn sends_work_through_a_pooler_of_transactions(pool: PgPool) {
     assert_eq!(routes(&url).await, vec![Ok(Route::Pooled); 5]);
 
     // It migrates twice, so it leaves no lock behind.
-    let folder = tempfile::tempdir().unwrap();
-    let mut server = serve_from(&url, folder.path(), "0", |command| {
-        command.env("DATABASE_POOL_SIZE", "16");
-    });
-    sqlx::query("INSERT INTO messenger.users (username) VALUES ('john'), ('jane')")
-        .execute(&pool)
-        .await
-        .unwrap();
+    let server = serve_from(&url, &[("DATABASE_POOL_SIZE", "16")]);
+    add_users(&pool, ["john", "jane"]).await;
     let client = Client::default();
     let post = async |path: &str, token: &str, body: serde_json::Value| {
         client.post(format!("{}{path}", server.public)).bearer(token).json(&body).send().await.unwrap()
@@ -496,12 +453,11 @@ async fn sends_work_through_a_pooler_of_transactions(pool: PgPool) {
     let sends = (0..80).map(|number| post(&path, &token, json!({ "content": number.to_string() })));
     let statuses: Vec<_> = join_all(sends).await.into_iter().map(|answer| answer.status).collect();
     assert_eq!(statuses, [201; 80]);
-    let mut plain = PgConnection::connect(direct.as_str()).await.unwrap();
-    let kept = sqlx::query(
-        "SELECT count(*), max(seq) FROM messenger.feed WHERE user_id = (SELECT id FROM messenger.users WHERE username = 'jane')",
-    );
-    let kept = kept.fetch_one(&mut plain).await.unwrap();
-    assert_eq!((kept.get::<i64, _>(0), kept.get::<i64, _>(1)), (81, 81));
-    server.process.signal(Signal::SIGTERM);
-    soon("the process ends", server.process.wait()).await;
+    for column in ["count(*)", "max(seq)"] {
+        let kept = format!(
+            "SELECT {column} FROM messenger.feed JOIN messenger.users ON id = user_id WHERE username = 'jane'"
+        );
+        assert_eq!(number(&pool, kept).await, 81, "{column}");
+    }
+    server.stop().await;
 }

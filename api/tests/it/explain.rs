@@ -2,13 +2,12 @@
 
 use std::time::Duration;
 
-use api::{config::Keep, pruner::prune_after, store::Database};
-use prometheus_client::metrics::counter::Counter;
+use api::{config::Keep, pruner::prune_after};
 use protocol::ids::UserId;
 use serde_json::{Value, json};
 use sqlx::PgPool;
 
-use crate::support::App;
+use crate::support::{App, database};
 
 impl App {
     async fn explain(&self, query: &str) -> (u16, String) {
@@ -47,7 +46,7 @@ async fn explain_tells_operators_the_fate_of_an_event(pool: PgPool) {
     let (_, none) = app.explain(&format!("user={}&message=999999", jane.id)).await;
     assert!(none.contains("No event of this feed is about message 999999"), "{none}");
 
-    let database = Database::new((*pool.connect_options()).clone(), 1, Counter::default());
+    let database = database(&pool, 1);
     let keep = Keep { age: Duration::from_hours(1), events: 1 };
     prune_after(&database, keep, UserId(0)).await.unwrap();
     let (_, pruned) = app.explain(&format!("user={}&seq=1", jane.id)).await;

@@ -1,6 +1,6 @@
 //! Tokens of an external issuer, whose keys come from a server that can fail.
 
-use api::config::{Config, ExternalSettings};
+use api::config::ExternalSettings;
 use chrono::Utc;
 use futures_util::future::join_all;
 use protocol::{
@@ -10,16 +10,17 @@ use protocol::{
 use serde_json::json;
 use sqlx::PgPool;
 use testkit::{
-    http::{Answer, Call},
+    http::Answer,
     issuer::{self, AUDIENCE, ISSUER, IssuerKey, TestIssuer},
     until,
 };
 
-use crate::support::{App, ORIGIN, SECRET, assert_problem, config, keys, text};
+use crate::support::{App, ORIGIN, SECRET, assert_problem, execute, keys, number, text};
 
-fn trusting(issuer: &TestIssuer, pool: &PgPool) -> Config {
+/// A service that trusts this issuer.
+pub(crate) async fn start(pool: &PgPool, issuer: &TestIssuer) -> App {
     let settings = ExternalSettings { issuer: issuer::issuer(), jwks_url: issuer.url() };
-    Config { external: Some(settings), ..config((*pool.connect_options()).clone()) }
+    App::with(pool, |config| config.external = Some(settings)).await
 }
 
 fn soon() -> i64 {
@@ -27,12 +28,8 @@ fn soon() -> i64 {
 }
 
 impl App {
-    fn with_token(&self, method: &str, path: &str, token: &str) -> Call {
-        self.call(method, path).bearer(token)
-    }
-
     async fn whoami(&self, token: &str) -> Answer {
-        self.with_token("GET", "/api/auth_user", token).send().await.unwrap()
+        self.get("/api/auth_user").bearer(token).send().await.unwrap()
     }
 }
 
@@ -40,8 +37,7 @@ impl App {
 async fn external_token_creates_its_user_and_works_everywhere(pool: PgPool) {
     let key = IssuerKey::number(0);
     let issuer = TestIssuer::start(Some(&key));
-    let (app, replica) =
-        tokio::join!(App::start_with(trusting(&issuer, &pool)), App::start_with(trusting(&issuer, &pool)));
+    let (app, replica) = tokio::join!(start(&pool, &issuer), start(&pool, &issuer));
     let john = app.user(&pool, "john").await;
     let token = key.token("jane", soon());
     // Twenty simultaneous first uses over two replicas.
@@ -53,19 +49,18 @@ async fn external_token_creates_its_user_and_works_everywhere(pool: PgPool) {
     let me = answers[0].json();
     assert_eq!(me["username"], "jane");
     assert!(answers.iter().all(|answer| answer.status == 200 && answer.json() == me));
-    let users: i64 =
-        sqlx::query_scalar("SELECT count(*) FROM messenger.users").fetch_one(&pool).await.unwrap();
-    assert_eq!(users, 2);
+    assert_eq!(number(&pool, "SELECT count(*) FROM messenger.users").await, 2);
 
     let conversation = john.start("jane").await;
     john.say(&conversation, "hello").await;
     let messages = format!("/api/conversations/{conversation}/messages");
-    let page = app.with_token("GET", &messages, &token).expect(200).await.json();
+    let page = app.call("GET", &messages).bearer(&token).expect(200).await.json();
     assert_eq!(page[0]["content"], "hello");
     assert_eq!(page[0]["mine"], false);
-    let sent = app.with_token("POST", &messages, &token).json(&json!({ "content": "hi" })).expect(201).await;
+    let sent = app.call("POST", &messages).bearer(&token).json(&json!({ "content": "hi" })).expect(201).await;
     assert_eq!(sent.json()["mine"], true);
-    app.with_token("POST", &format!("/api/conversations/{conversation}/read_messages"), &token)
+    app.call("POST", &format!("/api/conversations/{conversation}/read_messages"))
+        .bearer(&token)
         .expect(204)
         .await;
     let names: Vec<_> = app.feed(text(&me["id"]).parse().unwrap()).await;
@@ -77,12 +72,12 @@ async fn external_token_creates_its_user_and_works_everywhere(pool: PgPool) {
     // A stream token's stream ends with the external token.
     let exp = soon();
     let stream =
-        app.with_token("POST", "/api/stream_token", &key.token("jane", exp)).expect(200).await.json();
+        app.call("POST", "/api/stream_token").bearer(&key.token("jane", exp)).expect(200).await.json();
     let claims = keys().verifier().verify(stream["token"].as_str().unwrap(), &[Audience::Stream]).unwrap();
     assert_eq!((json!(claims.sub), claims.sid, claims.session_exp), (me["id"].clone(), None, Some(exp)));
 
     // Without a session there is nothing to refresh.
-    let refreshed = app.with_token("POST", "/api/refresh_token", &token).send().await.unwrap();
+    let refreshed = app.call("POST", "/api/refresh_token").bearer(&token).send().await.unwrap();
     assert_problem(&refreshed, 401, "Unauthorized");
 
     // The same name is another user.
@@ -100,30 +95,30 @@ async fn external_token_creates_its_user_and_works_everywhere(pool: PgPool) {
 async fn external_token_has_no_session_to_list_or_end(pool: PgPool) {
     let key = IssuerKey::number(0);
     let issuer = TestIssuer::start(Some(&key));
-    let app = App::start_with(trusting(&issuer, &pool)).await;
+    let app = start(&pool, &issuer).await;
     let token = key.token("jane", soon());
     app.whoami(&token).await;
     let phone = app.login("jane").await;
-    let listed = app.with_token("GET", "/api/sessions", &token).expect(200).await.json();
+    let listed = app.call("GET", "/api/sessions").bearer(&token).expect(200).await.json();
     assert_eq!(listed.as_array().unwrap().len(), 1);
     assert_eq!(listed[0]["current"], false);
-    let answer = app.with_token("POST", "/api/logout", &token).expect(204).await;
+    let answer = app.call("POST", "/api/logout").bearer(&token).expect(204).await;
     assert!(answer.header("set-cookie").is_some_and(|cookie| cookie.contains("Max-Age=0")));
     phone.auth_user().expect(200).await;
     assert_eq!(app.whoami(&token).await.status, 200);
-    app.with_token("DELETE", "/api/sessions", &token).expect(204).await;
+    app.call("DELETE", "/api/sessions").bearer(&token).expect(204).await;
     assert_problem(&phone.auth_user().send().await.unwrap(), 401, "Unauthorized");
-    app.with_token("DELETE", "/api/sessions", &token).expect(204).await;
+    app.call("DELETE", "/api/sessions").bearer(&token).expect(204).await;
     let one = format!("/api/sessions/{}", text(&listed[0]["id"]));
-    assert_problem(&app.with_token("DELETE", &one, &token).send().await.unwrap(), 404, "Not found");
-    assert_eq!(app.with_token("GET", "/api/sessions", &token).expect(200).await.json(), json!([]));
+    assert_problem(&app.call("DELETE", &one).bearer(&token).send().await.unwrap(), 404, "Not found");
+    assert_eq!(app.call("GET", "/api/sessions").bearer(&token).expect(200).await.json(), json!([]));
     assert_eq!(app.whoami(&token).await.status, 200);
 
     // A deleted user's token is rejected for a while, then creates a new user.
-    sqlx::query("DELETE FROM messenger.users").execute(&pool).await.unwrap();
+    execute(&pool, "DELETE FROM messenger.users").await;
     for (method, path) in [("GET", "/api/auth_user"), ("POST", "/api/stream_token"), ("POST", "/api/logout")]
     {
-        let answer = app.with_token(method, path, &token).send().await.unwrap();
+        let answer = app.call(method, path).bearer(&token).send().await.unwrap();
         assert_problem(&answer, 401, "Unauthorized");
     }
     app.stop().await;
@@ -133,7 +128,7 @@ async fn external_token_has_no_session_to_list_or_end(pool: PgPool) {
 async fn external_picture_is_updated_missing_claims_change_nothing(pool: PgPool) {
     let key = IssuerKey::number(0);
     let issuer = TestIssuer::start(Some(&key));
-    let app = App::start_with(trusting(&issuer, &pool)).await;
+    let app = start(&pool, &issuer).await;
     let claims = json!({ "iss": ISSUER, "aud": AUDIENCE, "sub": "s", "exp": soon(), "name": "Jane D." });
     let with = |picture: &str| {
         let mut claims = claims.clone();
@@ -147,11 +142,11 @@ async fn external_picture_is_updated_missing_claims_change_nothing(pool: PgPool)
     );
     app.stop().await;
     // Another replica, with an empty cache.
-    let app = App::start_with(trusting(&issuer, &pool)).await;
+    let app = start(&pool, &issuer).await;
     let picture = async |token: &str| app.whoami(token).await.json()["avatarURL"].clone();
     assert_eq!(picture(&key.sign(&claims)).await, "https://pictures.example/1");
     app.stop().await;
-    let app = App::start_with(trusting(&issuer, &pool)).await;
+    let app = start(&pool, &issuer).await;
     let me = app.whoami(&with("https://pictures.example/2")).await.json();
     assert_eq!(me["avatarURL"], "https://pictures.example/2");
     app.stop().await;
@@ -161,7 +156,7 @@ async fn external_picture_is_updated_missing_claims_change_nothing(pool: PgPool)
 async fn tokens_not_exactly_of_the_issuer_are_rejected(pool: PgPool) {
     let key = IssuerKey::number(0);
     let issuer = TestIssuer::start(Some(&key));
-    let app = App::start_with(trusting(&issuer, &pool)).await;
+    let app = start(&pool, &issuer).await;
     let john = app.user(&pool, "john").await;
     let claims = |iss: &str, aud: &str, exp: i64| json!({ "iss": iss, "aud": aud, "sub": "s", "exp": exp });
     for bad in [
@@ -179,9 +174,7 @@ async fn tokens_not_exactly_of_the_issuer_are_rejected(pool: PgPool) {
     ] {
         assert_problem(&app.whoami(&bad).await, 401, "Unauthorized");
     }
-    let users: i64 =
-        sqlx::query_scalar("SELECT count(*) FROM messenger.users").fetch_one(&pool).await.unwrap();
-    assert_eq!(users, 1, "no user was created");
+    assert_eq!(number(&pool, "SELECT count(*) FROM messenger.users").await, 1, "no user was created");
     app.stop().await;
 
     let app = App::start(&pool).await;
@@ -195,7 +188,7 @@ async fn tokens_not_exactly_of_the_issuer_are_rejected(pool: PgPool) {
 async fn unreachable_issuer_makes_no_token_invalid(pool: PgPool) {
     let key = IssuerKey::number(0);
     let issuer = TestIssuer::start(None);
-    let app = App::start_with(trusting(&issuer, &pool)).await;
+    let app = start(&pool, &issuer).await;
     let john = app.user(&pool, "john").await;
     let token = key.token("jane", soon());
     let answer = app.whoami(&token).await;
@@ -229,7 +222,7 @@ async fn unreachable_issuer_makes_no_token_invalid(pool: PgPool) {
 async fn gateways_get_the_issuers_keys_and_users_of_subjects(pool: PgPool) {
     let key = IssuerKey::number(0);
     let issuer = TestIssuer::start(Some(&key));
-    let app = App::start_with(trusting(&issuer, &pool)).await;
+    let app = start(&pool, &issuer).await;
     let keys = |query: &str| app.client.get(format!("{}{KEYS_PATH}{query}", app.internal));
     assert_problem(&keys("").send().await.unwrap(), 401, "Unauthorized");
     let authorized = async |query: &str| {
@@ -258,9 +251,7 @@ async fn gateways_get_the_issuers_keys_and_users_of_subjects(pool: PgPool) {
     assert_eq!(users.len(), 50);
     assert_eq!(users[..20], users[30..]);
     assert_eq!(identify().await, users);
-    let made: i64 =
-        sqlx::query_scalar("SELECT count(*) FROM messenger.users").fetch_one(&pool).await.unwrap();
-    assert_eq!(made, 30);
+    assert_eq!(number(&pool, "SELECT count(*) FROM messenger.users").await, 30);
     let many = IdentityRequest { identities: vec![identity("x"); 1_001] };
     assert_eq!(app.internal(IDENTITY_PATH, &many).send().await.unwrap().status, 400);
     app.stop().await;

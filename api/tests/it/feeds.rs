@@ -1,31 +1,30 @@
 //! The feed: gapless numbers under concurrency and failures, the internal endpoints, and pruning.
 
-use std::{collections::HashMap, time::Duration};
+use std::time::Duration;
 
 use api::{
     config::Keep,
     pruner::{PruneStep, prune_after},
-    store::Database,
 };
 use futures_util::future::join_all;
-use prometheus_client::metrics::counter::Counter;
 use protocol::{
     feed::{HeadsRequest, KnownHead, Login, MAX_PAIRS, RangeAfter},
     ids::{SessionId, UserId},
     position::{Epoch, Position},
 };
 use rand::{RngExt, SeedableRng, rngs::StdRng};
-use serde_json::{Value, json};
-use sqlx::PgPool;
-use testkit::{
-    http::{Answer, Call},
-    until,
-};
-use tokio::io::AsyncWriteExt;
+use serde_json::json;
+use sqlx::{AssertSqlSafe, PgPool};
+use testkit::http::{Answer, Call};
+use tokio::{io::AsyncWriteExt, net::TcpStream};
 
 use crate::{
+    failures::{Listener, with_redis},
     raw,
-    support::{ApiUser, App, assert_problem},
+    support::{
+        ApiUser, App, assert_problem, database, execute, number, options, redis_url, text,
+        until_waiting_for_locks,
+    },
 };
 
 /// Checks one user's feed against the tables.
@@ -35,63 +34,44 @@ async fn assert_feeds_agree_with_tables(app: &App, pool: &PgPool, users: &[ApiUs
             .fetch_all(pool)
             .await
             .unwrap();
-    let participants: HashMap<i64, (i64, i64)> =
+    let conversations: Vec<(i64, i64, i64)> =
         sqlx::query_as("SELECT id, user_a, user_b FROM messenger.conversations")
             .fetch_all(pool)
             .await
-            .unwrap()
-            .into_iter()
-            .map(|(id, a, b): (i64, i64, i64)| (id, (a, b)))
-            .collect();
+            .unwrap();
     for user in users {
         let feed = app.feed(user.id).await; // Asserts that it is numbered without gaps.
-        let belongs =
-            |data: &Value, conversation: i64| data["conversationId"] == json!(conversation.to_string());
-        for (&conversation, &(a, b)) in &participants {
+        for &(conversation, a, b) in &conversations {
+            let id = json!(conversation.to_string());
+            let events: Vec<_> = feed.iter().filter(|(_, data)| data["conversationId"] == id).collect();
             if ![a, b].contains(&user.id.0) {
-                assert!(
-                    !feed.iter().any(|(_, data)| belongs(data, conversation)),
-                    "event of another conversation"
-                );
+                assert!(events.is_empty(), "event of another conversation");
                 continue;
             }
             // Within a conversation: each message once, in the order of ids, as this reader sees it.
-            let expected: Vec<(bool, String, &str)> = messages
-                .iter()
-                .filter(|message| message.1 == conversation)
-                .map(|(id, _, sender, content)| (*sender == user.id.0, id.to_string(), content.as_str()))
-                .collect();
-            let seen: Vec<(bool, String, &str)> = feed
-                .iter()
-                .filter(|(name, data)| name.starts_with("message") && belongs(data, conversation))
-                .map(|(name, data)| {
-                    let mine = data["mine"].as_bool().unwrap();
-                    assert_eq!(name, if mine { "message.sent" } else { "message" });
-                    (mine, data["id"].as_str().unwrap().to_owned(), data["content"].as_str().unwrap())
-                })
-                .collect();
-            assert_eq!(seen, expected);
+            let expected = messages.iter().filter(|message| message.1 == conversation);
+            let expected = expected.map(|(id, _, sender, content)| {
+                let mine = *sender == user.id.0;
+                (if mine { "message.sent" } else { "message" }, json!([mine, id.to_string(), content]))
+            });
+            let seen = events.iter().filter(|(name, _)| name.starts_with("message"));
+            let seen = seen.map(|(name, data)| (&**name, json!([data["mine"], data["id"], data["content"]])));
+            assert_eq!(seen.collect::<Vec<_>>(), expected.collect::<Vec<_>>());
             // Read positions only move forward.
-            let positions: Vec<i64> = feed
-                .iter()
-                .filter(|(name, data)| name == "conversation.read" && belongs(data, conversation))
-                .map(|(_, data)| data["lastReadMessageId"].as_str().unwrap().parse().unwrap())
-                .collect();
+            let reads = events.iter().filter(|(name, _)| name == "conversation.read");
+            let positions: Vec<i64> =
+                reads.map(|(_, data)| text(&data["lastReadMessageId"]).parse().unwrap()).collect();
             assert!(positions.is_sorted_by(|a, b| a < b), "{positions:?}");
-            let (kept, counted): (i64, i64) = sqlx::query_as(
-                "SELECT p.unread_count, (SELECT count(*) FROM messenger.messages AS m
-                    WHERE m.conversation_id = p.conversation_id AND m.sender_id <> p.user_id
-                      AND m.id > coalesce(p.last_read_message_id, 0))
-                 FROM messenger.participants AS p WHERE p.conversation_id = $1 AND p.user_id = $2",
-            )
-            .bind(conversation)
-            .bind(user.id.0)
-            .fetch_one(pool)
-            .await
-            .unwrap();
-            assert_eq!(kept, counted);
         }
     }
+    let wrong_counts = number(
+        pool,
+        "SELECT count(*) FROM messenger.participants AS p
+         WHERE p.unread_count <> (SELECT count(*) FROM messenger.messages AS m
+            WHERE m.conversation_id = p.conversation_id AND m.sender_id <> p.user_id
+              AND m.id > coalesce(p.last_read_message_id, 0))",
+    );
+    assert_eq!(wrong_counts.await, 0);
 }
 
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
@@ -121,31 +101,24 @@ async fn feed_has_no_gaps_under_interleaving_aborts_and_retries(pool: PgPool) {
         actions.push(async move {
             tokio::time::sleep(pause).await;
             match kind {
-                0..=3 => {
-                    insist(|| who.post_message(&conversation, &format!("m{n}")), 201).await;
-                }
+                0..=3 => _ = insist(|| who.post_message(&conversation, &format!("m{n}")), 201).await,
                 // Retries, as after a lost answer.
                 4 => {
-                    let send = || {
-                        who.post_message(&conversation, &format!("r{n}"))
-                            .header("idempotency-key", &format!("k{n}"))
-                    };
+                    let post = || who.post_message(&conversation, &format!("r{n}"));
+                    let send = || post().header("idempotency-key", &format!("k{n}"));
                     let (first, second) = tokio::join!(insist(send, 201), insist(send, 201));
                     assert_eq!(first.body, second.body);
                 }
                 // The client hangs up at some moment of the request.
-                5 => hang_up(app, &who, &conversation, pause / 60).await,
+                5 => {
+                    let _socket = send_raw(app, &who, &conversation).await;
+                    tokio::time::sleep(pause / 60).await;
+                }
                 // Rolled back after it has drawn its numbers.
                 6 => abort(pool, &who, &conversation).await,
-                7 => {
-                    insist(|| who.read_messages(&conversation), 204).await;
-                }
-                8 => {
-                    insist(|| who.messages(&conversation, "?limit=3"), 200).await;
-                }
-                _ => {
-                    insist(|| who.post_message(&conversation, ""), 422).await;
-                }
+                7 => _ = insist(|| who.read_messages(&conversation), 204).await,
+                8 => _ = insist(|| who.messages(&conversation, "?limit=3"), 200).await,
+                _ => _ = insist(|| who.post_message(&conversation, ""), 422).await,
             }
         });
     }
@@ -170,7 +143,7 @@ async fn insist(call: impl Fn() -> Call, status: u16) -> Answer {
     }
 }
 
-async fn hang_up(app: &App, who: &ApiUser, conversation: &str, after: Duration) {
+async fn send_raw(app: &App, who: &ApiUser, conversation: &str) -> TcpStream {
     let mut socket = raw::connect(app).await;
     let body = r#"{"content":"hung up"}"#;
     let request = format!(
@@ -180,32 +153,17 @@ async fn hang_up(app: &App, who: &ApiUser, conversation: &str, after: Duration) 
         body.len(),
     );
     socket.write_all(request.as_bytes()).await.unwrap();
-    tokio::time::sleep(after).await;
+    socket
 }
 
 async fn abort(pool: &PgPool, who: &ApiUser, conversation: &str) {
     let mut transaction = pool.begin().await.unwrap();
-    sqlx::query("SELECT * FROM messenger.post_message($1, $2, $3, 'aborted', NULL, 'r', NULL)")
-        .bind(who.session().0)
-        .bind(who.id.0)
-        .bind(conversation.parse::<i64>().unwrap())
-        .fetch_all(&mut *transaction)
-        .await
-        .unwrap();
+    let (session, user) = (who.session(), who.id);
+    let post = format!(
+        "SELECT FROM messenger.post_message({session}, {user}, {conversation}, 'x', NULL, 'r', NULL)"
+    );
+    sqlx::query(AssertSqlSafe(post)).fetch_all(&mut *transaction).await.unwrap();
     transaction.rollback().await.unwrap();
-}
-
-async fn until_waiting_for_locks(pool: &PgPool, number: i64) {
-    until("they wait for the lock", || async {
-        let waiting: i64 = sqlx::query_scalar(
-            "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'",
-        )
-        .fetch_one(pool)
-        .await
-        .unwrap();
-        waiting == number
-    })
-    .await;
 }
 
 /// Both see unread messages; the second finds them read.
@@ -241,10 +199,7 @@ async fn message_id_is_drawn_under_the_conversations_lock(pool: PgPool) {
     sqlx::query("SELECT FROM messenger.conversations FOR NO KEY UPDATE").execute(&mut *holder).await.unwrap();
     let waiting = async {
         until_waiting_for_locks(&pool, 1).await;
-        let last: i64 = sqlx::query_scalar("SELECT last_value FROM messenger.messages_id_seq")
-            .fetch_one(&pool)
-            .await
-            .unwrap();
+        let last = number(&pool, "SELECT last_value FROM messenger.messages_id_seq").await;
         assert_eq!(last, first, "no id was drawn yet");
         holder.rollback().await.unwrap();
     };
@@ -255,17 +210,16 @@ async fn message_id_is_drawn_under_the_conversations_lock(pool: PgPool) {
 
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
 async fn command_is_published_although_its_client_hung_up(pool: PgPool) {
-    let mut config = crate::support::config((*pool.connect_options()).clone());
-    let channels = protocol::channels::Channels::new(crate::support::channel_prefix());
-    config.channels = channels.clone();
+    let (config, channels) = with_redis(&pool, &redis_url());
     let app = App::start_with(config).await;
     let (john, jane, conversation) = app.pair(&pool).await;
     // The row is locked, so that the client hangs up before the command ends.
     let mut holder = pool.begin().await.unwrap();
     sqlx::query("SELECT FROM messenger.conversations FOR UPDATE").execute(&mut *holder).await.unwrap();
-    hang_up(&app, &john, &conversation, Duration::from_millis(100)).await;
-    let mut heard =
-        crate::failures::Listener::start(&crate::support::redis_url(), &channels.user(jane.id)).await;
+    let socket = send_raw(&app, &john, &conversation).await;
+    until_waiting_for_locks(&pool, 1).await;
+    drop(socket);
+    let mut heard = Listener::start(&redis_url(), &channels.user(jane.id)).await;
     holder.rollback().await.unwrap();
     let envelope = heard.next().await;
     assert_eq!((envelope.seq, envelope.event.as_str()), (2, "message"));
@@ -278,11 +232,8 @@ async fn heads_returns_changed_heads_and_ended_logins(pool: PgPool) {
     let (john, jane, conversation) = app.pair(&pool).await;
     john.say(&conversation, "hi").await;
     let unknown = |user| KnownHead { user, head: None };
-    let request = HeadsRequest {
-        users: vec![unknown(john.id), unknown(jane.id), unknown(UserId(99))],
-        ..HeadsRequest::default()
-    };
-    let answer = app.heads(&request).await;
+    let heads = async |users| app.heads(&HeadsRequest { users, ..HeadsRequest::default() }).await;
+    let answer = heads(vec![unknown(john.id), unknown(jane.id), unknown(UserId(99))]).await;
     assert_eq!(answer.heads.len(), 3);
     let head_of = |user| answer.heads.iter().find(|head| head.user == user).unwrap().head;
     assert_eq!(head_of(UserId(99)), None);
@@ -290,7 +241,7 @@ async fn heads_returns_changed_heads_and_ended_logins(pool: PgPool) {
     assert_eq!(johns.seq, 2);
 
     let known = |head| KnownHead { user: john.id, head: Some(head) };
-    let same = app.heads(&HeadsRequest { users: vec![known(johns)], ..HeadsRequest::default() }).await;
+    let same = heads(vec![known(johns)]).await;
     assert!(same.heads.is_empty());
     assert_eq!(same.ended_logins, []);
     for other in [
@@ -299,30 +250,24 @@ async fn heads_returns_changed_heads_and_ended_logins(pool: PgPool) {
         Position { seq: u64::MAX, ..johns },
         Position { epoch: Epoch(johns.epoch.0 ^ 1), ..johns },
     ] {
-        let request = HeadsRequest { users: vec![known(other)], ..HeadsRequest::default() };
-        let answer = app.heads(&request).await;
-        assert_eq!(answer.heads[0].head, Some(johns));
+        assert_eq!(heads(vec![known(other)]).await.heads[0].head, Some(johns));
     }
 
-    let (revoked, expired) = (app.login("john").await.session(), app.login("john").await.session());
-    sqlx::query("UPDATE messenger.sessions SET revoked_at = now() WHERE id = $1")
-        .bind(revoked.0)
-        .execute(&pool)
-        .await
-        .unwrap();
-    sqlx::query("UPDATE messenger.sessions SET expires_at = now() WHERE id = $1")
-        .bind(expired.0)
-        .execute(&pool)
-        .await
-        .unwrap();
-    let of = |user, session| Login { user, session };
-    let gone = [of(john.id, revoked), of(john.id, expired), of(john.id, SessionId(999))];
-    // Both sessions are live, but swapped.
-    let of_another = [of(jane.id, john.session()), of(john.id, jane.session())];
-    let logins = [gone, [of(john.id, john.session()), of(jane.id, jane.session()), of_another[0]]].concat();
-    let logins = [logins, vec![of_another[1]]].concat();
-    let answer = app.heads(&HeadsRequest { logins, ..HeadsRequest::default() }).await;
-    let (mut reported, mut ended) = (answer.ended_logins, [&gone[..], &of_another].concat());
+    let (revoked, expired) = (app.login("john").await, app.login("john").await);
+    revoked.set_session(&pool, "revoked_at = now()").await;
+    expired.set_session(&pool, "expires_at = now()").await;
+    let of = |user: &ApiUser, session| Login { user: user.id, session };
+    let live = [of(&john, john.session()), of(&jane, jane.session())];
+    let mut ended = vec![
+        of(&john, revoked.session()),
+        of(&john, expired.session()),
+        of(&john, SessionId(999)),
+        // Both sessions are live, but swapped.
+        of(&jane, john.session()),
+        of(&john, jane.session()),
+    ];
+    let logins = [&live[..], &ended].concat();
+    let mut reported = app.heads(&HeadsRequest { logins, ..HeadsRequest::default() }).await.ended_logins;
     reported.sort();
     ended.sort();
     assert_eq!(reported, ended);
@@ -336,43 +281,26 @@ async fn ranges_returns_the_events_after_each_position(pool: PgPool) {
     for n in 0..120 {
         john.say(&conversation, &format!("m{n}")).await;
     }
-    let pair = |user, after| RangeAfter { user, after };
-    let requested = vec![
-        pair(jane.id, 119),
-        pair(UserId(99), 0),
-        pair(john.id, 0),
-        pair(jane.id, 121),
-        pair(jane.id, u64::MAX),
-        pair(jane.id, 119),
+    let head = Some(121);
+    let expected = [
+        ((jane.id, 119), (head, 2, false)),
+        ((UserId(99), 0), (None, 0, false)),
+        ((john.id, 0), (head, 100, true)),
+        ((jane.id, 121), (head, 0, false)),
+        ((jane.id, u64::MAX), (head, 0, false)),
+        ((jane.id, 119), (head, 2, false)),
     ];
-    let answer = app.ranges(requested.clone()).await;
-    assert_eq!(answer.ranges.len(), requested.len());
-    for (range, requested) in answer.ranges.iter().zip(&requested) {
-        assert_eq!((range.user, range.after), (requested.user, requested.after));
+    let answer = app.ranges(expected.map(|((user, after), _)| RangeAfter { user, after }).into()).await;
+    let found = answer.ranges.iter().map(|range| {
         for (n, event) in range.events.iter().enumerate() {
             assert_eq!(event.seq, range.after + 1 + n as u64);
             assert_eq!(event.epoch, range.head.unwrap().epoch);
         }
-    }
-    let shape: Vec<_> = answer
-        .ranges
-        .iter()
-        .map(|range| (range.head.map(|head| head.seq), range.events.len(), range.more))
-        .collect();
-    let head = Some(121);
-    assert_eq!(
-        shape,
-        [
-            (head, 2, false),
-            (None, 0, false),
-            (head, 100, true),
-            (head, 0, false),
-            (head, 0, false),
-            (head, 2, false)
-        ]
-    );
+        ((range.user, range.after), (range.head.map(|head| head.seq), range.events.len(), range.more))
+    });
+    assert_eq!(found.collect::<Vec<_>>(), expected);
     // More ranges get fewer events each: the answer is bounded.
-    let many = app.ranges(vec![pair(john.id, 0); MAX_PAIRS]).await;
+    let many = app.ranges(vec![RangeAfter { user: john.id, after: 0 }; MAX_PAIRS]).await;
     assert!(many.ranges.iter().all(|range| range.events.len() == 4 && range.more));
     app.stop().await;
 }
@@ -389,11 +317,8 @@ async fn internal_requests_are_bounded(pool: PgPool) {
         ("/internal/feed/ranges", ranges(MAX_PAIRS), ranges(MAX_PAIRS + 1)),
     ] {
         app.internal(path, &fits).expect(200).await;
-        assert_problem(
-            &app.internal(path, &too_many).expect(400).await,
-            400,
-            "More than 1000 in one request",
-        );
+        let too_many = app.internal(path, &too_many).send().await.unwrap();
+        assert_problem(&too_many, 400, "More than 1000 in one request");
         let padded = json!({ "padding": "x".repeat(600 * 1024) });
         assert_problem(&app.internal(path, &padded).expect(413).await, 413, "Body too large");
     }
@@ -409,7 +334,7 @@ async fn internal_requests_are_bounded(pool: PgPool) {
 
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
 async fn pruning_deletes_only_old_prefixes_by_count_and_age(pool: PgPool) {
-    let database = Database::new((*pool.connect_options()).clone(), 4, Counter::default());
+    let database = database(&pool, 4);
     let keep = Keep { age: Duration::from_hours(1), events: 10 };
     // (seq, age in seconds), and the events left.
     let fresh = |range: std::ops::RangeInclusive<i64>| range.map(|seq| (seq, 0)).collect::<Vec<_>>();
@@ -429,11 +354,7 @@ async fn pruning_deletes_only_old_prefixes_by_count_and_age(pool: PgPool) {
         (Vec::new(), 0..0),
     ];
     for (n, (events, _)) in cases.iter().enumerate() {
-        sqlx::query("INSERT INTO messenger.users (username) VALUES ($1)")
-            .bind(format!("u{n}"))
-            .execute(&pool)
-            .await
-            .unwrap();
+        execute(&pool, format!("INSERT INTO messenger.users (username) VALUES ('u{n}')")).await;
         let user = n as i64 + 1;
         let (seqs, ages): (Vec<i64>, Vec<i64>) = events.iter().copied().unzip();
         sqlx::query(
@@ -446,16 +367,11 @@ async fn pruning_deletes_only_old_prefixes_by_count_and_age(pool: PgPool) {
         .execute(&pool)
         .await
         .unwrap();
-        sqlx::query("UPDATE messenger.feed_heads SET head_seq = $2 WHERE user_id = $1")
-            .bind(user)
-            .bind(events.len() as i64)
-            .execute(&pool)
-            .await
-            .unwrap();
+        let head = events.len();
+        execute(&pool, format!("UPDATE messenger.feed_heads SET head_seq = {head} WHERE user_id = {user}"))
+            .await;
     }
-    let total = async || {
-        sqlx::query_scalar::<_, i64>("SELECT count(*) FROM messenger.feed").fetch_one(&pool).await.unwrap()
-    };
+    let total = || number(&pool, "SELECT count(*) FROM messenger.feed");
     let before = total().await;
     // Two replicas prune step by step.
     let walk = async || {
@@ -486,15 +402,13 @@ async fn pruning_deletes_only_old_prefixes_by_count_and_age(pool: PgPool) {
 
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
 async fn new_epoch_changes_the_epoch_of_every_feed(pool: PgPool) {
-    sqlx::query("INSERT INTO messenger.users (username) SELECT 'u' || n FROM generate_series(1, 50) AS n")
-        .execute(&pool)
-        .await
-        .unwrap();
+    execute(&pool, "INSERT INTO messenger.users (username) SELECT 'u' || n FROM generate_series(1, 50) AS n")
+        .await;
     let epochs = async || {
         sqlx::query_scalar::<_, i64>("SELECT epoch FROM messenger.feed_heads").fetch_all(&pool).await.unwrap()
     };
     let mut all = epochs().await;
-    api::maintenance::new_epoch((*pool.connect_options()).clone()).await.unwrap();
+    api::maintenance::new_epoch(options(&pool)).await.unwrap();
     all.extend(epochs().await);
     all.sort_unstable();
     all.dedup();

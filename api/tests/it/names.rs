@@ -1,15 +1,15 @@
 //! Usernames of users from providers and external issuers.
 
-use api::config::{Config, ExternalSettings};
 use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
 use chrono::Utc;
 use serde_json::{Value, json};
 use sqlx::PgPool;
-use testkit::issuer::{self, AUDIENCE, ISSUER, IssuerKey, TestIssuer};
+use testkit::issuer::{AUDIENCE, ISSUER, IssuerKey, TestIssuer};
 
 use crate::{
-    providers::{CLIENT_ID, Fake, LoginBrowser, Say, oidc_at, ours, parameter},
-    support::{App, ORIGIN, config},
+    external::start,
+    providers::{CLIENT_ID, Fake, LoginBrowser, Say, code_in, oidc_at, ours, parameter},
+    support::{App, ORIGIN},
 };
 
 /// Names that look like `john`, `José` or nothing, and their normal form.
@@ -28,10 +28,7 @@ const ALIKE: [(&str, &str); 8] = [
 async fn external_name_cannot_look_like_another(pool: PgPool) {
     let key = IssuerKey::number(0);
     let issuer = TestIssuer::start(Some(&key));
-    let settings = ExternalSettings { issuer: issuer::issuer(), jwks_url: issuer.url() };
-    let app =
-        App::start_with(Config { external: Some(settings), ..config((*pool.connect_options()).clone()) })
-            .await;
+    let app = start(&pool, &issuer).await;
     for (number, (name, shown)) in ALIKE.into_iter().enumerate() {
         let claims = json!({
             "iss": ISSUER, "aud": AUDIENCE, "sub": number.to_string(), "preferred_username": name,
@@ -52,10 +49,7 @@ async fn every_legal_form_of_an_issuer_is_accepted(pool: PgPool) {
     own.as_object_mut().unwrap().remove("kid");
     issuer
         .publish_json(json!({ "keys": [{ "kty": "RSA", "n": 5 }, { "kty": "new" }, { "use": 5 }, 7, own] }));
-    let settings = ExternalSettings { issuer: issuer::issuer(), jwks_url: issuer.url() };
-    let app =
-        App::start_with(Config { external: Some(settings), ..config((*pool.connect_options()).clone()) })
-            .await;
+    let app = start(&pool, &issuer).await;
     let now = Utc::now().timestamp() as f64;
     let claims = json!({
         "iss": ISSUER, "aud": [AUDIENCE, "another"], "sub": 42, "preferred_username": 5, "name": "Jane", "picture": {},
@@ -73,9 +67,7 @@ async fn every_legal_form_of_an_issuer_is_accepted(pool: PgPool) {
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
 async fn name_comes_from_the_id_token_if_userinfo_has_none(pool: PgPool) {
     let fake = Fake::start().await;
-    let mut settings = config((*pool.connect_options()).clone());
-    settings.providers = vec![oidc_at(&fake.url)];
-    let app = App::start_with(settings).await;
+    let app = App::with_providers(&pool, [oidc_at(&fake.url)]).await;
     fake.say("/me", Say::Json(200, json!({ "sub": "1" })));
     let mut browser = LoginBrowser::default();
     let there = browser.follow(&app, ours("/api/oauth/oidc"), |url| !url.as_str().starts_with(ORIGIN)).await;
@@ -88,9 +80,8 @@ async fn name_comes_from_the_id_token_if_userinfo_has_none(pool: PgPool) {
     let answer = json!({ "access_token": "a secret", "token_type": "Bearer", "id_token": id_token });
     fake.say("/token", Say::Json(200, answer));
     let state = parameter(&there, "state").unwrap();
-    let page = browser.get(&app, &ours(&format!("/api/oauth/oidc/callback?code=x&state={state}"))).await;
-    let page = url::Url::parse(page.header("location").unwrap()).unwrap();
-    let code = parameter(&page, "code").unwrap_or_else(|| panic!("{page}"));
+    let callback = ours(&format!("/api/oauth/oidc/callback?code=x&state={state}"));
+    let code = code_in(&browser.finish(&app, callback).await);
     let me = browser.exchange(&app, &code).await.json();
     assert_eq!(me["authUser"]["username"], "CORP\\jos\u{e9}");
     app.stop().await;

@@ -106,7 +106,7 @@ async fn origin_with_its_default_port_is_allowed(pool: PgPool) {
     let app = App::start_with(Config {
         origin: "https://Chat.example:443".parse().unwrap(),
         allowed_origins: vec!["http://Bücher.example:80/".parse().unwrap()],
-        ..config((*pool.connect_options()).clone())
+        ..config(&pool)
     })
     .await;
     let john = app.user(&pool, "john").await;
@@ -124,11 +124,7 @@ async fn cookie_of_another_program_does_not_lock_out(pool: PgPool) {
         (app.user(&pool, "john").await, app.login("john").await, app.login("john").await);
     ended.call("POST", "/api/logout").expect(204).await;
     let revoked = app.login("john").await;
-    sqlx::query("UPDATE messenger.sessions SET revoked_at = now() WHERE id = $1")
-        .bind(revoked.session().0)
-        .execute(&pool)
-        .await
-        .unwrap();
+    revoked.set_session(&pool, "revoked_at = now()").await;
     let expired = format!("messenger_session={}", expired.forge(|claims| claims.exp = claims.iat - 1));
     // Another program's, and ones of our name: of another program, expired, or of ended sessions.
     let others = ["session=eyJ", "messenger_session=eyJ", "messenger_session=", &expired, &ended.cookie];

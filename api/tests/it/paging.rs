@@ -5,19 +5,30 @@ use std::collections::HashSet;
 use serde_json::Value;
 use sqlx::PgPool;
 
-use crate::support::{ApiUser, App, text};
+use crate::support::{ApiUser, App, add_users, text};
 
 fn ids(page: &Value) -> Vec<i64> {
     page.as_array().unwrap().iter().map(|item| text(&item["id"]).parse().unwrap()).collect()
 }
 
-async fn all_conversations(user: &ApiUser) -> Vec<Value> {
-    let mut all: Vec<Value> = Vec::new();
+/// Conversations of john with 31 other users.
+async fn start_many(app: &App, pool: &PgPool) -> (ApiUser, Vec<i64>) {
+    let john = app.user(pool, "john").await;
+    let mut conversations = Vec::new();
+    for n in 0..31 {
+        let name = format!("user{n}");
+        add_users(pool, [&name]).await;
+        conversations.push(john.start(&name).await.parse().unwrap());
+    }
+    (john, conversations)
+}
+
+/// Pages until an empty one; `next` is the query after an id. Returns all ids.
+async fn all_pages(longest: usize, mut page_after: impl AsyncFnMut(Option<i64>) -> Value) -> Vec<i64> {
+    let mut all = Vec::new();
     loop {
-        let query = all.last().map(|last| format!("?before={}", text(&last["id"]))).unwrap_or_default();
-        let page = user.conversations(&query).expect(200).await.json();
-        let page = page.as_array().unwrap().clone();
-        assert!(page.len() <= 25);
+        let page = ids(&page_after(all.last().copied()).await);
+        assert!(page.len() <= longest);
         if page.is_empty() {
             return all;
         }
@@ -28,41 +39,32 @@ async fn all_conversations(user: &ApiUser) -> Vec<Value> {
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
 async fn paging_lists_each_conversation_once_newest_first(pool: PgPool) {
     let app = App::start(&pool).await;
-    let john = app.user(&pool, "john").await;
-    let mut conversations = Vec::new();
-    for n in 0..31 {
-        let name = format!("user{n}");
-        app.user(&pool, &name).await;
-        conversations.push(john.start(&name).await);
-    }
+    let (john, conversations) = start_many(&app, &pool).await;
     // A conversation without messages is not listed.
     app.user(&pool, "silent").await;
     john.start("silent").await;
     // The order of last messages is neither that of ids nor its reverse.
-    for n in 0..31 {
-        john.say(&conversations[n * 7 % 31], "first").await;
+    let order: Vec<usize> = (0..31).map(|n| n * 7 % 31).collect();
+    let again = [3, 1, 4];
+    for n in order.iter().chain(&again) {
+        john.say(&conversations[*n].to_string(), "hi").await;
     }
-    for n in [3, 1, 4] {
-        john.say(&conversations[n], "again").await;
-    }
-    let listed = all_conversations(&john).await;
-    let listed: Vec<String> = listed.iter().map(|conversation| text(&conversation["id"])).collect();
-    let mut expected: Vec<usize> = [4, 1, 3].into();
-    expected.extend((0..31).rev().map(|n| n * 7 % 31).filter(|n| ![4, 1, 3].contains(n)));
-    assert_eq!(listed, expected.into_iter().map(|n| conversations[n].clone()).collect::<Vec<_>>());
+    let listed = all_pages(25, async |last| {
+        let query = last.map(|last| format!("?before={last}")).unwrap_or_default();
+        john.conversations(&query).expect(200).await.json()
+    });
+    let earlier = order.iter().rev().filter(|n| !again.contains(n));
+    let expected: Vec<_> = again.iter().rev().chain(earlier).map(|n| conversations[*n]).collect();
+    assert_eq!(listed.await, expected);
     app.stop().await;
 }
 
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
 async fn message_during_paging_leaves_no_gap_in_the_list(pool: PgPool) {
     let app = App::start(&pool).await;
-    let john = app.user(&pool, "john").await;
-    let mut conversations = Vec::new();
-    for n in 0..31 {
-        let name = format!("user{n}");
-        app.user(&pool, &name).await;
-        conversations.push(john.start(&name).await);
-        john.say(&conversations[n], "hi").await;
+    let (john, conversations) = start_many(&app, &pool).await;
+    for conversation in conversations {
+        john.say(&conversation.to_string(), "hi").await;
     }
     let first = ids(&john.conversations("").expect(200).await.json());
     assert_eq!(first.len(), 25);
@@ -88,42 +90,32 @@ async fn paging_reads_each_message_once_in_both_directions(pool: PgPool) {
         // Ids are not consecutive within a conversation.
         john.say(&elsewhere, "x").await;
     }
-    for limit in [None, Some(1), Some(50), Some(100)] {
-        let limit_is = limit.map(|limit| format!("&limit={limit}")).unwrap_or_default();
-        let length = limit.unwrap_or(25);
-
+    for (limit, length) in [("", 25), ("&limit=1", 1), ("&limit=50", 50), ("&limit=100", 100)] {
+        let page = async |query: String| {
+            john.messages(&conversation, &format!("?markRead=false{query}{limit}")).expect(200).await.json()
+        };
         // Backwards, while new ones arrive.
-        let mut back = Vec::new();
-        let mut query = format!("?markRead=false{limit_is}");
-        loop {
-            let page = ids(&john.messages(&conversation, &query).expect(200).await.json());
-            assert!(page.len() <= length);
-            let Some(oldest) = page.last() else { break };
-            query = format!("?markRead=false&before={oldest}{limit_is}");
-            back.extend(page);
-            if back.len().is_multiple_of(3) {
+        let mut back = all_pages(length, async |last| {
+            if last.is_some_and(|last| last % 3 == 0) {
                 said.push(jane.say(&conversation, "meanwhile").await.parse().unwrap());
             }
-        }
+            page(last.map(|last| format!("&before={last}")).unwrap_or_default()).await
+        })
+        .await;
         assert!(back.is_sorted_by(|a, b| a > b), "newest first, none twice");
         back.reverse();
         assert_eq!(back, said[..back.len()], "no gap");
 
         // Forwards, until it has caught up.
-        let mut forth: Vec<i64> = Vec::new();
-        loop {
-            let after = forth.last().copied().unwrap_or(1);
-            let query = format!("?markRead=false&after={after}{limit_is}");
-            let page = ids(&john.messages(&conversation, &query).expect(200).await.json());
-            assert!(page.len() <= length);
-            if page.is_empty() {
-                break;
-            }
-            forth.extend(page);
-            if forth.len() < 120 && forth.len().is_multiple_of(5) {
+        let mut arriving = 10;
+        let forth = all_pages(length, async |last| {
+            if arriving > 0 {
+                arriving -= 1;
                 said.push(jane.say(&conversation, "meanwhile").await.parse().unwrap());
             }
-        }
+            page(format!("&after={}", last.unwrap_or(1))).await
+        })
+        .await;
         assert!(forth.is_sorted_by(|a, b| a < b), "oldest first, none twice");
         assert_eq!(forth, said[said.iter().position(|id| *id > 1).unwrap()..], "no gap");
     }
@@ -142,9 +134,7 @@ async fn mine_is_relative_to_the_reader(pool: PgPool) {
     jane.say(&conversation, "from jane").await;
     for (who, mine) in [(&john, [false, true]), (&jane, [true, false])] {
         let page = who.messages(&conversation, "").expect(200).await.json();
-        let seen: Vec<_> =
-            page.as_array().unwrap().iter().map(|message| message["mine"].as_bool().unwrap()).collect();
-        assert_eq!(seen, mine);
+        assert_eq!([&page[0]["mine"], &page[1]["mine"]], mine);
         assert!(page[0].get("conversationId").is_none());
     }
     app.stop().await;

@@ -5,8 +5,9 @@ use std::{
     process::{Command, Output, Stdio},
 };
 
-use serde_json::Value;
+use serde_json::{Value, json};
 use sqlx::PgPool;
+use tempfile::NamedTempFile;
 use testkit::{
     http::Client,
     panics,
@@ -17,7 +18,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 use crate::{
     raw,
-    support::{PEM, SECRET, redis_url},
+    support::{PEM, SECRET, add_users, channel_prefix, execute, number, options, redis_url, text},
 };
 
 pub(crate) fn command() -> Command {
@@ -33,64 +34,48 @@ pub(crate) fn run(arguments: &[&str], variables: &[(&str, &str)]) -> (bool, Stri
     (status.success(), text)
 }
 
+#[track_caller]
+pub(crate) fn assert_says(said: &str, parts: &[&str]) {
+    for part in parts {
+        assert!(said.contains(part), "{part} is missing in {said}");
+    }
+}
+
 #[test]
 fn all_configuration_problems_are_reported_together() {
-    let (success, said) = run(
-        &[],
-        &[
-            ("LISTEN", "here"),
-            ("DATABASE_URL", "mysql://me:hunter2@db/x"),
-            ("REDIS_URL", "hunter2"),
-            ("INTERNAL_SECRET", "hunter2"),
-            ("STATE_SECRET", "hunter2"),
-            ("DATABASE_POOL_SIZE", "0"),
-            ("TOKEN_LIFETIME_SECONDS", "1209601"),
-            ("ORIGIN", "https://chat.example"),
-            ("DEV_LOGIN", "true"),
-            ("FEED_KEEP_DAYS", "-1"),
-            ("LOG_FORMAT", "xml"),
-            ("GITHUB_CLIENT_SECRET", "hunter2"),
-            ("GITHUB_URL", "http://hunter2.example"),
-            ("OIDC_ISSUER", "https://hunter2.example"),
-            ("CALLBACK_TOKEN_IN_QUERY", "hunter2"),
-        ],
-    );
-    assert!(!success);
-    for name in [
-        "LISTEN",
-        "DATABASE_URL",
-        "REDIS_URL",
-        "INTERNAL_SECRET",
-        "STATE_SECRET",
-        "DATABASE_POOL_SIZE",
-        "TOKEN_LIFETIME_SECONDS",
-        "DEV_LOGIN",
-        "FEED_KEEP_DAYS",
-        "LOG_FORMAT",
-        "SIGNING_KEY_FILES is not set",
-        "GITHUB_CLIENT_ID is not set",
-        "GITHUB_URL is invalid",
-        "OIDC_CLIENT_ID is not set",
-        "OIDC_CLIENT_SECRET is not set",
-        "CALLBACK_TOKEN_IN_QUERY",
-    ] {
-        assert!(said.contains(name), "{name} is missing in {said}");
+    let invalid = [
+        ("LISTEN", "here"),
+        ("DATABASE_URL", "mysql://me:hunter2@db/x"),
+        ("REDIS_URL", "hunter2"),
+        ("INTERNAL_SECRET", "hunter2"),
+        ("STATE_SECRET", "hunter2"),
+        ("DATABASE_POOL_SIZE", "0"),
+        ("TOKEN_LIFETIME_SECONDS", "1209601"),
+        ("DEV_LOGIN", "true"),
+        ("FEED_KEEP_DAYS", "-1"),
+        ("LOG_FORMAT", "xml"),
+        ("GITHUB_URL", "http://hunter2.example"),
+        ("CALLBACK_TOKEN_IN_QUERY", "hunter2"),
+    ];
+    let incomplete = [
+        ("ORIGIN", "https://chat.example"),
+        ("GITHUB_CLIENT_SECRET", "hunter2"),
+        ("OIDC_ISSUER", "https://hunter2.example"),
+    ];
+    let (success, said) = run(&[], &[&invalid[..], &incomplete].concat());
+    assert!(!success && said.contains("16 problem(s)") && !said.contains("hunter2"), "{said}");
+    assert_says(&said, &invalid.map(|(name, _)| name));
+    for missing in ["SIGNING_KEY_FILES", "GITHUB_CLIENT_ID", "OIDC_CLIENT_ID", "OIDC_CLIENT_SECRET"] {
+        assert_says(&said, &[&format!("{missing} is not set")]);
     }
-    assert!(said.contains("16 problem(s)"), "{said}");
-    assert!(!said.contains("hunter2"), "{said}");
 }
 
 #[test]
 fn service_without_keys_or_secrets_does_not_start() {
     let (success, said) = run(&["serve"], &[]);
     assert!(!success);
-    for name in [
-        "DATABASE_URL is not set",
-        "REDIS_URL is not set",
-        "SIGNING_KEY_FILES is not set",
-        "INTERNAL_SECRET is not set",
-    ] {
-        assert!(said.contains(name), "{name} is missing in {said}");
+    for name in ["DATABASE_URL", "REDIS_URL", "SIGNING_KEY_FILES", "INTERNAL_SECRET"] {
+        assert_says(&said, &[&format!("{name} is not set")]);
     }
 }
 
@@ -126,71 +111,34 @@ fn secrets_are_read_from_files() {
         ("OTEL_EXPORTER_OTLP_HEADERS_FILE", &missing),
         ("REDIS_SENTINELS_FILE", &missing),
     ]);
-    assert!(!success);
-    for problem in [
-        "5 problem(s)",
-        "DATABASE_URL and DATABASE_URL_FILE are both set",
-        "INTERNAL_SECRET_FILE: /",
-        "OIDC_CLIENT_SECRET_FILE: /",
-        "OTEL_EXPORTER_OTLP_HEADERS_FILE: /",
-        "REDIS_SENTINELS_FILE: /",
-    ] {
-        assert!(said.contains(problem), "{problem} is missing in {said}");
+    assert!(!success && !said.contains("hunter2"), "{said}");
+    assert_says(&said, &["5 problem(s)", "DATABASE_URL and DATABASE_URL_FILE are both set"]);
+    for name in ["INTERNAL_SECRET", "OIDC_CLIENT_SECRET", "OTEL_EXPORTER_OTLP_HEADERS", "REDIS_SENTINELS"] {
+        assert_says(&said, &[&format!("{name}_FILE: /")]);
     }
-    assert!(!said.contains("hunter2"), "{said}");
 }
 
 #[test]
 fn help_names_every_variable_and_no_secret() {
-    let (success, said) = run(
-        &["--help"],
-        &[
-            ("INTERNAL_SECRET", "hunter2"),
-            ("DATABASE_URL", "hunter2"),
-            ("REDIS_URL", "hunter2"),
-            ("GITHUB_CLIENT_SECRET", "hunter2"),
-            ("OIDC_CLIENT_SECRET", "hunter2"),
-        ],
-    );
-    assert!(success);
-    for name in [
-        "LISTEN",
-        "INTERNAL_LISTEN",
-        "OPS_LISTEN",
-        "ORIGIN",
-        "DATABASE_URL",
-        "DATABASE_POOL_SIZE",
-        "REDIS_URL",
-        "CHANNEL_PREFIX",
-        "SIGNING_KEY_FILES",
-        "INTERNAL_SECRET",
-        "DEV_LOGIN",
-        "GITHUB_CLIENT_ID",
-        "GITHUB_CLIENT_SECRET",
-        "GITHUB_URL",
-        "GITHUB_API_URL",
-        "OIDC_ISSUER",
-        "OIDC_CLIENT_ID",
-        "OIDC_CLIENT_SECRET",
-        "CALLBACK_TOKEN_IN_QUERY",
-        "TOKEN_LIFETIME_SECONDS",
-        "FEED_KEEP_DAYS",
-        "FEED_KEEP_EVENTS",
-        "SHUTDOWN_WAIT_SECONDS",
-        "SHUTDOWN_GRACE_SECONDS",
-        "LOG",
-        "LOG_FORMAT",
-    ] {
-        assert!(said.contains(&format!("[env: {name}")), "{name} is missing in {said}");
+    let settings: Vec<String> = api::config::rows().into_iter().map(|setting| setting.name).collect();
+    assert!(settings.len() > 50);
+    let values: Vec<_> = settings.iter().map(|name| (name.as_str(), "hunter2")).collect();
+    let (success, said) = run(&["--help"], &values);
+    assert!(success && !said.contains("hunter2"), "{said}");
+    for name in &settings {
+        assert_says(&said, &[&format!("[env: {name}")]);
     }
-    for command in ["serve", "migrate", "new-epoch", "prune", "check-config", "healthcheck"] {
-        assert!(said.contains(command), "{command} is missing in {said}");
-    }
-    assert!(!said.contains("hunter2"), "{said}");
+    assert_says(&said, &["serve", "migrate", "new-epoch", "prune", "check-config", "healthcheck"]);
+}
+
+pub(crate) fn key_file() -> NamedTempFile {
+    let file = NamedTempFile::new().unwrap();
+    std::fs::write(&file, PEM).unwrap();
+    file
 }
 
 pub(crate) fn database_url(pool: &PgPool) -> String {
-    let options = pool.connect_options();
+    let options = options(pool);
     let base = std::env::var_os("DATABASE_URL").unwrap().into_string().unwrap();
     let (server, _) = base.rsplit_once('/').unwrap();
     format!("{server}/{}", options.get_database().unwrap())
@@ -201,10 +149,14 @@ pub(crate) struct Server {
     pub(crate) public: String,
     pub(crate) ops: String,
     log: Option<std::thread::JoinHandle<String>>,
+    _key: NamedTempFile,
 }
 
 impl Server {
-    pub(crate) async fn said(mut self) -> String {
+    /// Stops it in order; returns what it logged.
+    pub(crate) async fn stop(mut self) -> String {
+        self.process.signal(Signal::SIGTERM);
+        assert_eq!(soon("the process ends", self.process.wait()).await.code(), Some(0));
         let log = self.log.take().unwrap();
         tokio::task::spawn_blocking(|| log.join().unwrap()).await.unwrap()
     }
@@ -218,49 +170,28 @@ impl Drop for Server {
     }
 }
 
-fn serve(pool: &PgPool, keys: &std::path::Path, wait: &str) -> Server {
-    serve_with(pool, keys, wait, |_| {})
+/// With more settings.
+pub(crate) fn serve(pool: &PgPool, settings: &[(&str, &str)]) -> Server {
+    serve_from(&database_url(pool), settings)
 }
 
-pub(crate) fn serve_with(
-    pool: &PgPool,
-    keys: &std::path::Path,
-    wait: &str,
-    settings: impl FnOnce(&mut Command),
-) -> Server {
-    serve_from(&database_url(pool), keys, wait, settings)
-}
-
-pub(crate) fn serve_from(
-    url: &str,
-    keys: &std::path::Path,
-    wait: &str,
-    settings: impl FnOnce(&mut Command),
-) -> Server {
+pub(crate) fn serve_from(url: &str, settings: &[(&str, &str)]) -> Server {
     for _ in 0..2 {
         let (success, said) = run(&["migrate"], &[("DATABASE_URL", url)]);
         assert!(success, "{said}");
     }
-    let key = keys.join("key.pem");
-    std::fs::write(&key, PEM).unwrap();
+    let key = key_file();
+    let anywhere = "127.0.0.1:0";
     let mut command = command();
     command
-        .args([
-            "serve",
-            "--listen",
-            "127.0.0.1:0",
-            "--internal-listen",
-            "127.0.0.1:0",
-            "--ops-listen",
-            "127.0.0.1:0",
-        ])
-        .args(["--dev-login", "--shutdown-wait-seconds", wait, "--log-format", "json", "--log", "debug"])
+        .args(["serve", "--dev-login", "--log-format", "json", "--log", "debug"])
+        .args(["--listen", anywhere, "--internal-listen", anywhere, "--ops-listen", anywhere])
         .envs([("DATABASE_URL", url), ("REDIS_URL", &redis_url()), ("INTERNAL_SECRET", SECRET)])
-        .env("CHANNEL_PREFIX", crate::support::channel_prefix())
-        .env("SIGNING_KEY_FILES", &key)
+        .envs([("CHANNEL_PREFIX", &*channel_prefix()), ("SHUTDOWN_WAIT_SECONDS", "0")])
+        .env("SIGNING_KEY_FILES", key.path())
+        .envs(settings.iter().copied())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped());
-    settings(&mut command);
     let mut process = Process::start(&mut command).unwrap();
     panics::watch_child(process.child().stderr.take().unwrap());
     let mut lines = BufReader::new(process.child().stdout.take().unwrap()).lines();
@@ -283,31 +214,22 @@ pub(crate) fn serve_from(
         }
         said
     });
-    Server { process, public, ops, log: Some(log) }
+    Server { process, public, ops, log: Some(log), _key: key }
 }
 
 #[sqlx::test(migrations = false)]
 async fn sigterm_stops_the_service_in_order(pool: PgPool) {
-    let folder = tempfile::tempdir().unwrap();
-    let mut server = serve(&pool, folder.path(), "2");
+    let mut server = serve(&pool, &[("SHUTDOWN_WAIT_SECONDS", "2")]);
     let client = Client::default();
     let ready =
         async || client.get(format!("{}/readyz", server.ops)).send().await.map(|answer| answer.status);
     until("it is ready", || async { matches!(ready().await, Ok(200)) }).await;
-    sqlx::query("INSERT INTO messenger.users (username) VALUES ('john'), ('jane')")
-        .execute(&pool)
-        .await
-        .unwrap();
-    let login = client.post(format!("{}/api/login", server.public));
-    let token =
-        login.json(&serde_json::json!({ "username": "john" })).expect(200).await.json()["token"].clone();
-    let token = token.as_str().unwrap();
-    client
-        .post(format!("{}/api/conversations", server.public))
-        .bearer(token)
-        .json(&serde_json::json!({ "username": "jane" }))
-        .expect(201)
-        .await;
+    add_users(&pool, ["john", "jane"]).await;
+    let post = |path: &str, username: &str| {
+        client.post(format!("{}{path}", server.public)).json(&json!({ "username": username }))
+    };
+    let token = text(&post("/api/login", "john").expect(200).await.json()["token"]);
+    post("/api/conversations", "jane").bearer(&token).expect(201).await;
 
     // A request that began before the signal and outlasts the wait.
     let mut slow = raw::connect_to(&server.public).await;
@@ -323,7 +245,7 @@ async fn sigterm_stops_the_service_in_order(pool: PgPool) {
     server.process.signal(Signal::SIGTERM);
     until("it is unready", || async { matches!(ready().await, Ok(503)) }).await;
     // Still serving, while load balancers notice.
-    client.get(format!("{}/api/auth_user", server.public)).bearer(token).expect(200).await;
+    client.get(format!("{}/api/auth_user", server.public)).bearer(&token).expect(200).await;
     let address = server.public.strip_prefix("http://").unwrap();
     until("no new connections are taken", || async {
         tokio::net::TcpStream::connect(address).await.is_err()
@@ -338,8 +260,7 @@ async fn sigterm_stops_the_service_in_order(pool: PgPool) {
 
 #[sqlx::test(migrations = false)]
 async fn healthcheck_command_reports_liveness_and_readiness(pool: PgPool) {
-    let folder = tempfile::tempdir().unwrap();
-    let mut server = serve(&pool, folder.path(), "2");
+    let mut server = serve(&pool, &[("SHUTDOWN_WAIT_SECONDS", "2")]);
     let address = server.ops.trim_start_matches("http://").to_owned();
     let healthcheck = |probe| run(&["healthcheck", probe], &[("OPS_LISTEN", &address)]);
     until("it is ready", || async { healthcheck("readyz") == (true, "api: ready\n".into()) }).await;
@@ -353,8 +274,7 @@ async fn healthcheck_command_reports_liveness_and_readiness(pool: PgPool) {
 
 #[sqlx::test(migrations = false)]
 async fn unfinished_request_does_not_delay_shutdown(pool: PgPool) {
-    let folder = tempfile::tempdir().unwrap();
-    let mut server = serve(&pool, folder.path(), "0");
+    let server = serve(&pool, &[]);
     let mut idle = raw::connect_to(&server.public).await;
     idle.write_all(b"GET /.well-known/jwks.json HTTP/1.1\r\nhost: x\r\n\r\n").await.unwrap();
     let mut half = raw::connect_to(&server.public).await;
@@ -367,22 +287,18 @@ async fn unfinished_request_does_not_delay_shutdown(pool: PgPool) {
     let mut waits = [0; 25];
     soon("the service waits for the body", half.read_exact(&mut waits)).await.unwrap();
     assert_eq!(&waits, b"HTTP/1.1 100 Continue\r\n\r\n");
-    server.process.signal(Signal::SIGTERM);
-    let status = soon("the process ends", server.process.wait()).await;
-    assert_eq!(status.code(), Some(0));
+    server.stop().await;
 }
 
 #[test]
 fn check_config_validates_without_serving() {
-    let folder = tempfile::tempdir().unwrap();
-    let key = folder.path().join("key.pem");
-    std::fs::write(&key, PEM).unwrap();
+    let key = key_file();
     let good = [
         // Nothing listens there; the configuration is valid all the same.
         ("DATABASE_URL", "postgres://nobody@127.0.0.1:1/nothing"),
         ("REDIS_URL", "redis://127.0.0.1:1"),
         ("INTERNAL_SECRET", SECRET),
-        ("SIGNING_KEY_FILES", key.to_str().unwrap()),
+        ("SIGNING_KEY_FILES", key.path().to_str().unwrap()),
         ("TERMINATION_GRACE_SECONDS", "20"),
     ];
     let (success, said) = run(&["check-config"], &good);
@@ -395,51 +311,31 @@ fn check_config_validates_without_serving() {
 
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
 async fn prune_command_deletes_expired_rows(pool: PgPool) {
-    sqlx::query("INSERT INTO messenger.users (username) VALUES ('john'), ('jane')")
-        .execute(&pool)
-        .await
-        .unwrap();
-    sqlx::query(
-        "INSERT INTO messenger.feed (user_id, seq, kind, payload, created_at)
-         SELECT 1, seq, 'message', '{}', now() - interval '40 days' FROM generate_series(1, 2500) AS seq",
-    )
-    .execute(&pool)
-    .await
-    .unwrap();
-    sqlx::query("UPDATE messenger.feed_heads SET head_seq = 2500 WHERE user_id = 1")
-        .execute(&pool)
-        .await
-        .unwrap();
-    sqlx::query("INSERT INTO messenger.sessions (user_id, expires_at) VALUES (1, now() - interval '8 days'), (2, now() + interval '1 day')")
-        .execute(&pool)
-        .await
-        .unwrap();
+    add_users(&pool, ["john", "jane"]).await;
+    let rows = "
+        INSERT INTO messenger.feed (user_id, seq, kind, payload, created_at)
+        SELECT 1, seq, 'message', '{}', now() - interval '40 days' FROM generate_series(1, 2500) AS seq;
+        UPDATE messenger.feed_heads SET head_seq = 2500 WHERE user_id = 1;
+        INSERT INTO messenger.sessions (user_id, expires_at)
+        VALUES (1, now() - interval '8 days'), (2, now() + interval '1 day')";
+    execute(&pool, rows).await;
     let url = database_url(&pool);
     let (success, said) = run(&["prune"], &[("DATABASE_URL", &url), ("LOG_FORMAT", "json")]);
     assert!(success, "{said}");
     let last: Value = serde_json::from_str(said.lines().last().unwrap()).unwrap();
     assert_eq!((&last["events"], &last["sessions"]), (&2500.into(), &1.into()), "{said}");
-    let left =
-        sqlx::query_scalar::<_, i64>("SELECT count(*) FROM messenger.feed").fetch_one(&pool).await.unwrap();
-    assert_eq!(left, 0);
-    let sessions = sqlx::query_scalar::<_, i64>("SELECT user_id FROM messenger.sessions")
-        .fetch_all(&pool)
-        .await
-        .unwrap();
-    assert_eq!(sessions, [2]);
+    assert_eq!(number(&pool, "SELECT count(*) FROM messenger.feed").await, 0);
+    assert_eq!(number(&pool, "SELECT sum(user_id)::bigint FROM messenger.sessions").await, 2);
 }
 
 #[sqlx::test(migrations = false)]
 async fn log_filter_can_be_changed_while_running(pool: PgPool) {
-    let folder = tempfile::tempdir().unwrap();
-    let mut server = serve(&pool, folder.path(), "0");
+    let server = serve(&pool, &[]);
     let client = Client::default();
     let log = format!("{}/log", server.ops);
     assert_eq!(client.get(&log).expect(200).await.text(), "debug\n");
-    let change = async |directives: &str| {
-        let body = client.call("PUT", &log).body(directives.to_owned());
-        body.send().await.unwrap()
-    };
+    let change =
+        async |directives: &str| client.call("PUT", &log).body(directives.to_owned()).send().await.unwrap();
     let get = async |path: &str| client.get(format!("{}{path}", server.public)).send().await.unwrap();
     get("/seen-before").await;
     assert_eq!(change("warn").await.text(), "warn\n");
@@ -450,9 +346,7 @@ async fn log_filter_can_be_changed_while_running(pool: PgPool) {
     assert_eq!(client.get(&log).expect(200).await.text(), "warn\n", "as it was");
     assert_eq!(change("info,api=debug\n").await.status, 200);
     get("/seen-again").await;
-    server.process.signal(Signal::SIGTERM);
-    soon("the process ends", server.process.wait()).await;
-    let said = server.said().await;
+    let said = server.stop().await;
     for (text, is_there) in [("/seen-before", true), ("/not-seen", false), ("/seen-again", true)] {
         assert_eq!(said.contains(text), is_there, "{text} in {said}");
     }

@@ -8,7 +8,7 @@ use std::{
     time::Duration,
 };
 
-use api::config::{ProviderSettings, ClientRegistration};
+use api::config::{ClientRegistration, ProviderSettings};
 use serde_json::{Value, json};
 use testkit::{
     http::{Answer, Client},
@@ -27,6 +27,7 @@ use url::{Url, form_urlencoded};
 
 use crate::support::ORIGIN;
 
+pub(crate) const DISCOVERY: &str = "/.well-known/openid-configuration";
 pub(crate) const CLIENT_ID: &str = "messenger";
 pub(crate) const CLIENT_SECRET: &str = "the-client-secret-of-these-tests";
 
@@ -57,8 +58,8 @@ impl Providers {
         Self { oidc: address("oidc"), github: address("github"), client: Client::default(), _server: server }
     }
 
-    pub(crate) fn both(&self) -> Vec<ProviderSettings> {
-        vec![github_at(&self.github), oidc_at(&self.oidc)]
+    pub(crate) fn both(&self) -> [ProviderSettings; 2] {
+        [github_at(&self.github), oidc_at(&self.oidc)]
     }
 
     /// Name and picture of the account `id`, at both.
@@ -85,20 +86,14 @@ impl Providers {
 #[derive(Default)]
 pub(crate) struct LoginBrowser {
     client: Client,
-    cookies: HashMap<String, Vec<Kept>>,
-}
-
-struct Kept {
-    name: String,
-    value: String,
-    path: String,
+    cookies: HashMap<String, Vec<SetCookie>>,
 }
 
 /// One of the same name keeps its place, as its age (RFC 6265, 5.3).
-fn keep(jar: &mut Vec<Kept>, kept: Kept) {
-    match jar.iter_mut().find(|other| other.name == kept.name) {
-        Some(other) => *other = kept,
-        None => jar.push(kept),
+fn keep(jar: &mut Vec<SetCookie>, cookie: SetCookie) {
+    match jar.iter_mut().find(|other| other.name == cookie.name) {
+        Some(other) => *other = cookie,
+        None => jar.push(cookie),
     }
 }
 
@@ -129,7 +124,7 @@ impl LoginBrowser {
             if cookie.max_age == Some(0) || cookie.value.is_empty() {
                 jar.retain(|kept| kept.name != cookie.name);
             } else {
-                keep(jar, Kept { name: cookie.name, value: cookie.value, path: cookie.path });
+                keep(jar, cookie);
             }
         }
         answer
@@ -161,9 +156,20 @@ impl LoginBrowser {
         self.follow(app, authorize, |url| url.as_str().starts_with(ORIGIN)).await
     }
 
+    /// From our callback to our page.
+    pub(crate) async fn finish(&mut self, app: &impl AsRef<str>, callback: Url) -> Url {
+        self.follow(app, callback, is_page).await
+    }
+
     pub(crate) async fn sign_in(&mut self, app: &impl AsRef<str>, provider: &str, account: &str) -> Url {
         let callback = self.come_back(app, provider, account).await;
-        self.follow(app, callback, is_page).await
+        self.finish(app, callback).await
+    }
+
+    /// At the fake provider, with a code that is valid or not.
+    pub(crate) async fn sign_in_at_fake(&mut self, app: &impl AsRef<str>, provider: &str) -> Url {
+        let callback = begin(app, provider, self).await;
+        self.finish(app, callback).await
     }
 
     pub(crate) async fn exchange(&mut self, app: &impl AsRef<str>, code: &str) -> Answer {
@@ -183,8 +189,12 @@ impl LoginBrowser {
 
     pub(crate) fn set_cookie(&mut self, name: &str, value: &str) {
         let jar = self.cookies.entry(ORIGIN.into()).or_default();
-        keep(jar, Kept { name: name.into(), value: value.into(), path: "/".into() });
+        keep(jar, SetCookie::parse(&format!("{name}={value}")));
     }
+}
+
+pub(crate) fn code_in(page: &Url) -> String {
+    parameter(page, "code").unwrap_or_else(|| panic!("{page}"))
 }
 
 pub(crate) fn ours(path: &str) -> Url {
@@ -209,26 +219,30 @@ pub(crate) fn with_parameter(url: &Url, name: &str, value: Option<&str>) -> Url 
 pub(crate) struct SetCookie {
     pub(crate) name: String,
     pub(crate) value: String,
-    pub(crate) path: String,
-    pub(crate) max_age: Option<i64>,
+    path: String,
+    max_age: Option<i64>,
     pub(crate) text: String,
 }
 
-pub(crate) fn set_cookies(answer: &Answer) -> Vec<SetCookie> {
-    let parse = |text: &str| {
+impl SetCookie {
+    fn parse(text: &str) -> Self {
         let mut parts = text.split("; ");
         let (name, value) = parts.next().unwrap().split_once('=').unwrap();
         let attributes: HashMap<String, &str> =
             parts.filter_map(|part| part.split_once('=')).map(|(k, v)| (k.to_lowercase(), v)).collect();
-        SetCookie {
+        Self {
             name: name.into(),
             value: value.into(),
             path: attributes.get("path").unwrap_or(&"/").to_string(),
             max_age: attributes.get("max-age").map(|age| age.parse().unwrap()),
             text: text.into(),
         }
-    };
-    answer.headers.get_all("set-cookie").iter().map(|value| parse(value.to_str().unwrap())).collect()
+    }
+}
+
+pub(crate) fn set_cookies(answer: &Answer) -> Vec<SetCookie> {
+    let values = answer.headers.get_all("set-cookie").iter();
+    values.map(|value| SetCookie::parse(value.to_str().unwrap())).collect()
 }
 
 #[derive(Clone)]
@@ -244,9 +258,15 @@ pub(crate) enum Say {
 
 pub(crate) struct Fake {
     pub(crate) url: String,
-    says: Arc<Mutex<HashMap<String, Say>>>,
-    requests: Arc<Mutex<Vec<String>>>,
+    said: Arc<Mutex<Said>>,
     task: JoinHandle<()>,
+}
+
+/// Its answers by path, and the paths that were requested.
+#[derive(Default)]
+struct Said {
+    answers: HashMap<String, Say>,
+    requests: Vec<String>,
 }
 
 impl Drop for Fake {
@@ -286,40 +306,32 @@ impl Fake {
     {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let url = format!("{scheme}://{}", listener.local_addr().unwrap());
-        let says: Arc<Mutex<HashMap<String, Say>>> = Arc::default();
-        let requests: Arc<Mutex<Vec<String>>> = Arc::default();
+        let said: Arc<Mutex<Said>> = Arc::default();
         let task = tokio::spawn({
-            let (says, requests) = (says.clone(), requests.clone());
+            let said = said.clone();
             async move {
                 while let Ok((socket, _)) = listener.accept().await {
-                    let (accept, says, requests) = (accept.clone(), says.clone(), requests.clone());
+                    let (accept, said) = (accept.clone(), said.clone());
                     tokio::spawn(async move {
                         if let Some(socket) = accept(socket).await {
-                            answer(socket, says, requests).await;
+                            answer(socket, &said).await;
                         }
                     });
                 }
             }
         });
-        let fake = Self { url, says, requests, task };
+        let fake = Self { url, said, task };
         fake.is_well();
         fake
     }
 
     pub(crate) fn say(&self, path: &str, say: Say) {
-        self.says.lock().unwrap().insert(path.into(), say);
+        self.said.lock().unwrap().answers.insert(path.into(), say);
     }
 
     /// Every answer is valid; every login is account 1, `sam`.
     pub(crate) fn is_well(&self) {
-        let at = |path: &str| format!("{}{path}", self.url);
-        let discovery = json!({
-            "issuer": self.url,
-            "authorization_endpoint": at("/auth"),
-            "token_endpoint": at("/token"),
-            "userinfo_endpoint": at("/me"),
-        });
-        self.say("/.well-known/openid-configuration", Say::Json(200, discovery));
+        self.say(DISCOVERY, Say::Json(200, self.discovery()));
         let token = Say::Json(200, json!({ "access_token": "a secret", "token_type": "Bearer" }));
         self.say("/token", token.clone());
         self.say("/login/oauth/access_token", token);
@@ -327,19 +339,27 @@ impl Fake {
         self.say("/user", Say::Json(200, json!({ "id": 1, "login": "sam", "avatar_url": null })));
     }
 
+    pub(crate) fn discovery(&self) -> Value {
+        let at = |path: &str| format!("{}{path}", self.url);
+        json!({
+            "issuer": self.url,
+            "authorization_endpoint": at("/auth"),
+            "token_endpoint": at("/token"),
+            "userinfo_endpoint": at("/me"),
+        })
+    }
+
     pub(crate) fn forget(&self) {
-        self.requests.lock().unwrap().clear();
+        self.said.lock().unwrap().requests.clear();
     }
 
     pub(crate) fn requests(&self, path: &str) -> usize {
-        self.requests.lock().unwrap().iter().filter(|requested| *requested == path).count()
+        self.said.lock().unwrap().requests.iter().filter(|requested| *requested == path).count()
     }
 
-    /// Begins a login and returns to our callback with a code, valid or not.
+    /// In a browser of its own.
     pub(crate) async fn sign_in(&self, app: &impl AsRef<str>, provider: &str) -> Url {
-        let mut browser = LoginBrowser::default();
-        let callback = begin(app, provider, &mut browser).await;
-        browser.follow(app, callback, is_page).await
+        LoginBrowser::default().sign_in_at_fake(app, provider).await
     }
 }
 
@@ -358,11 +378,7 @@ pub(crate) async fn begin(app: &impl AsRef<str>, provider: &str, browser: &mut L
     ours(&format!("/api/oauth/{provider}/callback?{query}"))
 }
 
-async fn answer(
-    mut socket: impl AsyncRead + AsyncWrite + Unpin,
-    says: Arc<Mutex<HashMap<String, Say>>>,
-    requests: Arc<Mutex<Vec<String>>>,
-) {
+async fn answer(mut socket: impl AsyncRead + AsyncWrite + Unpin, said: &Mutex<Said>) {
     let mut request = Vec::new();
     // Bodies are small and arrive with their heads.
     while !request.windows(4).any(|four| four == b"\r\n\r\n") {
@@ -373,8 +389,11 @@ async fn answer(
     }
     let head = String::from_utf8_lossy(&request).into_owned();
     let path = head.split(' ').nth(1).unwrap_or_default().to_owned();
-    requests.lock().unwrap().push(path.clone());
-    let say = says.lock().unwrap().get(&path).cloned();
+    let say = {
+        let mut said = said.lock().unwrap();
+        said.requests.push(path.clone());
+        said.answers.get(&path).cloned()
+    };
     let (status, headers, body) = match say {
         Some(Say::Json(status, value)) => {
             (status, "content-type: application/json".to_owned(), value.to_string().into_bytes())

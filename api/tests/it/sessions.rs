@@ -3,14 +3,12 @@
 use std::time::Duration;
 
 use api::{
-    config::{Config, Lifetimes},
+    config::Lifetimes,
     last_used::{COARSE, LastUsed},
     pruner::prune_sessions_after,
-    store::Database,
 };
 use chrono::{DateTime, Utc};
 use futures_util::future::join_all;
-use prometheus_client::metrics::counter::Counter;
 use protocol::{
     claims::{Audience, Claims},
     event::Revoked,
@@ -23,7 +21,10 @@ use testkit::http::Answer;
 
 use crate::{
     failures::{Listener, with_redis},
-    support::{ApiUser, App, ORIGIN, assert_common_headers, assert_problem, config, keys, redis_url, text},
+    support::{
+        ApiUser, App, ORIGIN, ROUTES, add_users, assert_common_headers, assert_problem, database, execute,
+        keys, number, redis_url, text,
+    },
 };
 
 /// Pairs of id and device, and the index of the current session.
@@ -60,28 +61,18 @@ async fn sessions_are_listed_by_last_use(pool: PgPool) {
     let app = App::start(&pool).await;
     app.user(&pool, "jane").await;
     app.user(&pool, "john").await;
-    let login = async |user_agent: &[u8]| {
+    let login = async |user_agent: &str| {
         let call = app.post("/api/login").json(&json!({ "username": "john" }));
-        let call = match std::str::from_utf8(user_agent) {
-            Ok("") | Err(_) => call,
-            Ok(text) => call.header("user-agent", text),
-        };
-        text(&call.expect(200).await.json()["token"])
+        text(&call.header("user-agent", user_agent).expect(200).await.json()["token"])
     };
-    let firefox = login(b"Mozilla/5.0 (X11; Linux x86_64; rv:140.0) Gecko/20100101 Firefox/140.0").await;
-    login(b"<script>alert(1)</script>").await;
+    let firefox = login("Mozilla/5.0 (X11; Linux x86_64; rv:140.0) Gecko/20100101 Firefox/140.0").await;
+    login("<script>alert(1)</script>").await;
     let phone = app.login("john").await;
     let expired = app.login("john").await;
     let revoked = app.login("john").await;
-    for (session, change) in [
-        (&expired, "expires_at = now()"),
-        (&revoked, "revoked_at = now()"),
-        (&phone, "last_used_at = now() + interval '1 s', device = ''"),
-    ] {
-        let update =
-            sqlx::AssertSqlSafe(format!("UPDATE messenger.sessions SET {change} WHERE id = {}", id(session)));
-        sqlx::query(update).execute(&pool).await.unwrap();
-    }
+    expired.set_session(&pool, "expires_at = now()").await;
+    revoked.set_session(&pool, "revoked_at = now()").await;
+    phone.set_session(&pool, "last_used_at = now() + interval '1 s', device = ''").await;
     let (list, current) = listed(&phone).await;
     let devices: Vec<_> = list.iter().map(|(_, device)| device.as_str()).collect();
     // The last is the session that `app.user` began.
@@ -146,11 +137,7 @@ async fn only_live_sessions_of_the_caller_can_be_ended(pool: PgPool) {
     let (john, jane) = (app.user(&pool, "john").await, app.user(&pool, "jane").await);
     let (gone, expired) = (app.login("john").await, app.login("john").await);
     john.call("DELETE", &format!("/api/sessions/{}", id(&gone))).expect(204).await;
-    sqlx::query("UPDATE messenger.sessions SET expires_at = now() WHERE id = $1")
-        .bind(expired.session().0)
-        .execute(&pool)
-        .await
-        .unwrap();
+    expired.set_session(&pool, "expires_at = now()").await;
     for other in [id(&jane), id(&gone), id(&expired), "999".into(), "0".into(), "no-id".into()] {
         let answer = john.call("DELETE", &format!("/api/sessions/{other}")).send().await.unwrap();
         assert_problem(&answer, 404, "Not found");
@@ -217,11 +204,9 @@ async fn last_used(pool: &PgPool, user: &ApiUser) -> DateTime<Utc> {
 }
 
 async fn age(pool: &PgPool, by: Duration) {
-    sqlx::query("UPDATE messenger.sessions SET last_used_at = now() - make_interval(secs => $1)")
-        .bind(by.as_secs_f64())
-        .execute(pool)
-        .await
-        .unwrap();
+    let seconds = by.as_secs();
+    execute(pool, format!("UPDATE messenger.sessions SET last_used_at = now() - interval '{seconds} s'"))
+        .await;
 }
 
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
@@ -232,33 +217,12 @@ async fn token_with_another_users_session_is_rejected(pool: PgPool) {
     age(&pool, COARSE + Duration::from_secs(1)).await;
     let before = last_used(&pool, &jane).await;
     // A valid signature over john's id and jane's live session.
-    let token = john.forge(|claims| claims.sid = Some(jane.session()));
-    let of_conversation = |path: &str| format!("/api/conversations/{conversation}{path}");
-    let none = json!({});
-    for (method, path, body) in [
-        ("GET", "/api/auth_user".to_owned(), &none),
-        ("POST", "/api/refresh_token".into(), &none),
-        ("POST", "/api/stream_token".into(), &none),
-        ("POST", "/api/logout".into(), &none),
-        ("GET", "/api/sessions".into(), &none),
-        ("DELETE", "/api/sessions".into(), &none),
-        ("DELETE", format!("/api/sessions/{}", jane.session()), &none),
-        ("PUT", format!("/api/blocks/{}", jane.id), &none),
-        ("DELETE", format!("/api/blocks/{}", jane.id), &none),
-        ("GET", "/api/usernames?search=j".into(), &none),
-        ("GET", "/api/conversations".into(), &none),
-        ("POST", "/api/conversations".into(), &json!({ "username": "jane" })),
-        ("GET", of_conversation(""), &none),
-        ("GET", of_conversation("/other_participant"), &none),
-        ("GET", of_conversation("/messages"), &none),
-        ("POST", of_conversation("/messages"), &json!({ "content": "hi" })),
-        ("POST", of_conversation("/read_messages"), &none),
-    ] {
-        let call = app.call(method, &path).bearer(&token);
-        let call = if *body == none { call } else { call.json(body) };
-        let answer = call.send().await.unwrap();
-        assert_eq!(answer.status, 401, "{method} {path}: {}", answer.text());
+    let impostor = john.bearing(john.forge(|claims| claims.sid = Some(jane.session())));
+    for route in ROUTES {
+        let answer = impostor.call_route(route, &conversation, &jane).send().await.unwrap();
+        assert_eq!(answer.status, 401, "{route}: {}", answer.text());
     }
+    impostor.post_message(&conversation, "hi").expect(401).await;
     john.auth_user().expect(200).await;
     app.stop().await;
     assert_eq!(last_used(&pool, &jane).await, before, "another's token is no use of a session");
@@ -296,7 +260,7 @@ async fn last_use_moves_coarsely_and_for_live_sessions_only(pool: PgPool) {
     let (john, gone) = (app.user(&pool, "john").await, app.login("john").await);
     let jane = app.user(&pool, "jane").await;
     gone.call("POST", "/api/logout").expect(204).await;
-    let database = Database::new((*pool.connect_options()).clone(), 1, Counter::default());
+    let database = database(&pool, 1);
     let moved = async || {
         let used = LastUsed::default();
         used.note(login(&john));
@@ -321,18 +285,13 @@ async fn last_use_moves_coarsely_and_for_live_sessions_only(pool: PgPool) {
 
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
 async fn old_ended_sessions_are_deleted_in_steps(pool: PgPool) {
-    sqlx::query("INSERT INTO messenger.users (username) VALUES ('john')").execute(&pool).await.unwrap();
-    sqlx::query(
-        "INSERT INTO messenger.sessions (user_id, expires_at, revoked_at)
+    add_users(&pool, ["john"]).await;
+    execute(&pool, "INSERT INTO messenger.sessions (user_id, expires_at, revoked_at)
          SELECT 1,
                 now() + CASE n % 5 WHEN 0 THEN interval '-8 d' WHEN 1 THEN interval '-6 d' ELSE interval '1 d' END,
                 now() + CASE n % 5 WHEN 2 THEN interval '-8 d' WHEN 3 THEN interval '-6 d' END
-         FROM generate_series(1, 2500) AS n",
-    )
-    .execute(&pool)
-    .await
-    .unwrap();
-    let database = Database::new((*pool.connect_options()).clone(), 1, Counter::default());
+         FROM generate_series(1, 2500) AS n").await;
+    let database = database(&pool, 1);
     for round in [vec![400, 400, 200, 0], vec![0, 0, 0]] {
         let (mut after, mut deleted) = (Some(SessionId(0)), Vec::new());
         while let Some(place) = after {
@@ -342,8 +301,7 @@ async fn old_ended_sessions_are_deleted_in_steps(pool: PgPool) {
         }
         assert_eq!(deleted, round);
     }
-    let left: i64 =
-        sqlx::query_scalar("SELECT count(*) FROM messenger.sessions").fetch_one(&pool).await.unwrap();
+    let left = number(&pool, "SELECT count(*) FROM messenger.sessions").await;
     assert_eq!(left, 1_500);
     database.close().await;
 }
@@ -360,42 +318,32 @@ fn stream_claims(answer: &Answer) -> Claims {
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
 async fn stream_token_is_for_streams_and_ends_with_its_session(pool: PgPool) {
     let lifetimes = Lifetimes { session: Duration::from_hours(1), stream_token: Duration::from_mins(2) };
-    let app = App::start_with(Config { lifetimes, ..config((*pool.connect_options()).clone()) }).await;
+    let app = App::with(&pool, |config| config.lifetimes = lifetimes).await;
     let john = app.user(&pool, "john").await;
     let answer = john.call("POST", "/api/stream_token").expect(200).await;
     assert_common_headers(&answer);
     assert_eq!(answer.header("set-cookie"), None);
     let claims = stream_claims(&answer);
     assert_eq!((claims.sub, claims.sid), (john.id, Some(john.session())));
-    assert!((118..=120).contains(&(claims.exp - Utc::now().timestamp())));
-    let session_ends: DateTime<Utc> =
-        sqlx::query_scalar("SELECT expires_at FROM messenger.sessions").fetch_one(&pool).await.unwrap();
-    assert_eq!(claims.session_exp, Some(session_ends.timestamp()));
+    assert_eq!(claims.exp - claims.iat, 120);
+    let session_ends = async || {
+        number(&pool, "SELECT floor(extract(epoch FROM expires_at))::bigint FROM messenger.sessions").await
+    };
+    assert_eq!(claims.session_exp, Some(session_ends().await));
 
     // REST does not accept it, not even for a new one.
     let token = text(&answer.json()["token"]);
-    for (method, path) in [
-        ("GET", "/api/auth_user"),
-        ("GET", "/api/sessions"),
-        ("POST", "/api/stream_token"),
-        ("POST", "/api/refresh_token"),
-        ("POST", "/api/logout"),
-    ] {
-        for (name, value) in
-            [("authorization", format!("Bearer {token}")), ("cookie", format!("messenger_session={token}"))]
-        {
-            let answer = app.call(method, path).header(name, &value).header("origin", ORIGIN).send().await;
-            assert_problem(&answer.unwrap(), 401, "Unauthorized");
-        }
+    let stream_token = john.bearing(token.clone());
+    for route in ROUTES {
+        assert_eq!(stream_token.call_route(route, "1", &john).send().await.unwrap().status, 401, "{route}");
     }
+    let cookie = format!("messenger_session={token}");
+    let by_cookie = app.post("/api/stream_token").header("cookie", &cookie).header("origin", ORIGIN);
+    assert_problem(&by_cookie.send().await.unwrap(), 401, "Unauthorized");
 
-    sqlx::query("UPDATE messenger.sessions SET expires_at = now() + interval '30 s'")
-        .execute(&pool)
-        .await
-        .unwrap();
+    execute(&pool, "UPDATE messenger.sessions SET expires_at = now() + interval '30 s'").await;
     let claims = stream_claims(&john.call("POST", "/api/stream_token").expect(200).await);
-    assert!((28..=30).contains(&(claims.exp - Utc::now().timestamp())));
-    assert_eq!(claims.session_exp, Some(claims.exp));
+    assert_eq!((claims.session_exp, claims.exp), (Some(session_ends().await), session_ends().await));
     john.call("POST", "/api/logout").expect(204).await;
     let refused = john.call("POST", "/api/stream_token").send().await.unwrap();
     assert_problem(&refused, 401, "Unauthorized");

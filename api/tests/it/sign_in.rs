@@ -3,41 +3,52 @@
 use std::time::Duration;
 
 use api::{
-    config::Config,
+    config::ProviderSettings,
     domain::user::Profile,
     oauth::attempt::{Attempt, Seal},
     pruner,
-    store::{Database, identities},
+    store::identities,
 };
 use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
 use futures_util::future::join_all;
-use prometheus_client::metrics::counter::Counter;
 use protocol::claims::Audience;
 use serde_json::{Value, json};
 use service_kit::secrets::Secrets;
 use sqlx::PgPool;
-use testkit::{http::Answer, process::Signal, soon, until};
+use testkit::{http::Answer, ports::free_port, until};
 use tokio::io::AsyncWriteExt;
 
 use crate::{
     failures::metric,
-    process::serve_with,
+    process::serve,
     providers::{
-        CLIENT_SECRET, Fake, LoginBrowser, Providers, Say, begin, github_at, oidc_at, ours, parameter,
-        set_cookies, with_parameter,
+        CLIENT_SECRET, DISCOVERY, Fake, LoginBrowser, Providers, Say, begin, code_in, github_at, oidc_at,
+        ours, parameter, set_cookies, with_parameter,
     },
     raw,
-    support::{App, ORIGIN, SECRET, assert_common_headers, assert_problem, config, keys, text},
+    support::{
+        App, ORIGIN, SECRET, add_users, assert_common_headers, assert_problem, database, execute, keys,
+        number, text, until_waiting_for_locks,
+    },
 };
 
-fn config_with(pool: &PgPool, change: impl FnOnce(&mut Config)) -> Config {
-    let mut config = config((*pool.connect_options()).clone());
-    change(&mut config);
-    config
+fn seal() -> Seal {
+    Seal::new(&Secrets::parse(SECRET).unwrap())
 }
 
-async fn count(pool: &PgPool, sql: &'static str) -> i64 {
-    sqlx::query_scalar(sql).fetch_one(pool).await.unwrap()
+/// A login that began with a changed attempt; returns the page where it ends.
+async fn finish_with_attempt(app: &App, provider: &str, change: impl FnOnce(&mut Attempt)) -> url::Url {
+    let mut browser = LoginBrowser::default();
+    let callback = browser.come_back(app, provider, "1").await;
+    let (name, sealed) = browser.cookie("login_").unwrap();
+    let mut attempt = seal().open(&sealed).unwrap();
+    change(&mut attempt);
+    browser.set_cookie(&name, &seal().seal(&attempt));
+    browser.finish(app, callback).await
+}
+
+async fn count(pool: &PgPool, table: &str) -> i64 {
+    number(pool, format!("SELECT count(*) FROM messenger.{table}")).await
 }
 
 async fn sign_ins(app: &App, provider: &str, outcome: &str) -> u64 {
@@ -65,18 +76,19 @@ async fn assert_logged_in(app: &App, answer: &Answer, username: &str) -> Value {
     body["authUser"].clone()
 }
 
-/// Follows to the page; returns its code.
-async fn code_of(browser: &mut LoginBrowser, app: &App, provider: &str, account: &str) -> String {
-    let page = browser.sign_in(app, provider, account).await;
-    parameter(&page, "code").unwrap_or_else(|| panic!("{page}"))
+/// Logs in at a real provider.
+async fn log_in(app: &App, provider: &str, account: &str, username: &str) -> Value {
+    let mut browser = LoginBrowser::default();
+    let code = code_in(&browser.sign_in(app, provider, account).await);
+    assert_logged_in(app, &browser.exchange(app, &code).await, username).await
 }
 
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
 async fn login_at_a_real_provider_finds_the_same_user_again(pool: PgPool) {
     let providers = Providers::start();
-    let app = App::start_with(config_with(&pool, |config| config.providers = providers.both())).await;
-    let options = app.call("GET", "/api/login_options").expect(200).await.json();
-    assert_eq!(options["providers"], serde_json::json!(["github", "oidc"]));
+    let app = App::with_providers(&pool, providers.both()).await;
+    let options = app.get("/api/login_options").expect(200).await.json();
+    assert_eq!(options["providers"], json!(["github", "oidc"]));
     for (provider, issuer, account) in
         [("github", &providers.github, "583231"), ("oidc", &providers.oidc, "77")]
     {
@@ -109,7 +121,7 @@ async fn login_at_a_real_provider_finds_the_same_user_again(pool: PgPool) {
         assert_eq!(answer.status, 307);
         assert_common_headers(&answer);
         let page = url::Url::parse(answer.header("location").unwrap()).unwrap();
-        let code = parameter(&page, "code").unwrap();
+        let code = code_in(&page);
         assert_eq!(page.as_str(), format!("{ORIGIN}/callback?code={code}"));
         let cookies = set_cookies(&answer);
         let texts: Vec<_> = cookies.iter().map(|cookie| cookie.text.as_str()).collect();
@@ -118,48 +130,35 @@ async fn login_at_a_real_provider_finds_the_same_user_again(pool: PgPool) {
         assert!(texts[0].ends_with("; Path=/; Max-Age=60; HttpOnly; SameSite=Lax"));
         assert_eq!(texts[1], format!("{attempt}=; Path=/; Max-Age=0; HttpOnly; SameSite=Lax"));
         // The table has neither half.
-        let kept: (Vec<u8>, Vec<u8>) =
-            sqlx::query_as("SELECT code_hash, binding_hash FROM messenger.login_codes")
-                .fetch_one(&pool)
-                .await
-                .unwrap();
+        let hashes = "SELECT unnest(ARRAY[code_hash, binding_hash]) FROM messenger.login_codes";
+        let kept: Vec<Vec<u8>> = sqlx::query_scalar(hashes).fetch_all(&pool).await.unwrap();
         for half in [&code, &cookies[0].value] {
             let half = URL_SAFE_NO_PAD.decode(half).unwrap();
-            assert!(half.len() == 32 && half != kept.0 && half != kept.1);
+            assert!(half.len() == 32 && kept.len() == 2 && !kept.contains(&half));
         }
 
         let answer = browser.exchange(&app, &code).await;
         let me = assert_logged_in(&app, &answer, &name).await;
         assert_eq!(me["avatarURL"], "https://a.example/1");
         assert_eq!(browser.cookie("code_"), None, "it is cleared");
-        assert_eq!(count(&pool, "SELECT count(*) FROM messenger.login_codes").await, 0);
+        assert_eq!(count(&pool, "login_codes").await, 0);
 
         // Later, with another name and picture at the provider.
         providers.account(account, "renamed", "https://a.example/2").await;
-        let mut phone = LoginBrowser::default();
-        let code = code_of(&mut phone, &app, provider, account).await;
-        let answer = phone.exchange(&app, &code).await;
-        let again = assert_logged_in(&app, &answer, &name).await;
+        let again = log_in(&app, provider, account, &name).await;
         assert_eq!(again["id"], me["id"]);
         assert_eq!(again["avatarURL"], "https://a.example/2");
 
-        let found: String = sqlx::query_scalar(
-            "SELECT issuer FROM messenger.identities WHERE subject = $1 AND user_id::text = $2",
-        )
-        .bind(account)
-        .bind(text(&me["id"]))
-        .fetch_one(&pool)
-        .await
-        .unwrap();
-        assert_eq!(&found, issuer);
+        let id = text(&me["id"]);
+        let identity =
+            format!("identities WHERE (issuer, subject, user_id) = ('{issuer}', '{account}', {id})");
+        assert_eq!(count(&pool, &identity).await, 1);
         assert_eq!(sign_ins(&app, provider, "started").await, 3);
         assert_eq!(sign_ins(&app, provider, "succeeded").await, 2);
     }
     // The same answer in the form of the other provider.
     providers.answer_by_forms().await;
-    let mut browser = LoginBrowser::default();
-    let code = code_of(&mut browser, &app, "github", "583231").await;
-    assert_logged_in(&app, &browser.exchange(&app, &code).await, "octo-github").await;
+    log_in(&app, "github", "583231", "octo-github").await;
     app.stop().await;
 }
 
@@ -167,16 +166,14 @@ async fn login_at_a_real_provider_finds_the_same_user_again(pool: PgPool) {
 async fn refusal_of_a_real_provider_is_shown_on_the_page(pool: PgPool) {
     let providers = Providers::start();
     providers.account("1", "sam", "https://a.example/1").await;
-    let app = App::start_with(config_with(&pool, |config| config.providers = providers.both())).await;
-    let impostor = App::start_with(config_with(&pool, |config| {
-        config.providers = providers.both();
-        for provider in &mut config.providers {
-            let (api::config::ProviderSettings::GitHub { registration, .. }
-            | api::config::ProviderSettings::Oidc { registration, .. }) = provider;
-            registration.client_secret = "another-secret".into();
-        }
-    }))
-    .await;
+    let app = App::with_providers(&pool, providers.both()).await;
+    let mut with_another_secret = providers.both();
+    for provider in &mut with_another_secret {
+        let (ProviderSettings::GitHub { registration, .. } | ProviderSettings::Oidc { registration, .. }) =
+            provider;
+        registration.client_secret = "another-secret".into();
+    }
+    let impostor = App::with_providers(&pool, with_another_secret).await;
     let error = |page: &url::Url| {
         assert_eq!(parameter(page, "code"), None, "{page}");
         parameter(page, "error").unwrap()
@@ -190,21 +187,12 @@ async fn refusal_of_a_real_provider_is_shown_on_the_page(pool: PgPool) {
         let mut browser = LoginBrowser::default();
         let callback = browser.come_back(&app, provider, "1").await;
         let (name, sealed) = browser.cookie("login_").unwrap();
-        let page = browser.follow(&app, callback.clone(), |_| false).await;
-        assert!(parameter(&page, "code").is_some());
+        code_in(&browser.finish(&app, callback.clone()).await);
         browser.set_cookie(&name, &sealed);
-        let page = browser.follow(&app, callback, |_| false).await;
-        assert_eq!(error(&page), "provider_error");
+        assert_eq!(error(&browser.finish(&app, callback).await), "provider_error");
 
         // A stolen code of another browser, with another verifier.
-        let mut browser = LoginBrowser::default();
-        let callback = browser.come_back(&app, provider, "1").await;
-        let seal = Seal::new(&Secrets::parse(SECRET).unwrap());
-        let (name, sealed) = browser.cookie("login_").unwrap();
-        let mut attempt = seal.open(&sealed).unwrap();
-        attempt.verifier = "x".repeat(43);
-        browser.set_cookie(&name, &seal.seal(&attempt));
-        let page = browser.follow(&app, callback, |_| false).await;
+        let page = finish_with_attempt(&app, provider, |attempt| attempt.verifier = "x".repeat(43)).await;
         assert_eq!(error(&page), "provider_error");
 
         // The wrong client secret.
@@ -214,14 +202,8 @@ async fn refusal_of_a_real_provider_is_shown_on_the_page(pool: PgPool) {
         assert_eq!(sign_ins(&app, provider, "provider_error").await, 2);
     }
     // An id token of another attempt.
-    let mut browser = LoginBrowser::default();
-    let callback = browser.come_back(&app, "oidc", "1").await;
-    let seal = Seal::new(&Secrets::parse(SECRET).unwrap());
-    let (name, sealed) = browser.cookie("login_").unwrap();
-    let mut attempt = seal.open(&sealed).unwrap();
-    attempt.nonce = "another".into();
-    browser.set_cookie(&name, &seal.seal(&attempt));
-    assert_eq!(error(&browser.follow(&app, callback, |_| false).await), "provider_error");
+    let page = finish_with_attempt(&app, "oidc", |attempt| attempt.nonce = "another".into()).await;
+    assert_eq!(error(&page), "provider_error");
     impostor.stop().await;
     app.stop().await;
 }
@@ -229,8 +211,7 @@ async fn refusal_of_a_real_provider_is_shown_on_the_page(pool: PgPool) {
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
 async fn callback_works_only_in_the_browser_that_began(pool: PgPool) {
     let fake = Fake::start().await;
-    let settings = vec![github_at(&fake.url), oidc_at(&fake.url)];
-    let app = App::start_with(config_with(&pool, |config| config.providers = settings)).await;
+    let app = App::with_providers(&pool, [github_at(&fake.url), oidc_at(&fake.url)]).await;
     for (provider, other) in [("github", "oidc"), ("oidc", "github")] {
         let mut browser = LoginBrowser::default();
         let callback = begin(&app, provider, &mut browser).await;
@@ -238,22 +219,14 @@ async fn callback_works_only_in_the_browser_that_began(pool: PgPool) {
         let mut elsewhere = LoginBrowser::default();
         begin(&app, provider, &mut elsewhere).await;
         let (_, others_cookie) = elsewhere.cookie("login_").unwrap();
-        let seal = Seal::new(&Secrets::parse(SECRET).unwrap());
-        let attempt = seal.open(&cookie).unwrap();
-        let expired = seal.seal(
-            &serde_json::from_value::<Attempt>(json!({
-                "provider": provider,
-                "state": attempt.state,
-                "verifier": attempt.verifier,
-                "nonce": attempt.nonce,
-                "expires_at": 1_700_000_000,
-            }))
-            .unwrap(),
-        );
-        let state = attempt.state.clone();
-        let mut at_another = attempt.clone();
-        at_another.provider = other.into();
-        let at_another = seal.seal(&at_another);
+        let attempt = seal().open(&cookie).unwrap();
+        let changed_attempt = |name: &str, value: Value| {
+            let mut changed = json!(attempt);
+            changed[name] = value;
+            seal().seal(&serde_json::from_value(changed).unwrap())
+        };
+        let expired = changed_attempt("expires_at", json!(1_700_000_000));
+        let at_another = changed_attempt("provider", json!(other));
         let tampered = format!("{}A{}", &cookie[..9], &cookie[10..]);
         let by_another_secret =
             Seal::new(&Secrets::parse("another secret that is long enough").unwrap()).seal(&attempt);
@@ -268,7 +241,7 @@ async fn callback_works_only_in_the_browser_that_began(pool: PgPool) {
             ("invalid", Some(&"x.y".to_owned()), callback.clone()),
             ("no state", Some(&cookie), changed("state", None)),
             ("wrong state", Some(&cookie), changed("state", Some("x"))),
-            ("a longer state", Some(&cookie), changed("state", Some(&format!("{state}x")))),
+            ("a longer state", Some(&cookie), changed("state", Some(&format!("{}x", attempt.state)))),
             ("another issuer", Some(&cookie), changed("iss", Some("https://evil.example"))),
             ("a denial that is not ours", Some(&others_cookie), changed("error", Some("access_denied"))),
         ] {
@@ -277,43 +250,25 @@ async fn callback_works_only_in_the_browser_that_began(pool: PgPool) {
                 browser.set_cookie(&name, cookie);
             }
             let answer = browser.get(&app, &callback).await;
-            assert_eq!(
-                answer.header("location"),
-                Some(&*format!("{ORIGIN}/callback?error=bad_state")),
-                "{what}"
-            );
+            let page = format!("{ORIGIN}/callback?error=bad_state");
+            assert_eq!(answer.header("location"), Some(&*page), "{what}");
             // A forged link does not end the login that the browser began.
             assert!(set_cookies(&answer).is_empty(), "{what}");
         }
-        assert_eq!(
-            fake.requests("/token") + fake.requests("/login/oauth/access_token"),
-            0,
-            "no token was requested"
-        );
+        let requests = fake.requests("/token") + fake.requests("/login/oauth/access_token");
+        assert_eq!(requests, 0, "no token was requested");
         assert_eq!(sign_ins(&app, provider, "bad_state").await, 12);
         // After all that the first login still succeeds.
-        let page = browser.follow(&app, changed("iss", Some(&fake.url)), |_| false).await;
-        assert!(parameter(&page, "code").is_some(), "{page}");
+        code_in(&browser.finish(&app, changed("iss", Some(&fake.url))).await);
         fake.forget();
     }
 
     // A provider that promises `iss` and once leaves it out.
     let naming = Fake::start().await;
-    naming.say(
-        "/.well-known/openid-configuration",
-        Say::Json(
-            200,
-            json!({
-                "issuer": naming.url,
-                "authorization_endpoint": format!("{}/auth", naming.url),
-                "token_endpoint": format!("{}/token", naming.url),
-                "userinfo_endpoint": format!("{}/me", naming.url),
-                "authorization_response_iss_parameter_supported": true,
-            }),
-        ),
-    );
-    let settings = vec![oidc_at(&naming.url)];
-    let strict = App::start_with(config_with(&pool, |config| config.providers = settings)).await;
+    let mut discovery = naming.discovery();
+    discovery["authorization_response_iss_parameter_supported"] = json!(true);
+    naming.say(DISCOVERY, Say::Json(200, discovery));
+    let strict = App::with_providers(&pool, [oidc_at(&naming.url)]).await;
     let page = naming.sign_in(&strict, "oidc").await;
     assert_eq!(parameter(&page, "error").as_deref(), Some("bad_state"));
     strict.stop().await;
@@ -323,25 +278,20 @@ async fn callback_works_only_in_the_browser_that_began(pool: PgPool) {
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
 async fn failing_provider_is_shown_on_the_page(pool: PgPool) {
     let fake = Fake::start().await;
-    let settings = vec![github_at(&fake.url), oidc_at(&fake.url)];
-    let app = App::start_with(config_with(&pool, |config| {
-        config.providers = settings;
+    let app = App::with(&pool, |config| {
+        config.providers = vec![github_at(&fake.url), oidc_at(&fake.url)];
         config.provider_time_limit = Duration::from_millis(300);
-    }))
+    })
     .await;
     let raw = |status, body: &[u8]| Say::Raw(status, "text/html", body.to_vec());
-    let huge = || {
-        let members = format!(
-            r#"{{"access_token":"a","token_type":"bearer","id":1,"sub":"1","x":"{}"}}"#,
-            "x".repeat(1 << 20)
-        );
-        Say::Raw(200, "application/json", members.into_bytes())
-    };
+    let ok = |value: Value| Say::Json(200, value);
+    let mut complete = json!({ "access_token": "a", "token_type": "bearer", "id": 1, "sub": "1" });
+    fake.say("/elsewhere", ok(complete.clone()));
+    complete["x"] = "x".repeat(1 << 20).into();
+    let huge = || ok(complete.clone());
     let moved = || Say::Redirect(format!("{}/elsewhere", fake.url));
-    fake.say(
-        "/elsewhere",
-        Say::Json(200, json!({ "access_token": "a", "token_type": "bearer", "id": 1, "sub": "1" })),
-    );
+    let error_form = b"error=x&error_description=y".to_vec();
+    let error_form = Say::Raw(200, "application/x-www-form-urlencoded", error_form);
     let (unavailable, error, profile) = ("provider_unavailable", "provider_error", "bad_profile");
 
     for (provider, token, me) in [("github", "/login/oauth/access_token", "/user"), ("oidc", "/token", "/me")]
@@ -358,16 +308,12 @@ async fn failing_provider_is_shown_on_the_page(pool: PgPool) {
             (token, raw(200, b"<html>"), error),
             (token, raw(200, b""), error),
             (token, raw(404, b""), error),
-            (token, Say::Json(200, json!([])), error),
-            (token, Say::Json(200, json!({ "token_type": "bearer" })), error),
-            (token, Say::Json(200, json!({ "access_token": "a\r\nb", "token_type": "bearer" })), error),
-            (token, Say::Json(200, json!({ "error": "bad_verification_code" })), error),
-            (token, Say::Json(200, json!({ "error": 7 })), error),
-            (
-                token,
-                Say::Raw(200, "application/x-www-form-urlencoded", b"error=x&error_description=y".to_vec()),
-                error,
-            ),
+            (token, ok(json!([])), error),
+            (token, ok(json!({ "token_type": "bearer" })), error),
+            (token, ok(json!({ "access_token": "a\r\nb", "token_type": "bearer" })), error),
+            (token, ok(json!({ "error": "bad_verification_code" })), error),
+            (token, ok(json!({ "error": 7 })), error),
+            (token, error_form.clone(), error),
             (me, Say::Nothing, unavailable),
             (me, Say::HangUp, unavailable),
             (me, raw(502, b""), unavailable),
@@ -376,12 +322,12 @@ async fn failing_provider_is_shown_on_the_page(pool: PgPool) {
             (me, huge(), profile),
             (me, raw(200, b"<html>"), profile),
             (me, raw(200, b"\xff\xfe"), profile),
-            (me, Say::Json(200, json!({ "login": "sam" })), profile),
-            (me, Say::Json(200, json!({ "id": null, "sub": null })), profile),
-            (me, Say::Json(200, json!({ "id": -1, "sub": -1 })), profile),
-            (me, Say::Json(200, json!({ "id": "", "sub": "" })), profile),
-            (me, Say::Json(200, json!({ "id": "a\u{0}", "sub": "a\u{0}" })), profile),
-            (me, Say::Json(200, json!([1])), profile),
+            (me, ok(json!({ "login": "sam" })), profile),
+            (me, ok(json!({ "id": null, "sub": null })), profile),
+            (me, ok(json!({ "id": -1, "sub": -1 })), profile),
+            (me, ok(json!({ "id": "", "sub": "" })), profile),
+            (me, ok(json!({ "id": "a\u{0}", "sub": "a\u{0}" })), profile),
+            (me, ok(json!([1])), profile),
         ];
         for (at, say, code) in cases {
             fake.is_well();
@@ -394,10 +340,9 @@ async fn failing_provider_is_shown_on_the_page(pool: PgPool) {
         assert_eq!(fake.requests("/elsewhere"), 0, "redirects are not followed");
         // No user was created and no row is left.
         fake.is_well();
-        let page = fake.sign_in(&app, provider).await;
-        assert!(parameter(&page, "code").is_some(), "{page}");
+        code_in(&fake.sign_in(&app, provider).await);
     }
-    assert_eq!(count(&pool, "SELECT count(*) FROM messenger.users").await, 1);
+    assert_eq!(count(&pool, "users").await, 1);
 
     // The provider's error instead of an answer.
     let mut browser = LoginBrowser::default();
@@ -409,39 +354,33 @@ async fn failing_provider_is_shown_on_the_page(pool: PgPool) {
     ] {
         let callback = begin(&app, "github", &mut browser).await;
         let callback = with_parameter(&with_parameter(&callback, "code", None), "error", Some(said));
-        let page = browser.follow(&app, callback, |_| false).await;
+        let page = browser.finish(&app, callback).await;
         assert_eq!(page.as_str(), format!("{ORIGIN}/callback?error={code}"));
     }
     let callback = with_parameter(&begin(&app, "github", &mut browser).await, "code", None);
-    let page = browser.follow(&app, callback, |_| false).await;
+    let page = browser.finish(&app, callback).await;
     assert_eq!(parameter(&page, "error").as_deref(), Some("provider_error"));
     app.stop().await;
 }
 
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
 async fn failed_discovery_is_retried(pool: PgPool) {
-    const DISCOVERY: &str = "/.well-known/openid-configuration";
     let fake = Fake::start().await;
     let start = async || {
-        App::start_with(config_with(&pool, |config| {
+        App::with(&pool, |config| {
             config.providers = vec![oidc_at(&fake.url)];
             config.provider_time_limit = Duration::from_millis(300);
-        }))
+        })
         .await
     };
-    let document = json!({
-        "issuer": "https://id.example",
-        "authorization_endpoint": "https://id.example/a",
-        "token_endpoint": "https://id.example/t",
-        "userinfo_endpoint": "https://id.example/u",
-    });
+    let mut of_another_issuer = fake.discovery();
+    of_another_issuer["issuer"] = json!("https://id.example");
     for (say, code) in [
         (Say::Nothing, "provider_unavailable"),
         (Say::Json(500, json!({})), "provider_unavailable"),
         (Say::Json(404, json!({})), "provider_error"),
         (Say::Json(200, json!({})), "provider_error"),
-        // Another issuer's.
-        (Say::Json(200, document), "provider_error"),
+        (Say::Json(200, of_another_issuer), "provider_error"),
     ] {
         let app = start().await;
         fake.say(DISCOVERY, say);
@@ -465,24 +404,17 @@ async fn failed_discovery_is_retried(pool: PgPool) {
     // The document is cached.
     let before = fake.requests(DISCOVERY);
     fake.say(DISCOVERY, Say::HangUp);
-    assert!(parameter(&fake.sign_in(&app, "oidc").await, "code").is_some());
+    code_in(&fake.sign_in(&app, "oidc").await);
     assert_eq!(fake.requests(DISCOVERY), before);
     app.stop().await;
 }
 
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
 async fn unreachable_provider_is_shown_on_the_page(pool: PgPool) {
-    // An address that was just free.
-    let nowhere = {
-        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-        format!("http://{}", listener.local_addr().unwrap())
-    };
-    let settings = vec![github_at(&nowhere), oidc_at(&nowhere)];
-    let app = App::start_with(config_with(&pool, |config| config.providers = settings)).await;
+    let nowhere = format!("http://127.0.0.1:{}", free_port());
+    let app = App::with_providers(&pool, [github_at(&nowhere), oidc_at(&nowhere)]).await;
     for provider in ["github", "oidc"] {
-        let mut browser = LoginBrowser::default();
-        let callback = begin(&app, provider, &mut browser).await;
-        let page = browser.follow(&app, callback, |_| false).await;
+        let page = LoginBrowser::default().sign_in_at_fake(&app, provider).await;
         assert_eq!(page.as_str(), format!("{ORIGIN}/callback?error=provider_unavailable"));
     }
     app.stop().await;
@@ -491,15 +423,11 @@ async fn unreachable_provider_is_shown_on_the_page(pool: PgPool) {
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
 async fn code_works_once_in_one_browser_for_a_minute(pool: PgPool) {
     let fake = Fake::start().await;
-    let start = async || {
-        App::start_with(config_with(&pool, |config| config.providers = vec![github_at(&fake.url)])).await
-    };
+    let start = || App::with_providers(&pool, [github_at(&fake.url)]);
     let (app, replica) = (start().await, start().await);
     let arrive = async || {
         let mut browser = LoginBrowser::default();
-        let callback = begin(&app, "github", &mut browser).await;
-        let page = browser.follow(&app, callback, |_| false).await;
-        (parameter(&page, "code").unwrap(), browser)
+        (code_in(&browser.sign_in_at_fake(&app, "github").await), browser)
     };
     let refused = |answer: &Answer| {
         assert_problem(answer, 401, "Unauthorized");
@@ -540,8 +468,8 @@ async fn code_works_once_in_one_browser_for_a_minute(pool: PgPool) {
     assert_eq!(given, 1);
 
     let (code, mut browser) = arrive().await;
-    let left = "SELECT extract(epoch FROM expires_at - now())::bigint FROM messenger.login_codes";
-    assert!((50..=60).contains(&count(&pool, left).await));
+    let longer = "login_codes WHERE expires_at > now() + interval '1 min'";
+    assert_eq!(count(&pool, longer).await, 0);
     let (young, mut in_time) = arrive().await;
     sqlx::query("UPDATE messenger.login_codes SET expires_at = now() WHERE code_hash = sha256($1)")
         .bind(code.as_bytes())
@@ -549,14 +477,14 @@ async fn code_works_once_in_one_browser_for_a_minute(pool: PgPool) {
         .await
         .unwrap();
     refused(&browser.exchange(&app, &code).await);
-    let database = Database::new((*pool.connect_options()).clone(), 1, Counter::default());
+    let database = database(&pool, 1);
     assert_eq!(pruner::prune_codes(&database).await.unwrap(), 1);
     assert_eq!(pruner::prune_codes(&database).await.unwrap(), 0);
     database.close().await;
     assert_logged_in(&app, &in_time.exchange(&app, &young).await, "sam").await;
 
     let (code, mut browser) = arrive().await;
-    sqlx::query("DELETE FROM messenger.users").execute(&pool).await.unwrap();
+    execute(&pool, "DELETE FROM messenger.users").await;
     refused(&browser.exchange(&app, &code).await);
     app.stop().await;
     replica.stop().await;
@@ -565,8 +493,7 @@ async fn code_works_once_in_one_browser_for_a_minute(pool: PgPool) {
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
 async fn logins_in_several_tabs_do_not_interfere(pool: PgPool) {
     let fake = Fake::start().await;
-    let settings = vec![github_at(&fake.url), oidc_at(&fake.url)];
-    let app = App::start_with(config_with(&pool, |config| config.providers = settings)).await;
+    let app = App::with_providers(&pool, [github_at(&fake.url), oidc_at(&fake.url)]).await;
     let mut browser = LoginBrowser::default();
     // Three begin, return in reverse, and exchange in a third order.
     let mut callbacks = Vec::new();
@@ -575,8 +502,7 @@ async fn logins_in_several_tabs_do_not_interfere(pool: PgPool) {
     }
     let mut codes = Vec::new();
     for callback in callbacks.into_iter().rev() {
-        let page = browser.follow(&app, callback, |_| false).await;
-        codes.push(parameter(&page, "code").unwrap_or_else(|| panic!("{page}")));
+        codes.push(code_in(&browser.finish(&app, callback).await));
     }
     assert!(browser.cookies("login_").is_empty(), "each is taken back by its own end");
     for code in [&codes[1], &codes[0], &codes[2]] {
@@ -592,16 +518,15 @@ async fn logins_in_several_tabs_do_not_interfere(pool: PgPool) {
     assert_eq!(browser.cookies("login_").len(), 4);
     let mut pages = Vec::new();
     for callback in callbacks {
-        pages.push(browser.follow(&app, callback, |_| false).await);
+        pages.push(browser.finish(&app, callback).await);
     }
     let outcomes: Vec<_> = pages.iter().map(|page| parameter(page, "error")).collect();
     let bad_state = Some("bad_state".to_owned());
     assert_eq!(outcomes, [bad_state.clone(), bad_state, None, None, None, None]);
-    pages.push(fake_login(&app, &mut browser).await);
+    pages.push(browser.sign_in_at_fake(&app, "github").await);
     assert_eq!(browser.cookies("code_").len(), 4);
     for (page, status) in pages[2..].iter().zip([401, 200, 200, 200, 200]) {
-        let code = parameter(page, "code").unwrap();
-        assert_eq!(browser.exchange(&app, &code).await.status, status, "{page}");
+        assert_eq!(browser.exchange(&app, &code_in(page)).await.status, status, "{page}");
     }
 
     // A cookie with our prefix but not our form stays.
@@ -614,29 +539,17 @@ async fn logins_in_several_tabs_do_not_interfere(pool: PgPool) {
     app.stop().await;
 }
 
-async fn fake_login(app: &App, browser: &mut LoginBrowser) -> url::Url {
-    let callback = begin(app, "github", browser).await;
-    browser.follow(app, callback, |_| false).await
-}
-
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
 async fn code_is_not_consumed_unless_its_session_begins(pool: PgPool) {
     let fake = Fake::start().await;
-    let app =
-        App::start_with(config_with(&pool, |config| config.providers = vec![github_at(&fake.url)])).await;
+    let app = App::with_providers(&pool, [github_at(&fake.url)]).await;
     let mut browser = LoginBrowser::default();
-    let page = fake_login(&app, &mut browser).await;
-    let code = parameter(&page, "code").unwrap();
+    let code = code_in(&browser.sign_in_at_fake(&app, "github").await);
     // As if the process died in between.
-    sqlx::raw_sql(
-        "CREATE FUNCTION fail() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE EXCEPTION 'not now'; END $$;
-         CREATE TRIGGER fail BEFORE INSERT ON messenger.sessions EXECUTE FUNCTION fail()",
-    )
-    .execute(&pool)
-    .await
-    .unwrap();
+    execute(&pool, "CREATE FUNCTION fail() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE EXCEPTION 'not now'; END $$;
+         CREATE TRIGGER fail BEFORE INSERT ON messenger.sessions EXECUTE FUNCTION fail()").await;
     assert_problem(&browser.exchange(&app, &code).await, 500, "Internal server error");
-    sqlx::raw_sql("DROP TRIGGER fail ON messenger.sessions").execute(&pool).await.unwrap();
+    execute(&pool, "DROP TRIGGER fail ON messenger.sessions").await;
     assert_logged_in(&app, &browser.exchange(&app, &code).await, "sam").await;
     app.stop().await;
 }
@@ -644,17 +557,12 @@ async fn code_is_not_consumed_unless_its_session_begins(pool: PgPool) {
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
 async fn login_completes_although_its_client_hung_up(pool: PgPool) {
     let fake = Fake::start().await;
-    let with_token = App::start_with(config_with(&pool, |config| {
-        config.providers = vec![github_at(&fake.url)];
-        config.callback_token_in_query = true;
-    }))
-    .await;
-    let app =
-        App::start_with(config_with(&pool, |config| config.providers = vec![github_at(&fake.url)])).await;
-    sqlx::query("INSERT INTO messenger.users (username) VALUES ('john')").execute(&pool).await.unwrap();
+    let with_token = with_token_in_query(&pool, &fake).await;
+    let app = App::with_providers(&pool, [github_at(&fake.url)]).await;
+    add_users(&pool, ["john"]).await;
     let request = |browser: &LoginBrowser, line: &str, body: &Value| {
-        let cookies: Vec<_> =
-            browser.cookies("").into_iter().map(|(name, value)| format!("{name}={value}")).collect();
+        let cookies = browser.cookies("").into_iter().map(|(name, value)| format!("{name}={value}"));
+        let cookies: Vec<_> = cookies.collect();
         let body = body.to_string();
         format!(
             "{line} HTTP/1.1\r\nhost: test\r\ncookie: {}\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n{body}",
@@ -663,7 +571,7 @@ async fn login_completes_although_its_client_hung_up(pool: PgPool) {
         )
     };
     let mut browser = LoginBrowser::default();
-    let code = parameter(&fake_login(&app, &mut browser).await, "code").unwrap();
+    let code = code_in(&browser.sign_in_at_fake(&app, "github").await);
     let exchange = request(&browser, "POST /api/oauth/exchange", &json!({ "code": code }));
     let mut browser = LoginBrowser::default();
     let callback = begin(&app, "github", &mut browser).await;
@@ -671,24 +579,21 @@ async fn login_completes_although_its_client_hung_up(pool: PgPool) {
     let callback = request(&browser, &format!("GET {back}"), &json!({}));
     let login = request(&LoginBrowser::default(), "POST /api/login", &json!({ "username": "john" }));
     // The row is locked, so that the client hangs up before the login ends.
-    for (sessions, (app, request, held)) in
-        [(&app, exchange, "login_codes"), (&with_token, callback, "identities"), (&app, login, "users")]
-            .into_iter()
-            .enumerate()
-    {
-        let began = i64::try_from(sessions).unwrap();
-        let began_now = async || count(&pool, "SELECT count(*) FROM messenger.sessions").await;
-        assert_eq!(began_now().await, began);
+    for (sessions, app, request, held) in [
+        (0, &app, exchange, "login_codes"),
+        (1, &with_token, callback, "identities"),
+        (2, &app, login, "users"),
+    ] {
+        assert_eq!(count(&pool, "sessions").await, sessions);
         let mut holder = pool.begin().await.unwrap();
         let lock = sqlx::AssertSqlSafe(format!("LOCK TABLE messenger.{held}"));
         sqlx::query(lock).execute(&mut *holder).await.unwrap();
         let mut socket = raw::connect(app).await;
         socket.write_all(request.as_bytes()).await.unwrap();
-        let waiting = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'";
-        until("the login waits", || async { count(&pool, waiting).await > 0 }).await;
+        until_waiting_for_locks(&pool, 1).await;
         drop(socket);
         holder.rollback().await.unwrap();
-        until("the session has begun", || async { began_now().await == began + 1 }).await;
+        until("the session has begun", || async { count(&pool, "sessions").await == sessions + 1 }).await;
     }
     app.stop().await;
     with_token.stop().await;
@@ -697,14 +602,8 @@ async fn login_completes_although_its_client_hung_up(pool: PgPool) {
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
 async fn exchange_checks_in_the_contracts_order(pool: PgPool) {
     let app = App::start(&pool).await;
-    let post = |form: &str, body: &str| {
-        let headers = [("content-type", form.to_owned())];
-        let body = body.to_owned();
-        let app = &app;
-        async move {
-            let headers = headers.each_ref().map(|(name, value)| (*name, value.as_str()));
-            raw::post(app, "/api/oauth/exchange", &headers, body).await
-        }
+    let post = async |form: &str, body: &str| {
+        raw::post(&app, "/api/oauth/exchange", &[("content-type", form)], body).await
     };
     let huge = format!(r#"{{"code":"{}"}}"#, "x".repeat(17 * 1024));
     for (body, status) in [(huge.as_str(), 413), ("{", 400), (r#"{"code":7}"#, 400), ("[]", 400), ("{}", 401)]
@@ -726,17 +625,11 @@ async fn exchange_checks_in_the_contracts_order(pool: PgPool) {
 async fn provider_without_settings_is_disabled(pool: PgPool) {
     let fake = Fake::start().await;
     let none = App::start(&pool).await;
-    let one =
-        App::start_with(config_with(&pool, |config| config.providers = vec![github_at(&fake.url)])).await;
+    let one = App::with_providers(&pool, [github_at(&fake.url)]).await;
     for method in ["GET", "HEAD", "POST", "DELETE"] {
-        for (app, provider) in [
-            (&none, "github"),
-            (&none, "oidc"),
-            (&one, "oidc"),
-            (&one, "gitlab"),
-            (&one, "GitHub"),
-            (&one, ""),
-        ] {
+        let of_none = ["github", "oidc"].map(|provider| (&none, provider));
+        let of_one = ["oidc", "gitlab", "GitHub", ""].map(|provider| (&one, provider));
+        for (app, provider) in of_none.into_iter().chain(of_one) {
             for path in [format!("/api/oauth/{provider}"), format!("/api/oauth/{provider}/callback?code=x")] {
                 let answer = app.call(method, &path).bearer("bad").send().await.unwrap();
                 assert_eq!(answer.status, 404, "{method} {path}");
@@ -763,14 +656,18 @@ async fn provider_without_settings_is_disabled(pool: PgPool) {
     one.stop().await;
 }
 
+async fn with_token_in_query(pool: &PgPool, fake: &Fake) -> App {
+    App::with(pool, |config| {
+        config.providers = vec![github_at(&fake.url)];
+        config.callback_token_in_query = true;
+    })
+    .await
+}
+
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
 async fn callback_token_in_query_serves_the_original_client(pool: PgPool) {
     let fake = Fake::start().await;
-    let app = App::start_with(config_with(&pool, |config| {
-        config.providers = vec![github_at(&fake.url)];
-        config.callback_token_in_query = true;
-    }))
-    .await;
+    let app = with_token_in_query(&pool, &fake).await;
     let mut browser = LoginBrowser::default();
     let callback = begin(&app, "github", &mut browser).await;
     let answer = browser.get(&app, &callback).await;
@@ -783,19 +680,18 @@ async fn callback_token_in_query_serves_the_original_client(pool: PgPool) {
     assert_eq!(claims.exp, expires_at.timestamp());
     app.get("/api/auth_user").bearer(&token).expect(200).await;
     assert_eq!(browser.cookie("session"), Some(("messenger_session".into(), token)));
-    assert_eq!(browser.cookie("code_"), None);
-    assert_eq!(browser.cookie("login_"), None);
-    assert_eq!(count(&pool, "SELECT count(*) FROM messenger.login_codes").await, 0);
+    assert_eq!((browser.cookie("code_"), browser.cookie("login_")), (None, None));
+    assert_eq!(count(&pool, "login_codes").await, 0);
     app.stop().await;
 }
 
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
 async fn behind_https_every_cookie_is_secure(pool: PgPool) {
     let fake = Fake::start().await;
-    let app = App::start_with(config_with(&pool, |config| {
+    let app = App::with(&pool, |config| {
         config.origin = "https://chat.example".parse().unwrap();
         config.providers = vec![github_at(&fake.url)];
-    }))
+    })
     .await;
     let answer = app.get("/api/oauth/github").expect(307).await;
     let there = url::Url::parse(answer.header("location").unwrap()).unwrap();
@@ -823,20 +719,15 @@ async fn behind_https_every_cookie_is_secure(pool: PgPool) {
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
 async fn taken_name_gets_a_suffix(pool: PgPool) {
     let fake = Fake::start().await;
-    let app =
-        App::start_with(config_with(&pool, |config| config.providers = vec![github_at(&fake.url)])).await;
+    let app = App::with_providers(&pool, [github_at(&fake.url)]).await;
     app.user(&pool, "sam").await;
     let mut names = Vec::new();
     for id in 1..=3 {
-        fake.say(
-            "/user",
-            Say::Json(200, json!({ "id": id, "login": " s\u{7}am", "avatar_url": "javascript:1" })),
-        );
+        let account = json!({ "id": id, "login": " s\u{7}am", "avatar_url": "javascript:1" });
+        fake.say("/user", Say::Json(200, account));
         let mut browser = LoginBrowser::default();
-        let callback = begin(&app, "github", &mut browser).await;
-        let page = browser.follow(&app, callback, |_| false).await;
-        let answer = browser.exchange(&app, &parameter(&page, "code").unwrap()).await;
-        let body = answer.json();
+        let code = code_in(&browser.sign_in_at_fake(&app, "github").await);
+        let body = browser.exchange(&app, &code).await.json();
         assert_eq!(body["authUser"]["avatarURL"], Value::Null);
         names.push(text(&body["authUser"]["username"]));
     }
@@ -848,58 +739,45 @@ async fn taken_name_gets_a_suffix(pool: PgPool) {
         let profile = Profile::new("https://id.example", &format!("s{subject}"), Some("sam"), None).unwrap();
         assert!(identities::provision(&mut connection, &profile).await.unwrap().created);
     }
-    let random: Vec<String> =
-        sqlx::query_scalar("SELECT username FROM messenger.users WHERE username ~ '^sam-[0-9a-f]{8}$'")
-            .fetch_all(&pool)
-            .await
-            .unwrap();
-    assert_eq!((random.len(), count(&pool, "SELECT count(*) FROM messenger.users").await), (4, 24));
+    let random = "users WHERE username ~ '^sam-[0-9a-f]{8}$'";
+    assert_eq!((count(&pool, random).await, count(&pool, "users").await), (4, 24));
     drop(connection);
     app.stop().await;
 }
 
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
 async fn concurrent_first_logins_make_one_user(pool: PgPool) {
-    let database = Database::new((*pool.connect_options()).clone(), 16, Counter::default());
+    let database = database(&pool, 16);
+    let provision = async |subject: String| {
+        let profile = Profile::new("https://id.example", &subject, Some("sam"), None).unwrap();
+        database.run(async |connection| identities::provision(connection, &profile).await).await.unwrap()
+    };
     for round in 0..20 {
         // All of one account, and as many others with the same name.
-        let provision = |subject: String| {
-            let database = &database;
-            async move {
-                let profile = Profile::new("https://id.example", &subject, Some("sam"), None).unwrap();
-                database
-                    .run(async |connection| identities::provision(connection, &profile).await)
-                    .await
-                    .unwrap()
-            }
-        };
         let same = join_all((0..8).map(|_| provision(format!("same-{round}"))));
         let others = join_all((0..8).map(|other| provision(format!("other-{round}-{other}"))));
         let (same, others) = tokio::join!(same, others);
         assert_eq!(same.iter().filter(|same| same.created).count(), 1);
         assert!(same.iter().all(|other| other.user == same[0].user));
         assert!(others.iter().all(|other| other.created && other.user != same[0].user));
-        let users = count(&pool, "SELECT count(*) FROM messenger.users").await;
-        assert_eq!(
-            (users, count(&pool, "SELECT count(*) FROM messenger.identities").await),
-            (9 * (round + 1), users)
-        );
+        let users = count(&pool, "users").await;
+        assert_eq!((users, count(&pool, "identities").await), (9 * (round + 1), users));
     }
     database.close().await;
-    assert_eq!(count(&pool, "SELECT count(*) FROM messenger.feed_heads").await, 180);
+    assert_eq!(count(&pool, "feed_heads").await, 180);
 }
 
 #[sqlx::test(migrations = false)]
 async fn login_secrets_are_not_logged(pool: PgPool) {
     let fake = Fake::start().await;
-    let folder = tempfile::tempdir().unwrap();
-    let mut server = serve_with(&pool, folder.path(), "0", |command| {
-        command
-            .env("STATE_SECRET", SECRET)
-            .env("GITHUB_CLIENT_ID", "messenger")
-            .env("GITHUB_CLIENT_SECRET", CLIENT_SECRET)
-            .envs([("GITHUB_URL", &fake.url), ("GITHUB_API_URL", &fake.url)]);
-    });
+    let settings = [
+        ("STATE_SECRET", SECRET),
+        ("GITHUB_CLIENT_ID", "messenger"),
+        ("GITHUB_CLIENT_SECRET", CLIENT_SECRET),
+        ("GITHUB_URL", &fake.url),
+        ("GITHUB_API_URL", &fake.url),
+    ];
+    let server = serve(&pool, &settings);
     let mut secrets = vec![CLIENT_SECRET.to_owned(), "a-code-from-elsewhere".into(), "a secret".into()];
     let mut browser = LoginBrowser::default();
     for (at, say) in [
@@ -915,11 +793,11 @@ async fn login_secrets_are_not_logged(pool: PgPool) {
         say.into_iter().for_each(|say| fake.say(at, say));
         let callback = begin(&server.public, "github", &mut browser).await;
         let (_, sealed) = browser.cookie("login_").unwrap();
-        let attempt = Seal::new(&Secrets::parse(SECRET).unwrap()).open(&sealed).unwrap();
+        let attempt = seal().open(&sealed).unwrap();
         secrets.extend([sealed, attempt.state, attempt.verifier]);
-        let page = browser.follow(&server.public, callback, |_| false).await;
+        let page = browser.finish(&server.public, callback).await;
         if goes_well {
-            let code = parameter(&page, "code").unwrap();
+            let code = code_in(&page);
             secrets.push(browser.cookie("code_").unwrap().1);
             let answer = browser.exchange(&server.public, &code).await;
             secrets.extend([code, text(&answer.json()["token"])]);
@@ -927,9 +805,7 @@ async fn login_secrets_are_not_logged(pool: PgPool) {
             assert!(parameter(&page, "error").is_some(), "{page}");
         }
     }
-    server.process.signal(Signal::SIGTERM);
-    soon("the process ends", server.process.wait()).await;
-    let said = server.said().await;
+    let said = server.stop().await;
     assert!(said.contains("logged in at a provider") && said.contains("login failed"), "{said}");
     for secret in &secrets {
         assert!(!said.contains(secret), "{secret} is in {said}");
@@ -947,18 +823,17 @@ async fn provider_needs_a_trusted_certificate(pool: PgPool) {
     let others = folder.path().join("others.pem");
     std::fs::write(&others, another).unwrap();
     for (trusted, outcome) in [(&others, "error"), (&own, "code")] {
-        let mut server = serve_with(&pool, folder.path(), "0", |command| {
-            command.env("SSL_CERT_FILE", trusted).envs([
-                ("OIDC_ISSUER", &*fake.url),
-                ("OIDC_CLIENT_ID", "x"),
-                ("OIDC_CLIENT_SECRET", "x"),
-                ("STATE_SECRET", SECRET),
-            ]);
-        });
+        let settings = [
+            ("SSL_CERT_FILE", trusted.to_str().unwrap()),
+            ("OIDC_ISSUER", &*fake.url),
+            ("OIDC_CLIENT_ID", "x"),
+            ("OIDC_CLIENT_SECRET", "x"),
+            ("STATE_SECRET", SECRET),
+        ];
+        let server = serve(&pool, &settings);
         let page = fake.sign_in(&server.public, "oidc").await;
         assert!(parameter(&page, outcome).is_some(), "{page}");
         assert_eq!(fake.requests("/token") > 0, outcome == "code");
-        server.process.signal(Signal::SIGTERM);
-        soon("the process ends", server.process.wait()).await;
+        server.stop().await;
     }
 }

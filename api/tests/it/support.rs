@@ -10,8 +10,10 @@ use std::{
 
 use api::{
     app::{self, Listeners},
-    config::{Addresses, Config, Keep, Lifetimes, RateLimits},
+    config::{Addresses, Config, Keep, Lifetimes, ProviderSettings, RateLimits},
+    store::Database,
 };
+use prometheus_client::metrics::counter::Counter;
 use protocol::{
     channels::Channels,
     claims::{Audience, Claims, SigningKeys},
@@ -24,7 +26,7 @@ use protocol::{
 };
 use serde_json::{Value, json};
 use service_kit::{client_address::TrustedProxies, redis_topology::RedisTopology, secrets::Secrets};
-use sqlx::{PgPool, postgres::PgConnectOptions};
+use sqlx::{AssertSqlSafe, PgPool, postgres::PgConnectOptions};
 use testkit::{
     documented::OpenApiDocument,
     http::{Answer, Call, Client},
@@ -65,13 +67,35 @@ pub(crate) fn keys() -> SigningKeys {
     SigningKeys::from_pems(ORIGIN, PEM.as_bytes(), &[]).unwrap()
 }
 
-pub(crate) fn config(database: PgConnectOptions) -> Config {
+pub(crate) fn options(pool: &PgPool) -> PgConnectOptions {
+    (*pool.connect_options()).clone()
+}
+
+pub(crate) fn database(pool: &PgPool, connections: usize) -> Database {
+    Database::new(options(pool), connections, Counter::default())
+}
+
+/// Runs SQL without parameters.
+pub(crate) async fn execute(pool: &PgPool, statements: impl Into<String>) {
+    sqlx::raw_sql(AssertSqlSafe(statements.into())).execute(pool).await.unwrap();
+}
+
+pub(crate) async fn number(pool: &PgPool, query: impl Into<String>) -> i64 {
+    sqlx::query_scalar(AssertSqlSafe(query.into())).fetch_one(pool).await.unwrap()
+}
+
+pub(crate) async fn until_waiting_for_locks(pool: &PgPool, sessions: i64) {
+    let waiting = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'";
+    until("they wait for the lock", || async { number(pool, waiting).await >= sessions }).await;
+}
+
+pub(crate) fn config(pool: &PgPool) -> Config {
     Config {
         origin: ORIGIN.parse().unwrap(),
         allowed_origins: vec![LISTED.parse().unwrap()],
         trusted_proxies: TrustedProxies::default(),
         connections_per_address: 0,
-        database,
+        database: options(pool),
         database_pool_size: 8,
         redis: RedisTopology::single(redis_url()).unwrap(),
         channels: Channels::new(channel_prefix()),
@@ -118,7 +142,21 @@ impl AsRef<str> for App {
 
 impl App {
     pub(crate) async fn start(pool: &PgPool) -> Self {
-        Self::start_with(config((*pool.connect_options()).clone())).await
+        Self::start_with(config(pool)).await
+    }
+
+    /// Started with changed settings.
+    pub(crate) async fn with(pool: &PgPool, change: impl FnOnce(&mut Config)) -> Self {
+        let mut config = config(pool);
+        change(&mut config);
+        Self::start_with(config).await
+    }
+
+    pub(crate) async fn with_providers<const N: usize>(
+        pool: &PgPool,
+        providers: [ProviderSettings; N],
+    ) -> Self {
+        Self::with(pool, |config| config.providers = providers.into()).await
     }
 
     /// Started as `main` does.
@@ -165,11 +203,7 @@ impl App {
 
     /// A user who is logged in; created if the name is new.
     pub(crate) async fn user(&self, pool: &PgPool, username: &str) -> ApiUser {
-        sqlx::query("INSERT INTO messenger.users (username) VALUES ($1) ON CONFLICT DO NOTHING")
-            .bind(username)
-            .execute(pool)
-            .await
-            .unwrap();
+        add_users(pool, [username]).await;
         self.login(username).await
     }
 
@@ -177,9 +211,9 @@ impl App {
         let answer = self.post("/api/login").json(&json!({ "username": username })).expect(200).await;
         let body = answer.json();
         ApiUser {
-            id: body["authUser"]["id"].as_str().unwrap().parse().unwrap(),
+            id: text(&body["authUser"]["id"]).parse().unwrap(),
             name: username.into(),
-            token: body["token"].as_str().unwrap().into(),
+            token: text(&body["token"]),
             cookie: answer.cookie(),
             base: self.public.clone(),
             client: self.client.clone(),
@@ -229,6 +263,36 @@ impl App {
     }
 }
 
+pub(crate) async fn add_users<const N: usize>(pool: &PgPool, names: [&str; N]) {
+    sqlx::query("INSERT INTO messenger.users (username) SELECT unnest($1::text[]) ON CONFLICT DO NOTHING")
+        .bind(&names[..])
+        .execute(pool)
+        .await
+        .unwrap();
+}
+
+/// Every route that needs a session, but for the one that sends a message.
+pub(crate) const ROUTES: [&str; 18] = [
+    "GET /api/auth_user",
+    "GET /api/usernames?search=j",
+    "GET /api/sessions",
+    "DELETE /api/sessions",
+    "DELETE /api/sessions/{session}",
+    "DELETE /api/sessions/no-id",
+    "POST /api/logout",
+    "POST /api/refresh_token",
+    "POST /api/stream_token",
+    "PUT /api/blocks/{user}",
+    "DELETE /api/blocks/{user}",
+    "GET /api/conversations",
+    "POST /api/conversations",
+    "GET /api/conversations/{id}",
+    "GET /api/conversations/{id}/other_participant",
+    "GET /api/conversations/{id}/messages",
+    "HEAD /api/conversations/{id}/messages",
+    "POST /api/conversations/{id}/read_messages",
+];
+
 #[derive(Clone)]
 pub(crate) struct ApiUser {
     pub(crate) id: UserId,
@@ -243,6 +307,23 @@ impl ApiUser {
     /// The same person, at another replica.
     pub(crate) fn at(&self, app: &App) -> Self {
         Self { base: app.public.clone(), client: app.client.clone(), ..self.clone() }
+    }
+
+    pub(crate) fn bearing(&self, token: String) -> Self {
+        Self { token, ..self.clone() }
+    }
+
+    /// One of [`ROUTES`], about this conversation and this user.
+    pub(crate) fn call_route(&self, route: &str, conversation: &str, other: &Self) -> Call {
+        let (method, path) = route.split_once(' ').unwrap();
+        let path = path.replace("{id}", conversation).replace("{user}", &other.id.to_string());
+        let call = self.call(method, &path.replace("{session}", &other.session().to_string()));
+        if method == "POST" { call.json(&json!({ "username": other.name })) } else { call }
+    }
+
+    /// Changes the row of this session.
+    pub(crate) async fn set_session(&self, pool: &PgPool, change: &str) {
+        execute(pool, format!("UPDATE messenger.sessions SET {change} WHERE id = {}", self.session())).await;
     }
 
     pub(crate) fn call(&self, method: &str, path: &str) -> Call {
@@ -300,13 +381,17 @@ impl ApiUser {
         text(&self.post_message(conversation, content).expect(201).await.json()["id"])
     }
 
+    fn claims(&self) -> Claims {
+        keys().verifier().verify(&self.token, &[Audience::Api]).unwrap()
+    }
+
     pub(crate) fn session(&self) -> SessionId {
-        keys().verifier().verify(&self.token, &[Audience::Api]).unwrap().sid.unwrap()
+        self.claims().sid.unwrap()
     }
 
     /// A token for this user's session that says something else.
     pub(crate) fn forge(&self, change: impl FnOnce(&mut Claims)) -> String {
-        let mut claims = keys().verifier().verify(&self.token, &[Audience::Api]).unwrap();
+        let mut claims = self.claims();
         change(&mut claims);
         keys().sign(&claims)
     }

@@ -2,15 +2,14 @@
 
 use std::{
     io::{BufRead, BufReader},
-    process::{Command, Stdio},
+    process::Stdio,
 };
 
 use sqlx::{Connection, PgConnection};
 use testkit::{
     http::Client,
-    process::{Process, Signal},
+    process::Process,
     servers::{Postgres, Redis},
-    soon,
     tls::{Authority, Door},
     until,
 };
@@ -62,13 +61,10 @@ async fn serves_with_postgres_and_redis_behind_tls() {
     let (postgres, redis) = (Postgres::start_with_tls(&authority), Redis::start());
     let door = Door::start(redis.address(), &authority).await;
     let database_url = by_tls(&postgres, "localhost", &authority);
-    let folder = tempfile::tempdir().unwrap();
-    let trusting = |root: &Authority| {
-        let redis_url = format!("rediss://localhost:{}", door.port());
-        let root = root.root();
-        move |command: &mut Command| {
-            command.env("REDIS_URL", redis_url).env("SSL_CERT_FILE", root);
-        }
+    let redis_url = format!("rediss://localhost:{}", door.port());
+    let serve_trusting = |authority: &Authority| {
+        let root = authority.root();
+        serve_from(&database_url, &[("REDIS_URL", &redis_url), ("SSL_CERT_FILE", root.to_str().unwrap())])
     };
     let says = async |server: &str, note: &str| {
         until(note, || async {
@@ -78,7 +74,7 @@ async fn serves_with_postgres_and_redis_behind_tls() {
         .await;
     };
 
-    let mut server = serve_from(&database_url, folder.path(), "0", trusting(&authority));
+    let server = serve_trusting(&authority);
     says(&server.ops, "ready\n").await;
     let mut plain = PgConnection::connect(&postgres.url()).await.unwrap();
     let clear: Vec<bool> = sqlx::query_scalar(
@@ -89,9 +85,8 @@ async fn serves_with_postgres_and_redis_behind_tls() {
     .await
     .unwrap();
     assert!(!clear.is_empty() && clear.iter().all(|ssl| *ssl), "a connection is in the clear: {clear:?}");
-    server.process.signal(Signal::SIGTERM);
-    soon("the process ends", server.process.wait()).await;
+    server.stop().await;
 
-    let server = serve_from(&database_url, folder.path(), "0", trusting(&Authority::new()));
+    let server = serve_trusting(&Authority::new());
     says(&server.ops, "ready, degraded: Redis does not answer").await;
 }
