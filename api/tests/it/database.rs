@@ -23,8 +23,9 @@ use testkit::{
 };
 
 use crate::{
+    failures::metric,
     process::{assert_says, database_url, key_file, run, serve_from},
-    support::{App, SECRET, add_users, execute, number, options, text},
+    support::{App, SECRET, add_users, database, execute, number, once_not_busy, options, text},
 };
 
 /// Debian's `nobody`: `PgBouncer` refuses to run as root.
@@ -45,12 +46,31 @@ async fn set_default(pool: &PgPool, setting: &str, value: &str) {
 
 async fn send_eighty(app: &App, pool: &PgPool) {
     let (john, jane, conversation) = app.pair(pool).await;
-    let send = |number: usize| {
+    let sends = (0..80).map(|number: usize| {
         let (sender, conversation) = (if number.is_multiple_of(2) { &john } else { &jane }, &conversation);
-        async move { sender.post_message(conversation, &number.to_string()).send().await.unwrap().status }
-    };
-    let statuses = join_all((0..80).map(send)).await;
+        let number = number.to_string();
+        once_not_busy(move || sender.post_message(conversation, &number).header("idempotency-key", &number))
+    });
+    let statuses: Vec<_> = join_all(sends).await.into_iter().map(|answer| answer.status).collect();
     assert_eq!(statuses, [201; 80]);
+    assert_eq!(metric(app, "messenger_api_database_conflicts_total").await, Some(0));
+}
+
+/// Whether a connection is a session or each transaction sets them.
+async fn assert_own_settings(pool: &PgPool) {
+    for sessions in [false, true] {
+        let database = database(pool, 1);
+        if sessions {
+            database.use_sessions();
+        }
+        let read = "SELECT current_setting('transaction_isolation'), current_setting('lock_timeout')";
+        let settings = database
+            .run(async |connection| sqlx::query_as::<_, (String, String)>(read).fetch_one(connection).await)
+            .await
+            .unwrap();
+        assert_eq!(settings, ("read committed".to_owned(), "2s".to_owned()));
+        database.close().await;
+    }
 }
 
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
@@ -70,6 +90,7 @@ async fn defaults_of_the_database_do_not_change_how_sends_end(pool: PgPool) {
         ] {
             set_default(&pool, setting, value).await;
         }
+        assert_own_settings(&pool).await;
         let app = App::with(&pool, |config| config.database_pool_size = 16).await;
         send_eighty(&app, &pool).await;
         app.stop().await;
@@ -443,14 +464,21 @@ async fn sends_work_through_a_pooler_of_transactions(pool: PgPool) {
     let server = serve_from(&url, &[("DATABASE_POOL_SIZE", "16")]);
     add_users(&pool, ["john", "jane"]).await;
     let client = Client::default();
-    let post = async |path: &str, token: &str, body: serde_json::Value| {
-        client.post(format!("{}{path}", server.public)).bearer(token).json(&body).send().await.unwrap()
+    let post = |path: &str, token: &str, body: serde_json::Value| {
+        client.post(format!("{}{path}", server.public)).bearer(token).json(&body)
     };
-    let token = post("/api/login", "", json!({ "username": "john" })).await.json();
+    let token = post("/api/login", "", json!({ "username": "john" })).expect(200).await.json();
     let token = text(&token["token"]);
-    let conversation = post("/api/conversations", &token, json!({ "username": "jane" })).await.json();
+    let conversation =
+        post("/api/conversations", &token, json!({ "username": "jane" })).expect(201).await.json();
     let path = format!("/api/conversations/{}/messages", text(&conversation["id"]));
-    let sends = (0..80).map(|number| post(&path, &token, json!({ "content": number.to_string() })));
+    let (path, token) = (&path, &token);
+    let sends = (0..80).map(|number| {
+        let number = number.to_string();
+        once_not_busy(move || {
+            post(path, token, json!({ "content": number })).header("idempotency-key", &number)
+        })
+    });
     let statuses: Vec<_> = join_all(sends).await.into_iter().map(|answer| answer.status).collect();
     assert_eq!(statuses, [201; 80]);
     for column in ["count(*)", "max(seq)"] {

@@ -22,7 +22,7 @@ use crate::{
     failures::{Listener, with_redis},
     raw,
     support::{
-        ApiUser, App, assert_problem, database, execute, number, options, redis_url, text,
+        ApiUser, App, assert_problem, database, execute, number, once_not_busy, options, redis_url, text,
         until_waiting_for_locks,
     },
 };
@@ -132,15 +132,10 @@ async fn feed_has_no_gaps_under_interleaving_aborts_and_retries(pool: PgPool) {
     app.stop().await;
 }
 
-/// Retries if so many concurrent requests find a slow machine busy.
 async fn insist(call: impl Fn() -> Call, status: u16) -> Answer {
-    loop {
-        let answer = call().send().await.unwrap();
-        if answer.status != 503 {
-            assert_eq!(answer.status, status, "{}", answer.text());
-            return answer;
-        }
-    }
+    let answer = once_not_busy(call).await;
+    assert_eq!(answer.status, status, "{}", answer.text());
+    answer
 }
 
 async fn send_raw(app: &App, who: &ApiUser, conversation: &str) -> TcpStream {

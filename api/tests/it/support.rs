@@ -30,7 +30,7 @@ use sqlx::{AssertSqlSafe, PgPool, postgres::PgConnectOptions};
 use testkit::{
     documented::OpenApiDocument,
     http::{Answer, Call, Client},
-    panics, programs, until,
+    panics, programs, soon, until,
 };
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
@@ -395,6 +395,19 @@ impl ApiUser {
         change(&mut claims);
         keys().sign(&claims)
     }
+}
+
+/// Repeats a call whose answer is "try again soon": many concurrent requests can wait too long for Postgres on a slow machine.
+pub(crate) async fn once_not_busy(call: impl Fn() -> Call) -> Answer {
+    soon("the service has time for the request", async {
+        loop {
+            let answer = call().send().await.unwrap();
+            if answer.status != 503 {
+                return answer;
+            }
+        }
+    })
+    .await
 }
 
 pub(crate) fn text(value: &Value) -> String {
