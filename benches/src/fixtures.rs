@@ -11,7 +11,7 @@ use sqlx::AssertSqlSafe;
 use testkit::{
     servers::{Postgres, Redis},
     usage::Cpu,
-    user::User,
+    user::TestUser,
     world::{World, WorldOptions},
 };
 
@@ -55,7 +55,7 @@ impl Bench {
     }
 }
 
-pub async fn make_users(world: &Bench, count: usize) -> anyhow::Result<Vec<User>> {
+pub async fn make_users(world: &Bench, count: usize) -> anyhow::Result<Vec<TestUser>> {
     let mut users = world.many(i64::try_from(count)?).await;
     users.sort_by_key(|user| user.id.0);
     settle(world, "messenger.users, messenger.sessions, messenger.feed_heads").await?;
@@ -63,7 +63,7 @@ pub async fn make_users(world: &Bench, count: usize) -> anyhow::Result<Vec<User>
 }
 
 /// A conversation for each pair of users: the first with the second, the third with the fourth, and so on.
-pub async fn start_conversations(world: &Bench, users: &[User]) -> anyhow::Result<Vec<Sender>> {
+pub async fn start_conversations(world: &Bench, users: &[TestUser]) -> anyhow::Result<Vec<Sender>> {
     let firsts: Vec<i64> = users.chunks_exact(2).map(|pair| pair[0].id.0).collect();
     let seconds: Vec<i64> = users.chunks_exact(2).map(|pair| pair[1].id.0).collect();
     let rows: Vec<(i64, i64)> = sqlx::query_as(
@@ -81,7 +81,7 @@ pub async fn start_conversations(world: &Bench, users: &[User]) -> anyhow::Resul
     .await?;
     settle(world, "messenger.conversations, messenger.participants").await?;
     let conversations: std::collections::HashMap<_, _> = rows.into_iter().collect();
-    let sender = |user: &User| {
+    let sender = |user: &TestUser| {
         let conversation = ConversationId(*conversations.get(&user.id.0)?);
         Some(Sender { conversation, token: user.token.clone() })
     };
@@ -94,7 +94,7 @@ async fn settle(world: &Bench, tables: &'static str) -> anyhow::Result<()> {
     Ok(())
 }
 
-pub async fn heads(world: &Bench, users: &[User]) -> anyhow::Result<Vec<(UserId, Position)>> {
+pub async fn heads(world: &Bench, users: &[TestUser]) -> anyhow::Result<Vec<(UserId, Position)>> {
     let ids: Vec<i64> = users.iter().map(|user| user.id.0).collect();
     let rows: Vec<(i64, i64, i64)> = sqlx::query_as(
         "SELECT user_id, epoch, head_seq FROM messenger.feed_heads WHERE user_id = ANY ($1) ORDER BY user_id",
@@ -108,8 +108,8 @@ pub async fn heads(world: &Bench, users: &[User]) -> anyhow::Result<Vec<(UserId,
     Ok(rows.into_iter().map(head).collect())
 }
 
-pub fn viewers_file(world: &Bench, users: &[User]) -> anyhow::Result<PathBuf> {
-    let viewer = |user: &User| Viewer { user: user.id, token: user.token.clone() };
+pub fn viewers_file(world: &Bench, users: &[TestUser]) -> anyhow::Result<PathBuf> {
+    let viewer = |user: &TestUser| Viewer { user: user.id, token: user.token.clone() };
     write_lines(world, "viewers", users.iter().map(viewer))
 }
 

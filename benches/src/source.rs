@@ -20,7 +20,7 @@ use protocol::{
 use rand::seq::SliceRandom;
 use serde_json::{json, value::RawValue};
 use sqlx::Connection;
-use testkit::user::User;
+use testkit::user::TestUser;
 
 use crate::{
     clock::{self, HEAD_START, Micros, micros, now, sleep_until},
@@ -45,7 +45,7 @@ pub enum Commits {
 
 pub struct EventLoad<'a> {
     world: &'a Bench,
-    users: &'a [User],
+    users: &'a [TestUser],
     /// A random order; each turn goes once through all.
     order: Vec<usize>,
     next: usize,
@@ -76,7 +76,7 @@ struct Burst {
 }
 
 impl<'a> EventLoad<'a> {
-    pub async fn new(world: &'a Bench, users: &'a [User]) -> anyhow::Result<Self> {
+    pub async fn new(world: &'a Bench, users: &'a [TestUser]) -> anyhow::Result<Self> {
         let mut order: Vec<usize> = (0..users.len()).collect();
         order.shuffle(&mut rand::rng());
         let heads = fixtures::heads(world, users).await?.into_iter().map(|(_, head)| head).collect();

@@ -23,7 +23,7 @@ use std::{
 
 use serde_json::{Value, json};
 use tempfile::TempDir;
-use testkit::{PATIENCE, node, process::Process, programs, usage, user::User};
+use testkit::{PATIENCE, node, process::Process, programs, usage, user::TestUser};
 use tokio::{runtime::Handle, sync::oneshot, task::block_in_place};
 
 /// Browsers at the same time, over all test processes; each one is a dozen processes.
@@ -283,7 +283,7 @@ impl BrowserContext {
         page
     }
 
-    pub async fn sign_in(&self, user: &User) {
+    pub async fn sign_in(&self, user: &TestUser) {
         let (name, value) = user.cookie.split_once('=').expect("a cookie is name=value");
         let cookie = json!({
             "name": name, "value": value, "url": self.0.origin, "httpOnly": true, "sameSite": "Lax",

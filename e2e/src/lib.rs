@@ -13,6 +13,6 @@ pub use testkit::{
     nginx::{self, Front},
     programs::program,
     service::{self, Service},
-    user::User,
+    user::TestUser,
     world::{self, World},
 };

@@ -45,9 +45,9 @@ impl std::fmt::Debug for IdToken {
     }
 }
 
-pub(super) struct Tokens(TokenAnswer);
+pub(super) struct ProviderTokens(TokenAnswer);
 
-impl Tokens {
+impl ProviderTokens {
     pub(super) fn access(&self) -> &str {
         AccessToken::secret(self.0.access_token())
     }
@@ -62,7 +62,7 @@ pub(super) async fn exchange(
     outbound: &Outbound,
     code: String,
     verifier: String,
-) -> Result<Tokens, LoginFailure> {
+) -> Result<ProviderTokens, LoginFailure> {
     let http = |request| {
         let outbound = outbound.clone();
         async move { self::request(&outbound, request).await.map(normalized) }
@@ -72,7 +72,7 @@ pub(super) async fn exchange(
         .set_pkce_verifier(PkceCodeVerifier::new(verifier))
         .request_async(&http)
         .await;
-    response.map(Tokens).map_err(|error| match error {
+    response.map(ProviderTokens).map_err(|error| match error {
         RequestTokenError::Request(error) => error.into(),
         RequestTokenError::ServerResponse(error) => match error.error() {
             BasicErrorResponseType::Extension(code)

@@ -9,7 +9,7 @@ mod storm;
 use std::{net::SocketAddr, time::Duration};
 
 use clap::ValueEnum;
-use testkit::{service::Service, usage::Cpu, user::User};
+use testkit::{service::Service, usage::Cpu, user::TestUser};
 
 use crate::{
     clock::now,
@@ -94,14 +94,14 @@ struct GatewayUnderLoad<'a> {
     streams: StreamLoad,
     gateway: Service,
     world: &'a Bench,
-    users: &'a [User],
+    users: &'a [TestUser],
     api: &'a Service,
 }
 
 impl<'a> GatewayUnderLoad<'a> {
     fn open(
         world: &'a Bench,
-        users: &'a [User],
+        users: &'a [TestUser],
         api: &'a Service,
         gateway: Service,
         sizes: &Sizes,
@@ -129,7 +129,7 @@ fn open_streams(
     streams: &mut StreamLoad,
     world: &Bench,
     gateway: SocketAddr,
-    users: &[User],
+    users: &[TestUser],
     sizes: &Sizes,
 ) -> anyhow::Result<()> {
     progress(format_args!("opening {} streams", users.len()));

@@ -1,7 +1,7 @@
 //! Bad input is answered by a clear error or cut, and affects no other client. `World` asserts at the end of every test that no
 //! service panicked.
 
-use e2e::{Service, User, World, ledger::assert_exact};
+use e2e::{Service, TestUser, World, ledger::assert_exact};
 use futures_util::future::join_all;
 use testkit::{raw, soon, sse::EventSource};
 use tokio::{
@@ -101,7 +101,7 @@ async fn half_sent_requests_leave_room_for_others() {
     join_all(held.iter_mut().map(raw::read_to_end)).await; // They are cut.
 }
 
-fn request(user: &User, more: &str) -> String {
+fn request(user: &TestUser, more: &str) -> String {
     format!(
         "GET /api/messages HTTP/1.1\r\nhost: a\r\naccept: text/event-stream\r\nauthorization: Bearer {}\r\n{more}\r\n",
         user.token

@@ -28,7 +28,7 @@ async fn every_device_receives_exactly_its_users_feed() {
     // One of the three delivery paths breaks in the middle of an event.
     let breaking = Proxy::start(a.public()).await;
     breaking.cut_after(3_500);
-    let paths = |user: &e2e::User, first: usize| -> Vec<StreamRequest> {
+    let paths = |user: &e2e::TestUser, first: usize| -> Vec<StreamRequest> {
         let broken =
             StreamRequest::new(format!("http://{}/api/messages", breaking.address())).bearer(&user.token);
         let mut paths = vec![broken, b.stream(user), c.stream(user)];

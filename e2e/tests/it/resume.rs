@@ -9,14 +9,14 @@ use testkit::sse::{Stream, StreamRequest};
 
 use crate::support::{Two, browser, ready, start};
 
-struct Setting {
+struct ResumeFixture {
     world: World,
     api: Service,
     gateways: [Service; 2],
     two: Two,
 }
 
-impl Setting {
+impl ResumeFixture {
     async fn new() -> Self {
         let (world, api, first, two) = start().await;
         let second = world.gateway(api.internal()).env("RECONCILE_SECONDS", 1).ready().await;
@@ -71,7 +71,7 @@ impl Setting {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_reconnecting_client_gets_exactly_what_it_missed() {
-    let setting = Setting::new().await;
+    let setting = ResumeFixture::new().await;
     let feed = setting.feed().await;
     let at = |seq| feed.cursor(seq);
     for gateway in [0, 1] {
@@ -98,7 +98,7 @@ async fn a_reconnecting_client_gets_exactly_what_it_missed() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_cursor_that_is_none_is_a_resync_and_never_an_error() {
-    let setting = Setting::new().await;
+    let setting = ResumeFixture::new().await;
     let feed = setting.feed().await;
     let john = StoredFeed::read(&setting.world.sql, setting.two.john.id).await;
     let other_epoch = Position { epoch: Epoch(feed.epoch.0 ^ 1), seq: 3 }.to_string();
@@ -132,7 +132,7 @@ async fn a_cursor_that_is_none_is_a_resync_and_never_an_error() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn cursor_older_than_the_oldest_kept_event_is_a_resync() {
-    let setting = Setting::new().await;
+    let setting = ResumeFixture::new().await;
     let feed = setting.feed().await;
     let delete =
         sqlx::query("DELETE FROM messenger.feed WHERE user_id = $1 AND seq <= 5").bind(setting.two.jane.id.0);
@@ -155,7 +155,7 @@ async fn cursor_older_than_the_oldest_kept_event_is_a_resync() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn new_epoch_makes_a_live_stream_resync_and_continue() {
-    let setting = Setting::new().await;
+    let setting = ResumeFixture::new().await;
     let (mut quiet, mut busy) = (ready(setting.jane(1)).await, ready(setting.jane(0)).await);
 
     let before = setting.feed().await.epoch;
@@ -184,7 +184,7 @@ async fn new_epoch_makes_a_live_stream_resync_and_continue() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn restored_database_resyncs_live_streams() {
-    let setting = Setting::new().await;
+    let setting = ResumeFixture::new().await;
     let mut jane = ready(setting.jane(1)).await;
     let jane_id = setting.two.jane.id.0;
     let mut back = setting.world.sql.begin().await.unwrap();
@@ -207,7 +207,7 @@ async fn restored_database_resyncs_live_streams() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_long_absence_is_replayed_whole() {
-    let setting = Setting::new().await;
+    let setting = ResumeFixture::new().await;
     let cursor = setting.feed().await.head_cursor();
     // More than one answer of the internal listener can carry.
     let payload = "SELECT messenger.append_to_feed($1, 'message', NULL, '{\"id\":\"' || n || '\"}', NULL, NULL) FROM generate_series(1, 3000) n";

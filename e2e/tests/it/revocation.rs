@@ -2,7 +2,7 @@
 
 use chrono::Utc;
 use e2e::{
-    Service, User, World,
+    Service, TestUser, World,
     ledger::{StoredFeed, assert_exact},
 };
 use protocol::claims::Claims;
@@ -10,11 +10,11 @@ use testkit::{ports::free_port, soon, sse::Stream, until};
 
 use crate::support::{Two, browser, goodbye, ready, start, until_metric, watch};
 
-async fn call(world: &World, api: &Service, user: &User, method: &str, path: &str, status: u16) {
+async fn call(world: &World, api: &Service, user: &TestUser, method: &str, path: &str, status: u16) {
     world.client.call(method, api.url(path)).bearer(&user.token).expect(status).await;
 }
 
-fn session_of(world: &World, user: &User) -> String {
+fn session_of(world: &World, user: &TestUser) -> String {
     world.claims(user).sid.expect("a session of ours").to_string()
 }
 
@@ -131,7 +131,7 @@ async fn streams_of_a_stream_token_last_as_long_as_the_session() {
     let token = stream_token(&world, &api, &jane.token).await;
     world.client.get(api.url("/api/auth_user")).bearer(&token).expect(401).await;
 
-    let claims = world.claims(&User { token: token.clone(), ..jane.clone() });
+    let claims = world.claims(&TestUser { token: token.clone(), ..jane.clone() });
     let brief = world.sign(&Claims { exp: Utc::now().timestamp() + 2, ..claims.clone() });
     let mut outlives = ready(gateway.anonymous_stream().query_token(&brief)).await;
 

@@ -9,7 +9,7 @@ use std::{
 };
 
 use e2e::{
-    Service, User, World,
+    Service, TestUser, World,
     ledger::{StoredFeed, assert_exact},
     service::Plan,
 };
@@ -29,7 +29,7 @@ pub(crate) fn browser(opening: StreamRequest) -> EventSource {
     EventSource::open(vec![opening], ReconnectBy::Header, RETRY)
 }
 
-pub(crate) async fn watch(gateway: &Service, user: &User) -> EventSource {
+pub(crate) async fn watch(gateway: &Service, user: &TestUser) -> EventSource {
     let browser = browser(gateway.stream(user));
     browser.ready().await;
     browser
@@ -83,8 +83,8 @@ pub(crate) async fn start_in(
 pub(crate) const PAUSE: Duration = Duration::from_millis(15);
 
 pub(crate) struct Two {
-    pub(crate) john: User,
-    pub(crate) jane: User,
+    pub(crate) john: TestUser,
+    pub(crate) jane: TestUser,
     pub(crate) conversation: ConversationId,
 }
 
@@ -104,9 +104,9 @@ impl Two {
 }
 
 pub(crate) struct Crowd {
-    pub(crate) users: Vec<User>,
+    pub(crate) users: Vec<TestUser>,
     /// The sender and the conversation.
-    pub(crate) lines: Vec<(User, ConversationId)>,
+    pub(crate) lines: Vec<(TestUser, ConversationId)>,
 }
 
 impl Crowd {
@@ -128,7 +128,7 @@ impl Crowd {
     }
 
     /// One ready client per user.
-    pub(crate) async fn watch(&self, at: &[&Service]) -> Vec<(User, EventSource)> {
+    pub(crate) async fn watch(&self, at: &[&Service]) -> Vec<(TestUser, EventSource)> {
         let mut watching = Vec::new();
         for (number, user) in self.users.iter().enumerate() {
             let openings = (0..at.len()).map(|turn| at[(number + turn) % at.len()].stream(user)).collect();
@@ -139,7 +139,7 @@ impl Crowd {
     }
 
     /// Several clients per user, all at the first gateway; they reconnect to the others.
-    pub(crate) async fn watch_first(&self, at: &[&Service], devices: usize) -> Vec<(User, EventSource)> {
+    pub(crate) async fn watch_first(&self, at: &[&Service], devices: usize) -> Vec<(TestUser, EventSource)> {
         let mut watching = Vec::new();
         for user in &self.users {
             for _ in 0..devices {
@@ -163,7 +163,7 @@ impl Traffic {
     pub(crate) fn start(
         world: &Arc<World>,
         apis: &[&Service],
-        lines: &[(User, ConversationId)],
+        lines: &[(TestUser, ConversationId)],
         pause: Duration,
     ) -> Self {
         let apis: Vec<String> = apis.iter().map(|api| api.url("")).collect();
@@ -214,7 +214,7 @@ pub(crate) struct Busy {
     pub(crate) apis: Vec<Service>,
     pub(crate) gateways: Vec<Service>,
     pub(crate) crowd: Crowd,
-    watching: Vec<(User, EventSource)>,
+    watching: Vec<(TestUser, EventSource)>,
 }
 
 impl Busy {
@@ -323,8 +323,8 @@ impl Busy {
 pub(crate) async fn assert_all_exact(
     world: &World,
     api: &Service,
-    lines: &[(User, ConversationId)],
-    watching: &[(User, EventSource)],
+    lines: &[(TestUser, ConversationId)],
+    watching: &[(TestUser, EventSource)],
 ) {
     for (user, browser) in watching {
         assert_exact(&world.sql, user.id, &user.name, browser).await;

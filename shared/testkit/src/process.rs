@@ -15,7 +15,7 @@ use std::{
 pub use nix::sys::signal::Signal;
 use nix::{
     sys::{prctl::set_pdeathsig, signal::kill},
-    unistd::{Pid, User, geteuid, getpid, getppid},
+    unistd::{Pid, User as SystemUser, geteuid, getpid, getppid},
 };
 
 /// How long a process may take to end its own children.
@@ -49,7 +49,7 @@ impl Account {
         if let Some(meta) = data.metadata().ok().filter(|meta| meta.uid() != 0) {
             return Ok(Self(Some((meta.uid(), meta.gid()))));
         }
-        let nobody = User::from_name("nobody")?.ok_or(io::Error::other("there is no user `nobody`"))?;
+        let nobody = SystemUser::from_name("nobody")?.ok_or(io::Error::other("there is no user `nobody`"))?;
         Ok(Self(Some((nobody.uid.as_raw(), nobody.gid.as_raw()))))
     }
 

@@ -21,7 +21,7 @@ use crate::{
     sse::StreamRequest,
     until,
     usage::{Cpu, Memory},
-    user::User,
+    user::TestUser,
 };
 
 /// Lines kept of one service.
@@ -145,7 +145,7 @@ impl Service {
         format!("http://{}{path}", self.public())
     }
 
-    pub fn stream(&self, user: &User) -> StreamRequest {
+    pub fn stream(&self, user: &TestUser) -> StreamRequest {
         self.anonymous_stream().bearer(&user.token)
     }
 

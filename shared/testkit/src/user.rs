@@ -3,7 +3,7 @@
 use protocol::ids::UserId;
 
 #[derive(Debug, Clone)]
-pub struct User {
+pub struct TestUser {
     pub id: UserId,
     pub name: String,
     pub token: String,

@@ -31,7 +31,7 @@ use crate::{
     secrets::{random, signing_key},
     service::{Log, Plan, Service},
     soon,
-    user::User,
+    user::TestUser,
 };
 
 /// Part of every message that a test sends; must be in no log.
@@ -232,7 +232,7 @@ impl World {
         UserId(id.fetch_one(&self.sql).await.expect("a new user"))
     }
 
-    pub async fn user(&self, api: &Service, name: &str) -> User {
+    pub async fn user(&self, api: &Service, name: &str) -> TestUser {
         let id = self.person(name).await;
         let user = self.login(api, name).await;
         assert_eq!(user.id, id);
@@ -240,7 +240,7 @@ impl World {
     }
 
     /// Many users with a session each, made by SQL and signed for here.
-    pub async fn many(&self, count: i64) -> Vec<User> {
+    pub async fn many(&self, count: i64) -> Vec<TestUser> {
         let insert = "WITH new AS (INSERT INTO messenger.users (username) SELECT 'many' || n FROM generate_series(1, $1) n RETURNING id, username)
                       INSERT INTO messenger.sessions (user_id, expires_at) SELECT id, now() + interval '1 day' FROM new
                       RETURNING user_id, id, (SELECT username FROM new WHERE new.id = user_id)";
@@ -248,7 +248,7 @@ impl World {
             sqlx::query_as(insert).bind(count).fetch_all(&self.sql).await.expect("new users");
         let sign = |(user, session, name): (i64, i64, String)| {
             let token = self.token(user.into(), session.into());
-            User { id: user.into(), name, cookie: self.cookie(&token), token }
+            TestUser { id: user.into(), name, cookie: self.cookie(&token), token }
         };
         rows.into_iter().map(sign).collect()
     }
@@ -271,14 +271,14 @@ impl World {
         format!("{}={token}", Cookies::new(&origin).session())
     }
 
-    pub async fn login(&self, api: &Service, name: &str) -> User {
+    pub async fn login(&self, api: &Service, name: &str) -> TestUser {
         let call = self.client.post(api.url("/api/login")).json(&json!({ "username": name }));
         let answer = call.expect(200).await;
         let body = answer.json();
         let token = text(&body["token"]);
         self.remember(&token);
         let id = text(&body["authUser"]["id"]).parse().expect("an id");
-        User { id, name: name.into(), token, cookie: answer.cookie() }
+        TestUser { id, name: name.into(), token, cookie: answer.cookie() }
     }
 
     pub fn remember(&self, token: &str) {
@@ -295,7 +295,7 @@ impl World {
         assert!(!tokens.iter().any(|token| text.contains(token)), "a token in {whom}: {text}");
     }
 
-    pub fn claims(&self, user: &User) -> Claims {
+    pub fn claims(&self, user: &TestUser) -> Claims {
         self.signing
             .verifier()
             .verify(&user.token, &[Audience::Api, Audience::Stream])
@@ -337,7 +337,7 @@ impl World {
     }
 
     /// The conversation of two users, made if they have none.
-    pub async fn conversation(&self, api: &Service, from: &User, with: &User) -> ConversationId {
+    pub async fn conversation(&self, api: &Service, from: &TestUser, with: &TestUser) -> ConversationId {
         let call = self.client.post(api.url("/api/conversations")).bearer(&from.token);
         let answer = call.json(&json!({ "username": with.name })).send().await.expect("an answer");
         match answer.status {
@@ -350,7 +350,7 @@ impl World {
         }
     }
 
-    pub async fn say(&self, api: &Service, from: &User, conversation: ConversationId) -> Value {
+    pub async fn say(&self, api: &Service, from: &TestUser, conversation: ConversationId) -> Value {
         let url = api.url(&format!("/api/conversations/{conversation}/messages"));
         let call = self.client.post(url).bearer(&from.token).json(&json!({ "content": self.text() }));
         call.expect(201).await.json()
@@ -360,7 +360,7 @@ impl World {
     pub async fn say_until_accepted(
         &self,
         apis: &[String],
-        from: &User,
+        from: &TestUser,
         conversation: ConversationId,
         key: &str,
     ) -> Value {

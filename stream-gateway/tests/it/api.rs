@@ -113,13 +113,13 @@ struct FeedRow {
     data: String,
 }
 
-struct Feed {
+struct FakeFeed {
     head: Position,
     rows: Vec<FeedRow>,
 }
 
 struct FakeState {
-    feeds: HashMap<UserId, Feed>,
+    feeds: HashMap<UserId, FakeFeed>,
     owners: HashMap<SessionId, UserId>,
     ended: HashSet<SessionId>,
     jwks: JwkSet,
@@ -185,7 +185,7 @@ impl FakeApi {
 
     /// A new user whose feed ends at `head`, with no event pruned.
     pub(crate) fn add(&self, user: UserId, epoch: Epoch, head: Seq) {
-        let mut feed = Feed { head: Position { epoch, seq: 0 }, rows: vec![] };
+        let mut feed = FakeFeed { head: Position { epoch, seq: 0 }, rows: vec![] };
         (0..head).for_each(|_| _ = feed.append(None));
         assert!(self.state().feeds.insert(user, feed).is_none(), "a user of this id exists");
     }
@@ -194,7 +194,7 @@ impl FakeApi {
         self.state().feeds.remove(&user);
     }
 
-    fn change<T>(&self, user: UserId, change: impl FnOnce(&mut Feed) -> T) -> T {
+    fn change<T>(&self, user: UserId, change: impl FnOnce(&mut FakeFeed) -> T) -> T {
         change(self.state().feeds.get_mut(&user).expect("the test added this user"))
     }
 
@@ -327,7 +327,7 @@ impl FakeApi {
     }
 }
 
-impl Feed {
+impl FakeFeed {
     fn append(&mut self, padding: Option<String>) -> Envelope {
         self.head.seq += 1;
         let data = json!({ "n": self.head.seq, "padding": padding }).to_string();

@@ -1,6 +1,6 @@
 //! After a session ends, every tab shows the login page and none of the user's data.
 
-use e2e::{Browser, Front, User};
+use e2e::{Browser, Front, TestUser};
 use futures_util::future::join_all;
 use protocol::claims::Claims;
 use serde_json::json;
@@ -23,7 +23,7 @@ async fn a_login_goes_on_while_it_is_used() {
     let now: i64 =
         sqlx::query_scalar("SELECT extract(epoch FROM now())::bigint").fetch_one(&world.sql).await.unwrap();
     let token = world.sign(&Claims { exp: now + 8, ..world.claims(&two.jane) });
-    context.sign_in(&User { cookie: world.cookie(&token), token, ..two.jane.clone() }).await;
+    context.sign_in(&TestUser { cookie: world.cookie(&token), token, ..two.jane.clone() }).await;
     jane.reload().await;
     until("the stream has ended with its token", || async {
         site.metric("messenger_gateway_streams_closed_total{reason=\"expired\"}").await >= 1.0

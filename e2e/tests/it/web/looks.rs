@@ -1,6 +1,6 @@
 //! Screenshots for review, accessibility rules, and the size of a first visit.
 
-use e2e::{Browser, Front, User, browser::WebPage};
+use e2e::{Browser, Front, TestUser, browser::WebPage};
 use protocol::ids::ConversationId;
 use serde_json::{Value, json};
 
@@ -13,7 +13,7 @@ const SIZES: [(&str, u32, u32); 2] = [("desktop", 1280, 800), ("phone", 390, 844
 const THEMES: [&str; 2] = ["light", "dark"];
 
 /// Several conversations, one of them long, with everything that can be on screen.
-async fn furnish(site: &Site) -> (User, ConversationId) {
+async fn furnish(site: &Site) -> (TestUser, ConversationId) {
     let (world, api) = (&*site.world, site.api());
     let jane = world.user(api, "jane").await;
     let mut conversations = Vec::new();
@@ -22,7 +22,7 @@ async fn furnish(site: &Site) -> (User, ConversationId) {
         let conversation = world.conversation(api, &jane, &user).await;
         conversations.push((user, conversation));
     }
-    let say = async |from: &User, conversation: ConversationId, text: &str| {
+    let say = async |from: &TestUser, conversation: ConversationId, text: &str| {
         let url = api.url(&format!("/api/conversations/{conversation}/messages"));
         world.client.post(url).bearer(&from.token).json(&json!({ "content": text })).expect(201).await;
     };

@@ -7,7 +7,7 @@ use std::{
 };
 
 use e2e::{
-    User, World,
+    TestUser, World,
     browser::{BrowserContext, Locator, POLL, WebPage},
 };
 use futures_util::future::join_all;
@@ -174,7 +174,7 @@ pub(crate) fn path_of(conversation: ConversationId) -> String {
     format!("/conversations/{conversation}")
 }
 
-async fn rows_in_sql(sql: &PgPool, user: &User, conversation: ConversationId) -> Vec<ShownMessage> {
+async fn rows_in_sql(sql: &PgPool, user: &TestUser, conversation: ConversationId) -> Vec<ShownMessage> {
     let query =
         "SELECT id, sender_id, content FROM messenger.messages WHERE conversation_id = $1 ORDER BY id";
     let rows: Vec<(i64, i64, String)> =
@@ -190,7 +190,7 @@ async fn rows_in_sql(sql: &PgPool, user: &User, conversation: ConversationId) ->
 }
 
 /// Each page shows all messages of the conversation, once, in order, and nothing pending.
-async fn assert_show(sql: &PgPool, conversation: ConversationId, watching: &[(&User, &Messenger)]) {
+async fn assert_show(sql: &PgPool, conversation: ConversationId, watching: &[(&TestUser, &Messenger)]) {
     for (user, page) in watching {
         page.live().await;
         let wanted = rows_in_sql(sql, user, conversation).await;
@@ -220,7 +220,7 @@ async fn assert_show(sql: &PgPool, conversation: ConversationId, watching: &[(&U
 pub(crate) async fn assert_all_show(
     world: &World,
     conversation: ConversationId,
-    watching: &[(&User, &Messenger)],
+    watching: &[(&TestUser, &Messenger)],
 ) {
     assert_show(&world.sql, conversation, watching).await;
     join_all(watching.iter().map(|(_, page)| async { page.say(&world.text()).await })).await;
@@ -228,7 +228,7 @@ pub(crate) async fn assert_all_show(
     assert_show(&world.sql, conversation, watching).await;
 }
 
-async fn assert_sql_has(sql: &PgPool, conversation: ConversationId, watching: &[(&User, &Messenger)]) {
+async fn assert_sql_has(sql: &PgPool, conversation: ConversationId, watching: &[(&TestUser, &Messenger)]) {
     for (user, page) in watching {
         until(&format!("all that {} said is sent", user.name), || async {
             let mine: Vec<_> = page.rows().await.into_iter().filter(|row| row.mine).collect();

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use e2e::{Browser, Front, Service, User, World, browser::BrowserContext, nginx::Nginx, service::Plan};
+use e2e::{Browser, Front, Service, TestUser, World, browser::BrowserContext, nginx::Nginx, service::Plan};
 use futures_util::future::join_all;
 
 /// In the order of teardown.
@@ -39,7 +39,7 @@ impl Site {
         join_all(self.gateways.iter().map(|gateway| gateway.metric(series))).await.iter().sum()
     }
 
-    pub(crate) async fn signed_in(&self, browser: &Browser, user: &User) -> BrowserContext {
+    pub(crate) async fn signed_in(&self, browser: &Browser, user: &TestUser) -> BrowserContext {
         let context = browser.context(&user.name, &self.origin).await;
         context.sign_in(user).await;
         context

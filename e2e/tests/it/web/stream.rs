@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use chrono::Utc;
 use e2e::{
-    Browser, Front, Service, User,
+    Browser, Front, Service, TestUser,
     browser::{BrowserContext, WebPage},
     ledger::StoredFeed,
 };
@@ -92,7 +92,7 @@ impl Scene {
         self.two.say(&self.site.world, self.site.api(), times).await;
     }
 
-    async fn feed(&self, user: &User) -> StoredFeed {
+    async fn feed(&self, user: &TestUser) -> StoredFeed {
         StoredFeed::read(&self.site.world.sql, user.id).await
     }
 
@@ -461,7 +461,7 @@ async fn credential_is_renewed_before_it_expires() {
     let claims = scene.site.world.claims(&scene.two.jane);
     let token = scene.site.world.sign(&Claims { exp: Utc::now().timestamp() + 8, ..claims });
     let cookie = scene.site.world.cookie(&token);
-    scene.context.sign_in(&User { cookie, ..scene.two.jane.clone() }).await;
+    scene.context.sign_in(&TestUser { cookie, ..scene.two.jane.clone() }).await;
     let tabs = [scene.live_tab().await, scene.live_tab().await];
     for tab in &tabs {
         tab.until_was("connecting expired").await;
