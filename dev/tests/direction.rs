@@ -28,8 +28,8 @@ const MODULES: [(&str, &str); 2] = [
     ),
     (
         "stream-gateway",
-        "descriptors config metrics sequencer frame trace event api_client keys limits identities drain backfill subscriber hub engine \
-         explain http app cli",
+        "descriptors config metrics frame trace event core api_client keys limits identities backfill subscriber engine explain http \
+         app cli",
     ),
 ];
 

@@ -18,7 +18,7 @@ use protocol::{
         self, HeadsAnswer, HeadsRequest, KnownHead, Login, MAX_PAIRS, Range, RangeAfter, RangesAnswer,
         RangesRequest,
     },
-    ids::{SessionId, UserId},
+    ids::UserId,
     keys_version::KeysVersion,
     position::{Position, Seq},
 };
@@ -31,6 +31,7 @@ use tokio::{
 
 use crate::{
     api_client::ApiClient,
+    core::{HeadRequest, RangeAnswer, RangeRequest},
     event::EncodedEvent,
     metrics::{DeliveryPath, Kind, Metrics},
 };
@@ -42,54 +43,8 @@ const MAX_BATCHES: usize = 3;
 /// The first pause after a failure, and the longest.
 const BACKOFF: [Duration; 2] = [Duration::from_millis(100), Duration::from_secs(2)];
 
-/// The events after `after`.
-#[derive(Debug, Clone, Copy)]
-pub struct RangeRequest<R> {
-    pub user: UserId,
-    pub after: Seq,
-    pub requester: R,
-    pub path: DeliveryPath,
-    /// The user's position here at the time of the request.
-    pub requested_at: Option<Position>,
-}
-
-#[derive(Debug)]
-pub struct RangeAnswer {
-    pub head: Option<Position>,
-    pub events: Vec<EncodedEvent>,
-    pub more: bool,
-}
-
-/// The head of a feed.
-#[derive(Debug, Clone, Copy)]
-pub struct HeadRequest {
-    pub user: UserId,
-    pub requested_at: Option<Position>,
-    pub why: HeadReason,
-    /// Checked too: is it this user's, and has it not ended?
-    pub session: Option<SessionId>,
-}
-
-impl HeadRequest {
-    pub fn login(&self) -> Option<Login> {
-        self.session.map(|session| Login { user: self.user, session })
-    }
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum HeadReason {
-    /// The sequencer has no position yet.
-    Position,
-    /// A connection joins; its session must be confirmed.
-    Join,
-    /// The regular check of everybody, or the one after an uncertainty.
-    Reconcile,
-}
-
 #[derive(Debug)]
 pub struct HeadsAnswered {
-    /// See [`Backfill::head_batches`].
-    pub batch: u32,
     pub requests: Vec<HeadRequest>,
     /// Those that differ from `requested_at`.
     pub heads: HashMap<UserId, Option<Position>>,
@@ -98,32 +53,33 @@ pub struct HeadsAnswered {
     pub keys: KeysVersion,
 }
 
-pub enum Answers<R> {
-    Ranges(Vec<(RangeRequest<R>, RangeAnswer)>),
+pub enum Answers {
+    Ranges(Vec<(RangeRequest, RangeAnswer)>),
     Heads(HeadsAnswered),
 }
 
-type Finished<R> = (Result<Answers<R>, Failed<R>>, Instant);
+/// A batch failed. Its requests wait for another attempt; those that nobody wants any more may be dropped.
+pub struct BatchFailed;
+
+type Finished = (Result<Answers, Failed>, Instant);
 
 /// The requests are put back and retried.
-enum Failed<R> {
-    Ranges(Vec<RangeRequest<R>>),
+enum Failed {
+    Ranges(Vec<RangeRequest>),
     Heads(Vec<HeadRequest>),
 }
 
-pub struct Backfill<R> {
+pub struct Backfill {
     api: ApiClient,
     /// Sends and parses on tokio's worker threads, not on the delivery thread.
     workers: Handle,
     tracer: Tracer,
     metrics: Arc<Metrics>,
-    ranges: VecDeque<RangeRequest<R>>,
+    ranges: VecDeque<RangeRequest>,
     heads: VecDeque<HeadRequest>,
-    in_flight: FuturesUnordered<JoinHandle<Finished<R>>>,
+    in_flight: FuturesUnordered<JoinHandle<Finished>>,
     range_batches_in_flight: usize,
     head_batches_in_flight: usize,
-    /// Sent so far.
-    head_batches: u32,
     gather_until: Instant,
     paused_until: Instant,
     /// Zero while `api` answers.
@@ -131,7 +87,7 @@ pub struct Backfill<R> {
     backoff: Backoff,
 }
 
-impl<R: Copy + Send + 'static> Backfill<R> {
+impl Backfill {
     pub fn new(api: ApiClient, workers: Handle, tracer: Tracer, metrics: Arc<Metrics>) -> Self {
         Self {
             api,
@@ -143,7 +99,6 @@ impl<R: Copy + Send + 'static> Backfill<R> {
             in_flight: FuturesUnordered::new(),
             range_batches_in_flight: 0,
             head_batches_in_flight: 0,
-            head_batches: 0,
             gather_until: Instant::now(),
             paused_until: Instant::now(),
             pause: Duration::ZERO,
@@ -151,7 +106,7 @@ impl<R: Copy + Send + 'static> Backfill<R> {
         }
     }
 
-    pub fn request_range(&mut self, request: RangeRequest<R>) {
+    pub fn request_range(&mut self, request: RangeRequest) {
         self.gather();
         self.ranges.push_back(request);
     }
@@ -161,27 +116,22 @@ impl<R: Copy + Send + 'static> Backfill<R> {
         self.heads.push_back(request);
     }
 
-    /// Head batches sent so far, wrapping. A request made from now on is in a later one.
-    pub fn head_batches(&self) -> u32 {
-        self.head_batches
-    }
-
     pub fn failing(&self) -> bool {
         self.pause > Duration::ZERO
     }
 
-    /// Keeps the waiting requests that these accept.
-    pub fn retain(
-        &mut self,
-        range: impl FnMut(&RangeRequest<R>) -> bool,
-        head: impl FnMut(&HeadRequest) -> bool,
-    ) {
-        self.ranges.retain(range);
-        self.heads.retain(head);
+    /// Keeps the waiting requests that `wanted` accepts.
+    pub fn retain_ranges(&mut self, wanted: impl FnMut(&RangeRequest) -> bool) {
+        self.ranges.retain(wanted);
+    }
+
+    /// Keeps the waiting requests that `wanted` accepts.
+    pub fn retain_heads(&mut self, wanted: impl FnMut(&HeadRequest) -> bool) {
+        self.heads.retain(wanted);
     }
 
     /// The next answers; pending while nothing is requested. Cancel safe.
-    pub async fn next(&mut self) -> Answers<R> {
+    pub async fn next(&mut self) -> Result<Answers, BatchFailed> {
         loop {
             self.launch();
             let may_launch = self.may_request_ranges() || self.may_request_heads();
@@ -201,9 +151,12 @@ impl<R: Copy + Send + 'static> Backfill<R> {
                         Ok(answers) => {
                             self.pause = Duration::ZERO;
                             self.backoff.reset();
-                            return answers;
+                            return Ok(answers);
                         }
-                        Err(failed) => self.put_back(failed, started),
+                        Err(failed) => {
+                            self.put_back(failed, started);
+                            return Err(BatchFailed);
+                        }
                     }
                 }
                 () = sleep_until(not_before), if may_launch => {}
@@ -248,13 +201,11 @@ impl<R: Copy + Send + 'static> Backfill<R> {
         }
         while self.may_request_heads() {
             self.head_batches_in_flight += 1;
-            self.head_batches = self.head_batches.wrapping_add(1);
-            let number = self.head_batches;
             let batch: Vec<_> = self.heads.drain(..self.heads.len().min(MAX_PAIRS)).collect();
             self.count("heads", batch.len());
             let api = self.api.clone();
             self.in_flight
-                .push(self.workers.spawn(async move { (request_heads(&api, number, batch).await, started) }));
+                .push(self.workers.spawn(async move { (request_heads(&api, batch).await, started) }));
         }
     }
 
@@ -263,7 +214,7 @@ impl<R: Copy + Send + 'static> Backfill<R> {
     }
 
     /// Batches that fail together count as one failure: those sent before the pause prove nothing new.
-    fn put_back(&mut self, failed: Failed<R>, started: Instant) {
+    fn put_back(&mut self, failed: Failed, started: Instant) {
         let (kind, users) = match failed {
             Failed::Ranges(batch) => {
                 let users = batch.len();
@@ -284,12 +235,12 @@ impl<R: Copy + Send + 'static> Backfill<R> {
     }
 }
 
-async fn request_ranges<R: Copy>(
+async fn request_ranges(
     api: &ApiClient,
-    batch: Vec<RangeRequest<R>>,
+    batch: Vec<RangeRequest>,
     tracer: &Tracer,
     metrics: &Metrics,
-) -> Result<Answers<R>, Failed<R>> {
+) -> Result<Answers, Failed> {
     let pairs = batch.iter().map(|request| RangeAfter { user: request.user, after: request.after }).collect();
     let answer = api.post::<RangesAnswer>(feed::RANGES_PATH, &RangesRequest { ranges: pairs }).await;
     let answer = answer.and_then(|answer| {
@@ -307,7 +258,7 @@ async fn request_ranges<R: Copy>(
                     range.events.truncate(consistent);
                     range.more = true;
                 }
-                let (events, whole) = encode(range.user, range.events, request.path, tracer, metrics);
+                let (events, whole) = encode(range.user, range.events, request.path(), tracer, metrics);
                 (request, RangeAnswer { head: range.head, events, more: range.more || !whole })
             });
             Ok(Answers::Ranges(answers.collect()))
@@ -355,11 +306,7 @@ fn encode(
     (events, true)
 }
 
-async fn request_heads<R>(
-    api: &ApiClient,
-    number: u32,
-    batch: Vec<HeadRequest>,
-) -> Result<Answers<R>, Failed<R>> {
+async fn request_heads(api: &ApiClient, batch: Vec<HeadRequest>) -> Result<Answers, Failed> {
     let request = HeadsRequest {
         users: batch.iter().map(|q| KnownHead { user: q.user, head: q.requested_at }).collect(),
         logins: batch.iter().filter_map(HeadRequest::login).collect(),
@@ -371,9 +318,7 @@ async fn request_heads<R>(
         Ok((heads, answer.ended_logins.into_iter().collect(), answer.keys))
     });
     match answer {
-        Ok((heads, ended, keys)) => {
-            Ok(Answers::Heads(HeadsAnswered { batch: number, requests: batch, heads, ended, keys }))
-        }
+        Ok((heads, ended, keys)) => Ok(Answers::Heads(HeadsAnswered { requests: batch, heads, ended, keys })),
         Err(error) => {
             tracing::warn!(
                 error = format!("{error:#}"),

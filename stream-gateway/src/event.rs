@@ -17,6 +17,8 @@ pub struct EncodedEvent {
     /// Milliseconds since 1970, by the database's clock.
     pub created_at: i64,
     pub frame: Chunk,
+    /// How it reached this gateway.
+    pub path: DeliveryPath,
     /// Only if the event is traced.
     pub trace: Option<Arc<DeliveryTrace>>,
 }
@@ -40,6 +42,6 @@ impl EncodedEvent {
             "event received"
         );
         let created_at = envelope.created_at.timestamp_millis();
-        Ok(Self { position: envelope.cursor(), created_at, frame, trace })
+        Ok(Self { position: envelope.cursor(), created_at, frame, path, trace })
     }
 }

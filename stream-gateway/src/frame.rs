@@ -22,8 +22,6 @@ use protocol::{
 use serde_json::json;
 use thiserror::Error;
 
-use crate::sequencer::ResyncReason;
-
 /// The largest envelope accepted from Redis, in bytes. A message of 480 code points makes about 4 KiB at most.
 pub const MAX_ENVELOPE: usize = 16 * 1024;
 
@@ -182,6 +180,27 @@ pub fn ready(cursor: Position, resumed: bool, with_id: bool, heartbeat: Duration
     });
     let id = if with_id { format!("id: {cursor}\n") } else { String::new() };
     Chunk::new(&format!("event: ready\ndata: {data}\n{id}\n"))
+}
+
+/// Why a client must reload, in the contract's words.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum ResyncReason {
+    /// The feed has another epoch.
+    Unknown,
+    /// Events after the position are no longer kept.
+    Expired,
+    /// The position is beyond the head: the database went back.
+    Future,
+}
+
+impl ResyncReason {
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Unknown => "unknown",
+            Self::Expired => "expired",
+            Self::Future => "future",
+        }
+    }
 }
 
 /// The client must reload by REST and continue from the head.

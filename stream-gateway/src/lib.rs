@@ -11,16 +11,14 @@ pub mod metrics;
 
 mod api_client;
 mod backfill;
-mod drain;
+mod core;
 mod engine;
 mod event;
 mod explain;
 mod frame;
 mod http;
-mod hub;
 mod identities;
 mod keys;
 mod limits;
-mod sequencer;
 mod subscriber;
 mod trace;

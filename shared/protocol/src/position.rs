@@ -21,6 +21,13 @@ pub struct Position {
     pub seq: Seq,
 }
 
+impl Position {
+    /// Whether no event lies between the two.
+    pub fn is_followed_by(self, next: Self) -> bool {
+        next.epoch == self.epoch && self.seq.checked_add(1) == Some(next.seq)
+    }
+}
+
 /// The text is no cursor that we ever gave out.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
 #[error("not a cursor")]

@@ -1,28 +1,15 @@
-//! Delivery: one thread that owns every stream of the process.
+//! Delivery: one thread that owns every stream of the process and carries out what the [`core`](crate::core) decides.
 //!
-//! It connects Redis ([`crate::subscriber`]), Postgres ([`crate::backfill`]) and the sockets: an event goes from the sequencer
-//! directly to each socket of its user, with no queue and no task in between. One epoll watches all sockets, and tokio watches
-//! the epoll; one timing wheel serves all heartbeats and deadlines. An idle connection costs its slot and its heartbeats.
+//! An event goes from Redis through the core directly to each socket of its user, with no queue and no task in between. One
+//! epoll watches all sockets, and tokio watches the epoll. An idle connection costs its slots and its heartbeats.
 //!
-//! After `ready`, each connection receives every event after its cursor, once and in order, or a resync. No connection delays
-//! another: a lagging one is skipped until its socket takes bytes, and then reads from the replay buffer or the feed.
-//!
-//! This file has the loop and the timers; `lifecycle` opens and closes connections, `sockets` writes to them, `events` delivers
-//! events, and `backfill` handles requests to Postgres.
+//! This file has the loop and the inputs, `effects` carries out the core's effects, and `sockets` has the sockets.
 
-mod backfill;
-mod connection;
-mod events;
-mod explain;
-mod explanation;
-mod lifecycle;
+mod effects;
 mod sockets;
-mod wheel;
 
 use std::{
-    collections::{BTreeSet, HashMap, VecDeque},
     io,
-    num::NonZeroU32,
     sync::Arc,
     thread,
     time::{Duration, Instant, SystemTime},
@@ -30,57 +17,44 @@ use std::{
 
 use anyhow::Context as _;
 use bytes::Bytes;
-use mio::{Events, Poll};
-use prometheus_client::metrics::{counter::Counter, histogram::Histogram};
+use mio::Poll;
 use protocol::{
     claims::KeyName,
     ids::{SessionId, UserId},
     position::Seq,
 };
-use rand::RngExt;
+use rand::{SeedableRng, rngs::SmallRng};
 use service_kit::{ended_sessions::EndedSessions, tasks::Tasks, traces::Tracer};
-use slab::Slab;
 use tokio::{
-    io::{Interest as Readiness, unix::AsyncFd},
     runtime::Handle,
     sync::{mpsc, oneshot},
     time::sleep_until,
 };
 use tokio_util::sync::CancellationToken;
 
-use self::{connection::Connection, explanation::ClosedStreams, wheel::Wheel};
-pub use self::{connection::Resume, explanation::Explanation};
+use self::{
+    effects::Telemetry,
+    sockets::{SocketEvent, Sockets},
+};
+pub use crate::core::{Explanation, Resume};
 use crate::{
     api_client::ApiClient,
-    backfill::{Answers, Backfill},
-    config::{Delivery, HEARTBEAT_JITTER},
-    drain::DrainSchedule,
-    event::EncodedEvent,
+    backfill::{Answers, Backfill, BatchFailed, HeadsAnswered},
+    config::Delivery,
+    core::{Effect, Hub, Millis, NewConnection},
     frame::{Framing, Goodbye, Heartbeat},
-    hub::{ConnectionKey, Hub},
-    keys::Keys,
+    keys::{Keys, TrustedKeys},
     limits::Permit,
-    metrics::{DeliveryPath, Metrics, Path},
-    sequencer::Millis,
+    metrics::{Metrics, Reason},
     subscriber::{DesiredSubscriptions, RedisUpdate},
-    trace::Flush,
 };
 
 /// Accepted streams that wait for the engine; a storm of reconnects fits in.
 pub const NEW_STREAMS: usize = 16_384;
 /// Streams admitted before other inputs get their turn.
 const ADMITTED_PER_TURN: usize = 64;
-/// An entry without connections stays this long.
-const LINGER: Millis = 1_000;
-/// A closing stream is cut after this long.
-const GOODBYE_WITHIN: Millis = 3_000;
-/// The same when the token or the session has ended: a lagging client must not gain time.
-const EXPIRED_WITHIN: Millis = 500;
-const REVOKED_WITHIN: Millis = 1_000;
 /// Redis updates taken before sockets and timers get their turn.
 const UPDATES_PER_TURN: usize = 512;
-/// The kernel doubles it. Enough for a page of the feed; the rest stays in the replay buffer or in Postgres.
-const SEND_BUFFER: usize = 64 * 1024;
 
 /// A stream that the HTTP side has decided to open.
 pub struct NewStream {
@@ -92,7 +66,7 @@ pub struct NewStream {
     pub resume: Resume,
     pub heartbeat: Heartbeat,
     pub framing: Framing,
-    /// The head of the HTTP response and the first `retry`.
+    /// The head of the HTTP response and the first `retry`; empty if they are written already.
     pub head: Bytes,
     /// When the stream ends at the latest, and why.
     pub ends: Instant,
@@ -145,9 +119,10 @@ pub fn start(
     let (tasks, stop) = (inputs.tasks.clone(), inputs.stop.clone());
     let run = async move {
         let backfill = Backfill::new(api, workers, tracer, metrics.clone());
-        let engine = |sockets| Engine::new(settings, sockets, backfill, rights, desired, metrics);
-        let ended = match watch(poll) {
-            Ok(sockets) => engine(sockets).run(inputs).await,
+        let ended = match Sockets::new(poll, settings.write_deadline) {
+            Ok(sockets) => {
+                Engine::new(settings, sockets, backfill, rights, desired, metrics).run(inputs).await
+            }
             Err(error) => Err(error),
         };
         if let Err(error) = ended {
@@ -160,138 +135,59 @@ pub fn start(
     Ok(())
 }
 
-#[expect(unsafe_code, reason = "tokio requires a descriptor that stays valid")]
-fn watch(poll: Poll) -> io::Result<AsyncFd<Poll>> {
-    // SAFETY: `Poll` owns its descriptor, keeps it open until it is dropped and always names the same one.
-    unsafe { AsyncFd::register_with_interest(poll, Readiness::READABLE) }
-        .map_err(|error| error.into_parts().1)
-}
-
-#[derive(Debug, Clone, Copy)]
-enum Requester {
-    User,
-    Connection(ConnectionKey, NonZeroU32),
-}
-
-struct PathMetrics {
-    counter: Counter,
-    lag: Histogram,
-}
-
 struct Engine {
-    settings: Delivery,
-    metrics: Arc<Metrics>,
-    path_metrics: [PathMetrics; 3],
-    sockets: AsyncFd<Poll>,
-    backfill: Backfill<Requester>,
-    keys: Arc<Keys>,
-    desired: DesiredSubscriptions,
-    ended: EndedSessions,
     hub: Hub,
-    connections: Slab<Connection>,
-    wheel: Wheel,
-    /// When the uncertain sequencers are next ticked.
-    ticks: BTreeSet<(Millis, u32)>,
-    /// Users without connections, by when they may be removed.
-    lingering: VecDeque<(Millis, UserId)>,
-    /// Recorded flushes in progress; not in `Connection`, because few connections have one.
-    flushes: HashMap<ConnectionKey, Flush>,
-    /// Connections to remove at the end of the turn.
-    to_close: Vec<(ConnectionKey, &'static str)>,
-    closed_streams: ClosedStreams,
-    redis_degraded: bool,
-    reconcile_at: Millis,
-    /// Unanswered requests of the current reconcile round.
-    reconciling: usize,
-    /// Events may be missing since the current round began.
-    reconcile_again: bool,
-    drain: Option<DrainSchedule>,
-    draining: Option<oneshot::Sender<()>>,
-    generation: u32,
-    last_request: NonZeroU32,
-    backlog: usize,
+    sockets: Sockets,
+    backfill: Backfill,
+    desired: DesiredSubscriptions,
+    rights: Rights,
+    telemetry: Telemetry,
     started: Instant,
-    now: Millis,
-    /// Milliseconds since 1970.
-    wall: i64,
+    /// Signalled when the drain is over.
+    draining: Option<oneshot::Sender<()>>,
+    /// Emptied effects.
+    batch: Vec<Effect>,
 }
 
 impl Engine {
     fn new(
         settings: Delivery,
-        sockets: AsyncFd<Poll>,
-        backfill: Backfill<Requester>,
-        Rights { keys, ended_sessions }: Rights,
+        sockets: Sockets,
+        backfill: Backfill,
+        rights: Rights,
         desired: DesiredSubscriptions,
         metrics: Arc<Metrics>,
     ) -> Self {
-        let path_metrics = DeliveryPath::ALL.map(|path| {
-            let path = path.as_str();
-            PathMetrics {
-                counter: metrics.events_delivered.get_or_create_owned(&Path { path }),
-                lag: metrics.delivery_lag_seconds.get_or_create_owned(&Path { path }),
-            }
-        });
         Self {
-            settings,
-            metrics,
-            path_metrics,
+            hub: Hub::new(settings, SmallRng::from_rng(&mut rand::rng())),
             sockets,
             backfill,
-            keys,
             desired,
-            ended: ended_sessions,
-            hub: Hub::default(),
-            connections: Slab::new(),
-            wheel: Wheel::new(0),
-            ticks: BTreeSet::new(),
-            lingering: VecDeque::new(),
-            flushes: HashMap::new(),
-            to_close: Vec::new(),
-            closed_streams: ClosedStreams::default(),
-            redis_degraded: true,
-            reconcile_at: 0,
-            reconciling: 0,
-            reconcile_again: false,
-            drain: None,
-            draining: None,
-            generation: 0,
-            last_request: NonZeroU32::MIN,
-            backlog: 0,
+            rights,
+            telemetry: Telemetry::new(metrics),
             started: Instant::now(),
-            now: 0,
-            wall: 0,
+            draining: None,
+            batch: Vec::new(),
         }
     }
 
     async fn run(mut self, mut inputs: Inputs) -> io::Result<()> {
-        let mut events = Events::with_capacity(1_024);
         let mut updates = Vec::with_capacity(UPDATES_PER_TURN);
         let mut new_streams = Vec::with_capacity(ADMITTED_PER_TURN);
-        let mut keys = self.keys.subscribe();
+        let mut keys = self.rights.keys.subscribe();
         loop {
-            let wake = tokio::time::Instant::from_std(self.started + Duration::from_millis(self.next_wake()));
+            let timer = Duration::from_millis(self.hub.next_timer());
             tokio::select! {
                 count = inputs.updates.recv_many(&mut updates, UPDATES_PER_TURN) => {
-                    self.update_clock();
                     if count == 0 {
                         return Ok(());
                     }
+                    self.update_clock();
                     updates.drain(..).for_each(|update| self.on_redis(update));
                 }
-                ready = self.sockets.readable_mut() => {
-                    let mut ready = ready?;
-                    match ready.get_inner_mut().poll(&mut events, Some(Duration::ZERO)) {
-                        Err(error) if error.kind() != io::ErrorKind::Interrupted => return Err(error),
-                        _ => {}
-                    }
-                    if events.iter().count() < events.capacity() {
-                        ready.clear_ready();
-                    }
+                ready = self.sockets.ready() => {
                     self.update_clock();
-                    for event in &events {
-                        self.on_socket(event);
-                    }
+                    ready?.for_each(|readiness| self.on_socket(readiness));
                 }
                 1.. = inputs.new_streams.recv_many(&mut new_streams, ADMITTED_PER_TURN) => {
                     self.update_clock();
@@ -300,11 +196,11 @@ impl Engine {
                 answers = self.backfill.next() => {
                     self.update_clock();
                     match answers {
-                        Answers::Ranges(answers) => answers.into_iter().for_each(|(q, a)| self.on_range(q, a)),
-                        Answers::Heads(answered) => self.on_heads(answered),
+                        Ok(answers) => self.on_answers(answers),
+                        Err(BatchFailed) => self.drop_stale_requests(),
                     }
                 }
-                () = sleep_until(wake) => self.update_clock(),
+                () = sleep_until((self.started + timer).into()) => self.update_clock(),
                 Ok(()) = keys.changed() => {
                     self.update_clock();
                     let trusted = keys.borrow_and_update().clone();
@@ -312,168 +208,218 @@ impl Engine {
                 }
                 Some(command) = inputs.commands.recv() => {
                     self.update_clock();
-                    match command {
-                        EngineCommand::Drain { window, done } => self.begin_drain(window, done),
-                        EngineCommand::Explain { user, seq, answer } => _ = answer.send(self.explain(user, seq)),
-                    }
+                    self.on_command(command);
                 }
             }
-            self.run_timers();
-            self.remove_closed();
-            if self.drained(inputs.new_streams.is_empty()) {
+            self.hub.run_timers();
+            self.carry_out_effects();
+            self.telemetry.measure(&self.hub);
+            if self.hub.is_drained(inputs.new_streams.is_empty()) {
+                self.finish_drain();
                 return Ok(());
             }
         }
     }
 
     fn update_clock(&mut self) {
-        self.now = self.started.elapsed().as_millis() as Millis;
-        let since_1970 = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-        self.wall = since_1970.as_millis() as i64;
+        self.hub.set_time(self.started.elapsed().as_millis() as Millis, SystemTime::now());
     }
 
-    fn next_wake(&self) -> Millis {
-        let wheel = if self.connections.is_empty() { Millis::MAX } else { self.wheel.next() };
-        let tick = self.ticks.first().map_or(Millis::MAX, |(at, _)| *at);
-        let linger = self.lingering.front().map_or(Millis::MAX, |(at, _)| *at);
-        let drain = self.drain.as_ref().map_or(Millis::MAX, DrainSchedule::next);
-        wheel.min(tick).min(linger).min(drain).min(self.reconcile_at)
+    fn on_redis(&mut self, update: RedisUpdate) {
+        match update {
+            RedisUpdate::Event(user, event) => self.hub.event(user, event),
+            RedisUpdate::SessionEnded(user, session) => self.hub.close_session(user, session),
+            RedisUpdate::Subscribed(on, users) => self.hub.subscribed(on, users),
+            RedisUpdate::Moved(from, users) => self.hub.unsubscribed(from, users),
+            RedisUpdate::Disconnected(from) => self.hub.disconnected(from),
+            RedisUpdate::Degraded(degraded) => {
+                self.hub.set_redis_degraded(degraded);
+                self.telemetry.metrics.redis_degraded.set(i64::from(degraded));
+            }
+            RedisUpdate::Uncertain(user) => self.hub.mark_uncertain(user),
+            RedisUpdate::Dropped => self.hub.mark_all_uncertain(),
+        }
+        self.carry_out_effects();
     }
 
-    fn run_timers(&mut self) {
-        let mut due = Vec::new();
-        self.wheel.turn(self.now, &mut due);
-        for (key, at) in due {
-            if self.connection(key).is_some_and(|connection| connection.due == at) {
-                self.on_due(key);
+    fn on_socket(&mut self, SocketEvent { key, error, readable, writable }: SocketEvent) {
+        if error {
+            let reason = self.sockets.take_error(key);
+            self.hub.remove(key, reason);
+        }
+        if readable {
+            match self.sockets.discard_input(key) {
+                sockets::Input::Discarded => {}
+                sockets::Input::TooMuch => self.hub.unexpected_input(key),
+                sockets::Input::Closed => self.hub.gone(key),
             }
         }
-        while let Some((at, user)) = self.ticks.first().copied()
-            && at <= self.now
-        {
-            self.ticks.pop_first();
-            if let Some(entry) = self.hub.get_mut(user) {
-                entry.tick_at = 0;
-                let mut steps = Vec::new();
-                entry.sequencer.tick(self.now, &mut steps);
-                self.apply(user, steps, DeliveryPath::Repair);
+        if writable {
+            self.hub.writable(key);
+        }
+        self.carry_out_effects();
+    }
+
+    fn admit(&mut self, stream: NewStream) {
+        let NewStream {
+            socket,
+            user,
+            session,
+            key,
+            resume,
+            heartbeat,
+            framing,
+            head,
+            ends,
+            ends_why,
+            permit,
+        } = stream;
+        let connection = match self.sockets.insert(socket, permit) {
+            Ok(connection) => connection,
+            Err(error) => {
+                tracing::warn!(%error, user.id = %user, "stream handoff failed; the connection is closed");
+                // It was not counted as opened, so it is not counted as closed.
+                self.telemetry.metrics.streams_rejected.get_or_create(&Reason { reason: "error" }).inc();
+                return;
+            }
+        };
+        // After the HTTP check the session may have ended, and the key may have been removed.
+        let ended = session.is_some_and(|session| self.rights.ended_sessions.contains(user, session));
+        let revoked = ended || !self.rights.keys.accepts(key);
+        let ends_at = ends.saturating_duration_since(self.started).as_millis() as Millis;
+        self.telemetry.opened(user, connection, resume != Resume::Head);
+        let new = NewConnection {
+            user,
+            session,
+            signed_by: key,
+            resume,
+            heartbeat,
+            framing,
+            head,
+            ends_at,
+            ends_why,
+        };
+        self.hub.open(connection, new, revoked.then_some(Goodbye::Revoked));
+        self.carry_out_effects();
+    }
+
+    fn on_answers(&mut self, answers: Answers) {
+        match answers {
+            Answers::Ranges(answers) => {
+                for (request, answer) in answers {
+                    self.hub.range(request, answer);
+                    self.carry_out_effects();
+                }
+            }
+            Answers::Heads(HeadsAnswered { requests, heads, ended, keys }) => {
+                self.rights.keys.notice_version(&keys);
+                for request in requests {
+                    let ended = request.login().is_some_and(|login| ended.contains(&login));
+                    self.hub.head(request, heads.get(&request.user).copied(), ended);
+                    self.carry_out_effects();
+                }
             }
         }
-        while let Some((at, user)) = self.lingering.front().copied()
-            && at <= self.now
-        {
-            self.lingering.pop_front();
-            self.forget_user(user);
-        }
-        if self.reconcile_at <= self.now {
-            self.reconcile();
-        }
-        self.continue_drain();
     }
 
-    /// Closes the connection, or sends its heartbeat.
-    fn on_due(&mut self, key: ConnectionKey) {
-        let write_deadline = self.settings.write_deadline.as_millis() as Millis;
-        let now = self.now;
-        let heartbeat = self.settings.heartbeat;
-        let Some(connection) = self.connection(key) else { return };
-        if let Some(why) = connection.closing {
-            return self.close(key, why.as_str());
+    /// Closes the streams whose token was signed by a key that is no longer trusted.
+    fn close_streams_of_removed_keys(&mut self, trusted: &TrustedKeys) {
+        let streams =
+            self.hub.close_all(Goodbye::Revoked, |connection| !trusted.accepts(connection.signed_by));
+        if streams > 0 {
+            tracing::warn!(streams, "public key removed; closing the streams that it opened");
         }
-        if !connection.rest.is_empty() && now >= connection.blocked_since + write_deadline {
-            return self.close(key, "slow_consumer");
-        }
-        if now >= connection.ends_at {
-            let why = connection.ends_why;
-            return self.start_closing(key, why);
-        }
-        if now >= connection.heartbeat_at {
-            connection.heartbeat_at = now + jittered(connection.heartbeat.every(heartbeat));
-            if connection.rest.is_empty() {
-                let written = connection.write_block(&connection.heartbeat.chunk(), now);
-                self.note_write(key, written);
+    }
+
+    fn on_command(&mut self, command: EngineCommand) {
+        match command {
+            EngineCommand::Drain { window, done } => {
+                let streams = self.hub.connections();
+                tracing::info!(streams, ?window, "drain: closing all streams at a steady rate");
+                self.hub.begin_drain(window);
+                self.draining = Some(done);
+            }
+            EngineCommand::Explain { user, seq, answer } => {
+                let closed = &self.telemetry.closed_streams;
+                let _ = answer.send(self.hub.explain(user, seq, closed, self.backfill.failing()));
             }
         }
-        self.schedule(key);
     }
 
-    fn schedule(&mut self, key: ConnectionKey) {
-        let write_deadline = self.settings.write_deadline.as_millis() as Millis;
-        let Some(connection) = self.connections.get_mut(key.index as usize) else { return };
-        let mut due = connection.heartbeat_at.min(connection.ends_at);
-        if !connection.rest.is_empty() {
-            due = due.min(connection.blocked_since + write_deadline);
-        }
-        if due != connection.due {
-            connection.due = due; // Otherwise the wheel has the entry already.
-            self.wheel.insert(key, due);
+    fn finish_drain(&mut self) {
+        tracing::info!(cut = self.hub.connections(), "drain: finished; remaining streams are cut");
+        if let Some(done) = self.draining.take() {
+            let _ = done.send(());
         }
     }
-
-    fn begin_drain(&mut self, window: Duration, done: oneshot::Sender<()>) {
-        tracing::info!(
-            streams = self.connections.len(),
-            ?window,
-            "drain: closing all streams at a steady rate"
-        );
-        self.drain = Some(DrainSchedule::new(self.now, window.as_millis() as Millis));
-        self.draining = Some(done);
-    }
-
-    fn continue_drain(&mut self) {
-        let Some(drain) = self.drain.as_mut().filter(|drain| drain.next() <= self.now) else { return };
-        let staying = self.connections.iter().filter(|(_, connection)| connection.closing.is_none());
-        let staying: Vec<_> = staying
-            .map(|(index, connection)| ConnectionKey {
-                index: index as u32,
-                generation: connection.generation,
-            })
-            .collect();
-        let share = drain.step(staying.len(), self.now);
-        for key in staying.into_iter().take(share) {
-            self.start_closing(key, Goodbye::Drain);
-        }
-    }
-
-    /// Whether all streams are closed and none is waiting, or the time for the drain is over.
-    fn drained(&mut self, none_to_come: bool) -> bool {
-        let over = self.drain.as_ref().is_some_and(|drain| {
-            self.connections.is_empty() && none_to_come || self.now >= drain.end() + 2 * GOODBYE_WITHIN
-        });
-        if over {
-            tracing::info!(cut = self.connections.len(), "drain: finished; remaining streams are cut");
-            if let Some(done) = self.draining.take() {
-                let _ = done.send(());
-            }
-        }
-        over
-    }
-}
-
-fn bytes_of(page: &VecDeque<EncodedEvent>) -> usize {
-    page.iter().map(|event| event.frame.len()).sum()
-}
-
-fn jittered(every: Duration) -> Millis {
-    every.mul_f64(rand::rng().random_range(1.0 - HEARTBEAT_JITTER..1.0 + HEARTBEAT_JITTER)).as_millis()
-        as Millis
 }
 
 #[cfg(test)]
 mod tests {
+    use std::{fs::File, net::Ipv4Addr, os::fd::OwnedFd};
+
+    use protocol::channels::Channels;
+    use service_kit::{
+        limiter::{self, Limit, Limiter, Subject},
+        redis_topology::RedisTopology,
+        secrets::Secrets,
+    };
+
     use super::*;
+    use crate::{
+        config::{Admission, Opening},
+        limits::StreamLimits,
+    };
 
-    #[test]
-    fn shortest_heartbeat_comes_within_the_shortest_read_timeout() {
-        let latest =
-            Duration::from_secs(4).mul_f64(1.0 + HEARTBEAT_JITTER) + Duration::from_millis(wheel::SLOT);
-        assert!(latest < Duration::from_secs(5), "{latest:?}");
-    }
+    #[tokio::test]
+    async fn admission_that_fails_early_is_neither_opened_nor_ended() {
+        let second = Duration::from_secs(1);
+        let metrics = Arc::new(Metrics::default());
+        let api = ApiClient::new("http://127.0.0.1:9", Secrets::random(), metrics.clone());
+        let settings = Delivery {
+            heartbeat: second,
+            reconcile: second,
+            degraded_reconcile: second,
+            write_deadline: second,
+            streams_per_user: 1,
+            replay_buffer_bytes: 1,
+        };
+        let mut engine = Engine::new(
+            settings,
+            Sockets::new(Poll::new().unwrap(), second).unwrap(),
+            Backfill::new(api.clone(), Handle::current(), Tracer::default(), metrics.clone()),
+            Rights {
+                keys: Arc::new(Keys::new("http://localhost", api, metrics.clone())),
+                ended_sessions: EndedSessions::default(),
+            },
+            DesiredSubscriptions::new(Channels::default()),
+            metrics.clone(),
+        );
+        let topology = RedisTopology::single("redis://localhost").unwrap();
+        let of_limiter = limiter::Metrics::default();
+        let (limiter, _task) = Limiter::new(topology, Channels::default(), second, of_limiter);
+        let admission = Admission { streams: 1, streams_per_address: 0, rate: 1, max_age: second };
+        let opening = Opening { per_user: Limit::Off, per_address: Limit::Off, patience: second };
+        let limits = StreamLimits::new(&admission, &opening, limiter);
+        let permit = limits.admit(Subject::User(UserId(1)), Ipv4Addr::LOCALHOST.into()).await;
 
-    /// Every idle stream costs this and its user's entry.
-    #[test]
-    fn a_connection_stays_within_its_size() {
-        let limit = if cfg!(debug_assertions) { 248 } else { 232 }; // A socket of mio's is bigger in debug builds.
-        assert!(size_of::<Connection>() <= limit, "{}", size_of::<Connection>());
+        engine.admit(NewStream {
+            // A file that rejects socket options.
+            socket: OwnedFd::from(File::open("/dev/null").unwrap()).into(),
+            user: UserId(1),
+            session: None,
+            key: KeyName([0; 8]),
+            resume: Resume::Head,
+            heartbeat: Heartbeat::default(),
+            framing: Framing::Close,
+            head: Bytes::new(),
+            ends: Instant::now() + second,
+            ends_why: Goodbye::Rotate,
+            permit: permit.ok().unwrap(),
+        });
+        engine.carry_out_effects();
+        let ended = metrics.streams_closed.get_or_create(&Reason { reason: "error" }).get();
+        assert_eq!((metrics.streams_opened.get(), ended, metrics.streams.get()), (0, 0, 0));
+        assert_eq!(metrics.streams_rejected.get_or_create(&Reason { reason: "error" }).get(), 1);
     }
 }

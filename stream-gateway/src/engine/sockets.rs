@@ -1,188 +1,157 @@
-//! Socket I/O. Only [`Engine::write_pending`] decides what is written to a connection next.
+//! The sockets of all streams, watched by one epoll.
 
-use std::{collections::VecDeque, io, time::SystemTime};
-
-use rand::RngExt;
-
-use super::{
-    Engine, bytes_of,
-    connection::{Connection, MAX_UNEXPECTED_INPUT, Written},
-};
-use crate::{
-    event::EncodedEvent,
-    frame::{self, Goodbye},
-    hub::{ConnectionKey, Hub},
-    metrics::{DeliveryPath, Reason},
-    trace::Flush,
+use std::{
+    io::{self, Read, Write},
+    net::Shutdown,
+    time::Duration,
 };
 
-impl Engine {
-    pub(super) fn on_socket(&mut self, event: &mio::event::Event) {
-        let index = event.token().0;
-        let Some(connection) = self.connections.get_mut(index) else { return };
-        let key = ConnectionKey { index: index as u32, generation: connection.generation };
-        if event.is_error() {
-            let error = connection.socket.take_error().ok().flatten();
-            return self.close(key, error.as_ref().map_or("client", why_broken));
-        }
-        if event.is_readable() {
-            let open = connection.discard_input();
-            let closing = connection.closing;
-            if connection.unexpected_input > MAX_UNEXPECTED_INPUT {
-                connection.end_body();
-                return self.close(key, "unexpected_input");
-            }
-            if !matches!(open, Ok(true)) {
-                return self.close(key, closing.map_or("client", Goodbye::as_str));
-            }
-        }
-        if event.is_writable() {
-            self.write_pending(key);
-        }
+use bytes::{Buf, Bytes};
+use mio::{Events, Interest, Poll, Token};
+use slab::Slab;
+use tokio::io::{Interest as Readable, unix::AsyncFd};
+
+use super::effects::why_broken;
+use crate::{core::ConnectionKey, limits::Permit};
+
+/// The kernel doubles it. Enough for a page of the feed; the rest stays in the replay buffer or in Postgres.
+const SEND_BUFFER: usize = 64 * 1024;
+/// Bytes of unexpected input before the stream is closed.
+const MAX_UNEXPECTED_INPUT: u32 = 64 * 1024;
+
+pub struct Sockets {
+    poll: AsyncFd<Poll>,
+    events: Events,
+    slots: Slab<Socket>,
+    generation: u32,
+    write_deadline: Duration,
+}
+
+struct Socket {
+    stream: mio::net::TcpStream,
+    generation: u32,
+    /// Bytes.
+    unexpected_input: u32,
+    _permit: Permit,
+}
+
+/// What happened to one socket.
+#[derive(Debug, Clone, Copy)]
+pub struct SocketEvent {
+    pub key: ConnectionKey,
+    pub error: bool,
+    pub readable: bool,
+    pub writable: bool,
+}
+
+#[derive(Debug, PartialEq, Eq)]
+pub enum Input {
+    Discarded,
+    /// More than [`MAX_UNEXPECTED_INPUT`].
+    TooMuch,
+    /// The client has closed its side, or the connection is broken.
+    Closed,
+}
+
+impl Sockets {
+    #[expect(unsafe_code, reason = "tokio requires a descriptor that stays valid")]
+    pub fn new(poll: Poll, write_deadline: Duration) -> io::Result<Self> {
+        // SAFETY: `Poll` owns its descriptor, keeps it open until it is dropped and always names the same one.
+        let poll = unsafe { AsyncFd::register_with_interest(poll, Readable::READABLE) };
+        let poll = poll.map_err(|error| error.into_parts().1)?;
+        let events = Events::with_capacity(1_024);
+        Ok(Self { poll, events, slots: Slab::new(), generation: 0, write_deadline })
     }
 
-    /// Accounts for a write. `true` when the socket took everything.
-    pub(super) fn note_write(&mut self, key: ConnectionKey, written: io::Result<Written>) -> bool {
-        match written {
-            Ok(Written::All) => true,
-            Ok(Written::Short) => {
-                self.metrics.slow_consumers.inc();
-                self.metrics.slow_consumer_episodes.inc();
-                let closing = self.connection(key).is_some_and(|connection| connection.closing.is_some());
-                if !closing {
-                    self.schedule(key);
-                }
-                false
-            }
-            Err(error) => {
-                self.close(key, why_broken(&error));
-                false
-            }
+    /// The next sockets that are ready, at most 1,024. Cancel safe.
+    pub async fn ready(&mut self) -> io::Result<std::vec::IntoIter<SocketEvent>> {
+        let mut ready = self.poll.readable_mut().await?;
+        match ready.get_inner_mut().poll(&mut self.events, Some(Duration::ZERO)) {
+            Err(error) if error.kind() != io::ErrorKind::Interrupted => return Err(error),
+            _ => {}
         }
+        if self.events.iter().count() < self.events.capacity() {
+            ready.clear_ready();
+        }
+        let ready = self.events.iter().filter_map(|event| {
+            let index = event.token().0;
+            let key = ConnectionKey { index: index as u32, generation: self.slots.get(index)?.generation };
+            let (error, readable, writable) = (event.is_error(), event.is_readable(), event.is_writable());
+            Some(SocketEvent { key, error, readable, writable })
+        });
+        Ok(ready.collect::<Vec<_>>().into_iter())
     }
 
-    /// Writes what is pending, as far as the socket takes it: the rest of a block, control events, the events after the cursor.
-    /// Requests events that are not in memory.
-    pub(super) fn write_pending(&mut self, key: ConnectionKey) {
-        let now = self.now;
+    pub fn insert(&mut self, socket: std::net::TcpStream, permit: Permit) -> io::Result<ConnectionKey> {
+        let options = socket2::SockRef::from(&socket);
+        socket.set_nonblocking(true)?;
+        options.set_send_buffer_size(SEND_BUFFER)?;
+        // Bounds how long the kernel holds bytes that the client does not acknowledge or has no room for.
+        options.set_tcp_user_timeout(Some(self.write_deadline))?;
+        let mut stream = mio::net::TcpStream::from_std(socket);
+        let slot = self.slots.vacant_entry();
+        let interest = Interest::READABLE | Interest::WRITABLE;
+        self.poll.get_ref().registry().register(&mut stream, Token(slot.key()), interest)?;
+        self.generation = self.generation.wrapping_add(1);
+        let key = ConnectionKey { index: slot.key() as u32, generation: self.generation };
+        slot.insert(Socket { stream, generation: key.generation, unexpected_input: 0, _permit: permit });
+        Ok(key)
+    }
+
+    fn get(&mut self, key: ConnectionKey) -> Option<&mut Socket> {
+        self.slots.get_mut(key.index as usize).filter(|socket| socket.generation == key.generation)
+    }
+
+    /// Writes as much as the socket takes, and leaves the rest in `bytes`.
+    pub fn write(&mut self, key: ConnectionKey, bytes: &mut Bytes) -> io::Result<()> {
+        let Some(socket) = self.get(key) else { return Ok(()) };
+        while !bytes.is_empty() {
+            match socket.stream.write(bytes) {
+                Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+                Ok(count) => bytes.advance(count),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+
+    /// Discards unexpected input.
+    pub fn discard_input(&mut self, key: ConnectionKey) -> Input {
+        let Some(socket) = self.get(key) else { return Input::Discarded };
+        let mut buffer = [0; 4_096];
         loop {
-            let Some(connection) = self.connections.get_mut(key.index as usize) else { return };
-            if connection.generation != key.generation {
-                return;
+            match socket.stream.read(&mut buffer) {
+                Ok(0) => return Input::Closed,
+                Ok(count) => socket.unexpected_input = socket.unexpected_input.saturating_add(count as u32),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Input::Discarded,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(_) => return Input::Closed,
             }
-            if !connection.rest.is_empty() {
-                match connection.flush(now) {
-                    Ok(Written::All) => {
-                        self.metrics.slow_consumers.dec();
-                        self.flushes.remove(&key);
-                    }
-                    Ok(Written::Short) => return,
-                    Err(error) => return self.close(key, why_broken(&error)),
-                }
-                continue;
-            }
-            let Some(entry) = self.hub.get(connection.user) else { return };
-            let position = entry.sequencer.position();
-            let mut delivered = None;
-            let block = if let Some(why) = connection.closing {
-                if connection.goodbye_written {
-                    return connection.finish_writing();
-                }
-                connection.goodbye_written = true;
-                frame::goodbye(why, rand::rng().random_range(why.retry()))
-            } else if !connection.is_joined() {
-                return;
-            } else if let Some(resumed) = connection.pending_ready.take() {
-                let cursor = connection.position;
-                let with_id = connection.pending_resync.is_none();
-                let heartbeat = connection.heartbeat.every(self.settings.heartbeat);
-                let cursor = match (with_id, position) {
-                    (false, Some(head)) => head,
-                    _ => cursor,
-                };
-                frame::ready(cursor, resumed && with_id, with_id, heartbeat, SystemTime::now())
-            } else if let (Some(why), Some(head)) = (connection.pending_resync, position) {
-                connection.pending_resync = None;
-                connection.position = head;
-                connection.started_after = head.seq;
-                connection.range_request = None;
-                self.backlog -= bytes_of(&connection.page);
-                connection.page = VecDeque::new();
-                self.metrics.resyncs.get_or_create(&Reason { reason: why.as_str() }).inc();
-                tracing::info!(user.id = %entry.user, event.seq = head.seq, reason = why.as_str(), "stream must resync; its client reloads");
-                frame::resync(head, why)
-            } else if let Some(event) = connection.page.pop_front() {
-                self.backlog -= event.frame.len();
-                if connection.page.is_empty() {
-                    connection.page = VecDeque::new();
-                }
-                if event.position.epoch != connection.position.epoch
-                    || event.position.seq != connection.position.seq + 1
-                {
-                    continue; // Already written, as a live event.
-                }
-                connection.position = event.position;
-                let flush = begin_flush(&self.hub, connection, &event);
-                delivered = Some((event.created_at, DeliveryPath::Replay, flush));
-                event.frame
-            } else if let Some(event) = entry.replay.after(connection.position) {
-                connection.position = event.position;
-                let flush = begin_flush(&self.hub, connection, event);
-                delivered = Some((event.created_at, DeliveryPath::Redis, flush));
-                event.frame.clone()
-            } else {
-                let head = connection.position;
-                let behind =
-                    position.is_some_and(|position| position.epoch == head.epoch && position.seq > head.seq);
-                if behind && connection.range_request.is_none() {
-                    self.request_range(key, head.seq);
-                } else if !behind && !entry.replay.is_empty() {
-                    let user = connection.user;
-                    self.trim(user);
-                }
-                return;
-            };
-            let written = connection.write_block(&block, now);
-            if let Some((created_at, path, flush)) = delivered {
-                self.note_delivery(created_at, path);
-                self.note_flush(key, flush, &written);
-            }
-            if !self.note_write(key, written) {
-                return;
+            if socket.unexpected_input > MAX_UNEXPECTED_INPUT {
+                return Input::TooMuch;
             }
         }
     }
 
-    /// A recorded flush ends when the socket has taken everything.
-    pub(super) fn note_flush(
-        &mut self,
-        key: ConnectionKey,
-        flush: Option<Flush>,
-        written: &io::Result<Written>,
-    ) {
-        let Some(flush) = flush else { return };
-        match written {
-            Ok(Written::All) => drop(flush),
-            Ok(Written::Short) => _ = self.flushes.insert(key, flush),
-            Err(error) => flush.fail(why_broken(error)),
+    /// Why a socket that reports an error is broken.
+    pub fn take_error(&mut self, key: ConnectionKey) -> &'static str {
+        let error = self.get(key).and_then(|socket| socket.stream.take_error().ok().flatten());
+        error.as_ref().map_or("client", why_broken)
+    }
+
+    /// Closes only our side: closing the socket could make the kernel discard what the client has not read yet.
+    pub fn finish_writing(&mut self, key: ConnectionKey) {
+        if let Some(socket) = self.get(key) {
+            let _ = socket.stream.shutdown(Shutdown::Write);
         }
     }
 
-    pub(super) fn note_delivery(&self, created_at: i64, path: DeliveryPath) {
-        let delivery = &self.path_metrics[path as usize];
-        delivery.counter.inc();
-        delivery.lag.observe((self.wall - created_at).max(0) as f64 / 1_000.0);
+    pub fn remove(&mut self, key: ConnectionKey) {
+        if self.get(key).is_some() {
+            let mut socket = self.slots.remove(key.index as usize);
+            let _ = self.poll.get_ref().registry().deregister(&mut socket.stream);
+        }
     }
-}
-
-/// Returns a span only if the event is traced.
-pub(super) fn begin_flush(hub: &Hub, connection: &Connection, event: &EncodedEvent) -> Option<Flush> {
-    let trace = event.trace.as_ref()?;
-    let streams = hub.get(connection.user).map_or(1, |entry| entry.connections.len());
-    trace.flush(streams, connection.generation)
-}
-
-/// `TimedOut`: the client acknowledged nothing for the write deadline (`TCP_USER_TIMEOUT`).
-fn why_broken(error: &io::Error) -> &'static str {
-    if error.kind() == io::ErrorKind::TimedOut { "slow_consumer" } else { "client" }
 }

@@ -15,7 +15,7 @@ use protocol::{channels::Channels, ids::UserId};
 use service_kit::redis_topology::{Node, Slot, SlotMap};
 use tokio::sync::Notify;
 
-use super::RedisConnectionId;
+use crate::core::RedisConnectionId;
 
 /// Channels per command, so that Redis answers other clients in between.
 const BATCH: usize = 512;
@@ -26,11 +26,11 @@ pub struct DesiredSubscriptions {
     /// Recorded by the delivery thread and not applied yet.
     changes: Arc<Mutex<HashMap<UserId, bool>>>,
     changed: Arc<Notify>,
-    state: Arc<Mutex<State>>,
+    state: Arc<Mutex<SubscriptionTable>>,
     channels: Channels,
 }
 
-struct State {
+struct SubscriptionTable {
     /// With their slots, so that finding a channel's node needs no name.
     desired: HashMap<UserId, Slot>,
     map: Arc<SlotMap>,
@@ -56,7 +56,8 @@ impl NodeQueue {
 impl DesiredSubscriptions {
     /// Until the slot map is known, no node is assigned.
     pub fn new(channels: Channels) -> Self {
-        let state = State { desired: HashMap::new(), map: Arc::default(), queues: HashMap::new() };
+        let state =
+            SubscriptionTable { desired: HashMap::new(), map: Arc::default(), queues: HashMap::new() };
         let (changes, changed, state) = (Arc::default(), Arc::default(), Arc::new(Mutex::new(state)));
         Self { changes, changed, state, channels }
     }
@@ -85,7 +86,7 @@ impl DesiredSubscriptions {
         let slot = |(user, is_desired)| (user, is_desired, Slot::of(&self.channels.user(user)));
         let changes: Vec<_> = changes.into_iter().map(slot).collect();
         let mut state = self.lock();
-        let State { desired, map, queues } = &mut *state;
+        let SubscriptionTable { desired, map, queues } = &mut *state;
         for (user, is_desired, slot) in changes {
             // A user who is desired already left and returned in between: the engine waits for the confirmation again.
             let changed = if is_desired {
@@ -107,7 +108,7 @@ impl DesiredSubscriptions {
     /// Moves subscriptions to the nodes that own their slots by the `new` map.
     pub(super) fn assign_by(&self, new: Arc<SlotMap>) {
         let mut state = self.lock();
-        let State { desired, map, queues } = &mut *state;
+        let SubscriptionTable { desired, map, queues } = &mut *state;
         for (user, slot) in desired.iter() {
             let (from, to) = (map.node_of_slot(*slot), new.node_of_slot(*slot));
             if from != to {
@@ -124,7 +125,7 @@ impl DesiredSubscriptions {
     /// A new connection to this node, without subscriptions. Notified when [`Self::next_batch`] has something.
     pub(super) fn attach(&self, node: &Node, connection: RedisConnectionId) -> Arc<Notify> {
         let mut state = self.lock();
-        let State { desired, map, queues } = &mut *state;
+        let SubscriptionTable { desired, map, queues } = &mut *state;
         let mine = desired.iter().filter(|(_, slot)| map.node_of_slot(**slot) == Some(node));
         let changed = mine.map(|(user, _)| *user).collect();
         let notify = Arc::new(Notify::new());
@@ -143,7 +144,7 @@ impl DesiredSubscriptions {
     /// Queues those of the users whose subscription is still desired at this node; returns how many.
     pub(super) fn retry(&self, node: &Node, users: impl Iterator<Item = UserId>) -> usize {
         let mut state = self.lock();
-        let State { desired, map, queues } = &mut *state;
+        let SubscriptionTable { desired, map, queues } = &mut *state;
         let Some(queue) = queues.get_mut(node) else { return 0 };
         let here =
             |user: &UserId| desired.get(user).is_some_and(|slot| map.node_of_slot(*slot) == Some(node));
@@ -153,7 +154,7 @@ impl DesiredSubscriptions {
     /// Some of this node's changes, by what must be done about them.
     pub(super) fn next_batch(&self, node: &Node, actual: &HashSet<UserId>) -> Batch {
         let mut state = self.lock();
-        let State { desired, map, queues } = &mut *state;
+        let SubscriptionTable { desired, map, queues } = &mut *state;
         let mut batch = Batch::default();
         let Some(queue) = queues.get_mut(node) else { return batch };
         let some: Vec<_> = queue.changed.iter().copied().take(BATCH).collect();
@@ -173,7 +174,7 @@ impl DesiredSubscriptions {
         batch
     }
 
-    fn lock(&self) -> MutexGuard<'_, State> {
+    fn lock(&self) -> MutexGuard<'_, SubscriptionTable> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

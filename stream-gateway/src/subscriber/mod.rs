@@ -31,14 +31,10 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 
 pub use self::desired::DesiredSubscriptions;
 use self::node::NodeSubscriber;
-use crate::{event::EncodedEvent, keys::Keys, metrics::Metrics};
+use crate::{core::RedisConnectionId, event::EncodedEvent, keys::Keys, metrics::Metrics};
 
 /// Messages from Redis that the engine has not taken yet.
 pub const QUEUE: usize = 16_384;
-
-/// Names one connection to Redis, for as long as the process runs.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct RedisConnectionId(pub u64);
 
 #[derive(Debug)]
 pub enum RedisUpdate {

@@ -1,37 +1,50 @@
 //! One timer for all connections: a timing wheel that holds each connection at its next due time. Entries are not removed; the
-//! engine ignores one whose time is no longer the connection's `due`.
+//! connection ignores one that is no longer its `due`.
 
-use crate::{hub::ConnectionKey, sequencer::Millis};
+use super::{Millis, effect::ConnectionKey};
 
 /// The wheel's resolution, in milliseconds.
 pub const SLOT: Millis = 250;
-const SLOTS: u64 = 256;
+const SLOTS: u32 = 256;
+
+/// When a connection's timer is due, in slots since the start: 32 bits last for decades.
+pub type Due = u32;
+
+/// The first slot that begins at or after this time.
+pub fn due_at(time: Millis) -> Due {
+    Due::try_from(time.div_ceil(SLOT)).unwrap_or(Due::MAX)
+}
+
+/// The slot that this time belongs to.
+pub fn slot_of(time: Millis) -> Due {
+    Due::try_from(time / SLOT).unwrap_or(Due::MAX)
+}
 
 pub struct Wheel {
-    slots: Vec<Vec<(ConnectionKey, Millis)>>,
+    slots: Vec<Vec<(ConnectionKey, Due)>>,
     /// The last slot that was emptied.
-    turned_to: u64,
+    turned_to: Due,
 }
 
 impl Wheel {
     pub fn new(now: Millis) -> Self {
-        Self { slots: (0..SLOTS).map(|_| Vec::new()).collect(), turned_to: now / SLOT }
+        Self { slots: (0..SLOTS).map(|_| Vec::new()).collect(), turned_to: slot_of(now) }
     }
 
     /// A `due` beyond the wheel's range is inserted at its far end and re-inserted from there.
-    pub fn insert(&mut self, key: ConnectionKey, due: Millis) {
-        let slot = due.div_ceil(SLOT).clamp(self.turned_to + 1, self.turned_to + SLOTS - 1);
+    pub fn insert(&mut self, key: ConnectionKey, due: Due) {
+        let slot = due.clamp(self.turned_to + 1, self.turned_to + SLOTS - 1);
         self.slots[(slot % SLOTS) as usize].push((key, due));
     }
 
     /// Moves the due entries to `due`, at most one slot late and never early.
-    pub fn turn(&mut self, now: Millis, due: &mut Vec<(ConnectionKey, Millis)>) {
-        while self.turned_to < now / SLOT {
+    pub fn turn(&mut self, now: Millis, due: &mut Vec<(ConnectionKey, Due)>) {
+        while self.turned_to < slot_of(now) {
             self.turned_to += 1;
             let slot = &mut self.slots[(self.turned_to % SLOTS) as usize];
             let entries = std::mem::take(slot);
             for (key, at) in entries {
-                if at.div_ceil(SLOT) > self.turned_to {
+                if at > self.turned_to {
                     self.insert(key, at);
                 } else {
                     due.push((key, at));
@@ -42,7 +55,7 @@ impl Wheel {
 
     /// When to turn next.
     pub fn next(&self) -> Millis {
-        (self.turned_to + 1) * SLOT
+        (Millis::from(self.turned_to) + 1) * SLOT
     }
 }
 
@@ -61,7 +74,7 @@ mod tests {
         ) {
             let mut wheel = Wheel::new(start);
             for (index, due) in dues.iter().enumerate() {
-                wheel.insert(ConnectionKey { index: index as u32, generation: 0 }, start + due);
+                wheel.insert(ConnectionKey { index: index as u32, generation: 0 }, due_at(start + due));
             }
             let mut now = start;
             let mut seen = vec![0; dues.len()];
@@ -72,8 +85,8 @@ mod tests {
                 wheel.turn(now, &mut out);
                 for (key, due) in out.drain(..) {
                     seen[key.index as usize] += 1;
-                    prop_assert!(due <= now, "early");
-                    prop_assert!(due.div_ceil(SLOT) + 1 >= before / SLOT, "late: due {due}, last turn at {before}");
+                    prop_assert!(Millis::from(due) * SLOT <= now, "early");
+                    prop_assert!(due + 1 >= slot_of(before), "late: due {due}, last turn at {before}");
                 }
             }
             prop_assert!(seen.iter().all(|count| *count == 1));

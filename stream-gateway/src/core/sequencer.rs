@@ -12,8 +12,11 @@ use std::collections::BTreeMap;
 
 use protocol::position::{Epoch, Position, Seq};
 
-/// Milliseconds on the caller's monotonic clock.
-pub type Millis = u64;
+use super::{
+    Millis,
+    rule::{Rule, kept},
+};
+use crate::frame::ResyncReason;
 
 /// How long a gap may be a mere reordering before a request.
 pub const REORDER_WAIT: Millis = 30;
@@ -21,27 +24,6 @@ pub const REORDER_WAIT: Millis = 30;
 const MAX_BACKOFF: u32 = 7;
 /// Live events buffered beyond a gap. More are dropped: the answer brings them.
 pub const MAX_BUFFERED: usize = 64;
-
-/// Why a client must reload, in the contract's words.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum ResyncReason {
-    /// The feed has another epoch.
-    Unknown,
-    /// Events after the position are no longer kept.
-    Expired,
-    /// The position is beyond the head: the database went back.
-    Future,
-}
-
-impl ResyncReason {
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Unknown => "unknown",
-            Self::Expired => "expired",
-            Self::Future => "future",
-        }
-    }
-}
 
 /// What the caller must do.
 #[derive(Debug, PartialEq, Eq)]
@@ -58,7 +40,7 @@ pub enum Step<E> {
 
 /// Postgres's answer to one request.
 #[derive(Debug)]
-pub struct Answer<E> {
+pub struct FeedAnswer<E> {
     /// The position at the time of the request.
     pub requested_at: Option<Position>,
     /// `None`: there is no such user.
@@ -69,6 +51,12 @@ pub struct Answer<E> {
     pub after: Option<Seq>,
     /// The range was cut short.
     pub more: bool,
+}
+
+impl<E> FeedAnswer<E> {
+    pub fn head_only(requested_at: Option<Position>, head: Option<Position>) -> Self {
+        Self { requested_at, head, events: vec![], after: None, more: false }
+    }
 }
 
 #[derive(Debug)]
@@ -153,7 +141,7 @@ impl<E> Sequencer<E> {
     }
 
     /// The answer to a [`Step::Request`].
-    pub fn answer(&mut self, answer: Answer<E>, now: Millis, steps: &mut Vec<Step<E>>) {
+    pub fn answer(&mut self, answer: FeedAnswer<E>, now: Millis, steps: &mut Vec<Step<E>>) {
         let before = self.position;
         let requested = self.pending(now).requested.take();
         let (head, more) = (answer.head, answer.more);
@@ -177,7 +165,7 @@ impl<E> Sequencer<E> {
     }
 
     /// An answer to another request about this feed: a connection's, or the reconcile's.
-    pub fn observe(&mut self, answer: Answer<E>, now: Millis, steps: &mut Vec<Step<E>>) {
+    pub fn observe(&mut self, answer: FeedAnswer<E>, now: Millis, steps: &mut Vec<Step<E>>) {
         let Some(head) = answer.head else {
             steps.push(Step::Gone);
             return;
@@ -193,9 +181,9 @@ impl<E> Sequencer<E> {
             }
             return;
         }
-        let went_back = answer
-            .requested_at
-            .is_some_and(|requested_at| requested_at.epoch == head.epoch && head.seq < requested_at.seq);
+        let then = if kept(Rule::AnswersAge) { answer.requested_at } else { self.position };
+        let went_back =
+            then.is_some_and(|requested_at| requested_at.epoch == head.epoch && head.seq < requested_at.seq);
         if went_back {
             return self.resync(ResyncReason::Future, head, steps);
         }
@@ -203,7 +191,7 @@ impl<E> Sequencer<E> {
             let first = answer.events.first().map_or(head.seq + 1, |(seq, _)| *seq);
             after == position.seq && first > after + 1
         });
-        if no_longer_kept {
+        if kept(Rule::Expired) && no_longer_kept {
             return self.resync(ResyncReason::Expired, head, steps);
         }
         for (seq, event) in answer.events {

@@ -1,6 +1,6 @@
 //! The rate at which a drain closes streams: steady over a window, so that the other gateways see no storm of reconnects. Pure.
 
-use crate::sequencer::Millis;
+use super::Millis;
 
 /// Between two steps, in milliseconds.
 const STEP: Millis = 250;

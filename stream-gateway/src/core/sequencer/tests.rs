@@ -16,9 +16,15 @@ fn answer(
     requested_at: Option<Position>,
     head: Position,
     events: impl IntoIterator<Item = Seq>,
-) -> Answer<Seq> {
+) -> FeedAnswer<Seq> {
     let events: Vec<_> = events.into_iter().map(|seq| (seq, seq)).collect();
-    Answer { requested_at, head: Some(head), events, after: requested_at.map(|head| head.seq), more: false }
+    FeedAnswer {
+        requested_at,
+        head: Some(head),
+        events,
+        after: requested_at.map(|head| head.seq),
+        more: false,
+    }
 }
 
 /// A certain sequencer whose position is `seq`.
@@ -41,13 +47,13 @@ fn tick(sequencer: &mut Sequencer<Seq>, now: Millis) -> Vec<Step<Seq>> {
     steps
 }
 
-fn answered(sequencer: &mut Sequencer<Seq>, answer: Answer<Seq>, now: Millis) -> Vec<Step<Seq>> {
+fn answered(sequencer: &mut Sequencer<Seq>, answer: FeedAnswer<Seq>, now: Millis) -> Vec<Step<Seq>> {
     let mut steps = Vec::new();
     sequencer.answer(answer, now, &mut steps);
     steps
 }
 
-fn observed(sequencer: &mut Sequencer<Seq>, answer: Answer<Seq>, now: Millis) -> Vec<Step<Seq>> {
+fn observed(sequencer: &mut Sequencer<Seq>, answer: FeedAnswer<Seq>, now: Millis) -> Vec<Step<Seq>> {
     let mut steps = Vec::new();
     sequencer.observe(answer, now, &mut steps);
     steps
@@ -71,7 +77,7 @@ fn events_before_the_first_position_wait_for_it() {
     let mut sequencer = Sequencer::default();
     assert_eq!(live(&mut sequencer, 6, 0), []);
     assert_eq!(tick(&mut sequencer, REORDER_WAIT), [Step::Request { after: None }]);
-    let head_only = Answer { after: None, ..answer(None, at(5), []) };
+    let head_only = FeedAnswer { after: None, ..answer(None, at(5), []) };
     assert_eq!(answered(&mut sequencer, head_only, 40), [Step::Deliver(6, 6)]);
     assert_eq!((sequencer.position(), sequencer.due()), (Some(at(6)), None));
 }
@@ -224,7 +230,7 @@ fn an_older_answer_does_not_take_back_a_newer_head() {
     let mut sequencer = positioned(5);
     sequencer.mark_uncertain(0);
     assert_eq!(tick(&mut sequencer, REORDER_WAIT), [Step::Request { after: Some(5) }]);
-    let newer = Answer { after: None, ..answer(Some(at(5)), at(9), []) };
+    let newer = FeedAnswer { after: None, ..answer(Some(at(5)), at(9), []) };
     assert_eq!(observed(&mut sequencer, newer, 40), []);
     assert_eq!(answered(&mut sequencer, answer(Some(at(5)), at(5), []), 50), []);
     let due = sequencer.due().expect("6 to 9 are known to exist");
@@ -260,7 +266,7 @@ fn a_cut_range_continues_immediately() {
     let mut sequencer = positioned(0);
     observed(&mut sequencer, answer(None, at(4), []), 0);
     tick(&mut sequencer, REORDER_WAIT);
-    let cut = Answer { more: true, ..answer(Some(at(0)), at(4), [1, 2]) };
+    let cut = FeedAnswer { more: true, ..answer(Some(at(0)), at(4), [1, 2]) };
     let steps = answered(&mut sequencer, cut, 40);
     assert_eq!(steps, [Step::Deliver(1, 1), Step::Deliver(2, 2), Step::Request { after: Some(2) }]);
 }
@@ -292,7 +298,7 @@ fn buffered_events_are_bounded_and_the_rest_is_requested() {
     }
     assert_eq!(sequencer.pending.as_ref().unwrap().buffered.len(), MAX_BUFFERED);
     assert_eq!(tick(&mut sequencer, REORDER_WAIT), [Step::Request { after: Some(0) }]);
-    let cut = Answer { more: true, ..answer(Some(at(0)), at(999), [1]) };
+    let cut = FeedAnswer { more: true, ..answer(Some(at(0)), at(999), [1]) };
     let steps = answered(&mut sequencer, cut, 40);
     assert_eq!(steps.len(), 1 + MAX_BUFFERED + 1);
     assert_eq!(steps.last(), Some(&Step::Request { after: Some(1 + MAX_BUFFERED as Seq) }));
@@ -301,7 +307,7 @@ fn buffered_events_are_bounded_and_the_rest_is_requested() {
 #[test]
 fn a_deleted_user_is_gone() {
     let mut sequencer = positioned(3);
-    let gone = Answer { requested_at: Some(at(3)), head: None, events: vec![], after: None, more: false };
+    let gone = FeedAnswer { requested_at: Some(at(3)), head: None, events: vec![], after: None, more: false };
     assert_eq!(observed(&mut sequencer, gone, 0), [Step::Gone]);
 }
 
@@ -324,7 +330,7 @@ fn a_cursor_is_judged_by_epoch_head_and_first_event() {
 
 /// One step of the model. Numbers select among the messages and events that exist.
 #[derive(Debug, Clone)]
-enum Action {
+enum ModelAction {
     /// An event commits, and is published or lost.
     Commit {
         published: bool,
@@ -354,8 +360,8 @@ enum Action {
     },
 }
 
-fn action() -> impl Strategy<Value = Action> {
-    use Action::*;
+fn action() -> impl Strategy<Value = ModelAction> {
+    use ModelAction::*;
     prop_oneof![
         6 => any::<bool>().prop_map(|published| Commit { published }),
         6 => (any::<usize>(), any::<bool>()).prop_map(|(which, again)| Arrive { which, again }),
@@ -370,18 +376,18 @@ fn action() -> impl Strategy<Value = Action> {
 }
 
 /// Its own identity, so that a wrong event is noticed.
-type Event = (Epoch, Seq);
+type LiveEvent = (Epoch, Seq);
 
 struct Model {
     now: Millis,
     head: Position,
     first_kept: Seq,
-    in_flight: Vec<Event>,
+    in_flight: Vec<LiveEvent>,
     /// The open request.
     request: Option<(Option<Position>, Option<Seq>)>,
-    served: Option<Answer<Event>>,
-    reconcile: Option<Answer<Event>>,
-    sequencer: Sequencer<Event>,
+    served: Option<FeedAnswer<LiveEvent>>,
+    reconcile: Option<FeedAnswer<LiveEvent>>,
+    sequencer: Sequencer<LiveEvent>,
     /// A client's position, by the delivered events.
     client: Option<Position>,
     requests: usize,
@@ -403,7 +409,7 @@ impl Model {
         }
     }
 
-    fn act(&mut self, act: impl FnOnce(&mut Sequencer<Event>, Millis, &mut Vec<Step<Event>>)) {
+    fn act(&mut self, act: impl FnOnce(&mut Sequencer<LiveEvent>, Millis, &mut Vec<Step<LiveEvent>>)) {
         let mut steps = Vec::new();
         let before = self.sequencer.position();
         act(&mut self.sequencer, self.now, &mut steps);
@@ -434,25 +440,25 @@ impl Model {
         assert_eq!(self.client, self.sequencer.position(), "the position is the last delivered event");
     }
 
-    fn answer(&self, requested_at: Option<Position>, after: Option<Seq>) -> Answer<Event> {
+    fn answer(&self, requested_at: Option<Position>, after: Option<Seq>) -> FeedAnswer<LiveEvent> {
         const PAGE: usize = 4;
         let all: Vec<_> = match after {
             Some(after) => (after + 1..=self.head.seq).filter(|seq| *seq >= self.first_kept).collect(),
             None => vec![],
         };
         let events = all.iter().take(PAGE).map(|seq| (*seq, (self.head.epoch, *seq))).collect();
-        Answer { requested_at, head: Some(self.head), events, after, more: all.len() > PAGE }
+        FeedAnswer { requested_at, head: Some(self.head), events, after, more: all.len() > PAGE }
     }
 
-    fn run(&mut self, action: &Action) {
+    fn run(&mut self, action: &ModelAction) {
         match *action {
-            Action::Commit { published } => {
+            ModelAction::Commit { published } => {
                 self.head.seq += 1;
                 if published {
                     self.in_flight.push((self.head.epoch, self.head.seq));
                 }
             }
-            Action::Arrive { which, again } => {
+            ModelAction::Arrive { which, again } => {
                 if self.in_flight.is_empty() {
                     return;
                 }
@@ -465,31 +471,31 @@ impl Model {
                     sequencer.live(Position { epoch, seq }, (epoch, seq), now, steps);
                 });
             }
-            Action::Pass { ms } => {
+            ModelAction::Pass { ms } => {
                 self.now += ms;
                 self.act(Sequencer::tick);
             }
-            Action::Serve => {
+            ModelAction::Serve => {
                 if let (Some((requested_at, after)), None) = (self.request, &self.served) {
                     self.served = Some(self.answer(requested_at, after));
                 }
             }
-            Action::Answered => {
+            ModelAction::Answered => {
                 if let Some(answer) = self.served.take() {
                     self.request = None;
                     self.act(|sequencer, now, steps| sequencer.answer(answer, now, steps));
                 }
             }
-            Action::Reconcile => self.reconcile = Some(self.answer(self.sequencer.position(), None)),
-            Action::Reconciled => {
+            ModelAction::Reconcile => self.reconcile = Some(self.answer(self.sequencer.position(), None)),
+            ModelAction::Reconciled => {
                 if let Some(answer) = self.reconcile.take() {
                     self.act(|sequencer, now, steps| sequencer.observe(answer, now, steps));
                 }
             }
-            Action::Prune { kept } => {
+            ModelAction::Prune { kept } => {
                 self.first_kept = self.first_kept.max((self.head.seq + 1).saturating_sub(kept as Seq));
             }
-            Action::Restore { back } => {
+            ModelAction::Restore { back } => {
                 self.head = Position {
                     epoch: Epoch(self.head.epoch.0 + 1),
                     seq: self.head.seq.saturating_sub(back as Seq).max(1),
@@ -502,18 +508,18 @@ impl Model {
     /// Everything in flight arrives, requests are answered, and one reconcile runs.
     fn settle(&mut self) {
         while !self.in_flight.is_empty() {
-            self.run(&Action::Arrive { which: 0, again: false });
+            self.run(&ModelAction::Arrive { which: 0, again: false });
         }
-        self.run(&Action::Reconciled);
-        self.run(&Action::Serve);
-        self.run(&Action::Answered);
-        for action in [Action::Reconcile, Action::Reconciled] {
+        self.run(&ModelAction::Reconciled);
+        self.run(&ModelAction::Serve);
+        self.run(&ModelAction::Answered);
+        for action in [ModelAction::Reconcile, ModelAction::Reconciled] {
             self.run(&action);
         }
         for _ in 0..200 {
-            self.run(&Action::Pass { ms: 5_000 });
-            self.run(&Action::Serve);
-            self.run(&Action::Answered);
+            self.run(&ModelAction::Pass { ms: 5_000 });
+            self.run(&ModelAction::Serve);
+            self.run(&ModelAction::Answered);
         }
     }
 }
@@ -534,7 +540,7 @@ proptest! {
         prop_assert_eq!(model.sequencer.due(), None, "still uncertain: {:?}", model.sequencer);
         prop_assert!(model.sequencer.pending.is_none(), "an idle sequencer has nothing pending: {:?}", model.sequencer);
         let before = model.requests;
-        model.run(&Action::Pass { ms: 60_000 });
+        model.run(&ModelAction::Pass { ms: 60_000 });
         prop_assert_eq!(model.requests, before, "requests although nothing is open");
     }
 }

@@ -1,0 +1,580 @@
+//! Everything around the core: feeds in Postgres, `api`, Redis, sockets, clients and the clock.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    time::{Duration, SystemTime},
+};
+
+use bytes::Bytes;
+use protocol::{
+    claims::KeyName,
+    ids::{SessionId, UserId},
+    position::{Epoch, Position, Seq},
+};
+use rand::{RngExt, SeedableRng, rngs::SmallRng};
+
+use super::{
+    LossNotice, Publish, ScheduleStep,
+    client::{ClientStream, HEAD, SimulatedClient},
+};
+use crate::{
+    config::Delivery,
+    core::{
+        ConnectionKey, Effect, HeadReason, HeadRequest, Hub, Millis, NewConnection, Observation, RangeAnswer,
+        RangeRequest, RedisConnectionId, Resume,
+    },
+    event::EncodedEvent,
+    frame::{self, Chunk, Framing, Goodbye, Heartbeat, ResyncReason},
+    metrics::DeliveryPath,
+};
+
+const USERS: i64 = 2;
+const CLIENTS: u8 = 6;
+/// Events in one answer of `api`.
+const PAGE: usize = 3;
+const SETTINGS: Delivery = Delivery {
+    heartbeat: Duration::from_secs(15),
+    reconcile: Duration::from_secs(15),
+    degraded_reconcile: Duration::from_secs(1),
+    write_deadline: Duration::from_secs(20),
+    streams_per_user: 2,
+    replay_buffer_bytes: 150,
+};
+/// A simulated frame is shorter.
+const FRAME: usize = 64;
+
+/// What a step or the end of a schedule finds broken.
+type Checked = Result<(), String>;
+
+/// A feed as Postgres has it. Its events are their positions.
+#[derive(Clone, Copy)]
+struct SimulatedFeed {
+    head: Position,
+    /// Events up to here are pruned.
+    pruned: Seq,
+}
+
+enum PendingRequest {
+    Range(RangeRequest),
+    Head(HeadRequest),
+}
+
+enum PendingAnswer {
+    Range(RangeRequest, RangeAnswer),
+    Head(HeadRequest, Option<Option<Position>>, bool),
+}
+
+pub struct SimulatedWorld {
+    hub: Hub,
+    rng: SmallRng,
+    now: Millis,
+    generation: u32,
+    draining: bool,
+    feeds: BTreeMap<UserId, SimulatedFeed>,
+    ended: BTreeSet<SessionId>,
+    /// Sessions that the gateway knows have ended.
+    known_ended: BTreeSet<SessionId>,
+    removed_keys: BTreeSet<u8>,
+    clients: Vec<SimulatedClient>,
+    /// Reasons for a resync that there were.
+    reasons: BTreeSet<&'static str>,
+    // api
+    away: bool,
+    requests: Vec<PendingRequest>,
+    answers: Vec<PendingAnswer>,
+    // Redis
+    link: Option<RedisConnectionId>,
+    links: u64,
+    desired: BTreeSet<UserId>,
+    /// Desired subscriptions that Redis has not confirmed.
+    unconfirmed: BTreeSet<UserId>,
+    subscribed: BTreeSet<UserId>,
+    published: Vec<(UserId, Position)>,
+}
+
+fn event(position: Position) -> EncodedEvent {
+    let frame = Chunk::new(&format!("data: {}\nid: {position}\n\n", position.seq));
+    assert!(frame.len() <= FRAME);
+    EncodedEvent { position, created_at: 0, frame, path: DeliveryPath::Redis, trace: None }
+}
+
+impl SimulatedWorld {
+    pub fn new(seed: u64) -> Self {
+        let mut rng = SmallRng::seed_from_u64(!seed);
+        let feeds = (1..=USERS).map(|id| {
+            let head = Position { epoch: Epoch(rng.random()), seq: rng.random_range(0..6) };
+            (UserId(id), SimulatedFeed { head, pruned: 0 })
+        });
+        let feeds = feeds.collect();
+        let clients = (0..CLIENTS).map(|number| SimulatedClient {
+            user: UserId(1 + i64::from(number) % USERS),
+            // The last one has a token of the external issuer. Two have the same session.
+            session: (number + 1 < CLIENTS).then_some(SessionId(1 + i64::from(number % 4))),
+            key: number % 3,
+            cursor: None,
+            connection: None,
+            revoked: false,
+        });
+        Self {
+            hub: Hub::new(SETTINGS, SmallRng::seed_from_u64(seed)),
+            now: 0,
+            generation: 0,
+            draining: false,
+            feeds,
+            ended: BTreeSet::new(),
+            known_ended: BTreeSet::new(),
+            removed_keys: BTreeSet::new(),
+            clients: clients.collect(),
+            reasons: BTreeSet::new(),
+            away: false,
+            requests: Vec::new(),
+            answers: Vec::new(),
+            link: None,
+            links: 0,
+            desired: BTreeSet::new(),
+            unconfirmed: BTreeSet::new(),
+            subscribed: BTreeSet::new(),
+            published: Vec::new(),
+            rng,
+        }
+    }
+
+    pub fn step(&mut self, step: ScheduleStep) -> Checked {
+        match step {
+            ScheduleStep::Commit { user, publish } => self.commit(user, publish),
+            ScheduleStep::Deliver { message } => self.deliver(message.into()),
+            ScheduleStep::Lose { message, notice } => self.lose(message.into(), notice),
+            ScheduleStep::Confirm { user } => self.confirm(user.into()),
+            ScheduleStep::Move { user } => self.move_slot(user.into()),
+            ScheduleStep::Disconnect => self.disconnect(),
+            ScheduleStep::Reconnect => self.reconnect(),
+            ScheduleStep::Probe { healthy } => self.hub.set_redis_degraded(!(healthy && self.link.is_some())),
+            // Several, because a reconcile asks much.
+            ScheduleStep::Serve { request } => (0..4).for_each(|_| self.serve(request.into())),
+            ScheduleStep::Arrive { answer } => {
+                for _ in 0..4 {
+                    self.arrive(answer.into());
+                    self.carry_out()?;
+                }
+            }
+            ScheduleStep::ApiAway { away } => self.away = away,
+            ScheduleStep::Wait { millis } => self.wait(millis.into())?,
+            ScheduleStep::Open { client, how } => self.open(self.client(client), how)?,
+            ScheduleStep::Stall { client, bytes } => self.stall(self.client(client), bytes.into()),
+            ScheduleStep::Read { client, bytes } => self.read(self.client(client), bytes.into()),
+            ScheduleStep::HangUp { client } => self.hang_up(self.client(client)),
+            ScheduleStep::Break { client } => {
+                let client = self.client(client);
+                self.clients[client].connection.iter_mut().for_each(|open| open.broken = true);
+            }
+            ScheduleStep::EndSession { client, publish } => self.end_session(self.client(client), publish),
+            ScheduleStep::Prune { user, keep } => self.prune(user, keep.into()),
+            ScheduleStep::Restore { back } => self.restore(back.into()),
+            ScheduleStep::DeleteUser { user } => _ = self.feeds.remove(&pick_user(user)),
+            ScheduleStep::RemoveKey => {
+                self.removed_keys.insert(0);
+                self.hub.close_all(Goodbye::Revoked, |connection| connection.signed_by == KeyName([0; 8]));
+            }
+            ScheduleStep::Kill => self.replace_gateway(),
+            ScheduleStep::Drain { seconds } => {
+                if !self.draining {
+                    self.draining = true;
+                    self.hub.begin_drain(Duration::from_secs(seconds.into()));
+                }
+            }
+        }
+        self.carry_out()?;
+        self.check_bounds()
+    }
+
+    fn client(&self, number: u8) -> usize {
+        usize::from(number) % self.clients.len()
+    }
+}
+
+fn pick_user(number: u8) -> UserId {
+    UserId(1 + i64::from(number) % USERS)
+}
+
+/// Removes the element that a number selects.
+fn take<T>(from: &mut Vec<T>, number: usize) -> Option<T> {
+    (!from.is_empty()).then(|| from.remove(number % from.len()))
+}
+
+/// Postgres and `api`.
+impl SimulatedWorld {
+    fn commit(&mut self, user: u8, publish: Publish) {
+        let user = pick_user(user);
+        let Some(feed) = self.feeds.get_mut(&user) else { return };
+        feed.head.seq += 1;
+        let times = match publish {
+            Publish::Once => 1,
+            Publish::Twice => 2,
+            Publish::Never => 0,
+        };
+        if self.subscribed.contains(&user) {
+            self.published.extend(std::iter::repeat_n((user, feed.head), times));
+        }
+    }
+
+    fn prune(&mut self, user: u8, keep: Seq) {
+        self.reasons.insert(ResyncReason::Expired.as_str());
+        if let Some(feed) = self.feeds.get_mut(&pick_user(user)) {
+            feed.pruned = feed.pruned.max(feed.head.seq.saturating_sub(keep));
+        }
+    }
+
+    fn restore(&mut self, back: Seq) {
+        self.reasons.extend([ResyncReason::Unknown.as_str(), ResyncReason::Future.as_str()]);
+        for feed in self.feeds.values_mut() {
+            let seq = feed.head.seq.saturating_sub(back);
+            feed.head = Position { epoch: Epoch(self.rng.random()), seq };
+            feed.pruned = feed.pruned.min(seq);
+        }
+    }
+
+    fn serve(&mut self, number: usize) {
+        if self.away {
+            return;
+        }
+        let Some(request) = take(&mut self.requests, number) else { return };
+        let answer = match request {
+            PendingRequest::Range(request) => PendingAnswer::Range(request, self.read_range(request)),
+            PendingRequest::Head(request) => {
+                let head = self.feeds.get(&request.user).map(|feed| feed.head);
+                let ended = request.session.is_some_and(|session| self.ended.contains(&session));
+                let differs = request.requested_at.is_none() || head != request.requested_at;
+                PendingAnswer::Head(request, differs.then_some(head), ended)
+            }
+        };
+        self.answers.push(answer);
+    }
+
+    fn read_range(&self, request: RangeRequest) -> RangeAnswer {
+        let Some(feed) = self.feeds.get(&request.user) else {
+            return RangeAnswer { head: None, events: vec![], more: false };
+        };
+        let seqs = request.after.max(feed.pruned) + 1..=feed.head.seq;
+        let events = seqs.map(|seq| event(Position { seq, ..feed.head }));
+        let events: Vec<_> = events.take(PAGE).collect();
+        let more = events.last().is_some_and(|last| last.position != feed.head);
+        RangeAnswer { head: Some(feed.head), events, more }
+    }
+
+    fn arrive(&mut self, number: usize) {
+        match take(&mut self.answers, number) {
+            None => {}
+            Some(PendingAnswer::Range(request, answer)) => self.hub.range(request, answer),
+            Some(PendingAnswer::Head(request, head, ended)) => {
+                if ended {
+                    self.known_ended.extend(request.session);
+                } else if let HeadReason::Join(key) = request.why {
+                    let open = self.clients.iter_mut().filter_map(|client| client.connection.as_mut());
+                    open.filter(|open| open.key == key).for_each(|open| open.confirmed = true);
+                }
+                self.hub.head(request, head, ended);
+            }
+        }
+    }
+
+    fn end_session(&mut self, client: usize, publish: bool) {
+        let SimulatedClient { user, session: Some(session), .. } = self.clients[client] else { return };
+        self.ended.insert(session);
+        if publish && self.subscribed.contains(&user) {
+            self.known_ended.insert(session);
+            self.hub.close_session(user, session);
+        }
+    }
+}
+
+/// Redis.
+impl SimulatedWorld {
+    fn deliver(&mut self, number: usize) {
+        if let Some((user, position)) = take(&mut self.published, number) {
+            self.hub.event(user, event(position));
+        }
+    }
+
+    fn lose(&mut self, number: usize, notice: LossNotice) {
+        let Some((user, _)) = take(&mut self.published, number) else { return };
+        match notice {
+            LossNotice::Never => {}
+            LossNotice::Uncertain => self.hub.mark_uncertain(user),
+            LossNotice::Dropped => self.hub.mark_all_uncertain(),
+        }
+    }
+
+    fn confirm(&mut self, number: usize) {
+        let Some(link) = self.link else { return };
+        let mut unconfirmed: Vec<_> = self.unconfirmed.iter().copied().collect();
+        if let Some(user) = take(&mut unconfirmed, number) {
+            self.unconfirmed.remove(&user);
+            self.subscribed.insert(user);
+            self.hub.subscribed(link, [user]);
+        }
+    }
+
+    fn move_slot(&mut self, number: usize) {
+        let Some(link) = self.link else { return };
+        let mut subscribed: Vec<_> = self.subscribed.iter().copied().collect();
+        if let Some(user) = take(&mut subscribed, number) {
+            self.subscribed.remove(&user);
+            self.unconfirmed.insert(user);
+            self.hub.unsubscribed(link, [user]);
+        }
+    }
+
+    fn disconnect(&mut self) {
+        if let Some(link) = self.link.take() {
+            self.subscribed.clear();
+            self.published.clear();
+            self.unconfirmed.clone_from(&self.desired);
+            self.hub.disconnected(link);
+            self.hub.set_redis_degraded(true);
+        }
+    }
+
+    fn reconnect(&mut self) {
+        if self.link.is_none() {
+            self.links += 1;
+            self.link = Some(RedisConnectionId(self.links));
+        }
+    }
+}
+
+/// Sockets and clients.
+impl SimulatedWorld {
+    fn open(&mut self, number: usize, how: u8) -> Checked {
+        if self.clients[number].connection.is_some() || self.clients[number].revoked {
+            return Ok(());
+        }
+        let taken: BTreeSet<_> =
+            self.clients.iter().filter_map(|client| Some(client.connection.as_ref()?.key.index)).collect();
+        let index = (0..=CLIENTS.into()).find(|index| !taken.contains(index)).unwrap_or_default();
+        self.generation += 1;
+        let key = ConnectionKey { index, generation: self.generation };
+        let client = &mut self.clients[number];
+        let resume = match client.cursor {
+            _ if how % 16 == 1 => Resume::Invalid,
+            Some(cursor) if how % 16 > 2 => Resume::After(cursor),
+            _ => Resume::Head,
+        };
+        let cursor = if let Resume::After(cursor) = resume { Some(cursor) } else { None };
+        client.cursor = cursor;
+        if resume == Resume::Invalid {
+            self.reasons.insert(ResyncReason::Unknown.as_str());
+        }
+        client.connection = Some(ClientStream::new(key, cursor, client.session.is_none()));
+        let ended = client.session.is_some_and(|session| self.known_ended.contains(&session));
+        let revoked = ended || self.removed_keys.contains(&client.key);
+        let head = [HEAD.as_bytes(), &Framing::Chunked.bytes(&frame::retry(2_000))].concat();
+        let (lasts, ends_why) =
+            if how >= 240 { (5_000, Goodbye::Rotate) } else { (3_600_000, Goodbye::Expired) };
+        let new = NewConnection {
+            user: client.user,
+            session: client.session,
+            signed_by: KeyName([client.key; 8]),
+            resume,
+            heartbeat: Heartbeat::default(),
+            framing: Framing::Chunked,
+            head: head.into(),
+            ends_at: self.now + lasts,
+            ends_why,
+        };
+        if how % 8 == 7 {
+            self.clients[number].connection.iter_mut().for_each(|open| open.room = usize::from(how));
+        }
+        self.hub.open(key, new, revoked.then_some(Goodbye::Revoked));
+        self.carry_out()
+    }
+
+    fn stall(&mut self, client: usize, bytes: usize) {
+        self.clients[client].connection.iter_mut().for_each(|open| open.room = bytes);
+    }
+
+    fn read(&mut self, client: usize, bytes: usize) {
+        if let Some(open) = &mut self.clients[client].connection {
+            open.room = if bytes > 200 { usize::MAX } else { open.room.saturating_add(bytes) };
+            let key = open.key;
+            self.hub.writable(key);
+        }
+    }
+
+    fn hang_up(&mut self, client: usize) {
+        if let Some(open) = self.clients[client].connection.take() {
+            self.hub.gone(open.key);
+        }
+    }
+
+    fn find(&mut self, key: ConnectionKey) -> Option<&mut SimulatedClient> {
+        self.clients.iter_mut().find(|client| client.connection.as_ref().is_some_and(|open| open.key == key))
+    }
+
+    fn carry_out(&mut self) -> Checked {
+        let mut effects = Vec::new();
+        while self.hub.swap_effects(&mut effects) {
+            for effect in effects.drain(..) {
+                match effect {
+                    Effect::Write { to, bytes, event } => self.write(to, bytes, event.is_some())?,
+                    // A client that has the end of the body closes its side.
+                    Effect::FinishWriting(key) => {
+                        if let Some(client) = self.find(key) {
+                            client.connection = None;
+                            self.hub.gone(key);
+                        }
+                    }
+                    Effect::Close(key, _) => {
+                        if let Some(client) = self.find(key) {
+                            client.connection = None;
+                        }
+                    }
+                    Effect::RequestRange(request) => self.requests.push(PendingRequest::Range(request)),
+                    Effect::RequestHead(request) => self.requests.push(PendingRequest::Head(request)),
+                    Effect::Subscribe(user) => {
+                        self.desired.insert(user);
+                        self.unconfirmed.insert(user);
+                    }
+                    Effect::Unsubscribe(user) => {
+                        self.desired.remove(&user);
+                        self.unconfirmed.remove(&user);
+                        self.subscribed.remove(&user);
+                    }
+                    Effect::Observed(Observation::Resync { why, .. })
+                        if !self.reasons.contains(why.as_str()) =>
+                    {
+                        return Err(format!("a resync without a reason: {}", why.as_str()));
+                    }
+                    Effect::SessionEnded(..) | Effect::Observed(_) => {}
+                }
+            }
+        }
+        if self.draining && self.hub.is_drained(true) {
+            self.replace_gateway();
+        }
+        Ok(())
+    }
+
+    fn write(&mut self, to: ConnectionKey, mut bytes: Bytes, has_event: bool) -> Checked {
+        let (feeds, known_ended) = (self.feeds.clone(), self.known_ended.clone());
+        let Some(client) = self.find(to) else { return Ok(()) };
+        if has_event && client.session.is_some_and(|session| known_ended.contains(&session)) {
+            return Err("an event for an ended session".into());
+        }
+        let Some(open) = client.connection.as_mut() else { return Ok(()) };
+        if open.broken {
+            client.connection = None;
+            self.hub.remove(to, "client");
+            return Ok(());
+        }
+        let taken = bytes.split_to(bytes.len().min(open.room));
+        if open.room != usize::MAX {
+            open.room -= taken.len();
+        }
+        for position in client.read(&taken)? {
+            let feed = feeds.get(&client.user).filter(|feed| feed.head.epoch == position.epoch);
+            if feed.is_some_and(|feed| position.seq > feed.head.seq) {
+                return Err(format!("event {position} was never committed"));
+            }
+        }
+        self.hub.wrote(to, bytes);
+        Ok(())
+    }
+
+    /// Every connection is cut, and all that the gateway knew is lost.
+    fn replace_gateway(&mut self) {
+        self.disconnect();
+        self.hub = Hub::new(SETTINGS, SmallRng::seed_from_u64(self.rng.random()));
+        self.hub.set_time(self.now, SystemTime::UNIX_EPOCH);
+        self.draining = false;
+        self.requests.clear();
+        self.answers.clear();
+        self.desired.clear();
+        self.unconfirmed.clear();
+        self.known_ended.clear();
+        self.clients.iter_mut().for_each(|client| client.connection = None);
+    }
+}
+
+/// Time, and the end.
+impl SimulatedWorld {
+    fn wait(&mut self, millis: Millis) -> Checked {
+        let until = self.now + millis;
+        while self.now < until {
+            self.now = self.hub.next_timer().clamp(self.now + 1, until);
+            self.hub.set_time(self.now, SystemTime::UNIX_EPOCH);
+            self.hub.run_timers();
+            self.carry_out()?;
+        }
+        Ok(())
+    }
+
+    fn check_bounds(&self) -> Checked {
+        let streams = self.hub.connections();
+        let (backlog, counted) = (self.hub.backlog(), self.hub.count_backlog());
+        if backlog != counted {
+            return Err(format!("{counted} bytes are buffered and {backlog} are counted"));
+        }
+        if backlog > SETTINGS.replay_buffer_bytes + streams * FRAME {
+            return Err(format!("{backlog} bytes are buffered for {streams} streams"));
+        }
+        let open = self.clients.iter().filter(|client| client.connection.is_some()).count();
+        if open != streams {
+            return Err(format!("{open} clients are connected and {streams} streams are open"));
+        }
+        Ok(())
+    }
+
+    /// The faults stop. Every client whose session is valid reconnects, and must be at the head within a minute.
+    pub fn heal(&mut self) -> Checked {
+        self.away = false;
+        for client in 0..self.clients.len() {
+            self.read(client, usize::from(u8::MAX));
+        }
+        self.carry_out()?;
+        // Without those that a user has too many of.
+        let mut streams = BTreeMap::new();
+        let stays = |client: &SimulatedClient| {
+            let valid = client.session.is_none_or(|session| !self.ended.contains(&session));
+            let valid =
+                valid && !self.removed_keys.contains(&client.key) && self.feeds.contains_key(&client.user);
+            let streams = streams.entry(client.user).or_insert(0);
+            *streams += usize::from(valid);
+            valid && *streams <= SETTINGS.streams_per_user
+        };
+        let staying: Vec<_> = self.clients.iter().map(stays).collect();
+        for (client, stays) in staying.iter().enumerate() {
+            if !stays {
+                self.hang_up(client);
+            }
+        }
+        for round in 0..240 {
+            self.reconnect();
+            self.hub.set_redis_degraded(false);
+            for (client, stays) in staying.iter().enumerate() {
+                if *stays {
+                    self.clients[client].revoked = false;
+                    self.open(client, 8)?;
+                }
+            }
+            for number in 0..8 {
+                self.confirm(number);
+                self.deliver(0);
+                self.serve(0);
+                self.arrive(0);
+                self.carry_out()?;
+            }
+            self.wait(250)?;
+            self.check_bounds().map_err(|why| format!("{why} in round {round}"))?;
+        }
+        for (client, _) in self.clients.iter().zip(staying).filter(|(_, stays)| *stays) {
+            let head = self.feeds.get(&client.user).map(|feed| feed.head);
+            if !client.is_ready() || client.cursor != head {
+                return Err(format!("client at {:?} and head at {head:?}", client.cursor));
+            }
+        }
+        if self.hub.backlog() > 0 {
+            return Err(format!("{} bytes are buffered for nobody", self.hub.backlog()));
+        }
+        Ok(())
+    }
+}
