@@ -4,7 +4,6 @@ use std::{
     collections::{HashMap, HashSet},
     io,
     sync::Arc,
-    time::SystemTime,
 };
 
 use bytes::Bytes;
@@ -82,6 +81,8 @@ pub fn why_broken(error: &io::Error) -> &'static str {
 
 pub struct Telemetry {
     pub metrics: Arc<Metrics>,
+    /// Milliseconds since 1970 at the current input.
+    pub wall: i64,
     paths: [PathMetrics; 3],
     /// Recorded flushes in progress. Each ends when the socket has taken everything.
     flushes: HashMap<ConnectionKey, Flush>,
@@ -102,7 +103,7 @@ impl Telemetry {
                 lag: metrics.delivery_lag_seconds.get_or_create_owned(&Path { path }),
             }
         });
-        Self { metrics, paths, flushes: HashMap::new(), closed_streams: ClosedStreams::default() }
+        Self { metrics, wall: 0, paths, flushes: HashMap::new(), closed_streams: ClosedStreams::default() }
     }
 
     pub fn opened(&self, user: UserId, connection: ConnectionKey, resumes: bool) {
@@ -123,10 +124,9 @@ impl Telemetry {
     }
 
     fn begin_event(&mut self, to: ConnectionKey, event: WrittenEvent) {
-        let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
         let metrics = &self.paths[event.path as usize];
         metrics.counter.inc();
-        metrics.lag.observe((now.as_millis() as i64 - event.created_at).max(0) as f64 / 1_000.0);
+        metrics.lag.observe((self.wall - event.created_at).max(0) as f64 / 1_000.0);
         if let Some((trace, streams)) = event.trace
             && let Some(flush) = trace.flush(streams, to.generation)
         {

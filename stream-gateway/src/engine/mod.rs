@@ -12,7 +12,7 @@ use std::{
     io,
     sync::Arc,
     thread,
-    time::{Duration, Instant, SystemTime},
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
 use anyhow::Context as _;
@@ -222,7 +222,9 @@ impl Engine {
     }
 
     fn update_clock(&mut self) {
-        self.hub.set_time(self.started.elapsed().as_millis() as Millis, SystemTime::now());
+        let wall = SystemTime::now();
+        self.hub.set_time(self.started.elapsed().as_millis() as Millis, wall);
+        self.telemetry.wall = wall.duration_since(UNIX_EPOCH).unwrap_or_default().as_millis() as i64;
     }
 
     fn on_redis(&mut self, update: RedisUpdate) {
