@@ -6,7 +6,7 @@ use std::{
     net::IpAddr,
     num::NonZeroU32,
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicUsize, Ordering},
     },
 };
@@ -16,6 +16,7 @@ use service_kit::{
     client_address::client_network,
     limiter::{Limiter, Over, RateLimitRule, Subject},
 };
+use slab::Slab;
 
 use crate::config::{Admission, Opening};
 
@@ -24,17 +25,47 @@ pub struct StreamLimits {
     streams_per_address: usize,
     rate: DefaultDirectRateLimiter,
     open: AtomicUsize,
-    /// Empty without a limit.
-    by_address: Mutex<HashMap<IpAddr, usize>>,
+    /// Empty without a limit per address.
+    networks: Mutex<Networks>,
     limiter: Limiter,
     opened_per_user: RateLimitRule,
     opened_per_address: RateLimitRule,
 }
 
-/// Admission of one stream; released on drop.
+/// Admission of one stream; released on drop. Small, because every stream has one.
 pub struct Permit {
     limits: Arc<StreamLimits>,
-    address: IpAddr,
+    /// Where the client's network is counted.
+    network: Option<u32>,
+}
+
+/// The open streams of each client network.
+#[derive(Default)]
+struct Networks {
+    slots: HashMap<IpAddr, u32>,
+    counts: Slab<(IpAddr, usize)>,
+}
+
+impl Networks {
+    /// Counts one more, unless there are `limit`.
+    fn enter(&mut self, address: IpAddr, limit: usize) -> Option<u32> {
+        let counts = &mut self.counts;
+        let slot = *self.slots.entry(address).or_insert_with(|| counts.insert((address, 0)) as u32);
+        let (_, count) = &mut self.counts[slot as usize];
+        (*count < limit).then(|| {
+            *count += 1;
+            slot
+        })
+    }
+
+    fn leave(&mut self, slot: u32) {
+        let (address, count) = &mut self.counts[slot as usize];
+        *count -= 1;
+        if *count == 0 {
+            self.slots.remove(address);
+            self.counts.remove(slot as usize);
+        }
+    }
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -72,7 +103,7 @@ impl StreamLimits {
             streams_per_address: admission.streams_per_address,
             rate: RateLimiter::direct(Quota::per_second(rate)),
             open: AtomicUsize::new(0),
-            by_address: Mutex::default(),
+            networks: Mutex::default(),
             opened_per_user: limiter.rule("open", opening.per_user),
             opened_per_address: limiter.rule("open", opening.per_address),
             limiter,
@@ -98,31 +129,27 @@ impl StreamLimits {
             self.open.fetch_sub(1, Ordering::Relaxed);
             return Err(LimitReached::Process);
         }
+        let mut network = None;
         if self.streams_per_address > 0 {
-            let mut by_address = self.by_address.lock().unwrap_or_else(PoisonError::into_inner);
-            let count = by_address.entry(address).or_default();
-            if *count >= self.streams_per_address {
+            network = self.networks().enter(address, self.streams_per_address);
+            if network.is_none() {
                 self.open.fetch_sub(1, Ordering::Relaxed);
                 return Err(LimitReached::Address);
             }
-            *count += 1;
         }
-        Ok(Permit { limits: self.clone(), address })
+        Ok(Permit { limits: self.clone(), network })
+    }
+
+    fn networks(&self) -> MutexGuard<'_, Networks> {
+        self.networks.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl Drop for Permit {
     fn drop(&mut self) {
-        let limits = &self.limits;
-        limits.open.fetch_sub(1, Ordering::Relaxed);
-        if limits.streams_per_address > 0 {
-            let mut by_address = limits.by_address.lock().unwrap_or_else(PoisonError::into_inner);
-            if let Some(count) = by_address.get_mut(&self.address) {
-                *count -= 1;
-                if *count == 0 {
-                    by_address.remove(&self.address);
-                }
-            }
+        self.limits.open.fetch_sub(1, Ordering::Relaxed);
+        if let Some(network) = self.network {
+            self.limits.networks().leave(network);
         }
     }
 }
@@ -162,7 +189,7 @@ mod tests {
         drop(first);
         assert!(limits.take(A).is_ok());
         assert_eq!(limits.open.load(Ordering::Relaxed), 2);
-        assert_eq!(limits.by_address.lock().unwrap().len(), 2);
+        assert_eq!(limits.networks().slots.len(), 2);
     }
 
     #[test]
