@@ -67,7 +67,7 @@ impl Hub {
 
         let mut says = Vec::new();
         match (user, position) {
-            (None, _) => says.push(format!("LocalUser {id} has no stream here")),
+            (None, _) => says.push(format!("User {id} has no stream here")),
             (Some(_), None) => says.push("The head of this user's feed is not known yet: it was requested from api".into()),
             (Some(_), Some(position)) if seq <= position.seq => {
                 says.push(format!("Event {seq} was delivered here: position is {}", position.seq));
