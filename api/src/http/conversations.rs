@@ -55,8 +55,8 @@ pub(super) async fn start(api: Arc<Api>, caller: Caller, username: String) -> Ha
         StartConversationOutcome::Exists(id) => (id, empty(StatusCode::FOUND)),
         StartConversationOutcome::NoUser => return Err(ApiError::NO_USER),
         StartConversationOutcome::Oneself => {
-            let sentence = "Try start a conversation with someone else";
-            return Err(ApiError::Forbidden("conversation_with_oneself", sentence));
+            let sentence = "You cannot start a conversation with yourself";
+            return Err(ApiError::Forbidden("cannot_start_with_yourself", sentence));
         }
         StartConversationOutcome::NoSession => return Err(ApiError::Unauthorized),
     };

@@ -248,7 +248,7 @@ async fn starting_a_conversation_creates_it_once_for_both(pool: PgPool) {
         assert_unacceptable(&answer, "username", "Username required");
     }
     let oneself = john.start_conversation("john").send().await.unwrap();
-    assert_problem(&oneself, 403, "Try start a conversation with someone else");
+    assert_problem(&oneself, 403, "You cannot start a conversation with yourself");
     for nobody in ["nobody", "ja\0ne"] {
         assert_problem(&john.start_conversation(nobody).expect(404).await, 404, "User not found");
     }
