@@ -137,7 +137,7 @@ metrics! {
         rate_limited: Family<Limited, Counter> = "Requests rejected by a rate limit, by rule and by whom it counts";
         rate_limit_local_decisions: Family<Reason, Counter> =
             "Rate limit decisions of this process alone, by why Redis was not used";
-        rate_limits_shared: Gauge = "1 while rate limits are shared with the other replicas through Redis";
+        rate_limits_shared: Gauge = "1 while rate limits are off, or shared with the other replicas through Redis";
     }
 }
 
@@ -218,7 +218,7 @@ impl Limiter {
         if checks.is_empty() {
             return Ok(());
         }
-        let Some(waits) = self.replicas.ask(checks.iter().map(|(.., check)| check)).await else {
+        let Some(waits) = self.replicas.check(checks.iter().map(|(.., check)| check)).await else {
             return Ok(());
         };
         let waits = checks.iter().zip(waits).map(|((rule, by, _), wait)| Over { rule, by, wait });

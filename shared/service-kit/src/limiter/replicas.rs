@@ -31,22 +31,23 @@ use crate::{
 };
 use protocol::channels::Channels;
 
-/// GCRA: the key holds the theoretical arrival time in microseconds. Returns how long to wait; 0: it was counted.
+/// GCRA: the key holds the theoretical arrival time in microseconds. Returns the wait in microseconds; 0: the
+/// request was counted.
 ///
 /// A time beyond the burst was written by a clock that has been set back since, as after a failover.
 const SCRIPT: &str = r"
 local time = redis.call('TIME')
 local now = time[1] * 1000000 + time[2]
 local interval, burst = tonumber(ARGV[1]), tonumber(ARGV[2])
-local owes_until = tonumber(redis.call('GET', KEYS[1])) or now
-owes_until = math.min(math.max(owes_until, now), now + interval * burst)
-local wait = owes_until + interval - (now + interval * burst)
+local arrival = tonumber(redis.call('GET', KEYS[1])) or now
+arrival = math.min(math.max(arrival, now), now + interval * burst)
+local wait = arrival + interval - (now + interval * burst)
 if wait > 0 then
   return wait
 end
-owes_until = owes_until + interval
-local lasts = math.ceil((owes_until - now) / 1000)
-redis.call('SET', KEYS[1], string.format('%.0f', owes_until), 'PX', lasts)
+arrival = arrival + interval
+local expires_in = math.ceil((arrival - now) / 1000)
+redis.call('SET', KEYS[1], string.format('%.0f', arrival), 'PX', expires_in)
 return 0
 ";
 
@@ -105,8 +106,8 @@ pub(super) fn new(
 }
 
 impl Replicas {
-    /// The wait of each, zero if it was counted. `None`: Redis gave no answer.
-    pub(super) async fn ask(
+    /// The wait of each check; zero if it was counted. `None`: Redis did not answer.
+    pub(super) async fn check(
         &self,
         checks: impl ExactSizeIterator<Item = &SharedCheck>,
     ) -> Option<Vec<Duration>> {
@@ -114,7 +115,7 @@ impl Replicas {
         let count = u32::try_from(checks.len()).expect("one for each rule");
         let Ok(_permits) = self.permits.try_acquire_many(count) else { return self.decide_locally("busy") };
         // One key each, so that a cluster may keep them on different nodes.
-        match timeout(self.timeout, try_join_all(checks.map(|check| connection.ask(check)))).await {
+        match timeout(self.timeout, try_join_all(checks.map(|check| connection.check(check)))).await {
             Ok(Ok(waits)) => Some(waits.into_iter().map(Duration::from_micros).collect()),
             Ok(Err(error)) => {
                 self.disconnect(&connection, &error.to_string());
@@ -145,7 +146,7 @@ impl Replicas {
 }
 
 impl SharedConnection {
-    async fn ask(&self, check: &SharedCheck) -> RedisResult<u64> {
+    async fn check(&self, check: &SharedCheck) -> RedisResult<u64> {
         let absent = || RedisError::from((ErrorKind::Io, "no node owns the slot of the key"));
         let node = self.map.node_of(&check.key).ok_or_else(absent)?;
         let mut connection = self.nodes.get(node).ok_or_else(absent)?.clone();
@@ -177,10 +178,12 @@ impl SharedCheck {
 }
 
 impl LimiterTask {
-    /// Runs until `stop`; the connection then stays for checks of the shutdown. All rules must exist before; without any, there is
-    /// nothing to do.
+    /// Runs until `stop`; the connection then stays for checks of the shutdown. All rules must exist before; without any, it
+    /// does nothing.
     pub async fn run(self, stop: CancellationToken) {
         if !self.replicas.wanted.load(Ordering::Relaxed) {
+            // Nothing is limited per process, so no alert is due.
+            self.replicas.metrics.rate_limits_shared.set(1);
             return stop.cancelled().await;
         }
         stop.run_until_cancelled(self.keep_connected()).await;
@@ -226,7 +229,7 @@ impl LimiterTask {
             let keys =
                 (0..).map(|turn| self.channels.limit("none", "trial", format_args!("{number}-{turn}")));
             let Some(key) = connection.map.first_name_on(node, keys) else { continue };
-            connection.ask(&SharedCheck { key, interval: Duration::from_millis(1), burst: 1 }).await?;
+            connection.check(&SharedCheck { key, interval: Duration::from_millis(1), burst: 1 }).await?;
         }
         Ok(connection)
     }
