@@ -1,6 +1,7 @@
 //! Runs the commands of the binary.
 
-use service_kit::{healthcheck, lifecycle, settings::Given, telemetry};
+use anyhow::Context as _;
+use service_kit::{descriptors, healthcheck, lifecycle, settings::Given, telemetry};
 
 use crate::{
     app::{self, Listeners},
@@ -13,6 +14,7 @@ pub async fn execute(Cli { command }: Cli, given: Given) -> anyhow::Result<()> {
         Command::Serve => {
             let (config, addresses, logging) = config::for_serving(&given)?;
             telemetry::start(logging);
+            descriptors::raise().context("cannot raise the number of open files")?;
             app::run(config, Listeners::bind(addresses)?, lifecycle::stop_on_signal()?).await
         }
         Command::Migrate => {
@@ -39,7 +41,7 @@ pub async fn execute(Cli { command }: Cli, given: Given) -> anyhow::Result<()> {
             Ok(())
         }
         Command::Healthcheck { probe } => {
-            eprintln!("api: {}", healthcheck::ask(config::for_healthcheck(&given)?, probe)?);
+            eprintln!("api: {}", healthcheck::ask(config::for_healthcheck(&given)?, probe).await?);
             Ok(())
         }
     }

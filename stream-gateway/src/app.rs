@@ -97,7 +97,7 @@ pub async fn run(config: Config, listeners: Listeners, stop: CancellationToken) 
     };
     let routes = ops::routes(Arc::new(registry), tasks.clone(), readiness);
     let routes = warp::service(routes.or(explain_route(delivery.commands.clone())));
-    let bounds = ServerLimits { connections: descriptors::OPS, ..limits.clone() };
+    let bounds = ServerLimits { connections: ops::CONNECTIONS, ..limits.clone() };
     let counted = metrics.http.listener("ops");
     serving.spawn("ops listener", |stop| server::serve(listeners.ops, routes, bounds, counted, stop));
 

@@ -1,12 +1,11 @@
 //! Runs the commands of the binary.
 
 use anyhow::Context as _;
-use service_kit::{healthcheck, lifecycle, settings::Given, telemetry};
+use service_kit::{descriptors, healthcheck, lifecycle, settings::Given, telemetry};
 
 use crate::{
     app::{self, Listeners},
     config::{self, Cli, Command},
-    descriptors,
 };
 
 pub async fn execute(Cli { command }: Cli, given: Given) -> anyhow::Result<()> {
@@ -24,7 +23,7 @@ pub async fn execute(Cli { command }: Cli, given: Given) -> anyhow::Result<()> {
             Ok(())
         }
         Command::Healthcheck { probe } => {
-            eprintln!("stream-gateway: {}", healthcheck::ask(config::for_healthcheck(&given)?, probe)?);
+            eprintln!("stream-gateway: {}", healthcheck::ask(config::for_healthcheck(&given)?, probe).await?);
             Ok(())
         }
     }

@@ -1,17 +1,22 @@
 //! `healthcheck`: queries the local service, for platforms that can only run a command in its container, where there is no
-//! other HTTP client. It needs no setting but `OPS_LISTEN`, and its duration is bounded.
+//! other HTTP client. It needs no setting but `OPS_LISTEN`.
 
 use std::{
-    io::{self, Read as _, Write as _},
-    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream},
+    io,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     time::Duration,
 };
 
 use clap::ValueEnum;
 use thiserror::Error;
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    net::TcpStream,
+    time::timeout,
+};
 
-/// For connecting, and for each wait for the answer: below the 3 s that the image's HEALTHCHECK gives the whole.
-const PATIENCE: Duration = Duration::from_secs(1);
+/// Limits the whole query, below the 3 s of the image's HEALTHCHECK.
+const TIME_LIMIT: Duration = Duration::from_secs(2);
 const LONGEST_ANSWER: u64 = 4_096;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -37,9 +42,11 @@ pub enum Unhealthy {
     Refused(String),
 }
 
-pub fn ask(ops_listen: SocketAddr, probe: Probe) -> Result<String, Unhealthy> {
+pub async fn ask(ops_listen: SocketAddr, probe: Probe) -> Result<String, Unhealthy> {
     let address = reachable(ops_listen);
-    let answer = get(address, probe.path()).map_err(|error| Unhealthy::Silent(address, error))?;
+    let answer = timeout(TIME_LIMIT, get(address, probe.path())).await;
+    let answer = answer.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()));
+    let answer = answer.map_err(|error| Unhealthy::Silent(address, error))?;
     let (head, note) = answer.split_once("\r\n\r\n").unwrap_or((&answer, ""));
     let note = note.trim().to_owned();
     match head.split(' ').nth(1) {
@@ -59,24 +66,24 @@ fn reachable(listening: SocketAddr) -> SocketAddr {
     SocketAddr::new(ip, listening.port())
 }
 
-fn get(address: SocketAddr, path: &str) -> io::Result<String> {
-    let mut connection = TcpStream::connect_timeout(&address, PATIENCE)?;
-    connection.set_read_timeout(Some(PATIENCE))?;
-    connection.set_write_timeout(Some(PATIENCE))?;
+async fn get(address: SocketAddr, path: &str) -> io::Result<String> {
+    let mut connection = TcpStream::connect(address).await?;
     let request = format!("GET {path} HTTP/1.1\r\nhost: {address}\r\nconnection: close\r\n\r\n");
-    connection.write_all(request.as_bytes())?;
+    connection.write_all(request.as_bytes()).await?;
     let mut answer = String::new();
-    connection.take(LONGEST_ANSWER).read_to_string(&mut answer)?;
+    connection.take(LONGEST_ANSWER).read_to_string(&mut answer).await?;
     Ok(answer)
 }
 
 #[cfg(test)]
 mod tests {
     use std::{
-        io::{BufRead, BufReader},
+        io::{BufRead, BufReader, Write as _},
         net::TcpListener,
         thread,
     };
+
+    use testkit::soon;
 
     use super::*;
 
@@ -97,26 +104,47 @@ mod tests {
         address
     }
 
-    fn queried(answer: Option<&'static str>) -> Result<String, String> {
-        ask(service(answer), Probe::Readyz).map_err(|unhealthy| unhealthy.to_string())
+    async fn queried(answer: Option<&'static str>) -> Result<String, String> {
+        ask(service(answer), Probe::Readyz).await.map_err(|unhealthy| unhealthy.to_string())
     }
 
-    #[test]
-    fn only_a_200_is_healthy_and_the_service_says_why_not() {
-        assert_eq!(queried(Some("HTTP/1.1 200 OK\r\ncontent-length: 6\r\n\r\nready\n")), Ok("ready".into()));
+    #[tokio::test]
+    async fn only_a_200_is_healthy_and_the_service_says_why_not() {
+        assert_eq!(
+            queried(Some("HTTP/1.1 200 OK\r\ncontent-length: 6\r\n\r\nready\n")).await,
+            Ok("ready".into())
+        );
         let unready =
             queried(Some("HTTP/1.1 503 Service Unavailable\r\ncontent-length: 9\r\n\r\nstopping\n"));
-        assert_eq!(unready, Err("stopping".into()));
-        assert_eq!(queried(Some("HTTP/1.1 404 Not Found\r\n\r\n")), Err("HTTP/1.1 404 Not Found".into()));
-        assert_eq!(queried(Some("")), Err(String::new()));
+        assert_eq!(unready.await, Err("stopping".into()));
+        assert_eq!(
+            queried(Some("HTTP/1.1 404 Not Found\r\n\r\n")).await,
+            Err("HTTP/1.1 404 Not Found".into())
+        );
+        assert_eq!(queried(Some("")).await, Err(String::new()));
     }
 
-    #[test]
-    fn a_service_that_is_silent_or_away_is_unhealthy_soon() {
-        let silent = queried(None).unwrap_err();
+    /// Each byte comes soon, and the whole never.
+    fn dripping() -> SocketAddr {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap();
+        thread::spawn(move || {
+            let (mut connection, _) = listener.accept().unwrap();
+            while connection.write_all(b"H").is_ok() {
+                thread::sleep(Duration::from_millis(100));
+            }
+        });
+        address
+    }
+
+    #[tokio::test]
+    async fn a_service_that_is_silent_slow_or_away_is_unhealthy_soon() {
+        let silent = queried(None).await.unwrap_err();
         assert!(silent.contains("does not answer"), "{silent}");
         let closed = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
-        assert!(matches!(ask(closed, Probe::Livez), Err(Unhealthy::Silent(..))));
+        assert!(matches!(ask(closed, Probe::Livez).await, Err(Unhealthy::Silent(..))));
+        let slow = soon("the query ends", ask(dripping(), Probe::Livez)).await;
+        assert!(matches!(slow, Err(Unhealthy::Silent(..))), "{slow:?}");
     }
 
     #[test]

@@ -1,5 +1,5 @@
 //! The parts that both services share: configuration, telemetry, the accept loop, the operations listener, rate limits, the Redis topology,
-//! cookies, origins and the process lifecycle. No product rules.
+//! cookies, origins and the process lifecycle. No endpoints and no SQL.
 
 #![cfg_attr(test, allow(clippy::disallowed_methods, reason = "tests notice the end of their tasks"))]
 
@@ -7,6 +7,7 @@ pub mod backoff;
 pub mod client_address;
 pub mod config;
 pub mod cookies;
+pub mod descriptors;
 pub mod ended_sessions;
 pub mod explain;
 pub mod healthcheck;

@@ -20,6 +20,9 @@ use crate::{
 const OPENMETRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 const CLASSIC: &str = "text/plain; version=0.0.4; charset=utf-8";
 
+/// Connections of operators that the listener accepts.
+pub const CONNECTIONS: usize = 64;
+
 const MAX_DIRECTIVES_BYTES: u64 = 1_024;
 
 /// Whether this process accepts traffic; `note` gives the reason, or what is degraded.

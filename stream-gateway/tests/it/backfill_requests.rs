@@ -19,7 +19,7 @@ use crate::{
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn simultaneous_joins_share_bounded_requests() {
     const USERS: usize = 600;
-    stream_gateway::descriptors::raise().unwrap();
+    service_kit::descriptors::raise().unwrap();
     let world = GatewayWorld::new().await;
     let users: Vec<_> = (0..USERS).map(|_| world.user(3)).collect();
     world.api.fault_feed_requests(Fault::Holding);
