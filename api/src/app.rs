@@ -22,7 +22,7 @@ use warp::Filter;
 
 use crate::{
     commands::CommandContext,
-    config::{Addresses, Config, FLUSH_TIMEOUT},
+    config::{Addresses, Config, FLUSH_TIMEOUT, OPS_STOP},
     explain::explain,
     external::ExternalUsers,
     http::{self, Api, ApiEdge, Cors, auth::Auth, oauth::SignIn, tokens::Tokens},
@@ -31,7 +31,7 @@ use crate::{
     metrics::Metrics,
     oauth, pruner,
     publisher::publisher,
-    readiness::{self, Judgement},
+    readiness::{self, SharedReadiness},
     store::{Database, session::Route},
 };
 
@@ -74,7 +74,7 @@ pub async fn run(config: Config, listeners: Listeners, stop: CancellationToken) 
     let tasks = Tasks::default();
     let stages = Stages::new(&tasks, &stop);
     let (metrics, registry) = Metrics::of_service();
-    let judgement = Judgement::new();
+    let readiness = SharedReadiness::new();
     let addresses = listeners.addresses()?;
     let limits = Limits {
         per_address: config.connections_per_address,
@@ -87,17 +87,19 @@ pub async fn run(config: Config, listeners: Listeners, stop: CancellationToken) 
 
     // Before anything else: a process that waits for Postgres is alive.
     let routes = ops::routes(registry.into(), tasks.clone(), {
-        let judgement = judgement.clone();
-        move || judgement.get()
+        let readiness = readiness.clone();
+        move || readiness.get()
     });
     let routes = warp::service(routes.or(explain_route(database.clone(), metrics.clone())));
     let counted = metrics.http.listener("ops");
-    let listen = |stop| server::serve(listeners.ops, routes, limits.clone(), counted, stop);
+    let few = Limits { connections: ops::CONNECTIONS, stop: OPS_STOP, ..limits.clone() };
+    let listen = |stop| server::serve(listeners.ops, routes, few, counted, stop);
     stages.operators.spawn("ops listener", listen);
 
     let route = tokio::select! {
         route = maintenance::wait_until_usable(&config.database) => route?,
         () = stop.cancelled() => return Ok(()),
+        failure = tasks.failed() => return Err(failure.into()),
     };
     match route {
         Route::Direct => database.use_sessions(),
@@ -111,7 +113,7 @@ pub async fn run(config: Config, listeners: Listeners, stop: CancellationToken) 
     let background = &stages.background;
     let postgres = config.database.clone();
     background.spawn("readiness watch", |stop| {
-        readiness::watch(postgres, database.clone(), metrics.clone(), judgement, stop)
+        readiness::watch(postgres, database.clone(), metrics.clone(), readiness, stop)
     });
     let keep = config.keep;
     background.spawn("pruner", |stop| pruner::run(database.clone(), keep, metrics.clone(), stop));
@@ -161,11 +163,13 @@ pub async fn run(config: Config, listeners: Listeners, stop: CancellationToken) 
     Ok(())
 }
 
-/// The tasks of the process, in the order in which they stop: each after the tasks that need it.
+/// The tasks of the process, in the order in which they are told to stop.
 struct Stages {
-    /// Stops with the process; its first task is readiness.
+    /// Stops with the process, because readiness must say so first. Nothing else needs these tasks.
     background: Stage,
     serving: Stage,
+    /// What requests need: it stops after them.
+    behind_requests: Stage,
     publishing: Stage,
     tracing: Stage,
     operators: Stage,
@@ -176,6 +180,7 @@ impl Stages {
         Self {
             background: Stage::stopped_by(tasks, stop.clone()),
             serving: Stage::new(tasks),
+            behind_requests: Stage::new(tasks),
             publishing: Stage::new(tasks),
             tracing: Stage::new(tasks),
             operators: Stage::new(tasks),
@@ -187,7 +192,12 @@ impl Stages {
         sleep(wait).await;
         tracing::info!("process stopping; no new connections");
         self.serving.stop().await;
-        if timeout(FLUSH_TIMEOUT, self.publishing.stop()).await.is_err() {
+        let (published, _) = tokio::join!(
+            timeout(FLUSH_TIMEOUT, self.publishing.stop()),
+            // Notes of use that Postgres does not take in time are lost.
+            timeout(FLUSH_TIMEOUT, self.behind_requests.stop()),
+        );
+        if published.is_err() {
             tracing::warn!(
                 "redis did not take the last events in time; delivery falls back to reconciliation"
             );
@@ -227,9 +237,9 @@ fn make_api(
         config.external.map(ExternalUsers::new).transpose().context(CA_CERTIFICATES)?.map(Arc::new);
     let auth = Auth::new(&config.keys, origins.clone(), used.clone(), context.clone(), external.clone());
     let tokens = Tokens::new(config.keys, &config.origin, config.lifetimes);
-    stages.background.spawn("last use of sessions", |stop| last_used::run(used, database.clone(), stop));
+    stages.behind_requests.spawn("last use of sessions", |stop| last_used::run(used, database.clone(), stop));
     if let Some(external) = external.clone() {
-        stages.background.spawn("external keys", |stop| external.follow(stop));
+        stages.behind_requests.spawn("external keys", |stop| external.follow(stop));
     }
     let providers = oauth::providers(config.providers, &config.origin, config.provider_time_limit)
         .context(CA_CERTIFICATES)?;

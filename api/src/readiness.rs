@@ -16,9 +16,9 @@ const PERIOD: Duration = Duration::from_secs(1);
 const PATIENCE: Duration = Duration::from_secs(1);
 
 #[derive(Clone)]
-pub struct Judgement(Arc<Mutex<Readiness>>);
+pub struct SharedReadiness(Arc<Mutex<Readiness>>);
 
-impl Judgement {
+impl SharedReadiness {
     pub fn new() -> Self {
         Self(Arc::new(Mutex::new(Readiness { ready: false, note: "starting".into() })))
     }
@@ -36,7 +36,7 @@ impl Judgement {
     }
 }
 
-impl Default for Judgement {
+impl Default for SharedReadiness {
     fn default() -> Self {
         Self::new()
     }
@@ -48,7 +48,7 @@ pub async fn watch(
     postgres: PgConnectOptions,
     database: Database,
     metrics: Metrics,
-    judgement: Judgement,
+    readiness: SharedReadiness,
     stop: CancellationToken,
 ) {
     let mut connection: Option<PgConnection> = None;
@@ -71,12 +71,12 @@ pub async fn watch(
         metrics.database_connections_idle.set(i64::try_from(idle).unwrap_or(i64::MAX));
         let redis = metrics.redis_connected.get() == 1;
         match (answers, redis) {
-            (false, _) => judgement.set(false, "Postgres does not answer"),
-            (true, true) => judgement.set(true, "ready"),
-            (true, false) => judgement.set(true, "ready, degraded: Redis does not answer"),
+            (false, _) => readiness.set(false, "Postgres does not answer"),
+            (true, true) => readiness.set(true, "ready"),
+            (true, false) => readiness.set(true, "ready, degraded: Redis does not answer"),
         }
     }
-    judgement.set(false, "stopping");
+    readiness.set(false, "stopping");
 }
 
 /// Tries a new connection if the old one has died: the server may end idle ones.

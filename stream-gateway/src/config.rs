@@ -1,4 +1,5 @@
-//! Every setting of the gateway, declared where it is read, typed and checked together. Imports nothing that it configures.
+//! Every setting of the gateway, declared where it is read, typed and checked together. Imports no module that
+//! it configures, except for their types of settings.
 
 use std::{net::SocketAddr, time::Duration};
 

@@ -1,4 +1,5 @@
-//! Every setting of api, declared where it is read, typed and checked together. Imports nothing from what it configures.
+//! Every setting of api, declared where it is read, typed and checked together. Imports no module that it
+//! configures, except for their types of settings.
 
 mod providers;
 
@@ -23,13 +24,15 @@ pub use self::providers::{ClientRegistration, ProviderSettings, protected_url};
 
 /// Time for publishing the queue when the service stops.
 pub const FLUSH_TIMEOUT: Duration = Duration::from_secs(2);
-/// The rest of a shutdown after the last request; up to a second of it is for the last spans.
+/// Time for requests of operators in progress, at the very end of a shutdown.
+pub const OPS_STOP: Duration = Duration::from_secs(1);
+/// The rest of a shutdown after the last request: a second each for the last spans, [`OPS_STOP`] and the database's connections.
 const MARGIN: Duration = Duration::from_secs(3);
 /// Limits one request to a login provider.
 const PROVIDER_TIME_LIMIT: Duration = Duration::from_secs(10);
 
 const DAY: u64 = 24 * 60 * 60;
-/// The contract's longest lifetime of a token.
+/// The longest lifetime of a token (docs/api.md).
 const LONGEST_TOKEN: u64 = 14 * DAY;
 
 /// The REST API of the messenger: owns Postgres, publishes to Redis.
@@ -220,7 +223,7 @@ fn read(s: &mut Settings) -> Result<(Config, Addresses, Logging), Problems> {
             "STREAM_TOKEN_LIFETIME_SECONDS",
             "300",
             10..=3_600,
-            "How long a stream token can open streams; an open stream may last as long as its session",
+            "Time for which a stream token opens streams; an open stream may last as long as its session",
         ),
     };
     let keep = keep(s);
@@ -301,8 +304,8 @@ fn limits(s: &mut Settings, on: bool) -> RateLimits {
         login_per_address: limit(
             "LIMIT_LOGIN_PER_ADDRESS",
             "120/60",
-            "Logins per client address: so many at once, refilled evenly within so many seconds (120/60), or off. Every request of \
-             an OAuth login counts. All replicas count together, in Redis. The same form for all limits",
+            "Logins per client address, as burst/seconds: 120/60 allows a burst of 120, refilled over 60 seconds; or off. Every \
+             request of an OAuth login counts. All replicas count together, in Redis. The same form for all limits",
         ),
         login_per_name: limit("LIMIT_LOGIN_PER_NAME", "30/60", "Logins per username"),
         search_per_user: limit("LIMIT_SEARCH_PER_USER", "120/60", "Searches for usernames, per user"),

@@ -1,7 +1,8 @@
 //! Connections to Postgres, kept open between statements.
 //!
-//! A connection is tested before use only if it was idle for a while, so a statement is one round trip. One whose work did not end well (an
-//! error, a time-out, a cancelled request) is closed and never used again. Why neither sqlx's pool nor `deadpool`:
+//! A connection is tested before use only if it was idle for a while, so a statement is one round trip. A conflict with
+//! another transaction is repeated on its connection. One whose work did not end well otherwise (an error, a time-out, a cancelled
+//! request) is closed and never used again. Why neither sqlx's pool nor `deadpool`:
 //! `docs/decisions/0010-a-connection-pool-of-our-own.md`.
 
 use std::{
@@ -12,6 +13,7 @@ use std::{
     time::Duration,
 };
 
+use futures_util::future::join_all;
 use sqlx::{Connection, PgConnection, postgres::PgConnectOptions};
 use tokio::{
     sync::{OwnedSemaphorePermit, Semaphore},
@@ -107,9 +109,7 @@ impl Pool {
     pub(super) async fn close(&self) {
         self.permits.close();
         let idle = std::mem::take(&mut *self.idle_connections());
-        for Idle { connection, .. } in idle {
-            let _ = timeout(IDLE, connection.close()).await;
-        }
+        let _ = timeout(IDLE, join_all(idle.into_iter().map(|idle| idle.connection.close()))).await;
     }
 
     fn idle_connections(&self) -> MutexGuard<'_, Vec<Idle>> {

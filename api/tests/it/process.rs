@@ -21,9 +21,17 @@ use crate::{
     support::{PEM, SECRET, add_users, channel_prefix, execute, number, options, redis_url, text},
 };
 
+/// The soft limit of [`command`]'s process, less than the machine's hard limit.
+const FEW_OPEN_FILES: f64 = 256.0;
+
 pub(crate) fn command() -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_api"));
+    let mut command = Command::new("/bin/sh");
     command.env_clear();
+    command.args([
+        "-c",
+        &format!(r#"ulimit -Sn {FEW_OPEN_FILES}; exec "$0" "$@""#),
+        env!("CARGO_BIN_EXE_api"),
+    ]);
     command
 }
 
@@ -287,6 +295,40 @@ async fn unfinished_request_does_not_delay_shutdown(pool: PgPool) {
     let mut waits = [0; 25];
     soon("the service waits for the body", half.read_exact(&mut waits)).await.unwrap();
     assert_eq!(&waits, b"HTTP/1.1 100 Continue\r\n\r\n");
+    server.stop().await;
+}
+
+/// The ops listener stops last, when little of the shutdown's time is left.
+#[sqlx::test(migrations = false)]
+async fn unfinished_operator_request_does_not_delay_shutdown(pool: PgPool) {
+    let server = serve(&pool, &[("SHUTDOWN_GRACE_SECONDS", "600")]);
+    let mut half = raw::connect_to(&server.ops).await;
+    half.write_all(b"PUT /log HTTP/1.1\r\nhost: x\r\nexpect: 100-continue\r\ncontent-length: 5\r\n\r\n")
+        .await
+        .unwrap();
+    let mut waits = [0; 25];
+    soon("the service waits for the body", half.read_exact(&mut waits)).await.unwrap();
+    assert_eq!(&waits, b"HTTP/1.1 100 Continue\r\n\r\n");
+    server.stop().await;
+}
+
+#[sqlx::test(migrations = false)]
+async fn open_files_are_raised_and_operators_get_few(pool: PgPool) {
+    let server = serve(&pool, &[("CONNECTIONS_PER_ADDRESS", "0")]);
+    let mut idle = Vec::new();
+    for _ in 0..service_kit::ops::CONNECTIONS + 6 {
+        let mut connection = raw::connect_to(&server.ops).await;
+        connection.write_all(b"GET /livez HTTP/1.1\r\nhost: x\r\n\r\n").await.unwrap();
+        soon("it is answered", connection.read_exact(&mut [0; 12])).await.unwrap();
+        idle.push(connection);
+    }
+    let metrics = Client::default().get(format!("{}/metrics", server.ops)).expect(200).await.text();
+    let value = |name: &str| {
+        let line = metrics.lines().find_map(|line| line.strip_prefix(name)).unwrap();
+        line.trim().parse::<f64>().unwrap()
+    };
+    assert_eq!(value(r#"messenger_api_http_connections{listener="ops"}"#), 64.0);
+    assert!(value("process_max_fds ") > FEW_OPEN_FILES, "{metrics}");
     server.stop().await;
 }
 

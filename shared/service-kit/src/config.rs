@@ -58,9 +58,8 @@ impl Common {
             trusted_proxies: s.parse(
                 "TRUSTED_PROXIES",
                 "",
-                "Networks of your own proxies, comma-separated: 10.0.0.0/8,fd00::/8. What they append to X-Forwarded-For is \
-                 believed, so that limits count clients and not the ingress. Name nothing that clients can send from. Empty: the \
-                 peer is the client",
+                "Proxies whose X-Forwarded-For is trusted, so that limits count clients and not the ingress: their networks, \
+                 comma-separated, as 10.0.0.0/8,fd00::/8. List no network that clients can send from. Empty: the peer is the client",
             ),
             connections_per_address: s.number(
                 "CONNECTIONS_PER_ADDRESS",
@@ -82,7 +81,7 @@ impl Common {
                  comma-separated: the first is sent, all are accepted. The runbook says how to rotate it",
                 Secrets::parse,
             ),
-            rate_limits: s.flag("RATE_LIMITS", "true", "Whether there are rate limits at all"),
+            rate_limits: s.flag("RATE_LIMITS", "true", "Enables rate limits"),
             logging: logging(s),
             traces: traces(s),
         }
@@ -102,7 +101,7 @@ pub fn logging(s: &mut Settings) -> Logging {
         filter: s.parse::<EnvFilter>(
             "LOG",
             "info",
-            "What is logged: error, warn, info, debug, or by part: info,api=debug",
+            "Log filter: error, warn, info or debug, or per module: info,api=debug",
         ),
         format: s.parse::<LogFormat>("LOG_FORMAT", "human", "Form of log lines: human or json"),
     }
@@ -151,7 +150,7 @@ fn traces(s: &mut Settings) -> Option<traces::TraceSettings> {
         "TRACES_PER_SECOND",
         "20",
         1..=100_000,
-        "api: traces started per second, and as many again that clients ask for. stream-gateway: events per second whose delivery \
+        "api: traces started per second, and as many again that clients request. stream-gateway: events per second whose delivery \
          is traced",
     );
     Some(traces::TraceSettings::new(endpoint?, headers?, NonZeroU32::new(per_second)?))
