@@ -12,7 +12,7 @@ use service_kit::explain::{ExplainError, ExplainRequest, RequestedEvent};
 use crate::{
     metrics::Metrics,
     store::{
-        Database,
+        Database, StoreError,
         feed::{self, FeedSummary, StoredEvent},
     },
 };
@@ -47,7 +47,15 @@ pub async fn explain(
     let found = database.run(async |connection| feed::look_up(connection, user, event).await).await;
     let found = found.map_err(|error| {
         tracing::warn!(%error, "explain failed");
-        ExplainError(StatusCode::SERVICE_UNAVAILABLE, "Postgres does not answer".into())
+        match error {
+            StoreError::Unavailable(_) => {
+                ExplainError(StatusCode::SERVICE_UNAVAILABLE, "Postgres does not answer".into())
+            }
+            StoreError::Fault(_) => ExplainError(
+                StatusCode::INTERNAL_SERVER_ERROR,
+                "The query failed; the log has the error".into(),
+            ),
+        }
     })?;
     let Some(FeedSummary { username, head, first, event: written }) = found else {
         return Err(ExplainError(StatusCode::NOT_FOUND, format!("There is no user {user}")));

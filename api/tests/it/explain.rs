@@ -7,7 +7,7 @@ use protocol::ids::UserId;
 use serde_json::{Value, json};
 use sqlx::PgPool;
 
-use crate::support::{App, database};
+use crate::support::{App, database, execute};
 
 impl App {
     async fn explain(&self, query: &str) -> (u16, String) {
@@ -58,5 +58,9 @@ async fn explain_tells_operators_the_fate_of_an_event(pool: PgPool) {
     // The public listener does not have this route; unknown paths are the web client's page.
     let outside = app.client.get(format!("{}/admin/explain?user={}&seq=1", app.public, jane.id)).send().await;
     assert!(outside.unwrap().header("content-type").is_some_and(|form| form.starts_with("text/html")));
+
+    execute(&pool, "ALTER TABLE messenger.feed RENAME TO away").await;
+    let failed = (500, "The query failed; the log has the error\n".into());
+    assert_eq!(app.explain(&format!("user={}&seq=1", jane.id)).await, failed, "Postgres answers");
     app.stop().await;
 }
