@@ -4,12 +4,9 @@ use std::{
     convert::Infallible,
     net::{IpAddr, SocketAddr},
     pin::Pin,
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-    },
+    sync::{Arc, Mutex, PoisonError},
     task::{Context, Poll},
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use http::{HeaderMap, Request};
@@ -37,24 +34,24 @@ pub struct ApiEdge<S> {
     metrics: Metrics,
 }
 
+/// Between two warnings about untrusted proxies.
+const WARN_EVERY: Duration = Duration::from_hours(1);
+
 struct Proxies {
     trusted: TrustedProxies,
-    /// Logged once, not for every request.
-    has_warned: AtomicBool,
+    last_warning: Mutex<Option<Instant>>,
 }
 
 impl<S> ApiEdge<S> {
     pub fn new(routes: S, trusted: TrustedProxies, tracer: Tracer, metrics: Metrics) -> Self {
-        let proxies = Arc::new(Proxies { trusted, has_warned: AtomicBool::new(false) });
+        let proxies = Arc::new(Proxies { trusted, last_warning: Mutex::default() });
         Self { routes, proxies, tracer, metrics }
     }
 }
 
 impl Proxies {
     fn client(&self, peer: SocketAddr, headers: &HeaderMap) -> IpAddr {
-        if self.trusted.is_from_untrusted_proxy(peer.ip(), headers)
-            && !self.has_warned.swap(true, Ordering::Relaxed)
-        {
+        if self.trusted.is_from_untrusted_proxy(peer.ip(), headers) && self.must_warn(Instant::now()) {
             tracing::warn!(
                 peer = %peer.ip(),
                 "untrusted peer sends X-Forwarded-For; if it is the ingress, add it to TRUSTED_PROXIES: until then all its \
@@ -62,6 +59,15 @@ impl Proxies {
             );
         }
         self.trusted.client(peer.ip(), headers)
+    }
+
+    fn must_warn(&self, now: Instant) -> bool {
+        let mut last = self.last_warning.lock().unwrap_or_else(PoisonError::into_inner);
+        let must = last.is_none_or(|last| now.duration_since(last) >= WARN_EVERY);
+        if must {
+            *last = Some(now);
+        }
+        must
     }
 }
 
@@ -129,4 +135,18 @@ where
 
 fn traceparent(headers: &HeaderMap) -> Option<TraceContext> {
     headers.get("traceparent")?.to_str().ok()?.parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_untrusted_proxy_is_warned_of_hourly_at_most() {
+        let proxies = Proxies { trusted: TrustedProxies::default(), last_warning: Mutex::default() };
+        let began = Instant::now();
+        let warned = [0, 1, 59, 60, 61, 119, 120]
+            .map(|minutes| proxies.must_warn(began + Duration::from_mins(minutes)));
+        assert_eq!(warned, [true, false, false, true, false, false, true]);
+    }
 }
