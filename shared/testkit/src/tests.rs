@@ -130,7 +130,9 @@ async fn the_proxy_has_every_fault_it_claims() {
     assert_eq!(&back, b"lost?");
 
     proxy.slow(short);
-    assert_eq!(say(&mut socket, b"slow").await.unwrap(), b"slow");
+    let mut answer = Box::pin(say(&mut socket, b"slow"));
+    assert!(tokio::time::timeout(short / 2, &mut answer).await.is_err(), "each piece is delayed");
+    assert_eq!(answer.await.unwrap(), b"slow");
 
     proxy.resume();
     proxy.cut();
