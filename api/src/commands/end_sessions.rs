@@ -4,7 +4,7 @@
 use super::{Actor, CommandContext};
 use crate::store::{
     StoreError,
-    sessions::{self, Which},
+    sessions::{self, SessionsToEnd},
 };
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -19,7 +19,7 @@ pub enum EndSessionsOutcome {
 pub async fn end_sessions(
     context: &CommandContext,
     actor: Actor,
-    which: Which,
+    which: SessionsToEnd,
 ) -> Result<EndSessionsOutcome, StoreError> {
     let CommandContext { database, publisher, .. } = context.clone();
     let work = async move {
@@ -27,7 +27,7 @@ pub async fn end_sessions(
             .run(async |connection| sessions::end(connection, actor.session, actor.user, which).await)
             .await?;
         let Some(ended) = ended else { return Ok(EndSessionsOutcome::NoSession) };
-        if ended.is_empty() && matches!(which, Which::One(_)) {
+        if ended.is_empty() && matches!(which, SessionsToEnd::One(_)) {
             return Ok(EndSessionsOutcome::NotFound);
         }
         tracing::info!(user.id = %actor.user, sessions = ?ended, "sessions ended by their user");

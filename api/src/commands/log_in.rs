@@ -1,7 +1,8 @@
 //! A user logs in: a session begins. With an account at a provider this takes two steps, because the browser comes back by a
 //! URL, which must not hold a token: first a code is stored, then the page exchanges it for the token.
 //!
-//! Each step is one statement, so what it consumes and what it creates are committed together.
+//! Each step is one statement, so what it consumes and what it creates are committed together. Only the login by name, which
+//! consumes nothing, is two.
 
 use std::time::Duration;
 

@@ -1,5 +1,5 @@
-//! Changes that a user can make, one file and one outcome type each. A command runs its one statement and publishes the
-//! committed events. It runs to completion even if the client hangs up, so that what is committed is published.
+//! Changes that a user can make, one file and one outcome type each. A command runs its statement (a login by name:
+//! two) and publishes the committed events. It runs to completion even if the client hangs up, so that what is committed is published.
 
 pub mod block_user;
 pub mod end_sessions;

@@ -1,4 +1,4 @@
-//! Authentication: which tokens are accepted, whose they are, and from which page a cookie may come.
+//! Authentication: verifies tokens, finds their user, checks the origin of requests by cookie.
 
 use std::sync::Arc;
 

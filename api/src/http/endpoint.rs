@@ -1,4 +1,4 @@
-//! The checks before every handler, in the contract's order. A handler is reached only through one of four combinators, each
+//! The checks before every handler, in the order of docs/api.md. A handler is reached only through one of four combinators, each
 //! of which gives it what those checks have found, so no handler can leave a check out:
 //!
 //! - [`open`]: content type → rate limit → body.

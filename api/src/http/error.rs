@@ -1,4 +1,4 @@
-//! Answers to failures. Only this file knows statuses, codes and sentences.
+//! Error answers: status, code and headers of each; handlers supply the sentences that only they know.
 
 use std::sync::Arc;
 
@@ -102,7 +102,7 @@ impl ApiError {
     }
 }
 
-/// In a response's extensions: why a request failed that was not at fault.
+/// In a response's extensions: the error behind a 500 or 503, for the log.
 #[derive(Debug, Clone)]
 pub(super) struct RequestFailure(Arc<StoreError>);
 

@@ -1,5 +1,5 @@
 //! HTTP: the route tables, and what all answers have in common. [`endpoint`] makes the checks before every handler in the
-//! contract's order; handlers call a command or the store and answer with its outcome.
+//! order of docs/api.md; handlers call a command or the store and answer with its outcome.
 
 pub mod auth;
 mod blocks;

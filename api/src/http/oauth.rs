@@ -105,9 +105,9 @@ impl SignIn {
 
     /// The name of the cookie that belongs to a secret. `None` if the secret is not one of ours.
     fn cookie_of(&self, kind: &str, secret: &str) -> Option<String> {
-        let tells = secret.get(..NAME_CHARS)?;
-        let is_ours = tells.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_'));
-        is_ours.then(|| self.cookies.name(&format!("{kind}{tells}")))
+        let prefix = secret.get(..NAME_CHARS)?;
+        let is_ours = prefix.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_'));
+        is_ours.then(|| self.cookies.name(&format!("{kind}{prefix}")))
     }
 
     fn carried<'a>(&self, headers: &'a HeaderMap, kind: &str, secret: &str) -> Vec<&'a str> {

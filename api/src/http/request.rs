@@ -66,7 +66,7 @@ impl Inbound {
             .map(|(_, value)| value.into_owned())
     }
 
-    /// The id that the path ends with or holds: its only parameter. One that is no id does not exist.
+    /// The path's only parameter as an id; `None` if malformed.
     pub(super) fn id<T: FromStr>(&self) -> Option<T> {
         self.parameters.first()?.parse().ok()
     }
@@ -153,7 +153,7 @@ impl<'de, T: Deserialize<'de>> Deserialize<'de> for JsonObject<T> {
 }
 
 pub(super) trait FromBody: Sized + Send + 'static {
-    /// Checks what the head says about it.
+    /// Checks the head before the body is read.
     fn require(_: &Inbound) -> Result<(), ApiError> {
         Ok(())
     }

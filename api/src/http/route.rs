@@ -58,9 +58,9 @@ impl Resource {
         self
     }
 
-    fn endpoint(&self, asked: &Method) -> Result<&Endpoint, ApiError> {
-        let asked = if asked == Method::HEAD { &Method::GET } else { asked };
-        let found = self.methods.iter().find(|(method, _)| method == asked);
+    fn endpoint(&self, method: &Method) -> Result<&Endpoint, ApiError> {
+        let wanted = if method == Method::HEAD { &Method::GET } else { method };
+        let found = self.methods.iter().find(|(method, _)| method == wanted);
         found.map(|(_, endpoint)| endpoint).ok_or_else(|| ApiError::MethodNotAllowed(self.allow()))
     }
 

@@ -17,7 +17,7 @@ use super::{
 };
 use crate::{
     commands::end_sessions::{EndSessionsOutcome, end_sessions},
-    store::sessions::{self as store, Which},
+    store::sessions::{self as store, SessionsToEnd},
 };
 
 /// More are not listed; ending all others ends these too.
@@ -35,20 +35,20 @@ pub(super) fn id(inbound: &Inbound, _: NoBody) -> Result<SessionId, ApiError> {
 }
 
 pub(super) async fn end_one(api: Arc<Api>, caller: Caller, id: SessionId) -> HandlerResult {
-    end(&api, &caller, Which::One(id)).await
+    end(&api, &caller, SessionsToEnd::One(id)).await
 }
 
 pub(super) async fn end_others(api: Arc<Api>, caller: Caller, (): ()) -> HandlerResult {
-    end(&api, &caller, Which::Others).await
+    end(&api, &caller, SessionsToEnd::Others).await
 }
 
 pub(super) async fn log_out(api: Arc<Api>, caller: Caller, (): ()) -> HandlerResult {
-    let mut response = end(&api, &caller, Which::Own).await?;
+    let mut response = end(&api, &caller, SessionsToEnd::Own).await?;
     response.headers_mut().insert(header::SET_COOKIE, api.tokens.no_cookie());
     Ok(response)
 }
 
-async fn end(api: &Api, caller: &Caller, which: Which) -> HandlerResult {
+async fn end(api: &Api, caller: &Caller, which: SessionsToEnd) -> HandlerResult {
     match end_sessions(&api.context, caller.actor, which).await? {
         EndSessionsOutcome::Ended => Ok(empty(StatusCode::NO_CONTENT)),
         EndSessionsOutcome::NotFound => Err(ApiError::NOT_FOUND),

@@ -33,7 +33,7 @@ impl Tokens {
         self.keys.jwks()
     }
 
-    /// Of a session, from now.
+    /// Lifetime of a new session.
     pub(super) fn lifetime(&self) -> Duration {
         self.lifetimes.session
     }

@@ -45,7 +45,7 @@ pub(super) async fn file(_: Arc<Api>, inbound: Inbound, _: NoBody) -> HandlerRes
     Ok(serve(&inbound.parameters[0], &inbound.headers))
 }
 
-fn serve(path: &str, asked: &HeaderMap) -> Response {
+fn serve(path: &str, headers: &HeaderMap) -> Response {
     let (name, file) = match Files::get(path) {
         Some(file) => (path, file),
         // A test checks that it is embedded; a debug build reads it from a folder that may be in the middle of an edit.
@@ -56,7 +56,7 @@ fn serve(path: &str, asked: &HeaderMap) -> Response {
     };
     let tag = tag(&file);
     let mut response =
-        if is_known(asked, &tag) { empty(StatusCode::NOT_MODIFIED) } else { body(file, asked) };
+        if is_known(headers, &tag) { empty(StatusCode::NOT_MODIFIED) } else { body(file, headers) };
     let headers = response.headers_mut();
     if let Ok(tag) = HeaderValue::from_str(&tag) {
         headers.insert(header::ETAG, tag);
@@ -93,21 +93,21 @@ fn tag(file: &EmbeddedFile) -> String {
 }
 
 /// By weak comparison (RFC 9110, 13.1.2).
-fn is_known(asked: &HeaderMap, tag: &str) -> bool {
+fn is_known(headers: &HeaderMap, tag: &str) -> bool {
     fn opaque(tag: &str) -> &str {
         tag.strip_prefix("W/").unwrap_or(tag)
     }
-    entries(asked, header::IF_NONE_MATCH).any(|known| known == "*" || opaque(known) == opaque(tag))
+    entries(headers, header::IF_NONE_MATCH).any(|known| known == "*" || opaque(known) == opaque(tag))
 }
 
-fn body(file: EmbeddedFile, asked: &HeaderMap) -> Response {
+fn body(file: EmbeddedFile, headers: &HeaderMap) -> Response {
     let digest = file.metadata.sha256_hash();
     let plain = match file.data {
         std::borrow::Cow::Borrowed(bytes) => Bytes::from_static(bytes),
         std::borrow::Cow::Owned(bytes) => bytes.into(),
     };
     let short =
-        accepts_gzip(asked).then(|| compressed(digest, &plain)).filter(|short| short.len() < plain.len());
+        accepts_gzip(headers).then(|| compressed(digest, &plain)).filter(|short| short.len() < plain.len());
     let is_short = short.is_some();
     let mut response = Response::new(short.unwrap_or(plain).into());
     if is_short {
@@ -116,8 +116,8 @@ fn body(file: EmbeddedFile, asked: &HeaderMap) -> Response {
     response
 }
 
-fn accepts_gzip(asked: &HeaderMap) -> bool {
-    let weight = |coding| weight(asked, header::ACCEPT_ENCODING, coding);
+fn accepts_gzip(headers: &HeaderMap) -> bool {
+    let weight = |coding| weight(headers, header::ACCEPT_ENCODING, coding);
     let gzip = weight("gzip").or_else(|| weight("*")).unwrap_or(0);
     gzip > 0 && gzip >= weight("identity").unwrap_or(0)
 }

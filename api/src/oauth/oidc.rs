@@ -245,12 +245,12 @@ mod tests {
             *discovery.known.try_lock().unwrap() = Known { found: Some((endpoints, at)), failed: None };
             discovery
         };
-        let asked = |discovery: &Discovery| discovery.known.try_lock().unwrap().failed.is_some();
+        let has_failed = |discovery: &Discovery| discovery.known.try_lock().unwrap().failed.is_some();
 
         let fresh = known_for(FRESH.checked_sub(Duration::from_mins(1)).unwrap());
-        assert!(fresh.endpoints(&outbound).await.is_ok() && !asked(&fresh));
+        assert!(fresh.endpoints(&outbound).await.is_ok() && !has_failed(&fresh));
         let stale = known_for(FRESH);
-        assert!(stale.endpoints(&outbound).await.is_ok() && asked(&stale));
+        assert!(stale.endpoints(&outbound).await.is_ok() && has_failed(&stale));
         let too_old = known_for(USABLE);
         assert!(matches!(too_old.endpoints(&outbound).await, Err(LoginFailure::Unavailable(_))));
     }

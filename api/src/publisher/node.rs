@@ -337,7 +337,7 @@ mod tests {
         assert_eq!((metrics.published_events.get(), metrics.publish_queued_events.get()), (1, 1));
         assert!(redis_topology::is_server_error(&answer("-MISCONF no disk\r\n").unwrap_err()));
 
-        // An event without an answer is sent again or drop_publications, and counted either way.
+        // An event without an answer is sent again or dropped, and counted either way.
         for channel in ["e", "f", "g"] {
             enqueue(&offered, publication(channel), &metrics);
         }

@@ -1,4 +1,4 @@
-//! Postgres; nothing else knows SQL. Each function runs one statement on the caller's connection.
+//! Postgres; nothing else knows SQL. Functions run on the caller's connection, one statement each, but for [`messages::page`].
 //!
 //! [`Database`] bounds the number of connections, the wait for one, and the wait for an answer.
 

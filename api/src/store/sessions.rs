@@ -112,7 +112,7 @@ pub async fn of_user(
 }
 
 #[derive(Debug, Clone, Copy)]
-pub enum Which {
+pub enum SessionsToEnd {
     One(SessionId),
     Others,
     Own,
@@ -125,13 +125,13 @@ pub async fn end(
     connection: &mut PgConnection,
     caller: Option<SessionId>,
     user: UserId,
-    which: Which,
+    which: SessionsToEnd,
 ) -> sqlx::Result<Option<Vec<SessionId>>> {
     let caller = caller.map(|session| session.0);
     let (one, others) = match which {
-        Which::One(session) => (Some(session.0), false),
-        Which::Others => (None, true),
-        Which::Own => (caller, false),
+        SessionsToEnd::One(session) => (Some(session.0), false),
+        SessionsToEnd::Others => (None, true),
+        SessionsToEnd::Own => (caller, false),
     };
     let row = sqlx::query!(
         r#"WITH caller AS MATERIALIZED (SELECT messenger.session_is_live($1, $2) AS is_live),

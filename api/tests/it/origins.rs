@@ -1,4 +1,4 @@
-//! Credentials, origins and CORS: every rule of the contract.
+//! Credentials, origins and CORS: every rule of docs/api.md.
 
 use api::config::Config;
 use sqlx::PgPool;

@@ -1,5 +1,5 @@
 //! Requests of gateways to `api`'s internal listener: heads, ranges, public keys, and the users of external subjects. One request has
-//! many users; every answer comes from one snapshot of the database, so a head and its rows agree.
+//! many users; each range comes from one snapshot of the database, so a head and its rows agree.
 
 use jsonwebtoken::jwk::JwkSet;
 use serde::{Deserialize, Serialize};

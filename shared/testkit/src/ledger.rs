@@ -59,7 +59,7 @@ impl StoredFeed {
         }
     }
 
-    /// How `seen` differs from every event after `after`, once, in order, byte for byte.
+    /// The difference between `seen` and the events after `after`: each once, in order, byte for byte. `None`: there is none.
     pub fn difference(&self, seen: &[Event], after: Seq) -> Option<String> {
         let wanted: Vec<&Event> = self.events.iter().filter(|event| number(event) > after).collect();
         let seen: Vec<&Event> = seen.iter().collect();

@@ -37,7 +37,7 @@ pub use full::*;
 
 use std::{future::Future, time::Duration};
 
-/// How long a test waits. Generous: it only separates "late" from "never".
+/// Limit of every wait in tests. Generous: it only separates "late" from "never".
 pub const PATIENCE: Duration = Duration::from_mins(1);
 
 /// Awaits what must happen, or panics with `what`.

@@ -1,3 +1,5 @@
+//! Finds free ports for servers that cannot choose one themselves.
+
 use std::{
     io,
     net::{Ipv4Addr, TcpListener},

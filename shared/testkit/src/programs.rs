@@ -1,4 +1,4 @@
-//! Where programs and servers are: what the variables of `cargo dev test` say, else what this machine has.
+//! Finds programs and servers: by the variables of `cargo dev test`, else on this machine.
 
 use std::{
     ffi::OsStr,

@@ -1,5 +1,5 @@
 //! The stream as a browser sees it. [`StreamRequest`] and [`Stream`] are one connection: status, headers, and every block, checked
-//! against the contract and against another parser. [`EventSource`] reconnects like a browser's: it keeps the last id, waits for the
+//! against docs/api.md and against another parser. [`EventSource`] reconnects like a browser's: it keeps the last id, waits for the
 //! given `retry`, resumes by header, and stops permanently on anything but a 200.
 
 use std::{io, net::SocketAddr, time::Duration};
@@ -152,7 +152,7 @@ pub enum Block {
     Retry(Duration),
 }
 
-/// The lines of a block, in the order that the contract requires.
+/// The lines of a block, in the order that docs/api.md requires.
 const FIELDS: [&str; 4] = ["retry", "event", "data", "id"];
 
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -202,7 +202,7 @@ impl NodeSubscriber {
             let why = format!("{error:#}");
             if error.downcast_ref().is_some_and(redis_topology::is_access_denied) {
                 tracing::error!(error = why, node = %self.node, failures, ?wait,
-                    "redis authentication or ACL failure; delivery falls back to reconciliation");
+                    "{}", redis_topology::ACCESS_DENIED);
             } else {
                 tracing::warn!(error = why, node = %self.node, failures, ?wait,
                     "redis connection lost; delivery falls back to reconciliation");

@@ -1,3 +1,5 @@
+//! The metrics of listeners, by the listener's name.
+
 use prometheus_client::metrics::{counter::Counter, family::Family, gauge::Gauge};
 
 use crate::{labels, metrics};
