@@ -1,7 +1,7 @@
 //! The HTTP client of `api`'s internal listener.
 
 use std::{
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
@@ -48,10 +48,11 @@ fn outbound(idle: usize) -> Outbound {
     })
 }
 
-/// Whether `api` rejects every secret, and when that was logged.
 #[derive(Default)]
 struct Rejections {
-    now: bool,
+    /// `api` rejected every secret of the last request.
+    all: bool,
+    /// When the rejection of one of several was logged last.
     logged: Option<Instant>,
 }
 
@@ -84,7 +85,8 @@ impl ApiClient {
 
     /// Tries each secret: during a rotation `api` may not accept the first one yet, or any more.
     async fn authorized(&self, method: Method, path: &str, body: Bytes) -> anyhow::Result<Response<Bytes>> {
-        for secret in self.secrets.iter() {
+        let mut secrets = self.secrets.iter().peekable();
+        while let Some(secret) = secrets.next() {
             let request = Request::builder()
                 .method(&method)
                 .uri(format!("{}{path}", self.base))
@@ -93,29 +95,92 @@ impl ApiClient {
                 .body(body.clone())?;
             let response = self.outbound.send(request).await.context("api is unreachable")?;
             if response.status() != StatusCode::UNAUTHORIZED {
-                self.note_rejected(false);
+                self.rejections().all = false;
                 return Ok(response);
             }
             self.metrics.api_unauthorized.inc();
-            self.note_rejected(true);
+            if secrets.peek().is_some() {
+                self.log_rejection();
+            }
         }
+        self.rejections().all = true;
         anyhow::bail!("api rejects every secret in INTERNAL_SECRET (401 for {path})")
     }
 
-    fn note_rejected(&self, rejected: bool) {
-        let mut state = self.rejections.lock().unwrap_or_else(PoisonError::into_inner);
-        state.now = rejected;
-        if rejected && state.logged.is_none_or(|logged| logged.elapsed() > REJECTIONS_LOGGED_EVERY) {
+    fn log_rejection(&self) {
+        let mut state = self.rejections();
+        if state.logged.is_none_or(|logged| logged.elapsed() > REJECTIONS_LOGGED_EVERY) {
             state.logged = Some(Instant::now());
             tracing::error!(
                 secrets = self.secrets.iter().count(),
-                "api rejected a secret in INTERNAL_SECRET; the next one is tried; compare the setting of both services"
+                "api rejected a secret in INTERNAL_SECRET; trying the next one"
             );
         }
     }
 
+    fn rejections(&self) -> MutexGuard<'_, Rejections> {
+        self.rejections.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Whether `api` rejected all secrets in the last request.
     pub fn rejects_secrets(&self) -> bool {
-        self.rejections.lock().unwrap_or_else(PoisonError::into_inner).now
+        self.rejections().all
+    }
+}
+
+#[cfg(test)]
+pub mod tests {
+    use serde_json::Value;
+    use tokio::{
+        io::{AsyncBufReadExt, AsyncWriteExt, BufReader},
+        net::{TcpListener, TcpStream},
+    };
+
+    use super::*;
+
+    /// A server in place of `api`, and its client with two secrets.
+    pub async fn listen() -> (TcpListener, ApiClient) {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let base = format!("http://{}", listener.local_addr().unwrap());
+        let secrets = Secrets::parse(&["1".repeat(32), "2".repeat(32)].join(",")).unwrap();
+        (listener, ApiClient::new(&base, secrets, Arc::new(Metrics::of_service().0)))
+    }
+
+    async fn request(listener: &TcpListener) -> TcpStream {
+        let mut socket = BufReader::new(listener.accept().await.unwrap().0);
+        let mut line = String::new();
+        while line != "\r\n" {
+            line.clear();
+            assert!(socket.read_line(&mut line).await.unwrap() > 0);
+        }
+        socket.into_inner()
+    }
+
+    async fn answer(mut socket: TcpStream, status: &str, body: &str) {
+        let head =
+            format!("HTTP/1.1 {status}\r\nconnection: close\r\ncontent-length: {}\r\n\r\n", body.len());
+        socket.write_all(&[head, body.to_owned()].concat().into_bytes()).await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn secrets_are_rejected_once_api_has_rejected_every_one() {
+        let (listener, api) = listen().await;
+        let reject = async || answer(request(&listener).await, "401 Unauthorized", "").await;
+        let rotating = async {
+            reject().await;
+            let second = request(&listener).await;
+            assert!(!api.rejects_secrets(), "the second one is not tried yet");
+            answer(second, "200 OK", "{}").await;
+        };
+        let (answered, ()) = tokio::join!(api.get::<Value>("/keys"), rotating);
+        answered.unwrap();
+        assert!(!api.rejects_secrets());
+        let different = async {
+            reject().await;
+            reject().await;
+        };
+        let (answered, ()) = tokio::join!(api.get::<Value>("/keys"), different);
+        assert!(answered.unwrap_err().to_string().contains("every secret"));
+        assert!(api.rejects_secrets());
     }
 }

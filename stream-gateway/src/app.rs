@@ -30,7 +30,7 @@ use warp::Filter;
 
 use crate::{
     api_client::ApiClient,
-    config::{Config, Drain, LAST_GOODBYES},
+    config::{Config, Drain, LAST_GOODBYES, LAST_REQUESTS},
     descriptors,
     engine::{self, EngineCommand, Inputs, NewStream, Rights},
     explain::explain,
@@ -69,6 +69,7 @@ pub async fn run(config: Config, listeners: Listeners, stop: CancellationToken) 
     let limits = ServerLimits {
         per_address: config.connections_per_address,
         proxies: config.trusted_proxies.clone(),
+        stop: LAST_REQUESTS,
         ..ServerLimits::default()
     };
 

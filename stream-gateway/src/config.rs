@@ -21,7 +21,9 @@ use crate::descriptors;
 
 /// For the goodbyes that are still being written at the end of the drain window.
 pub const LAST_GOODBYES: Duration = Duration::from_secs(10);
-/// After draining: the rest of a shutdown.
+/// For the requests in progress at either listener after that. The other tasks stop immediately.
+pub const LAST_REQUESTS: Duration = Duration::from_secs(3);
+/// For the rest of a shutdown, after the goodbyes: [`LAST_REQUESTS`], then [`traces::LAST_SPANS`], and a second to spare.
 const MARGIN: Duration = Duration::from_secs(5);
 /// Share of the interval by which heartbeats are spread in both directions.
 pub const HEARTBEAT_JITTER: f64 = 0.1;
@@ -93,7 +95,7 @@ pub struct Admission {
 pub struct Opening {
     pub per_user: Limit,
     pub per_address: Limit,
-    /// How long Redis may take to answer. The head of a stream waits for it.
+    /// Time that Redis has to answer. The head of a stream waits for it.
     pub patience: Duration,
 }
 
@@ -198,7 +200,8 @@ fn delivery(s: &mut Settings) -> Delivery {
         "PROXY_IDLE_SECONDS",
         "60",
         2..=86_400,
-        "Shortest idle timeout of the proxies between browsers and the gateway; heartbeats must come within it",
+        "Shortest idle timeout of the proxies between browsers and the gateway; HEARTBEAT_SECONDS must fit into it, ?heartbeat= \
+         is the client's choice",
     );
     if longest_silence(heartbeat) >= proxy_idle {
         s.problem(
@@ -280,7 +283,7 @@ fn admission(s: &mut Settings, open_files: u64) -> Admission {
             "MAX_STREAM_AGE_SECONDS",
             "14400",
             2..=14 * 86_400,
-            "A stream is asked to reconnect at a random age between half of this and all of it",
+            "Streams reconnect at a random age between half of this and all of it",
         ),
     }
 }
@@ -371,6 +374,11 @@ mod tests {
         let config = check(&ENOUGH).unwrap();
         assert_eq!(config.api_internal_url, "http://api:8081");
         assert_eq!(config.delivery.heartbeat, Duration::from_secs(15));
+    }
+
+    #[test]
+    fn shutdown_after_the_goodbyes_fits_into_its_margin() {
+        assert!(LAST_REQUESTS + traces::LAST_SPANS < MARGIN);
     }
 
     #[test]

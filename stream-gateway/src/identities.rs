@@ -24,7 +24,7 @@ const REMEMBERED: u64 = 100_000;
 const REMEMBERED_FOR: Duration = Duration::from_mins(5);
 /// Lookups that wait for `api`; more are rejected.
 const QUEUE: usize = 16_384;
-/// How long a stream waits for its lookup.
+/// Limit of a stream's wait for its lookup.
 const LOOKUP_TIMEOUT: Duration = Duration::from_secs(5);
 
 pub struct Identities {
@@ -65,13 +65,14 @@ impl Identities {
 }
 
 impl Worker {
-    pub async fn run(mut self, stop: CancellationToken) {
+    /// Runs until `stop`. The streams of a lookup in progress are then rejected.
+    pub async fn run(self, stop: CancellationToken) {
+        stop.run_until_cancelled(self.look_up()).await;
+    }
+
+    async fn look_up(mut self) {
         let mut batch = Vec::new();
-        loop {
-            tokio::select! {
-                count = self.lookups.recv_many(&mut batch, MAX_PAIRS) => if count == 0 { return },
-                () = stop.cancelled() => return,
-            }
+        while self.lookups.recv_many(&mut batch, MAX_PAIRS).await > 0 {
             // Some streams no longer wait.
             batch.retain(|lookup| !lookup.answer.is_closed());
             if batch.is_empty() {
@@ -104,5 +105,32 @@ impl Worker {
                 }
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use futures_util::FutureExt;
+    use protocol::jose::Person;
+
+    use super::*;
+    use crate::api_client::tests::listen;
+
+    #[tokio::test]
+    async fn a_lookup_in_progress_does_not_delay_the_stop() {
+        let (listener, api) = listen().await;
+        let stop = CancellationToken::new();
+        let (identities, worker) = identities(api);
+        let mut running = Box::pin(worker.run(stop.clone()));
+        let claims = ExternalClaims { sub: "jane".into(), exp: i64::MAX, person: Person::default() };
+        let mut lookup = Box::pin(identities.user_of(&claims));
+        let _unanswered = tokio::select! {
+            () = &mut running => panic!("it ends before its stop"),
+            _ = &mut lookup => panic!("nobody answers"),
+            socket = listener.accept() => socket,
+        };
+        stop.cancel();
+        assert_eq!(running.now_or_never(), Some(()));
+        assert_eq!(lookup.now_or_never(), Some(None), "its stream is rejected");
     }
 }

@@ -154,10 +154,10 @@ impl Keys {
         self.ring.current().is_some_and(|trusted| trusted.accepts(key))
     }
 
-    /// Keeps the keys fresh until `stop`.
+    /// Keeps the keys fresh until `stop`, which no fetch in progress delays.
     pub async fn follow(self: Arc<Self>, stop: CancellationToken) {
-        let fetching = stop.run_until_cancelled(self.fetch_announced());
-        tokio::join!(self.ring.follow(stop.clone()), fetching);
+        let fetching = async { tokio::join!(self.ring.follow(stop.clone()), self.fetch_announced()) };
+        stop.run_until_cancelled(fetching).await;
     }
 
     /// A replica of `api` has announced its version. Returns immediately.
@@ -278,5 +278,27 @@ impl TrustedKeys {
         let verified = self.own.verify_by_key(token, &[Audience::Api, Audience::Stream]);
         let (claims, key) = verified.map_err(VerifyError::Token)?;
         Ok(VerifiedToken { claims: VerifiedClaims::Own(claims), key })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use futures_util::FutureExt;
+
+    use super::*;
+    use crate::api_client::tests::listen;
+
+    #[tokio::test]
+    async fn a_fetch_in_progress_does_not_delay_the_stop() {
+        let (listener, api) = listen().await;
+        let stop = CancellationToken::new();
+        let keys = Arc::new(Keys::new("http://localhost", api, Arc::new(Metrics::of_service().0)));
+        let mut following = Box::pin(keys.follow(stop.clone()));
+        let _unanswered = tokio::select! {
+            () = &mut following => panic!("it ends before its stop"),
+            socket = listener.accept() => socket,
+        };
+        stop.cancel();
+        assert_eq!(following.now_or_never(), Some(()));
     }
 }
