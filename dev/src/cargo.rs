@@ -1,3 +1,5 @@
+//! Runs cargo in the workspace, and finds what it builds.
+
 use std::path::PathBuf;
 
 use anyhow::{Context, Result};

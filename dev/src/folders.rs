@@ -1,3 +1,5 @@
+//! The folders of the runner: `.dev` in the workspace, or a link to a place that the account of the servers can enter.
+
 use std::ffi::OsStr;
 use std::fs;
 use std::hash::{DefaultHasher, Hash, Hasher};

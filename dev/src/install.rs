@@ -78,7 +78,7 @@ pub(crate) async fn install_with_pip(
 async fn attempt(first: Result<()>, debian_package: &str) -> Result<()> {
     let Err(error) = first else { return Ok(()) };
     let Some(apt) = usable_apt() else { return Err(error) };
-    terminal::warn(format_args!("installation failed, trying apt: {error:#}"));
+    terminal::step("Using", format_args!("apt, because a private copy cannot be installed: {error:#}"));
     run_apt(&apt, &[debian_package]).await
 }
 

@@ -1,4 +1,4 @@
-//! How a server of the runner is started: how long it lives, how its data is kept, and where it logs.
+//! Starts a server of the runner: its lifetime, data and log.
 
 use std::fs::{self, File};
 use std::path::Path;

@@ -20,7 +20,8 @@ use crate::process::{Child, command, run_quietly};
 use crate::{install, secrets, terminal};
 
 pub(crate) const DATABASE: &str = "messenger";
-const OLDEST_VERSION: u32 = 14;
+/// As in docs/deploy.md.
+const OLDEST_VERSION: u32 = 15;
 
 pub(crate) struct Programs {
     pub(crate) bin_dir: PathBuf,

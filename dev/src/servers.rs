@@ -29,7 +29,7 @@ pub(crate) struct GivenServers {
 pub(crate) struct Servers {
     pub(crate) database_url: String,
     pub(crate) redis_url: String,
-    /// What was started here. Servers that were given or already running stay.
+    /// Servers that this run started. Servers that were given or already running stay.
     pub(crate) children: Vec<Child>,
 }
 
