@@ -2,7 +2,8 @@
 //!
 //! Requests of many users share one HTTP request, a batch: fifty thousand reconnects make a hundred. Every request is answered
 //! in the end: while `api` is unreachable it waits here and is retried. The requesters bound what may wait, with one request
-//! per connection and one per user; [`Backfill::retain`] drops those whose requester is gone.
+//! per connection and one per user; [`Backfill::retain_ranges`] and [`Backfill::retain_heads`]
+//! drop those whose requester is gone.
 
 use std::{
     collections::{HashMap, HashSet, VecDeque},
@@ -36,7 +37,7 @@ use crate::{
     metrics::{DeliveryPath, Kind, Metrics},
 };
 
-/// How long the first request of a batch waits for others.
+/// Wait of a batch's first request for others.
 const GATHER: Duration = Duration::from_millis(2);
 /// Batches of one kind in flight. Each kind has its own, so that sessions are checked while many feeds are read.
 const MAX_BATCHES: usize = 3;
@@ -46,10 +47,10 @@ const BACKOFF: [Duration; 2] = [Duration::from_millis(100), Duration::from_secs(
 #[derive(Debug)]
 pub struct HeadsAnswered {
     pub requests: Vec<HeadRequest>,
-    /// Those that differ from `requested_at`.
+    /// Heads that differ from `requested_at`.
     pub heads: HashMap<UserId, Option<Position>>,
     pub ended: HashSet<Login>,
-    /// Of the replica that answered.
+    /// Key version of the replica that answered.
     pub keys: KeysVersion,
 }
 
@@ -270,7 +271,7 @@ async fn request_ranges(
     }
 }
 
-/// How many of the events are consistent: of the head's epoch, after `after`, without gaps, up to the head. The first may be
+/// Number of leading consistent events: of the head's epoch, after `after`, without gaps, up to the head. The first may be
 /// any, because older ones may be pruned. The rest is cut off, so that one damaged feed does not delay its whole batch.
 fn consistent(range: &Range) -> usize {
     let Some(head) = range.head else { return 0 };

@@ -17,7 +17,7 @@ pub struct EncodedEvent {
     /// Milliseconds since 1970, by the database's clock.
     pub created_at: i64,
     pub frame: Chunk,
-    /// How it reached this gateway.
+    /// Delivery path.
     pub path: DeliveryPath,
     /// Only if the event is traced.
     pub trace: Option<Arc<DeliveryTrace>>,

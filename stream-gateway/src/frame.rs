@@ -44,7 +44,7 @@ impl Chunk {
     }
 }
 
-/// How the client recognises the end of the body (RFC 9112, 6.3).
+/// Marks the end of the body (RFC 9112, 6.3).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Framing {
     /// By the last chunk. The gateway sends it whenever it ends a stream itself; a body without it was cut.
@@ -164,8 +164,7 @@ fn is_name(name: &str) -> bool {
     (1..=64).contains(&name.len()) && name.bytes().all(allowed) && !matches!(name, "error" | "open")
 }
 
-/// How long the browser waits before it reconnects, in milliseconds. The line is sent immediately and is the first one of the
-/// first block: many readers would take a block of its own for an event without data.
+/// The browser's reconnect delay, in milliseconds. The line is sent immediately and is the first one of the first block: many readers would take a block of its own for an event without data.
 pub fn retry(millis: u32) -> Chunk {
     Chunk::new(&format!("retry: {millis}\n"))
 }
@@ -182,7 +181,7 @@ pub fn ready(cursor: Position, resumed: bool, with_id: bool, heartbeat: Duration
     Chunk::new(&format!("event: ready\ndata: {data}\n{id}\n"))
 }
 
-/// Why a client must reload, in the contract's words.
+/// Why a client must reload, in the words of docs/api.md.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum ResyncReason {
     /// The feed has another epoch.

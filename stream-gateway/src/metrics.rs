@@ -11,7 +11,7 @@ use prometheus_client::{
 };
 use service_kit::{labels, limiter, metrics, server, traces};
 
-/// How an event reached the gateway.
+/// Delivery path of an event to the gateway.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum DeliveryPath {
     Redis,

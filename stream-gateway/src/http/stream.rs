@@ -4,7 +4,6 @@
 //! in band, because a browser's `EventSource` gives up permanently on any other status.
 
 use std::{
-    fmt,
     net::IpAddr,
     sync::{
         Arc,
@@ -138,7 +137,7 @@ impl Streams {
         match self.limits.admit(principal.who.counted(), client).await {
             Ok(permit) => Ok(self.hand_off(principal, headers, query, head, permit)),
             Err(full) => {
-                tracing::debug!(user = %principal.who, %client, limit = full.as_str(), "stream rejected: over a limit; the client retries later");
+                tracing::debug!(user.id = principal.who.user().map(display), %client, limit = full.as_str(), "stream rejected: over a limit; the client retries later");
                 Ok(self.reject(head, full.as_str(), Goodbye::Busy))
             }
         }
@@ -363,14 +362,10 @@ impl Who {
             Self::Subject(claims) => Subject::Name(&claims.sub),
         }
     }
-}
 
-impl fmt::Display for Who {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::User(user) => user.fmt(f),
-            Self::Subject(_) => f.write_str("an external issuer's"),
-        }
+    /// If known.
+    fn user(&self) -> Option<UserId> {
+        if let Self::User(user) = self { Some(*user) } else { None }
     }
 }
 
@@ -394,7 +389,7 @@ struct ResponseHead {
     framing: Framing,
 }
 
-/// How long a stream may last: until the last minute before its token expires, or a random age, whichever comes first.
+/// Lifetime of a stream: until the last minute before its token expires, or a random age, whichever comes first.
 fn lifetime(ends_at: i64, now: SystemTime, max_age: Duration) -> (Duration, Goodbye) {
     /// Never after the token expires: a quarter second for the wheel, half a second for a goodbye into a full socket.
     const MARGIN: f64 = 1.0;

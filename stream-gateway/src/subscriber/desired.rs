@@ -34,7 +34,7 @@ struct SubscriptionTable {
     /// With their slots, so that finding a channel's node needs no name.
     desired: HashMap<UserId, Slot>,
     map: Arc<SlotMap>,
-    /// Of connected nodes.
+    /// Queues of connected nodes.
     queues: HashMap<Node, NodeQueue>,
 }
 

@@ -65,7 +65,7 @@ pub struct Subscriber {
     pub metrics: Arc<Metrics>,
 }
 
-/// Of one node's connection, or of all together.
+/// Health of one node, or of all.
 #[derive(Clone, Copy, Default, PartialEq, Eq)]
 struct Health {
     connected: bool,

@@ -71,7 +71,7 @@ pub(super) struct NodeSubscriber {
     counted: AtomicI64,
 }
 
-/// What the connection's driver reports. The driver must not wait, so it only sets marks.
+/// Marks that the connection's driver sets, because it must not wait.
 #[derive(Default)]
 struct Signals {
     noticed: Notify,
