@@ -62,7 +62,7 @@ pub async fn explain(
     };
     let mut says = vec![sentence(event, head, first, written.as_ref())];
     if written.is_some() {
-        says.push("Gateways know whether it was delivered: ask each of them, by seq".into());
+        says.push("Gateways know whether it was delivered: query each of them, by seq".into());
         if metrics.redis_connected.get() == 0 {
             says.push(
                 "This replica has no connection to Redis, so gateways get new events by reconciliation"

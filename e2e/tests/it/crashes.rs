@@ -17,7 +17,7 @@ use testkit::{
 
 use crate::support::{
     Busy, Crowd, Traffic, Two, assert_all_exact, assert_stored, assert_stored_once, browser, start_in,
-    until_metric, until_redis_is_trusted, watch,
+    until_metric, until_redis_is_healthy, watch,
 };
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -130,7 +130,7 @@ async fn more_users_than_one_batch_are_subscribed_and_resumed() {
     };
     let subscribed = async |gateway: &Service| {
         until_metric(gateway, "messenger_gateway_users", USERS as f64).await;
-        until_redis_is_trusted(gateway).await;
+        until_redis_is_healthy(gateway).await;
     };
     subscribed(&gateway).await;
     delivered().await;

@@ -8,7 +8,7 @@ use testkit::documented::OpenApiDocument;
 
 use crate::support::{ready, start};
 
-/// Checks that are disabled are the fuzzer's opinions on what must be refused: the contract has its own.
+/// Checks that are disabled are the fuzzer's opinions on what must be refused: docs/api.md has its own rules.
 const CHECKS: &str = "not_a_server_error,status_code_conformance,content_type_conformance,response_headers_conformance,\
                       response_schema_conformance,allow_header_conformance,unsupported_method,ignored_auth";
 

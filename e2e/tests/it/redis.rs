@@ -17,7 +17,7 @@ async fn redis_killed_wiped_and_restarted_under_traffic_loses_nothing() {
         redis.kill();
         traffic.more(80).await;
         redis.restart();
-        busy.until_redis_is_trusted().await;
+        busy.until_redis_is_healthy().await;
     }
     traffic.more(80).await;
     traffic.stop().await;
@@ -34,7 +34,7 @@ async fn a_redis_that_is_silently_dead_for_a_while_loses_nothing() {
     busy.until_redis_is_degraded().await;
     traffic.more(80).await;
     redis.thaw();
-    busy.until_redis_is_trusted().await;
+    busy.until_redis_is_healthy().await;
     traffic.more(80).await;
     traffic.stop().await;
     busy.assert_exact().await;
@@ -51,7 +51,7 @@ async fn events_arrive_by_reconcile_until_redis_first_starts() {
     traffic.more(100).await;
     busy.until_all_is_seen().await;
     redis.restart();
-    busy.until_redis_is_trusted().await;
+    busy.until_redis_is_healthy().await;
     traffic.more(100).await;
     traffic.stop().await;
     busy.assert_exact().await;
@@ -71,7 +71,7 @@ async fn subscribers_killed_again_and_again_lose_nothing() {
         redis.command(&["CLIENT", "KILL", "TYPE", "normal"]).unwrap();
     }
     traffic.stop().await;
-    busy.until_redis_is_trusted().await;
+    busy.until_redis_is_healthy().await;
     busy.assert_exact().await;
     for gateway in &busy.gateways {
         let opened = gateway.metric("messenger_gateway_redis_connections_opened_total").await;
@@ -94,7 +94,7 @@ async fn a_half_open_link_between_gateway_and_redis_loses_nothing() {
     busy.until_redis_is_degraded().await;
     traffic.more(50).await;
     proxy.resume();
-    busy.until_redis_is_trusted().await;
+    busy.until_redis_is_healthy().await;
     proxy.slow(Duration::from_millis(60));
     traffic.more(50).await;
     proxy.cut_after(700);
@@ -116,7 +116,7 @@ fn refused_pings(redis: &Redis) -> u64 {
 async fn redis_whose_disk_is_full_still_brings_events() {
     let redis = Redis::start();
     let busy = Busy::new(World::with_redis(redis.url()).await).await;
-    busy.until_redis_is_trusted().await;
+    busy.until_redis_is_healthy().await;
     let connects = async || {
         let [a, b] = [0, 1]
             .map(|index| busy.gateways[index].metric("messenger_gateway_redis_connections_opened_total"));
@@ -127,7 +127,7 @@ async fn redis_whose_disk_is_full_still_brings_events() {
     let refused = refused_pings(&redis);
     // At least twice for each gateway.
     until("gateways see that the disk is full", || async { refused_pings(&redis) >= refused + 4 }).await;
-    busy.until_redis_is_trusted().await;
+    busy.until_redis_is_healthy().await;
     busy.until_events_come_by_redis().await;
     busy.assert_exact().await;
     assert_eq!(connects().await, before, "an error is an answer: the connections live");

@@ -63,7 +63,7 @@ async fn busy(world: World, urls: &str) -> Busy {
 }
 
 async fn assert_all_is_well(busy: &Busy) {
-    busy.until_redis_is_trusted().await;
+    busy.until_redis_is_healthy().await;
     busy.until_events_come_by_redis().await;
     busy.until_limits_are_shared().await;
     for service in busy.apis.iter().chain(&busy.gateways) {
@@ -112,7 +112,7 @@ async fn missing_redis_right_is_logged_and_loses_nothing() {
     traffic.more(40).await;
     redis.tell(&["ACL", "SETUSER", "messenger-gateway", "+subscribe"]);
     redis.tell(&["ACL", "SETUSER", "messenger-api", "+publish"]);
-    busy.until_redis_is_trusted().await;
+    busy.until_redis_is_healthy().await;
 
     // Passwords change in Redis only.
     for (user, _) in PASSWORDS {
@@ -126,7 +126,7 @@ async fn missing_redis_right_is_logged_and_loses_nothing() {
     for (user, password) in PASSWORDS {
         redis.tell(&["ACL", "SETUSER", user, &format!(">{password}")]);
     }
-    busy.until_redis_is_trusted().await;
+    busy.until_redis_is_healthy().await;
     traffic.stop().await;
     busy.assert_exact().await;
     busy.until_events_come_by_redis().await;
@@ -144,7 +144,7 @@ async fn on_a_cluster_the_documented_rights_are_enough_too() {
     assert_all_is_well(&busy).await;
     let channel = busy.world.channel(busy.crowd.users[0].id);
     cluster.move_slot_of(&channel, (cluster.owner(&channel) + 1) % cluster.nodes.len());
-    busy.until_redis_is_trusted().await;
+    busy.until_redis_is_healthy().await;
     assert_all_is_well(&busy).await;
     busy.assert_exact().await;
 }

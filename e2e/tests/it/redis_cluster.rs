@@ -9,7 +9,7 @@ use crate::support::Busy;
 async fn busy_on(cluster: &Cluster) -> Busy {
     let settings = [("REDIS_TOPOLOGY", "cluster".to_owned()), ("REDIS_URL", cluster.urls())];
     let busy = Busy::new(World::with_redis_settings(settings).await).await;
-    busy.until_redis_is_trusted().await;
+    busy.until_redis_is_healthy().await;
     busy
 }
 
@@ -51,7 +51,7 @@ async fn moved_slot_is_resubscribed_on_its_new_node() {
     }
     traffic.more(15).await;
     traffic.stop().await;
-    busy.until_redis_is_trusted().await;
+    busy.until_redis_is_healthy().await;
     busy.assert_exact().await;
     busy.until_events_come_by_redis().await;
 }
@@ -68,7 +68,7 @@ async fn killed_node_is_followed_to_its_replica_without_loss() {
     cluster.nodes[doomed].kill();
     busy.until_redis_is_degraded().await;
     traffic.more(40).await;
-    busy.until_redis_is_trusted().await;
+    busy.until_redis_is_healthy().await;
     let replica = cluster.nodes.len() - 1;
     assert_eq!(heard_at(&cluster, &channel), [replica]);
     // It returns as a replica of its replica.
@@ -92,7 +92,7 @@ async fn hanging_node_loses_nothing_and_delays_no_other() {
     busy.until_redis_is_degraded().await;
     traffic.more(80).await;
     cluster.nodes[hung].thaw();
-    busy.until_redis_is_trusted().await;
+    busy.until_redis_is_healthy().await;
     traffic.more(40).await;
     traffic.stop().await;
     busy.assert_exact().await;

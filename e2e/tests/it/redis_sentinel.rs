@@ -9,19 +9,19 @@ use crate::support::Busy;
 async fn services_follow_the_master_that_sentinels_name() {
     let mut redis = Sentinels::start();
     let busy = Busy::new(World::with_redis_settings(redis.settings()).await).await;
-    busy.until_redis_is_trusted().await;
+    busy.until_redis_is_healthy().await;
     let traffic = busy.traffic();
     traffic.more(40).await;
     redis.hand_over(1);
     busy.until_listening_to(&[&redis.servers[1]]).await;
-    busy.until_redis_is_trusted().await;
+    busy.until_redis_is_healthy().await;
     traffic.more(40).await;
 
     redis.servers[1].kill();
     busy.until_redis_is_degraded().await;
     redis.until_leader(0);
     busy.until_listening_to(&[&redis.servers[0]]).await;
-    busy.until_redis_is_trusted().await;
+    busy.until_redis_is_healthy().await;
     traffic.more(40).await;
     traffic.stop().await;
     busy.assert_exact().await;

@@ -55,7 +55,7 @@ pub(crate) async fn until_metric(service: &Service, series: &str, wanted: f64) {
     until(&format!("{series} is {wanted}"), || async { service.metric(series).await == wanted }).await;
 }
 
-pub(crate) async fn until_redis_is_trusted(gateway: &Service) {
+pub(crate) async fn until_redis_is_healthy(gateway: &Service) {
     until_metric(gateway, "messenger_gateway_redis_degraded", 0.0).await;
     until("everybody is subscribed", || async {
         gateway.metric("messenger_gateway_actual_subscriptions").await
@@ -262,9 +262,9 @@ impl Busy {
         }
     }
 
-    pub(crate) async fn until_redis_is_trusted(&self) {
+    pub(crate) async fn until_redis_is_healthy(&self) {
         for gateway in &self.gateways {
-            until_redis_is_trusted(gateway).await;
+            until_redis_is_healthy(gateway).await;
         }
     }
 

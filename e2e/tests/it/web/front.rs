@@ -17,7 +17,7 @@ const LISTEN: &str = "new Promise((ready, failed) => {
     source.onerror = () => failed(new Error('the stream broke'));
 })";
 
-async fn a_bare_event_source_hears_at_once(front: Front, protocol: &str) {
+async fn a_bare_event_source_receives_immediately(front: Front, protocol: &str) {
     let browser = Browser::launch().await;
     let site = site(front, &[]).await;
     let two = Two::meet(&site.world, site.api()).await;
@@ -37,12 +37,12 @@ async fn a_bare_event_source_hears_at_once(front: Front, protocol: &str) {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn event_source_receives_events_immediately_behind_nginx() {
-    a_bare_event_source_hears_at_once(Front::plain(), "http/1.1").await;
+    a_bare_event_source_receives_immediately(Front::plain(), "http/1.1").await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn event_source_receives_events_immediately_over_http_2() {
-    a_bare_event_source_hears_at_once(Front::tls(), "h2").await;
+    a_bare_event_source_receives_immediately(Front::tls(), "h2").await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
