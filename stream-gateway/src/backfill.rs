@@ -1,9 +1,8 @@
 //! Reads feeds and heads from Postgres through `api`'s internal listener.
 //!
 //! Requests of many users share one HTTP request, a batch: fifty thousand reconnects make a hundred. Every request is answered
-//! in the end: while `api` is unreachable it waits here and is retried. The requesters bound what may wait, with one request
-//! per connection and one per user; [`Backfill::retain_ranges`] and [`Backfill::retain_heads`]
-//! drop those whose requester is gone.
+//! in the end: while `api` is unreachable it waits here and is retried. The requesters bound what may wait, with a few per
+//! connection and user; [`Backfill::retain_ranges`] and [`Backfill::retain_heads`] drop those whose requester is gone.
 
 use std::{
     collections::{HashMap, HashSet, VecDeque},
@@ -155,8 +154,9 @@ impl Backfill {
                             return Ok(answers);
                         }
                         Err(failed) => {
-                            self.put_back(failed, started);
-                            return Err(BatchFailed);
+                            if self.put_back(failed, started) {
+                                return Err(BatchFailed);
+                            }
                         }
                     }
                 }
@@ -214,8 +214,9 @@ impl Backfill {
         self.metrics.backfill_requests.get_or_create(&Kind { kind }).inc_by(users as u64);
     }
 
-    /// Batches that fail together count as one failure: those sent before the pause prove nothing new.
-    fn put_back(&mut self, failed: Failed, started: Instant) {
+    /// Batches that fail together count as one failure: those sent before the pause prove nothing new. Returns whether this is
+    /// the first of them.
+    fn put_back(&mut self, failed: Failed, started: Instant) -> bool {
         let (kind, users) = match failed {
             Failed::Ranges(batch) => {
                 let users = batch.len();
@@ -229,10 +230,12 @@ impl Backfill {
             }
         };
         self.metrics.backfill_requests_failed.get_or_create(&Kind { kind }).inc_by(users as u64);
-        if started >= self.paused_until {
+        let is_first = started >= self.paused_until;
+        if is_first {
             self.pause = self.backoff.next_delay();
         }
         self.paused_until = Instant::now() + self.pause;
+        is_first
     }
 }
 

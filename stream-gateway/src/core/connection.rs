@@ -3,15 +3,16 @@
 //! It has no queue: it takes the events after its position from its user's replay buffer, or a page at a time from the feed.
 //!
 //! ```text
-//!            session confirmed, then         its next event comes
-//!  open ──▶ Joining ───────────────▶ Live ◀──────────────────────┐
-//!              │    head or range     │ lags beyond the buffer   │
-//!              │                      ▼                          │
-//!              │                 CatchingUp (requested, page) ───┘
-//!              ▼                      │ its position is invalid
-//!          Resyncing ◀────────────────┘      ── `resync` ──▶ Live at the head
+//!            session confirmed, then
+//!  open ──▶ Joining ──── head ────▶ Live ◀──────────────────────┐
+//!              │ │                   │ lags beyond the buffer   │ written
+//!              │ └───── range ───┐   ▼                          │
+//!              │                 └▶ CatchingUp: requested ──▶ page
+//!              │ cursor invalid      │ position invalid, as of Live
+//!              ▼                     ▼
+//!           Resyncing ── `resync` written ──▶ Live, at the head
 //!
-//!  any ── goodbye ──▶ Closing ──▶ closed by the client, or cut
+//!  any state ── goodbye ──▶ Closing ──▶ closed by the client, or cut
 //! ```
 
 use std::{collections::VecDeque, time::Duration};
@@ -97,7 +98,7 @@ pub struct Connection {
 
 #[derive(Debug)]
 enum State {
-    /// Its position is not known, or not confirmed yet. It receives nothing.
+    /// Its position is not known, or not confirmed yet. It receives no event.
     Joining(Joining),
     /// Its next event is written when it comes. With unwritten bytes, it is taken from the replay buffer afterwards.
     Live,
@@ -140,7 +141,7 @@ struct Page(VecDeque<EncodedEvent>);
 struct Unwritten {
     /// The rest of a block that the socket did not take, then whole control blocks. Nothing is written before them.
     bytes: Bytes,
-    /// Of them, in the [`Effect::Write`] that is not reported yet.
+    /// How many of them the last attempt offered; a shorter rest is progress.
     attempted: usize,
     /// When the socket last took bytes; `None` while it may still take all.
     blocked_since: Option<Millis>,
@@ -344,7 +345,7 @@ impl Connection {
         let cursor = Position { epoch: self.position.epoch, seq: after };
         match judge(cursor, answer.head, answer.events.first().map(|event| event.position.seq)) {
             Verdict::Gone => self.close(Goodbye::Revoked, cx),
-            Verdict::Resync(why) if kept(Rule::JudgedCursor) => match feed.position.or(answer.head) {
+            Verdict::Resync(why) if kept(Rule::JudgedCursor) => match feed.position {
                 Some(head) if joining => self.join_at(head, Some(why), feed, cx),
                 _ => self.resync(why, feed, cx),
             },
@@ -358,14 +359,12 @@ impl Connection {
         }
     }
 
-    /// The user's position, and so this stream's, is invalid; unless its own request has led it to the new history before.
+    /// The user's position, and so this stream's, is invalid.
     pub fn resync(&mut self, why: ResyncReason, feed: FeedView<'_>, cx: &mut Context<'_>) {
-        let is_ahead = why == ResyncReason::Unknown
-            && feed.position.is_some_and(|head| head.epoch == self.position.epoch);
-        if self.is_joined() && !is_ahead {
+        if self.is_joined() {
             self.enter(State::Resyncing(why), cx);
+            self.advance(feed, cx);
         }
-        self.advance(feed, cx);
     }
 
     /// Writes the stream's next block, if the socket takes one: a resync or the event after its position, which is requested if it
@@ -437,8 +436,10 @@ impl Connection {
     }
 
     /// The record of a connection that is removed; releases what it holds.
-    pub fn closed(mut self, user: UserId, reason: &'static str, cx: &mut Context<'_>) -> ClosedStream {
-        self.enter(State::Live, cx);
+    pub fn closed(self, user: UserId, reason: &'static str, cx: &mut Context<'_>) -> ClosedStream {
+        if kept(Rule::Released) {
+            cx.release(self.page_bytes());
+        }
         if self.is_blocked() {
             cx.observed(Observation::Unblocked);
         }
@@ -472,6 +473,10 @@ impl Connection {
 
 /// Writing.
 impl Connection {
+    pub fn is_writing(&self) -> bool {
+        self.writing
+    }
+
     fn is_free(&self) -> bool {
         !self.writing && self.unwritten.is_none()
     }
@@ -504,12 +509,17 @@ impl Connection {
     /// Writes whole blocks, after the unwritten ones.
     fn write(&mut self, bytes: Bytes, event: Option<WrittenEvent>, cx: &mut Context<'_>) {
         if self.is_free() || !kept(Rule::WholeBlocks) {
-            self.writing = true;
-            cx.effects.push(Effect::Write { to: self.key, bytes, event });
+            self.begin_write(bytes, event, cx);
         } else {
             let unwritten = self.unwritten.get_or_insert_with(|| Box::new(Unwritten::none()));
             unwritten.bytes = concat(&unwritten.bytes, &bytes);
         }
+    }
+
+    fn begin_write(&mut self, bytes: Bytes, event: Option<WrittenEvent>, cx: &mut Context<'_>) {
+        self.writing = true;
+        cx.writes += 1;
+        cx.effects.push(Effect::Write { to: self.key, bytes, event });
     }
 
     /// Of the last [`Effect::Write`], the socket did not take this rest.
@@ -567,8 +577,7 @@ impl Connection {
             Some(unwritten) => {
                 let bytes = std::mem::take(&mut unwritten.bytes);
                 unwritten.attempted = bytes.len();
-                self.writing = true;
-                cx.effects.push(Effect::Write { to: self.key, bytes, event: None });
+                self.begin_write(bytes, None, cx);
             }
         }
     }
@@ -619,7 +628,7 @@ impl Connection {
         if let State::Closing { why, .. } = self.state {
             return Some(why.as_str());
         }
-        if self.write_deadline(cx).is_some_and(|deadline| deadline <= now) {
+        if kept(Rule::WriteDeadline) && self.write_deadline(cx).is_some_and(|deadline| deadline <= now) {
             return Some("slow_consumer");
         }
         if self.ends_at <= now {

@@ -143,8 +143,10 @@ impl Hub {
             rng: &mut self.rng,
             backlog: &mut self.backlog,
             last_request: &mut self.last_request,
+            writes: 0,
         };
         let output = input(user, &mut cx);
+        user.unreported += cx.writes;
         let due = user.sequencer.due().unwrap_or(0);
         if due != user.tick_at {
             self.ticks.remove(&(user.tick_at, slot));
@@ -239,7 +241,9 @@ impl Hub {
     /// The client has closed its side, or the connection is broken.
     pub fn gone(&mut self, key: ConnectionKey) {
         let reason = self.with_connection(key, |user, at, _| user.connections()[at].reason_to_go());
-        self.remove(key, reason.unwrap_or_default());
+        if let Some(reason) = reason {
+            self.remove(key, reason);
+        }
     }
 
     /// The client sends what a stream does not expect.
@@ -266,9 +270,7 @@ impl Hub {
     }
 
     pub fn close_session(&mut self, user: UserId, session: SessionId) {
-        if self.slot(user).is_none() {
-            self.effects.push(Effect::SessionEnded(user, session));
-        }
+        self.effects.push(Effect::SessionEnded(user, session));
         self.with_user(user, |user, cx| user.close_session(session, cx));
     }
 
@@ -341,6 +343,9 @@ impl Hub {
 
     /// `head`: `None` if it is the position of the request.
     pub fn head(&mut self, request: HeadRequest, head: Option<Option<Position>>, session_ended: bool) {
+        if let Some(session) = request.session.filter(|_| session_ended) {
+            self.effects.push(Effect::SessionEnded(request.user, session));
+        }
         self.with_user(request.user, |user, cx| user.head(&request, head, session_ended, cx));
         if request.why == HeadReason::Reconcile {
             self.reconcile.answered(self.now);

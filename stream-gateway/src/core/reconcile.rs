@@ -4,7 +4,7 @@ use super::Millis;
 
 /// Unanswered requests of a round. It continues when answers come, so that a round over every user needs little memory, and
 /// nothing piles up while `api` is away.
-pub const WINDOW: usize = 2_000;
+pub const WINDOW: usize = if cfg!(test) { 3 } else { 2_000 };
 
 #[derive(Default)]
 pub struct Reconcile {
@@ -12,6 +12,7 @@ pub struct Reconcile {
     pub at: Millis,
     /// The first slot of the hub that the current round has not reached.
     round: Option<usize>,
+    /// Zero between rounds.
     unanswered: usize,
     /// Events may be missing since the current round began: another one follows.
     again: bool,
@@ -21,14 +22,14 @@ impl Reconcile {
     /// Begins a round unless one is in progress.
     pub fn begin(&mut self, next: Millis) {
         self.at = next;
-        if self.round.is_none() && self.unanswered == 0 {
+        if self.unanswered == 0 {
             self.round = Some(0);
         }
     }
 
     /// Events of any user may be missing: a round begins now, or after the current one, which may have asked too early.
     pub fn hasten(&mut self, now: Millis) {
-        if self.round.is_some() || self.unanswered > 0 {
+        if self.unanswered > 0 {
             self.again = true;
         } else {
             self.at = now;
@@ -48,9 +49,8 @@ impl Reconcile {
 
     pub fn answered(&mut self, now: Millis) {
         self.unanswered = self.unanswered.saturating_sub(1);
-        if self.round.is_none() && self.unanswered == 0 && self.again {
-            self.again = false;
-            self.at = now;
+        if self.unanswered == 0 && self.again {
+            (self.again, self.round, self.at) = (false, None, now);
         }
     }
 }

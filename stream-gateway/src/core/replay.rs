@@ -37,6 +37,11 @@ impl ReplayBuffer {
         let buffered = self.0.get_or_insert_default();
         buffered.bytes += event.frame.len();
         buffered.events.push_back(event);
+    }
+
+    /// Drops the oldest events over the bounds of one user.
+    pub fn shrink(&mut self) {
+        let Some(buffered) = self.0.as_mut() else { return };
         while buffered.events.len() > REPLAY_FRAMES || buffered.bytes > REPLAY_BYTES {
             buffered.pop();
         }
@@ -127,6 +132,7 @@ mod tests {
         replay.push(event(9));
         assert_eq!((after(&replay, 1), after(&replay, 8)), (None, Some(9)));
         (10..2_000).for_each(|seq| replay.push(event(seq)));
+        replay.shrink();
         assert_eq!(replay.bytes(), REPLAY_FRAMES * 100);
         assert_eq!((after(&replay, 1_998), after(&replay, 1_999)), (Some(1_999), None));
     }

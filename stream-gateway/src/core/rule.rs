@@ -23,6 +23,10 @@ pub enum Rule {
     ResyncReachesStreams,
     /// Replay buffers stay within the bound of the process.
     Bounded,
+    /// A stream whose socket takes every byte loses nothing to that bound.
+    LiveFirst,
+    /// A stream whose socket takes nothing is cut.
+    WriteDeadline,
     /// A stream that drops its page no longer counts against that bound.
     Released,
     /// A replay buffer keeps nothing that every stream has.
@@ -53,6 +57,31 @@ thread_local! {
 #[cfg(test)]
 pub fn kept(rule: Rule) -> bool {
     REMOVED.get() != Some(rule)
+}
+
+#[cfg(test)]
+impl Rule {
+    pub const ALL: [Self; 19] = [
+        Self::SessionFirst,
+        Self::OwnAnswer,
+        Self::EndedSession,
+        Self::WholeBlocks,
+        Self::NextEvent,
+        Self::JudgedCursor,
+        Self::OneHistory,
+        Self::OnlyResyncMoves,
+        Self::ResyncReachesStreams,
+        Self::Bounded,
+        Self::LiveFirst,
+        Self::WriteDeadline,
+        Self::Released,
+        Self::Trimmed,
+        Self::LaggingReads,
+        Self::GapRequested,
+        Self::Expired,
+        Self::AnswersAge,
+        Self::Reconciled,
+    ];
 }
 
 /// Runs `test` without this rule.

@@ -40,6 +40,8 @@ pub struct LocalUser {
     connections: SmallVec<[Connection; 1]>,
     /// The connection on which Redis has confirmed the subscription.
     subscribed_on: Option<RedisConnectionId>,
+    /// Writes whose result is not reported yet.
+    pub unreported: u32,
     /// When the sequencer is next ticked; 0: never.
     pub tick_at: Millis,
     /// When the user may be forgotten. The entry stays for a moment after the last stream, because people reload pages.
@@ -58,6 +60,8 @@ pub struct Context<'a> {
     /// Bytes in replay buffers and pages.
     pub backlog: &'a mut usize,
     pub last_request: &'a mut RequestId,
+    /// Writes that this input has begun.
+    pub writes: u32,
 }
 
 impl Context<'_> {
@@ -115,6 +119,7 @@ impl LocalUser {
             replay: ReplayBuffer::default(),
             connections: SmallVec::new(),
             subscribed_on: None,
+            unreported: 0,
             tick_at: 0,
             forget_at: 0,
         }
@@ -206,7 +211,6 @@ impl LocalUser {
     }
 
     pub fn close_session(&mut self, session: SessionId, cx: &mut Context<'_>) {
-        cx.effects.push(Effect::SessionEnded(self.id, session));
         self.close(Goodbye::Revoked, |connection| connection.session == Some(session), cx);
     }
 
@@ -220,6 +224,7 @@ impl LocalUser {
     /// Forgets a stream. Its place is taken by the last one, whose key is returned.
     pub fn remove(&mut self, at: usize, reason: &'static str, cx: &mut Context<'_>) -> Option<ConnectionKey> {
         let connection = self.connections.swap_remove(at);
+        self.unreported -= u32::from(connection.is_writing());
         let key = connection.key;
         let closed = connection.closed(self.id, reason, cx);
         cx.effects.push(Effect::Close(key, closed));
@@ -228,8 +233,9 @@ impl LocalUser {
     }
 
     pub fn wrote(&mut self, at: usize, rest: Bytes, cx: &mut Context<'_>) {
+        self.unreported -= 1;
         self.one(at, |connection, feed| connection.wrote(rest, feed, cx));
-        self.trim(cx);
+        self.enforce_bounds(cx);
     }
 
     pub fn writable(&mut self, at: usize, cx: &mut Context<'_>) {
@@ -408,10 +414,23 @@ impl LocalUser {
             *cx.backlog -= self.replay.bytes();
             self.replay.push(event);
             *cx.backlog += self.replay.bytes();
-            if kept(Rule::Bounded) && *cx.backlog > cx.settings.replay_buffer_bytes {
-                // Lagging streams read from the feed when their sockets take bytes again.
-                self.clear_replay(cx);
-            }
+            self.enforce_bounds(cx);
+        }
+    }
+
+    /// Not before every write is reported: until then, live streams need the buffer, too.
+    fn enforce_bounds(&mut self, cx: &mut Context<'_>) {
+        let waits = kept(Rule::LiveFirst) && self.unreported + cx.writes > 0;
+        if self.replay.is_empty() || waits {
+            return;
+        }
+        self.trim(cx);
+        *cx.backlog -= self.replay.bytes();
+        self.replay.shrink();
+        *cx.backlog += self.replay.bytes();
+        if kept(Rule::Bounded) && *cx.backlog > cx.settings.replay_buffer_bytes {
+            // Lagging streams read from the feed when their sockets take bytes again.
+            self.clear_replay(cx);
         }
     }
 

@@ -64,7 +64,7 @@ impl Engine {
         }
         match self.sockets.write(to, &mut bytes) {
             Ok(()) => {
-                if bytes.is_empty() {
+                if bytes.is_empty() && !self.telemetry.flushes.is_empty() {
                     self.telemetry.flushes.remove(&to);
                 }
                 self.hub.wrote(to, bytes);

@@ -248,6 +248,7 @@ impl Engine {
         if error {
             let reason = self.sockets.take_error(key);
             self.hub.remove(key, reason);
+            return self.carry_out_effects();
         }
         if readable {
             match self.sockets.discard_input(key) {

@@ -5,7 +5,7 @@ use protocol::{
     position::Position,
 };
 
-use crate::core::ConnectionKey;
+use crate::core::{ConnectionKey, Millis};
 
 /// One tab: it has one connection at a time.
 pub struct SimulatedClient {
@@ -26,6 +26,12 @@ pub struct ClientStream {
     pub broken: bool,
     /// An answer has confirmed its session.
     pub confirmed: bool,
+    /// When the socket last took bytes.
+    pub heard_at: Millis,
+    /// When the gateway must have ended it.
+    pub ends_at: Millis,
+    /// It started at the head, took every byte, and needed no resync.
+    pub flawless: bool,
     unread: Vec<u8>,
     stage: ReadingStage,
     /// The cursor that it was opened with.
@@ -49,12 +55,21 @@ enum ReadingStage {
 pub const HEAD: &str = "HTTP/1.1 200 OK\r\n\r\n";
 
 impl ClientStream {
-    pub fn new(key: ConnectionKey, resumed_from: Option<Position>, confirmed: bool) -> Self {
+    pub fn new(
+        key: ConnectionKey,
+        resumed_from: Option<Position>,
+        confirmed: bool,
+        now: Millis,
+        ends_at: Millis,
+    ) -> Self {
         Self {
             key,
             room: usize::MAX,
             broken: false,
             confirmed,
+            heard_at: now,
+            ends_at,
+            flawless: resumed_from.is_none(),
             unread: Vec::new(),
             stage: ReadingStage::Head,
             resumed_from,
@@ -80,6 +95,17 @@ impl SimulatedClient {
             events.extend(block_read(open, &mut self.cursor, &mut self.revoked, &block)?);
         }
         Ok(events)
+    }
+
+    /// It has the goodbye and the end of the body.
+    pub fn has_ended(&self) -> bool {
+        self.connection
+            .as_ref()
+            .is_some_and(|open| open.stage == ReadingStage::Ended && open.unread.is_empty())
+    }
+
+    pub fn is_flawless(&self) -> bool {
+        self.is_ready() && self.connection.as_ref().is_some_and(|open| open.flawless)
     }
 
     pub fn is_ready(&self) -> bool {
@@ -147,6 +173,7 @@ fn block_read(
             if matches!(open.stage, ReadingStage::MustResync | ReadingStage::Ready) =>
         {
             open.stage = ReadingStage::Ready;
+            open.flawless = false;
             *cursor = Some(id);
         }
         (None, Some(id)) if open.stage == ReadingStage::Ready => {

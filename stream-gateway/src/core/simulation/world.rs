@@ -21,7 +21,7 @@ use crate::{
     config::Delivery,
     core::{
         ConnectionKey, Effect, HeadReason, HeadRequest, Hub, Millis, NewConnection, Observation, RangeAnswer,
-        RangeRequest, RedisConnectionId, Resume,
+        RangeRequest, RedisConnectionId, Resume, connection::GOODBYE_WITHIN, effect::Requester,
     },
     event::EncodedEvent,
     frame::{self, Chunk, Framing, Goodbye, Heartbeat, ResyncReason},
@@ -74,6 +74,8 @@ pub struct SimulatedWorld {
     ended: BTreeSet<SessionId>,
     /// Sessions that the gateway knows have ended.
     known_ended: BTreeSet<SessionId>,
+    /// Streams whose sockets take no bytes, by the core's own count.
+    blocked: usize,
     removed_keys: BTreeSet<u8>,
     clients: Vec<SimulatedClient>,
     /// Reasons for a resync that there were.
@@ -123,6 +125,7 @@ impl SimulatedWorld {
             feeds,
             ended: BTreeSet::new(),
             known_ended: BTreeSet::new(),
+            blocked: 0,
             removed_keys: BTreeSet::new(),
             clients: clients.collect(),
             reasons: BTreeSet::new(),
@@ -158,6 +161,13 @@ impl SimulatedWorld {
                 }
             }
             ScheduleStep::ApiAway { away } => self.away = away,
+            ScheduleStep::BatchFailed => {
+                let hub = &mut self.hub;
+                self.requests.retain(|request| match request {
+                    PendingRequest::Range(request) => hub.wants_range(request),
+                    PendingRequest::Head(request) => hub.wants_head(request),
+                });
+            }
             ScheduleStep::Wait { millis } => self.wait(millis.into())?,
             ScheduleStep::Open { client, how } => self.open(self.client(client), how)?,
             ScheduleStep::Stall { client, bytes } => self.stall(self.client(client), bytes.into()),
@@ -356,7 +366,14 @@ impl SimulatedWorld {
         let client = &mut self.clients[number];
         let resume = match client.cursor {
             _ if how % 16 == 1 => Resume::Invalid,
-            Some(cursor) if how % 16 > 2 => Resume::After(cursor),
+            Some(cursor) if how % 16 == 2 => {
+                self.reasons.insert(ResyncReason::Future.as_str());
+                Resume::After(Position { seq: cursor.seq + 9, ..cursor })
+            }
+            Some(cursor) if how % 16 == 3 => {
+                Resume::After(Position { seq: cursor.seq.saturating_sub(2), ..cursor })
+            }
+            Some(cursor) if how % 16 > 3 => Resume::After(cursor),
             _ => Resume::Head,
         };
         let cursor = if let Resume::After(cursor) = resume { Some(cursor) } else { None };
@@ -364,12 +381,13 @@ impl SimulatedWorld {
         if resume == Resume::Invalid {
             self.reasons.insert(ResyncReason::Unknown.as_str());
         }
-        client.connection = Some(ClientStream::new(key, cursor, client.session.is_none()));
+        let (lasts, ends_why) =
+            if how >= 240 { (5_000, Goodbye::Rotate) } else { (3_600_000, Goodbye::Expired) };
+        let ends_at = self.now + lasts;
+        client.connection = Some(ClientStream::new(key, cursor, client.session.is_none(), self.now, ends_at));
         let ended = client.session.is_some_and(|session| self.known_ended.contains(&session));
         let revoked = ended || self.removed_keys.contains(&client.key);
         let head = [HEAD.as_bytes(), &Framing::Chunked.bytes(&frame::retry(2_000))].concat();
-        let (lasts, ends_why) =
-            if how >= 240 { (5_000, Goodbye::Rotate) } else { (3_600_000, Goodbye::Expired) };
         let new = NewConnection {
             user: client.user,
             session: client.session,
@@ -378,7 +396,7 @@ impl SimulatedWorld {
             heartbeat: Heartbeat::default(),
             framing: Framing::Chunked,
             head: head.into(),
-            ends_at: self.now + lasts,
+            ends_at,
             ends_why,
         };
         if how % 8 == 7 {
@@ -419,6 +437,9 @@ impl SimulatedWorld {
                     // A client that has the end of the body closes its side.
                     Effect::FinishWriting(key) => {
                         if let Some(client) = self.find(key) {
+                            if !client.has_ended() {
+                                return Err("a body was cut".into());
+                            }
                             client.connection = None;
                             self.hub.gone(key);
                         }
@@ -428,7 +449,14 @@ impl SimulatedWorld {
                             client.connection = None;
                         }
                     }
-                    Effect::RequestRange(request) => self.requests.push(PendingRequest::Range(request)),
+                    Effect::RequestRange(request) => {
+                        if let Requester::Connection(key, _) = request.requester
+                            && self.find(key).is_some_and(|client| client.is_flawless())
+                        {
+                            return Err("a stream that took every byte reads the feed".into());
+                        }
+                        self.requests.push(PendingRequest::Range(request));
+                    }
                     Effect::RequestHead(request) => self.requests.push(PendingRequest::Head(request)),
                     Effect::Subscribe(user) => {
                         self.desired.insert(user);
@@ -444,6 +472,10 @@ impl SimulatedWorld {
                     {
                         return Err(format!("a resync without a reason: {}", why.as_str()));
                     }
+                    Effect::Observed(Observation::Blocked) => self.blocked += 1,
+                    Effect::Observed(Observation::Unblocked) => {
+                        self.blocked = self.blocked.checked_sub(1).ok_or("unblocked twice")?;
+                    }
                     Effect::SessionEnded(..) | Effect::Observed(_) => {}
                 }
             }
@@ -455,10 +487,13 @@ impl SimulatedWorld {
     }
 
     fn write(&mut self, to: ConnectionKey, mut bytes: Bytes, has_event: bool) -> Checked {
-        let (feeds, known_ended) = (self.feeds.clone(), self.known_ended.clone());
-        let Some(client) = self.find(to) else { return Ok(()) };
-        if has_event && client.session.is_some_and(|session| known_ended.contains(&session)) {
-            return Err("an event for an ended session".into());
+        let now = self.now;
+        let mut clients = self.clients.iter_mut();
+        let client = clients.find(|client| client.connection.as_ref().is_some_and(|open| open.key == to));
+        let client = client.ok_or("a write to a closed connection")?;
+        let ended = client.session.is_some_and(|session| self.known_ended.contains(&session));
+        if has_event && (ended || self.removed_keys.contains(&client.key)) {
+            return Err("an event for a stream without rights".into());
         }
         let Some(open) = client.connection.as_mut() else { return Ok(()) };
         if open.broken {
@@ -467,11 +502,15 @@ impl SimulatedWorld {
             return Ok(());
         }
         let taken = bytes.split_to(bytes.len().min(open.room));
+        if !taken.is_empty() {
+            open.heard_at = now;
+        }
+        open.flawless &= bytes.is_empty();
         if open.room != usize::MAX {
             open.room -= taken.len();
         }
         for position in client.read(&taken)? {
-            let feed = feeds.get(&client.user).filter(|feed| feed.head.epoch == position.epoch);
+            let feed = self.feeds.get(&client.user).filter(|feed| feed.head.epoch == position.epoch);
             if feed.is_some_and(|feed| position.seq > feed.head.seq) {
                 return Err(format!("event {position} was never committed"));
             }
@@ -485,12 +524,14 @@ impl SimulatedWorld {
         self.disconnect();
         self.hub = Hub::new(SETTINGS, SmallRng::seed_from_u64(self.rng.random()));
         self.hub.set_time(self.now, SystemTime::UNIX_EPOCH);
+        self.hub.run_timers();
         self.draining = false;
         self.requests.clear();
         self.answers.clear();
         self.desired.clear();
         self.unconfirmed.clear();
         self.known_ended.clear();
+        self.blocked = 0;
         self.clients.iter_mut().for_each(|client| client.connection = None);
     }
 }
@@ -500,10 +541,34 @@ impl SimulatedWorld {
     fn wait(&mut self, millis: Millis) -> Checked {
         let until = self.now + millis;
         while self.now < until {
-            self.now = self.hub.next_timer().clamp(self.now + 1, until);
+            self.now = self.hub.next_timer().clamp(self.now, until);
             self.hub.set_time(self.now, SystemTime::UNIX_EPOCH);
             self.hub.run_timers();
             self.carry_out()?;
+            if self.hub.next_timer() <= self.now {
+                return Err("a timer does not advance".into());
+            }
+            self.check_time()?;
+        }
+        Ok(())
+    }
+
+    /// No timer is lost.
+    fn check_time(&self) -> Checked {
+        /// Two slots of the wheel.
+        const LATE: Millis = 500;
+        for open in self.clients.iter().filter_map(|client| client.connection.as_ref()) {
+            let silent = self.now - open.heard_at;
+            if open.room == usize::MAX && !open.broken && silent > 16_500 + LATE {
+                return Err("a heartbeat is missing".into());
+            }
+            // A heartbeat may come before the socket is known to take nothing.
+            if silent > 16_500 + 20_000 + LATE {
+                return Err("a stream without progress is not cut".into());
+            }
+            if self.now > open.ends_at + GOODBYE_WITHIN + LATE {
+                return Err("a stream is open after its end".into());
+            }
         }
         Ok(())
     }
@@ -539,14 +604,15 @@ impl SimulatedWorld {
                 valid && !self.removed_keys.contains(&client.key) && self.feeds.contains_key(&client.user);
             let streams = streams.entry(client.user).or_insert(0);
             *streams += usize::from(valid);
-            valid && *streams <= SETTINGS.streams_per_user
+            (valid, valid && *streams <= SETTINGS.streams_per_user)
         };
-        let staying: Vec<_> = self.clients.iter().map(stays).collect();
-        for (client, stays) in staying.iter().enumerate() {
-            if !stays {
+        let rights: Vec<_> = self.clients.iter().map(stays).collect();
+        for (client, (valid, stays)) in rights.iter().enumerate() {
+            if *valid && !stays {
                 self.hang_up(client);
             }
         }
+        let staying: Vec<_> = rights.iter().map(|(_, stays)| *stays).collect();
         for round in 0..240 {
             self.reconnect();
             self.hub.set_redis_degraded(false);
@@ -571,6 +637,13 @@ impl SimulatedWorld {
             if !client.is_ready() || client.cursor != head {
                 return Err(format!("client at {:?} and head at {head:?}", client.cursor));
             }
+        }
+        let mut without_rights = self.clients.iter().zip(&rights).filter(|(_, (valid, _))| !valid);
+        if without_rights.any(|(client, _)| client.connection.is_some()) {
+            return Err("a stream without rights is open".into());
+        }
+        if self.blocked > 0 {
+            return Err(format!("{} streams count as blocked", self.blocked));
         }
         if self.hub.backlog() > 0 {
             return Err(format!("{} bytes are buffered for nobody", self.hub.backlog()));
