@@ -103,12 +103,13 @@ pub fn internal(api: &Arc<Api>) -> BoxedFilter<(Response,)> {
 #[derive(Debug, Clone, Copy)]
 struct Label(&'static str);
 
+const JSON: HeaderValue = HeaderValue::from_static("application/json; charset=utf-8");
+
 fn json<T: Serialize>(status: StatusCode, value: &T) -> Response {
     let body = serde_json::to_vec(value).expect("answers are strings, numbers and lists of them");
     let mut response = Response::new(body.into());
     *response.status_mut() = status;
-    let json = HeaderValue::from_static("application/json; charset=utf-8");
-    response.headers_mut().insert(header::CONTENT_TYPE, json);
+    response.headers_mut().insert(header::CONTENT_TYPE, JSON);
     response
 }
 

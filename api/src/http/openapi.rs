@@ -2,11 +2,11 @@
 
 use std::sync::Arc;
 
-use http::{HeaderValue, header};
+use http::header;
 use warp::reply::Response;
 
 use super::{
-    Api, HandlerResult,
+    Api, HandlerResult, JSON,
     request::{Inbound, NoBody},
 };
 
@@ -16,7 +16,6 @@ const DOCUMENT: &str = include_str!("../../openapi.json");
 
 pub(super) async fn document(_: Arc<Api>, _: Inbound, _: NoBody) -> HandlerResult {
     let mut response = Response::new(DOCUMENT.into());
-    let json = HeaderValue::from_static("application/json; charset=utf-8");
-    response.headers_mut().insert(header::CONTENT_TYPE, json);
+    response.headers_mut().insert(header::CONTENT_TYPE, JSON);
     Ok(response)
 }

@@ -100,7 +100,7 @@ fn secrets_are_read_from_files() {
         ("DATABASE_URL_FILE", file("database", "postgres://me:hunter2@db/x")),
         ("REDIS_URL_FILE", file("redis", "redis://:hunter2@redis")),
         ("INTERNAL_SECRET_FILE", file("internal", SECRET)),
-        ("SIGNING_KEY_FILES", file("key", PEM)),
+        ("SIGNING_KEY_FILES", file("key", &PEM)),
         ("OIDC_ISSUER", "https://id.example".to_owned()),
         ("OIDC_CLIENT_ID", "messenger".to_owned()),
         ("OIDC_CLIENT_SECRET_FILE", file("oidc", "hunter2")),
@@ -141,7 +141,7 @@ fn help_names_every_variable_and_no_secret() {
 
 pub(crate) fn key_file() -> NamedTempFile {
     let file = NamedTempFile::new().unwrap();
-    std::fs::write(&file, PEM).unwrap();
+    std::fs::write(&file, &*PEM).unwrap();
     file
 }
 
@@ -236,7 +236,9 @@ async fn sigterm_stops_the_service_in_order(pool: PgPool) {
     let post = |path: &str, username: &str| {
         client.post(format!("{}{path}", server.public)).json(&json!({ "username": username }))
     };
-    let token = text(&post("/api/login", "john").expect(200).await.json()["token"]);
+    let login = async |username| text(&post("/api/login", username).expect(200).await.json()["token"]);
+    let (token, first_used_late) = (login("john").await, login("jane").await);
+    execute(&pool, "UPDATE messenger.sessions SET last_used_at = now() - interval '1 hour'").await;
     post("/api/conversations", "jane").bearer(&token).expect(201).await;
 
     // A request that began before the signal and outlasts the wait.
@@ -253,7 +255,7 @@ async fn sigterm_stops_the_service_in_order(pool: PgPool) {
     server.process.signal(Signal::SIGTERM);
     until("it is unready", || async { matches!(ready().await, Ok(503)) }).await;
     // Still serving, while load balancers notice.
-    client.get(format!("{}/api/auth_user", server.public)).bearer(&token).expect(200).await;
+    client.get(format!("{}/api/auth_user", server.public)).bearer(&first_used_late).expect(200).await;
     let address = server.public.strip_prefix("http://").unwrap();
     until("no new connections are taken", || async {
         tokio::net::TcpStream::connect(address).await.is_err()
@@ -264,6 +266,9 @@ async fn sigterm_stops_the_service_in_order(pool: PgPool) {
     assert_eq!(answer.status, 201);
     let status = soon("the process ends", server.process.wait()).await;
     assert_eq!(status.code(), Some(0));
+    let used = "SELECT count(*) FROM messenger.sessions JOIN messenger.users ON users.id = user_id
+                WHERE username = 'jane' AND last_used_at > now() - interval '30 minutes'";
+    assert_eq!(number(&pool, used).await, 1, "the last requests count as use");
 }
 
 #[sqlx::test(migrations = false)]

@@ -30,7 +30,9 @@ use sqlx::{AssertSqlSafe, PgPool, postgres::PgConnectOptions};
 use testkit::{
     documented::OpenApiDocument,
     http::{Answer, Call, Client},
-    panics, programs, soon, until,
+    panics, programs,
+    secrets::signing_key_of,
+    soon, until,
 };
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
@@ -42,7 +44,8 @@ pub(crate) const LISTED: &str = "https://shop.example:8443";
 pub(crate) const ORIGIN_NOT_ALLOWED: &str =
     "Origin http://evil.example is not allowed; add it to ALLOWED_ORIGINS";
 pub(crate) const SECRET: &str = "the-internal-secret-of-these-tests";
-pub(crate) const PEM: &str = "-----BEGIN PRIVATE KEY-----\nMC4CAQAwBQYDK2VwBCIEIAABAgMEBQYHCAkKCwwNDg8QERITFBUWFxgZGhscHR4f\n-----END PRIVATE KEY-----\n";
+pub(crate) static PEM: LazyLock<String> =
+    LazyLock::new(|| signing_key_of(std::array::from_fn(|index| index as u8)));
 
 pub(crate) struct App {
     pub(crate) public: String,
