@@ -45,9 +45,9 @@ metrics! {
             "Transactions that Postgres aborted because of a conflict (40001, 40P01); each is retried once";
         pub pruned_events: Counter = "Events deleted because FEED_KEEP_DAYS or FEED_KEEP_EVENTS no longer covers them";
         pub pruned_sessions: Counter = "Sessions deleted some days after they ended";
-        pub http: server::Metrics;
-        pub limits: limiter::Metrics;
-        pub traces: traces::Metrics;
+        pub http: server::ServerMetrics;
+        pub limits: limiter::LimiterMetrics;
+        pub traces: traces::TraceMetrics;
     }
 }
 

@@ -15,7 +15,7 @@ use opentelemetry_proto::tonic::{
     trace::v1::span::SpanKind,
 };
 use prost::Message;
-use service_kit::server::{self, Limits, Metrics};
+use service_kit::server::{self, Limits, ServerMetrics};
 use testkit::{ports::free_port, process::Process, programs, soon, until};
 use tokio::sync::watch;
 use tokio_util::sync::{CancellationToken, DropGuard};
@@ -124,7 +124,7 @@ fn receive(seen: watch::Sender<Vec<ReceivedSpan>>) -> (SocketAddr, DropGuard) {
     );
     let stop = CancellationToken::new();
     let limits = Limits { stop: Duration::ZERO, ..Limits::default() };
-    let metrics = Metrics::default().listener("collector");
+    let metrics = ServerMetrics::default().listener("collector");
     tokio::spawn(server::serve(listener, warp::service(routes), limits, metrics, stop.clone()));
     (address, stop.drop_guard())
 }

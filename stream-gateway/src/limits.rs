@@ -163,7 +163,7 @@ mod tests {
 
     use protocol::channels::Channels;
     use service_kit::{
-        limiter::{Limit, Metrics},
+        limiter::{Limit, LimiterMetrics},
         redis_topology::RedisTopology,
     };
 
@@ -174,7 +174,8 @@ mod tests {
         let opening = Opening { per_user: Limit::Off, per_address: Limit::Off, patience: Duration::ZERO };
         // Never used.
         let redis = RedisTopology::single("redis://localhost").unwrap();
-        let (limiter, _) = Limiter::new(redis, Channels::default(), opening.patience, Metrics::default());
+        let (limiter, _) =
+            Limiter::new(redis, Channels::default(), opening.patience, LimiterMetrics::default());
         StreamLimits::new(&admission, &opening, limiter)
     }
 

@@ -75,9 +75,9 @@ metrics! {
         pub desired_subscriptions: Gauge = "Channels that should be subscribed";
         pub actual_subscriptions: Gauge = "Channels whose subscription Redis has confirmed";
         pub public_keys: Gauge = "Public keys of api that tokens are verified with";
-        pub http: server::Metrics;
-        pub limits: limiter::Metrics;
-        pub traces: traces::Metrics;
+        pub http: server::ServerMetrics;
+        pub limits: limiter::LimiterMetrics;
+        pub traces: traces::TraceMetrics;
     }
 }
 

@@ -133,7 +133,7 @@ labels!(Limited { rule, by });
 labels!(Reason { reason });
 
 metrics! {
-    pub struct Metrics {
+    pub struct LimiterMetrics {
         rate_limited: Family<Limited, Counter> = "Requests rejected by a rate limit, by rule and by whom it counts";
         rate_limit_local_decisions: Family<Reason, Counter> =
             "Rate limit decisions of this process alone, by why Redis was not used";
@@ -150,7 +150,7 @@ pub struct Limiter {
     clock: DefaultClock,
     channels: Channels,
     replicas: Arc<Replicas>,
-    metrics: Metrics,
+    metrics: LimiterMetrics,
 }
 
 impl Limiter {
@@ -159,7 +159,7 @@ impl Limiter {
         topology: RedisTopology,
         channels: Channels,
         timeout: Duration,
-        metrics: Metrics,
+        metrics: LimiterMetrics,
     ) -> (Self, LimiterTask) {
         let (replicas, worker) = replicas::new(topology, channels.clone(), timeout, metrics.clone());
         let limiter = Self {

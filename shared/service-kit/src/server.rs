@@ -47,7 +47,7 @@ use self::{
 };
 pub use self::{
     body::RequestBody,
-    metrics::{ListenerMetrics, Metrics},
+    metrics::{ListenerMetrics, ServerMetrics},
 };
 use crate::{
     client_address::TrustedProxies,

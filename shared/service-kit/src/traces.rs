@@ -43,14 +43,14 @@ pub const LAST_SPANS: Duration = Duration::from_secs(1);
 labels!(DroppedSpans { reason });
 
 metrics! {
-    pub struct Metrics {
+    pub struct TraceMetrics {
         exported_spans: Counter = "Spans that the collector accepted";
         dropped_spans: Family<DroppedSpans, Counter> =
             "Spans that the collector did not get: the queue was full, it was unreachable, or it rejected them";
     }
 }
 
-impl Metrics {
+impl TraceMetrics {
     fn drop(&self, spans: u64, reason: &'static str) {
         self.dropped_spans.get_or_create(&DroppedSpans { reason }).inc_by(spans);
     }
@@ -74,7 +74,7 @@ pub fn start(
     settings: Option<TraceSettings>,
     name: &'static str,
     version: &'static str,
-    metrics: Metrics,
+    metrics: TraceMetrics,
 ) -> std::io::Result<(Tracer, Exporter)> {
     let Some(settings) = settings else { return Ok((Tracer::default(), Exporter::idle())) };
     let (queue, ended) = mpsc::channel(QUEUE);
@@ -212,11 +212,11 @@ mod tests {
 
     const GIVEN: &str = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01";
 
-    fn metrics() -> Metrics {
-        Metrics::default()
+    fn metrics() -> TraceMetrics {
+        TraceMetrics::default()
     }
 
-    fn tracer(ratio: f64, per_second: u32, queue: usize) -> (Tracer, mpsc::Receiver<SpanData>, Metrics) {
+    fn tracer(ratio: f64, per_second: u32, queue: usize) -> (Tracer, mpsc::Receiver<SpanData>, TraceMetrics) {
         let (queue, ended) = mpsc::channel(queue);
         let metrics = metrics();
         let per_second = NonZeroU32::new(per_second).unwrap();

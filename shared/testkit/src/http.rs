@@ -11,7 +11,7 @@ use hyper_util::{
 };
 use serde::Serialize;
 use serde_json::Value;
-use service_kit::server::{self, Limits, Metrics};
+use service_kit::server::{self, Limits, ServerMetrics};
 use tokio_util::sync::{CancellationToken, DropGuard};
 use warp::filters::BoxedFilter;
 
@@ -43,7 +43,7 @@ pub fn serve<R: warp::Reply + 'static>(routes: BoxedFilter<(R,)>) -> (SocketAddr
     let address = listener.local_addr().expect("it is bound");
     let stop = CancellationToken::new();
     let limits = Limits { stop: Duration::ZERO, ..Limits::default() };
-    let metrics = Metrics::default().listener("test");
+    let metrics = ServerMetrics::default().listener("test");
     tokio::spawn(server::serve(listener, warp::service(routes), limits, metrics, stop.clone()));
     (address, stop.drop_guard())
 }

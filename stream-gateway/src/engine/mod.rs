@@ -399,7 +399,7 @@ mod tests {
             metrics.clone(),
         );
         let topology = RedisTopology::single("redis://localhost").unwrap();
-        let of_limiter = limiter::Metrics::default();
+        let of_limiter = limiter::LimiterMetrics::default();
         let (limiter, _task) = Limiter::new(topology, Channels::default(), second, of_limiter);
         let admission = Admission { streams: 1, streams_per_address: 0, rate: 1, max_age: second };
         let opening = Opening { per_user: Limit::Off, per_address: Limit::Off, patience: second };

@@ -2,20 +2,20 @@
 
 use std::{cmp::Ordering, collections::BTreeSet, mem};
 
-use crate::rules::{Rule, Rules};
+use crate::rules::{ProtocolRule, ProtocolRules};
 
 /// A point in the feed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct Position {
+pub struct ModelPosition {
     pub epoch: u8,
     pub seq: u8,
 }
 
 /// What the gateway writes to the client, at the moment at which the client reads it.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
-pub enum Block {
-    Event { at: Position, session_confirmed: bool },
-    Resync(Position),
+pub enum ModelBlock {
+    Event { at: ModelPosition, session_confirmed: bool },
+    Resync(ModelPosition),
     Goodbye,
 }
 
@@ -28,8 +28,8 @@ pub enum Subscription {
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
-pub struct Stream {
-    pub cursor: Position,
+pub struct ModelStream {
+    pub cursor: ModelPosition,
     /// Events are written from the cursor on.
     joined: bool,
     session: Session,
@@ -71,14 +71,14 @@ pub struct Request {
     pub after: Option<u8>,
     for_stream: ForStream,
     /// The sequencer's position at the time of the request.
-    requested_at: Option<Position>,
-    pub answer: Option<Answer>,
+    requested_at: Option<ModelPosition>,
+    pub answer: Option<ModelAnswer>,
 }
 
 /// One snapshot of Postgres.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct Answer {
-    pub head: Position,
+pub struct ModelAnswer {
+    pub head: ModelPosition,
     /// The events after [`Request::after`] that the feed still has.
     pub rows: Vec<u8>,
     pub session_ended: bool,
@@ -86,12 +86,12 @@ pub struct Answer {
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Default)]
 pub struct Gateway {
-    pub rules: Rules,
+    pub rules: ProtocolRules,
     pub subscription: Subscription,
     pub degraded: bool,
-    pub stream: Option<Stream>,
+    pub stream: Option<ModelStream>,
     /// Everything up to here was delivered. `None` until Postgres first answered.
-    position: Option<Position>,
+    position: Option<ModelPosition>,
     /// Events beyond a gap, in the position's epoch.
     buffered: BTreeSet<u8>,
     /// The feed is said to reach this far.
@@ -101,17 +101,17 @@ pub struct Gateway {
     /// Sorted, because their order means nothing: any of them may be answered next.
     pub requests: Vec<Request>,
     /// Written in this step.
-    pub written: Vec<Block>,
+    pub written: Vec<ModelBlock>,
 }
 
 impl Gateway {
-    pub fn new(rules: Rules) -> Self {
+    pub fn new(rules: ProtocolRules) -> Self {
         Self { rules, ..Self::default() }
     }
 
-    pub fn open_stream(&mut self, cursor: Position) {
+    pub fn open_stream(&mut self, cursor: ModelPosition) {
         self.stream =
-            Some(Stream { cursor, joined: false, session: Session::Unknown, range_requested: false });
+            Some(ModelStream { cursor, joined: false, session: Session::Unknown, range_requested: false });
         if !self.has_user() {
             self.subscription = Subscription::Requested;
         }
@@ -140,7 +140,7 @@ impl Gateway {
     pub fn on_session_ended(&mut self) {
         if self.stream.is_some() {
             self.close_stream();
-            self.written.push(Block::Goodbye);
+            self.written.push(ModelBlock::Goodbye);
         }
     }
 
@@ -157,7 +157,11 @@ impl Gateway {
     pub fn on_subscribed(&mut self) {
         self.subscription = Subscription::Confirmed;
         let reconnected = mem::take(&mut self.degraded);
-        let request = if reconnected { Rule::RequestAfterReconnect } else { Rule::SubscribeBeforeRequest };
+        let request = if reconnected {
+            ProtocolRule::RequestAfterReconnect
+        } else {
+            ProtocolRule::SubscribeBeforeRequest
+        };
         if self.rules.keep(request) {
             if self.position.is_some() {
                 self.request(Purpose::Head, None, ForStream::None);
@@ -169,7 +173,7 @@ impl Gateway {
     }
 
     /// An event came from Redis.
-    pub fn on_event(&mut self, at: Position) {
+    pub fn on_event(&mut self, at: ModelPosition) {
         if let Some(stream) = &mut self.stream
             && stream.may_join(self.rules)
             && follows(stream.cursor, at, self.rules)
@@ -181,7 +185,7 @@ impl Gateway {
         match self.position {
             None => self.must_check = true,
             Some(position) if at.epoch != position.epoch => {
-                self.must_check |= self.rules.keep(Rule::CheckOtherEpoch);
+                self.must_check |= self.rules.keep(ProtocolRule::CheckOtherEpoch);
             }
             Some(position) if follows(position, at, self.rules) => {
                 self.deliver(at);
@@ -197,17 +201,17 @@ impl Gateway {
     }
 
     pub fn reconcile(&mut self) {
-        let with_session = self.stream.is_some() && self.rules.keep(Rule::ReconcileSessions);
+        let with_session = self.stream.is_some() && self.rules.keep(ProtocolRule::ReconcileSessions);
         let for_stream = if with_session { ForStream::Current } else { ForStream::None };
         self.request(Purpose::Reconcile, None, for_stream);
     }
 
-    pub fn on_answer(&mut self, request: &Request, answer: &Answer) {
+    pub fn on_answer(&mut self, request: &Request, answer: &ModelAnswer) {
         match request.purpose {
             Purpose::Head | Purpose::Reconcile => {
                 if request.for_stream != ForStream::None {
                     let is_later = request.for_stream == ForStream::Current
-                        || !self.rules.keep(Rule::ConfirmByLaterAnswer);
+                        || !self.rules.keep(ProtocolRule::ConfirmByLaterAnswer);
                     match &mut self.stream {
                         Some(_) if answer.session_ended => self.on_session_ended(),
                         Some(stream) if is_later => stream.session = Session::Confirmed,
@@ -229,7 +233,7 @@ impl Gateway {
     }
 
     /// The sequencer learns from any answer. `after`: of its own request.
-    fn observe(&mut self, requested_at: Option<Position>, after: Option<u8>, answer: &Answer) {
+    fn observe(&mut self, requested_at: Option<ModelPosition>, after: Option<u8>, answer: &ModelAnswer) {
         let head = answer.head;
         let Some(position) = self.position else {
             self.position = Some(head);
@@ -237,26 +241,27 @@ impl Gateway {
         };
         if head.epoch != position.epoch {
             let is_newer = requested_at.is_some_and(|at| at.epoch == position.epoch);
-            if is_newer || !self.rules.keep(Rule::CompareEpochAtRequest) {
+            if is_newer || !self.rules.keep(ProtocolRule::CompareEpochAtRequest) {
                 return self.resync(head);
             }
             self.must_check = true; // One of the two is outdated; a new request shows which.
             return;
         }
-        let compared = if self.rules.keep(Rule::CompareHeadAtRequest) { requested_at } else { self.position };
+        let compared =
+            if self.rules.keep(ProtocolRule::CompareHeadAtRequest) { requested_at } else { self.position };
         if compared.is_some_and(|at| at.epoch == head.epoch && head.seq < at.seq) {
             return self.resync(head);
         }
         let first = answer.rows.first().map_or(head.seq + 1, |seq| *seq);
         if after == Some(position.seq) && first > position.seq + 1 {
-            if self.rules.keep(Rule::RangeFollowsCursor) {
+            if self.rules.keep(ProtocolRule::RangeFollowsCursor) {
                 return self.resync(head);
             }
-            self.position = Some(Position { seq: first - 1, ..position });
+            self.position = Some(ModelPosition { seq: first - 1, ..position });
         }
         for &seq in &answer.rows {
             if self.position.is_some_and(|position| position.seq + 1 == seq) {
-                self.deliver(Position { epoch: head.epoch, seq });
+                self.deliver(ModelPosition { epoch: head.epoch, seq });
             }
         }
         self.deliver_buffered();
@@ -264,17 +269,17 @@ impl Gateway {
     }
 
     /// The answer to a stream's own request.
-    fn replay(&mut self, request: &Request, answer: &Answer) {
+    fn replay(&mut self, request: &Request, answer: &ModelAnswer) {
         let is_later = request.for_stream == ForStream::Current;
         let Some(stream) = &mut self.stream else { return };
         if is_later {
             stream.range_requested = false;
-        } else if self.rules.keep(Rule::JudgeByLaterAnswer) {
+        } else if self.rules.keep(ProtocolRule::JudgeByLaterAnswer) {
             return;
         }
         let judged = match request.after {
-            Some(after) if self.rules.keep(Rule::JudgeByLaterAnswer) => {
-                Position { seq: after, ..stream.cursor }
+            Some(after) if self.rules.keep(ProtocolRule::JudgeByLaterAnswer) => {
+                ModelPosition { seq: after, ..stream.cursor }
             }
             _ => stream.cursor,
         };
@@ -285,20 +290,20 @@ impl Gateway {
         }
         let first = answer.rows.first().map_or(head.seq + 1, |seq| *seq);
         if first > stream.cursor.seq + 1 {
-            if self.rules.keep(Rule::RangeFollowsCursor) {
+            if self.rules.keep(ProtocolRule::RangeFollowsCursor) {
                 return self.resync_stream();
             }
             stream.cursor.seq = first - 1;
         }
         for &seq in &answer.rows {
             if self.stream.as_ref().is_some_and(|stream| stream.cursor.seq + 1 == seq) {
-                self.write(Position { epoch: head.epoch, seq });
+                self.write(ModelPosition { epoch: head.epoch, seq });
             }
         }
     }
 
     /// The position jumps to this head. Streams that cannot follow from their cursor either must reload.
-    fn resync(&mut self, head: Position) {
+    fn resync(&mut self, head: ModelPosition) {
         let before = self.position.replace(head);
         if before.is_some_and(|before| before.epoch != head.epoch) {
             self.buffered.clear();
@@ -306,7 +311,7 @@ impl Gateway {
         }
         let is_lost = self.stream.as_ref().is_some_and(|stream| {
             let is_ahead = stream.cursor.epoch == head.epoch && Some(stream.cursor) > before;
-            stream.joined && !(is_ahead && self.rules.keep(Rule::ResyncOnlyLostStreams))
+            stream.joined && !(is_ahead && self.rules.keep(ProtocolRule::ResyncOnlyLostStreams))
         });
         if is_lost {
             self.resync_stream();
@@ -316,15 +321,15 @@ impl Gateway {
 
     fn resync_stream(&mut self) {
         let (Some(stream), Some(head)) = (&mut self.stream, self.position) else { return };
-        if self.rules.keep(Rule::ResyncMovesCursor) {
+        if self.rules.keep(ProtocolRule::ResyncMovesCursor) {
             stream.cursor = head;
         }
         stream.range_requested = false;
-        self.written.push(Block::Resync(head));
+        self.written.push(ModelBlock::Resync(head));
         self.disown(|request| request.purpose == Purpose::Replay);
     }
 
-    fn deliver(&mut self, at: Position) {
+    fn deliver(&mut self, at: ModelPosition) {
         self.position = Some(at);
         if self.stream.as_ref().is_some_and(|stream| stream.joined && follows(stream.cursor, at, self.rules))
         {
@@ -338,22 +343,22 @@ impl Gateway {
         {
             self.buffered.pop_first();
             if seq == position.seq + 1 {
-                self.deliver(Position { seq, ..position });
+                self.deliver(ModelPosition { seq, ..position });
             }
         }
     }
 
-    fn write(&mut self, at: Position) {
+    fn write(&mut self, at: ModelPosition) {
         let Some(stream) = &mut self.stream else { return };
         stream.cursor = at;
-        self.written.push(Block::Event { at, session_confirmed: stream.session == Session::Confirmed });
+        self.written.push(ModelBlock::Event { at, session_confirmed: stream.session == Session::Confirmed });
     }
 
     /// Requests what is needed, without a wait: other steps may come before the answer anyway.
     fn send_requests(&mut self) {
         let may_request = self.subscription == Subscription::Confirmed
             || self.degraded
-            || !self.rules.keep(Rule::SubscribeBeforeRequest);
+            || !self.rules.keep(ProtocolRule::SubscribeBeforeRequest);
         let position = self.position;
         if let Some(stream) = &mut self.stream
             && stream.session == Session::Unknown
@@ -370,7 +375,7 @@ impl Gateway {
                 if position.epoch == cursor.epoch {
                     position.seq > cursor.seq
                 } else {
-                    is_certain && self.rules.keep(Rule::JudgeOtherEpochAgain)
+                    is_certain && self.rules.keep(ProtocolRule::JudgeOtherEpochAgain)
                 }
             });
             if !stream.range_requested && (joins || stream.joined && is_behind) {
@@ -379,7 +384,7 @@ impl Gateway {
             }
         }
         let gap = position.is_some_and(|position| self.target > position.seq);
-        if !self.gap_requested && (self.must_check || gap && self.rules.keep(Rule::RequestGap)) {
+        if !self.gap_requested && (self.must_check || gap && self.rules.keep(ProtocolRule::RequestGap)) {
             self.gap_requested = true;
             self.must_check = false;
             self.request(Purpose::Gap, position.map(|position| position.seq), ForStream::None);
@@ -402,18 +407,18 @@ impl Gateway {
     }
 }
 
-impl Stream {
-    fn may_join(&self, rules: Rules) -> bool {
-        self.session == Session::Confirmed || !rules.keep(Rule::ConfirmSessionFirst)
+impl ModelStream {
+    fn may_join(&self, rules: ProtocolRules) -> bool {
+        self.session == Session::Confirmed || !rules.keep(ProtocolRule::ConfirmSessionFirst)
     }
 }
 
 /// Whether the event is the next one after the position.
-fn follows(position: Position, at: Position, rules: Rules) -> bool {
+fn follows(position: ModelPosition, at: ModelPosition, rules: ProtocolRules) -> bool {
     at.epoch == position.epoch
         && match at.seq.cmp(&(position.seq + 1)) {
-            Ordering::Less => !rules.keep(Rule::DropOldEvents),
+            Ordering::Less => !rules.keep(ProtocolRule::DropOldEvents),
             Ordering::Equal => true,
-            Ordering::Greater => !rules.keep(Rule::BufferBeyondGap),
+            Ordering::Greater => !rules.keep(ProtocolRule::BufferBeyondGap),
         }
 }

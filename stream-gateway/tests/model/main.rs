@@ -28,9 +28,9 @@ use std::{
 };
 
 use gateway::Subscription;
-use rules::{Rule, Rules};
+use rules::{ProtocolRule, ProtocolRules};
 use stateright::{Checker, HasDiscoveries, Model, Property};
-use system::{Action, State, Violation};
+use system::{ModelAction, ModelState, Violation};
 
 const IN_ORDER: &str = "each event once and in order";
 const CONFIRMED: &str = "no event without a confirmed session";
@@ -40,8 +40,8 @@ const WHOLE: &str = "in the end the client is at the head";
 
 /// The bounds of one exploration.
 #[derive(Debug, Clone, Copy)]
-struct Delivery {
-    rules: Rules,
+struct DeliveryModel {
+    rules: ProtocolRules,
     events: u8,
     /// How many faults of different kinds may happen, in any combination.
     faults: usize,
@@ -50,32 +50,32 @@ struct Delivery {
 }
 
 /// All together: 617,000 states, 8 s of CPU.
-const BOUNDS: [Delivery; 3] = [
-    Delivery { rules: Rules::ALL, events: 2, faults: 1, reconcile_any_time: false },
-    Delivery { rules: Rules::ALL, events: 1, faults: 2, reconcile_any_time: false },
-    Delivery { rules: Rules::ALL, events: 2, faults: 0, reconcile_any_time: true },
+const BOUNDS: [DeliveryModel; 3] = [
+    DeliveryModel { rules: ProtocolRules::ALL, events: 2, faults: 1, reconcile_any_time: false },
+    DeliveryModel { rules: ProtocolRules::ALL, events: 1, faults: 2, reconcile_any_time: false },
+    DeliveryModel { rules: ProtocolRules::ALL, events: 2, faults: 0, reconcile_any_time: true },
 ];
 
-impl Model for Delivery {
-    type State = State;
-    type Action = Action;
+impl Model for DeliveryModel {
+    type State = ModelState;
+    type Action = ModelAction;
 
-    fn init_states(&self) -> Vec<State> {
-        vec![State::new(self.rules)]
+    fn init_states(&self) -> Vec<ModelState> {
+        vec![ModelState::new(self.rules)]
     }
 
-    fn actions(&self, state: &State, actions: &mut Vec<Action>) {
+    fn actions(&self, state: &ModelState, actions: &mut Vec<ModelAction>) {
         if state.violation.is_some() {
             return;
         }
         state.steps(actions);
         if (actions.is_empty() || self.reconcile_any_time) && state.is_reconcile_due() {
-            actions.push(Action::Reconcile);
+            actions.push(ModelAction::Reconcile);
         }
         state.choices(self.events, self.faults, actions);
     }
 
-    fn next_state(&self, state: &State, action: Action) -> Option<State> {
+    fn next_state(&self, state: &ModelState, action: ModelAction) -> Option<ModelState> {
         let mut next = state.clone();
         next.apply(action);
         Some(next)
@@ -83,16 +83,18 @@ impl Model for Delivery {
 
     fn properties(&self) -> Vec<Property<Self>> {
         vec![
-            Property::always(IN_ORDER, |_, state: &State| state.violation != Some(Violation::Order)),
-            Property::always(CONFIRMED, |_, state: &State| state.violation != Some(Violation::Session)),
-            Property::always(NEEDED, |_, state: &State| state.violation != Some(Violation::NeedlessResync)),
-            Property::always(PROMPT, |_, state: &State| {
+            Property::always(IN_ORDER, |_, state: &ModelState| state.violation != Some(Violation::Order)),
+            Property::always(CONFIRMED, |_, state: &ModelState| state.violation != Some(Violation::Session)),
+            Property::always(NEEDED, |_, state: &ModelState| {
+                state.violation != Some(Violation::NeedlessResync)
+            }),
+            Property::always(PROMPT, |_, state: &ModelState| {
                 let applies = state.head_published
                     && !state.feed.session_ended
                     && state.gateway.subscription == Subscription::Confirmed;
                 !applies || !has_no_steps(state) || state.is_whole()
             }),
-            Property::always(WHOLE, |_, state: &State| {
+            Property::always(WHOLE, |_, state: &ModelState| {
                 !has_no_steps(state) || state.is_reconcile_due() || state.is_whole()
             }),
         ]
@@ -100,7 +102,7 @@ impl Model for Delivery {
 }
 
 /// Only a reconcile or a choice can change this state.
-fn has_no_steps(state: &State) -> bool {
+fn has_no_steps(state: &ModelState) -> bool {
     let mut steps = vec![];
     state.steps(&mut steps);
     steps.is_empty() && state.violation.is_none()
@@ -124,8 +126,8 @@ fn every_schedule_ends() {
     let hasher = RandomState::new();
     // Whether all that follows a state has been visited.
     let mut visited = HashMap::new();
-    let mut path: Vec<(u64, Vec<State>)> = vec![];
-    let mut next = Some(State::new(model.rules));
+    let mut path: Vec<(u64, Vec<ModelState>)> = vec![];
+    let mut next = Some(ModelState::new(model.rules));
     loop {
         if let Some(state) = next {
             let key = hasher.hash_one(&state);
@@ -151,32 +153,32 @@ fn every_schedule_ends() {
 #[test]
 fn no_rule_can_be_removed() {
     let rules = [
-        (Rule::NumberUnderLock, NEEDED),
-        (Rule::CommitBeforePublish, IN_ORDER),
-        (Rule::OneSnapshot, NEEDED),
-        (Rule::SubscribeBeforeRequest, PROMPT),
-        (Rule::RequestAfterReconnect, PROMPT),
-        (Rule::ConfirmSessionFirst, CONFIRMED),
-        (Rule::ConfirmByLaterAnswer, CONFIRMED),
-        (Rule::JudgeByLaterAnswer, NEEDED),
-        (Rule::DropOldEvents, IN_ORDER),
-        (Rule::BufferBeyondGap, IN_ORDER),
-        (Rule::RequestGap, PROMPT),
-        (Rule::CheckOtherEpoch, PROMPT),
-        (Rule::CompareHeadAtRequest, NEEDED),
-        (Rule::CompareEpochAtRequest, NEEDED),
-        (Rule::RangeFollowsCursor, IN_ORDER),
-        (Rule::ResyncMovesCursor, NEEDED),
-        (Rule::ResyncOnlyLostStreams, NEEDED),
-        (Rule::JudgeOtherEpochAgain, WHOLE),
-        (Rule::RepeatRequests, WHOLE),
-        (Rule::Reconcile, WHOLE),
-        (Rule::ReconcileSessions, WHOLE),
-        (Rule::ReconnectWithCursor, IN_ORDER),
+        (ProtocolRule::NumberUnderLock, NEEDED),
+        (ProtocolRule::CommitBeforePublish, IN_ORDER),
+        (ProtocolRule::OneSnapshot, NEEDED),
+        (ProtocolRule::SubscribeBeforeRequest, PROMPT),
+        (ProtocolRule::RequestAfterReconnect, PROMPT),
+        (ProtocolRule::ConfirmSessionFirst, CONFIRMED),
+        (ProtocolRule::ConfirmByLaterAnswer, CONFIRMED),
+        (ProtocolRule::JudgeByLaterAnswer, NEEDED),
+        (ProtocolRule::DropOldEvents, IN_ORDER),
+        (ProtocolRule::BufferBeyondGap, IN_ORDER),
+        (ProtocolRule::RequestGap, PROMPT),
+        (ProtocolRule::CheckOtherEpoch, PROMPT),
+        (ProtocolRule::CompareHeadAtRequest, NEEDED),
+        (ProtocolRule::CompareEpochAtRequest, NEEDED),
+        (ProtocolRule::RangeFollowsCursor, IN_ORDER),
+        (ProtocolRule::ResyncMovesCursor, NEEDED),
+        (ProtocolRule::ResyncOnlyLostStreams, NEEDED),
+        (ProtocolRule::JudgeOtherEpochAgain, WHOLE),
+        (ProtocolRule::RepeatRequests, WHOLE),
+        (ProtocolRule::Reconcile, WHOLE),
+        (ProtocolRule::ReconcileSessions, WHOLE),
+        (ProtocolRule::ReconnectWithCursor, IN_ORDER),
     ];
     for (rule, property) in rules {
         let counterexample = BOUNDS.iter().find_map(|bounds| {
-            let model = Delivery { rules: Rules { removed: Some(rule) }, ..*bounds };
+            let model = DeliveryModel { rules: ProtocolRules { removed: Some(rule) }, ..*bounds };
             let until = HasDiscoveries::AnyOf(BTreeSet::from([property]));
             model.checker().finish_when(until).spawn_bfs().join().discovery(property)
         });

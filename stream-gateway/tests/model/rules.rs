@@ -1,7 +1,7 @@
 //! The rules that keep the promise.
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum Rule {
+pub enum ProtocolRule {
     /// api: a number is assigned under the lock of the head row, so commit order is number order.
     NumberUnderLock,
     /// api: an event is published after its commit.
@@ -50,14 +50,14 @@ pub enum Rule {
 
 /// All rules, or all but one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
-pub struct Rules {
-    pub removed: Option<Rule>,
+pub struct ProtocolRules {
+    pub removed: Option<ProtocolRule>,
 }
 
-impl Rules {
+impl ProtocolRules {
     pub const ALL: Self = Self { removed: None };
 
-    pub fn keep(self, rule: Rule) -> bool {
+    pub fn keep(self, rule: ProtocolRule) -> bool {
         self.removed != Some(rule)
     }
 }

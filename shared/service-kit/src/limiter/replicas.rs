@@ -24,7 +24,7 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
-use super::{Metrics, Reason};
+use super::{LimiterMetrics, Reason};
 use crate::{
     backoff::Backoff,
     redis_topology::{Node, RedisTopology, SlotMap, redirect_target},
@@ -70,7 +70,7 @@ pub(super) struct Replicas {
     permits: Semaphore,
     pub(super) wanted: AtomicBool,
     timeout: Duration,
-    metrics: Metrics,
+    metrics: LimiterMetrics,
 }
 
 #[derive(Clone)]
@@ -93,7 +93,7 @@ pub(super) fn new(
     topology: RedisTopology,
     channels: Channels,
     timeout: Duration,
-    metrics: Metrics,
+    metrics: LimiterMetrics,
 ) -> (Arc<Replicas>, LimiterTask) {
     let replicas = Arc::new(Replicas {
         connection: watch::Sender::default(),

@@ -14,7 +14,7 @@ const BOB: Subject<'_> = Subject::User(UserId(2));
 
 struct Replica {
     limiter: Limiter,
-    metrics: Metrics,
+    metrics: LimiterMetrics,
     stop: CancellationToken,
 }
 
@@ -26,7 +26,7 @@ impl Drop for Replica {
 
 impl Replica {
     fn start(redis: &Redis, patience: Duration) -> Self {
-        let metrics = Metrics::default();
+        let metrics = LimiterMetrics::default();
         let topology = RedisTopology::single(redis.url()).expect("the URL is good");
         let (limiter, worker) = Limiter::new(topology, Channels::new("t:"), patience, metrics.clone());
         limiter.rule("any", Limit::new(1, HOUR));
@@ -112,7 +112,7 @@ async fn the_longest_wait_of_several_rules_is_returned() {
 /// Otherwise an alert would never end.
 #[tokio::test]
 async fn limits_that_are_off_count_as_shared() {
-    let metrics = Metrics::default();
+    let metrics = LimiterMetrics::default();
     let nowhere = RedisTopology::single("redis://127.0.0.1:1").unwrap();
     let (limiter, worker) = Limiter::new(nowhere, Channels::new("t:"), LONG, metrics.clone());
     let _off = limiter.rule("any", Limit::Off);

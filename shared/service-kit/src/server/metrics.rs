@@ -8,7 +8,7 @@ labels!(ListenerLabels { listener });
 labels!(ClosedLabels { listener, reason });
 
 metrics! {
-    pub struct Metrics {
+    pub struct ServerMetrics {
         http_connections: Family<ListenerLabels, Gauge> = "HTTP connections open, without streams";
         http_connections_closed: Family<ClosedLabels, Counter> = "HTTP connections that the server closed, by reason";
         http_malformed_requests: Family<ClosedLabels, Counter> =
@@ -17,7 +17,7 @@ metrics! {
     }
 }
 
-impl Metrics {
+impl ServerMetrics {
     pub fn listener(&self, name: &'static str) -> ListenerMetrics {
         // So that a first panic is an increase.
         self.http_handler_panics.get_or_create(&ListenerLabels { listener: name }).inc_by(0);
@@ -27,7 +27,7 @@ impl Metrics {
 
 #[derive(Clone)]
 pub struct ListenerMetrics {
-    metrics: Metrics,
+    metrics: ServerMetrics,
     pub(super) name: &'static str,
 }
 

@@ -109,7 +109,7 @@ fn start_with(limits: Limits) -> Running {
     let address = listener.local_addr().unwrap();
     let stop = CancellationToken::new();
     let mut registry = Registry::default();
-    let metrics = Metrics::register(&mut registry).listener("test");
+    let metrics = ServerMetrics::register(&mut registry).listener("test");
     let done = tokio::spawn(serve(listener, warp::service(routes), limits, metrics, stop.clone()));
     Running { address, stop, done, asked, slow: slow_called, release, registry }
 }

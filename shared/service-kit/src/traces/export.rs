@@ -28,7 +28,7 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
-use super::{Metrics, TraceSettings};
+use super::{TraceMetrics, TraceSettings};
 use crate::outbound::Outbound;
 
 /// Limits one batch, from connecting to the end of the answer.
@@ -45,7 +45,7 @@ struct Sending {
     queue: mpsc::Receiver<SpanData>,
     exporter: SpanExporter,
     rejected: Arc<AtomicI64>,
-    metrics: Metrics,
+    metrics: TraceMetrics,
     logged_at: Option<Instant>,
     unlogged: u64,
 }
@@ -82,7 +82,7 @@ impl Exporter {
         settings: TraceSettings,
         name: &'static str,
         version: &'static str,
-        metrics: Metrics,
+        metrics: TraceMetrics,
     ) -> io::Result<Self> {
         let TraceSettings { endpoint, mut headers, ratio, per_second } = settings;
         headers.remove(header::CONTENT_TYPE);

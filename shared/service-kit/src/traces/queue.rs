@@ -9,11 +9,11 @@ use opentelemetry_sdk::{
 };
 use tokio::sync::mpsc::{self, error::TrySendError};
 
-use super::Metrics;
+use super::TraceMetrics;
 
 pub(super) struct QueueProcessor {
     pub(super) queue: mpsc::Sender<SpanData>,
-    pub(super) metrics: Metrics,
+    pub(super) metrics: TraceMetrics,
 }
 
 impl fmt::Debug for QueueProcessor {
