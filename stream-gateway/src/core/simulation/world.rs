@@ -624,7 +624,9 @@ impl SimulatedWorld {
             }
             for number in 0..8 {
                 self.confirm(number);
+                self.carry_out()?;
                 self.deliver(0);
+                self.carry_out()?;
                 self.serve(0);
                 self.arrive(0);
                 self.carry_out()?;
