@@ -562,8 +562,8 @@ impl SimulatedWorld {
             if open.room == usize::MAX && !open.broken && silent > 16_500 + LATE {
                 return Err("a heartbeat is missing".into());
             }
-            // A heartbeat may come before the socket is known to take nothing.
-            if silent > 16_500 + 20_000 + LATE {
+            // A heartbeat finds out that the socket takes nothing. A goodbye before the deadline has its own time.
+            if silent > 16_500 + 20_000 + GOODBYE_WITHIN + LATE {
                 return Err("a stream without progress is not cut".into());
             }
             if self.now > open.ends_at + GOODBYE_WITHIN + LATE {
