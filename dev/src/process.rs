@@ -181,7 +181,7 @@ impl Child {
     }
 }
 
-/// Shows each line, and what is too long for one in parts.
+/// Shows each line, a very long one in parts.
 async fn follow(pipe: impl AsyncRead + Unpin, mut show: impl FnMut(&str)) {
     let (mut pipe, mut line) = (BufReader::new(pipe), Vec::new());
     while let Ok(1..) = (&mut pipe).take(LONGEST_LINE).read_until(b'\n', &mut line).await {

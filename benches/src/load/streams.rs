@@ -1,5 +1,5 @@
 //! The process that holds streams: one thread, one epoll, no more work per event than to read it and keep its ledger, so that
-//! ten thousand of them leave the machine to what is measured. Commands come by standard input.
+//! ten thousand of them leave the machine to the services. Commands come by standard input.
 
 use std::{
     cmp::Reverse,

@@ -32,12 +32,12 @@ pub struct ModelStream {
     pub cursor: ModelPosition,
     /// Events are written from the cursor on.
     joined: bool,
-    session: Session,
+    session: ModelSession,
     range_requested: bool,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-enum Session {
+enum ModelSession {
     Unknown,
     Requested,
     Confirmed,
@@ -110,8 +110,12 @@ impl Gateway {
     }
 
     pub fn open_stream(&mut self, cursor: ModelPosition) {
-        self.stream =
-            Some(ModelStream { cursor, joined: false, session: Session::Unknown, range_requested: false });
+        self.stream = Some(ModelStream {
+            cursor,
+            joined: false,
+            session: ModelSession::Unknown,
+            range_requested: false,
+        });
         if !self.has_user() {
             self.subscription = Subscription::Requested;
         }
@@ -165,7 +169,7 @@ impl Gateway {
         if self.rules.keep(request) {
             if self.position.is_some() {
                 self.request(Purpose::Head, None, ForStream::None);
-            } else if self.stream.as_ref().is_some_and(|stream| stream.session != Session::Unknown) {
+            } else if self.stream.as_ref().is_some_and(|stream| stream.session != ModelSession::Unknown) {
                 self.must_check = true;
             }
         }
@@ -214,7 +218,7 @@ impl Gateway {
                         || !self.rules.keep(ProtocolRule::ConfirmByLaterAnswer);
                     match &mut self.stream {
                         Some(_) if answer.session_ended => self.on_session_ended(),
-                        Some(stream) if is_later => stream.session = Session::Confirmed,
+                        Some(stream) if is_later => stream.session = ModelSession::Confirmed,
                         _ => {}
                     }
                 }
@@ -351,7 +355,8 @@ impl Gateway {
     fn write(&mut self, at: ModelPosition) {
         let Some(stream) = &mut self.stream else { return };
         stream.cursor = at;
-        self.written.push(ModelBlock::Event { at, session_confirmed: stream.session == Session::Confirmed });
+        self.written
+            .push(ModelBlock::Event { at, session_confirmed: stream.session == ModelSession::Confirmed });
     }
 
     /// Requests what is needed, without a wait: other steps may come before the answer anyway.
@@ -361,10 +366,10 @@ impl Gateway {
             || !self.rules.keep(ProtocolRule::SubscribeBeforeRequest);
         let position = self.position;
         if let Some(stream) = &mut self.stream
-            && stream.session == Session::Unknown
+            && stream.session == ModelSession::Unknown
             && (may_request || position.is_some())
         {
-            stream.session = Session::Requested;
+            stream.session = ModelSession::Requested;
             self.request(Purpose::Head, None, ForStream::Current);
         }
         if let Some(stream) = &mut self.stream {
@@ -409,7 +414,7 @@ impl Gateway {
 
 impl ModelStream {
     fn may_join(&self, rules: ProtocolRules) -> bool {
-        self.session == Session::Confirmed || !rules.keep(ProtocolRule::ConfirmSessionFirst)
+        self.session == ModelSession::Confirmed || !rules.keep(ProtocolRule::ConfirmSessionFirst)
     }
 }
 

@@ -330,7 +330,7 @@ fn a_cursor_is_judged_by_epoch_head_and_first_event() {
 
 /// One step of the model. Numbers select among the messages and events that exist.
 #[derive(Debug, Clone)]
-enum ModelAction {
+enum SequencerAction {
     /// An event commits, and is published or lost.
     Commit {
         published: bool,
@@ -360,8 +360,8 @@ enum ModelAction {
     },
 }
 
-fn action() -> impl Strategy<Value = ModelAction> {
-    use ModelAction::*;
+fn action() -> impl Strategy<Value = SequencerAction> {
+    use SequencerAction::*;
     prop_oneof![
         6 => any::<bool>().prop_map(|published| Commit { published }),
         6 => (any::<usize>(), any::<bool>()).prop_map(|(which, again)| Arrive { which, again }),
@@ -450,15 +450,15 @@ impl Model {
         FeedAnswer { requested_at, head: Some(self.head), events, after, more: all.len() > PAGE }
     }
 
-    fn run(&mut self, action: &ModelAction) {
+    fn run(&mut self, action: &SequencerAction) {
         match *action {
-            ModelAction::Commit { published } => {
+            SequencerAction::Commit { published } => {
                 self.head.seq += 1;
                 if published {
                     self.in_flight.push((self.head.epoch, self.head.seq));
                 }
             }
-            ModelAction::Arrive { which, again } => {
+            SequencerAction::Arrive { which, again } => {
                 if self.in_flight.is_empty() {
                     return;
                 }
@@ -471,31 +471,31 @@ impl Model {
                     sequencer.live(Position { epoch, seq }, (epoch, seq), now, steps);
                 });
             }
-            ModelAction::Pass { ms } => {
+            SequencerAction::Pass { ms } => {
                 self.now += ms;
                 self.act(Sequencer::tick);
             }
-            ModelAction::Serve => {
+            SequencerAction::Serve => {
                 if let (Some((requested_at, after)), None) = (self.request, &self.served) {
                     self.served = Some(self.answer(requested_at, after));
                 }
             }
-            ModelAction::Answered => {
+            SequencerAction::Answered => {
                 if let Some(answer) = self.served.take() {
                     self.request = None;
                     self.act(|sequencer, now, steps| sequencer.answer(answer, now, steps));
                 }
             }
-            ModelAction::Reconcile => self.reconcile = Some(self.answer(self.sequencer.position(), None)),
-            ModelAction::Reconciled => {
+            SequencerAction::Reconcile => self.reconcile = Some(self.answer(self.sequencer.position(), None)),
+            SequencerAction::Reconciled => {
                 if let Some(answer) = self.reconcile.take() {
                     self.act(|sequencer, now, steps| sequencer.observe(answer, now, steps));
                 }
             }
-            ModelAction::Prune { kept } => {
+            SequencerAction::Prune { kept } => {
                 self.first_kept = self.first_kept.max((self.head.seq + 1).saturating_sub(kept as Seq));
             }
-            ModelAction::Restore { back } => {
+            SequencerAction::Restore { back } => {
                 self.head = Position {
                     epoch: Epoch(self.head.epoch.0 + 1),
                     seq: self.head.seq.saturating_sub(back as Seq).max(1),
@@ -508,18 +508,18 @@ impl Model {
     /// Everything in flight arrives, requests are answered, and one reconcile runs.
     fn settle(&mut self) {
         while !self.in_flight.is_empty() {
-            self.run(&ModelAction::Arrive { which: 0, again: false });
+            self.run(&SequencerAction::Arrive { which: 0, again: false });
         }
-        self.run(&ModelAction::Reconciled);
-        self.run(&ModelAction::Serve);
-        self.run(&ModelAction::Answered);
-        for action in [ModelAction::Reconcile, ModelAction::Reconciled] {
+        self.run(&SequencerAction::Reconciled);
+        self.run(&SequencerAction::Serve);
+        self.run(&SequencerAction::Answered);
+        for action in [SequencerAction::Reconcile, SequencerAction::Reconciled] {
             self.run(&action);
         }
         for _ in 0..200 {
-            self.run(&ModelAction::Pass { ms: 5_000 });
-            self.run(&ModelAction::Serve);
-            self.run(&ModelAction::Answered);
+            self.run(&SequencerAction::Pass { ms: 5_000 });
+            self.run(&SequencerAction::Serve);
+            self.run(&SequencerAction::Answered);
         }
     }
 }
@@ -540,7 +540,7 @@ proptest! {
         prop_assert_eq!(model.sequencer.due(), None, "still uncertain: {:?}", model.sequencer);
         prop_assert!(model.sequencer.pending.is_none(), "an idle sequencer has nothing pending: {:?}", model.sequencer);
         let before = model.requests;
-        model.run(&ModelAction::Pass { ms: 60_000 });
+        model.run(&SequencerAction::Pass { ms: 60_000 });
         prop_assert_eq!(model.requests, before, "requests although nothing is open");
     }
 }
