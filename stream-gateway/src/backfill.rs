@@ -298,7 +298,7 @@ fn encode(
 ) -> (Vec<EncodedEvent>, bool) {
     let mut events = Vec::with_capacity(envelopes.len());
     for envelope in envelopes {
-        match EncodedEvent::receive(tracer, user, &envelope, path) {
+        match EncodedEvent::receive(tracer, user, &envelope.borrowed(), path) {
             Ok(event) => events.push(event),
             Err(error) => {
                 metrics.backfill_requests_failed.get_or_create(&Kind { kind: "encode" }).inc();

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use protocol::{event::Envelope, ids::UserId, position::Position};
+use protocol::{event::EnvelopeRef, ids::UserId, position::Position};
 use service_kit::traces::{TraceContext, Tracer};
 
 use crate::{
@@ -28,7 +28,7 @@ impl EncodedEvent {
     pub fn receive(
         tracer: &Tracer,
         user: UserId,
-        envelope: &Envelope,
+        envelope: &EnvelopeRef<'_>,
         path: DeliveryPath,
     ) -> Result<Self, InvalidEnvelope> {
         let frame = frame::encode(envelope)?;
@@ -36,7 +36,7 @@ impl EncodedEvent {
         tracing::debug!(
             user.id = %user,
             event.seq = envelope.seq,
-            request.id = envelope.request_id,
+            request.id = envelope.request_id.as_ref().map(|id| &*id.0),
             trace.id = trace.as_ref().and_then(|trace| trace.context()).map(TraceContext::trace_id),
             path = path.as_str(),
             "event received"

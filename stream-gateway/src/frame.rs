@@ -7,6 +7,7 @@
 //! line, so an id before its data would skip an event whose block is cut between the two.
 
 use std::{
+    borrow::Cow,
     fmt::Write as _,
     num::NonZeroU8,
     time::{Duration, SystemTime},
@@ -16,7 +17,7 @@ use bytes::Bytes;
 use chrono::{DateTime, Utc};
 use http::Version;
 use protocol::{
-    event::{self, Envelope, kind, rfc3339},
+    event::{self, EnvelopeRef, kind, rfc3339},
     position::Position,
 };
 use serde_json::json;
@@ -31,9 +32,15 @@ pub struct Chunk(Bytes);
 
 impl Chunk {
     pub fn new(text: &str) -> Self {
-        let mut chunk = String::with_capacity(text.len() + 16);
-        let _ = write!(chunk, "{:x}\r\n", text.len());
-        chunk.push_str(text);
+        Self::concat(&[text])
+    }
+
+    fn concat(parts: &[&str]) -> Self {
+        let length: usize = parts.iter().map(|part| part.len()).sum();
+        let digits = length.checked_ilog2().map_or(1, |log| log as usize / 4 + 1);
+        let mut chunk = String::with_capacity(digits + "\r\n".len() + length + "\r\n".len());
+        let _ = write!(chunk, "{length:x}\r\n");
+        parts.iter().for_each(|part| chunk.push_str(part));
         chunk.push_str("\r\n");
         Self(chunk.into())
     }
@@ -123,34 +130,41 @@ pub enum InvalidEnvelope {
     Name,
 }
 
-pub fn encode(envelope: &Envelope) -> Result<Chunk, InvalidEnvelope> {
+pub fn encode(envelope: &EnvelopeRef<'_>) -> Result<Chunk, InvalidEnvelope> {
     if envelope.v != event::VERSION {
         return Err(InvalidEnvelope::Version(envelope.v));
     }
-    let name = envelope.event.as_str();
+    let name = &*envelope.event;
     if !is_name(name) {
         return Err(InvalidEnvelope::Name);
     }
-    let data = envelope.data.get();
-    let mut block = String::with_capacity(data.len() + 80);
-    if name != kind::MESSAGE {
-        let _ = writeln!(block, "event: {name}");
+    let (before_name, name) = if name == kind::MESSAGE { ("", "") } else { ("event: ", name) };
+    let data = without_line_ends(envelope.data.get());
+    let cursor = envelope.cursor().to_string();
+    let after_name = if name.is_empty() { "data: " } else { "\ndata: " };
+    Ok(Chunk::concat(&[before_name, name, after_name, &data, "\nid: ", &cursor, "\n\n"]))
+}
+
+/// JSON on one line.
+fn without_line_ends(json: &str) -> Cow<'_, str> {
+    // 0xC2 and 0xE2 begin the ones of Unicode.
+    if !json.bytes().any(|byte| matches!(byte, b'\r' | b'\n' | 0xc2 | 0xe2)) {
+        return json.into();
     }
-    block.push_str("data: ");
-    for part in data.split_inclusive(ends_a_line) {
+    let mut line = String::with_capacity(json.len() + 16);
+    for part in json.split_inclusive(ends_a_line) {
         let text = part.strip_suffix(ends_a_line).unwrap_or(part);
-        block.push_str(text);
+        line.push_str(text);
         for end in part[text.len()..].chars() {
             match end {
                 // Raw JSON is one value; a line break in it can only be white space between tokens.
-                '\r' | '\n' => block.push(' '),
+                '\r' | '\n' => line.push(' '),
                 // The others occur only inside strings.
-                end => _ = write!(block, "\\u{:04x}", u32::from(end)),
+                end => _ = write!(line, "\\u{:04x}", u32::from(end)),
             }
         }
     }
-    let _ = write!(block, "\nid: {}\n\n", envelope.cursor());
-    Ok(Chunk::new(&block))
+    line.into()
 }
 
 /// CR and LF end a line of the stream. The others end one in Unicode, and so for readers that split lines by its rules.
@@ -268,7 +282,7 @@ mod tests {
     use eventsource_stream::Eventsource;
     use futures_util::{FutureExt, StreamExt, stream};
     use proptest::prelude::*;
-    use protocol::position::Epoch;
+    use protocol::{event::Envelope, position::Epoch};
     use serde_json::value::RawValue;
 
     use super::*;
@@ -304,9 +318,9 @@ mod tests {
 
     #[test]
     fn the_wire_form_is_fixed() {
-        let sent = encode(&envelope(kind::MESSAGE_SENT, r#"{"id":"7"}"#)).unwrap();
+        let sent = encode(&envelope(kind::MESSAGE_SENT, r#"{"id":"7"}"#).borrowed()).unwrap();
         assert_eq!(text(&sent), "event: message.sent\ndata: {\"id\":\"7\"}\nid: 00000000000000ff-3\n\n");
-        let message = encode(&envelope(kind::MESSAGE, r#"{"id":"7"}"#)).unwrap();
+        let message = encode(&envelope(kind::MESSAGE, r#"{"id":"7"}"#).borrowed()).unwrap();
         assert_eq!(text(&message), "data: {\"id\":\"7\"}\nid: 00000000000000ff-3\n\n");
         let cursor = envelope("x", "1").cursor();
         let every = Duration::from_secs(15);
@@ -330,7 +344,7 @@ mod tests {
 
     #[test]
     fn a_block_is_one_chunk_and_the_last_chunk_is_empty() {
-        let message = encode(&envelope(kind::MESSAGE, r#"{"id":"7"}"#)).unwrap();
+        let message = encode(&envelope(kind::MESSAGE, r#"{"id":"7"}"#).borrowed()).unwrap();
         let bytes = "29\r\ndata: {\"id\":\"7\"}\nid: 00000000000000ff-3\n\n\r\n";
         assert_eq!(Framing::Chunked.bytes(&message), bytes);
         assert_eq!(Framing::Chunked.last(&message), format!("{bytes}0\r\n\r\n"));
@@ -343,7 +357,7 @@ mod tests {
 
     #[test]
     fn a_chunk_is_the_same_bytes_for_every_receiver() {
-        let message = encode(&envelope(kind::MESSAGE, "{}")).unwrap();
+        let message = encode(&envelope(kind::MESSAGE, "{}").borrowed()).unwrap();
         let at = |framing: Framing| framing.bytes(&message).as_ptr_range();
         assert_eq!(at(Framing::Chunked), at(Framing::Chunked));
         assert!(at(Framing::Chunked).contains(&at(Framing::Close).start));
@@ -359,10 +373,10 @@ mod tests {
     #[test]
     fn invalid_event_names_and_versions_are_not_sent() {
         for name in ["", "a b", "a\nb", "a\rb", "a:b", "é", "error", "open", &"x".repeat(65)] {
-            assert_eq!(encode(&envelope(name, "1")).unwrap_err(), InvalidEnvelope::Name, "{name:?}");
+            assert_eq!(encode(&envelope(name, "1").borrowed()).unwrap_err(), InvalidEnvelope::Name, "{name:?}");
         }
         let other = Envelope { v: 2, ..envelope("x", "1") };
-        assert_eq!(encode(&other).unwrap_err(), InvalidEnvelope::Version(2));
+        assert_eq!(encode(&other.borrowed()).unwrap_err(), InvalidEnvelope::Version(2));
     }
 
     /// JSON with any strings and any white space between tokens.
@@ -382,7 +396,7 @@ mod tests {
         #[test]
         fn another_parser_reads_back_what_was_sent(json in raw_json(), name in "[a-z][a-z._-]{0,20}") {
             prop_assume!(is_name(&name));
-            let frame = encode(&envelope(&name, &json)).unwrap();
+            let frame = encode(&envelope(&name, &json).borrowed()).unwrap();
             let comment = heartbeat(HeartbeatForm::Comment);
             let texts = [&retry(2_000), &comment, &frame, &comment, &comment, &frame].map(text);
             let events = parsed(texts.concat().as_bytes());
@@ -402,7 +416,7 @@ mod tests {
         ) {
             let text_with_ends = json!(String::from_iter(ends));
             let json = format!("{{\"a\":{json},\"b\":{text_with_ends}}}");
-            let frame = text(&encode(&envelope("x", &json)).unwrap());
+            let frame = text(&encode(&envelope("x", &json).borrowed()).unwrap());
             prop_assert!(frame.ends_with("\n\n"));
             let lines: Vec<_> = frame.split(LINE_ENDS).collect();
             let fields: Vec<_> = lines.iter().map(|line| line.split(": ").next().unwrap_or_default()).collect();

@@ -9,7 +9,7 @@ use std::sync::{
     atomic::{AtomicU64, Ordering},
 };
 
-use protocol::{event::Envelope, ids::UserId};
+use protocol::{event::EnvelopeRef, ids::UserId};
 use service_kit::traces::{Span, SpanKind, TraceContext, Tracer};
 
 use crate::metrics::DeliveryPath;
@@ -42,10 +42,10 @@ impl DeliveryTrace {
     pub fn begin(
         tracer: &Tracer,
         user: UserId,
-        envelope: &Envelope,
+        envelope: &EnvelopeRef<'_>,
         path: DeliveryPath,
     ) -> Option<Arc<Self>> {
-        let given: TraceContext = envelope.traceparent.as_deref()?.parse().ok()?;
+        let given: TraceContext = envelope.traceparent.as_ref()?.0.parse().ok()?;
         let mut span = tracer.begin(Some(given), "deliver", SpanKind::Consumer);
         span.context()?;
         span.text("messaging.system", if path == DeliveryPath::Redis { "redis" } else { "feed" });

@@ -1,6 +1,8 @@
 //! The envelope: an event of a user's feed in a Redis message or the answer to a range. `api` encodes it once; a gateway turns it into
 //! its SSE frame once.
 
+use std::borrow::Cow;
+
 use chrono::{DateTime, SecondsFormat, Utc};
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
@@ -42,7 +44,54 @@ pub struct Envelope {
     pub traceparent: Option<String>,
 }
 
+/// The same, borrowed from the JSON of a message or from an [`Envelope`].
+#[derive(Debug, Clone, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct EnvelopeRef<'a> {
+    pub v: u8,
+    pub epoch: Epoch,
+    pub seq: Seq,
+    #[serde(borrow)]
+    pub event: Cow<'a, str>,
+    #[serde(borrow)]
+    pub data: &'a RawValue,
+    pub created_at: DateTime<Utc>,
+    #[serde(borrow, default)]
+    pub request_id: Option<Text<'a>>,
+    #[serde(borrow, default)]
+    pub traceparent: Option<Text<'a>>,
+}
+
+/// Owned only if the JSON has escapes in it. In an option, a `Cow` alone would always be owned.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+pub struct Text<'a>(#[serde(borrow)] pub Cow<'a, str>);
+
+impl<'a> From<&'a str> for Text<'a> {
+    fn from(text: &'a str) -> Self {
+        Self(text.into())
+    }
+}
+
 impl Envelope {
+    pub fn cursor(&self) -> Position {
+        Position { epoch: self.epoch, seq: self.seq }
+    }
+
+    pub fn borrowed(&self) -> EnvelopeRef<'_> {
+        EnvelopeRef {
+            v: self.v,
+            epoch: self.epoch,
+            seq: self.seq,
+            event: self.event.as_str().into(),
+            data: &self.data,
+            created_at: self.created_at,
+            request_id: self.request_id.as_deref().map(Text::from),
+            traceparent: self.traceparent.as_deref().map(Text::from),
+        }
+    }
+}
+
+impl EnvelopeRef<'_> {
     pub fn cursor(&self) -> Position {
         Position { epoch: self.epoch, seq: self.seq }
     }
@@ -54,8 +103,8 @@ pub fn rfc3339(at: DateTime<Utc>) -> String {
 }
 
 #[derive(Debug)]
-pub enum Notice {
-    Event(Envelope),
+pub enum Notice<'a> {
+    Event(EnvelopeRef<'a>),
     Revoked(Revoked),
 }
 
@@ -65,8 +114,8 @@ pub struct Revoked {
     pub revoked: SessionId,
 }
 
-impl Notice {
-    pub fn from_json(json: &[u8]) -> serde_json::Result<Self> {
+impl<'a> Notice<'a> {
+    pub fn from_json(json: &'a [u8]) -> serde_json::Result<Self> {
         // Not an untagged enum: raw JSON survives no buffering.
         match serde_json::from_slice(json) {
             Ok(envelope) => Ok(Self::Event(envelope)),
@@ -89,6 +138,18 @@ mod tests {
         assert_eq!(rfc3339(envelope.created_at), "2026-01-02T03:04:05.000006Z");
         let again: Envelope = serde_json::from_str(&serde_json::to_string(&envelope).unwrap()).unwrap();
         assert_eq!(again.cursor(), envelope.cursor());
+    }
+
+    #[test]
+    fn a_message_is_read_without_copies_of_its_texts() {
+        let read: EnvelopeRef = serde_json::from_str(TEXT).unwrap();
+        assert!(matches!((&read.event, &read.request_id), (Cow::Borrowed(_), Some(Text(Cow::Borrowed("r1"))))));
+        assert!(TEXT.as_bytes().as_ptr_range().contains(&read.data.get().as_ptr()));
+        let envelope: Envelope = serde_json::from_str(TEXT).unwrap();
+        assert_eq!(format!("{:?}", envelope.borrowed()), format!("{read:?}"));
+        let escaped = TEXT.replace("r1", r"r\u0031");
+        let read: EnvelopeRef = serde_json::from_str(&escaped).unwrap();
+        assert_eq!(read.request_id, Some(Text("r1".into())));
     }
 
     #[test]
