@@ -175,18 +175,21 @@ fn start_delivery(
     let (new_streams_in, new_streams) = mpsc::channel(engine::NEW_STREAMS);
     let (commands_in, commands) = mpsc::channel(4);
     let stop = CancellationToken::new();
+    let (keys, redis_tracer) = (rights.keys.clone(), tracer.clone());
+    let inputs = Inputs { new_streams, updates, commands, tasks: tasks.clone(), stop: stop.clone() };
+    let delivery =
+        engine::start(config.delivery, api, rights, desired.clone(), tracer, metrics.clone(), inputs)?;
     let subscriber = Subscriber {
         topology: config.redis.clone(),
         channels: config.channels.clone(),
-        keys: rights.keys.clone(),
-        desired: desired.clone(),
+        keys,
+        desired,
         updates: updates_in,
-        tracer: tracer.clone(),
+        delivery,
+        tracer: redis_tracer,
         tasks: tasks.clone(),
         metrics: metrics.clone(),
     };
-    let inputs = Inputs { new_streams, updates, commands, tasks: tasks.clone(), stop: stop.clone() };
-    engine::start(config.delivery, api, rights, desired, tracer, metrics.clone(), inputs)?;
     serving.spawn("redis subscriber", |stop| subscriber.run(stop));
     Ok(DeliveryThread { new_streams: new_streams_in, commands: commands_in, stop })
 }

@@ -373,7 +373,11 @@ mod tests {
     #[test]
     fn invalid_event_names_and_versions_are_not_sent() {
         for name in ["", "a b", "a\nb", "a\rb", "a:b", "é", "error", "open", &"x".repeat(65)] {
-            assert_eq!(encode(&envelope(name, "1").borrowed()).unwrap_err(), InvalidEnvelope::Name, "{name:?}");
+            assert_eq!(
+                encode(&envelope(name, "1").borrowed()).unwrap_err(),
+                InvalidEnvelope::Name,
+                "{name:?}"
+            );
         }
         let other = Envelope { v: 2, ..envelope("x", "1") };
         assert_eq!(encode(&other.borrowed()).unwrap_err(), InvalidEnvelope::Version(2));

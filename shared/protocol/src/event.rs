@@ -143,7 +143,10 @@ mod tests {
     #[test]
     fn a_message_is_read_without_copies_of_its_texts() {
         let read: EnvelopeRef = serde_json::from_str(TEXT).unwrap();
-        assert!(matches!((&read.event, &read.request_id), (Cow::Borrowed(_), Some(Text(Cow::Borrowed("r1"))))));
+        assert!(matches!(
+            (&read.event, &read.request_id),
+            (Cow::Borrowed(_), Some(Text(Cow::Borrowed("r1"))))
+        ));
         assert!(TEXT.as_bytes().as_ptr_range().contains(&read.data.get().as_ptr()));
         let envelope: Envelope = serde_json::from_str(TEXT).unwrap();
         assert_eq!(format!("{:?}", envelope.borrowed()), format!("{read:?}"));

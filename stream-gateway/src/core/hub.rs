@@ -25,6 +25,7 @@ use super::{
     },
     reconcile::Reconcile,
     rule::{Rule, kept},
+    sequencer::Step,
     user::{Context, LocalUser, jittered},
     wheel::{Due, Wheel},
 };
@@ -55,6 +56,8 @@ pub struct Hub {
     now: Millis,
     wall: SystemTime,
     effects: Vec<Effect>,
+    /// Emptied steps of sequencers.
+    steps: Vec<Step<EncodedEvent>>,
 }
 
 /// A connection's place, as long as the generation is the key's. `at` is its place among its user's connections.
@@ -87,6 +90,7 @@ impl Hub {
             now: 0,
             wall: SystemTime::UNIX_EPOCH,
             effects: Vec::new(),
+            steps: Vec::new(),
         }
     }
 
@@ -144,6 +148,7 @@ impl Hub {
             backlog: &mut self.backlog,
             last_request: &mut self.last_request,
             writes: 0,
+            steps: &mut self.steps,
         };
         let output = input(user, &mut cx);
         user.unreported += cx.writes;
@@ -327,11 +332,6 @@ impl Hub {
     /// An event of this user may have been lost.
     pub fn mark_uncertain(&mut self, user: UserId) {
         self.with_user(user, |user, cx| user.mark_uncertain(cx));
-    }
-
-    /// Events of any user may have been lost.
-    pub fn mark_all_uncertain(&mut self) {
-        self.reconcile.hasten(self.now);
     }
 }
 

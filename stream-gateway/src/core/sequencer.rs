@@ -115,8 +115,21 @@ impl<E> Sequencer<E> {
         pending.requested.is_none().then(|| pending.since + (REORDER_WAIT << pending.attempts))
     }
 
+    /// Moves the position to this event, if that is all there is to do: nothing is uncertain, and it is the next one.
+    pub fn follow(&mut self, at: Position) -> bool {
+        let follows =
+            self.pending.is_none() && self.position.is_some_and(|position| position.is_followed_by(at));
+        if follows {
+            self.position = Some(at);
+        }
+        follows
+    }
+
     /// An event came from Redis.
     pub fn live(&mut self, at: Position, event: E, now: Millis, steps: &mut Vec<Step<E>>) {
+        if self.follow(at) {
+            return steps.push(Step::Deliver(at.seq, event));
+        }
         match self.position {
             Some(position) if position.epoch != at.epoch => self.mark_uncertain(now),
             Some(position) if at.seq <= position.seq => {}

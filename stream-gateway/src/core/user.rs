@@ -2,6 +2,7 @@
 
 use std::{
     collections::VecDeque,
+    mem,
     num::NonZeroU32,
     time::{Duration, SystemTime},
 };
@@ -31,6 +32,9 @@ use crate::{
     event::EncodedEvent,
     frame::Goodbye,
 };
+
+/// Emptied lists of steps keep memory for as many.
+const KEPT_STEPS: usize = 16;
 
 pub struct LocalUser {
     pub id: UserId,
@@ -62,6 +66,8 @@ pub struct Context<'a> {
     pub last_request: &'a mut RequestId,
     /// Writes that this input has begun.
     pub writes: u32,
+    /// Emptied steps of sequencers.
+    pub steps: &'a mut Vec<Step<EncodedEvent>>,
 }
 
 impl Context<'_> {
@@ -256,8 +262,12 @@ impl LocalUser {
 impl LocalUser {
     /// An event has come from Redis.
     pub fn event(&mut self, event: EncodedEvent, cx: &mut Context<'_>) {
+        if self.sequencer.follow(event.position) {
+            // The usual case, in one pass over the streams.
+            return self.deliver_with(event, Connection::offer, cx);
+        }
         self.each(|connection, feed| connection.offer(&event, feed, cx));
-        let mut steps = Vec::new();
+        let mut steps = mem::take(cx.steps);
         if self.sequencer.position().is_some() {
             self.sequencer.live(event.position, event, cx.now, &mut steps);
         } else {
@@ -274,7 +284,7 @@ impl LocalUser {
 
     /// The sequencer's timer is due.
     pub fn tick(&mut self, cx: &mut Context<'_>) {
-        let mut steps = Vec::new();
+        let mut steps = mem::take(cx.steps);
         self.sequencer.tick(cx.now, &mut steps);
         self.apply(steps, cx);
     }
@@ -302,7 +312,7 @@ impl LocalUser {
 
     pub fn range(&mut self, request: RangeRequest, answer: RangeAnswer, cx: &mut Context<'_>) {
         let before = self.sequencer.position();
-        let mut steps = Vec::new();
+        let mut steps = mem::take(cx.steps);
         match request.requester {
             Requester::User => {
                 let events = answer.events.into_iter().map(|event| (event.position.seq, event)).collect();
@@ -347,7 +357,7 @@ impl LocalUser {
             _ => {}
         }
         let before = self.sequencer.position();
-        let mut steps = Vec::new();
+        let mut steps = mem::take(cx.steps);
         if let Some(head) = head {
             let answer = FeedAnswer::head_only(request.requested_at, head);
             if request.why == HeadReason::Position {
@@ -383,8 +393,8 @@ impl LocalUser {
         }
     }
 
-    fn apply(&mut self, steps: Vec<Step<EncodedEvent>>, cx: &mut Context<'_>) {
-        for step in steps {
+    fn apply(&mut self, mut steps: Vec<Step<EncodedEvent>>, cx: &mut Context<'_>) {
+        for step in steps.drain(..) {
             match step {
                 Step::Deliver(_, event) => self.deliver(event, cx),
                 Step::Request { after: Some(after) } => {
@@ -404,12 +414,27 @@ impl LocalUser {
                 Step::Gone => self.close(Goodbye::Revoked, |_| true, cx),
             }
         }
+        steps.shrink_to(KEPT_STEPS);
+        *cx.steps = steps;
     }
 
     /// Writes the event to the live streams; the replay buffer keeps it for lagging ones.
     fn deliver(&mut self, event: EncodedEvent, cx: &mut Context<'_>) {
+        self.deliver_with(event, |_, _, _, _| {}, cx);
+    }
+
+    /// The same, after this input to each stream.
+    fn deliver_with(
+        &mut self,
+        event: EncodedEvent,
+        mut first: impl FnMut(&mut Connection, &EncodedEvent, FeedView<'_>, &mut Context<'_>),
+        cx: &mut Context<'_>,
+    ) {
         let mut needed_later = false;
-        self.each(|connection, feed| needed_later |= connection.deliver(&event, feed, cx));
+        self.each(|connection, feed| {
+            first(connection, &event, feed, cx);
+            needed_later |= connection.deliver(&event, feed, cx);
+        });
         if needed_later {
             *cx.backlog -= self.replay.bytes();
             self.replay.push(event);

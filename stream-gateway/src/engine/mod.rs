@@ -1,7 +1,7 @@
 //! Delivery: one thread that owns every stream of the process and carries out what the [`core`](crate::core) decides.
 //!
-//! An event goes from Redis through the core directly to each socket of its user, with no queue and no task in between. One
-//! epoll watches all sockets, and tokio watches the epoll. An idle connection costs its slots and its heartbeats.
+//! The thread reads Redis, too, so an event goes from there through the core to each socket of its user without another thread
+//! or task per connection in between. One epoll watches all sockets, and tokio watches the epoll. An idle connection costs its slots and its heartbeats.
 //!
 //! This file has the loop and the inputs, `effects` carries out the core's effects, and `sockets` has the sockets.
 
@@ -10,6 +10,7 @@ mod sockets;
 
 use std::{
     io,
+    pin::pin,
     sync::Arc,
     thread,
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
@@ -55,6 +56,9 @@ pub const NEW_STREAMS: usize = 16_384;
 const ADMITTED_PER_TURN: usize = 64;
 /// Redis updates taken before sockets and timers get their turn.
 const UPDATES_PER_TURN: usize = 512;
+
+/// Turns of the engine and of the connections to Redis before the sockets are polled again.
+const TASKS_PER_POLL: u32 = 4;
 
 /// A stream that the HTTP side has decided to open.
 pub struct NewStream {
@@ -102,7 +106,8 @@ pub struct Inputs {
     pub stop: CancellationToken,
 }
 
-/// Starts the delivery thread. It ends after a drain or when its inputs are closed; before `stop`, that is a failure.
+/// Starts the delivery thread, which also reads the connections to Redis: it runs the tasks that are spawned on the returned
+/// handle. It ends after a drain or when its inputs are closed; before `stop`, that is a failure.
 #[expect(clippy::disallowed_methods, reason = "the thread is watched")]
 pub fn start(
     settings: Delivery,
@@ -112,9 +117,14 @@ pub fn start(
     tracer: Tracer,
     metrics: Arc<Metrics>,
     inputs: Inputs,
-) -> anyhow::Result<()> {
+) -> anyhow::Result<Handle> {
     let workers = Handle::current();
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .event_interval(TASKS_PER_POLL)
+        .global_queue_interval(TASKS_PER_POLL)
+        .build()?;
+    let handle = runtime.handle().clone();
     let poll = Poll::new()?;
     let (tasks, stop) = (inputs.tasks.clone(), inputs.stop.clone());
     let run = async move {
@@ -130,9 +140,11 @@ pub fn start(
         }
     };
     let run = tasks.watch("delivery thread", &stop, run);
+    // A task, because waking what `block_on` itself runs costs a system call, on the same thread too.
+    let running = runtime.spawn(run);
     let thread = thread::Builder::new().name("delivery".into());
-    thread.spawn(move || runtime.block_on(run)).context("cannot start the delivery thread")?;
-    Ok(())
+    thread.spawn(move || runtime.block_on(running)).context("cannot start the delivery thread")?;
+    Ok(handle)
 }
 
 struct Engine {
@@ -175,8 +187,12 @@ impl Engine {
         let mut updates = Vec::with_capacity(UPDATES_PER_TURN);
         let mut new_streams = Vec::with_capacity(ADMITTED_PER_TURN);
         let mut keys = self.rights.keys.subscribe();
+        let mut timer = pin!(sleep_until(self.started.into()));
         loop {
-            let timer = Duration::from_millis(self.hub.next_timer());
+            let due = (self.started + Duration::from_millis(self.hub.next_timer())).into();
+            if timer.deadline() != due {
+                timer.as_mut().reset(due);
+            }
             tokio::select! {
                 count = inputs.updates.recv_many(&mut updates, UPDATES_PER_TURN) => {
                     if count == 0 {
@@ -200,7 +216,7 @@ impl Engine {
                         Err(BatchFailed) => self.drop_stale_requests(),
                     }
                 }
-                () = sleep_until((self.started + timer).into()) => self.update_clock(),
+                () = &mut timer => self.update_clock(),
                 Ok(()) = keys.changed() => {
                     self.update_clock();
                     let trusted = keys.borrow_and_update().clone();
@@ -239,7 +255,6 @@ impl Engine {
                 self.telemetry.metrics.redis_degraded.set(i64::from(degraded));
             }
             RedisUpdate::Uncertain(user) => self.hub.mark_uncertain(user),
-            RedisUpdate::Dropped => self.hub.mark_all_uncertain(),
         }
         self.carry_out_effects();
     }

@@ -1,12 +1,16 @@
 //! Redis subscriptions: the channels of the users who have a stream here, and the channel of public key versions.
 //!
 //! One supervised connection, or one to each node of a cluster, reopened with capped, jittered back-off. The engine changes the
-//! desired subscriptions at any time; only the connection knows which are confirmed. Every queue is bounded: a message that finds
-//! the queue full is dropped, and a reconcile recovers its event. A health probe, published over a second connection that is
-//! renewed regularly, detects a server that is dead, demoted, or no longer the one behind the address. Redis is degraded unless
-//! every node is healthy.
+//! desired subscriptions at any time; only the connection knows which are confirmed. A health probe, published over a second
+//! connection that is renewed regularly, detects a server that is dead, demoted, or no longer the one behind the address. Redis
+//! is degraded unless every node is healthy.
+//!
+//! The connections are read on the delivery thread, so that a message costs no task switch between threads; all other work for
+//! them is done on the worker threads. While the engine is busy, nothing is read: the messages wait in the socket and at Redis.
+//! A health probe waits behind them, so a connection that is seconds behind is given up, and a reconcile recovers the events.
 
 mod desired;
+mod messages;
 mod node;
 
 use std::{
@@ -24,6 +28,7 @@ use service_kit::{
     traces::Tracer,
 };
 use tokio::{
+    runtime::Handle,
     sync::{Notify, mpsc},
     task::JoinSet,
 };
@@ -33,8 +38,8 @@ pub use self::desired::DesiredSubscriptions;
 use self::node::NodeSubscriber;
 use crate::{core::RedisConnectionId, event::EncodedEvent, keys::Keys, metrics::Metrics};
 
-/// Messages from Redis that the engine has not taken yet.
-pub const QUEUE: usize = 16_384;
+/// Updates that the engine has not taken yet. Without room for those of a whole read, no connection is read.
+pub const QUEUE: usize = 8_192;
 
 #[derive(Debug)]
 pub enum RedisUpdate {
@@ -50,8 +55,6 @@ pub enum RedisUpdate {
     /// The connection is closed, and its subscriptions with it.
     Disconnected(RedisConnectionId),
     Degraded(bool),
-    /// Messages were dropped.
-    Dropped,
 }
 
 pub struct Subscriber {
@@ -60,6 +63,8 @@ pub struct Subscriber {
     pub keys: Arc<Keys>,
     pub desired: DesiredSubscriptions,
     pub updates: mpsc::Sender<RedisUpdate>,
+    /// Reads the connections.
+    pub delivery: Handle,
     pub tracer: Tracer,
     pub tasks: Tasks,
     pub metrics: Arc<Metrics>,

@@ -27,14 +27,16 @@ use service_kit::{
     traces::Tracer,
 };
 use tokio::{
+    runtime::Handle,
     sync::{Notify, mpsc},
     time::{Instant, sleep, timeout},
 };
-use tokio_util::sync::CancellationToken;
+use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 
 use super::{
-    Health, HealthBoard, RedisConnectionId, RedisUpdate, Subscriber,
+    Health, HealthBoard, QUEUE, RedisConnectionId, RedisUpdate, Subscriber,
     desired::{Batch, DesiredSubscriptions},
+    messages::{MESSAGES_PER_READ, MessageStream, Receiver},
 };
 use crate::{
     event::EncodedEvent,
@@ -43,7 +45,9 @@ use crate::{
     metrics::{DeliveryPath, Metrics},
 };
 
-const OVERFLOWS_LOGGED_EVERY: Duration = Duration::from_secs(1);
+/// Updates from other threads that may come while a connection is read.
+const OTHER_UPDATES: usize = 1_024;
+const _: () = assert!(MESSAGES_PER_READ + OTHER_UPDATES < QUEUE, "an empty queue has room for a read");
 const PROBE_INTERVAL: Duration = Duration::from_secs(2);
 /// Age at which the connection that publishes health probes is replaced, in seconds, drawn at random. Only a new connection
 /// notices that the address leads to another server; until then a reconcile delivers the events of that server.
@@ -62,6 +66,7 @@ pub(super) struct NodeSubscriber {
     keys: Arc<Keys>,
     desired: DesiredSubscriptions,
     updates: mpsc::Sender<RedisUpdate>,
+    delivery: Handle,
     board: Arc<HealthBoard>,
     tracer: Tracer,
     metrics: Arc<Metrics>,
@@ -76,7 +81,6 @@ pub(super) struct NodeSubscriber {
 struct Signals {
     noticed: Notify,
     disconnected: AtomicBool,
-    overflows: AtomicU64,
     /// The newest health probe that returned.
     last_probe: AtomicU64,
     probe_noticed: Notify,
@@ -122,6 +126,8 @@ impl Signals {
 
 struct NodeConnection {
     redis: MultiplexedConnection,
+    /// Reads and writes the connection, on the delivery thread.
+    _driver: AbortOnDropHandle<()>,
     id: RedisConnectionId,
     signals: Arc<Signals>,
     probe_channel: String,
@@ -169,6 +175,7 @@ impl NodeSubscriber {
             keys: of.keys.clone(),
             desired: of.desired.clone(),
             updates: of.updates.clone(),
+            delivery: of.delivery.clone(),
             board,
             tracer: of.tracer.clone(),
             metrics: of.metrics.clone(),
@@ -221,22 +228,12 @@ impl NodeSubscriber {
         tracing::info!(node = %self.node, channels = self.desired.count(), "redis connected; subscribing");
         let signals = connection.signals.clone();
         let mut next_probe = Instant::now();
-        let (mut logged_at, mut unlogged) = (None::<Instant>, 0);
         loop {
             tokio::select! {
                 () = desired_changed.notified() => self.sync_subscriptions(&mut connection).await?,
                 () = signals.noticed.notified() => {
                     anyhow::ensure!(!signals.disconnected.load(Ordering::Acquire), "the connection was closed");
                     self.note_moved(&mut connection).await?;
-                    let missed = signals.overflows.swap(0, Ordering::AcqRel);
-                    if missed > 0 {
-                        self.updates.send(RedisUpdate::Dropped).await?;
-                        unlogged += missed;
-                        if logged_at.is_none_or(|logged_at| logged_at.elapsed() > OVERFLOWS_LOGGED_EVERY) {
-                            tracing::warn!(missed = unlogged, "redis messages dropped: the queue is full; reconciling");
-                            (logged_at, unlogged) = (Some(Instant::now()), 0);
-                        }
-                    }
                 }
                 () = tokio::time::sleep_until(next_probe) => {
                     let came_back = self.probe(&mut connection).await?;
@@ -257,21 +254,21 @@ impl NodeSubscriber {
         let map = self.slot_maps.clone().now();
         let probe_channel = map.first_name_on(&self.node, names).context("it owns no slot")?;
         let keys_channel = map.first_name_on(&self.node, self.channels.keys()).context("it owns no slot")?;
-        let config = AsyncConnectionConfig::new()
-            .set_connection_timeout(Some(RESPONSE_TIMEOUT))
-            .set_response_timeout(Some(RESPONSE_TIMEOUT))
-            .set_push_sender(self.push_handler(&probe_channel, &keys_channel, signals.clone()));
-        let mut connection = self.topology.connect(&self.node, &config).await.context("cannot connect")?;
+        let (mut redis, driver) =
+            timeout(RESPONSE_TIMEOUT, self.open([&probe_channel, &keys_channel], signals.clone()))
+                .await
+                .context("cannot connect in time")??;
         for channel in [&probe_channel, &keys_channel] {
             let mut subscribe =
                 redis::cmd(if self.topology.is_sharded() { "SSUBSCRIBE" } else { "SUBSCRIBE" });
             subscribe.arg(channel);
-            subscribe.query_async::<()>(&mut connection).await.context("cannot subscribe")?;
+            subscribe.query_async::<()>(&mut redis).await.context("cannot subscribe")?;
         }
         self.metrics.redis_connections_opened.inc();
         let (actual, rejected) = Default::default();
         Ok(NodeConnection {
-            redis: connection,
+            redis,
+            _driver: driver,
             id,
             signals,
             probe_channel,
@@ -282,70 +279,35 @@ impl NodeSubscriber {
         })
     }
 
-    /// Runs in the connection's driver; must not wait.
-    fn push_handler(
+    /// A connection that is read on the delivery thread.
+    #[expect(clippy::disallowed_methods, reason = "both tasks end with what is returned")]
+    async fn open(
         &self,
-        probe_channel: &str,
-        keys_channel: &str,
+        [probe_channel, keys_channel]: [&str; 2],
         signals: Arc<Signals>,
-    ) -> impl Fn(PushInfo) -> Result<(), ()> + use<> {
-        let channels = self.channels.clone();
-        let [probe_channel, keys_channel] =
-            [probe_channel, keys_channel].map(|channel| channel.as_bytes().to_vec());
-        let keys = self.keys.clone();
-        let updates = self.updates.clone();
-        let tracer = self.tracer.clone();
-        let metrics = self.metrics.clone();
-        move |push| {
-            match push.kind {
-                PushKind::Message | PushKind::SMessage => {}
-                PushKind::Disconnection => {
-                    signals.mark_disconnected();
-                    return Ok(());
-                }
-                PushKind::SUnsubscribe => {
-                    if let Some(Value::BulkString(channel)) = push.data.first() {
-                        signals.on_unsubscribed(channel, &channels);
-                    }
-                    return Ok(());
-                }
-                // Confirmations are awaited as replies.
-                _ => return Ok(()),
-            }
-            let [Value::BulkString(channel), Value::BulkString(payload)] = push.data.as_slice() else {
-                metrics.redis_invalid_messages.inc();
-                return Ok(());
-            };
-            if *channel == probe_channel {
-                if let Some(probe) = std::str::from_utf8(payload).ok().and_then(|text| text.parse().ok()) {
-                    signals.last_probe.fetch_max(probe, Ordering::AcqRel);
-                    signals.probe_noticed.notify_one();
-                }
-                return Ok(());
-            }
-            if *channel == keys_channel {
-                match serde_json::from_slice(payload) {
-                    Ok(version) => keys.notice_version(&version),
-                    Err(_) => _ = metrics.redis_invalid_messages.inc(),
-                }
-                return Ok(());
-            }
-            let Some(user) = channels.user_of(channel) else {
-                metrics.redis_invalid_messages.inc();
-                return Ok(());
-            };
-            let message = read(&tracer, user, payload).unwrap_or_else(|| {
-                // From a newer api or another publisher: if it is an event, the feed has it.
-                metrics.redis_invalid_messages.inc();
-                RedisUpdate::Uncertain(user)
-            });
-            if updates.try_send(message).is_err() {
-                metrics.redis_dropped_messages.inc();
-                signals.overflows.fetch_add(1, Ordering::AcqRel);
-                signals.noticed.notify_one();
-            }
-            Ok(())
-        }
+    ) -> anyhow::Result<(MultiplexedConnection, AbortOnDropHandle<()>)> {
+        let address = self.topology.address(&self.node).await.context("cannot connect")?;
+        let receiver = MessageReceiver {
+            channels: self.channels.clone(),
+            probe_channel: probe_channel.into(),
+            keys_channel: keys_channel.into(),
+            keys: self.keys.clone(),
+            updates: self.updates.clone(),
+            signals: signals.clone(),
+            tracer: self.tracer.clone(),
+            metrics: self.metrics.clone(),
+        };
+        let config = AsyncConnectionConfig::new()
+            .set_response_timeout(Some(RESPONSE_TIMEOUT))
+            .set_push_sender(push_handler(self.channels.clone(), signals));
+        let connecting = self.delivery.spawn(async move {
+            let stream = MessageStream::new(address.connect().await?, MAX_ENVELOPE, receiver);
+            let (redis, driver) =
+                MultiplexedConnection::new_with_config(address.login(), stream, config).await?;
+            RedisResult::Ok((redis, AbortOnDropHandle::new(tokio::spawn(driver))))
+        });
+        let connected = AbortOnDropHandle::new(connecting).await.context("the delivery thread has ended")?;
+        connected.context("cannot connect")
     }
 
     async fn sync_subscriptions(&self, connection: &mut NodeConnection) -> anyhow::Result<()> {
@@ -475,6 +437,7 @@ impl NodeSubscriber {
             Err(error) => return Err(error).context("no answer to PING"),
         }
         connection.probes += 1;
+        let published_at = Instant::now();
         if let Err(error) = self.publish_probe(connection).await {
             tracing::warn!(%error, node = %self.node, "redis health probe could not publish");
             self.slot_maps.refresh();
@@ -486,6 +449,7 @@ impl NodeSubscriber {
             }
         };
         timeout(RESPONSE_TIMEOUT, came_back).await.context("a health probe did not return")?;
+        self.metrics.redis_probe_seconds.observe(published_at.elapsed().as_secs_f64());
         Ok(true)
     }
 
@@ -514,10 +478,72 @@ impl NodeSubscriber {
     }
 }
 
-fn read(tracer: &Tracer, user: UserId, payload: &[u8]) -> Option<RedisUpdate> {
-    if payload.len() > MAX_ENVELOPE {
-        return None;
+/// Of what is no message. Runs in the connection's driver; must not wait.
+fn push_handler(channels: Channels, signals: Arc<Signals>) -> impl Fn(PushInfo) -> Result<(), ()> {
+    move |push| {
+        match push.kind {
+            PushKind::Disconnection => signals.mark_disconnected(),
+            PushKind::SUnsubscribe => {
+                if let Some(Value::BulkString(channel)) = push.data.first() {
+                    signals.on_unsubscribed(channel, &channels);
+                }
+            }
+            // Confirmations are awaited as replies.
+            _ => {}
+        }
+        Ok(())
     }
+}
+
+/// Passes messages to the engine, from its own thread.
+struct MessageReceiver {
+    channels: Channels,
+    probe_channel: Box<str>,
+    keys_channel: Box<str>,
+    keys: Arc<Keys>,
+    updates: mpsc::Sender<RedisUpdate>,
+    signals: Arc<Signals>,
+    tracer: Tracer,
+    metrics: Arc<Metrics>,
+}
+
+impl Receiver for MessageReceiver {
+    fn has_room(&self) -> bool {
+        self.updates.capacity() >= MESSAGES_PER_READ + OTHER_UPDATES
+    }
+
+    fn receive(&mut self, channel: &[u8], payload: Option<&[u8]>) {
+        let Some(user) = self.channels.user_of(channel) else { return self.receive_other(channel, payload) };
+        let update = payload.and_then(|payload| read(&self.tracer, user, payload)).unwrap_or_else(|| {
+            // From a newer api or another publisher: if it is an event, the feed has it.
+            self.metrics.redis_invalid_messages.inc();
+            RedisUpdate::Uncertain(user)
+        });
+        if self.updates.try_send(update).is_err() {
+            // The engine has ended; were the queue full, the reconcile after a disconnection would recover the event.
+            self.signals.mark_disconnected();
+        }
+    }
+}
+
+impl MessageReceiver {
+    fn receive_other(&self, channel: &[u8], payload: Option<&[u8]>) {
+        let payload = payload.unwrap_or_default();
+        if channel == self.probe_channel.as_bytes() {
+            if let Some(probe) = std::str::from_utf8(payload).ok().and_then(|text| text.parse().ok()) {
+                self.signals.last_probe.fetch_max(probe, Ordering::AcqRel);
+                self.signals.probe_noticed.notify_one();
+            }
+            return;
+        }
+        match serde_json::from_slice(payload) {
+            Ok(version) if channel == self.keys_channel.as_bytes() => self.keys.notice_version(&version),
+            _ => _ = self.metrics.redis_invalid_messages.inc(),
+        }
+    }
+}
+
+fn read(tracer: &Tracer, user: UserId, payload: &[u8]) -> Option<RedisUpdate> {
     match Notice::from_json(payload).ok()? {
         Notice::Event(envelope) => EncodedEvent::receive(tracer, user, &envelope, DeliveryPath::Redis)
             .ok()
@@ -546,6 +572,7 @@ mod tests {
             keys: Arc::new(Keys::new("http://localhost", api, metrics.clone())),
             desired: DesiredSubscriptions::new(Channels::default()),
             updates,
+            delivery: Handle::current(),
             tracer: Tracer::default(),
             tasks: Tasks::default(),
             metrics,
@@ -575,7 +602,7 @@ mod tests {
 
     #[test]
     fn invalid_payloads_are_rejected() {
-        for payload in [&b""[..], b"{}", b"[]", b"null", b"\xff", &vec![b' '; MAX_ENVELOPE + 1]] {
+        for payload in [&b""[..], b"{}", b"[]", b"null", b"\xff"] {
             assert!(read(&Tracer::default(), UserId(1), payload).is_none());
         }
         let revoked = read(&Tracer::default(), UserId(1), br#"{"revoked":"5"}"#);

@@ -4,6 +4,7 @@
 //! connection must find out by itself that it has become the wrong one. On a cluster a [`SlotMap`] says which node owns which
 //! slots; it is fetched every few seconds and on [`SlotMapWatch::refresh`]. A single server is one node that owns every slot.
 
+mod node_stream;
 mod slot_map;
 
 use std::{fmt, sync::Arc, time::Duration};
@@ -23,7 +24,10 @@ use tokio::{
 };
 
 use self::slot_map::ReportedSlotMap;
-pub use self::slot_map::{Slot, SlotMap};
+pub use self::{
+    node_stream::{NodeAddress, NodeStream},
+    slot_map::{Slot, SlotMap},
+};
 
 /// Limit for connecting to a cluster node that is queried for the slot map, and for its answer.
 const QUERY_TIMEOUT: Duration = Duration::from_secs(1);
@@ -145,23 +149,30 @@ impl RedisTopology {
         node: &Node,
         config: &AsyncConnectionConfig,
     ) -> RedisResult<MultiplexedConnection> {
-        match &*self.0 {
-            Topology::Single(client) => client.get_multiplexed_async_connection_with_config(config).await,
+        let info = self.find(node).await?;
+        Client::open(info)?.get_multiplexed_async_connection_with_config(config).await
+    }
+
+    /// Where the node is now, for a connection whose bytes the caller reads.
+    pub async fn address(&self, node: &Node) -> RedisResult<NodeAddress> {
+        NodeAddress::new(self.find(node).await?)
+    }
+
+    async fn find(&self, node: &Node) -> RedisResult<ConnectionInfo> {
+        Ok(match &*self.0 {
+            Topology::Single(client) => client.get_connection_info().clone(),
             // A client per connection: a cached one would serialize callers, and try sentinel connections that have broken.
             Topology::Sentinel { service, primary, sentinels } => {
                 let (sentinels, primary) = (sentinels.clone(), Some(primary.clone()));
-                SentinelClient::build(sentinels, service, primary, SentinelServerType::Master)?
-                    .get_async_connection_with_config(config)
-                    .await
+                let mut sentinels =
+                    SentinelClient::build(sentinels, service, primary, SentinelServerType::Master)?;
+                sentinels.async_get_client().await?.get_connection_info().clone()
             }
-            Topology::Cluster { seeds } => {
-                let info = match node {
-                    Node::Only => seeds[0].clone(),
-                    Node::At(host, port) => with_address(&seeds[0], host, *port),
-                };
-                Client::open(info)?.get_multiplexed_async_connection_with_config(config).await
-            }
-        }
+            Topology::Cluster { seeds } => match node {
+                Node::Only => seeds[0].clone(),
+                Node::At(host, port) => with_address(&seeds[0], host, *port),
+            },
+        })
     }
 
     /// The slot map as the cluster reports it now. Nodes of `known` are queried first, then those in the settings.
