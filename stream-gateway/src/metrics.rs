@@ -69,9 +69,8 @@ metrics! {
         pub redis_degraded: Gauge = "1 while Redis is not relied on and the gateway reconciles every second", degraded();
         pub redis_connections_opened: Counter = "Connections opened to Redis for subscriptions";
         pub redis_probe_connections_opened: Counter = "Connections opened to Redis for health probes";
-        pub redis_probe_seconds: Histogram =
-            "Time until a health probe, behind the messages that wait, is read: how far the gateway is behind Redis",
-            Histogram::new(exponential_buckets(0.0005, 2.0, 13));
+        pub redis_dropped_messages: Counter =
+            "Messages from Redis dropped because the delivery thread was a second behind; a reconcile recovers their events";
         pub redis_invalid_messages: Counter = "Messages from Redis that could not be parsed";
         pub desired_subscriptions: Gauge = "Channels that should be subscribed";
         pub actual_subscriptions: Gauge = "Channels whose subscription Redis has confirmed";

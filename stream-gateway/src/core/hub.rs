@@ -333,6 +333,11 @@ impl Hub {
     pub fn mark_uncertain(&mut self, user: UserId) {
         self.with_user(user, |user, cx| user.mark_uncertain(cx));
     }
+
+    /// Events of any user may have been lost.
+    pub fn mark_all_uncertain(&mut self) {
+        self.reconcile.hasten(self.now);
+    }
 }
 
 /// Answers of `api`.

@@ -255,6 +255,7 @@ impl Engine {
                 self.telemetry.metrics.redis_degraded.set(i64::from(degraded));
             }
             RedisUpdate::Uncertain(user) => self.hub.mark_uncertain(user),
+            RedisUpdate::Dropped => self.hub.mark_all_uncertain(),
         }
         self.carry_out_effects();
     }

@@ -4,7 +4,8 @@
 use std::{
     io,
     pin::Pin,
-    task::{Context, Poll, ready},
+    task::{Context, Poll},
+    time::{Duration, Instant},
 };
 
 use bytes::{Buf, BufMut, BytesMut};
@@ -24,8 +25,10 @@ const MAX_DEPTH: usize = 8;
 pub(super) trait Receiver: Send + Unpin + 'static {
     /// Whether there is room for [`MESSAGES_PER_READ`] messages.
     fn has_room(&self) -> bool;
-    /// `payload`: `None` if it is longer than the limit of the [`MessageStream`].
-    fn receive(&mut self, channel: &[u8], payload: Option<&[u8]>);
+    /// `payload`: `None` if it is longer than the limit of the [`MessageStream`]. `late`: the connection is behind.
+    fn receive(&mut self, channel: &[u8], payload: Option<&[u8]>, late: bool);
+    /// The connection is not behind any more.
+    fn caught_up(&mut self);
 }
 
 /// A connection without its messages.
@@ -34,6 +37,10 @@ pub(super) struct MessageStream<S, R> {
     receiver: R,
     /// In bytes. Of a longer payload nothing is kept.
     max_payload: usize,
+    /// Since when no read has emptied the socket.
+    waiting_since: Option<Instant>,
+    /// A connection is behind after so long.
+    patience: Duration,
     /// Begins with a frame, or with what is left to `skip`.
     input: BytesMut,
     skip: usize,
@@ -42,12 +49,34 @@ pub(super) struct MessageStream<S, R> {
 }
 
 impl<S, R: Receiver> MessageStream<S, R> {
-    pub(super) fn new(stream: S, max_payload: usize, receiver: R) -> Self {
-        Self { stream, receiver, max_payload, input: BytesMut::new(), skip: 0, replies: BytesMut::new() }
+    pub(super) fn new(stream: S, max_payload: usize, patience: Duration, receiver: R) -> Self {
+        Self {
+            stream,
+            receiver,
+            max_payload,
+            waiting_since: None,
+            patience,
+            input: BytesMut::new(),
+            skip: 0,
+            replies: BytesMut::new(),
+        }
     }
 
-    /// Hands over all frames that are complete.
-    fn take_frames(&mut self) -> io::Result<()> {
+    fn catch_up(&mut self) {
+        if self.waiting_since.take().is_some() {
+            self.receiver.caught_up();
+        }
+    }
+
+    /// Hands over all frames that are complete. `more`: the socket probably has others.
+    fn take_frames(&mut self, more: bool) -> io::Result<()> {
+        if !more {
+            self.catch_up();
+        }
+        let late = self.waiting_since.is_some_and(|since| since.elapsed() >= self.patience);
+        if more {
+            self.waiting_since.get_or_insert_with(Instant::now);
+        }
         loop {
             let skipped = self.skip.min(self.input.len());
             self.input.advance(skipped);
@@ -58,7 +87,7 @@ impl<S, R: Receiver> MessageStream<S, R> {
             };
             let length = match frame {
                 Frame::Message { channel, payload, length } => {
-                    self.receiver.receive(channel, payload);
+                    self.receiver.receive(channel, payload, late);
                     length
                 }
                 Frame::Other { length } => {
@@ -88,11 +117,15 @@ impl<S: AsyncRead + Unpin, R: Receiver> AsyncRead for MessageStream<S, R> {
             if this.receiver.has_room() {
                 this.input.reserve(READ);
                 let mut input = (&mut this.input).limit(READ);
-                let count = ready!(poll_read_buf(Pin::new(&mut this.stream), cx, &mut input))?;
+                let Poll::Ready(count) = poll_read_buf(Pin::new(&mut this.stream), cx, &mut input) else {
+                    this.catch_up();
+                    return Poll::Pending;
+                };
+                let count = count?;
                 if count == 0 {
                     return Poll::Ready(Ok(()));
                 }
-                this.take_frames()?;
+                this.take_frames(count == READ)?;
                 // After a short read, tokio knows without a system call that the socket is empty.
                 if count < READ || !this.replies.is_empty() {
                     continue;
@@ -243,6 +276,7 @@ mod tests {
     struct Received {
         messages: Arc<Mutex<Vec<Message>>>,
         room: Arc<Mutex<Option<usize>>>,
+        late: Arc<Mutex<usize>>,
     }
 
     impl Receiver for Received {
@@ -257,9 +291,16 @@ mod tests {
             }
         }
 
-        fn receive(&mut self, channel: &[u8], payload: Option<&[u8]>) {
+        fn receive(&mut self, channel: &[u8], payload: Option<&[u8]>, late: bool) {
+            if late {
+                return *self.late.lock().unwrap() += 1;
+            }
             let text = |bytes: &[u8]| String::from_utf8(bytes.to_vec()).unwrap();
             self.messages.lock().unwrap().push((text(channel), payload.map(text)));
+        }
+
+        fn caught_up(&mut self) {
+            self.messages.lock().unwrap().push(("caught up".into(), None));
         }
     }
 
@@ -291,7 +332,7 @@ mod tests {
 
     fn read(pieces: Vec<Vec<u8>>) -> (io::Result<String>, Vec<Message>) {
         let received = Received::default();
-        let mut stream = MessageStream::new(Pieces(pieces), MAX, received.clone());
+        let mut stream = MessageStream::new(Pieces(pieces), MAX, Duration::MAX, received.clone());
         let mut replies = String::new();
         let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
         let result = runtime.block_on(stream.read_to_string(&mut replies));
@@ -362,12 +403,29 @@ mod tests {
         let first = message("message", "c", &"x".repeat(MAX)).repeat(READ / 30);
         let second = message("message", "last", "");
         let pieces = Pieces(vec![first.as_bytes()[..READ].to_vec(), second.into_bytes()]);
-        let mut stream = MessageStream::new(pieces, MAX, received.clone());
+        let mut stream = MessageStream::new(pieces, MAX, Duration::MAX, received.clone());
         let mut reply = [0];
         let taken = || received.messages.lock().unwrap().len();
         for _ in 0..3 {
             assert!(stream.read(&mut reply).now_or_never().is_none(), "it waits for its turn");
             assert!((1_000..=MESSAGES_PER_READ).contains(&taken()));
         }
+    }
+
+    #[tokio::test]
+    async fn messages_are_late_until_a_read_empties_the_socket() {
+        let received = Received::default();
+        let one = message("message", "a 13th letter", &"x".repeat(MAX));
+        let whole_read = one.repeat(READ / one.len()).into_bytes();
+        assert_eq!(whole_read.len(), READ);
+        let last = message("message", "last", "").into_bytes();
+        let pieces = Pieces(vec![whole_read.clone(), whole_read, last]);
+        let mut stream = MessageStream::new(pieces, MAX, Duration::ZERO, received.clone());
+        assert_eq!(stream.read(&mut [0]).await.unwrap(), 0);
+        let (messages, late) = (received.messages.lock().unwrap(), *received.late.lock().unwrap());
+        let channels: Vec<_> = messages.iter().map(|(channel, _)| channel.as_str()).collect();
+        let in_time = READ / one.len();
+        assert_eq!((late, channels.len()), (in_time, in_time + 2));
+        assert_eq!(channels[in_time..], ["caught up", "last"]);
     }
 }

@@ -6,8 +6,8 @@
 //! is degraded unless every node is healthy.
 //!
 //! The connections are read on the delivery thread, so that a message costs no task switch between threads; all other work for
-//! them is done on the worker threads. While the engine is busy, nothing is read: the messages wait in the socket and at Redis.
-//! A health probe waits behind them, so a connection that is seconds behind is given up, and a reconcile recovers the events.
+//! them is done on the worker threads. While the engine is busy, nothing is read: the messages wait in the socket and at Redis. A
+//! connection that is a second behind drops what waits, and a reconcile recovers the events.
 
 mod desired;
 mod messages;
@@ -55,6 +55,8 @@ pub enum RedisUpdate {
     /// The connection is closed, and its subscriptions with it.
     Disconnected(RedisConnectionId),
     Degraded(bool),
+    /// Messages were dropped.
+    Dropped,
 }
 
 pub struct Subscriber {

@@ -45,6 +45,9 @@ use crate::{
     metrics::{DeliveryPath, Metrics},
 };
 
+/// A connection that is so far behind drops its messages. Less than [`RESPONSE_TIMEOUT`], which a health probe must meet.
+const PATIENCE: Duration = Duration::from_secs(1);
+const OVERFLOWS_LOGGED_EVERY: Duration = Duration::from_secs(1);
 /// Updates from other threads that may come while a connection is read.
 const OTHER_UPDATES: usize = 1_024;
 const _: () = assert!(MESSAGES_PER_READ + OTHER_UPDATES < QUEUE, "an empty queue has room for a read");
@@ -296,12 +299,14 @@ impl NodeSubscriber {
             signals: signals.clone(),
             tracer: self.tracer.clone(),
             metrics: self.metrics.clone(),
+            dropped: 0,
+            logged_at: None,
         };
         let config = AsyncConnectionConfig::new()
             .set_response_timeout(Some(RESPONSE_TIMEOUT))
             .set_push_sender(push_handler(self.channels.clone(), signals));
         let connecting = self.delivery.spawn(async move {
-            let stream = MessageStream::new(address.connect().await?, MAX_ENVELOPE, receiver);
+            let stream = MessageStream::new(address.connect().await?, MAX_ENVELOPE, PATIENCE, receiver);
             let (redis, driver) =
                 MultiplexedConnection::new_with_config(address.login(), stream, config).await?;
             RedisResult::Ok((redis, AbortOnDropHandle::new(tokio::spawn(driver))))
@@ -437,7 +442,6 @@ impl NodeSubscriber {
             Err(error) => return Err(error).context("no answer to PING"),
         }
         connection.probes += 1;
-        let published_at = Instant::now();
         if let Err(error) = self.publish_probe(connection).await {
             tracing::warn!(%error, node = %self.node, "redis health probe could not publish");
             self.slot_maps.refresh();
@@ -449,7 +453,6 @@ impl NodeSubscriber {
             }
         };
         timeout(RESPONSE_TIMEOUT, came_back).await.context("a health probe did not return")?;
-        self.metrics.redis_probe_seconds.observe(published_at.elapsed().as_secs_f64());
         Ok(true)
     }
 
@@ -505,6 +508,9 @@ struct MessageReceiver {
     signals: Arc<Signals>,
     tracer: Tracer,
     metrics: Arc<Metrics>,
+    /// Since the connection was last caught up.
+    dropped: u64,
+    logged_at: Option<Instant>,
 }
 
 impl Receiver for MessageReceiver {
@@ -512,21 +518,42 @@ impl Receiver for MessageReceiver {
         self.updates.capacity() >= MESSAGES_PER_READ + OTHER_UPDATES
     }
 
-    fn receive(&mut self, channel: &[u8], payload: Option<&[u8]>) {
+    fn receive(&mut self, channel: &[u8], payload: Option<&[u8]>, late: bool) {
         let Some(user) = self.channels.user_of(channel) else { return self.receive_other(channel, payload) };
+        if late {
+            self.metrics.redis_dropped_messages.inc();
+            self.dropped += 1;
+            return;
+        }
         let update = payload.and_then(|payload| read(&self.tracer, user, payload)).unwrap_or_else(|| {
             // From a newer api or another publisher: if it is an event, the feed has it.
             self.metrics.redis_invalid_messages.inc();
             RedisUpdate::Uncertain(user)
         });
-        if self.updates.try_send(update).is_err() {
-            // The engine has ended; were the queue full, the reconcile after a disconnection would recover the event.
-            self.signals.mark_disconnected();
+        self.send(update);
+    }
+
+    fn caught_up(&mut self) {
+        let dropped = std::mem::take(&mut self.dropped);
+        if dropped == 0 {
+            return;
+        }
+        self.send(RedisUpdate::Dropped);
+        if self.logged_at.is_none_or(|logged_at| logged_at.elapsed() > OVERFLOWS_LOGGED_EVERY) {
+            tracing::warn!(dropped, "redis messages dropped: delivery is a second behind; reconciling");
+            self.logged_at = Some(Instant::now());
         }
     }
 }
 
 impl MessageReceiver {
+    fn send(&self, update: RedisUpdate) {
+        if self.updates.try_send(update).is_err() {
+            // The engine has ended; were the queue full, the reconcile after a disconnection would recover the event.
+            self.signals.mark_disconnected();
+        }
+    }
+
     fn receive_other(&self, channel: &[u8], payload: Option<&[u8]>) {
         let payload = payload.unwrap_or_default();
         if channel == self.probe_channel.as_bytes() {
@@ -598,6 +625,34 @@ mod tests {
         running.await.unwrap();
         assert!(board.of(&[Node::Only]) == Health::default());
         assert_eq!(owner.tasks.failure().unwrap().task, "redis subscriber of redis");
+    }
+
+    #[test]
+    fn late_messages_are_dropped_and_end_in_one_reconcile() {
+        let (updates, mut news) = mpsc::channel(8);
+        let metrics = Arc::new(Metrics::default());
+        let api = ApiClient::new("http://localhost", Secrets::random(), metrics.clone());
+        let mut receiver = MessageReceiver {
+            channels: Channels::default(),
+            probe_channel: "probe".into(),
+            keys_channel: "keys".into(),
+            keys: Arc::new(Keys::new("http://localhost", api, metrics.clone())),
+            updates,
+            signals: Arc::default(),
+            tracer: Tracer::default(),
+            metrics: metrics.clone(),
+            dropped: 0,
+            logged_at: None,
+        };
+        for channel in ["user:1", "user:2", "probe"] {
+            receiver.receive(channel.as_bytes(), Some(b"3"), true);
+        }
+        receiver.caught_up();
+        receiver.caught_up();
+        assert!(matches!(news.try_recv(), Ok(RedisUpdate::Dropped)));
+        assert!(news.try_recv().is_err());
+        assert_eq!(metrics.redis_dropped_messages.get(), 2);
+        assert_eq!(receiver.signals.last_probe.load(Ordering::Acquire), 3, "a probe is never dropped");
     }
 
     #[test]

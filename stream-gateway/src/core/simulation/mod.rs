@@ -123,6 +123,8 @@ enum LossNotice {
     Never,
     /// It could not be parsed.
     Uncertain,
+    /// The queue was full.
+    Dropped,
 }
 
 /// How often a kind of step is drawn, and how its two random numbers are used.
@@ -134,7 +136,7 @@ const KINDS: [Kind; 26] = [
     (3, |user, _| ScheduleStep::Commit { user, publish: Publish::Never }),
     (14, |message, _| ScheduleStep::Deliver { message }),
     (2, |message, notice| {
-        let notices = [LossNotice::Never, LossNotice::Uncertain];
+        let notices = [LossNotice::Never, LossNotice::Uncertain, LossNotice::Dropped];
         ScheduleStep::Lose { message, notice: notices[usize::from(notice) % notices.len()] }
     }),
     (8, |user, _| ScheduleStep::Confirm { user }),

@@ -310,6 +310,7 @@ impl SimulatedWorld {
         match notice {
             LossNotice::Never => {}
             LossNotice::Uncertain => self.hub.mark_uncertain(user),
+            LossNotice::Dropped => self.hub.mark_all_uncertain(),
         }
     }
 
