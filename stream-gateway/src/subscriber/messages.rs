@@ -1,5 +1,5 @@
 //! Takes the published messages out of a connection's bytes before the redis library parses them, so that a message costs no
-//! allocation and no task switch. Everything else, such as replies and confirmations, goes on to the library.
+//! allocation and no task switch. Everything else, such as replies and confirmations, is passed to the library.
 
 use std::{
     io,
