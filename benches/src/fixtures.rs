@@ -1,10 +1,16 @@
 //! The start of each scenario: its own servers with the settings of production, and users with sessions and
 //! conversations, made in bulk by SQL.
 
-use std::{fmt::Write as _, io, ops::Deref, path::PathBuf};
+use std::{
+    borrow::Borrow,
+    fmt::Write as _,
+    io,
+    ops::Deref,
+    path::{Path, PathBuf},
+};
 
 use protocol::{
-    ids::{ConversationId, UserId},
+    ids::{ConversationId, SessionId, UserId},
     position::{Epoch, Position},
 };
 use sqlx::AssertSqlSafe;
@@ -16,6 +22,8 @@ use testkit::{
 };
 
 use crate::load::{Sender, Viewer};
+
+const ROWS_AT_ONCE: usize = 50_000;
 
 pub struct Bench {
     world: World,
@@ -62,6 +70,33 @@ pub async fn make_users(world: &Bench, count: usize) -> anyhow::Result<Vec<TestU
     Ok(users)
 }
 
+/// Users with a session each, by id; many more than could be kept as [`TestUser`]s.
+pub async fn make_sessions(world: &Bench, count: usize) -> anyhow::Result<Vec<(UserId, SessionId)>> {
+    let mut sessions = Vec::with_capacity(count);
+    while sessions.len() < count {
+        let (from, some) = (sessions.len() as i64, (count - sessions.len()).min(ROWS_AT_ONCE) as i64);
+        let rows: Vec<(i64, i64)> = sqlx::query_as(
+            "WITH new AS (
+                 INSERT INTO messenger.users (username) SELECT 'viewer' || n FROM generate_series($1 + 1, $1 + $2) AS n RETURNING id
+             )
+             INSERT INTO messenger.sessions (user_id, expires_at) SELECT id, now() + interval '1 day' FROM new
+             RETURNING user_id, id",
+        )
+        .bind(from)
+        .bind(some)
+        .fetch_all(&world.sql)
+        .await?;
+        sessions.extend(rows.into_iter().map(|(user, session)| (UserId(user), SessionId(session))));
+    }
+    sessions.sort_unstable_by_key(|(user, _)| user.0);
+    settle(world, "messenger.users, messenger.sessions, messenger.feed_heads").await?;
+    Ok(sessions)
+}
+
+pub fn ids_of(sessions: &[(UserId, SessionId)]) -> Vec<UserId> {
+    sessions.iter().map(|(user, _)| *user).collect()
+}
+
 /// A conversation for each pair of users: the first with the second, the third with the fourth, and so on.
 pub async fn start_conversations(world: &Bench, users: &[TestUser]) -> anyhow::Result<Vec<Sender>> {
     let firsts: Vec<i64> = users.chunks_exact(2).map(|pair| pair[0].id.0).collect();
@@ -94,39 +129,53 @@ async fn settle(world: &Bench, tables: &'static str) -> anyhow::Result<()> {
     Ok(())
 }
 
-pub async fn heads(world: &Bench, users: &[TestUser]) -> anyhow::Result<Vec<(UserId, Position)>> {
-    let ids: Vec<i64> = users.iter().map(|user| user.id.0).collect();
-    let rows: Vec<(i64, i64, i64)> = sqlx::query_as(
-        "SELECT user_id, epoch, head_seq FROM messenger.feed_heads WHERE user_id = ANY ($1) ORDER BY user_id",
-    )
-    .bind(&ids)
-    .fetch_all(&world.sql)
-    .await?;
-    let head = |(user, epoch, seq): (i64, i64, i64)| {
-        (UserId(user), Position { epoch: Epoch::from_sql(epoch), seq: seq.cast_unsigned() })
-    };
-    Ok(rows.into_iter().map(head).collect())
+/// In the order of these users, who are sorted by id.
+pub async fn heads(world: &Bench, users: &[UserId]) -> anyhow::Result<Vec<(UserId, Position)>> {
+    let mut heads = Vec::with_capacity(users.len());
+    for users in users.chunks(ROWS_AT_ONCE) {
+        let ids: Vec<i64> = users.iter().map(|user| user.0).collect();
+        let rows: Vec<(i64, i64, i64)> = sqlx::query_as(
+            "SELECT user_id, epoch, head_seq FROM messenger.feed_heads WHERE user_id = ANY ($1) ORDER BY user_id",
+        )
+        .bind(&ids)
+        .fetch_all(&world.sql)
+        .await?;
+        heads.extend(rows.into_iter().map(|(user, epoch, seq)| {
+            (UserId(user), Position { epoch: Epoch::from_sql(epoch), seq: seq.cast_unsigned() })
+        }));
+    }
+    Ok(heads)
 }
 
-pub fn viewers_file(world: &Bench, users: &[TestUser]) -> anyhow::Result<PathBuf> {
-    let viewer = |user: &TestUser| Viewer { user: user.id, token: user.token.clone() };
-    write_lines(world, "viewers", users.iter().map(viewer))
+pub fn ids(users: &[TestUser]) -> Vec<UserId> {
+    users.iter().map(|user| user.id).collect()
+}
+
+pub fn viewers(users: &[TestUser]) -> impl Iterator<Item = Viewer> {
+    users.iter().map(|user| Viewer { user: user.id, token: user.token.clone() })
+}
+
+pub fn viewers_file(
+    folder: &Path,
+    viewers: impl Iterator<Item = impl Borrow<Viewer>>,
+) -> anyhow::Result<PathBuf> {
+    write_lines(folder, "viewers", viewers.map(|viewer| serde_json::to_string(viewer.borrow())))
 }
 
 pub fn senders_file(world: &Bench, senders: &[Sender]) -> anyhow::Result<PathBuf> {
-    write_lines(world, "senders", senders.iter())
+    write_lines(world.folder(), "senders", senders.iter().map(serde_json::to_string))
 }
 
-fn write_lines<T: serde::Serialize>(
-    world: &Bench,
+fn write_lines(
+    folder: &Path,
     name: &str,
-    items: impl Iterator<Item = T>,
+    lines: impl Iterator<Item = serde_json::Result<String>>,
 ) -> anyhow::Result<PathBuf> {
     let mut text = String::new();
-    for item in items {
-        let _ = writeln!(text, "{}", serde_json::to_string(&item)?);
+    for line in lines {
+        let _ = writeln!(text, "{}", line?);
     }
-    let path = world.folder().join(name);
+    let path = folder.join(name);
     std::fs::write(&path, text)?;
     Ok(path)
 }

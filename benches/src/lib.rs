@@ -12,6 +12,8 @@ mod fixtures;
 mod http;
 pub mod load;
 mod machine;
+mod peers;
+mod publisher;
 mod report;
 pub mod scenarios;
 mod source;

@@ -7,7 +7,7 @@ use std::process::{Command, ExitCode};
 use anyhow::Context as _;
 use benches::{
     load,
-    scenarios::{self, Scenario, Sizes},
+    scenarios::{self, Contender, GatewayBuild, Scenario, Sizes},
 };
 use clap::{Parser, ValueEnum};
 
@@ -23,18 +23,25 @@ struct BenchCli {
     /// Use small numbers, to see that the bench works
     #[arg(long)]
     quick: bool,
-    /// Streams on the gateway
+    /// Streams on the gateway; of `million`, in all
     #[arg(long)]
     streams: Option<usize>,
     /// Events per second for each step of `fanout` after the first, separated by commas
     #[arg(long, value_delimiter = ',')]
     rates: Vec<u32>,
+    /// For `opening` and `peers`: a gateway to measure, as NAME=FOLDER of its binary; may be repeated
+    #[arg(long = "gateway", value_parser = GatewayBuild::in_folder)]
+    gateways: Vec<GatewayBuild>,
+    /// For `peers`: what to measure; all by default
+    #[arg(long, value_enum, value_delimiter = ',')]
+    contenders: Vec<Contender>,
+    /// For `opening` and `peers`: how often everything is measured, in alternating order
+    #[arg(long)]
+    rounds: Option<usize>,
     /// Use the service binaries next to this program without building them
     #[arg(long)]
     no_build: bool,
 }
-
-const LONGEST_SECONDS: u32 = 15 * 60;
 
 fn main() -> ExitCode {
     match run() {
@@ -58,11 +65,17 @@ fn run() -> anyhow::Result<()> {
     if !cli.no_build {
         build()?;
     }
-    let streams = cli.streams.unwrap_or(if cli.quick { 200 } else { 10_000 });
-    let mut sizes = Sizes::new(cli.quick, streams);
+    let mut sizes = Sizes::new(cli.quick, cli.streams);
     if !cli.rates.is_empty() {
         sizes.ceiling_rates = cli.rates;
     }
+    if !cli.gateways.is_empty() {
+        sizes.gateways = cli.gateways;
+    }
+    if !cli.contenders.is_empty() {
+        sizes.contenders = cli.contenders;
+    }
+    sizes.rounds = cli.rounds.unwrap_or(sizes.rounds);
     let scenarios = if cli.scenarios.is_empty() { Scenario::value_variants() } else { &cli.scenarios };
     benches::describe(cli.quick);
     // On this thread: children end with the thread that started them.
@@ -70,7 +83,7 @@ fn run() -> anyhow::Result<()> {
     runtime.block_on(async {
         for &scenario in scenarios {
             // Load processes are read without async: only a signal ends a scenario that hangs, and so its children.
-            nix::unistd::alarm::set(LONGEST_SECONDS);
+            nix::unistd::alarm::set(scenario.longest().as_secs() as u32);
             tokio::select! {
                 result = scenarios::run(scenario, &sizes) => result?,
                 _ = tokio::signal::ctrl_c() => anyhow::bail!("interrupted"),

@@ -42,6 +42,11 @@ pub fn figure(name: impl Display, value: impl Display) {
     println!("  {:<44} {value}", name.to_string());
 }
 
+#[expect(clippy::print_stdout, reason = "figures are what this program is for")]
+pub fn print(line: impl Display) {
+    println!("{line}");
+}
+
 /// A figure for each different text, by how often it comes.
 pub fn tally(what: &str, texts: impl Iterator<Item = String>) {
     let mut tally = BTreeMap::<String, usize>::new();

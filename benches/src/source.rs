@@ -2,33 +2,28 @@
 //! to Redis at the time they are due. So every request of a gateway gets a correct answer, and the rate is not bounded by
 //! what POST can do.
 
-use std::{
-    collections::VecDeque,
-    io::{BufRead, BufReader, Write},
-    net::{SocketAddr, TcpStream},
-    sync::mpsc::{Receiver, SyncSender, sync_channel},
-    thread,
-    time::Duration,
-};
+use std::{collections::VecDeque, time::Duration};
 
-use anyhow::Context as _;
 use chrono::{DateTime, Utc};
 use protocol::{
     event::{self, Envelope, kind, rfc3339},
+    ids::UserId,
     position::{Position, Seq},
 };
 use rand::seq::SliceRandom;
 use serde_json::{json, value::RawValue};
 use sqlx::Connection;
-use testkit::user::TestUser;
 
 use crate::{
     clock::{self, HEAD_START, Micros, micros, now, sleep_until},
     fixtures::{self, Bench},
+    publisher::{Burst, PublishReport, Publisher, Window, Wire},
 };
 
 const BATCH_EVERY: Duration = Duration::from_millis(10);
 const BATCH_ROWS: usize = 5_000;
+/// Events of a flood that are sent together.
+pub const FLOOD_BURST: usize = 64;
 /// Events that are due within the same millisecond are sent together.
 const GRAIN: Micros = 1_000;
 /// Events are committed this long before they are due.
@@ -45,20 +40,11 @@ pub enum Commits {
 
 pub struct EventLoad<'a> {
     world: &'a Bench,
-    users: &'a [TestUser],
+    users: Vec<UserId>,
     /// A random order; each turn goes once through all.
     order: Vec<usize>,
     next: usize,
     heads: Vec<Position>,
-}
-
-#[derive(Debug)]
-pub struct PublishReport {
-    pub events: u64,
-    /// The longest delay of a publication: above zero, the source could not keep up.
-    pub latest: Micros,
-    /// Receivers at Redis, over all events.
-    pub heard: u64,
 }
 
 struct EventRow {
@@ -69,26 +55,68 @@ struct EventRow {
     created_at: DateTime<Utc>,
 }
 
-struct Burst {
-    due: Micros,
-    events: u64,
-    commands: Vec<u8>,
+/// As `api` writes it, with a text of a usual length.
+pub fn message(id: u64, due: Micros, conversation: usize, created_at: DateTime<Utc>) -> String {
+    let message = json!({
+        "id": id.to_string(),
+        "content": format!("{due:010} is when this message of the bench was due, in microseconds"),
+        "conversationId": (conversation + 1).to_string(),
+        "createdAt": rfc3339(created_at),
+        "mine": false,
+    });
+    message.to_string()
+}
+
+/// When events are due at a steady rate, in microseconds from its start.
+pub fn due_times(per_second: u32, length: Duration) -> impl Iterator<Item = Micros> {
+    let total = (f64::from(per_second) * length.as_secs_f64()) as u64;
+    (0..total).map(move |number| number * 1_000_000 / u64::from(per_second) / GRAIN * GRAIN)
 }
 
 impl<'a> EventLoad<'a> {
-    pub async fn new(world: &'a Bench, users: &'a [TestUser]) -> anyhow::Result<Self> {
+    pub async fn new(world: &'a Bench, users: impl IntoIterator<Item = UserId>) -> anyhow::Result<Self> {
+        let users: Vec<UserId> = users.into_iter().collect();
         let mut order: Vec<usize> = (0..users.len()).collect();
         order.shuffle(&mut rand::rng());
-        let heads = fixtures::heads(world, users).await?.into_iter().map(|(_, head)| head).collect();
+        let heads = fixtures::heads(world, &users).await?.into_iter().map(|(_, head)| head).collect();
         Ok(Self { world, users, order, next: 0, heads })
     }
 
     pub async fn one_each(&mut self) -> anyhow::Result<PublishReport> {
-        let rows = (0..self.users.len()).map(|_| self.row(0)).collect::<Vec<_>>();
-        self.commit(&rows).await?;
-        let publisher = RedisPublisher::start(self.world.redis.address(), now())?;
-        rows.chunks(500).try_for_each(|rows| publisher.send(self.burst(0, rows)?))?;
+        let publisher = self.publisher(now(), None)?;
+        let mut left = self.users.len();
+        while left > 0 {
+            let rows: Vec<EventRow> = (0..left.min(BATCH_ROWS)).map(|_| self.row(0)).collect();
+            left -= rows.len();
+            self.commit(&rows).await?;
+            rows.chunks(500).try_for_each(|rows| publisher.send(self.burst(0, rows)?))?;
+        }
         publisher.finish()
+    }
+
+    /// So many events to all users in turn, as fast as the window lets them; all are committed before.
+    pub async fn flood(
+        &mut self,
+        events: u64,
+        window: Window,
+        begin: impl FnOnce(Micros) -> anyhow::Result<()>,
+    ) -> anyhow::Result<PublishReport> {
+        let rows: Vec<EventRow> = (0..events).map(|_| self.row(0)).collect();
+        for some in rows.chunks(BATCH_ROWS) {
+            self.commit(some).await?;
+        }
+        sqlx::query("CHECKPOINT").execute(&self.world.sql).await?;
+        let bursts: Vec<Burst> =
+            rows.chunks(FLOOD_BURST).map(|some| self.burst(0, some)).collect::<anyhow::Result<_>>()?;
+        let since = clock::soon();
+        begin(since)?;
+        let publisher = self.publisher(since, Some(window))?;
+        bursts.into_iter().try_for_each(|burst| publisher.send(burst))?;
+        publisher.finish()
+    }
+
+    fn publisher(&self, since: Micros, window: Option<Window>) -> anyhow::Result<Publisher> {
+        Publisher::start(Wire::Redis, self.world.redis.address(), 1, since, window)
     }
 
     /// `per_second` events for `length`, to all users in turn. `begin` gets the time to which all due times are relative, before
@@ -100,11 +128,10 @@ impl<'a> EventLoad<'a> {
         commits: Commits,
         begin: impl FnOnce(Micros) -> anyhow::Result<()>,
     ) -> anyhow::Result<PublishReport> {
-        let total = (f64::from(per_second) * length.as_secs_f64()) as u64;
-        let due = |number: u64| number * 1_000_000 / u64::from(per_second) / GRAIN * GRAIN;
+        let dues: Vec<Micros> = due_times(per_second, length).collect();
         let mut bursts = VecDeque::new();
         if commits == Commits::Before {
-            let mut rows: Vec<EventRow> = (0..total).map(|number| self.row(due(number))).collect();
+            let mut rows: Vec<EventRow> = dues.iter().map(|due| self.row(*due)).collect();
             for some in rows.chunks(BATCH_ROWS) {
                 self.commit(some).await?;
             }
@@ -119,17 +146,12 @@ impl<'a> EventLoad<'a> {
         }
         let since = clock::soon();
         begin(since)?;
-        let publisher = RedisPublisher::start(self.world.redis.address(), since)?;
+        let publisher = self.publisher(since, None)?;
         bursts.into_iter().try_for_each(|burst| publisher.send(burst))?;
         if commits == Commits::Meanwhile {
-            let mut number = 0;
-            while number < total {
-                let batch_from = due(number);
-                let mut rows = Vec::new();
-                while number < total && due(number) < batch_from + micros(BATCH_EVERY) {
-                    rows.push(self.row(due(number)));
-                    number += 1;
-                }
+            for dues in dues.chunk_by(|a, b| a / micros(BATCH_EVERY) == b / micros(BATCH_EVERY)) {
+                let batch_from = dues[0];
+                let rows: Vec<EventRow> = dues.iter().map(|due| self.row(*due)).collect();
                 sleep_until((since + batch_from).saturating_sub(micros(LEAD)));
                 self.commit(&rows).await?;
                 for some in rows.chunk_by(|a, b| a.due == b.due) {
@@ -145,19 +167,11 @@ impl<'a> EventLoad<'a> {
         self.next += 1;
         self.heads[user].seq += 1;
         let (seq, created_at) = (self.heads[user].seq, Utc::now());
-        // As `api` writes it, with a text of a usual length.
-        let payload = json!({
-            "id": self.next.to_string(),
-            "content": format!("{due:010} is when this message of the bench was due, in microseconds"),
-            "conversationId": (user + 1).to_string(),
-            "createdAt": rfc3339(created_at),
-            "mine": false,
-        });
-        EventRow { due, user, seq, payload: payload.to_string(), created_at }
+        EventRow { due, user, seq, payload: message(self.next as u64, due, user, created_at), created_at }
     }
 
     async fn commit(&self, rows: &[EventRow]) -> anyhow::Result<()> {
-        let users: Vec<i64> = rows.iter().map(|row| self.users[row.user].id.0).collect();
+        let users: Vec<i64> = rows.iter().map(|row| self.users[row.user].0).collect();
         let seqs: Vec<i64> = rows.iter().map(|row| row.seq.cast_signed()).collect();
         let payloads: Vec<&str> = rows.iter().map(|row| row.payload.as_str()).collect();
         let mut connection = self.world.sql.acquire().await?;
@@ -186,7 +200,7 @@ impl<'a> EventLoad<'a> {
     fn burst(&self, due: Micros, rows: &[EventRow]) -> anyhow::Result<Burst> {
         let mut commands = Vec::with_capacity(rows.len() * 512);
         for row in rows {
-            let user = &self.users[row.user];
+            let user = self.users[row.user];
             let envelope = Envelope {
                 v: event::VERSION,
                 epoch: self.heads[row.user].epoch,
@@ -198,74 +212,10 @@ impl<'a> EventLoad<'a> {
                 traceparent: None,
             };
             redis::cmd("PUBLISH")
-                .arg(self.world.channels().user(user.id))
+                .arg(self.world.channels().user(user))
                 .arg(serde_json::to_vec(&envelope)?)
                 .write_packed_command(&mut commands);
         }
-        Ok(Burst { due, events: rows.len() as u64, commands })
+        Ok(Burst { due, events: rows.len() as u64, commands: vec![commands] })
     }
-}
-
-struct RedisPublisher {
-    bursts: SyncSender<Burst>,
-    thread: thread::JoinHandle<anyhow::Result<PublishReport>>,
-}
-
-impl RedisPublisher {
-    fn start(redis: SocketAddr, since: Micros) -> anyhow::Result<Self> {
-        let socket = TcpStream::connect(redis)?;
-        socket.set_nodelay(true)?;
-        // A million events at the highest rates, one burst at a time.
-        let (sender, bursts) = sync_channel(100_000);
-        let thread = thread::spawn(move || publish(socket, &bursts, since));
-        Ok(Self { bursts: sender, thread })
-    }
-
-    fn send(&self, burst: Burst) -> anyhow::Result<()> {
-        self.bursts.send(burst).context("the publisher has ended")
-    }
-
-    fn finish(self) -> anyhow::Result<PublishReport> {
-        drop(self.bursts);
-        self.thread.join().unwrap_or_else(|_| anyhow::bail!("the publisher panicked"))
-    }
-}
-
-fn publish(mut socket: TcpStream, bursts: &Receiver<Burst>, since: Micros) -> anyhow::Result<PublishReport> {
-    let mut published = PublishReport { events: 0, latest: 0, heard: 0 };
-    let answers = socket.try_clone()?;
-    let (total_in, total) = sync_channel(1);
-    let reader = thread::spawn(move || count_heard(answers, &total));
-    for burst in bursts {
-        sleep_until(since + burst.due);
-        published.latest = published.latest.max(now().saturating_sub(since + burst.due));
-        socket.write_all(&burst.commands)?;
-        published.events += burst.events;
-    }
-    total_in.send(published.events)?;
-    // The answer to the last one gives the reader the total.
-    socket.write_all(b"PING\r\n")?;
-    published.heard = reader.join().unwrap_or_else(|_| anyhow::bail!("the reader panicked"))?;
-    Ok(published)
-}
-
-/// Redis answers each PUBLISH with the number of its receivers.
-fn count_heard(answers: TcpStream, total: &Receiver<u64>) -> anyhow::Result<u64> {
-    answers.set_read_timeout(Some(Duration::from_mins(1)))?;
-    let mut heard = 0;
-    let (mut seen, mut wanted) = (0, u64::MAX);
-    for line in BufReader::new(answers).lines() {
-        let line = line.context("Redis does not answer")?;
-        if let Some(number) = line.strip_prefix(':') {
-            seen += 1;
-            heard += number.parse::<u64>().context("Redis counts")?;
-        } else {
-            anyhow::ensure!(line == "+PONG", "Redis says {line}");
-            wanted = total.recv()?;
-        }
-        if seen >= wanted {
-            return Ok(heard);
-        }
-    }
-    anyhow::bail!("Redis has closed the connection")
 }

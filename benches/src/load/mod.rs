@@ -20,7 +20,10 @@ use protocol::{
     position::Position,
 };
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
-use testkit::{process::Process, usage::Cpu};
+use testkit::{
+    process::Process,
+    usage::{Cpu, Memory},
+};
 
 pub use self::{
     posts::{PostReport, Posts, run as run_posts},
@@ -29,6 +32,7 @@ pub use self::{
 };
 use crate::clock::Micros;
 
+const AT_ONCE: usize = 1_000;
 pub const STREAMS: &str = "load-streams";
 pub const POSTS: &str = "load-posts";
 
@@ -47,11 +51,9 @@ pub struct Sender {
 /// One line to the process that holds streams; one line comes back.
 #[derive(Debug, Serialize, Deserialize)]
 pub enum Order {
-    Open {
-        gateway: SocketAddr,
-        viewers: PathBuf,
-        per_second: u32,
-    },
+    Viewers(Audience),
+    /// Opens each stream that has no connection.
+    Open(Opening),
     /// Reset the measurements; times in messages are relative to `since` from now on.
     Measure {
         since: Micros,
@@ -64,6 +66,41 @@ pub enum Order {
     Reconnect,
     Status,
     Report,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Audience {
+    pub viewers: PathBuf,
+    /// Their server is not ours: no login, and no cursor that says what was missed.
+    pub foreign: bool,
+    /// The streams come from addresses in 127.`network`.0.0/24.
+    pub network: u8,
+    /// A file that has the number of delivered events in its first 8 bytes, for a source that waits for them.
+    pub delivered: Option<PathBuf>,
+}
+
+impl Audience {
+    pub fn of(viewers: PathBuf) -> Self {
+        Self { viewers, foreign: false, network: 0, delivered: None }
+    }
+}
+
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+pub struct Opening {
+    pub server: SocketAddr,
+    pub per_second: u32,
+    /// Connections that may be opening at a time: more than the server's listen queue holds are repeated by TCP a second later.
+    pub at_once: usize,
+}
+
+impl Opening {
+    pub fn at_rate(server: SocketAddr, per_second: u32) -> Self {
+        Self { server, per_second, at_once: AT_ONCE }
+    }
+
+    pub fn at_full_speed(server: SocketAddr) -> Self {
+        Self::at_rate(server, 1_000_000)
+    }
 }
 
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
@@ -157,6 +194,10 @@ impl StreamLoad {
         }
     }
 
+    pub fn memory(&self) -> anyhow::Result<Memory> {
+        Ok(Memory::of(self.process.id())?)
+    }
+
     pub fn cpu(&self) -> anyhow::Result<Cpu> {
         Ok(Cpu::of(self.process.id())?)
     }
@@ -168,6 +209,13 @@ impl StreamLoad {
         let mut answer = String::new();
         self.answers.read_line(&mut answer)?;
         serde_json::from_str(&answer).context("the load process has ended")
+    }
+}
+
+impl Report {
+    /// When the last of these streams was ready.
+    pub fn last_ready(&self) -> Duration {
+        Duration::from_micros(self.readies.iter().copied().max().unwrap_or_default().into())
     }
 }
 

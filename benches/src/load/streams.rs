@@ -4,8 +4,10 @@
 use std::{
     cmp::Reverse,
     collections::{BinaryHeap, VecDeque},
+    fs::File,
     io::{self, BufRead, Read, Write},
     net::{IpAddr, Ipv4Addr, SocketAddr},
+    os::unix::fs::FileExt as _,
     sync::mpsc::{Receiver, sync_channel},
     time::Duration,
 };
@@ -16,7 +18,7 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use socket2::{Domain, Protocol, Socket, Type};
 
 use super::{
-    Order, Report, Status, StreamSummary, Viewer, read_lines,
+    Audience, Opening, Order, Report, Status, StreamSummary, Viewer, read_lines,
     viewer::{DeliveredEvent, Ledger, StreamItem, StreamReader},
 };
 use crate::clock::{Micros, now};
@@ -27,6 +29,8 @@ const ORDERS: Token = Token(usize::MAX);
 /// Maximum latencies kept.
 const SAMPLES: usize = 8_000_000;
 const TICK: Duration = Duration::from_millis(10);
+/// Connections opened before sockets are read again.
+const OPENED_IN_A_ROW: usize = 32;
 
 pub fn run() -> anyhow::Result<()> {
     let (_, most) = getrlimit(Resource::RLIMIT_NOFILE)?;
@@ -65,10 +69,12 @@ struct StreamSocket {
 struct Holder {
     poll: Poll,
     streams: Vec<ViewerStream>,
-    gateway: SocketAddr,
+    opening: Opening,
+    foreign: bool,
+    network: u8,
     waiting: VecDeque<usize>,
-    per_second: f64,
     opened_until: Micros,
+    delivered: Option<File>,
     returning: BinaryHeap<Reverse<(Micros, usize)>>,
     by_itself: bool,
     since: Micros,
@@ -81,10 +87,12 @@ impl Holder {
         Self {
             poll,
             streams: Vec::new(),
-            gateway: SocketAddr::from((Ipv4Addr::LOCALHOST, 0)),
+            opening: Opening::at_rate(SocketAddr::from((Ipv4Addr::LOCALHOST, 0)), 1),
+            foreign: false,
+            network: 0,
             waiting: VecDeque::new(),
-            per_second: 0.0,
             opened_until: 0,
+            delivered: None,
             returning: BinaryHeap::new(),
             by_itself: false,
             since: 0,
@@ -96,10 +104,12 @@ impl Holder {
     fn run(mut self, orders: &Receiver<String>) -> anyhow::Result<()> {
         let mut events = Events::with_capacity(1_024);
         let mut buffer = vec![0; 64 * 1024];
+        let (mut more_due, mut delivered) = (false, 0);
         loop {
             // Only timed work is a reason to wake up without an event.
             let tick = !self.waiting.is_empty() || !self.returning.is_empty();
-            match self.poll.poll(&mut events, tick.then_some(TICK)) {
+            let wait = if more_due { Some(Duration::ZERO) } else { tick.then_some(TICK) };
+            match self.poll.poll(&mut events, wait) {
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
                 result => result?,
             }
@@ -116,21 +126,25 @@ impl Holder {
                     self.on_socket(event.token().0, over, &mut buffer);
                 }
             }
-            self.open_due();
+            more_due = self.open_due();
+            if let Some(file) = &self.delivered
+                && delivered != self.status.events_ever
+            {
+                delivered = self.status.events_ever;
+                file.write_all_at(&delivered.to_le_bytes(), 0)?;
+            }
         }
     }
 
     fn obey(&mut self, order: Order) -> anyhow::Result<String> {
         match order {
-            Order::Open { gateway, viewers, per_second } => {
-                self.gateway = gateway;
-                self.per_second = f64::from(per_second);
-                self.opened_until = now();
+            Order::Viewers(Audience { viewers, foreign, network, delivered }) => {
+                (self.foreign, self.network) = (foreign, network);
+                self.delivered = delivered.map(File::create).transpose()?;
                 for viewer in read_lines(&viewers)? {
-                    self.waiting.push_back(self.streams.len());
                     self.streams.push(ViewerStream {
                         viewer,
-                        ledger: Ledger::default(),
+                        ledger: Ledger { foreign, ..Ledger::default() },
                         connection: None,
                         heartbeats: false,
                         longest_delay: 0,
@@ -138,6 +152,11 @@ impl Holder {
                         ended_at: None,
                     });
                 }
+            }
+            Order::Open(opening) => {
+                (self.opening, self.opened_until) = (opening, now());
+                let closed = |index: &usize| self.streams[*index].connection.is_none();
+                self.waiting = (0..self.streams.len()).filter(closed).collect();
             }
             Order::Measure { since } => {
                 self.since = since;
@@ -180,13 +199,20 @@ impl Holder {
         }
     }
 
-    fn open_due(&mut self) {
+    /// `true`: more are due, but sockets come first.
+    fn open_due(&mut self) -> bool {
         let now = now();
+        let mut in_a_row = 0;
         while let Some(index) = self.waiting.front().copied()
             && self.opened_until <= now
+            && self.status.opening < self.opening.at_once
         {
+            if in_a_row == OPENED_IN_A_ROW {
+                return true;
+            }
+            in_a_row += 1;
             self.waiting.pop_front();
-            self.opened_until += (1e6 / self.per_second) as Micros;
+            self.opened_until += Micros::from(1_000_000 / self.opening.per_second.max(1));
             self.open(index);
         }
         while let Some(Reverse((at, index))) = self.returning.peek().copied()
@@ -195,13 +221,20 @@ impl Holder {
             self.returning.pop();
             self.open(index);
         }
+        false
     }
 
     fn open(&mut self, index: usize) {
-        let connection = connect(self.gateway, index).and_then(|mut socket| {
-            let interest = Interest::READABLE | Interest::WRITABLE;
-            self.poll.registry().register(&mut socket, Token(index), interest)?;
-            Ok(StreamSocket { socket, reader: StreamReader::default(), requested: false, ready: false })
+        let connection = connect(self.opening.server, self.network, index).and_then(|socket| {
+            let mut connection =
+                StreamSocket { socket, reader: StreamReader::default(), requested: false, ready: false };
+            // On loopback a connection is usually there already.
+            let stream = &self.streams[index];
+            let sent = send_request(&mut connection, &stream.viewer, &stream.ledger, self.opening.server);
+            let interest =
+                if sent.is_ok() { Interest::READABLE } else { Interest::READABLE | Interest::WRITABLE };
+            self.poll.registry().register(&mut connection.socket, Token(index), interest)?;
+            Ok(connection)
         });
         match connection {
             Ok(connection) => {
@@ -221,9 +254,9 @@ impl Holder {
         let Some(stream) = self.streams.get_mut(index) else { return };
         let Some(connection) = &mut stream.connection else { return };
         if !connection.requested
-            && let Err(error) = send_request(connection, &stream.viewer, &stream.ledger, self.gateway)
+            && let Err(error) = send_request(connection, &stream.viewer, &stream.ledger, self.opening.server)
         {
-            if error.kind() != io::ErrorKind::NotConnected {
+            if !is_early(&error) {
                 self.end(index, "refused");
             }
             return;
@@ -325,34 +358,38 @@ impl Holder {
     }
 }
 
-fn connect(gateway: SocketAddr, index: usize) -> io::Result<TcpStream> {
+fn connect(server: SocketAddr, network: u8, index: usize) -> io::Result<TcpStream> {
     let socket = Socket::new(Domain::IPV4, Type::STREAM.nonblocking(), Some(Protocol::TCP))?;
-    let source = Ipv4Addr::new(127, 0, 0, 2 + (index % usize::from(SOURCES)) as u8);
+    let source = Ipv4Addr::new(127, network, 0, 2 + (index % usize::from(SOURCES)) as u8);
     socket.bind(&SocketAddr::new(IpAddr::V4(source), 0).into())?;
-    match socket.connect(&gateway.into()) {
+    match socket.connect(&server.into()) {
         Err(error) if error.raw_os_error() != Some(nix::errno::Errno::EINPROGRESS as i32) => Err(error),
         _ => Ok(TcpStream::from_std(socket.into())),
     }
 }
 
-/// Sends the request once connected; [`io::ErrorKind::NotConnected`] before.
+/// The connection is not established yet.
+fn is_early(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::NotConnected | io::ErrorKind::WouldBlock)
+}
+
+/// Sends the request if the connection is established.
 fn send_request(
     connection: &mut StreamSocket,
     viewer: &Viewer,
     ledger: &Ledger,
-    gateway: SocketAddr,
+    server: SocketAddr,
 ) -> io::Result<()> {
-    if let Some(error) = connection.socket.take_error()? {
-        return Err(error);
+    let mut request = if ledger.foreign {
+        format!("GET /sub/{} HTTP/1.1\r\n", viewer.user)
+    } else {
+        format!("GET /api/messages HTTP/1.1\r\nAuthorization: Bearer {}\r\n", viewer.token)
+    };
+    request.push_str(&format!("Host: {server}\r\nAccept: text/event-stream\r\nCache-Control: no-cache\r\n"));
+    if let Some(position) = ledger.position.filter(|_| !ledger.foreign) {
+        request.push_str(&format!("Last-Event-ID: {position}\r\n"));
     }
-    connection.socket.peer_addr()?;
-    let position =
-        ledger.position.map_or_else(String::new, |position| format!("Last-Event-ID: {position}\r\n"));
-    let request = format!(
-        "GET /api/messages HTTP/1.1\r\nHost: {gateway}\r\nAccept: text/event-stream\r\nCache-Control: no-cache\r\n\
-         Authorization: Bearer {}\r\n{position}\r\n",
-        viewer.token
-    );
+    request.push_str("\r\n");
     // The buffer of a new connection takes a request whole.
     let count = connection.socket.write(request.as_bytes())?;
     if count < request.len() {

@@ -3,7 +3,10 @@
 use std::hash::{DefaultHasher, Hash, Hasher};
 
 use chrono::DateTime;
-use protocol::{event::kind, position::Position};
+use protocol::{
+    event::kind,
+    position::{Epoch, Position},
+};
 
 use crate::http;
 
@@ -39,6 +42,8 @@ pub struct Ledger {
     /// The position of the first `ready`, and a [`digest`] of the events after it.
     pub began: Option<Position>,
     pub digest: u64,
+    /// Of another server, whose ids are its own: the `id` in the data takes the place of the cursor, and the head that of `ready`.
+    pub foreign: bool,
 }
 
 /// Two readers of the same events in the same order have the same digest.
@@ -86,6 +91,9 @@ impl StreamReader {
         say(StreamItem::Status(head.status));
         if head.status != 200 {
             say(StreamItem::Fault(format!("answered {}", head.status)));
+        }
+        if ledger.foreign && head.status == 200 {
+            say(StreamItem::Ready);
         }
         self.body = Some(match head.length {
             _ if head.chunked => Body::Chunked(Vec::new()),
@@ -157,6 +165,9 @@ fn take_chunks(bytes: &mut Vec<u8>, body: &mut Vec<u8>) -> Result<bool, &'static
         }
         body.extend_from_slice(&bytes[start..start + size]);
         bytes.drain(..start + size + 2);
+        if bytes.is_empty() {
+            *bytes = Vec::new(); // Most streams are idle.
+        }
         if size == 0 {
             return Ok(true);
         }
@@ -186,6 +197,9 @@ fn take_whole(bytes: &[u8], ledger: &mut Ledger, say: &mut impl FnMut(StreamItem
 
 impl Ledger {
     fn enter(&mut self, block: &str) -> Option<StreamItem> {
+        if self.foreign {
+            return self.enter_foreign(block);
+        }
         let (mut id, mut name, mut data) = (None, None, "");
         let mut comment = false;
         for line in block.split('\n') {
@@ -233,6 +247,21 @@ impl Ledger {
             (Some(name), None) => Some(StreamItem::Fault(format!("{name} without an id"))),
             (None, None) => comment.then_some(StreamItem::Heartbeat),
         }
+    }
+
+    fn enter_foreign(&mut self, block: &str) -> Option<StreamItem> {
+        let data = block.split('\n').find_map(|line| line.strip_prefix("data: "))?;
+        let seq = text_member(data, "id")?.parse().ok()?;
+        let position = Position { epoch: Epoch(0), seq };
+        Some(match self.position.replace(position) {
+            Some(before) if !before.is_followed_by(position) => {
+                StreamItem::Fault(format!("{seq} came after {}", before.seq))
+            }
+            _ => StreamItem::Event(DeliveredEvent {
+                number: number_in_text(data),
+                created_at: created_at(data),
+            }),
+        })
     }
 }
 
@@ -320,6 +349,17 @@ mod tests {
         }
         let said = read(&mut Ledger::default(), &format!("{HEAD}{}", message(1, "1")));
         assert!(matches!(&said[..], [StreamItem::Fault(_)]), "an event before ready: {said:?}");
+    }
+
+    #[test]
+    fn other_servers_are_checked_by_the_id_in_the_data() {
+        let mut ledger = Ledger { foreign: true, ..Ledger::default() };
+        let event_of =
+            |id: u64| format!("id: 1795837858:{id}\ndata: {{\"id\":\"{id}\",\"content\":\"0017 x\"}}\n\n");
+        let text = format!("{HEAD}: hi\n\n{}{}{}", event_of(3), event_of(4), event_of(6));
+        let said = read(&mut ledger, &text);
+        assert_eq!(said[..3], [StreamItem::Ready, event(Some(17)), event(Some(17))]);
+        assert!(matches!(&said[3..], [StreamItem::Fault(_)]), "{said:?}");
     }
 
     #[test]

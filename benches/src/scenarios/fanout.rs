@@ -9,8 +9,9 @@ use super::{GatewayUnderLoad, PATIENCE, Sizes};
 use crate::{
     fixtures::{self, Bench},
     load::{Order, Status},
+    publisher::PublishReport,
     report::{Percentiles, count, figure, heading, progress},
-    source::{Commits, EventLoad, PublishReport},
+    source::{Commits, EventLoad},
 };
 
 /// Longer than a step: a reconcile would deliver the events that Redis is measured by.
@@ -56,7 +57,7 @@ pub async fn run(sizes: &Sizes) -> anyhow::Result<()> {
 impl GatewayUnderLoad<'_> {
     async fn warm_up(&mut self, sizes: &Sizes) -> anyhow::Result<()> {
         progress("warming up");
-        let mut source = EventLoad::new(self.world, self.users).await?;
+        let mut source = EventLoad::new(self.world, fixtures::ids(self.users)).await?;
         let warm_up = Duration::from_secs(1);
         let published = source.steady(sizes.fanout_rate, warm_up, Commits::Meanwhile, |_| Ok(())).await?;
         let enough = |status: &Status| status.events >= published.events;
@@ -66,7 +67,7 @@ impl GatewayUnderLoad<'_> {
 
     /// `false`: the rate was too much.
     async fn step(&mut self, rate: u32, length: Duration, commits: Commits) -> anyhow::Result<bool> {
-        let mut source = EventLoad::new(self.world, self.users).await?;
+        let mut source = EventLoad::new(self.world, fixtures::ids(self.users)).await?;
         let mut at_start = None;
         let detours = self.detours().await;
         let published = source

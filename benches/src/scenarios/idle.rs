@@ -40,7 +40,7 @@ pub async fn run(sizes: &Sizes) -> anyhow::Result<()> {
     );
 
     progress("one event to each");
-    EventLoad::new(&world, &users).await?.one_each().await?;
+    EventLoad::new(&world, fixtures::ids(&users)).await?.one_each().await?;
     load.streams.until("all have the event", PATIENCE, |status| status.events >= users.len() as u64)?;
     figure("PSS after an event to each", each(load.gateway.memory()?));
 

@@ -3,18 +3,27 @@
 mod deploy;
 mod fanout;
 mod idle;
+mod million;
+mod opening;
+mod peers;
 mod post;
 mod storm;
 
-use std::{net::SocketAddr, time::Duration};
+use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
 use clap::ValueEnum;
-use testkit::{service::Service, usage::Cpu, user::TestUser};
+use testkit::{
+    service::{Plan, Service},
+    usage::Cpu,
+    user::TestUser,
+};
+
+pub use self::peers::Contender;
 
 use crate::{
     clock::now,
     fixtures::{self, Bench},
-    load::{Order, StreamLoad, check},
+    load::{Audience, Opening, Order, StreamLoad, check},
     machine,
     report::{figure, heading, progress, tally},
 };
@@ -31,11 +40,55 @@ pub enum Scenario {
     Storm,
     /// A rolling restart and SIGKILLs of two apis and three gateways behind nginx, with all streams connected
     Deploy,
+    /// Streams that a gateway opens per second, and the CPU time of each
+    Opening,
+    /// Ours and other servers side by side, in alternating rounds
+    Peers,
+    /// As many streams as the machine carries, at many gateways, of which some are killed
+    Million,
+}
+
+impl Scenario {
+    /// A scenario that takes longer hangs.
+    pub fn longest(self) -> Duration {
+        match self {
+            Self::Peers | Self::Million => Duration::from_mins(45),
+            _ => Duration::from_mins(15),
+        }
+    }
+}
+
+/// A gateway to compare with others; `api` is always the one beside this program.
+#[derive(Debug, Clone)]
+pub struct GatewayBuild {
+    pub name: String,
+    /// `None`: the one beside this program.
+    pub binary: Option<PathBuf>,
+}
+
+impl GatewayBuild {
+    fn plan(&self, world: &Bench, api: &Service) -> Plan {
+        let plan = world.gateway(api.internal());
+        match &self.binary {
+            Some(binary) => plan.binary(binary.clone()),
+            None => plan,
+        }
+    }
 }
 
 #[derive(Debug, Clone)]
 pub struct Sizes {
     pub streams: usize,
+    pub gateways: Vec<GatewayBuild>,
+    pub contenders: Vec<Contender>,
+    pub rounds: usize,
+    /// Before memory is read.
+    pub settling: Duration,
+    /// Events of the ceiling in `peers`.
+    pub flood: u64,
+    /// Events per second from one to many.
+    pub many_rate: u32,
+    pub million: million::Million,
     /// New streams per second where opening is not measured: below the gateway's limit.
     pub opened_per_second: u32,
     pub heartbeat: Duration,
@@ -55,9 +108,16 @@ pub struct Sizes {
 const CEILING_RATES: [u32; 8] = [10_000, 20_000, 40_000, 50_000, 60_000, 80_000, 100_000, 120_000];
 
 impl Sizes {
-    pub fn new(quick: bool, streams: usize) -> Self {
+    pub fn new(quick: bool, streams: Option<usize>) -> Self {
         Self {
-            streams,
+            streams: streams.unwrap_or(if quick { 200 } else { 10_000 }),
+            gateways: vec![GatewayBuild::own()],
+            contenders: Contender::value_variants().into(),
+            rounds: if quick { 1 } else { 2 },
+            settling: Duration::from_millis(if quick { 100 } else { 3_000 }),
+            flood: if quick { 10_000 } else { 300_000 },
+            many_rate: 10,
+            million: million::Million::new(quick, streams),
             opened_per_second: if quick { 500 } else { 1_500 },
             heartbeat: Duration::from_secs(if quick { 1 } else { 15 }),
             idling: Duration::from_secs(if quick { 2 } else { 60 }),
@@ -84,10 +144,15 @@ pub async fn run(scenario: Scenario, sizes: &Sizes) -> anyhow::Result<()> {
         Scenario::Post => post::run(sizes).await,
         Scenario::Storm => storm::run(sizes).await,
         Scenario::Deploy => deploy::run(sizes).await,
+        Scenario::Opening => opening::run(sizes).await,
+        Scenario::Peers => peers::run(sizes).await,
+        Scenario::Million => million::run(sizes).await,
     }
 }
 
 const PATIENCE: Duration = Duration::from_mins(1);
+/// For `ACCEPT_RATE`, where clients come faster than a gateway accepts by default.
+const UNLIMITED: u32 = 1_000_000;
 
 /// One gateway, and a stream for each user.
 struct GatewayUnderLoad<'a> {
@@ -117,7 +182,7 @@ impl<'a> GatewayUnderLoad<'a> {
     }
 
     async fn check_ledgers(&mut self) -> anyhow::Result<()> {
-        check(&self.streams.report()?, &fixtures::heads(self.world, self.users).await?)
+        check(&self.streams.report()?, &fixtures::heads(self.world, &fixtures::ids(self.users)).await?)
     }
 
     fn print_complaints(&self) {
@@ -133,8 +198,9 @@ fn open_streams(
     sizes: &Sizes,
 ) -> anyhow::Result<()> {
     progress(format_args!("opening {} streams", users.len()));
-    let viewers = fixtures::viewers_file(world, users)?;
-    streams.order(&Order::Open { gateway, viewers, per_second: sizes.opened_per_second })?;
+    let viewers = fixtures::viewers_file(world.folder(), fixtures::viewers(users))?;
+    streams.order(&Order::Viewers(Audience::of(viewers)))?;
+    streams.order(&Order::Open(Opening::at_rate(gateway, sizes.opened_per_second)))?;
     streams.until("all streams are ready", PATIENCE, |status| status.ready == users.len())?;
     Ok(())
 }

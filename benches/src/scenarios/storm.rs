@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use testkit::service::{Plan, Service};
 
-use super::{GatewayUnderLoad, PATIENCE, Sizes};
+use super::{GatewayUnderLoad, PATIENCE, Sizes, UNLIMITED};
 use crate::{
     clock::now,
     fixtures::{self, Bench},
@@ -14,8 +14,6 @@ use crate::{
     source::EventLoad,
 };
 
-/// New streams come faster than a gateway accepts by default.
-const UNLIMITED: u32 = 1_000_000;
 /// A rejected stream waits for up to two minutes.
 const BACK_WITHIN: Duration = Duration::from_mins(4);
 
@@ -33,7 +31,7 @@ async fn storm(sizes: &Sizes, as_browsers: bool, settings: impl Fn(Plan) -> Plan
     let api = world.api().ready().await;
     let gateway = settings(world.gateway(api.internal())).ready().await;
     let mut load = GatewayUnderLoad::open(&world, &users, &api, gateway, sizes)?;
-    let mut source = EventLoad::new(&world, &users).await?;
+    let mut source = EventLoad::new(&world, fixtures::ids(&users)).await?;
     source.one_each().await?;
     load.streams.until("all have an event", PATIENCE, |status| status.events >= total)?;
 

@@ -80,6 +80,12 @@ impl Plan {
         self
     }
 
+    /// Another build of the same program.
+    pub fn binary(mut self, path: PathBuf) -> Self {
+        self.binary = path;
+        self
+    }
+
     pub fn without(mut self, name: &str) -> Self {
         self.env.remove(name);
         self

@@ -100,7 +100,7 @@ pub async fn run(sizes: &Sizes) -> anyhow::Result<()> {
         phase.say(&posted, begin, pace);
     }
     heading("  in total");
-    check(&report, &fixtures::heads(&world, &users).await?)?;
+    check(&report, &fixtures::heads(&world, &fixtures::ids(&users)).await?)?;
     arrived?;
     check_contents(&world, &report).await?;
     figure("messages", format_args!("{}, each stored once", count(posted.accepted)));
