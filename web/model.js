@@ -58,6 +58,8 @@ export class Model {
   constructor(me, outbox, signal) {
     this.me = me;
     this.#outbox = outbox;
+    // The event may come before the answer that tells the message's id.
+    outbox.changes.listen(() => this.#threads.forEach((thread) => this.#dropShown(thread)), signal);
     this.#signal = signal;
   }
 
@@ -241,6 +243,11 @@ export class Model {
       return;
     }
     for (const entry of sent) this.#outbox.drop(entry.key);
+    this.#dropShown(thread);
+  }
+
+  /** Drops what the thread shows as a message by now. @param {Thread} thread */
+  #dropShown(thread) {
     for (const entry of this.#outbox.of(thread.id)) {
       if (entry.messageId && thread.has(entry.messageId)) this.#outbox.drop(entry.key);
     }
@@ -250,7 +257,10 @@ export class Model {
   apply(name, data) {
     if (isMessage(name)) {
       const { conversationId, ...message } = data;
-      this.#threads.get(conversationId)?.append(message);
+      const thread = this.#threads.get(conversationId);
+      thread?.append(message);
+      // A replayed event has no key.
+      if (thread) this.#dropShown(thread);
       if (data.idempotencyKey) this.#outbox.drop(data.idempotencyKey);
       if (name === "message") this.onMessage(data, this.conversations.get(conversationId));
     }

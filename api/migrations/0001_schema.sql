@@ -70,65 +70,93 @@ CREATE TABLE messenger.blocks (
 -- For the cascade from the blocked user; the primary key serves the other one.
 CREATE INDEX blocks_by_blocked ON messenger.blocks (blocked_id);
 
--- Two users have one conversation: the pair is stored in one order and is unique. Two who start it at the same time meet at the
--- constraint.
+-- A direct conversation has two users for good: the pair is stored in one order and is unique, so two who start it at the same time meet
+-- at the constraint. A group has a title and members who come and go.
+--
+-- Every message updates the row, so it has free space in its page (HOT) and no index on what changes.
 CREATE TABLE messenger.conversations (
-    id         bigint      GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
-    user_a     bigint      NOT NULL REFERENCES messenger.users ON DELETE CASCADE,
-    user_b     bigint      NOT NULL REFERENCES messenger.users ON DELETE CASCADE,
-    created_at timestamptz NOT NULL DEFAULT now(),
-    CONSTRAINT conversations_pair_in_order CHECK (user_a < user_b),
+    id                bigint      GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+    -- Both NULL in a group.
+    user_a            bigint      REFERENCES messenger.users ON DELETE CASCADE,
+    user_b            bigint      REFERENCES messenger.users ON DELETE CASCADE,
+    -- Of a group.
+    title             text,
+    participant_count bigint      NOT NULL DEFAULT 2,
+    -- The number of the newest message. Whoever numbers a message holds the row's lock until the commit, so within a conversation
+    -- numbers follow commits.
+    last_number       bigint      NOT NULL DEFAULT 0,
+    created_at        timestamptz NOT NULL DEFAULT now(),
     CONSTRAINT conversations_one_per_pair UNIQUE (user_a, user_b)
-);
+) WITH (fillfactor = 80);
 
 -- For the cascade from the second of the pair; the unique index serves the first.
 CREATE INDEX conversations_by_user_b ON messenger.conversations (user_b);
 
--- A conversation as one of its two users sees it. It repeats what could be computed (the other user, the last message, the unread count)
--- because the list of conversations is the most read page of all and must cost one index scan. It changes only under the lock of the
--- conversation's row.
+-- A conversation as one of its users sees it. It repeats what could be computed (the last message, the unread count) because the list
+-- of conversations is the most read page of all and must cost one index scan. It changes only under the lock of the conversation's row.
 --
--- Every message updates two of these rows and all their indexes, so there are no more indexes than are read. The conversation's foreign
--- keys prove both users.
+-- Every message updates these rows and all their indexes, so there are no more indexes than are read. No foreign key to the user: the
+-- functions that insert it have read the user's row.
 CREATE TABLE messenger.participants (
-    conversation_id      bigint NOT NULL REFERENCES messenger.conversations ON DELETE CASCADE,
-    user_id              bigint NOT NULL,
-    other_user_id        bigint NOT NULL,
-    -- Messages of this conversation. No foreign keys: only functions write them, from a message that they have just inserted or read,
-    -- and messages are not deleted one by one.
+    conversation_id      bigint      NOT NULL REFERENCES messenger.conversations ON DELETE CASCADE,
+    user_id              bigint      NOT NULL,
+    -- NULL in a group.
+    other_user_id        bigint,
+    is_owner             boolean     NOT NULL DEFAULT false,
+    joined_at            timestamptz NOT NULL DEFAULT now(),
+    -- Messages up to this number are not theirs to see: those from before they joined.
+    joined_number        bigint      NOT NULL DEFAULT 0,
+    -- The newest message that they see, and the newest one that they have read. No foreign keys: only functions write them.
     last_message_id      bigint,
+    last_number          bigint,
     last_read_message_id bigint,
-    unread_count         bigint NOT NULL DEFAULT 0 CHECK (unread_count >= 0),
+    last_read_number     bigint      NOT NULL DEFAULT 0,
+    unread_count         bigint      NOT NULL DEFAULT 0,
+    -- Where the conversation stands in their list: the seq, in their own feed, of the event about its last message (in a group without
+    -- one, about their joining). NULL: not listed.
+    list_seq             bigint,
     PRIMARY KEY (conversation_id, user_id)
 );
 
--- The list of conversations in its order; those without a message are not listed. Unique, which makes paging by it exact: a message is the
--- last one of one conversation only.
-CREATE UNIQUE INDEX participants_by_last_message ON messenger.participants (user_id, last_message_id DESC)
-    WHERE last_message_id IS NOT NULL;
+-- The list of conversations in its order. One event is about one conversation, so it is unique, which makes paging by it exact. Every
+-- entry begins with the user, so no page of the index is shared by the users of a conversation.
+CREATE UNIQUE INDEX participants_by_list ON messenger.participants (user_id, list_seq DESC) WHERE list_seq IS NOT NULL;
 
--- Ids are drawn under the lock of the conversation's row, so within a conversation they grow in commit order: order, paging and read
--- positions use the id, never a clock.
 CREATE TABLE messenger.messages (
-    id              bigint      GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+    id              bigint      GENERATED BY DEFAULT AS IDENTITY PRIMARY KEY,
     conversation_id bigint      NOT NULL,
+    -- By the conversation's row: order, paging and read positions use it, never a clock and never an id.
+    number          bigint      NOT NULL,
     sender_id       bigint      NOT NULL,
-    content         text        NOT NULL CHECK (content <> ''),
-    -- The client's name for this send, so that a repeat is recognised on every replica.
-    idempotency_key text,
+    content         text        NOT NULL,
     -- The receiver, if they had blocked the sender when it was sent: they never see it, also after an unblock. It was never delivered, and
     -- a message that appears in the past would be in no order. Every reader of messages compares this with the requester.
     hidden_from     bigint,
     created_at      timestamptz NOT NULL DEFAULT clock_timestamp(),
-    -- Proves both that the conversation exists and that the sender takes part in it.
-    FOREIGN KEY (conversation_id, sender_id) REFERENCES messenger.participants (conversation_id, user_id) ON DELETE CASCADE
+    edited_at       timestamptz,
+    -- The text is removed, the row keeps its number.
+    deleted_at      timestamptz,
+    request_id      text,
+    traceparent     text
 );
+-- No foreign keys: only `post_message` inserts, under the lock of the conversation's row and after it has found the sender in it.
 
 -- For paging, and for counting unread messages.
-CREATE INDEX messages_by_conversation ON messenger.messages (conversation_id, id);
+CREATE UNIQUE INDEX messages_by_number ON messenger.messages (conversation_id, number);
 
-CREATE UNIQUE INDEX messages_by_idempotency_key ON messenger.messages (sender_id, idempotency_key)
-    WHERE idempotency_key IS NOT NULL;
+-- What a client named its sends, so that a repeat is recognised on every replica. No key and no text is stored: `key_hash` recognises
+-- the key, and `content_hash`, which is keyed by the key itself, tells whether the text is the same.
+CREATE TABLE messenger.idempotency_keys (
+    sender_id    bigint      NOT NULL,
+    key_hash     bytea       NOT NULL,
+    content_hash bytea       NOT NULL,
+    message_id   bigint      NOT NULL,
+    created_at   timestamptz NOT NULL DEFAULT now(),
+    PRIMARY KEY (sender_id, key_hash)
+);
+
+-- For deleting old keys.
+CREATE INDEX idempotency_keys_by_age ON messenger.idempotency_keys (created_at);
 
 -- The feed: a user's events, numbered 1, 2, 3, … without gaps.
 --
@@ -143,11 +171,13 @@ $$;
 
 -- Small rows, updated with every event: the free space keeps updates in their page (HOT), away from the index.
 CREATE TABLE messenger.feed_heads (
-    user_id  bigint PRIMARY KEY REFERENCES messenger.users ON DELETE CASCADE,
+    user_id      bigint PRIMARY KEY REFERENCES messenger.users ON DELETE CASCADE,
     -- Names one history of the feed. Random, so that a cursor from another history (a restored backup, whose epochs are drawn again) is
     -- recognised.
-    epoch    bigint NOT NULL DEFAULT messenger.random_epoch(),
-    head_seq bigint NOT NULL DEFAULT 0
+    epoch        bigint NOT NULL DEFAULT messenger.random_epoch(),
+    head_seq     bigint NOT NULL DEFAULT 0,
+    -- Unread messages in all conversations, as of the head: it changes together with it.
+    unread_total bigint NOT NULL DEFAULT 0
 ) WITH (fillfactor = 50, autovacuum_vacuum_scale_factor = 0.02);
 
 -- A trigger, so that users made by plain SQL (a seed, an import) have a feed too.
@@ -161,18 +191,30 @@ $$;
 CREATE TRIGGER users_have_a_feed AFTER INSERT ON messenger.users
     FOR EACH ROW EXECUTE FUNCTION messenger.create_feed();
 
--- One row per event and receiver. `payload` is the complete JSON line as the receiver sees it: text and not jsonb, because it is sent
--- byte by byte and never parsed. No foreign keys: the head row, updated by the same function, proves the user, and the largest table
--- of all is only appended to and pruned at its old end.
+-- The body of an event that is not a message, stored once however many receive it. It says what the event is about; the JSON that
+-- clients see is made from it and from the rows that it names, at publishing and at replay alike (`api/src/domain/event.rs`).
+CREATE TABLE messenger.events (
+    id              bigint      GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+    kind            text        NOT NULL,
+    conversation_id bigint,
+    message_id      bigint,
+    -- The user whom it is about.
+    user_id         bigint,
+    -- As it was then: of `conversation.read` the unread messages that were left, of `conversation.created` the participants.
+    count           bigint,
+    request_id      text,
+    traceparent     text,
+    created_at      timestamptz NOT NULL DEFAULT clock_timestamp()
+);
+
+-- One row per event and receiver: nothing but numbers, none NULL, since every message writes as many of these as it has readers. `event_id`
+-- is the id of a message, which is the body of its own event (`message.sent` for its sender, `message` for others), or, negated, the id
+-- of a row of `events`. No foreign keys: the head row, updated
+-- by the same function, proves the user, and the largest table of all is only appended to and pruned at its old end.
 CREATE TABLE messenger.feed (
-    user_id     bigint      NOT NULL,
-    seq         bigint      NOT NULL,
-    kind        text        NOT NULL,
-    message_id  bigint,
-    payload     text        NOT NULL,
-    request_id  text,
-    traceparent text,
-    created_at  timestamptz NOT NULL DEFAULT clock_timestamp(),
+    user_id  bigint NOT NULL,
+    seq      bigint NOT NULL,
+    event_id bigint NOT NULL,
     PRIMARY KEY (user_id, seq)
 );
 

@@ -1,16 +1,26 @@
--- Moves the reader's read position to `_to`, or to the last message that they see if that is null; never back, never beyond that message.
--- Outcomes: moved, unmoved, no_conversation, no_session.
+-- Moves the reader's read position to the message `_to`, or to the last message that they see if that is null; never back, never beyond
+-- that message. Outcomes: moved, unmoved, no_conversation, no_session.
+--
+-- Two events: `conversation.read` for the reader, with the count that is left, and `receipt.read` for the others, where the position moved
+-- within what they see. Groups of more than `_receipts_up_to` members get no receipts.
 CREATE OR REPLACE FUNCTION messenger.mark_read(
-    _session bigint, _reader bigint, _conversation bigint, _to bigint, _request_id text, _traceparent text
+    _session bigint, _reader bigint, _conversation bigint, _to bigint, _receipts_up_to integer, _request_id text, _traceparent text
 ) RETURNS TABLE (
-    outcome text,
-    receiver bigint, epoch bigint, seq bigint, kind text, payload text, event_at timestamptz
+    outcome text, kind text, message_id bigint, unread_count bigint, event_at timestamptz,
+    receivers bigint[], epochs bigint[], seqs bigint[]
 ) LANGUAGE plpgsql AS $$
 DECLARE
     _mine messenger.participants;
-    _last_read bigint;
+    _to_id bigint;
+    _to_number bigint;
     _unread bigint;
-    _others_last bigint;
+    _visible bigint;
+    _others bigint[];
+    _receiver bigint;
+    _read_event bigint;
+    _receipt_event bigint;
+    _read_at timestamptz;
+    _receipt_at timestamptz;
 BEGIN
     IF NOT messenger.session_is_live(_session, _reader) THEN
         outcome := 'no_session';
@@ -28,8 +38,15 @@ BEGIN
             RETURN NEXT;
             RETURN;
         END IF;
-        _last_read := least(coalesce(_to, _mine.last_message_id), _mine.last_message_id);
-        IF _mine.last_message_id IS NULL OR _last_read <= coalesce(_mine.last_read_message_id, 0) THEN
+        _to_id := _mine.last_message_id;
+        _to_number := _mine.last_number;
+        IF _to IS NOT NULL THEN
+            SELECT m.id, m.number INTO _to_id, _to_number
+            FROM messenger.messages AS m
+            WHERE m.id = _to AND m.conversation_id = _conversation AND m.number <= _mine.last_number
+              AND m.hidden_from IS DISTINCT FROM _reader;
+        END IF;
+        IF _to_number IS NULL OR _to_number <= _mine.last_read_number THEN
             outcome := 'unmoved';
             RETURN NEXT;
             RETURN;
@@ -42,39 +59,47 @@ BEGIN
     -- Counted, not subtracted: the result is right even if an earlier count was wrong.
     SELECT count(*) INTO _unread
     FROM messenger.messages AS m
-    WHERE m.conversation_id = _conversation AND m.id > _last_read AND m.sender_id <> _reader
-      AND m.hidden_from IS DISTINCT FROM _reader;
+    WHERE m.conversation_id = _conversation AND m.number > _to_number AND m.sender_id <> _reader
+      AND m.hidden_from IS DISTINCT FROM _reader AND m.deleted_at IS NULL;
 
-    UPDATE messenger.participants AS p SET last_read_message_id = _last_read, unread_count = _unread
+    UPDATE messenger.participants AS p
+    SET last_read_message_id = _to_id, last_read_number = _to_number, unread_count = _unread
     WHERE p.conversation_id = _conversation AND p.user_id = _reader;
 
-    -- The other user receives an event only if the position moved within what they see.
-    SELECT p.last_message_id INTO _others_last
-    FROM messenger.participants AS p WHERE p.conversation_id = _conversation AND p.user_id = _mine.other_user_id;
+    IF _mine.other_user_id IS NOT NULL THEN
+        -- Without the other user if the position did not move within what they see, or they block the reader.
+        SELECT ARRAY[p.user_id], messenger.visible_last_read(_to_id, _to_number, p.last_message_id, p.last_number)
+        INTO _others, _visible
+        FROM messenger.participants AS p
+        WHERE p.conversation_id = _conversation AND p.user_id = _mine.other_user_id
+          AND p.last_number IS NOT NULL AND least(_to_number, p.last_number) > _mine.last_read_number
+          AND NOT EXISTS (SELECT FROM messenger.blocks AS b WHERE b.blocker_id = p.user_id AND b.blocked_id = _reader);
+    ELSE
+        _visible := _to_id;
+        SELECT array_agg(p.user_id) INTO _others
+        FROM messenger.conversations AS c JOIN messenger.participants AS p ON p.conversation_id = c.id
+        WHERE c.id = _conversation AND c.participant_count <= _receipts_up_to AND p.user_id <> _reader;
+    END IF;
 
+    INSERT INTO messenger.events AS e (kind, conversation_id, message_id, count, request_id, traceparent)
+    VALUES ('conversation.read', _conversation, _to_id, _unread, _request_id, _traceparent)
+    RETURNING -e.id, e.created_at INTO _read_event, _read_at;
+    IF _others IS NOT NULL THEN
+        INSERT INTO messenger.events AS e (kind, conversation_id, message_id, user_id, request_id, traceparent)
+        VALUES ('receipt.read', _conversation, _visible, _reader, _request_id, _traceparent)
+        RETURNING -e.id, e.created_at INTO _receipt_event, _receipt_at;
+    END IF;
     outcome := 'moved';
-    FOR receiver IN
-        SELECT u FROM unnest(ARRAY[_reader, _mine.other_user_id]) AS u
-        WHERE u = _reader
-           OR messenger.visible_last_read(_last_read, _others_last)
-              > coalesce(messenger.visible_last_read(_mine.last_read_message_id, _others_last), 0)
-        ORDER BY u
-    LOOP
-        IF receiver = _reader THEN
-            kind := 'conversation.read';
-            SELECT row_to_json(e)::text INTO payload FROM (
-                SELECT _conversation::text AS "conversationId", _last_read::text AS "lastReadMessageId",
-                       _unread AS "unreadCount"
-            ) AS e;
+    FOR _receiver IN SELECT u FROM unnest(_others || _reader) AS u ORDER BY u LOOP
+        IF _receiver = _reader THEN
+            SELECT 'conversation.read', _to_id, _unread, _read_at, ARRAY[_reader], ARRAY[f.epoch], ARRAY[f.seq]
+            INTO kind, message_id, unread_count, event_at, receivers, epochs, seqs
+            FROM messenger.append_to_feed(_reader, _read_event, _unread - _mine.unread_count) AS f;
         ELSE
-            kind := 'receipt.read';
-            SELECT row_to_json(e)::text INTO payload FROM (
-                SELECT _conversation::text AS "conversationId", _reader::text AS "userId",
-                       messenger.visible_last_read(_last_read, _others_last)::text AS "lastReadMessageId"
-            ) AS e;
+            SELECT 'receipt.read', _visible, NULL, _receipt_at, ARRAY[_receiver], ARRAY[f.epoch], ARRAY[f.seq]
+            INTO kind, message_id, unread_count, event_at, receivers, epochs, seqs
+            FROM messenger.append_to_feed(_receiver, _receipt_event, 0) AS f;
         END IF;
-        SELECT f.epoch, f.seq, f.at INTO epoch, seq, event_at
-        FROM messenger.append_to_feed(receiver, kind, NULL, payload, _request_id, _traceparent) AS f;
         RETURN NEXT;
     END LOOP;
 END

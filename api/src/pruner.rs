@@ -1,5 +1,6 @@
 //! Deletes expired rows in small statements: the beginnings of feeds beyond the age and count that are kept (a client whose
-//! cursor is older resyncs), sessions that ended some days ago, and unused codes of logins.
+//! cursor is older resyncs) and later the bodies of their events, sessions that ended some days ago, idempotency keys, and unused
+//! codes of logins.
 //!
 //! Replicas do this independently: a repeated deletion does nothing.
 
@@ -11,7 +12,7 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     config::Keep,
     metrics::Metrics,
-    store::{Database, StoreError, feed, identities, sessions},
+    store::{Database, StoreError, feed, identities, messages, sessions},
 };
 
 const USERS: i64 = 500;
@@ -48,6 +49,15 @@ pub async fn prune_after(database: &Database, keep: Keep, after: UserId) -> Resu
     Ok(PruneStep { deleted, next: full.or(last) })
 }
 
+pub async fn prune_bodies(database: &Database, keep: Keep) -> Result<u64, StoreError> {
+    database.run(async |connection| feed::delete_old_bodies(connection, keep, ROWS).await).await
+}
+
+pub async fn prune_keys(database: &Database, keep: Keep) -> Result<u64, StoreError> {
+    let age = keep.idempotency_keys;
+    database.run(async |connection| messages::delete_old_keys(connection, age, ROWS).await).await
+}
+
 pub async fn prune_codes(database: &Database) -> Result<u64, StoreError> {
     database.run(async |connection| identities::delete_expired_codes(connection, ROWS).await).await
 }
@@ -65,7 +75,9 @@ pub async fn prune_sessions_after(
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Pruned {
     pub events: u64,
+    pub bodies: u64,
     pub sessions: u64,
+    pub keys: u64,
     pub codes: u64,
 }
 
@@ -83,11 +95,19 @@ pub async fn prune_all(database: &Database, keep: Keep) -> Result<Pruned, StoreE
         pruned.sessions += deleted;
         after = next;
     }
+    pruned.bodies = to_the_end(async || prune_bodies(database, keep).await).await?;
+    pruned.keys = to_the_end(async || prune_keys(database, keep).await).await?;
+    pruned.codes = to_the_end(async || prune_codes(database).await).await?;
+    Ok(pruned)
+}
+
+/// Repeats a step until it deletes nothing.
+async fn to_the_end(step: impl AsyncFn() -> Result<u64, StoreError>) -> Result<u64, StoreError> {
+    let mut all = 0;
     loop {
-        let deleted = prune_codes(database).await?;
-        pruned.codes += deleted;
-        if deleted == 0 {
-            return Ok(pruned);
+        match step().await? {
+            0 => return Ok(all),
+            deleted => all += deleted,
         }
     }
 }
@@ -117,15 +137,20 @@ pub async fn run(database: Database, keep: Keep, metrics: Metrics, stop: Cancell
             pause(more, "sessions").await;
         }
     };
-    let codes = async {
-        loop {
-            let deleted = prune_codes(&database).await;
-            pause(deleted.map(|deleted| deleted >= ROWS.cast_unsigned()), "codes").await;
-        }
-    };
+    let bodies = in_steps("event bodies", || prune_bodies(&database, keep));
+    let keys = in_steps("idempotency keys", || prune_keys(&database, keep));
+    let codes = in_steps("codes", || prune_codes(&database));
     tokio::select! {
-        ((), (), ()) = async { tokio::join!(feeds, sessions, codes) } => {}
+        ((), (), (), (), ()) = async { tokio::join!(feeds, sessions, bodies, keys, codes) } => {}
         () = stop.cancelled() => {}
+    }
+}
+
+/// Repeats a step permanently, shortly after one that found all it may delete.
+async fn in_steps<D: Future<Output = Result<u64, StoreError>>>(what: &'static str, step: impl Fn() -> D) {
+    loop {
+        let deleted = step().await;
+        pause(deleted.map(|deleted| deleted >= ROWS.cast_unsigned()), what).await;
     }
 }
 

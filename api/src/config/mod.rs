@@ -101,11 +101,12 @@ pub struct Lifetimes {
     pub stream_token: Duration,
 }
 
-/// The events that are kept of each feed.
+/// What is kept: the events of each feed by age and number, and idempotency keys.
 #[derive(Debug, Clone, Copy)]
 pub struct Keep {
     pub age: Duration,
     pub events: u64,
+    pub idempotency_keys: Duration,
 }
 
 #[derive(Debug, Clone)]
@@ -292,7 +293,14 @@ fn keep(s: &mut Settings) -> Keep {
         1..=1_000_000_000,
         "Number of the newest events kept per user; older ones may be deleted",
     );
-    Keep { age: Duration::from_secs(days * DAY), events }
+    let key_days: u64 = s.number(
+        "IDEMPOTENCY_KEEP_DAYS",
+        "30",
+        1..=3_650,
+        "A repeated send is recognised by its Idempotency-Key for this long",
+    );
+    let [age, idempotency_keys] = [days, key_days].map(|days| Duration::from_secs(days * DAY));
+    Keep { age, events, idempotency_keys }
 }
 
 fn limits(s: &mut Settings, on: bool) -> RateLimits {

@@ -1,19 +1,57 @@
-//! A conversation as one of its two users sees it.
+//! A conversation as one of its users sees it.
 
 use protocol::ids::{ConversationId, MessageId};
 use serde::Serialize;
 
 use super::{message::Message, user::User};
 
-/// The same JSON as SQL `conversation_json()` writes into events.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Conversation {
     pub id: ConversationId,
-    pub other_participant: User,
+    pub kind: ConversationKind,
+    /// Of a group.
+    pub title: Option<String>,
+    pub participant_count: i64,
+    pub role: Role,
+    /// `None` in a group.
+    pub other_participant: Option<User>,
+    /// The last one that the user sees.
     pub last_message: Option<Message>,
     pub has_unread_messages: bool,
     pub unread_count: i64,
     pub last_read_message_id: Option<MessageId>,
+    /// `None` in a group.
     pub other_last_read_message_id: Option<MessageId>,
+}
+
+impl Conversation {
+    /// As it began for the user, with its names of today. What happened since is in later events, and clients count it from them.
+    pub fn as_created(self, participant_count: i64) -> Self {
+        Self {
+            participant_count,
+            last_message: None,
+            has_unread_messages: false,
+            unread_count: 0,
+            last_read_message_id: None,
+            other_last_read_message_id: None,
+            ..self
+        }
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub enum ConversationKind {
+    /// Of two users.
+    Direct,
+    Group,
+}
+
+/// What a user may do in a group; in a direct conversation both are members.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub enum Role {
+    Owner,
+    Member,
 }

@@ -1,9 +1,13 @@
 //! Messages: their content and its normal form, and idempotency keys.
 
 use chrono::{DateTime, Utc};
+use hmac::{Hmac, Mac};
 use protocol::ids::{ConversationId, MessageId};
 use serde::Serialize;
+use sha2::{Digest, Sha256};
 use thiserror::Error;
+
+use super::user::User;
 
 /// A message as one reader sees it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -14,8 +18,14 @@ pub struct Message {
     /// Left out inside lists and conversations.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub conversation_id: Option<ConversationId>,
+    pub sender: User,
     #[serde(serialize_with = "super::time")]
     pub created_at: DateTime<Utc>,
+    #[serde(serialize_with = "super::optional_time")]
+    pub edited_at: Option<DateTime<Utc>>,
+    /// Then `content` is empty.
+    #[serde(serialize_with = "super::optional_time")]
+    pub deleted_at: Option<DateTime<Utc>>,
     pub mine: bool,
 }
 
@@ -103,6 +113,24 @@ impl IdempotencyKey {
     pub fn as_str(&self) -> &str {
         &self.0
     }
+
+    /// Recognises the key, which is not stored.
+    pub fn hash(&self) -> KeyedHash {
+        shortened(&Sha256::new_with_prefix("message ").chain_update(&self.0).finalize())
+    }
+
+    /// Recognises the text that was sent with this key. Keyed by it, so that a text that was deleted since cannot be guessed from it.
+    pub fn hash_of(&self, content: &Content) -> KeyedHash {
+        let hash = Hmac::<Sha256>::new_from_slice(self.0.as_bytes()).expect("a key may have any length");
+        shortened(&hash.chain_update(&content.0).finalize().into_bytes())
+    }
+}
+
+/// 128 bits: nobody finds two keys, or two texts, with the same.
+pub type KeyedHash = [u8; 16];
+
+fn shortened(hash: &[u8]) -> KeyedHash {
+    *hash.first_chunk().expect("SHA-256 has 32 bytes")
 }
 
 #[cfg(test)]

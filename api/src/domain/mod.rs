@@ -2,6 +2,7 @@
 
 pub mod conversation;
 pub mod device;
+pub mod event;
 pub mod message;
 pub mod name;
 pub mod session;
@@ -13,4 +14,15 @@ use serde::Serializer;
 /// For `#[serde(serialize_with)]`: times in JSON.
 pub(crate) fn time<S: Serializer>(at: &DateTime<Utc>, serializer: S) -> Result<S::Ok, S::Error> {
     serializer.serialize_str(&protocol::event::rfc3339(*at))
+}
+
+/// The same for a time that may be absent.
+pub(crate) fn optional_time<S: Serializer>(
+    at: &Option<DateTime<Utc>>,
+    serializer: S,
+) -> Result<S::Ok, S::Error> {
+    match at {
+        Some(at) => time(at, serializer),
+        None => serializer.serialize_none(),
+    }
 }

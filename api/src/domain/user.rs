@@ -15,6 +15,13 @@ pub struct User {
     pub avatar_url: Option<String>,
 }
 
+impl User {
+    /// Of a row that may be gone: then the user was deleted.
+    pub fn stored(id: i64, username: Option<String>, avatar_url: Option<String>) -> Self {
+        Self { id: UserId(id), username: username.unwrap_or_else(|| format!("deleted-{id}")), avatar_url }
+    }
+}
+
 /// An account at an external issuer, in a form from which a user can be created.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Profile {

@@ -17,7 +17,10 @@ use crate::{
     external::ExternalUsers,
     last_used::LastUsed,
     request_context::RequestContext,
-    store::{StoreError, sessions},
+    store::{
+        StoreError,
+        sessions::{self, FoundCaller},
+    },
 };
 
 pub struct Auth {
@@ -62,6 +65,8 @@ pub(super) struct LiveCaller {
     pub(super) user: User,
     /// Their position in their feed before anything else was read.
     pub(super) cursor: Position,
+    /// Exact at `cursor`.
+    pub(super) unread_total: i64,
 }
 
 impl Auth {
@@ -152,8 +157,9 @@ impl Auth {
     pub(super) async fn reader(&self, credential: Credential) -> Result<LiveCaller, ApiError> {
         let actor = credential.actor;
         let find = async |connection: &mut _| sessions::caller(connection, actor.session, actor.user).await;
-        let (user, cursor) = self.context.database.run(find).await?.ok_or(ApiError::Unauthorized)?;
-        Ok(LiveCaller { actor, user, cursor })
+        let FoundCaller { user, head: cursor, unread_total } =
+            self.context.database.run(find).await?.ok_or(ApiError::Unauthorized)?;
+        Ok(LiveCaller { actor, user, cursor, unread_total })
     }
 
     /// The error of a request that ends before its command has checked the session.

@@ -48,18 +48,19 @@ pub(super) fn username(_: &Inbound, Json(body): Json<StartBody>) -> Result<Strin
 }
 
 pub(super) async fn start(api: Arc<Api>, caller: Caller, username: String) -> HandlerResult {
-    let (id, mut response) = match start_conversation(&api.context, caller.actor, username, caller.context)
-        .await?
-    {
-        StartConversationOutcome::Created(id, conversation) => (id, json(StatusCode::CREATED, &conversation)),
-        StartConversationOutcome::Exists(id) => (id, empty(StatusCode::FOUND)),
-        StartConversationOutcome::NoUser => return Err(ApiError::NO_USER),
-        StartConversationOutcome::Oneself => {
-            let sentence = "You cannot start a conversation with yourself";
-            return Err(ApiError::Forbidden("cannot_start_with_yourself", sentence));
-        }
-        StartConversationOutcome::NoSession => return Err(ApiError::Unauthorized),
-    };
+    let (id, mut response) =
+        match start_conversation(&api.context, caller.actor, username, caller.context).await? {
+            StartConversationOutcome::Created(conversation) => {
+                (conversation.id, json(StatusCode::CREATED, &conversation))
+            }
+            StartConversationOutcome::Exists(id) => (id, empty(StatusCode::FOUND)),
+            StartConversationOutcome::NoUser => return Err(ApiError::NO_USER),
+            StartConversationOutcome::Oneself => {
+                let sentence = "You cannot start a conversation with yourself";
+                return Err(ApiError::Forbidden("cannot_start_with_yourself", sentence));
+            }
+            StartConversationOutcome::NoSession => return Err(ApiError::Unauthorized),
+        };
     let location = HeaderValue::from_str(&format!("/api/conversations/{id}")).expect("an id is digits");
     response.headers_mut().insert(header::LOCATION, location);
     Ok(response)

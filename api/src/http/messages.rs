@@ -21,7 +21,7 @@ use crate::{
         post_message::{Draft, PostMessageOutcome, post_message},
     },
     domain::message::{Content, IdempotencyKey},
-    store::messages::{self as store, Window},
+    store::messages::{self as store, MessagePage, Window},
 };
 
 const PAGE: i64 = 25;
@@ -81,17 +81,24 @@ pub(super) async fn list(api: Arc<Api>, reader: LiveCaller, inbound: Inbound) ->
     let marks = marks_read(&inbound)?;
     let id = conversation(&inbound, NoBody)?;
     let page = async |connection: &mut _| store::page(connection, id, reader.user.id, window).await;
-    let page = api.context.database.run(page).await?.ok_or(ApiError::NO_CONVERSATION)?;
-    let newest = page.messages.iter().map(|message| message.id).max();
-    if marks && newest > page.last_read {
-        marked(mark_read::mark_read(&api.context, reader.actor, id, newest, inbound.context).await?)?;
+    let (messages, unread) = match api.context.database.run(page).await? {
+        MessagePage::Found { messages, unread } => (messages, unread),
+        MessagePage::NoConversation => return Err(ApiError::NO_CONVERSATION),
+        MessagePage::NoAfter => return Err(no_message("after")),
+        MessagePage::NoBefore => return Err(no_message("before")),
+    };
+    if marks && unread.is_some() {
+        marked(mark_read::mark_read(&api.context, reader.actor, id, unread, inbound.context).await?)?;
     }
-    Ok(with_cursor(json(StatusCode::OK, &page.messages), reader.cursor))
+    Ok(with_cursor(json(StatusCode::OK, &messages), reader.cursor))
 }
 
 fn message_id(inbound: &Inbound, name: &'static str) -> Result<Option<MessageId>, ApiError> {
-    let parse = |id: String| id.parse().map_err(|_| ApiError::unacceptable(name, "No such message"));
-    inbound.query(name).map(parse).transpose()
+    inbound.query(name).map(|id| id.parse().map_err(|_| no_message(name))).transpose()
+}
+
+fn no_message(field: &'static str) -> ApiError {
+    ApiError::unacceptable(field, "No such message")
 }
 
 fn limit(inbound: &Inbound) -> Result<i64, ApiError> {

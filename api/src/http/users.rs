@@ -3,12 +3,25 @@
 use std::sync::Arc;
 
 use http::StatusCode;
+use serde::Serialize;
 
 use super::{Api, HandlerResult, auth::LiveCaller, error::ApiError, json, request::Inbound, with_cursor};
-use crate::{domain::name::may_be_a_name, store::users};
+use crate::{
+    domain::{name::may_be_a_name, user::User},
+    store::users,
+};
+
+#[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
+struct AuthUser<'a> {
+    #[serde(flatten)]
+    user: &'a User,
+    unread_total: i64,
+}
 
 pub(super) async fn auth_user(_: Arc<Api>, reader: LiveCaller, _: Inbound) -> HandlerResult {
-    Ok(with_cursor(json(StatusCode::OK, &reader.user), reader.cursor))
+    let body = AuthUser { user: &reader.user, unread_total: reader.unread_total };
+    Ok(with_cursor(json(StatusCode::OK, &body), reader.cursor))
 }
 
 pub(super) async fn search(api: Arc<Api>, reader: LiveCaller, inbound: Inbound) -> HandlerResult {

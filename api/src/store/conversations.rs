@@ -1,19 +1,25 @@
-//! Conversations, as one of their two users sees them.
+//! Conversations, as one of their users sees them.
+
+use std::collections::HashMap;
 
 use chrono::{DateTime, Utc};
 use protocol::ids::{ConversationId, MessageId, SessionId, UserId};
-use serde_json::value::RawValue;
 use sqlx::PgConnection;
 
-use super::{Appended, CommandOutput, CommandRow};
+use super::{Appended, AppendedTo, envelopes, unexpected};
 use crate::{
-    domain::{conversation::Conversation, message::Message, user::User},
+    domain::{
+        conversation::{Conversation, ConversationKind, Role},
+        event::Event,
+        message::Message,
+        user::User,
+    },
     request_context::RequestContext,
 };
 
 #[derive(Debug)]
 pub enum StartConversationOutcome {
-    Created(ConversationId, Box<RawValue>),
+    Created(Box<Conversation>),
     Exists(ConversationId),
     NoUser,
     Oneself,
@@ -28,10 +34,9 @@ pub async fn start(
     username: &str,
     request: &RequestContext,
 ) -> sqlx::Result<(StartConversationOutcome, Vec<Appended>)> {
-    let rows = sqlx::query_as!(
-        CommandRow,
-        r#"SELECT outcome AS "outcome!", conversation_id AS subject, NULL::timestamptz AS subject_at,
-                  receiver, epoch, seq, kind, payload, event_at
+    let row = sqlx::query!(
+        r#"SELECT outcome AS "outcome!", conversation_id, event_at, receivers, epochs, seqs,
+                  user_ids, usernames, avatar_urls AS "avatar_urls: Vec<Option<String>>"
            FROM messenger.start_conversation($1, $2, (SELECT username FROM messenger.users WHERE id = messenger.find_user($3)), $4, $5)"#,
         session.map(|session| session.0),
         user.0,
@@ -39,54 +44,95 @@ pub async fn start(
         request.request_id,
         request.traceparent(),
     )
-    .fetch_all(connection)
+    .fetch_one(connection)
     .await?;
-    let output = CommandOutput::from_rows(rows, request)?;
-    let outcome = match (output.outcome.as_str(), output.subject.map(ConversationId)) {
-        ("created", Some(id)) => {
-            let mine =
-                output.events.iter().find(|event| event.receiver == user).ok_or(sqlx::Error::RowNotFound)?;
-            StartConversationOutcome::Created(id, mine.envelope.data.clone())
-        }
-        ("exists", Some(id)) => StartConversationOutcome::Exists(id),
-        ("no_user", _) => StartConversationOutcome::NoUser,
-        ("self", _) => StartConversationOutcome::Oneself,
-        ("no_session", _) => StartConversationOutcome::NoSession,
-        _ => return Err(output.unexpected()),
+    let (id, event_at) = match (row.outcome.as_str(), row.conversation_id.map(ConversationId), row.event_at) {
+        ("created", Some(id), Some(at)) => (id, at),
+        ("exists", Some(id), _) => return Ok((StartConversationOutcome::Exists(id), Vec::new())),
+        ("no_user", ..) => return Ok((StartConversationOutcome::NoUser, Vec::new())),
+        ("self", ..) => return Ok((StartConversationOutcome::Oneself, Vec::new())),
+        ("no_session", ..) => return Ok((StartConversationOutcome::NoSession, Vec::new())),
+        _ => return Err(unexpected(&row.outcome)),
     };
-    Ok((outcome, output.events))
+    let ids = row.user_ids.unwrap_or_default().into_iter();
+    let names = row.usernames.unwrap_or_default().into_iter().zip(row.avatar_urls.unwrap_or_default());
+    let pair: Vec<User> = ids
+        .zip(names)
+        .map(|(id, (username, avatar_url))| User { id: UserId(id), username, avatar_url })
+        .collect();
+    let seen_by = |reader: UserId| {
+        let other = pair.iter().find(|user| user.id != reader).ok_or(sqlx::Error::RowNotFound)?;
+        Ok::<_, sqlx::Error>(Conversation {
+            id,
+            kind: ConversationKind::Direct,
+            title: None,
+            participant_count: 2,
+            role: Role::Member,
+            other_participant: Some(other.clone()),
+            last_message: None,
+            has_unread_messages: false,
+            unread_count: 0,
+            last_read_message_id: None,
+            other_last_read_message_id: None,
+        })
+    };
+    let mut events = Vec::new();
+    let appended = AppendedTo { receivers: row.receivers, epochs: row.epochs, seqs: row.seqs };
+    for (receiver, at) in appended.positions()? {
+        let event = Event::ConversationCreated(Box::new(seen_by(receiver)?));
+        events.extend(envelopes([(receiver, at)], &event, event_at, request)?);
+    }
+    Ok((StartConversationOutcome::Created(Box::new(seen_by(user)?)), events))
 }
 
 struct ConversationRow {
     id: i64,
+    reader: i64,
+    is_group: bool,
+    title: Option<String>,
+    participant_count: i64,
+    is_owner: bool,
     unread_count: i64,
     last_read_message_id: Option<i64>,
     other_last_read_message_id: Option<i64>,
-    other_id: i64,
-    other_username: String,
+    other_id: Option<i64>,
+    other_username: Option<String>,
     other_avatar_url: Option<String>,
     message_id: Option<i64>,
     message_content: Option<String>,
     message_created_at: Option<DateTime<Utc>>,
-    message_mine: Option<bool>,
+    message_edited_at: Option<DateTime<Utc>>,
+    message_deleted_at: Option<DateTime<Utc>>,
+    sender_id: Option<i64>,
+    sender_username: Option<String>,
+    sender_avatar_url: Option<String>,
 }
 
 impl From<ConversationRow> for Conversation {
     fn from(row: ConversationRow) -> Self {
-        let last_message =
-            match (row.message_id, row.message_content, row.message_created_at, row.message_mine) {
-                (Some(id), Some(content), Some(created_at), Some(mine)) => {
-                    Some(Message { id: MessageId(id), content, conversation_id: None, created_at, mine })
-                }
-                _ => None,
-            };
+        let last_message = match (row.message_id, row.message_content, row.message_created_at, row.sender_id)
+        {
+            (Some(id), Some(content), Some(created_at), Some(sender)) => Some(Message {
+                id: MessageId(id),
+                content,
+                conversation_id: None,
+                sender: User::stored(sender, row.sender_username, row.sender_avatar_url),
+                created_at,
+                edited_at: row.message_edited_at,
+                deleted_at: row.message_deleted_at,
+                mine: sender == row.reader,
+            }),
+            _ => None,
+        };
         Self {
             id: ConversationId(row.id),
-            other_participant: User {
-                id: UserId(row.other_id),
-                username: row.other_username,
-                avatar_url: row.other_avatar_url,
-            },
+            kind: if row.is_group { ConversationKind::Group } else { ConversationKind::Direct },
+            title: row.title,
+            participant_count: row.participant_count,
+            role: if row.is_owner { Role::Owner } else { Role::Member },
+            other_participant: row
+                .other_id
+                .map(|id| User::stored(id, row.other_username, row.other_avatar_url)),
             last_message,
             has_unread_messages: row.unread_count > 0,
             unread_count: row.unread_count,
@@ -96,33 +142,45 @@ impl From<ConversationRow> for Conversation {
     }
 }
 
+/// Conversations as these users see them, by both ids. A user who is not in one is left out.
+pub async fn seen_by(
+    connection: &mut PgConnection,
+    pairs: &[(UserId, ConversationId)],
+) -> sqlx::Result<HashMap<(UserId, ConversationId), Conversation>> {
+    if pairs.is_empty() {
+        return Ok(HashMap::new());
+    }
+    let readers: Vec<i64> = pairs.iter().map(|(reader, _)| reader.0).collect();
+    let ids: Vec<i64> = pairs.iter().map(|(_, conversation)| conversation.0).collect();
+    let rows = sqlx::query_as!(
+        ConversationRow,
+        r#"SELECT id AS "id!", reader AS "reader!", is_group AS "is_group!", title, participant_count AS "participant_count!",
+                  is_owner AS "is_owner!", unread_count AS "unread_count!", last_read_message_id, other_last_read_message_id,
+                  other_id, other_username, other_avatar_url,
+                  message_id, message_content, message_created_at, message_edited_at, message_deleted_at,
+                  sender_id, sender_username, sender_avatar_url
+           FROM messenger.seen_conversations AS c
+           JOIN unnest($1::bigint[], $2::bigint[]) AS pair (reader_id, conversation_id)
+               ON c.reader = pair.reader_id AND c.id = pair.conversation_id"#,
+        &readers,
+        &ids,
+    )
+    .fetch_all(connection)
+    .await?;
+    let conversation = |row: ConversationRow| ((UserId(row.reader), ConversationId(row.id)), row.into());
+    Ok(rows.into_iter().map(conversation).collect())
+}
+
 pub async fn find(
     connection: &mut PgConnection,
     conversation: ConversationId,
     reader: UserId,
 ) -> sqlx::Result<Option<Conversation>> {
-    let row = sqlx::query_as!(
-        ConversationRow,
-        r#"SELECT p.conversation_id AS id, p.unread_count, p.last_read_message_id,
-                  messenger.visible_last_read(other.last_read_message_id, p.last_message_id) AS other_last_read_message_id,
-                  u.id AS other_id, u.username AS other_username, u.avatar_url AS other_avatar_url,
-                  m.id AS "message_id?", m.content AS "message_content?", m.created_at AS "message_created_at?",
-                  m.sender_id = p.user_id AS message_mine
-           FROM messenger.participants AS p
-           JOIN messenger.participants AS other ON other.conversation_id = p.conversation_id AND other.user_id = p.other_user_id
-           JOIN messenger.users AS u ON u.id = p.other_user_id
-           LEFT JOIN messenger.messages AS m ON m.id = p.last_message_id
-           WHERE p.conversation_id = $1 AND p.user_id = $2"#,
-        conversation.0,
-        reader.0,
-    )
-    .fetch_optional(connection)
-    .await?;
-    Ok(row.map(Conversation::from))
+    let key = (reader, conversation);
+    Ok(seen_by(connection, &[key]).await?.remove(&key))
 }
 
-/// Conversations that have a message, the newest last message first; with `before`, the ones after it. `None`: `before` is
-/// not a conversation of the reader.
+/// The reader's list, the newest first; with `before`, the conversations after it. `None`: `before` is not a conversation of the reader.
 pub async fn page(
     connection: &mut PgConnection,
     reader: UserId,
@@ -132,34 +190,31 @@ pub async fn page(
     let below = match before {
         None => i64::MAX,
         Some(before) => {
-            let last_message = sqlx::query_scalar!(
-                "SELECT last_message_id FROM messenger.participants WHERE conversation_id = $1 AND user_id = $2",
+            let list_seq = sqlx::query_scalar!(
+                "SELECT list_seq FROM messenger.participants WHERE conversation_id = $1 AND user_id = $2",
                 before.0,
                 reader.0,
             )
             .fetch_optional(&mut *connection)
             .await?;
-            match last_message {
+            match list_seq {
                 None => return Ok(None),
-                // Without a message it is not in the list, and nothing follows it.
+                // It is not in the list, and nothing follows it.
                 Some(None) => return Ok(Some(Vec::new())),
-                Some(Some(last_message)) => last_message,
+                Some(Some(list_seq)) => list_seq,
             }
         }
     };
     let rows = sqlx::query_as!(
         ConversationRow,
-        r#"SELECT p.conversation_id AS id, p.unread_count, p.last_read_message_id,
-                  messenger.visible_last_read(other.last_read_message_id, p.last_message_id) AS other_last_read_message_id,
-                  u.id AS other_id, u.username AS other_username, u.avatar_url AS other_avatar_url,
-                  m.id AS "message_id?", m.content AS "message_content?", m.created_at AS "message_created_at?",
-                  m.sender_id = p.user_id AS message_mine
-           FROM messenger.participants AS p
-           JOIN messenger.participants AS other ON other.conversation_id = p.conversation_id AND other.user_id = p.other_user_id
-           JOIN messenger.users AS u ON u.id = p.other_user_id
-           JOIN messenger.messages AS m ON m.id = p.last_message_id
-           WHERE p.user_id = $1 AND p.last_message_id < $2
-           ORDER BY p.last_message_id DESC
+        r#"SELECT id AS "id!", reader AS "reader!", is_group AS "is_group!", title, participant_count AS "participant_count!",
+                  is_owner AS "is_owner!", unread_count AS "unread_count!", last_read_message_id, other_last_read_message_id,
+                  other_id, other_username, other_avatar_url,
+                  message_id, message_content, message_created_at, message_edited_at, message_deleted_at,
+                  sender_id, sender_username, sender_avatar_url
+           FROM messenger.seen_conversations
+           WHERE reader = $1 AND list_seq < $2
+           ORDER BY list_seq DESC
            LIMIT $3"#,
         reader.0,
         below,
@@ -170,6 +225,7 @@ pub async fn page(
     Ok(Some(rows.into_iter().map(Conversation::from).collect()))
 }
 
+/// `None` also in a group.
 pub async fn other_participant(
     connection: &mut PgConnection,
     conversation: ConversationId,

@@ -1,17 +1,28 @@
 //! Reads feeds of many users in one query, and prunes them.
 
+use std::{collections::HashMap, time::Duration};
+
 use chrono::{DateTime, Utc};
 use protocol::{
+    event::kind,
     feed::{KnownHead, Range, RangeAfter, UserHead},
-    ids::{MessageId, UserId},
-    position::{Epoch, Position, Seq},
+    ids::{ConversationId, MessageId, UserId},
+    position::{Position, Seq},
 };
 use serde::Serialize;
 use service_kit::explain::RequestedEvent;
 use sqlx::PgConnection;
 
-use super::{envelope, number};
-use crate::config::Keep;
+use super::{conversations, envelope, number, position, to_json};
+use crate::{
+    config::Keep,
+    domain::{
+        conversation::Conversation,
+        event::{ConversationRead, Event, MessageSent, ReceiptRead},
+        message::Message,
+        user::User,
+    },
+};
 
 /// About this many events in one answer, shared among its ranges.
 const EVENTS_PER_ANSWER: usize = 4_000;
@@ -45,7 +56,34 @@ pub async fn heads(connection: &mut PgConnection, known: &[KnownHead]) -> sqlx::
         .collect()
 }
 
-/// The events after each position, in the order of the request. One statement, so one snapshot: a head and its rows agree.
+/// One row of a range: a position, and the event there if there is one.
+struct RangeRow {
+    nth: i64,
+    epoch: Option<i64>,
+    head_seq: Option<i64>,
+    seq: Option<i64>,
+    kind: Option<String>,
+    conversation_id: Option<i64>,
+    about_message_id: Option<i64>,
+    about_user_id: Option<i64>,
+    count: Option<i64>,
+    message_id: Option<i64>,
+    content: Option<String>,
+    created_at: Option<DateTime<Utc>>,
+    edited_at: Option<DateTime<Utc>>,
+    deleted_at: Option<DateTime<Utc>>,
+    sender_id: Option<i64>,
+    sender_username: Option<String>,
+    sender_avatar_url: Option<String>,
+    event_at: Option<DateTime<Utc>>,
+    request_id: Option<String>,
+    traceparent: Option<String>,
+}
+
+/// The events after each position, in the order of the request. A head and its rows are of one snapshot, so they agree.
+///
+/// A body that is gone ends what is kept of a feed, as if everything up to it were pruned. Pruning deletes bodies only long after the
+/// feed's rows, so this repairs what was deleted by hand.
 pub async fn ranges(connection: &mut PgConnection, requested: &[RangeAfter]) -> sqlx::Result<Vec<Range>> {
     if requested.is_empty() {
         return Ok(Vec::new());
@@ -54,37 +92,63 @@ pub async fn ranges(connection: &mut PgConnection, requested: &[RangeAfter]) -> 
     let afters: Vec<i64> = requested.iter().map(|range| bigint(range.after)).collect();
     let limit =
         (EVENTS_PER_ANSWER / requested.len()).clamp(*EVENTS_PER_RANGE.start(), *EVENTS_PER_RANGE.end());
-    let rows = sqlx::query!(
+    let rows = sqlx::query_as!(
+        RangeRow,
         r#"SELECT requested.ordinality AS "nth!", h.epoch AS "epoch?", h.head_seq AS "head_seq?",
-                  f.seq AS "seq?", f.kind AS "kind?", f.payload AS "payload?", f.created_at AS "created_at?",
-                  f.request_id, f.traceparent
+                  f.seq AS "seq?", e.kind AS "kind?", coalesce(e.conversation_id, m.conversation_id) AS conversation_id,
+                  e.message_id AS about_message_id, e.user_id AS about_user_id, e.count,
+                  m.id AS "message_id?", m.content AS "content?", m.created_at AS "created_at?", m.edited_at, m.deleted_at,
+                  m.sender_id AS "sender_id?", u.username AS "sender_username?", u.avatar_url AS sender_avatar_url,
+                  coalesce(e.created_at, m.created_at) AS event_at,
+                  coalesce(e.request_id, m.request_id) AS request_id, coalesce(e.traceparent, m.traceparent) AS traceparent
            FROM unnest($1::bigint[], $2::bigint[]) WITH ORDINALITY AS requested (user_id, after, ordinality)
            LEFT JOIN LATERAL (SELECT * FROM messenger.feed_heads WHERE feed_heads.user_id = requested.user_id LIMIT 1) AS h ON true
            LEFT JOIN LATERAL (
                SELECT * FROM messenger.feed WHERE feed.user_id = h.user_id AND feed.seq > requested.after ORDER BY feed.seq LIMIT $3
            ) AS f ON true
+           LEFT JOIN LATERAL (SELECT * FROM messenger.events WHERE events.id = -f.event_id LIMIT 1) AS e ON true
+           LEFT JOIN LATERAL (
+               SELECT * FROM messenger.messages WHERE messages.id = coalesce(e.message_id, f.event_id) LIMIT 1
+           ) AS m ON true
+           LEFT JOIN LATERAL (SELECT * FROM messenger.users WHERE users.id = m.sender_id LIMIT 1) AS u ON true
            ORDER BY requested.ordinality, f.seq"#,
         &users,
         &afters,
         i64::try_from(limit).expect("at most 100"),
     )
-    .fetch_all(connection)
+    .fetch_all(&mut *connection)
     .await?;
 
     let mut ranges: Vec<Range> = requested
         .iter()
         .map(|&RangeAfter { user, after }| Range { user, after, head: None, events: Vec::new(), more: false })
         .collect();
-    for row in rows {
-        let range = usize::try_from(row.nth)
-            .ok()
-            .and_then(|nth| ranges.get_mut(nth.checked_sub(1)?))
-            .ok_or(sqlx::Error::RowNotFound)?;
-        range.head = head(row.epoch, row.head_seq)?;
-        if let (Some(epoch), Some(seq), Some(kind), Some(payload), Some(at)) =
-            (row.epoch, row.seq, row.kind, row.payload, row.created_at)
-        {
-            range.events.push(envelope(epoch, seq, kind, payload, at, row.request_id, row.traceparent)?);
+    let mut of_row = Vec::with_capacity(rows.len());
+    for row in &rows {
+        let nth = usize::try_from(row.nth).ok().and_then(|nth| nth.checked_sub(1));
+        let nth = nth.filter(|nth| *nth < ranges.len()).ok_or(sqlx::Error::RowNotFound)?;
+        ranges[nth].head = head(row.epoch, row.head_seq)?;
+        of_row.push(nth);
+    }
+    let conversations: Vec<_> = rows
+        .iter()
+        .zip(&of_row)
+        .filter(|(row, _)| row.kind.as_deref() == Some(kind::CONVERSATION_CREATED))
+        .filter_map(|(row, nth)| Some((ranges[*nth].user, ConversationId(row.conversation_id?))))
+        .collect();
+    let conversations = conversations::seen_by(connection, &conversations).await?;
+
+    for (row, nth) in rows.into_iter().zip(of_row) {
+        let Range { user, events, .. } = &mut ranges[nth];
+        let (Some(epoch), Some(seq)) = (row.epoch, row.seq) else { continue };
+        let (at, traced) = (row.event_at, (row.request_id.clone(), row.traceparent.clone()));
+        match (event_of(*user, row, &conversations), at) {
+            (Some(event), Some(at)) => {
+                let (request_id, traceparent) = traced;
+                let position = position(epoch, seq)?;
+                events.push(envelope(position, event.name(), to_json(&event)?, at, request_id, traceparent));
+            }
+            _ => events.clear(),
         }
     }
     for range in &mut ranges {
@@ -94,6 +158,52 @@ pub async fn ranges(connection: &mut PgConnection, requested: &[RangeAfter]) -> 
         };
     }
     Ok(ranges)
+}
+
+/// `None`: its body is gone.
+fn event_of(
+    receiver: UserId,
+    row: RangeRow,
+    conversations: &HashMap<(UserId, ConversationId), Conversation>,
+) -> Option<Event> {
+    let conversation_id = ConversationId(row.conversation_id?);
+    let about = row.about_message_id.map(MessageId);
+    match row.kind.as_deref() {
+        None => {
+            let sender = row.sender_id?;
+            let mine = sender == receiver.0;
+            let message = Message {
+                id: MessageId(row.message_id?),
+                content: row.content?,
+                conversation_id: Some(conversation_id),
+                sender: User::stored(sender, row.sender_username, row.sender_avatar_url),
+                created_at: row.created_at?,
+                edited_at: row.edited_at,
+                deleted_at: row.deleted_at,
+                mine,
+            };
+            Some(if mine {
+                Event::MessageSent(MessageSent { message, idempotency_key: None })
+            } else {
+                Event::Message(message)
+            })
+        }
+        Some(kind::CONVERSATION_CREATED) => {
+            let conversation = conversations.get(&(receiver, conversation_id))?;
+            Some(Event::ConversationCreated(Box::new(conversation.clone().as_created(row.count?))))
+        }
+        Some(kind::CONVERSATION_READ) => Some(Event::ConversationRead(ConversationRead {
+            conversation_id,
+            last_read_message_id: about?,
+            unread_count: row.count?,
+        })),
+        Some(kind::RECEIPT_READ) => Some(Event::ReceiptRead(ReceiptRead {
+            conversation_id,
+            user_id: UserId(row.about_user_id?),
+            last_read_message_id: about?,
+        })),
+        Some(_) => None,
+    }
 }
 
 pub struct FeedSummary {
@@ -117,7 +227,7 @@ pub struct StoredEvent {
     pub traceparent: Option<String>,
 }
 
-/// For operators: finding an event by its message reads the whole feed.
+/// For operators: finding a message's event reads the whole feed.
 pub async fn look_up(
     connection: &mut PgConnection,
     user: UserId,
@@ -130,12 +240,16 @@ pub async fn look_up(
     let found = sqlx::query!(
         r#"SELECT u.username, h.epoch, h.head_seq,
                   (SELECT min(oldest.seq) FROM messenger.feed AS oldest WHERE oldest.user_id = u.id) AS first_seq,
-                  f.seq AS "seq?", f.kind AS "kind?", f.message_id, f.created_at AS "created_at?", f.request_id, f.traceparent
+                  f.seq AS "seq?", coalesce(e.kind, CASE WHEN m.sender_id = u.id THEN 'message.sent' WHEN m.id IS NOT NULL THEN 'message' END) AS kind,
+                  coalesce(e.message_id, m.id) AS message_id, coalesce(e.created_at, m.created_at) AS created_at,
+                  coalesce(e.request_id, m.request_id) AS request_id, coalesce(e.traceparent, m.traceparent) AS traceparent
            FROM messenger.users AS u
            JOIN messenger.feed_heads AS h ON h.user_id = u.id
            LEFT JOIN LATERAL (
-               SELECT * FROM messenger.feed WHERE feed.user_id = u.id AND (feed.seq = $2 OR feed.message_id = $3) ORDER BY feed.seq LIMIT 1
+               SELECT * FROM messenger.feed WHERE feed.user_id = u.id AND (feed.seq = $2 OR feed.event_id = $3) ORDER BY feed.seq LIMIT 1
            ) AS f ON true
+           LEFT JOIN messenger.events AS e ON e.id = -f.event_id
+           LEFT JOIN messenger.messages AS m ON m.id = f.event_id
            WHERE u.id = $1"#,
         user.0,
         seq,
@@ -157,7 +271,7 @@ pub async fn look_up(
     };
     Ok(Some(FeedSummary {
         username: row.username,
-        head: Position { epoch: Epoch::from_sql(row.epoch), seq: number(row.head_seq)? },
+        head: position(row.epoch, row.head_seq)?,
         first: row.first_seq.map(number).transpose()?,
         event,
     }))
@@ -169,10 +283,7 @@ fn bigint(seq: Seq) -> i64 {
 }
 
 fn head(epoch: Option<i64>, seq: Option<i64>) -> sqlx::Result<Option<Position>> {
-    epoch
-        .zip(seq)
-        .map(|(epoch, seq)| Ok(Position { epoch: Epoch::from_sql(epoch), seq: number(seq)? }))
-        .transpose()
+    epoch.zip(seq).map(|(epoch, seq)| position(epoch, seq)).transpose()
 }
 
 /// The old end of one feed: everything up to `seq`.
@@ -185,7 +296,8 @@ pub struct OldPrefix {
 /// Looks at the oldest `rows` events of the next `users` feeds after `after`. Returns their old prefixes, and the last user looked at;
 /// `None` if there are no more users.
 ///
-/// An event is old if it and all before it are beyond the count or the age, so a clock that was once wrong leaves no gap.
+/// An event is old if it and all before it are beyond the count or the age, so a clock that was once wrong leaves no gap. The scan ends
+/// at the first event that is kept, so a user without old ones costs one row.
 pub async fn old_prefixes(
     connection: &mut PgConnection,
     keep: Keep,
@@ -200,16 +312,24 @@ pub async fn old_prefixes(
            SELECT l.user_id, old.seq AS "seq?"
            FROM scanned AS l
            LEFT JOIN LATERAL (
-               SELECT max(aged.seq) AS seq
-               FROM (
-                   SELECT oldest.seq,
-                          bool_and(oldest.seq <= l.head_seq - $3
-                                   OR oldest.created_at < now() - make_interval(secs => $4))
-                              OVER (ORDER BY oldest.seq) AS is_old
-                   FROM (SELECT f.seq, f.created_at FROM messenger.feed AS f
-                         WHERE f.user_id = l.user_id ORDER BY f.seq LIMIT $5) AS oldest
-               ) AS aged
-               WHERE aged.is_old
+               SELECT f.seq FROM messenger.feed AS f WHERE f.user_id = l.user_id ORDER BY f.seq LIMIT 1
+           ) AS first ON true
+           LEFT JOIN LATERAL (
+               SELECT oldest.seq
+               FROM (SELECT f.seq, f.event_id FROM messenger.feed AS f
+                     WHERE f.user_id = l.user_id ORDER BY f.seq LIMIT $5) AS oldest
+               WHERE oldest.seq > l.head_seq - $3
+                 AND coalesce((SELECT m.created_at FROM messenger.messages AS m WHERE m.id = oldest.event_id),
+                              (SELECT e.created_at FROM messenger.events AS e WHERE e.id = -oldest.event_id))
+                     >= now() - make_interval(secs => $4)
+               ORDER BY oldest.seq LIMIT 1
+           ) AS kept ON true
+           LEFT JOIN LATERAL (
+               SELECT coalesce(kept.seq - 1, (
+                   SELECT max(oldest.seq)
+                   FROM (SELECT f.seq FROM messenger.feed AS f WHERE f.user_id = l.user_id ORDER BY f.seq LIMIT $5) AS oldest
+               )) AS seq
+               WHERE kept.seq IS DISTINCT FROM first.seq
            ) AS old ON true
            ORDER BY l.user_id"#,
         after.0,
@@ -232,6 +352,25 @@ pub async fn delete_prefix(connection: &mut PgConnection, prefix: OldPrefix) -> 
         "DELETE FROM messenger.feed WHERE user_id = $1 AND seq <= $2",
         prefix.user.0,
         prefix.seq
+    )
+    .execute(connection)
+    .await?;
+    Ok(done.rows_affected())
+}
+
+/// Feeds are pruned in hours; a body stays for longer than any row that refers to it.
+const BODY_MARGIN: Duration = Duration::from_hours(24);
+
+/// Deletes the bodies, among the oldest `rows`, of events that no feed keeps any more. Those of messages are the messages.
+pub async fn delete_old_bodies(connection: &mut PgConnection, keep: Keep, rows: i64) -> sqlx::Result<u64> {
+    let done = sqlx::query!(
+        "DELETE FROM messenger.events WHERE id IN (
+             SELECT oldest.id
+             FROM (SELECT id, created_at FROM messenger.events ORDER BY id LIMIT $2) AS oldest
+             WHERE oldest.created_at < now() - make_interval(secs => $1)
+         )",
+        (keep.age + BODY_MARGIN).as_secs_f64(),
+        rows,
     )
     .execute(connection)
     .await?;

@@ -20,12 +20,13 @@ use prometheus_client::metrics::counter::Counter;
 use protocol::{
     event::{self, Envelope},
     ids::UserId,
-    position::{Epoch, Seq},
+    position::{Epoch, Position, Seq},
 };
+use serde_json::value::RawValue;
 use sqlx::{PgConnection, postgres::PgConnectOptions};
 use thiserror::Error;
 
-use crate::request_context::RequestContext;
+use crate::{domain::event::Event, request_context::RequestContext};
 use pool::Pool;
 
 #[derive(Debug, Error)]
@@ -133,75 +134,72 @@ pub struct Appended {
     pub envelope: Envelope,
 }
 
-/// One row of a command function: its outcome, what that is about, and an event that was appended.
-struct CommandRow {
-    outcome: String,
-    subject: Option<i64>,
-    subject_at: Option<DateTime<Utc>>,
-    receiver: Option<i64>,
-    epoch: Option<i64>,
-    seq: Option<i64>,
-    kind: Option<String>,
-    payload: Option<String>,
-    event_at: Option<DateTime<Utc>>,
+/// The arrays of a command function: where its event was appended.
+struct AppendedTo {
+    receivers: Option<Vec<i64>>,
+    epochs: Option<Vec<i64>>,
+    seqs: Option<Vec<i64>>,
 }
 
-struct CommandOutput {
-    outcome: String,
-    subject: Option<i64>,
-    subject_at: Option<DateTime<Utc>>,
-    events: Vec<Appended>,
-}
-
-impl CommandOutput {
-    fn from_rows(rows: Vec<CommandRow>, request: &RequestContext) -> Result<Self, sqlx::Error> {
-        let first = rows.first().ok_or(sqlx::Error::RowNotFound)?;
-        let mut output = Self {
-            outcome: first.outcome.clone(),
-            subject: first.subject,
-            subject_at: first.subject_at,
-            events: Vec::with_capacity(rows.len()),
-        };
-        for row in rows {
-            let (Some(receiver), Some(epoch), Some(seq), Some(kind), Some(payload), Some(at)) =
-                (row.receiver, row.epoch, row.seq, row.kind, row.payload, row.event_at)
-            else {
-                continue;
-            };
-            let request_id = Some(request.request_id.clone());
-            let envelope = envelope(epoch, seq, kind, payload, at, request_id, request.traceparent())?;
-            output.events.push(Appended { receiver: UserId(receiver), envelope });
+impl AppendedTo {
+    fn positions(self) -> sqlx::Result<Vec<(UserId, Position)>> {
+        let [receivers, epochs, seqs] =
+            [self.receivers, self.epochs, self.seqs].map(Option::unwrap_or_default);
+        if receivers.len() != epochs.len() || receivers.len() != seqs.len() {
+            return Err(sqlx::Error::Decode("a receiver without a position".into()));
         }
-        Ok(output)
+        let positions = epochs.into_iter().zip(seqs).map(|(epoch, seq)| position(epoch, seq));
+        receivers.into_iter().zip(positions).map(|(user, at)| Ok((UserId(user), at?))).collect()
     }
+}
 
-    /// An outcome that the function's comment does not name.
-    fn unexpected(&self) -> sqlx::Error {
-        sqlx::Error::Decode(format!("unexpected outcome {:?}", self.outcome).into())
-    }
+/// The same event for each of these receivers.
+fn envelopes(
+    receivers: impl IntoIterator<Item = (UserId, Position)>,
+    event: &Event,
+    created_at: DateTime<Utc>,
+    request: &RequestContext,
+) -> sqlx::Result<Vec<Appended>> {
+    let data = to_json(event)?;
+    let envelope = |(receiver, at)| {
+        let (request_id, traceparent) = (Some(request.request_id.clone()), request.traceparent());
+        let envelope = envelope(at, event.name(), data.clone(), created_at, request_id, traceparent);
+        Appended { receiver, envelope }
+    };
+    Ok(receivers.into_iter().map(envelope).collect())
+}
+
+fn to_json(event: &Event) -> sqlx::Result<Box<RawValue>> {
+    serde_json::value::to_raw_value(event).map_err(|error| sqlx::Error::Encode(error.into()))
 }
 
 fn envelope(
-    epoch: i64,
-    seq: i64,
-    kind: String,
-    payload: String,
+    Position { epoch, seq }: Position,
+    name: &str,
+    data: Box<RawValue>,
     created_at: DateTime<Utc>,
     request_id: Option<String>,
     traceparent: Option<String>,
-) -> Result<Envelope, sqlx::Error> {
-    let data = serde_json::value::RawValue::from_string(payload)
-        .map_err(|error| sqlx::Error::Decode(error.into()))?;
-    Ok(Envelope {
+) -> Envelope {
+    Envelope {
         v: event::VERSION,
-        epoch: Epoch::from_sql(epoch),
-        seq: number(seq)?,
-        event: kind,
+        epoch,
+        seq,
+        event: name.to_owned(),
         data,
         created_at,
         request_id,
         traceparent,
-    })
+    }
+}
+
+/// An outcome that the function's comment does not name.
+fn unexpected(outcome: &str) -> sqlx::Error {
+    sqlx::Error::Decode(format!("unexpected outcome {outcome:?}").into())
+}
+
+fn position(epoch: i64, seq: i64) -> sqlx::Result<Position> {
+    Ok(Position { epoch: Epoch::from_sql(epoch), seq: number(seq)? })
 }
 
 fn number(seq: i64) -> Result<Seq, sqlx::Error> {

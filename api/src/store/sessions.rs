@@ -6,11 +6,11 @@ use chrono::{DateTime, Utc};
 use protocol::{
     feed::Login,
     ids::{SessionId, UserId},
-    position::{Epoch, Position},
+    position::Position,
 };
 use sqlx::PgConnection;
 
-use super::number;
+use super::position;
 use crate::domain::{device, session::ListedSession, user::User};
 
 /// `expires_at` is by the database's clock.
@@ -204,14 +204,21 @@ pub async fn delete_ended(
     Ok((row.deleted.cast_unsigned(), row.last.map(SessionId)))
 }
 
+pub struct FoundCaller {
+    pub user: User,
+    pub head: Position,
+    /// Unread messages in all conversations, as of `head`.
+    pub unread_total: i64,
+}
+
 /// The caller and their head at this moment: everything that is read later is at least as new.
 pub async fn caller(
     connection: &mut PgConnection,
     session: Option<SessionId>,
     user: UserId,
-) -> sqlx::Result<Option<(User, Position)>> {
+) -> sqlx::Result<Option<FoundCaller>> {
     let row = sqlx::query!(
-        "SELECT u.username, u.avatar_url, h.epoch, h.head_seq
+        "SELECT u.username, u.avatar_url, h.epoch, h.head_seq, h.unread_total
          FROM messenger.users AS u JOIN messenger.feed_heads AS h ON h.user_id = u.id
          WHERE u.id = $2 AND messenger.session_is_live($1, $2)",
         session.map(|session| session.0),
@@ -220,8 +227,11 @@ pub async fn caller(
     .fetch_optional(connection)
     .await?;
     row.map(|row| {
-        let head = Position { epoch: Epoch::from_sql(row.epoch), seq: number(row.head_seq)? };
-        Ok((User { id: user, username: row.username, avatar_url: row.avatar_url }, head))
+        Ok(FoundCaller {
+            user: User { id: user, username: row.username, avatar_url: row.avatar_url },
+            head: position(row.epoch, row.head_seq)?,
+            unread_total: row.unread_total,
+        })
     })
     .transpose()
 }

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use api::{
     config::Keep,
-    pruner::{PruneStep, prune_after},
+    pruner::{PruneStep, prune_after, prune_bodies, prune_keys},
 };
 use futures_util::future::join_all;
 use protocol::{
@@ -30,7 +30,7 @@ use crate::{
 /// Checks one user's feed against the tables.
 async fn assert_feeds_agree_with_tables(app: &App, pool: &PgPool, users: &[ApiUser]) {
     let messages: Vec<(i64, i64, i64, String)> =
-        sqlx::query_as("SELECT id, conversation_id, sender_id, content FROM messenger.messages ORDER BY id")
+        sqlx::query_as("SELECT id, conversation_id, sender_id, content FROM messenger.messages ORDER BY conversation_id, number")
             .fetch_all(pool)
             .await
             .unwrap();
@@ -48,7 +48,7 @@ async fn assert_feeds_agree_with_tables(app: &App, pool: &PgPool, users: &[ApiUs
                 assert!(events.is_empty(), "event of another conversation");
                 continue;
             }
-            // Within a conversation: each message once, in the order of ids, as this reader sees it.
+            // Within a conversation: each message once, in the order of its numbers, as this reader sees it.
             let expected = messages.iter().filter(|message| message.1 == conversation);
             let expected = expected.map(|(id, _, sender, content)| {
                 let mine = *sender == user.id.0;
@@ -68,10 +68,30 @@ async fn assert_feeds_agree_with_tables(app: &App, pool: &PgPool, users: &[ApiUs
         pool,
         "SELECT count(*) FROM messenger.participants AS p
          WHERE p.unread_count <> (SELECT count(*) FROM messenger.messages AS m
-            WHERE m.conversation_id = p.conversation_id AND m.sender_id <> p.user_id
-              AND m.id > coalesce(p.last_read_message_id, 0))",
+            WHERE m.conversation_id = p.conversation_id AND m.sender_id <> p.user_id AND m.number > p.last_read_number)",
     );
     assert_eq!(wrong_counts.await, 0);
+    let wrong_totals = number(
+        pool,
+        "SELECT count(*) FROM messenger.feed_heads AS h
+         WHERE h.unread_total <> (SELECT coalesce(sum(p.unread_count), 0) FROM messenger.participants AS p WHERE p.user_id = h.user_id)",
+    );
+    assert_eq!(wrong_totals.await, 0);
+    let wrong_numbers = number(
+        pool,
+        "SELECT count(*) FROM messenger.conversations AS c
+         WHERE c.last_number <> (SELECT count(*) FROM messenger.messages AS m WHERE m.conversation_id = c.id)
+            OR c.last_number <> (SELECT coalesce(max(m.number), 0) FROM messenger.messages AS m WHERE m.conversation_id = c.id)",
+    );
+    assert_eq!(wrong_numbers.await, 0, "messages are numbered without gaps");
+    // The list of each user is in the order of their own feed.
+    let wrong_places = number(
+        pool,
+        "SELECT count(*) FROM messenger.participants AS p
+         WHERE p.list_seq IS DISTINCT FROM (SELECT max(f.seq) FROM messenger.feed AS f
+            JOIN messenger.messages AS m ON m.id = f.event_id AND m.conversation_id = p.conversation_id WHERE f.user_id = p.user_id)",
+    );
+    assert_eq!(wrong_places.await, 0);
 }
 
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
@@ -155,7 +175,7 @@ async fn abort(pool: &PgPool, who: &ApiUser, conversation: &str) {
     let mut transaction = pool.begin().await.unwrap();
     let (session, user) = (who.session(), who.id);
     let post = format!(
-        "SELECT FROM messenger.post_message({session}, {user}, {conversation}, 'x', NULL, 'r', NULL)"
+        "SELECT FROM messenger.post_message({session}, {user}, {conversation}, 'x', NULL, NULL, 'r', NULL)"
     );
     sqlx::query(AssertSqlSafe(post)).fetch_all(&mut *transaction).await.unwrap();
     transaction.rollback().await.unwrap();
@@ -183,23 +203,36 @@ async fn concurrent_reads_move_the_read_mark_once(pool: PgPool) {
     app.stop().await;
 }
 
-/// Otherwise a smaller id could be committed after a larger one, and paging or read marks would skip it.
+/// Otherwise a smaller number could be committed after a larger one, and paging or read marks would skip it. Ids may come in any order.
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
-async fn message_id_is_drawn_under_the_conversations_lock(pool: PgPool) {
+async fn order_of_messages_does_not_depend_on_ids(pool: PgPool) {
     let app = App::start(&pool).await;
-    let (john, _, conversation) = app.pair(&pool).await;
-    let first: i64 = john.say(&conversation, "first").await.parse().unwrap();
-    let mut holder = pool.begin().await.unwrap();
-    // The same lock as a send; the foreign key of a message does not conflict with it.
-    sqlx::query("SELECT FROM messenger.conversations FOR NO KEY UPDATE").execute(&mut *holder).await.unwrap();
-    let waiting = async {
-        until_waiting_for_locks(&pool, 1).await;
-        let last = number(&pool, "SELECT last_value FROM messenger.messages_id_seq").await;
-        assert_eq!(last, first, "no id was drawn yet");
-        holder.rollback().await.unwrap();
+    let (john, jane, conversation) = app.pair(&pool).await;
+    // As from several nodes of a distributed Postgres, each with a range of its own.
+    let mut said = Vec::new();
+    for first in [9_000, 500, 70_000, 3] {
+        execute(&pool, format!("ALTER SEQUENCE messenger.messages_id_seq RESTART {first}")).await;
+        for n in 0..3 {
+            said.push(john.say(&conversation, &format!("{first} {n}")).await);
+        }
+    }
+    let ids = |page: &Answer| {
+        let page = page.json();
+        page.as_array().unwrap().iter().map(|message| text(&message["id"])).collect::<Vec<_>>()
     };
-    let (second, ()) = tokio::join!(john.say(&conversation, "second"), waiting);
-    assert_eq!(second.parse::<i64>().unwrap(), first + 1);
+    let page = jane.messages(&conversation, &format!("?after={}&limit=5", said[1])).expect(200).await;
+    assert_eq!(ids(&page), said[2..7]);
+    let seen = jane.conversation(&conversation).expect(200).await.json();
+    assert_eq!((&seen["lastReadMessageId"], &seen["unreadCount"]), (&json!(said[6]), &json!(5)));
+    let page = jane.messages(&conversation, &format!("?before={}&limit=4", said[11])).expect(200).await;
+    assert_eq!(ids(&page), said[7..11].iter().rev().cloned().collect::<Vec<_>>());
+    let seen = jane.conversation(&conversation).expect(200).await.json();
+    assert_eq!((&seen["lastReadMessageId"], &seen["unreadCount"]), (&json!(said[10]), &json!(1)));
+    assert_eq!(seen["lastMessage"]["id"], json!(said[11]));
+    assert_eq!(
+        john.conversation(&conversation).expect(200).await.json()["otherLastReadMessageId"],
+        json!(said[10])
+    );
     app.stop().await;
 }
 
@@ -327,10 +360,14 @@ async fn internal_requests_are_bounded(pool: PgPool) {
     app.stop().await;
 }
 
+fn keep(events: u64) -> Keep {
+    Keep { age: Duration::from_hours(1), events, idempotency_keys: Duration::from_hours(1) }
+}
+
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
 async fn pruning_deletes_only_old_prefixes_by_count_and_age(pool: PgPool) {
     let database = database(&pool, 4);
-    let keep = Keep { age: Duration::from_hours(1), events: 10 };
+    let keep = keep(10);
     // (seq, age in seconds), and the events left.
     let fresh = |range: std::ops::RangeInclusive<i64>| range.map(|seq| (seq, 0)).collect::<Vec<_>>();
     let mut by_age = fresh(1..=8);
@@ -353,8 +390,12 @@ async fn pruning_deletes_only_old_prefixes_by_count_and_age(pool: PgPool) {
         let user = n as i64 + 1;
         let (seqs, ages): (Vec<i64>, Vec<i64>) = events.iter().copied().unzip();
         sqlx::query(
-            "INSERT INTO messenger.feed (user_id, seq, kind, payload, created_at)
-             SELECT $1, seq, 'message', '{}', now() - age * interval '1 s' FROM unnest($2::bigint[], $3::bigint[]) AS e (seq, age)",
+            "WITH bodies AS (
+                 INSERT INTO messenger.events (kind, count, created_at)
+                 SELECT 'conversation.read', seq, now() - age * interval '1 s' FROM unnest($2::bigint[], $3::bigint[]) AS e (seq, age)
+                 RETURNING id, count AS seq
+             )
+             INSERT INTO messenger.feed (user_id, seq, event_id) SELECT $1, seq, -id FROM bodies",
         )
         .bind(user)
         .bind(&seqs)
@@ -393,6 +434,68 @@ async fn pruning_deletes_only_old_prefixes_by_count_and_age(pool: PgPool) {
     }
     assert_eq!(walk().await, 0);
     database.close().await;
+}
+
+#[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
+async fn old_bodies_and_keys_are_deleted_after_their_feed_rows(pool: PgPool) {
+    let app = App::start(&pool).await;
+    let (john, jane, conversation) = app.pair(&pool).await;
+    let key = |key: &str| john.post_message(&conversation, "hi").header("idempotency-key", key);
+    let first = key("old").expect(201).await;
+    key("new").expect(201).await;
+    jane.read_messages(&conversation).expect(204).await;
+    let (database, keep) = (database(&pool, 1), keep(1_000));
+    let bodies = || number(&pool, "SELECT count(*) FROM messenger.events");
+    assert_eq!(bodies().await, 3, "one of the conversation, one each of reading and its receipt");
+    // Older than the events of feeds may be, but not by the margin: a walk may still find rows that refer to it.
+    execute(
+        &pool,
+        "UPDATE messenger.events SET created_at = now() - interval '24 hours' WHERE kind = 'receipt.read'",
+    )
+    .await;
+    assert_eq!(prune_bodies(&database, keep).await.unwrap(), 0);
+    execute(
+        &pool,
+        "UPDATE messenger.events SET created_at = now() - interval '26 hours' WHERE kind = 'receipt.read'",
+    )
+    .await;
+    assert_eq!(prune_bodies(&database, keep).await.unwrap(), 1);
+    assert_eq!(bodies().await, 2);
+    // A feed that still refers to it ends there, as if it were pruned: its reader resyncs, and nothing is skipped in silence.
+    let range = app.ranges(vec![RangeAfter { user: john.id, after: 0 }]).await.ranges.remove(0);
+    assert_eq!((range.head.unwrap().seq, range.events.len()), (4, 0));
+    john.say(&conversation, "after it").await;
+    let range = app.ranges(vec![RangeAfter { user: john.id, after: 0 }]).await.ranges.remove(0);
+    assert_eq!(range.events.iter().map(|event| event.seq).collect::<Vec<_>>(), [5]);
+
+    assert_eq!(prune_keys(&database, keep).await.unwrap(), 0);
+    let one = "UPDATE messenger.idempotency_keys SET created_at = now() - interval '61 minutes' WHERE message_id = 1";
+    execute(&pool, one).await;
+    assert_eq!(prune_keys(&database, keep).await.unwrap(), 1);
+    assert_ne!(key("old").expect(201).await.json()["id"], first.json()["id"], "the key is forgotten");
+    assert_eq!(key("new").expect(201).await.header("idempotent-replayed"), Some("true"));
+    database.close().await;
+    app.stop().await;
+}
+
+#[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
+async fn no_idempotency_key_is_stored(pool: PgPool) {
+    let app = App::start(&pool).await;
+    let (john, _, conversation) = app.pair(&pool).await;
+    let key = "marker-of-a-key";
+    john.post_message(&conversation, "hi").header("idempotency-key", key).expect(201).await;
+    let tables: Vec<String> = sqlx::query_scalar(
+        "SELECT relname::text FROM pg_class WHERE relnamespace = 'messenger'::regnamespace AND relkind = 'r'",
+    )
+    .fetch_all(&pool)
+    .await
+    .unwrap();
+    assert!(tables.len() > 10);
+    for table in tables {
+        let found = format!("SELECT count(*) FROM messenger.{table} AS t WHERE t::text LIKE '%{key}%'");
+        assert_eq!(number(&pool, found).await, 0, "{table}");
+    }
+    app.stop().await;
 }
 
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]

@@ -111,7 +111,11 @@ pub(crate) fn config(pool: &PgPool) -> Config {
         callback_token_in_query: false,
         external: None,
         lifetimes: Lifetimes { session: Duration::from_hours(1), stream_token: Duration::from_mins(1) },
-        keep: Keep { age: Duration::from_hours(1), events: 1_000_000 },
+        keep: Keep {
+            age: Duration::from_hours(1),
+            events: 1_000_000,
+            idempotency_keys: Duration::from_hours(1),
+        },
         limits: RateLimits::OFF,
         shutdown_wait: Duration::ZERO,
         shutdown_grace: Duration::from_secs(5),

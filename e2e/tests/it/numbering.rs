@@ -31,8 +31,10 @@ async fn replicas_killed_at_work_leave_no_gap_and_no_duplicate() {
         let feed = StoredFeed::read(&busy.world.sql, user.id).await;
         feed.assert_without_gaps();
         let mut ids = BTreeSet::new();
-        for event in feed.events.iter().filter(|event| event.name.is_none() || event.is("message.sent")) {
-            let id = event.json()["id"].as_str().unwrap().to_owned();
+        for event in
+            feed.events.iter().filter(|event| matches!(event.name.as_deref(), None | Some("message.sent")))
+        {
+            let id = event.data["id"].as_str().unwrap().to_owned();
             assert!(ids.insert(id), "{}'s feed has one message twice: {event:?}", user.name);
             events += 1;
         }

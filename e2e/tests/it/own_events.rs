@@ -21,7 +21,8 @@ async fn sender_and_receiver_each_get_their_own_event() {
         let posted = call.expect(201).await.json();
         let mut message = json!({
             "id": posted["id"], "content": text, "conversationId": two.conversation, "createdAt": posted["createdAt"],
-            "mine": false,
+            "sender": { "id": two.john.id, "username": two.john.name, "avatarURL": null }, "editedAt": null,
+            "deletedAt": null, "mine": false,
         });
         let event = jane.next().await;
         assert_eq!((event.name.as_deref(), event.id.is_some()), (None, true), "a bare onmessage hears it");
@@ -49,7 +50,7 @@ async fn both_users_receive_a_new_conversation_as_they_see_it() {
         let event = stream.named("conversation.created").await;
         assert!(event.id.is_some());
         let wanted = json!({
-            "id": id, "lastMessage": null, "hasUnreadMessages": false, "unreadCount": 0,
+            "id": id, "kind": "direct", "title": null, "participantCount": 2, "role": "member", "lastMessage": null, "hasUnreadMessages": false, "unreadCount": 0,
             "otherParticipant": { "id": other.id, "username": other.name, "avatarURL": null },
             "lastReadMessageId": null, "otherLastReadMessageId": null,
         });

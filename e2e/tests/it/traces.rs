@@ -255,7 +255,7 @@ async fn clients_cannot_have_more_traced_than_the_bound() {
     }
     let most = 2.0 + 2.0 * began.elapsed().as_secs_f64();
     let count = |what: &'static str| {
-        let sql = "SELECT count(DISTINCT split_part(traceparent, '-', 2)) FROM messenger.feed WHERE traceparent LIKE $1";
+        let sql = "SELECT count(DISTINCT split_part(traceparent, '-', 2)) FROM messenger.messages WHERE traceparent LIKE $1";
         sqlx::query_scalar::<_, i64>(sql).bind(what).fetch_one(&world.sql)
     };
     let recorded = count("%-01").await.unwrap();

@@ -56,8 +56,10 @@ async fn furnish(site: &Site) -> (TestUser, ConversationId) {
         - make_interval(mins => 7 * (SELECT count(*) FROM messenger.messages later WHERE later.id > messages.id)::int)
         - CASE WHEN content LIKE 'Did you%' OR content LIKE 'https%' THEN interval '1 day' ELSE interval '0' END";
     sqlx::query(times).execute(&world.sql).await.unwrap();
-    let read = "UPDATE messenger.participants SET last_read_message_id = (SELECT id FROM messenger.messages WHERE content LIKE '%crane is back%')
-        WHERE conversation_id = $1 AND user_id = $2";
+    let read =
+        "UPDATE messenger.participants AS p SET last_read_message_id = m.id, last_read_number = m.number
+        FROM messenger.messages AS m
+        WHERE m.content LIKE '%crane is back%' AND p.conversation_id = $1 AND p.user_id = $2";
     sqlx::query(read).bind(conversation.0).bind(john.id.0).execute(&world.sql).await.unwrap();
     (jane, conversation)
 }

@@ -1,0 +1,61 @@
+//! The events of a feed, as one receiver sees them. This is the only place that makes their JSON: what is published after a commit and
+//! what is read from the feed later come from here, as REST answers come from the same types.
+
+use protocol::{
+    event::kind,
+    ids::{ConversationId, MessageId, UserId},
+};
+use serde::Serialize;
+
+use super::{conversation::Conversation, message::Message};
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(untagged)]
+pub enum Event {
+    /// Somebody else's message.
+    Message(Message),
+    MessageSent(MessageSent),
+    ConversationCreated(Box<Conversation>),
+    ConversationRead(ConversationRead),
+    ReceiptRead(ReceiptRead),
+}
+
+/// The receiver's own message.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct MessageSent {
+    #[serde(flatten)]
+    pub message: Message,
+    /// Only when it is published: keys are not stored.
+    pub idempotency_key: Option<String>,
+}
+
+/// The receiver has read up to this message, on some device.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct ConversationRead {
+    pub conversation_id: ConversationId,
+    pub last_read_message_id: MessageId,
+    pub unread_count: i64,
+}
+
+/// Another user has read up to this message.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct ReceiptRead {
+    pub conversation_id: ConversationId,
+    pub user_id: UserId,
+    pub last_read_message_id: MessageId,
+}
+
+impl Event {
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Message(_) => kind::MESSAGE,
+            Self::MessageSent(_) => kind::MESSAGE_SENT,
+            Self::ConversationCreated(_) => kind::CONVERSATION_CREATED,
+            Self::ConversationRead(_) => kind::CONVERSATION_READ,
+            Self::ReceiptRead(_) => kind::RECEIPT_READ,
+        }
+    }
+}
