@@ -16,6 +16,8 @@ export class Session {
   /** @type {import("./stream.js").MessengerStream["state"]} */
   state = "connecting";
   reason = "";
+  /** Code points. The server says so; until then its default. */
+  longestMessage = 4_000;
   /** Called at each change of state. */
   onState = () => {};
 
@@ -46,6 +48,7 @@ export class Session {
     this.stream.start();
     this.#reload();
     this.#refresh();
+    this.#readLimits();
     document.addEventListener("visibilitychange", () => this.#refresh(), { signal: this.signal });
   }
 
@@ -55,6 +58,14 @@ export class Session {
 
   #reload() {
     this.model.reload(() => this.open).catch(() => {});
+  }
+
+  async #readLimits() {
+    try {
+      this.longestMessage = (await get("/api/limits", this.signal)).body.maxMessageLength;
+    } catch {
+      // The server checks each message all the same.
+    }
   }
 
   /** Once per day of use, so that regular users stay logged in. */

@@ -1,17 +1,19 @@
 // Texts and times for display: measured as the server does, with links, times in words. Pure functions.
 
-/** Code points. */
-export const LONGEST = 480;
+// White space, and what no font shows: only these make an empty message.
+const INVISIBLE = /[\p{White_Space}\p{Default_Ignorable_Code_Point}\u2800]/gu;
 
-/** As the server normalises a text before it measures it. @param {string} text */
+/** As the server normalises a text before it measures it; "" if nothing of it can be seen. @param {string} text */
 export function normalise(text) {
-  return text
+  const normal = text
     // Half a character cannot be sent.
     .replace(/\p{Surrogate}/gu, "\ufffd")
-    .split("\n")
-    .map((line) => line.replace(/[\t\f\r ]+/g, " ").replace(/^\p{White_Space}+|\p{White_Space}+$/gu, ""))
-    .filter((line) => line !== "")
-    .join("\n");
+    .split(/\r\n|\r|\n/)
+    .map((line) => line.replace(/\p{White_Space}+$/u, ""))
+    .join("\n")
+    .replace(/\n{3,}/g, "\n\n")
+    .replace(/^\n+|\n+$/g, "");
+  return normal.replace(INVISIBLE, "") === "" ? "" : normal;
 }
 
 /** @param {string} text */

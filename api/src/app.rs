@@ -257,6 +257,7 @@ fn make_api(
         limits,
         external,
         dev_login: config.dev_login,
+        longest_message: config.longest_message,
         sign_in,
         internal_secrets: config.internal_secrets,
     }))

@@ -4,7 +4,7 @@
 import { apiEvents, post, retryNow } from "../api.js";
 import { h, icon, reconcile, setAttribute, setText } from "../dom.js";
 import { avatar, backLink } from "../shell.js";
-import { LONGEST, clock, codePoints, day, moment, normalise, parts } from "../text.js";
+import { clock, codePoints, day, moment, normalise, parts } from "../text.js";
 import { lastIndex } from "../thread.js";
 
 /**
@@ -21,8 +21,8 @@ const AHEAD = 800;
 const READ_AFTER_MS = 250;
 /** Messages of one person within this time belong together. */
 const TOGETHER_MS = 5 * 60_000;
-/** From here on the remaining room is shown. */
-const NEARLY_FULL = LONGEST - 60;
+/** With this many code points left, their number is shown. */
+const NEARLY_FULL = 60;
 
 const MARKS = {
   "": ["", ""], sending: ["Sending", "◷"], sent: ["Sent", "✓"], read: ["Read", "✓✓"], failed: ["Not sent", "!"],
@@ -350,10 +350,10 @@ export function conversationPage({ session, signal, setTitle, fail }, id) {
       field.style.height = "auto";
       field.style.height = `${field.scrollHeight + field.offsetHeight - field.clientHeight}px`;
     }
-    const left = LONGEST - codePoints(normalise(field.value));
-    setText(room, left > LONGEST - NEARLY_FULL ? "" : left < 0 ? `${-left} too many` : `${left} left`);
+    const left = session.longestMessage - codePoints(normalise(field.value));
+    setText(room, left > NEARLY_FULL ? "" : left < 0 ? `${-left} too many` : `${left} left`);
     setAttribute(field, "aria-invalid", left < 0 ? "true" : null);
-    send.classList.toggle("idle", left === LONGEST || left < 0);
+    send.classList.toggle("idle", left === session.longestMessage || left < 0);
   }
 
   field.value = drawer.get(draft) ?? "";
@@ -373,7 +373,7 @@ export function conversationPage({ session, signal, setTitle, fail }, id) {
   form.addEventListener("submit", (event) => {
     event.preventDefault();
     const content = normalise(field.value);
-    if (!content || codePoints(content) > LONGEST) return field.focus();
+    if (!content || codePoints(content) > session.longestMessage) return field.focus();
     field.value = "";
     drawer.set(draft, null);
     measure();

@@ -87,6 +87,8 @@ pub struct Config {
     pub callback_token_in_query: bool,
     pub external: Option<ExternalSettings>,
     pub lifetimes: Lifetimes,
+    /// Code points.
+    pub longest_message: usize,
     pub keep: Keep,
     pub limits: RateLimits,
     pub shutdown_wait: Duration,
@@ -100,6 +102,10 @@ pub struct Lifetimes {
     pub session: Duration,
     pub stream_token: Duration,
 }
+
+/// A gateway reads 32 MiB of an answer at most, and a thousand ranges have at least one event each, in which a control character is
+/// written as six bytes.
+pub const LONGEST_MESSAGE: u64 = 5_000;
 
 /// What is kept: the events of each feed by age and number, and idempotency keys.
 #[derive(Debug, Clone, Copy)]
@@ -227,6 +233,8 @@ fn read(s: &mut Settings) -> Result<(Config, Addresses, Logging), Problems> {
             "Time for which a stream token opens streams; an open stream may last as long as its session",
         ),
     };
+    let longest_message =
+        s.number("MAX_MESSAGE_LENGTH", "4000", 1..=LONGEST_MESSAGE, "Code points of the longest message");
     let keep = keep(s);
     let limits = limits(s, common.rate_limits);
     let shutdown_wait = s.seconds(
@@ -270,6 +278,7 @@ fn read(s: &mut Settings) -> Result<(Config, Addresses, Logging), Problems> {
             callback_token_in_query,
             external,
             lifetimes,
+            longest_message,
             keep,
             limits,
             shutdown_wait,

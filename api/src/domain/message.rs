@@ -7,7 +7,7 @@ use serde::Serialize;
 use sha2::{Digest, Sha256};
 use thiserror::Error;
 
-use super::user::User;
+use super::{text::is_visible, user::User};
 
 /// A message as one reader sees it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -37,35 +37,37 @@ pub struct Content(String);
 pub enum ContentError {
     #[error("Message content required")]
     Required,
-    #[error("Message too long. {} max", Content::MAX_CODE_POINTS)]
-    TooLong,
+    #[error("Message too long. {0} max")]
+    TooLong(usize),
     /// Postgres cannot store it.
     #[error("Message must not contain the character U+0000")]
     Nul,
 }
 
 impl Content {
-    pub const MAX_CODE_POINTS: usize = 480;
-
-    /// Normalises line by line, then measures. Invisible characters that are no white space (U+200B, …) stay.
-    pub fn normalise(text: &str) -> Result<Self, ContentError> {
+    /// Normalises, then measures: at most `longest` code points. People paste paragraphs and code, so a text stays as it was typed but for
+    /// its line ends, white space at the end of lines, and empty lines: none at the beginning and the end, never two in a row. A text
+    /// of which nothing can be seen counts as empty.
+    pub fn normalise(text: &str, longest: usize) -> Result<Self, ContentError> {
         let mut normal = String::with_capacity(text.len());
-        for line in text.split('\n') {
-            let line = collapse(line);
-            let line = line.trim();
+        let mut empty_lines = 0;
+        for line in text.replace("\r\n", "\n").split(['\n', '\r']) {
+            let line = line.trim_end();
             if line.is_empty() {
+                empty_lines += 1;
                 continue;
             }
             if !normal.is_empty() {
-                normal.push('\n');
+                normal.push_str(if empty_lines == 0 { "\n" } else { "\n\n" });
             }
+            empty_lines = 0;
             normal.push_str(line);
         }
-        if normal.is_empty() {
+        if !is_visible(&normal) {
             return Err(ContentError::Required);
         }
-        if normal.chars().nth(Self::MAX_CODE_POINTS).is_some() {
-            return Err(ContentError::TooLong);
+        if normal.chars().nth(longest).is_some() {
+            return Err(ContentError::TooLong(longest));
         }
         if normal.contains('\0') {
             return Err(ContentError::Nul);
@@ -76,22 +78,6 @@ impl Content {
     pub fn as_str(&self) -> &str {
         &self.0
     }
-}
-
-/// Every run of tab, form feed, carriage return and space becomes one space. Other white space stays.
-fn collapse(line: &str) -> String {
-    let mut collapsed = String::with_capacity(line.len());
-    let mut in_run = false;
-    for c in line.chars() {
-        let blank = matches!(c, '\t' | '\x0c' | '\r' | ' ');
-        if !blank {
-            collapsed.push(c);
-        } else if !in_run {
-            collapsed.push(' ');
-        }
-        in_run = blank;
-    }
-    collapsed
 }
 
 /// A client's name for one send: repeating it makes no second message.
@@ -139,36 +125,45 @@ mod tests {
 
     use super::*;
 
+    const LONGEST: usize = 4_000;
+
     fn normalised(text: &str) -> Result<String, ContentError> {
-        Content::normalise(text).map(|content| content.0)
+        Content::normalise(text, LONGEST).map(|content| content.0)
     }
 
     #[test]
     fn content_is_normalised_by_the_contracts_examples() {
         for (input, result) in [
-            ("  hello \t  world ", "hello world"),
-            ("a\r\n\r\n\n b", "a\nb"),
-            ("a\rb", "a b"),
-            ("a\x0cb", "a b"),
+            ("  hello \t  world ", "  hello \t  world"),
+            ("a\r\n\r\n\r\n b", "a\n\n b"),
+            ("\n\n a\n\n", " a"),
+            ("a\rb", "a\nb"),
+            ("a\x0cb", "a\x0cb"),
             ("x\u{a0}\u{a0}y\u{a0}", "x\u{a0}\u{a0}y"),
-            ("\u{b}a\u{b}b\u{b}", "a\u{b}b"),
-            ("\u{85}a\u{2028}b\u{2029}", "a\u{2028}b"),
-            ("\u{200b}", "\u{200b}"),
+            ("a\n\n\n\n\nb\n \t\n\u{2003}\nc", "a\n\nb\n\nc"),
+            ("a\n\r\nb", "a\n\nb"),
+            ("fn main() {\n\tdone();\n}\n", "fn main() {\n\tdone();\n}"),
+            ("\u{b}a\u{b}b\u{b}", "\u{b}a\u{b}b"),
+            ("\u{85}a\u{2028}b\u{2029}", "\u{85}a\u{2028}b"),
+            ("\u{200b}a\u{200b}", "\u{200b}a\u{200b}"),
+            ("\u{1}", "\u{1}"),
         ] {
             assert_eq!(normalised(input).as_deref(), Ok(result), "{input:?}");
         }
-        for nothing in ["", " \n \t ", "\u{a0}\n\u{2003}", "\r\n\r\n"] {
+        let unseen =
+            ["\u{200b}\u{2800}", "\u{3164}\u{115f}\u{1160}\u{ffa0}", "\u{ad}\n\u{e0001}", "\u{fe0f}\u{200d}"];
+        for nothing in ["", " \n \t ", "\u{a0}\n\u{2003}", "\r\n\r\n"].iter().chain(&unseen) {
             assert_eq!(normalised(nothing), Err(ContentError::Required), "{nothing:?}");
         }
-        assert!(normalised(&"😀".repeat(480)).is_ok());
-        assert_eq!(normalised(&"é".repeat(481)), Err(ContentError::TooLong));
+        assert!(normalised(&"😀".repeat(LONGEST)).is_ok());
+        assert_eq!(normalised(&"é".repeat(LONGEST + 1)), Err(ContentError::TooLong(LONGEST)));
         assert_eq!(normalised("a\0b"), Err(ContentError::Nul));
     }
 
     #[test]
     fn length_is_measured_after_normalising() {
-        let padded = format!("{}{}", " ".repeat(1000), "a\n\n".repeat(240));
-        assert_eq!(normalised(&padded).unwrap().chars().count(), 479);
+        let padded = "a  \n\n\n\n".repeat(1_333);
+        assert_eq!(normalised(&padded).unwrap().chars().count(), 3 * 1_333 - 2);
     }
 
     /// Everything that the rules look at, and some that they must not touch.
@@ -186,22 +181,23 @@ mod tests {
         }
 
         #[test]
-        fn only_white_space_is_removed_or_added(text in text()) {
-            let solid = |text: &str| text.chars().filter(|c| !c.is_whitespace()).collect::<String>();
+        fn only_white_space_at_the_end_of_lines_is_removed(text in text()) {
             if let Ok(normal) = normalised(&text) {
-                prop_assert_eq!(solid(&normal), solid(&text));
+                let lines = |text: &str| {
+                    let text = text.replace("\r\n", "\n").replace('\r', "\n");
+                    let lines = text.split('\n').map(str::trim_end).filter(|line| !line.is_empty());
+                    lines.map(str::to_owned).collect::<Vec<_>>()
+                };
+                prop_assert_eq!(lines(&normal), lines(&text));
             }
         }
 
         #[test]
-        fn lines_are_trimmed_not_empty_and_without_runs(text in text()) {
+        fn normalised_text_has_a_visible_beginning_and_end(text in text()) {
             if let Ok(normal) = normalised(&text) {
-                prop_assert!((1..=480).contains(&normal.chars().count()));
-                prop_assert!(!normal.contains(['\t', '\x0c', '\r', '\0']) && !normal.contains("  "));
-                for line in normal.split('\n') {
-                    prop_assert!(!line.is_empty());
-                    prop_assert_eq!(line.trim(), line);
-                }
+                prop_assert!((1..=LONGEST).contains(&normal.chars().count()));
+                prop_assert!(!normal.contains(['\r', '\0']) && !normal.contains("\n\n\n"));
+                prop_assert!(!normal.starts_with('\n') && !normal.ends_with(char::is_whitespace));
             }
         }
     }

@@ -6,6 +6,7 @@ pub mod event;
 pub mod message;
 pub mod name;
 pub mod session;
+mod text;
 pub mod user;
 
 use chrono::{DateTime, Utc};

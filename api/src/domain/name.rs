@@ -5,10 +5,12 @@ use icu_normalizer::ComposingNormalizerBorrowed;
 use icu_properties::{
     CodePointMapData, CodePointSetData,
     props::{
-        CanonicalCombiningClass, DefaultIgnorableCodePoint, EmojiModifier, ExtendedPictographic,
-        GeneralCategory, GraphemeExtend, JoiningType, PrependedConcatenationMark,
+        CanonicalCombiningClass, EmojiModifier, ExtendedPictographic, GeneralCategory, GraphemeExtend,
+        JoiningType, PrependedConcatenationMark,
     },
 };
+
+use super::text::is_blank;
 
 /// Code points of an external name, without the suffix that distinguishes it from a taken one.
 const LONGEST: usize = 50;
@@ -17,8 +19,6 @@ const NAMELESS: &str = "user";
 
 const ZWNJ: char = '\u{200c}';
 const ZWJ: char = '\u{200d}';
-/// Braille without a dot: no Unicode property marks it as blank.
-const BRAILLE_BLANK: char = '\u{2800}';
 
 /// Whether a user could have this name. Postgres cannot store U+0000 and rejects a query with it.
 pub fn may_be_a_name(text: &str) -> bool {
@@ -57,7 +57,7 @@ fn is_invisible(c: char) -> bool {
             true
         }
         GeneralCategory::Format => !CodePointSetData::new::<PrependedConcatenationMark>().contains(c),
-        _ => c == BRAILLE_BLANK || CodePointSetData::new::<DefaultIgnorableCodePoint>().contains(c),
+        _ => is_blank(c),
     }
 }
 

@@ -1,4 +1,4 @@
-//! Blocking other users.
+//! Blocks: list mine, block a user, unblock.
 
 use std::sync::Arc;
 
@@ -7,12 +7,21 @@ use protocol::ids::UserId;
 
 use super::{
     Api, HandlerResult,
-    auth::Caller,
+    auth::{Caller, LiveCaller},
     empty,
     error::ApiError,
+    json,
     request::{Inbound, NoBody},
 };
-use crate::commands::block_user::{BlockUserOutcome, set_block};
+use crate::{
+    commands::block_user::{BlockUserOutcome, set_block},
+    store::blocks as store,
+};
+
+pub(super) async fn list(api: Arc<Api>, reader: LiveCaller, _: Inbound) -> HandlerResult {
+    let list = async |connection: &mut _| store::of_user(connection, reader.user.id).await;
+    Ok(json(StatusCode::OK, &api.context.database.run(list).await?))
+}
 
 pub(super) fn user(inbound: &Inbound, _: NoBody) -> Result<UserId, ApiError> {
     inbound.id().ok_or(ApiError::NO_USER)

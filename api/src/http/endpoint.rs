@@ -21,8 +21,11 @@ type Run = dyn Fn(Arc<Api>, Inbound, Option<Rate>) -> Pin<Box<dyn Future<Output 
     + Send
     + Sync;
 
+const LARGEST_BODY: usize = 16 * 1024;
+
 pub(super) struct Endpoint {
     rate: Option<Rate>,
+    largest_body: usize,
     run: Box<Run>,
 }
 
@@ -30,14 +33,21 @@ impl Endpoint {
     fn new<F: Future<Output = HandlerResult> + Send + 'static>(
         run: impl Fn(Arc<Api>, Inbound, Option<Rate>) -> F + Send + Sync + 'static,
     ) -> Self {
-        Self { rate: None, run: Box::new(move |api, inbound, rate| Box::pin(run(api, inbound, rate))) }
+        let run = Box::new(move |api, inbound, rate| Box::pin(run(api, inbound, rate)) as _);
+        Self { rate: None, largest_body: LARGEST_BODY, run }
+    }
+
+    /// Bytes of the body, instead of [`LARGEST_BODY`].
+    pub(super) fn largest_body(self, largest_body: usize) -> Self {
+        Self { largest_body, ..self }
     }
 
     pub(super) fn limit(self, rate: Rate) -> Self {
         Self { rate: Some(rate), ..self }
     }
 
-    pub(super) async fn answer(&self, api: Arc<Api>, inbound: Inbound) -> HandlerResult {
+    pub(super) async fn answer(&self, api: Arc<Api>, mut inbound: Inbound) -> HandlerResult {
+        inbound.largest_body = self.largest_body;
         (self.run)(api, inbound, self.rate).await
     }
 }

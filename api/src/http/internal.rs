@@ -22,15 +22,11 @@ use super::{
 use crate::store::{feed, sessions};
 
 /// Room for [`MAX_PAIRS`] pairs and as many logins.
-const BODY_LIMIT: usize = 512 * 1024;
+pub(super) const LARGEST_BODY: usize = 512 * 1024;
 /// An issuer's names and pictures have no limit of their own, but their token fits into a request head.
-const IDENTITIES_LIMIT: usize = 16 * 1024 * 1024;
+pub(super) const LARGEST_IDENTITIES: usize = 16 * 1024 * 1024;
 
-pub(super) async fn heads(
-    api: Arc<Api>,
-    _: Inbound,
-    Json(request): Json<HeadsRequest, BODY_LIMIT>,
-) -> HandlerResult {
+pub(super) async fn heads(api: Arc<Api>, _: Inbound, Json(request): Json<HeadsRequest>) -> HandlerResult {
     require_few(request.users.len())?;
     require_few(request.logins.len())?;
     // An open stream counts as use.
@@ -47,11 +43,7 @@ pub(super) async fn heads(
     Ok(json(StatusCode::OK, &HeadsAnswer { heads, ended_logins, keys }))
 }
 
-pub(super) async fn ranges(
-    api: Arc<Api>,
-    _: Inbound,
-    Json(request): Json<RangesRequest, BODY_LIMIT>,
-) -> HandlerResult {
+pub(super) async fn ranges(api: Arc<Api>, _: Inbound, Json(request): Json<RangesRequest>) -> HandlerResult {
     require_few(request.ranges.len())?;
     let ranges = async |connection: &mut _| feed::ranges(connection, &request.ranges).await;
     Ok(json(StatusCode::OK, &RangesAnswer { ranges: api.context.database.run(ranges).await? }))
@@ -72,7 +64,7 @@ pub(super) async fn keys(api: Arc<Api>, inbound: Inbound, _: NoBody) -> HandlerR
 pub(super) async fn identity(
     api: Arc<Api>,
     _: Inbound,
-    Json(request): Json<IdentityRequest, IDENTITIES_LIMIT>,
+    Json(request): Json<IdentityRequest>,
 ) -> HandlerResult {
     require_few(request.identities.len())?;
     let external = api.external.as_ref().ok_or(ApiError::NOT_FOUND)?;

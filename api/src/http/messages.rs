@@ -36,9 +36,18 @@ pub(super) struct MessageBody {
     content: Option<String>,
 }
 
-pub(super) fn draft(inbound: &Inbound, Json(body): Json<MessageBody>) -> Result<Draft, ApiError> {
+/// Of a body with a message of `longest` code points: JSON may write one as two escapes of six bytes.
+pub(super) fn largest_body(longest: usize) -> usize {
+    12 * longest + 1_024
+}
+
+pub(super) fn draft(
+    inbound: &Inbound,
+    Json(body): Json<MessageBody>,
+    longest: usize,
+) -> Result<Draft, ApiError> {
     let key = idempotency_key(inbound)?;
-    let content = Content::normalise(body.content.as_deref().unwrap_or_default())
+    let content = Content::normalise(body.content.as_deref().unwrap_or_default(), longest)
         .map_err(|error| ApiError::unacceptable("content", error.to_string()))?;
     Ok(Draft { conversation: conversation(inbound, NoBody)?, content, key })
 }
@@ -70,6 +79,11 @@ pub(super) async fn send(api: Arc<Api>, caller: Caller, draft: Draft) -> Handler
         PostMessageOutcome::NoConversation => Err(ApiError::NO_CONVERSATION),
         PostMessageOutcome::NoSession => Err(ApiError::Unauthorized),
     }
+}
+
+/// What clients should know before they send. No credential is looked at.
+pub(super) async fn limits(api: Arc<Api>, _: Inbound, _: NoBody) -> HandlerResult {
+    Ok(json(StatusCode::OK, &serde_json::json!({ "maxMessageLength": api.longest_message })))
 }
 
 pub(super) async fn list(api: Arc<Api>, reader: LiveCaller, inbound: Inbound) -> HandlerResult {

@@ -47,6 +47,8 @@ pub struct Api {
     pub tokens: Tokens,
     pub limits: RequestLimits,
     pub dev_login: bool,
+    /// Code points.
+    pub longest_message: usize,
     pub sign_in: SignIn,
     pub internal_secrets: Secrets,
     pub external: Option<Arc<ExternalUsers>>,
@@ -57,6 +59,8 @@ type HandlerResult = Result<Response, ApiError>;
 #[rustfmt::skip]
 pub fn public(api: &Arc<Api>) -> BoxedFilter<(Response,)> {
     let dev_login = api.dev_login;
+    let longest = api.longest_message;
+    let draft = move |inbound: &_, body| messages::draft(inbound, body, longest);
     let providers: Vec<_> = api.sign_in.names().collect();
     let is_provider = move |parameters: &[String]| providers.iter().any(|name| *name == parameters[0]);
     routes(api, [
@@ -72,13 +76,15 @@ pub fn public(api: &Arc<Api>) -> BoxedFilter<(Response,)> {
         at("/api/stream_token").post(change(nothing, sessions::stream_token)),
         at("/api/auth_user").get(read(users::auth_user)),
         at("/api/usernames").get(read(users::search).limit(Rate::Search)),
+        at("/api/limits").get(open(messages::limits)),
+        at("/api/blocks").get(read(blocks::list)),
         at("/api/blocks/{id}").put(change(blocks::user, blocks::block)).delete(change(blocks::user, blocks::unblock)),
         at("/api/conversations").get(read(conversations::list))
             .post(change(conversations::username, conversations::start).limit(Rate::Start)),
         at("/api/conversations/{id}").get(read(conversations::find)),
         at("/api/conversations/{id}/other_participant").get(read(conversations::other_participant)),
         at("/api/conversations/{id}/messages").get(read(messages::list))
-            .post(change(messages::draft, messages::send).limit(Rate::Send)),
+            .post(change(draft, messages::send).limit(Rate::Send).largest_body(messages::largest_body(longest))),
         at("/api/conversations/{id}/read_messages").post(change(messages::conversation, messages::mark_read)),
         at(openapi::PATH).get(open(openapi::document)),
         at(feed::JWKS_PATH).get(open(login::jwks)),
@@ -90,10 +96,11 @@ pub fn internal(api: &Arc<Api>) -> BoxedFilter<(Response,)> {
     routes(
         api,
         [
-            at(feed::HEADS_PATH).post(gateway(internal::heads)),
-            at(feed::RANGES_PATH).post(gateway(internal::ranges)),
+            at(feed::HEADS_PATH).post(gateway(internal::heads).largest_body(internal::LARGEST_BODY)),
+            at(feed::RANGES_PATH).post(gateway(internal::ranges).largest_body(internal::LARGEST_BODY)),
             at(feed::KEYS_PATH).get(gateway(internal::keys)),
-            at(feed::IDENTITY_PATH).post(gateway(internal::identity)),
+            at(feed::IDENTITY_PATH)
+                .post(gateway(internal::identity).largest_body(internal::LARGEST_IDENTITIES)),
             at(feed::JWKS_PATH).get(open(login::jwks)),
         ],
     )

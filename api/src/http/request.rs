@@ -31,6 +31,8 @@ pub(super) struct Inbound {
     pub(super) client: IpAddr,
     /// Parameters of the path, in the order of its pattern.
     pub(super) parameters: Vec<String>,
+    /// Bytes; set by the endpoint.
+    pub(super) largest_body: usize,
     query: String,
     body: BodyChunks,
 }
@@ -49,6 +51,7 @@ pub(super) fn inbound() -> impl Filter<Extract = (Inbound,), Error = warp::Rejec
             context,
             client,
             parameters: Vec::new(),
+            largest_body: 0,
             query,
             body: boxed(body),
         })
@@ -90,8 +93,8 @@ impl Inbound {
         }
     }
 
-    async fn json<T: DeserializeOwned>(&mut self, limit: usize) -> Result<T, ApiError> {
-        let body = timeout(BODY_TIME, self.body(limit)).await.map_err(|_| ApiError::BodyTooSlow)??;
+    async fn json<T: DeserializeOwned>(&mut self) -> Result<T, ApiError> {
+        let body = timeout(BODY_TIME, self.body()).await.map_err(|_| ApiError::BodyTooSlow)??;
         // The parser does not check text that it skips.
         let text = std::str::from_utf8(&body).map_err(|error| {
             ApiError::BadBody(format!("The body is not UTF-8 from byte {} on", error.valid_up_to()))
@@ -107,7 +110,8 @@ impl Inbound {
         })
     }
 
-    async fn body(&mut self, limit: usize) -> Result<Vec<u8>, ApiError> {
+    async fn body(&mut self) -> Result<Vec<u8>, ApiError> {
+        let limit = self.largest_body;
         let announced =
             self.headers.get(header::CONTENT_LENGTH).and_then(|value| value.to_str().ok()?.parse().ok());
         if announced.is_some_and(|length: u64| length > limit as u64) {
@@ -170,15 +174,15 @@ impl FromBody for NoBody {
     }
 }
 
-/// A JSON object of at most `LIMIT` bytes.
-pub(super) struct Json<T, const LIMIT: usize = { 16 * 1024 }>(pub(super) T);
+/// A JSON object.
+pub(super) struct Json<T>(pub(super) T);
 
-impl<T: DeserializeOwned + Send + 'static, const LIMIT: usize> FromBody for Json<T, LIMIT> {
+impl<T: DeserializeOwned + Send + 'static> FromBody for Json<T> {
     fn require(inbound: &Inbound) -> Result<(), ApiError> {
         inbound.require_json()
     }
 
     async fn read(inbound: &mut Inbound) -> Result<Self, ApiError> {
-        Ok(Self(inbound.json(LIMIT).await?))
+        Ok(Self(inbound.json().await?))
     }
 }

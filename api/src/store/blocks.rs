@@ -3,6 +3,8 @@
 use protocol::ids::{SessionId, UserId};
 use sqlx::PgConnection;
 
+use crate::domain::user::User;
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum BlockUserOutcome {
     /// Also if nothing had to change.
@@ -45,4 +47,18 @@ pub async fn set(
         (true, false) => BlockUserOutcome::NoUser,
         (true, true) => BlockUserOutcome::Done,
     })
+}
+
+/// The users whom `user` blocks, the newest block first.
+pub async fn of_user(connection: &mut PgConnection, user: UserId) -> sqlx::Result<Vec<User>> {
+    sqlx::query_as!(
+        User,
+        "SELECT u.id, u.username, u.avatar_url
+         FROM messenger.blocks AS b JOIN messenger.users AS u ON u.id = b.blocked_id
+         WHERE b.blocker_id = $1
+         ORDER BY b.created_at DESC, b.blocked_id DESC",
+        user.0,
+    )
+    .fetch_all(connection)
+    .await
 }

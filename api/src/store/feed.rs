@@ -27,6 +27,9 @@ use crate::{
 /// About this many events in one answer, shared among its ranges.
 const EVENTS_PER_ANSWER: usize = 4_000;
 const EVENTS_PER_RANGE: std::ops::RangeInclusive<usize> = 4..=100;
+/// The same for bytes of texts. Each range has its first event whatever its size, so an answer stays below the 32 MiB that a gateway
+/// reads, with texts of [`crate::config::LONGEST_MESSAGE`] and a control character written as six bytes, too.
+const BYTES_PER_ANSWER: usize = 4 << 20;
 
 /// Returns the heads that differ from the requester's.
 ///
@@ -69,6 +72,8 @@ struct RangeRow {
     count: Option<i64>,
     message_id: Option<i64>,
     content: Option<String>,
+    /// The range ends before it: no more room for its text.
+    is_cut: Option<bool>,
     created_at: Option<DateTime<Utc>>,
     edited_at: Option<DateTime<Utc>>,
     deleted_at: Option<DateTime<Utc>>,
@@ -92,12 +97,15 @@ pub async fn ranges(connection: &mut PgConnection, requested: &[RangeAfter]) -> 
     let afters: Vec<i64> = requested.iter().map(|range| bigint(range.after)).collect();
     let limit =
         (EVENTS_PER_ANSWER / requested.len()).clamp(*EVENTS_PER_RANGE.start(), *EVENTS_PER_RANGE.end());
+    let bytes = BYTES_PER_ANSWER / requested.len();
     let rows = sqlx::query_as!(
         RangeRow,
         r#"SELECT requested.ordinality AS "nth!", h.epoch AS "epoch?", h.head_seq AS "head_seq?",
                   f.seq AS "seq?", e.kind AS "kind?", coalesce(e.conversation_id, m.conversation_id) AS conversation_id,
                   e.message_id AS about_message_id, e.user_id AS about_user_id, e.count,
-                  m.id AS "message_id?", m.content AS "content?", m.created_at AS "created_at?", m.edited_at, m.deleted_at,
+                  m.id AS "message_id?",
+                  sum(octet_length(m.content)) OVER earlier > $4 AND row_number() OVER earlier > 1 AS is_cut,
+                  CASE WHEN sum(octet_length(m.content)) OVER earlier <= $4 OR row_number() OVER earlier = 1 THEN m.content END AS content, m.created_at AS "created_at?", m.edited_at, m.deleted_at,
                   m.sender_id AS "sender_id?", u.username AS "sender_username?", u.avatar_url AS sender_avatar_url,
                   coalesce(e.created_at, m.created_at) AS event_at,
                   coalesce(e.request_id, m.request_id) AS request_id, coalesce(e.traceparent, m.traceparent) AS traceparent
@@ -111,10 +119,12 @@ pub async fn ranges(connection: &mut PgConnection, requested: &[RangeAfter]) -> 
                SELECT * FROM messenger.messages WHERE messages.id = coalesce(e.message_id, f.event_id) LIMIT 1
            ) AS m ON true
            LEFT JOIN LATERAL (SELECT * FROM messenger.users WHERE users.id = m.sender_id LIMIT 1) AS u ON true
+           WINDOW earlier AS (PARTITION BY requested.ordinality ORDER BY f.seq)
            ORDER BY requested.ordinality, f.seq"#,
         &users,
         &afters,
         i64::try_from(limit).expect("at most 100"),
+        i64::try_from(bytes).expect("at most 4 MiB"),
     )
     .fetch_all(&mut *connection)
     .await?;
@@ -141,6 +151,9 @@ pub async fn ranges(connection: &mut PgConnection, requested: &[RangeAfter]) -> 
     for (row, nth) in rows.into_iter().zip(of_row) {
         let Range { user, events, .. } = &mut ranges[nth];
         let (Some(epoch), Some(seq)) = (row.epoch, row.seq) else { continue };
+        if row.is_cut == Some(true) {
+            continue;
+        }
         let (at, traced) = (row.event_at, (row.request_id.clone(), row.traceparent.clone()));
         match (event_of(*user, row, &conversations), at) {
             (Some(event), Some(at)) => {

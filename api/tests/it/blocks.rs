@@ -64,6 +64,15 @@ async fn blocking_is_repeatable_and_needs_another_user(pool: PgPool) {
         app.call(method, &path).header("cookie", &jane.cookie).header("origin", ORIGIN).expect(204).await;
         gone.call(method, &path).expect(401).await;
     }
+    let bob = app.user(&pool, "bob").await;
+    block(&jane, &john).await;
+    block(&jane, &bob).await;
+    let blocked = |user: &ApiUser| json!({ "id": user.id, "username": user.name, "avatarURL": null });
+    let list = async || jane.call("GET", "/api/blocks").expect(200).await.json();
+    assert_eq!(list().await, json!([blocked(&bob), blocked(&john)]));
+    assert_eq!(john.call("GET", "/api/blocks").expect(200).await.json(), json!([]));
+    unblock(&jane, &bob).await;
+    assert_eq!(list().await, json!([blocked(&john)]));
     unblock(&jane, &john).await;
     assert_eq!(number(&pool, blocks).await, 0);
     app.stop().await;

@@ -108,7 +108,7 @@ async fn checks_run_in_the_contracts_order(pool: PgPool) {
     revoked.set_session(&pool, "revoked_at = now()").await;
     execute(&pool, format!("DELETE FROM messenger.users WHERE id = {}", gone.id)).await;
 
-    let huge = format!(r#"{{"content":"{}","username":"x"}}"#, "x".repeat(17 * 1024));
+    let huge = format!(r#"{{"content":"{}","username":"x"}}"#, "x".repeat(50 * 1024));
     let bodies = [
         ("huge", huge.as_str(), 413),
         ("not JSON", "{", 400),

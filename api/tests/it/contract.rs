@@ -274,8 +274,8 @@ async fn starting_a_conversation_creates_it_once_for_both(pool: PgPool) {
 async fn sent_message_reaches_both_users_as_each_sees_it(pool: PgPool) {
     let app = App::start(&pool).await;
     let (john, jane, conversation) = app.pair(&pool).await;
-    let content = "hello \"jane\" \u{2028} ".trim();
-    let call = john.post_message(&conversation, " hello\t \"jane\" \u{2028} ");
+    let content = "hello\t \"jane\" \u{2028}.";
+    let call = john.post_message(&conversation, "hello\t \"jane\" \u{2028}. ");
     let posted = call.header("idempotency-key", "k-1").expect(201).await;
     let at = posted.json()["createdAt"].clone();
     time(&at);
@@ -317,10 +317,10 @@ async fn content_is_normalised(pool: PgPool) {
     let (john, _, conversation) = app.pair(&pool).await;
     // The rules have a test beside them.
     let accepted = [
-        ("  a\r\n\r\n\n \t b  c ", "a\nb c"),
+        ("  a\r\n\r\n\n \t b  c ", "  a\n\n \t b  c"),
         ("x\u{a0}\u{a0}y\u{a0}", "x\u{a0}\u{a0}y"),
         ("<b>&amp;</b>", "<b>&amp;</b>"),
-        (&format!("  {}  ", "😀".repeat(480)), &"😀".repeat(480)),
+        (&format!("{}  ", "😀".repeat(4_000)), &"😀".repeat(4_000)),
     ];
     for (input, kept) in accepted {
         let answer = john.post_message(&conversation, input).expect(201).await;
@@ -334,12 +334,31 @@ async fn content_is_normalised(pool: PgPool) {
         (json!({ "content": " \n \t " }), "Message content required"),
         (json!({ "content": null }), "Message content required"),
         (json!({}), "Message content required"),
-        (json!({ "content": "é".repeat(481) }), "Message too long. 480 max"),
+        (json!({ "content": "\u{200b}\u{2800}" }), "Message content required"),
+        (json!({ "content": "é".repeat(4_001) }), "Message too long. 4000 max"),
         (json!({ "content": "a\0b" }), "Message must not contain the character U+0000"),
     ] {
         let answer = john.call("POST", &path).json(&body).expect(422).await;
         assert_unacceptable(&answer, "content", sentence);
     }
+    app.stop().await;
+
+    let app = App::with(&pool, |config| config.longest_message = 5).await;
+    let john = john.at(&app);
+    assert_json(
+        &app.get("/api/limits").bearer("no token").expect(200).await,
+        &json!({ "maxMessageLength": 5 }),
+    );
+    john.post_message(&conversation, "12345").expect(201).await;
+    let answer = john.post_message(&conversation, "123456").expect(422).await;
+    assert_unacceptable(&answer, "content", "Message too long. 5 max");
+    // Each code point in the longest form that JSON has: as two escapes.
+    let body = |escapes: usize| {
+        format!(r#"{{"content":"{}","padding":"{}"}}"#, r"\ud83d\ude00".repeat(escapes), "x".repeat(900))
+    };
+    let post = |body| john.call("POST", &path).header("content-type", "application/json").body(body);
+    post(body(5)).expect(201).await;
+    post(body(15)).expect(413).await;
     app.stop().await;
 }
 
@@ -354,7 +373,7 @@ async fn repeated_key_returns_the_same_message_without_events(pool: PgPool) {
     };
     let first = post(&conversation, "hi", "key!").expect(201).await;
     // Equal once normalised.
-    for content in ["hi", " hi "] {
+    for content in ["hi", "\nhi \n"] {
         let again = post(&conversation, content, "key!").expect(201).await;
         assert_eq!(again.body, first.body);
         assert_eq!(again.header("idempotent-replayed"), Some("true"));

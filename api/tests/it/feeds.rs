@@ -333,6 +333,33 @@ async fn ranges_returns_the_events_after_each_position(pool: PgPool) {
     app.stop().await;
 }
 
+/// A gateway reads 32 MiB of an answer, so that a thousand ranges of the longest texts must fit.
+#[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
+async fn ranges_of_long_texts_are_cut_and_continue(pool: PgPool) {
+    let app = App::start(&pool).await;
+    let (john, jane, conversation) = app.pair(&pool).await;
+    for _ in 0..3 {
+        john.say(&conversation, &"\u{1}".repeat(4_000)).await;
+    }
+    // Few ranges have room for all, many for one event each.
+    for (ranges, steps) in [(1, 1), (MAX_PAIRS, 4)] {
+        let mut after = 0;
+        for step in 1..=steps {
+            let answer = app.ranges(vec![RangeAfter { user: jane.id, after }; ranges]).await;
+            let bytes: usize =
+                answer.ranges.iter().flat_map(|range| &range.events).map(|event| event.data.get().len()).sum();
+            assert!(bytes < 26 << 20, "{bytes}");
+            for range in &answer.ranges {
+                assert_eq!(range.events[0].seq, after + 1, "a range without an event would be a gap");
+                assert_eq!(range.more, step < steps);
+            }
+            after += answer.ranges[0].events.len() as u64;
+        }
+        assert_eq!(after, 4);
+    }
+    app.stop().await;
+}
+
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
 async fn internal_requests_are_bounded(pool: PgPool) {
     let app = App::start(&pool).await;

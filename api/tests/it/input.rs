@@ -71,8 +71,10 @@ async fn body_size_is_bounded_in_every_framing(pool: PgPool) {
         let body = r#"{"content":"a","x":""}"#;
         body.replace(r#""""#, &format!("\"{}\"", "x".repeat(size - body.len())))
     };
-    assert_eq!(post(&app, &john, padded(16 * 1024)).await.status, 201);
-    for size in [16 * 1024 + 1, 100_000, 900_000] {
+    // Room for a text of 4,000 code points of twelve bytes each, and 1 KiB.
+    const LARGEST: usize = 12 * 4_000 + 1_024;
+    assert_eq!(post(&app, &john, padded(LARGEST)).await.status, 201);
+    for size in [LARGEST + 1, 100_000, 900_000] {
         assert_problem(&post(&app, &john, padded(size)).await, 413, "Body too large");
     }
     // Chunked, without a length.
@@ -80,8 +82,15 @@ async fn body_size_is_bounded_in_every_framing(pool: PgPool) {
         let body = padded(size);
         format!("{}{:x}\r\n{body}\r\n0\r\n\r\n", head(&john, "transfer-encoding: chunked"), body.len())
     };
-    assert_eq!(raw::exchange(&app, chunked(16 * 1024)).await.unwrap().status, 201);
+    assert_eq!(raw::exchange(&app, chunked(LARGEST)).await.unwrap().status, 201);
     assert_problem(&raw::exchange(&app, chunked(100_000)).await.unwrap(), 413, "Body too large");
+    // Other bodies are smaller.
+    let start = |padding: usize| {
+        let body = format!(r#"{{"username":"jane","x":"{}"}}"#, "x".repeat(padding));
+        john.call("POST", "/api/conversations").header("content-type", "application/json").body(body)
+    };
+    start(16 * 1024 - 30).expect(302).await;
+    start(16 * 1024).expect(413).await;
     // The announced length is enough for 413.
     let mut socket = raw::connect(&app).await;
     let head = head(&john, "content-length: 99999999999");

@@ -111,6 +111,7 @@ pub(crate) fn config(pool: &PgPool) -> Config {
         callback_token_in_query: false,
         external: None,
         lifetimes: Lifetimes { session: Duration::from_hours(1), stream_token: Duration::from_mins(1) },
+        longest_message: 4_000,
         keep: Keep {
             age: Duration::from_hours(1),
             events: 1_000_000,
@@ -279,8 +280,9 @@ pub(crate) async fn add_users<const N: usize>(pool: &PgPool, names: [&str; N]) {
 }
 
 /// Every route that needs a session, but for the one that sends a message.
-pub(crate) const ROUTES: [&str; 18] = [
+pub(crate) const ROUTES: [&str; 19] = [
     "GET /api/auth_user",
+    "GET /api/blocks",
     "GET /api/usernames?search=j",
     "GET /api/sessions",
     "DELETE /api/sessions",

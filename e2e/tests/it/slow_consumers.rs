@@ -12,7 +12,7 @@ use crate::support::{Two, browser, ready, start, start_in, until_metric, watch};
 /// Far more than a tiny receive buffer and the gateway's send buffer: about 1.2 MB.
 const MESSAGES: usize = 600;
 
-/// The longest text: 480 code points of four bytes.
+/// Long texts: 480 code points of four bytes.
 async fn say_much(world: &World, api: &Service, two: &Two, messages: usize) {
     let url = api.url(&format!("/api/conversations/{}/messages", two.conversation));
     let mut text = world.text();
