@@ -59,12 +59,19 @@ struct EventRow {
 pub fn message(id: u64, due: Micros, conversation: usize, created_at: DateTime<Utc>) -> String {
     let message = json!({
         "id": id.to_string(),
-        "content": format!("{due:010} is when this message of the bench was due, in microseconds"),
+        "content": content(due),
         "conversationId": (conversation + 1).to_string(),
+        "sender": { "id": "1", "username": "viewer1", "avatarURL": null },
         "createdAt": rfc3339(created_at),
+        "editedAt": null,
+        "deletedAt": null,
         "mine": false,
     });
     message.to_string()
+}
+
+fn content(due: Micros) -> String {
+    format!("{due:010} is when this message of the bench was due, in microseconds")
 }
 
 /// When events are due at a steady rate, in microseconds from its start.
@@ -173,25 +180,28 @@ impl<'a> EventLoad<'a> {
     async fn commit(&self, rows: &[EventRow]) -> anyhow::Result<()> {
         let users: Vec<i64> = rows.iter().map(|row| self.users[row.user].0).collect();
         let seqs: Vec<i64> = rows.iter().map(|row| row.seq.cast_signed()).collect();
-        let payloads: Vec<&str> = rows.iter().map(|row| row.payload.as_str()).collect();
+        let contents: Vec<String> = rows.iter().map(|row| content(row.due)).collect();
         let mut connection = self.world.sql.acquire().await?;
         let mut transaction = connection.begin().await?;
         // Only here: the measurement begins after the commit.
         sqlx::query("SET LOCAL synchronous_commit = off").execute(&mut *transaction).await?;
         sqlx::query(
             "WITH rows AS MATERIALIZED (
-                 SELECT * FROM unnest($1::bigint[], $2::bigint[], $3::text[]) AS r (user_id, seq, payload)
+                 SELECT * FROM unnest($1::bigint[], $2::bigint[], $3::text[]) AS r (user_id, seq, content)
              ), heads AS (
                  UPDATE messenger.feed_heads AS h SET head_seq = newest.seq
                  FROM (SELECT user_id, max(seq) AS seq FROM rows GROUP BY user_id) AS newest
                  WHERE h.user_id = newest.user_id
+             ), messages AS (
+                 -- Of a conversation of each user's own that exists nowhere else.
+                 INSERT INTO messenger.messages (conversation_id, number, sender_id, content) SELECT -user_id, seq, 0, content FROM rows
+                 RETURNING -conversation_id AS user_id, number AS seq, id
              )
-             INSERT INTO messenger.feed (user_id, seq, kind, payload) SELECT user_id, seq, $4, payload FROM rows",
+             INSERT INTO messenger.feed (user_id, seq, event_id) SELECT user_id, seq, id FROM messages",
         )
         .bind(users)
         .bind(seqs)
-        .bind(payloads)
-        .bind(kind::MESSAGE)
+        .bind(contents)
         .execute(&mut *transaction)
         .await?;
         Ok(transaction.commit().await?)

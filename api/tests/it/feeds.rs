@@ -346,8 +346,12 @@ async fn ranges_of_long_texts_are_cut_and_continue(pool: PgPool) {
         let mut after = 0;
         for step in 1..=steps {
             let answer = app.ranges(vec![RangeAfter { user: jane.id, after }; ranges]).await;
-            let bytes: usize =
-                answer.ranges.iter().flat_map(|range| &range.events).map(|event| event.data.get().len()).sum();
+            let bytes: usize = answer
+                .ranges
+                .iter()
+                .flat_map(|range| &range.events)
+                .map(|event| event.data.get().len())
+                .sum();
             assert!(bytes < 26 << 20, "{bytes}");
             for range in &answer.ranges {
                 assert_eq!(range.events[0].seq, after + 1, "a range without an event would be a gap");

@@ -47,10 +47,15 @@ pub struct Ledger {
 }
 
 /// Two readers of the same events in the same order have the same digest.
-pub fn digest(before: u64, seq: u64, kind: &str, payload: &str) -> u64 {
+pub fn digest(before: u64, seq: u64, kind: &str, identity: &str) -> u64 {
     let mut hasher = DefaultHasher::new();
-    (before, seq, kind, payload).hash(&mut hasher);
+    (before, seq, kind, identity).hash(&mut hasher);
     hasher.finish()
+}
+
+/// What the database stores of a message: the JSON of its id and content, which come first. Of other events all.
+fn identity(data: &str) -> &str {
+    data.split_once(r#""conversationId""#).map_or(data, |(identity, _)| identity)
 }
 
 #[derive(Debug, Default)]
@@ -235,7 +240,7 @@ impl Ledger {
                 Some(StreamItem::Goodbye(reason.to_owned()))
             }
             (name, Some(cursor)) => {
-                self.digest = digest(self.digest, cursor.seq, name.unwrap_or(kind::MESSAGE), data);
+                self.digest = digest(self.digest, cursor.seq, name.unwrap_or(kind::MESSAGE), identity(data));
                 let number = if name.is_none() { number_in_text(data) } else { None };
                 Some(match self.position.replace(cursor) {
                     Some(before) if before.epoch == cursor.epoch && before.seq + 1 == cursor.seq => {

@@ -15,7 +15,7 @@ use service_kit::server::{self, Limits, ServerMetrics};
 use tokio_util::sync::{CancellationToken, DropGuard};
 use warp::filters::BoxedFilter;
 
-const BODY_LIMIT: usize = 16 << 20;
+const BODY_LIMIT: usize = 32 << 20;
 const TIME_LIMIT: Duration = Duration::from_secs(30);
 
 /// Keeps connections open between requests, as real clients do.
