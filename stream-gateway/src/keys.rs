@@ -20,7 +20,11 @@ use tokio::{sync::watch, time::sleep};
 use tokio_util::sync::CancellationToken;
 use url::form_urlencoded;
 
-use crate::{api_client::ApiClient, metrics::Metrics};
+use crate::{
+    api_client::ApiClient,
+    metrics::Metrics,
+    signatures::{NotVerified, Signatures},
+};
 
 #[derive(Debug, PartialEq, Eq)]
 pub enum VerifyError {
@@ -60,6 +64,7 @@ pub struct Keys {
     ring: KeyRing<FromApi>,
     /// An announced version that must be fetched.
     announced: watch::Sender<Option<KeysVersion>>,
+    signatures: Signatures,
     started_at: Instant,
 }
 
@@ -138,7 +143,12 @@ impl Keys {
     pub fn new(issuer: &str, api: ApiClient, metrics: Arc<Metrics>) -> Self {
         let started_at = Instant::now();
         let source = FromApi { issuer: issuer.into(), api, confirmed_at: Mutex::new(started_at), metrics };
-        Self { ring: KeyRing::new(source), announced: watch::Sender::default(), started_at }
+        Self {
+            ring: KeyRing::new(source),
+            announced: watch::Sender::default(),
+            signatures: Signatures::default(),
+            started_at,
+        }
     }
 
     pub fn known(&self) -> bool {
@@ -199,7 +209,7 @@ impl Keys {
             current => current,
         };
         let trusted = trusted.ok_or(VerifyError::NoKeys)?;
-        let (error, unknown) = match trusted.verify_each(tokens) {
+        let (error, unknown) = match trusted.verify_each(tokens, &self.signatures).await {
             Err((error @ (VerifyError::Token(TokenError::UnknownKey) | VerifyError::NoKeys), token)) => {
                 (error, token)
             }
@@ -210,7 +220,7 @@ impl Keys {
         let kid = external::kid_of(unknown).unwrap_or_default();
         let newest = self.ring.refresh_once(Some(&trusted), Some(&kid)).await;
         let trusted = self.ring.current().ok_or(VerifyError::NoKeys)?;
-        trusted.verify_each(tokens).map_err(|(error, _)| match error {
+        trusted.verify_each(tokens, &self.signatures).await.map_err(|(error, _)| match error {
             VerifyError::Token(TokenError::UnknownKey) if !newest => VerifyError::NoKeys,
             error => error,
         })
@@ -219,11 +229,15 @@ impl Keys {
 
 impl TrustedKeys {
     /// The error names its token, by preference one that newer keys could verify.
-    fn verify_each<'a>(&self, tokens: &'a [String]) -> Result<Vec<VerifiedToken>, (VerifyError, &'a str)> {
+    async fn verify_each<'a>(
+        &self,
+        tokens: &'a [String],
+        signatures: &Signatures,
+    ) -> Result<Vec<VerifiedToken>, (VerifyError, &'a str)> {
         let mut verified = Vec::new();
         let mut failure = (VerifyError::Token(TokenError::Invalid), "");
         for token in tokens {
-            match self.verify(token) {
+            match self.verify(token, signatures).await {
                 Ok(token) => verified.push(token),
                 Err(error @ (VerifyError::Token(TokenError::UnknownKey) | VerifyError::NoKeys)) => {
                     failure = (error, token);
@@ -267,7 +281,7 @@ impl TrustedKeys {
         self.names().any(|name| name == key)
     }
 
-    fn verify(&self, token: &str) -> Result<VerifiedToken, VerifyError> {
+    async fn verify(&self, token: &str, signatures: &Signatures) -> Result<VerifiedToken, VerifyError> {
         if let Some(external) = &self.external
             && external::issuer_of(token).is_some_and(|issuer| issuer == external.issuer.issuer)
         {
@@ -275,9 +289,13 @@ impl TrustedKeys {
             let (claims, key) = keys.verify_by_key(token).map_err(VerifyError::Token)?;
             return Ok(VerifiedToken { claims: VerifiedClaims::External(claims), key });
         }
-        let verified = self.own.verify_by_key(token, &[Audience::Api, Audience::Stream]);
-        let (claims, key) = verified.map_err(VerifyError::Token)?;
-        Ok(VerifiedToken { claims: VerifiedClaims::Own(claims), key })
+        let signed = self.own.read(token).map_err(VerifyError::Token)?;
+        if !signatures.verify(signed.signature()).await.map_err(|NotVerified| VerifyError::NoKeys)? {
+            return Err(VerifyError::Token(TokenError::Invalid));
+        }
+        let claims = signed.claims().map_err(VerifyError::Token)?;
+        claims.judge(&[Audience::Api, Audience::Stream]).map_err(VerifyError::Token)?;
+        Ok(VerifiedToken { claims: VerifiedClaims::Own(claims), key: signed.key() })
     }
 }
 

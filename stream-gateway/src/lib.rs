@@ -20,5 +20,6 @@ mod http;
 mod identities;
 mod keys;
 mod limits;
+mod signatures;
 mod subscriber;
 mod trace;

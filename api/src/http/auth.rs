@@ -3,12 +3,15 @@
 use std::sync::Arc;
 
 use protocol::{
-    claims::{Audience, KeySet, SigningKeys},
+    claims::{Audience, SigningKeys},
     feed::{Identity, Login},
     keys_version::{KeysVersion, Version},
     position::Position,
 };
-use service_kit::{cookies::Cookies, ended_sessions::EndedSessions, http::PresentedTokens, origins::Origins};
+use service_kit::{
+    cookies::Cookies, ended_sessions::EndedSessions, http::PresentedTokens, origins::Origins,
+    verified_tokens::TokenVerifier,
+};
 
 use super::{HandlerResult, error::ApiError, request::Inbound};
 use crate::{
@@ -24,7 +27,7 @@ use crate::{
 };
 
 pub struct Auth {
-    verifier: KeySet,
+    verifier: TokenVerifier,
     /// Identifies the configured keys: gateways compare it to learn of a removed one.
     version: Version,
     origins: Arc<Origins>,
@@ -79,7 +82,7 @@ impl Auth {
     ) -> Self {
         let issuer = external.as_ref().map(|external| external.issuer());
         let version = Version::of(&(keys.thumbprints(), issuer));
-        let (verifier, cookies) = (keys.verifier(), Cookies::new(origins.own()));
+        let (verifier, cookies) = (TokenVerifier::new(keys.verifier()), Cookies::new(origins.own()));
         Self { verifier, version, origins, cookies, used, ended: EndedSessions::default(), context, external }
     }
 
