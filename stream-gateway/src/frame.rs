@@ -9,7 +9,6 @@
 use std::{
     borrow::Cow,
     fmt::Write as _,
-    num::NonZeroU8,
     time::{Duration, SystemTime},
 };
 
@@ -91,32 +90,31 @@ impl Framing {
 }
 
 /// The heartbeat that a client requested. It keeps proxies from closing an idle connection.
+/// In one byte, because every stream has one: the seconds between comments, or one of the constants.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct Heartbeat {
-    pub form: HeartbeatForm,
-    /// The interval, if the client chose one.
-    pub seconds: Option<NonZeroU8>,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum HeartbeatForm {
-    /// A comment line, invisible to scripts. No empty line follows, because some readers would see an empty event. So the comment
-    /// is part of the next block: before its first line, or between `retry` and `ready`.
-    #[default]
-    Comment,
-    /// An event, by which a script can distinguish an idle stream from a dead one. It moves no cursor.
-    Event,
-}
+pub struct Heartbeat(u8);
 
 impl Heartbeat {
-    pub fn every(self, default: Duration) -> Duration {
-        self.seconds.map_or(default, |seconds| Duration::from_secs(seconds.get().into()))
+    /// A comment line, invisible to scripts. No empty line follows, because some readers would see an empty event. So the comment
+    /// is part of the next block: before its first line, or between `retry` and `ready`.
+    pub const COMMENT: Self = Self(0);
+    /// An event, by which a script can distinguish an idle stream from a dead one. It moves no cursor.
+    pub const EVENT: Self = Self(u8::MAX);
+
+    /// Comments at an interval that the client chose, below [`u8::MAX`].
+    pub const fn every_seconds(seconds: u8) -> Self {
+        Self(seconds)
+    }
+
+    pub fn interval(self, default: Duration) -> Duration {
+        let chosen = !matches!(self, Self::COMMENT | Self::EVENT);
+        if chosen { Duration::from_secs(self.0.into()) } else { default }
     }
 
     pub fn chunk(self) -> Chunk {
-        Chunk(Bytes::from_static(match self.form {
-            HeartbeatForm::Comment => b"2\r\n:\n\r\n",
-            HeartbeatForm::Event => b"1b\r\nevent: heartbeat\ndata: {}\n\n\r\n",
+        Chunk(Bytes::from_static(match self {
+            Self::EVENT => b"1b\r\nevent: heartbeat\ndata: {}\n\n\r\n",
+            _ => b"2\r\n:\n\r\n",
         }))
     }
 }
@@ -305,10 +303,6 @@ mod tests {
         String::from_utf8(Framing::Close.bytes(chunk).into()).unwrap()
     }
 
-    fn heartbeat(form: HeartbeatForm) -> Chunk {
-        Heartbeat { form, seconds: None }.chunk()
-    }
-
     /// Parses the bytes as a browser does, with an independent parser.
     fn parsed(bytes: &[u8]) -> Vec<eventsource_stream::Event> {
         let chunks: Vec<_> = bytes.chunks(7).map(|chunk| Ok::<_, std::io::Error>(chunk.to_vec())).collect();
@@ -338,8 +332,8 @@ mod tests {
             "retry: 2500\nevent: goodbye\ndata: {\"reason\":\"drain\",\"reconnect\":true}\n\n"
         );
         assert_eq!(text(&retry(2_000)), "retry: 2000\n");
-        assert_eq!(text(&heartbeat(HeartbeatForm::Comment)), ":\n");
-        assert_eq!(text(&heartbeat(HeartbeatForm::Event)), "event: heartbeat\ndata: {}\n\n");
+        assert_eq!(text(&Heartbeat::COMMENT.chunk()), ":\n");
+        assert_eq!(text(&Heartbeat::EVENT.chunk()), "event: heartbeat\ndata: {}\n\n");
     }
 
     #[test]
@@ -349,8 +343,8 @@ mod tests {
         assert_eq!(Framing::Chunked.bytes(&message), bytes);
         assert_eq!(Framing::Chunked.last(&message), format!("{bytes}0\r\n\r\n"));
         assert_eq!(Framing::Close.last(&message), Framing::Close.bytes(&message), "no chunks, no last one");
-        for form in [HeartbeatForm::Comment, HeartbeatForm::Event] {
-            let (fixed, made) = (heartbeat(form), Chunk::new(&text(&heartbeat(form))));
+        for heartbeat in [Heartbeat::COMMENT, Heartbeat::EVENT] {
+            let (fixed, made) = (heartbeat.chunk(), Chunk::new(&text(&heartbeat.chunk())));
             assert_eq!(fixed.0, made.0, "its length is right");
         }
     }
@@ -401,7 +395,7 @@ mod tests {
         fn another_parser_reads_back_what_was_sent(json in raw_json(), name in "[a-z][a-z._-]{0,20}") {
             prop_assume!(is_name(&name));
             let frame = encode(&envelope(&name, &json).borrowed()).unwrap();
-            let comment = heartbeat(HeartbeatForm::Comment);
+            let comment = Heartbeat::COMMENT.chunk();
             let texts = [&retry(2_000), &comment, &frame, &comment, &comment, &frame].map(text);
             let events = parsed(texts.concat().as_bytes());
             prop_assert_eq!(events.len(), 2);

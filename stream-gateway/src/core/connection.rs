@@ -276,7 +276,7 @@ impl Connection {
     }
 
     fn ready(&self, cursor: Position, resumed: bool, with_id: bool, cx: &Context<'_>) -> Chunk {
-        let heartbeat = self.heartbeat.every(cx.settings.heartbeat);
+        let heartbeat = self.heartbeat.interval(cx.settings.heartbeat);
         frame::ready(cursor, resumed, with_id, heartbeat, cx.wall)
     }
 
@@ -654,7 +654,7 @@ impl Connection {
         };
         if due != self.due {
             self.due = due; // Otherwise the wheel has the entry already.
-            cx.wheel.insert(self.key, due);
+            cx.wheel.insert(self.key.index, due);
         }
     }
 
@@ -664,7 +664,7 @@ impl Connection {
     }
 
     fn next_heartbeat(&self, cx: &mut Context<'_>) -> Due {
-        let every: Duration = self.heartbeat.every(cx.settings.heartbeat);
+        let every: Duration = self.heartbeat.interval(cx.settings.heartbeat);
         due_at(cx.now + cx.jittered(every))
     }
 }

@@ -24,9 +24,9 @@ pub struct ConnectionKey {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct UserSlot(pub u32);
 
-/// Names one connection to Redis, for as long as the process runs.
+/// Names one connection to Redis, for as long as the process runs. Never 0.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct RedisConnectionId(pub u64);
+pub struct RedisConnectionId(pub u32);
 
 /// Distinguishes the requests of one connection.
 pub type RequestId = NonZeroU32;
@@ -42,7 +42,7 @@ pub enum Effect {
     /// All is written: end our side of the connection, and wait for the client to close its side.
     FinishWriting(ConnectionKey),
     /// Release the socket. The hub has forgotten the connection.
-    Close(ConnectionKey, ClosedStream),
+    Close(ConnectionKey, Box<ClosedStream>),
     RequestRange(RangeRequest),
     RequestHead(HeadRequest),
     Subscribe(UserId),

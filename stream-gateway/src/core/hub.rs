@@ -60,13 +60,12 @@ pub struct Hub {
     steps: Vec<Step<EncodedEvent>>,
 }
 
-/// A connection's place, as long as the generation is the key's. `at` is its place among its user's connections.
+/// A connection's place, as long as the generation is the key's; 0: no connection. `at` is its place among its user's connections.
 #[derive(Clone, Copy, Default)]
 struct Place {
     generation: u32,
     user: u32,
     at: u32,
-    open: bool,
 }
 
 impl Hub {
@@ -150,15 +149,13 @@ impl Hub {
             writes: 0,
             steps: &mut self.steps,
         };
+        let before = user.sequencer.due();
         let output = input(user, &mut cx);
         user.unreported += cx.writes;
-        let due = user.sequencer.due().unwrap_or(0);
-        if due != user.tick_at {
-            self.ticks.remove(&(user.tick_at, slot));
-            user.tick_at = due;
-            if due > 0 {
-                self.ticks.insert((due, slot));
-            }
+        let due = user.sequencer.due();
+        if due != before {
+            before.map(|before| self.ticks.remove(&(before, slot)));
+            due.map(|due| self.ticks.insert((due, slot)));
         }
         Some(output)
     }
@@ -181,7 +178,7 @@ impl Hub {
 
     fn place(&self, key: ConnectionKey) -> Option<Place> {
         let place = self.places.get(key.index as usize)?;
-        (place.open && place.generation == key.generation).then_some(*place)
+        (place.generation == key.generation && place.generation != 0).then_some(*place)
     }
 
     /// An input for one connection: its user, and its place among the user's.
@@ -211,7 +208,7 @@ impl Hub {
         if self.places.len() <= index {
             self.places.resize(index + 1, Place::default());
         }
-        self.places[index] = Place { generation: key.generation, user: slot.0, at, open: true };
+        self.places[index] = Place { generation: key.generation, user: slot.0, at };
         self.connections += 1;
         let close = close.or(self.drain.as_ref().map(|_| Goodbye::Drain));
         self.with(slot, |user, cx| user.open(key, new, close, cx));
@@ -260,7 +257,7 @@ impl Hub {
     /// Removes a stream whose socket is of no use any more.
     pub fn remove(&mut self, key: ConnectionKey, reason: &'static str) {
         let Some(place) = self.place(key) else { return };
-        self.places[key.index as usize].open = false;
+        self.places[key.index as usize] = Place::default();
         self.connections -= 1;
         let slot = UserSlot(place.user);
         let moved = self.with(slot, |user, cx| user.remove(place.at as usize, reason, cx)).flatten();
@@ -435,17 +432,14 @@ impl Hub {
     pub fn run_timers(&mut self) {
         let mut due = Vec::new();
         self.wheel.turn(self.now, &mut due);
-        for (key, at) in due {
-            self.on_due(key, at);
+        for (index, at) in due {
+            self.on_due(index, at);
         }
         while let Some((at, slot)) = self.ticks.first().copied()
             && at <= self.now
         {
             self.ticks.pop_first();
-            self.with(slot, |user, cx| {
-                user.tick_at = 0;
-                user.tick(cx);
-            });
+            self.with(slot, LocalUser::tick);
         }
         while let Some((at, user)) = self.lingering.front().copied()
             && at <= self.now
@@ -459,7 +453,9 @@ impl Hub {
         self.continue_drain();
     }
 
-    fn on_due(&mut self, key: ConnectionKey, due: Due) {
+    fn on_due(&mut self, index: u32, due: Due) {
+        let Some(&Place { generation, .. }) = self.places.get(index as usize) else { return };
+        let key = ConnectionKey { index, generation };
         let removed = self.with_connection(key, |user, at, cx| {
             let is_due = user.connections()[at].is_due(due);
             is_due.then(|| user.on_due(at, cx)).flatten()
@@ -478,7 +474,7 @@ impl Hub {
         }
         self.by_id.remove(&id);
         let user = self.users.remove(slot.0 as usize);
-        self.ticks.remove(&(user.tick_at, slot));
+        user.sequencer.due().map(|due| self.ticks.remove(&(due, slot)));
         self.backlog -= user.replay_bytes();
         self.effects.push(Effect::Unsubscribe(id));
     }

@@ -42,12 +42,10 @@ pub struct LocalUser {
     replay: ReplayBuffer,
     /// In no order.
     connections: SmallVec<[Connection; 1]>,
-    /// The connection on which Redis has confirmed the subscription.
-    subscribed_on: Option<RedisConnectionId>,
+    /// The [`RedisConnectionId`] on which the subscription is confirmed.
+    subscribed_on: Option<NonZeroU32>,
     /// Writes whose result is not reported yet.
     pub unreported: u32,
-    /// When the sequencer is next ticked; 0: never.
-    pub tick_at: Millis,
     /// When the user may be forgotten. The entry stays for a moment after the last stream, because people reload pages.
     pub forget_at: Millis,
 }
@@ -126,7 +124,6 @@ impl LocalUser {
             connections: SmallVec::new(),
             subscribed_on: None,
             unreported: 0,
-            tick_at: 0,
             forget_at: 0,
         }
     }
@@ -233,7 +230,7 @@ impl LocalUser {
         self.unreported -= u32::from(connection.is_writing());
         let key = connection.key;
         let closed = connection.closed(self.id, reason, cx);
-        cx.effects.push(Effect::Close(key, closed));
+        cx.effects.push(Effect::Close(key, Box::new(closed)));
         self.trim(cx);
         self.connections.get(at).map(|moved| moved.key)
     }
@@ -291,7 +288,7 @@ impl LocalUser {
 
     /// Redis delivers this user's events from here on; earlier ones are requested.
     pub fn subscribed(&mut self, on: RedisConnectionId, cx: &mut Context<'_>) {
-        self.subscribed_on = Some(on);
+        self.subscribed_on = NonZeroU32::new(on.0);
         if self.sequencer.position().is_some() {
             cx.request_head(self.split().1, HeadReason::Subscribed, None);
         } else if self.connections.iter().any(Connection::is_head_requested) {
@@ -302,7 +299,7 @@ impl LocalUser {
     }
 
     pub fn unsubscribed(&mut self, from: RedisConnectionId) {
-        self.subscribed_on = self.subscribed_on.filter(|on| *on != from);
+        self.subscribed_on = self.subscribed_on.filter(|on| on.get() != from.0);
     }
 
     /// The streams that wait for a condition of joining continue if it is met.
@@ -491,7 +488,7 @@ mod tests {
     /// Every idle stream costs this, its socket, and its entries in maps.
     #[test]
     fn a_user_with_one_stream_stays_within_its_size() {
-        assert!(size_of::<Connection>() <= 112, "{}", size_of::<Connection>());
-        assert!(size_of::<LocalUser>() <= 200, "{}", size_of::<LocalUser>());
+        assert!(size_of::<Connection>() <= 96, "{}", size_of::<Connection>());
+        assert!(size_of::<LocalUser>() <= 168, "{}", size_of::<LocalUser>());
     }
 }

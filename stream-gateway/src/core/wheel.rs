@@ -1,7 +1,8 @@
 //! One timer for all connections: a timing wheel that holds each connection at its next due time. Entries are not removed; the
-//! connection ignores one that is no longer its `due`.
+//! connection ignores one that is no longer its `due`. So an entry needs no generation: if a new connection has the index, its
+//! own `due` decides.
 
-use super::{Millis, effect::ConnectionKey};
+use super::Millis;
 
 /// The wheel's resolution, in milliseconds.
 pub const SLOT: Millis = 250;
@@ -21,7 +22,8 @@ pub fn slot_of(time: Millis) -> Due {
 }
 
 pub struct Wheel {
-    slots: Vec<Vec<(ConnectionKey, Due)>>,
+    /// The indexes of connections.
+    slots: Vec<Vec<(u32, Due)>>,
     /// The last slot that was emptied.
     turned_to: Due,
 }
@@ -32,22 +34,22 @@ impl Wheel {
     }
 
     /// A `due` beyond the wheel's range is inserted at its far end and re-inserted from there.
-    pub fn insert(&mut self, key: ConnectionKey, due: Due) {
+    pub fn insert(&mut self, index: u32, due: Due) {
         let slot = due.clamp(self.turned_to + 1, self.turned_to + SLOTS - 1);
-        self.slots[(slot % SLOTS) as usize].push((key, due));
+        self.slots[(slot % SLOTS) as usize].push((index, due));
     }
 
     /// Moves the due entries to `due`, at most one slot late and never early.
-    pub fn turn(&mut self, now: Millis, due: &mut Vec<(ConnectionKey, Due)>) {
+    pub fn turn(&mut self, now: Millis, due: &mut Vec<(u32, Due)>) {
         while self.turned_to < slot_of(now) {
             self.turned_to += 1;
             let slot = &mut self.slots[(self.turned_to % SLOTS) as usize];
             let entries = std::mem::take(slot);
-            for (key, at) in entries {
+            for (index, at) in entries {
                 if at > self.turned_to {
-                    self.insert(key, at);
+                    self.insert(index, at);
                 } else {
-                    due.push((key, at));
+                    due.push((index, at));
                 }
             }
         }
@@ -74,7 +76,7 @@ mod tests {
         ) {
             let mut wheel = Wheel::new(start);
             for (index, due) in dues.iter().enumerate() {
-                wheel.insert(ConnectionKey { index: index as u32, generation: 0 }, due_at(start + due));
+                wheel.insert(index as u32, due_at(start + due));
             }
             let mut now = start;
             let mut seen = vec![0; dues.len()];
@@ -83,8 +85,8 @@ mod tests {
                 let before = now;
                 now += step;
                 wheel.turn(now, &mut out);
-                for (key, due) in out.drain(..) {
-                    seen[key.index as usize] += 1;
+                for (index, due) in out.drain(..) {
+                    seen[index as usize] += 1;
                     prop_assert!(Millis::from(due) * SLOT <= now, "early");
                     prop_assert!(due + 1 >= slot_of(before), "late: due {due}, last turn at {before}");
                 }

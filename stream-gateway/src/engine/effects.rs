@@ -36,7 +36,7 @@ impl Engine {
             Effect::FinishWriting(key) => self.sockets.finish_writing(key),
             Effect::Close(key, stream) => {
                 self.sockets.remove(key);
-                self.telemetry.closed(key, stream);
+                self.telemetry.closed(key, *stream);
             }
             Effect::RequestRange(request) => self.backfill.request_range(request),
             Effect::RequestHead(request) => self.backfill.request_head(request),

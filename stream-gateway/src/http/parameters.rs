@@ -1,12 +1,12 @@
 //! The parameters of a stream request: token, cursor, heartbeat.
 
-use std::{borrow::Cow, num::NonZeroU8};
+use std::borrow::Cow;
 
 use http::HeaderMap;
 use service_kit::{cookies::Cookies, http::PresentedTokens};
 use url::form_urlencoded;
 
-use crate::frame::{Heartbeat, HeartbeatForm};
+use crate::frame::Heartbeat;
 
 /// The tokens of the request; on the stream, a token in the query may replace the header.
 pub fn presented(headers: &HeaderMap, query: &str, cookies: &Cookies) -> Option<PresentedTokens> {
@@ -28,11 +28,14 @@ pub fn heartbeat(query: &str) -> Heartbeat {
     const SECONDS: (f64, f64) = (4.0, 60.0);
     let value = parameter(query, "heartbeat").unwrap_or_default();
     if value == "event" {
-        return Heartbeat { form: HeartbeatForm::Event, seconds: None };
+        return Heartbeat::EVENT;
     }
-    let seconds = value.parse::<f64>().ok().filter(|seconds| !seconds.is_nan());
-    let seconds = seconds.and_then(|seconds| NonZeroU8::new(seconds.clamp(SECONDS.0, SECONDS.1) as u8));
-    Heartbeat { form: HeartbeatForm::Comment, seconds }
+    match value.parse::<f64>() {
+        Ok(seconds) if !seconds.is_nan() => {
+            Heartbeat::every_seconds(seconds.clamp(SECONDS.0, SECONDS.1) as u8)
+        }
+        _ => Heartbeat::COMMENT,
+    }
 }
 
 /// The last of a repeated parameter counts: clients that extend an existing URL append the newer value.
@@ -42,6 +45,8 @@ fn parameter<'a>(query: &'a str, name: &str) -> Option<Cow<'a, str>> {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
 
     fn headers(pairs: &[(&'static str, &str)]) -> HeaderMap {
@@ -75,15 +80,17 @@ mod tests {
 
     #[test]
     fn a_client_chooses_the_form_or_interval_of_heartbeats() {
-        let events = Heartbeat { form: HeartbeatForm::Event, seconds: None };
-        assert_eq!(heartbeat("token=a&heartbeat=event"), events);
-        assert_eq!(heartbeat("heartbeat=5&heartbeat=event"), events);
+        assert_eq!(heartbeat("token=a&heartbeat=event"), Heartbeat::EVENT);
+        assert_eq!(heartbeat("heartbeat=5&heartbeat=event"), Heartbeat::EVENT);
         for query in
             ["", "heartbeat=", "heartbeat=comment", "heartbeat=Event", "xheartbeat=event", "heartbeat=NaN"]
         {
-            assert_eq!(heartbeat(query), Heartbeat::default(), "{query}");
+            assert_eq!(heartbeat(query), Heartbeat::COMMENT, "{query}");
         }
-        let seconds = |value: &str| heartbeat(&format!("heartbeat={value}")).seconds.map(NonZeroU8::get);
+        let default = Duration::from_secs(15);
+        assert_eq!(Heartbeat::EVENT.interval(default), default);
+        assert_eq!(Heartbeat::COMMENT.interval(default), default);
+        let interval = |value: &str| heartbeat(&format!("heartbeat={value}")).interval(default).as_secs();
         for (value, expected) in [
             ("4", 4),
             ("8", 8),
@@ -96,7 +103,7 @@ mod tests {
             ("99999999999999999999", 60),
             ("event&heartbeat=10", 10),
         ] {
-            assert_eq!(seconds(value), Some(expected), "{value}");
+            assert_eq!(interval(value), expected, "{value}");
         }
     }
 }

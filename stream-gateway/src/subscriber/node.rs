@@ -8,7 +8,7 @@ use std::{
     convert::Infallible,
     sync::{
         Arc, Mutex, PoisonError,
-        atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicI64, AtomicU32, AtomicU64, Ordering},
     },
     time::Duration,
 };
@@ -192,7 +192,7 @@ impl NodeSubscriber {
         let mut failures = 0;
         let mut backoff = Backoff::new(BACKOFF[0], BACKOFF[1]);
         while !stop.is_cancelled() {
-            static IDS: AtomicU64 = AtomicU64::new(1);
+            static IDS: AtomicU32 = AtomicU32::new(1);
             let id = RedisConnectionId(IDS.fetch_add(1, Ordering::Relaxed));
             let began = Instant::now();
             let ended = {

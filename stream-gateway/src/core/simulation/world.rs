@@ -86,7 +86,7 @@ pub struct SimulatedWorld {
     answers: Vec<PendingAnswer>,
     // Redis
     link: Option<RedisConnectionId>,
-    links: u64,
+    links: u32,
     desired: BTreeSet<UserId>,
     /// Desired subscriptions that Redis has not confirmed.
     unconfirmed: BTreeSet<UserId>,
