@@ -18,6 +18,7 @@ pub(crate) fn time<S: Serializer>(at: &DateTime<Utc>, serializer: S) -> Result<S
 }
 
 /// The same for a time that may be absent.
+#[expect(clippy::ref_option, reason = "the form that serde calls")]
 pub(crate) fn optional_time<S: Serializer>(
     at: &Option<DateTime<Utc>>,
     serializer: S,
