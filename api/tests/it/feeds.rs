@@ -341,8 +341,8 @@ async fn ranges_of_long_texts_are_cut_and_continue(pool: PgPool) {
     for _ in 0..3 {
         john.say(&conversation, &"\u{1}".repeat(4_000)).await;
     }
-    // Few ranges have room for all, many for one event each.
-    for (ranges, steps) in [(1, 1), (MAX_PAIRS, 4)] {
+    // Few ranges have room for all, many for one text each.
+    for (ranges, steps) in [(1, 1), (MAX_PAIRS, 3)] {
         let mut after = 0;
         for step in 1..=steps {
             let answer = app.ranges(vec![RangeAfter { user: jane.id, after }; ranges]).await;

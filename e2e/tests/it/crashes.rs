@@ -50,7 +50,7 @@ async fn unpublished_event_arrives_alone_or_before_the_next() {
     let jane = watch(&gateway, &two.jane).await;
     let session = world.claims(&two.john).sid;
     let commit = || async {
-        let post = sqlx::query("SELECT messenger.post_message($1, $2, $3, $4, NULL, NULL, NULL)");
+        let post = sqlx::query("SELECT messenger.post_message($1, $2, $3, $4, NULL, NULL, NULL, NULL)");
         let post =
             post.bind(session.unwrap().0).bind(two.john.id.0).bind(two.conversation.0).bind(world.text());
         post.execute(&world.sql).await.unwrap();
@@ -122,7 +122,11 @@ async fn more_users_than_one_batch_are_subscribed_and_resumed() {
     let watching: Vec<_> = users.iter().map(|user| (user, browser(gateway.stream(user)))).collect();
     join_all(watching.iter().map(|(_, browser)| browser.ready())).await;
     let delivered = async || {
-        let append = "SELECT messenger.append_to_feed(id, 'message', NULL, '{\"to\":\"' || id || '\"}', NULL, NULL) FROM messenger.users";
+        let append = "WITH message AS (
+                INSERT INTO messenger.messages (conversation_id, number, sender_id, content)
+                SELECT 0, count(*) + 1, 0, 'to all' FROM messenger.messages WHERE conversation_id = 0 RETURNING id
+            )
+            SELECT messenger.append_to_feed(users.id, message.id, 1) FROM messenger.users, message";
         sqlx::query(append).execute(&world.sql).await.unwrap();
         for (user, browser) in &watching {
             assert_exact(&world.sql, user.id, &user.name, browser).await;

@@ -210,8 +210,12 @@ async fn a_long_absence_is_replayed_whole() {
     let setting = ResumeFixture::new().await;
     let cursor = setting.feed().await.head_cursor();
     // More than one answer of the internal listener can carry.
-    let payload = "SELECT messenger.append_to_feed($1, 'message', NULL, '{\"id\":\"' || n || '\"}', NULL, NULL) FROM generate_series(1, 3000) n";
-    sqlx::query(payload).bind(setting.two.jane.id.0).execute(&setting.world.sql).await.unwrap();
+    let append = "WITH message AS (
+            INSERT INTO messenger.messages (conversation_id, number, sender_id, content) SELECT 0, n, 0, n::text FROM generate_series(1, 3000) n
+            RETURNING id
+        )
+        SELECT messenger.append_to_feed($1, id, 1) FROM message";
+    sqlx::query(append).bind(setting.two.jane.id.0).execute(&setting.world.sql).await.unwrap();
     let back = browser(setting.jane(0).last_event_id(&cursor));
     assert_exact(&setting.world.sql, setting.two.jane.id, "jane", &back).await;
     assert_eq!(back.record().ledger().count(), 3_000);

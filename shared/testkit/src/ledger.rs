@@ -35,7 +35,7 @@ const STORED: &str = "
                WHEN 'message' THEN jsonb_build_object(
                    'id', m.id::text, 'conversationId', m.conversation_id::text, 'content', m.content,
                    'mine', m.sender_id = f.user_id, 'sender', jsonb_build_object('id', m.sender_id::text,
-                   'username', u.username, 'avatarURL', u.avatar_url))
+                   'username', coalesce(u.username, 'deleted-' || m.sender_id), 'avatarURL', u.avatar_url))
                WHEN 'conversation.created' THEN jsonb_build_object('id', e.conversation_id::text)
                WHEN 'conversation.read' THEN jsonb_build_object(
                    'conversationId', e.conversation_id::text, 'lastReadMessageId', e.message_id::text, 'unreadCount', e.count)
