@@ -115,7 +115,7 @@ async (seed, rounds) => {
     };
     const end = new AbortController();
     let position = server.feed.length;
-    const model = new Model({ id: "me", username: "me", avatarURL: null }, { of: () => [], drop: () => {} }, end.signal);
+    const model = new Model({ id: "me", username: "me", avatarURL: null }, { of: () => [], drop: () => {}, changes: { listen: () => {} } }, end.signal);
     const hear = () => position < server.feed.length && model.apply(...structuredClone(server.feed[position++]));
     let thread = null;
     const reload = () => void model.reload(() => open).catch(() => {});
