@@ -66,6 +66,8 @@ pub struct PublishReport {
     pub latest: Micros,
     /// Receivers at Redis, over all events.
     pub heard: u64,
+    /// To be kept until all events have arrived: `ZeroMQ` drops what it has not read when the other end closes.
+    pub connections: Vec<TcpStream>,
 }
 
 pub struct Publisher {
@@ -123,7 +125,7 @@ fn publish(
     since: Micros,
     window: Option<Window>,
 ) -> anyhow::Result<PublishReport> {
-    let mut published = PublishReport { events: 0, latest: 0, heard: 0 };
+    let mut published = PublishReport { events: 0, latest: 0, heard: 0, connections: Vec::new() };
     let mut window = window.map(OpenWindow::new).transpose()?;
     let answered = Arc::new(Answered::default());
     let reader = if wire == Wire::Zmtp {
@@ -166,6 +168,7 @@ fn publish(
     }
     sent?;
     published.heard = answered.heard.load(Ordering::Relaxed);
+    published.connections = sockets;
     Ok(published)
 }
 

@@ -40,9 +40,10 @@ const SPARE_FILES: u64 = 500;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Peer {
-    /// nginx with nchan, messages in its shared memory or in Redis.
+    /// nginx with nchan: messages in its shared memory or in Redis; one worker, or one per core as in Debian.
     Nchan {
         redis: bool,
+        one_worker: bool,
     },
     Pushpin,
 }
@@ -79,17 +80,17 @@ impl PeerServer {
         let folder = tempfile::Builder::new().prefix("bench-peer-").tempdir()?;
         let [public, publish, subscribe, http, control] = free_ports()?;
         let at = |port: u16| SocketAddr::from((Ipv4Addr::LOCALHOST, port));
-        let redis = (peer == Peer::Nchan { redis: true }).then(Redis::start);
+        let redis = matches!(peer, Peer::Nchan { redis: true, .. }).then(Redis::start);
         let backend = (peer == Peer::Pushpin).then(GripBackend::start).transpose()?;
         let (_, files) = getrlimit(Resource::RLIMIT_NOFILE)?;
         let connections = files.saturating_sub(SPARE_FILES);
         let mut command = match &backend {
             None => {
                 let path = folder.path().join("nginx.conf");
-                fs::write(
-                    &path,
-                    nginx_config(folder.path(), at(public), redis.as_ref(), files, connections),
-                )?;
+                let one_worker = matches!(peer, Peer::Nchan { one_worker: true, .. });
+                let workers = if one_worker { "1" } else { "auto" };
+                let limits = [files, connections];
+                fs::write(&path, nginx_config(folder.path(), at(public), redis.as_ref(), workers, limits))?;
                 let mut command = Command::new(programs::nginx());
                 command.arg("-p").arg(folder.path()).arg("-c").arg(path).args(["-e", "stderr"]);
                 command
@@ -188,14 +189,13 @@ impl PeerServer {
     }
 }
 
-/// Debian's number of workers (one a core) and nchan's defaults, except for limits that ten thousand channels would reach. Nothing is
-/// logged.
+/// nchan's defaults, except for limits that ten thousand channels would reach. Nothing is logged.
 fn nginx_config(
     folder: &Path,
     address: SocketAddr,
     redis: Option<&Redis>,
-    files: u64,
-    connections: u64,
+    workers: &str,
+    [files, connections]: [u64; 2],
 ) -> String {
     let folder = folder.display();
     let user = if nix::unistd::geteuid().is_root() { "user root;" } else { "" };
@@ -210,7 +210,7 @@ fn nginx_config(
         "load_module {NCHAN};
         daemon off;
         {user}
-        worker_processes auto;
+        worker_processes {workers};
         worker_rlimit_nofile {files};
         pid {folder}/pid;
         error_log stderr crit;

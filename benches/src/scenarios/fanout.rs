@@ -78,7 +78,7 @@ impl GatewayUnderLoad<'_> {
             })
             .await?;
         let (since, costs) = at_start.context("the source begins")?;
-        let PublishReport { events, latest, heard } = published;
+        let PublishReport { events, latest, heard, .. } = published;
         let status = self.streams.until("all events arrive", PATIENCE, |status| status.events >= events)?;
         let costs = self.costs()?.since(&costs);
         let detours = self.detours().await - detours;

@@ -18,7 +18,9 @@ use crate::{
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Contender {
     Ours,
+    /// As in Debian: one worker per core
     Nchan,
+    NchanOneWorker,
     NchanRedis,
     Pushpin,
 }
@@ -77,8 +79,11 @@ fn entrants(sizes: &Sizes) -> Vec<Entrant<'_>> {
                 }));
                 continue;
             }
-            Contender::Nchan => ("nchan in memory", Peer::Nchan { redis: false }),
-            Contender::NchanRedis => ("nchan + Redis", Peer::Nchan { redis: true }),
+            Contender::Nchan => ("nchan in memory", Peer::Nchan { redis: false, one_worker: false }),
+            Contender::NchanOneWorker => {
+                ("nchan, one worker", Peer::Nchan { redis: false, one_worker: true })
+            }
+            Contender::NchanRedis => ("nchan + Redis", Peer::Nchan { redis: true, one_worker: false }),
             Contender::Pushpin => ("Pushpin", Peer::Pushpin),
         };
         if let Some(missing) = peer.missing() {
@@ -97,7 +102,7 @@ const NOTES: [&str; 6] = [
     "ours counts as opened at `ready`, after the session is confirmed and the feed's head is known; the others at the answer's head",
     "memory is the growth of PSS since before the first stream, over all processes of the server; CPU likewise",
     "the Redis behind a server is apart, after the plus; api and Postgres, which ours needs as well, are not in the table",
-    "nginx has a worker a core, as in Debian; Pushpin is without its message_rate, and opens 50 streams at a time; neither logs",
+    "nginx has a worker per core, as in Debian, unless the table says one; Pushpin is without its message_rate, and opens 50 streams at a time; neither logs",
 ];
 
 impl GatewayBuild {

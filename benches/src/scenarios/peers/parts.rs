@@ -293,7 +293,11 @@ impl Trial<'_> {
             }
             let silent = Duration::from_micros(now() - newest.1);
             if status.events >= events || silent > SILENCE {
-                self.lost += events.saturating_sub(status.events);
+                let lost = events.saturating_sub(status.events);
+                if lost > 0 {
+                    figure("MISSING", format_args!("{} of {} events", count(lost), count(events)));
+                }
+                self.lost += lost;
                 return Ok(status);
             }
             std::thread::sleep(Duration::from_millis(20));
