@@ -82,8 +82,8 @@ CREATE TABLE messenger.conversations (
     -- Of a group.
     title             text,
     participant_count bigint      NOT NULL DEFAULT 2,
-    -- The number of the newest message. Whoever numbers a message holds the row's lock until the commit, so within a conversation
-    -- numbers follow commits.
+    -- The number of the newest message. The function that numbers a message holds the row's lock until the commit, so within a
+    -- conversation numbers follow commits.
     last_number       bigint      NOT NULL DEFAULT 0,
     created_at        timestamptz NOT NULL DEFAULT now(),
     CONSTRAINT conversations_one_per_pair UNIQUE (user_a, user_b)

@@ -37,7 +37,7 @@ impl Signatures {
         if let Some(batch) = full {
             verify_batch(batch);
         } else if first {
-            // A task of its own, which goes on if this request is cancelled.
+            // A task of its own, which continues if this request is cancelled.
             let signatures = self.clone();
             tokio::spawn(async move {
                 // The tasks that are ready now run first.
