@@ -10,6 +10,10 @@ CREATE TABLE messenger.users (
     -- As the user wrote it, in Unicode's normal form C (RFC 8265).
     username   text        NOT NULL UNIQUE CHECK (username <> ''),
     avatar_url text,
+    -- Whether partners may know when they are online.
+    shares_presence boolean NOT NULL DEFAULT true,
+    -- Who may add them to a group.
+    addable_by text        NOT NULL DEFAULT 'everybody' CHECK (addable_by IN ('everybody', 'partners', 'nobody')),
     created_at timestamptz NOT NULL DEFAULT now()
 );
 
@@ -85,6 +89,9 @@ CREATE TABLE messenger.conversations (
     -- The number of the newest message. The function that numbers a message holds the row's lock until the commit, so within a
     -- conversation numbers follow commits.
     last_number       bigint      NOT NULL DEFAULT 0,
+    -- Two users who have both written to each other are partners.
+    user_a_has_written boolean    NOT NULL DEFAULT false,
+    user_b_has_written boolean    NOT NULL DEFAULT false,
     created_at        timestamptz NOT NULL DEFAULT now(),
     CONSTRAINT conversations_one_per_pair UNIQUE (user_a, user_b)
 ) WITH (fillfactor = 80);
@@ -200,8 +207,13 @@ CREATE TABLE messenger.events (
     message_id      bigint,
     -- The user whom it is about.
     user_id         bigint,
-    -- As it was then: of `conversation.read` the unread messages that were left, of `conversation.created` the participants.
+    -- As it was then: of `conversation.read` the unread messages that were left, of `conversation.created` and `conversation.updated` the
+    -- participants.
     count           bigint,
+    -- The number of the conversation's last message then: a conversation is shown as of its event.
+    number          bigint,
+    -- The role that `participant.joined` and `participant.updated` tell.
+    is_owner        boolean,
     request_id      text,
     traceparent     text,
     created_at      timestamptz NOT NULL DEFAULT clock_timestamp()

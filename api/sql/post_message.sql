@@ -35,7 +35,10 @@ BEGIN
     END IF;
 
     -- From here on this is the only writer of the conversation.
-    UPDATE messenger.conversations AS c SET last_number = c.last_number + 1
+    UPDATE messenger.conversations AS c
+    SET last_number = c.last_number + 1,
+        user_a_has_written = c.user_a_has_written OR c.user_a IS NOT DISTINCT FROM _sender,
+        user_b_has_written = c.user_b_has_written OR c.user_b IS NOT DISTINCT FROM _sender
     WHERE c.id = _conversation
       AND (_sender IN (c.user_a, c.user_b)
            OR EXISTS (SELECT FROM messenger.participants AS p WHERE p.conversation_id = c.id AND p.user_id = _sender))

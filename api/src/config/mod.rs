@@ -131,6 +131,8 @@ pub struct RateLimits {
     pub start_per_address: Limit,
     pub send_per_user: Limit,
     pub send_per_address: Limit,
+    pub change_per_user: Limit,
+    pub change_per_address: Limit,
     /// The longest wait for an answer of Redis.
     pub patience: Duration,
 }
@@ -145,6 +147,8 @@ impl RateLimits {
         start_per_address: Limit::Off,
         send_per_user: Limit::Off,
         send_per_address: Limit::Off,
+        change_per_user: Limit::Off,
+        change_per_address: Limit::Off,
         patience: limiter::SHARED_CHECK_TIMEOUT,
     };
 }
@@ -339,6 +343,12 @@ fn limits(s: &mut Settings, on: bool) -> RateLimits {
         ),
         send_per_user: limit("LIMIT_SEND_PER_USER", "120/60", "Messages sent, per user"),
         send_per_address: limit("LIMIT_SEND_PER_ADDRESS", "1200/60", "Messages sent, per client address"),
+        change_per_user: limit(
+            "LIMIT_CHANGE_PER_USER",
+            "300/60",
+            "All other changes (deletions, read marks, blocks, groups and their members, profiles), per user",
+        ),
+        change_per_address: limit("LIMIT_CHANGE_PER_ADDRESS", "3000/60", "The same, per client address"),
         patience: limiter::SHARED_CHECK_TIMEOUT,
     }
 }

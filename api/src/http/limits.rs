@@ -13,6 +13,8 @@ pub(super) enum Rate {
     Search,
     Start,
     Send,
+    /// Whatever else changes something.
+    Change,
 }
 
 pub struct RequestLimits {
@@ -22,6 +24,7 @@ pub struct RequestLimits {
     search: Rules,
     start: Rules,
     send: Rules,
+    change: Rules,
 }
 
 /// One limit per user, if users are known, and one per address.
@@ -42,6 +45,7 @@ impl RequestLimits {
             search: rules("search", limits.search_per_user, limits.search_per_address),
             start: rules("start", limits.start_per_user, limits.start_per_address),
             send: rules("send", limits.send_per_user, limits.send_per_address),
+            change: rules("change", limits.change_per_user, limits.change_per_address),
             limiter,
         }
     }
@@ -58,6 +62,7 @@ impl RequestLimits {
             Some(Rate::Search) => &self.search,
             Some(Rate::Start) => &self.start,
             Some(Rate::Send) => &self.send,
+            Some(Rate::Change) => &self.change,
         };
         let by_user = rules.user.as_ref().zip(user).map(|(rule, user)| (rule, Subject::User(user)));
         let charges: Vec<_> =

@@ -78,14 +78,15 @@ pub fn public(api: &Arc<Api>) -> BoxedFilter<(Response,)> {
         at("/api/usernames").get(read(users::search).limit(Rate::Search)),
         at("/api/limits").get(open(messages::limits)),
         at("/api/blocks").get(read(blocks::list)),
-        at("/api/blocks/{id}").put(change(blocks::user, blocks::block)).delete(change(blocks::user, blocks::unblock)),
+        at("/api/blocks/{id}").put(change(blocks::user, blocks::block).limit(Rate::Change))
+            .delete(change(blocks::user, blocks::unblock).limit(Rate::Change)),
         at("/api/conversations").get(read(conversations::list))
             .post(change(conversations::username, conversations::start).limit(Rate::Start)),
         at("/api/conversations/{id}").get(read(conversations::find)),
         at("/api/conversations/{id}/other_participant").get(read(conversations::other_participant)),
         at("/api/conversations/{id}/messages").get(read(messages::list))
             .post(change(draft, messages::send).limit(Rate::Send).largest_body(messages::largest_body(longest))),
-        at("/api/conversations/{id}/read_messages").post(change(messages::conversation, messages::mark_read)),
+        at("/api/conversations/{id}/read_messages").post(change(messages::conversation, messages::mark_read).limit(Rate::Change)),
         at(openapi::PATH).get(open(openapi::document)),
         at(feed::JWKS_PATH).get(open(login::jwks)),
         matching("web", web::path).get(open(web::file)),

@@ -22,6 +22,15 @@ pub mod kind {
     pub const CONVERSATION_CREATED: &str = "conversation.created";
     pub const CONVERSATION_READ: &str = "conversation.read";
     pub const RECEIPT_READ: &str = "receipt.read";
+    pub const MESSAGE_UPDATED: &str = "message.updated";
+    pub const MESSAGE_DELETED: &str = "message.deleted";
+    pub const CONVERSATION_UPDATED: &str = "conversation.updated";
+    pub const PARTICIPANT_JOINED: &str = "participant.joined";
+    pub const PARTICIPANT_LEFT: &str = "participant.left";
+    pub const PARTICIPANT_UPDATED: &str = "participant.updated";
+    pub const USER_UPDATED: &str = "user.updated";
+    pub const TYPING: &str = "typing";
+    pub const PRESENCE: &str = "presence";
 }
 
 /// One event of one user's feed. Unknown members are ignored, so that a newer `api` can add some.

@@ -162,6 +162,8 @@ impl World {
             .env("LIMIT_START_PER_ADDRESS", GENEROUS)
             .env("LIMIT_SEND_PER_USER", GENEROUS)
             .env("LIMIT_SEND_PER_ADDRESS", GENEROUS)
+            .env("LIMIT_CHANGE_PER_USER", GENEROUS)
+            .env("LIMIT_CHANGE_PER_ADDRESS", GENEROUS)
     }
 
     /// For `SIGNING_KEY_FILES`: the first of `signing.pem` and `another.pem` signs.
