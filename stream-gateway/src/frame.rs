@@ -16,7 +16,7 @@ use bytes::Bytes;
 use chrono::{DateTime, Utc};
 use http::Version;
 use protocol::{
-    event::{self, EnvelopeRef, kind, rfc3339},
+    event::{self, EnvelopeRef, EphemeralRef, kind, rfc3339},
     position::Position,
 };
 use serde_json::json;
@@ -141,6 +141,18 @@ pub fn encode(envelope: &EnvelopeRef<'_>) -> Result<Chunk, InvalidEnvelope> {
     let cursor = envelope.cursor().to_string();
     let after_name = if name.is_empty() { "data: " } else { "\ndata: " };
     Ok(Chunk::concat(&[before_name, name, after_name, &data, "\nid: ", &cursor, "\n\n"]))
+}
+
+/// A block without an id, so it moves no cursor.
+pub fn encode_ephemeral(event: &EphemeralRef<'_>) -> Result<Chunk, InvalidEnvelope> {
+    if event.v != event::VERSION {
+        return Err(InvalidEnvelope::Version(event.v));
+    }
+    let name = &*event.ephemeral;
+    if !is_name(name) || name == kind::MESSAGE {
+        return Err(InvalidEnvelope::Name);
+    }
+    Ok(Chunk::concat(&["event: ", name, "\ndata: ", &without_line_ends(event.data.get()), "\n\n"]))
 }
 
 /// JSON on one line.
@@ -334,6 +346,25 @@ mod tests {
         assert_eq!(text(&retry(2_000)), "retry: 2000\n");
         assert_eq!(text(&Heartbeat::COMMENT.chunk()), ":\n");
         assert_eq!(text(&Heartbeat::EVENT.chunk()), "event: heartbeat\ndata: {}\n\n");
+    }
+
+    fn ephemeral<'a>(name: &'a str, data: &'a RawValue) -> EphemeralRef<'a> {
+        EphemeralRef { ephemeral: name.into(), v: event::VERSION, data }
+    }
+
+    #[test]
+    fn an_ephemeral_event_has_a_name_and_no_id() {
+        let data = RawValue::from_string("{\"a\":\n\"b\u{2028}\"}".into()).unwrap();
+        let typing = ephemeral("typing", &data);
+        assert_eq!(
+            text(&encode_ephemeral(&typing).unwrap()),
+            "event: typing\ndata: {\"a\": \"b\\u2028\"}\n\n"
+        );
+        for name in ["", "a\nb", "error", "open", "message"] {
+            assert_eq!(encode_ephemeral(&ephemeral(name, &data)).unwrap_err(), InvalidEnvelope::Name);
+        }
+        let other = EphemeralRef { v: 2, ..typing };
+        assert_eq!(encode_ephemeral(&other).unwrap_err(), InvalidEnvelope::Version(2));
     }
 
     #[test]

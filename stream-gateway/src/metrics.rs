@@ -49,6 +49,9 @@ metrics! {
         pub streams_closed: Family<Reason, Counter> = "Streams closed, by reason";
         pub stream_request_errors: Family<Code, Counter> = "Stream requests answered with an HTTP error, by code";
         pub events_delivered: Family<Path, Counter> = "Events written to sockets, by delivery path";
+        pub ephemeral_events_delivered: Counter = "Ephemeral events, which are in no feed, written to sockets";
+        pub ephemeral_events_dropped: Family<Reason, Counter> =
+            "Ephemeral events dropped: for streams that were not live, because the delivery thread was behind, or invalid, by reason";
         pub delivery_lag_seconds: Family<Path, Histogram> =
             "Time from the commit of an event until it is written to a socket, by delivery path",
             Family::new_with_constructor(|| Histogram::new(exponential_buckets(0.0005, 2.0, 18)));
@@ -91,6 +94,10 @@ fn degraded() -> Gauge {
 impl Metrics {
     pub fn of_service() -> (Self, Registry) {
         metrics::of_service("stream-gateway", env!("CARGO_PKG_VERSION"), "messenger_gateway", Self::register)
+    }
+
+    pub fn ephemeral_dropped(&self, reason: &'static str) -> Counter {
+        self.ephemeral_events_dropped.get_or_create_owned(&Reason { reason })
     }
 
     pub fn closed(&self, reason: &'static str) {

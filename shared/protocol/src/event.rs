@@ -111,9 +111,43 @@ pub fn rfc3339(at: DateTime<Utc>) -> String {
     at.to_rfc3339_opts(SecondsFormat::Micros, true)
 }
 
+/// Bytes of an ephemeral event's message on a channel. A longer one is dropped: it would delay the events of the feed behind it.
+pub const LARGEST_EPHEMERAL: usize = 4 * 1024;
+
+/// An event without a position, such as who types: Redis alone carries it to the streams that are live now. It is in no feed, so its
+/// loss is noticed by nobody.
+#[derive(Debug, Serialize)]
+pub struct Ephemeral<'a> {
+    /// The name, and the first member: see [`Self::is_one`].
+    pub ephemeral: &'a str,
+    /// Always [`VERSION`].
+    pub v: u8,
+    /// One line of JSON, ready to send.
+    pub data: &'a RawValue,
+}
+
+/// The same, borrowed from the JSON of a message.
+#[derive(Debug, Clone, Deserialize)]
+pub struct EphemeralRef<'a> {
+    #[serde(borrow)]
+    pub ephemeral: Cow<'a, str>,
+    pub v: u8,
+    #[serde(borrow)]
+    pub data: &'a RawValue,
+}
+
+impl Ephemeral<'_> {
+    /// Whether the message is no event of a feed, without parsing it: a gateway that is behind must tell which ones it has to recover.
+    pub fn is_one(json: &[u8]) -> bool {
+        json.starts_with(br#"{"ephemeral":"#)
+    }
+}
+
 #[derive(Debug)]
 pub enum Notice<'a> {
     Event(EnvelopeRef<'a>),
+    /// Gateways from before November 2026 take it for a message that they cannot read, and compare the user's head with `api`'s.
+    Ephemeral(EphemeralRef<'a>),
     Revoked(Revoked),
 }
 
@@ -125,6 +159,9 @@ pub struct Revoked {
 
 impl<'a> Notice<'a> {
     pub fn from_json(json: &'a [u8]) -> serde_json::Result<Self> {
+        if Ephemeral::is_one(json) {
+            return serde_json::from_slice(json).map(Self::Ephemeral);
+        }
         // Not an untagged enum: raw JSON survives no buffering.
         match serde_json::from_slice(json) {
             Ok(envelope) => Ok(Self::Event(envelope)),
@@ -170,6 +207,17 @@ mod tests {
         let revoked = Notice::from_json(br#"{"revoked":"5"}"#);
         assert!(matches!(revoked, Ok(Notice::Revoked(Revoked { revoked: SessionId(5) }))));
         assert!(Notice::from_json(b"{}").is_err());
+    }
+
+    #[test]
+    fn an_ephemeral_event_is_recognised_by_its_beginning() {
+        let data = RawValue::from_string(r#"{"userId":"7"}"#.into()).unwrap();
+        let json = serde_json::to_vec(&Ephemeral { ephemeral: "typing", v: VERSION, data: &data }).unwrap();
+        assert_eq!(json, br#"{"ephemeral":"typing","v":1,"data":{"userId":"7"}}"#);
+        let Ok(Notice::Ephemeral(read)) = Notice::from_json(&json) else { panic!("not ephemeral") };
+        assert_eq!((&*read.ephemeral, read.v, read.data.get()), ("typing", VERSION, data.get()));
+        assert!(Notice::from_json(br#"{"ephemeral":"typing"}"#).is_err());
+        assert!(!Ephemeral::is_one(TEXT.as_bytes()));
     }
 
     #[test]

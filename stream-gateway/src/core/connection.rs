@@ -317,6 +317,17 @@ impl Connection {
         !is_next
     }
 
+    /// An event that is in no feed. Returns whether it was written: only to a stream that waits for nothing else, so that it delays no
+    /// event, comes between no events, and says nothing to a stream without a confirmed session.
+    pub fn ephemeral(&mut self, event: &Chunk, cx: &mut Context<'_>) -> bool {
+        let live = matches!(self.state, State::Live) || !kept(Rule::EphemeralLive);
+        let written = live && (self.is_free() || !kept(Rule::EphemeralUnblocked));
+        if written {
+            self.write_control(event, cx);
+        }
+        written
+    }
+
     /// The answer to this stream's own request for the events after `after`.
     pub fn page(
         &mut self,

@@ -75,6 +75,8 @@ pub enum Observation {
     RecoveredFeed,
     /// The feed's position here is invalid, and its streams must resync.
     InvalidPosition { user: UserId, head: Position, why: ResyncReason },
+    /// So many streams received an ephemeral event, and it was dropped for so many.
+    Ephemeral { delivered: u32, dropped: u32 },
     /// A stream was told to resync.
     Resync { user: UserId, head: Position, why: ResyncReason },
 }

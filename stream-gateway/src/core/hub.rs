@@ -29,7 +29,11 @@ use super::{
     user::{Context, LocalUser, jittered},
     wheel::{Due, Wheel},
 };
-use crate::{config::Delivery, event::EncodedEvent, frame::Goodbye};
+use crate::{
+    config::Delivery,
+    event::EncodedEvent,
+    frame::{Chunk, Goodbye},
+};
 
 /// A user without streams stays this long.
 const LINGER: Millis = 1_000;
@@ -293,6 +297,11 @@ impl Hub {
 impl Hub {
     pub fn event(&mut self, user: UserId, event: EncodedEvent) {
         self.with_user(user, |user, cx| user.event(event, cx));
+    }
+
+    /// An event that is in no feed.
+    pub fn ephemeral(&mut self, user: UserId, event: &Chunk) {
+        self.with_user(user, |user, cx| user.ephemeral(event, cx));
     }
 
     /// Redis has confirmed these users' channels on this connection.

@@ -41,6 +41,10 @@ pub enum Rule {
     AnswersAge,
     /// Every feed is reconciled, because any event may be lost.
     Reconciled,
+    /// Only a live stream receives an ephemeral event.
+    EphemeralLive,
+    /// A stream whose socket is blocked keeps no ephemeral event.
+    EphemeralUnblocked,
 }
 
 /// Always, unless a test has removed the rule.
@@ -61,7 +65,7 @@ pub fn kept(rule: Rule) -> bool {
 
 #[cfg(test)]
 impl Rule {
-    pub const ALL: [Self; 19] = [
+    pub const ALL: [Self; 21] = [
         Self::SessionFirst,
         Self::OwnAnswer,
         Self::EndedSession,
@@ -81,6 +85,8 @@ impl Rule {
         Self::Expired,
         Self::AnswersAge,
         Self::Reconciled,
+        Self::EphemeralLive,
+        Self::EphemeralUnblocked,
     ];
 }
 

@@ -30,7 +30,7 @@ use super::{
 use crate::{
     config::{Delivery, HEARTBEAT_JITTER},
     event::EncodedEvent,
-    frame::Goodbye,
+    frame::{Chunk, Goodbye},
 };
 
 /// Emptied lists of steps keep memory for as many.
@@ -272,6 +272,14 @@ impl LocalUser {
             self.sequencer.mark_uncertain(cx.now);
         }
         self.apply(steps, cx);
+    }
+
+    /// Writes it to the streams that can take it now. It is kept for none, and moves nothing.
+    pub fn ephemeral(&mut self, event: &Chunk, cx: &mut Context<'_>) {
+        let mut delivered = 0;
+        self.each(|connection, _| delivered += u32::from(connection.ephemeral(event, cx)));
+        let dropped = self.connections.len() as u32 - delivered;
+        cx.observed(Observation::Ephemeral { delivered, dropped });
     }
 
     /// Events may be missing.

@@ -152,6 +152,10 @@ impl Telemetry {
             Observation::InvalidPosition { user, head, why } => {
                 tracing::warn!(user.id = %user, event.seq = head.seq, reason = why.as_str(), "feed position is invalid; its streams must resync");
             }
+            Observation::Ephemeral { delivered, dropped } => {
+                metrics.ephemeral_events_delivered.inc_by(delivered.into());
+                metrics.ephemeral_dropped("not_live").inc_by(dropped.into());
+            }
             Observation::Resync { user, head, why } => {
                 metrics.resyncs.get_or_create(&Reason { reason: why.as_str() }).inc();
                 tracing::info!(user.id = %user, event.seq = head.seq, reason = why.as_str(), "stream must resync; its client reloads");

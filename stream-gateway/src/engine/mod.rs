@@ -246,6 +246,7 @@ impl Engine {
     fn on_redis(&mut self, update: RedisUpdate) {
         match update {
             RedisUpdate::Event(user, event) => self.hub.event(user, event),
+            RedisUpdate::Ephemeral(user, event) => self.hub.ephemeral(user, &event),
             RedisUpdate::SessionEnded(user, session) => self.hub.close_session(user, session),
             RedisUpdate::Subscribed(on, users) => self.hub.subscribed(on, users),
             RedisUpdate::Moved(from, users) => self.hub.unsubscribed(from, users),

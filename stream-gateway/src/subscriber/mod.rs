@@ -36,7 +36,7 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 
 pub use self::desired::DesiredSubscriptions;
 use self::node::NodeSubscriber;
-use crate::{core::RedisConnectionId, event::EncodedEvent, keys::Keys, metrics::Metrics};
+use crate::{core::RedisConnectionId, event::EncodedEvent, frame::Chunk, keys::Keys, metrics::Metrics};
 
 /// Updates that the engine has not taken yet. Without room for those of a whole read, no connection is read.
 pub const QUEUE: usize = 8_192;
@@ -44,6 +44,8 @@ pub const QUEUE: usize = 8_192;
 #[derive(Debug)]
 pub enum RedisUpdate {
     Event(UserId, EncodedEvent),
+    /// An event that is in no feed.
+    Ephemeral(UserId, Chunk),
     /// A session of this user has ended.
     SessionEnded(UserId, SessionId),
     /// A message on this user's channel could not be parsed.

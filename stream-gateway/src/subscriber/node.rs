@@ -16,7 +16,7 @@ use std::{
 use anyhow::Context as _;
 use protocol::{
     channels::Channels,
-    event::{Notice, Revoked},
+    event::{Ephemeral, LARGEST_EPHEMERAL, Notice, Revoked},
     ids::UserId,
 };
 use rand::RngExt;
@@ -40,7 +40,7 @@ use super::{
 };
 use crate::{
     event::EncodedEvent,
-    frame::MAX_ENVELOPE,
+    frame::{self, MAX_ENVELOPE},
     keys::Keys,
     metrics::{DeliveryPath, Metrics},
 };
@@ -520,12 +520,23 @@ impl Receiver for MessageReceiver {
 
     fn receive(&mut self, channel: &[u8], payload: Option<&[u8]>, late: bool) {
         let Some(user) = self.channels.user_of(channel) else { return self.receive_other(channel, payload) };
+        let ephemeral = payload.is_some_and(Ephemeral::is_one);
+        if late && ephemeral {
+            self.metrics.ephemeral_dropped("late").inc();
+            return;
+        }
         if late {
             self.metrics.redis_dropped_messages.inc();
             self.dropped += 1;
             return;
         }
-        let update = payload.and_then(|payload| read(&self.tracer, user, payload)).unwrap_or_else(|| {
+        let read = payload.and_then(|payload| read(&self.tracer, user, payload));
+        if read.is_none() && ephemeral {
+            // Nothing of a feed is missing.
+            self.metrics.ephemeral_dropped("invalid").inc();
+            return;
+        }
+        let update = read.unwrap_or_else(|| {
             // From a newer api or another publisher: if it is an event, the feed has it.
             self.metrics.redis_invalid_messages.inc();
             RedisUpdate::Uncertain(user)
@@ -575,6 +586,12 @@ fn read(tracer: &Tracer, user: UserId, payload: &[u8]) -> Option<RedisUpdate> {
         Notice::Event(envelope) => EncodedEvent::receive(tracer, user, &envelope, DeliveryPath::Redis)
             .ok()
             .map(|event| RedisUpdate::Event(user, event)),
+        Notice::Ephemeral(event) => {
+            let event = Some(event).filter(|_| payload.len() <= LARGEST_EPHEMERAL);
+            event
+                .and_then(|event| frame::encode_ephemeral(&event).ok())
+                .map(|event| RedisUpdate::Ephemeral(user, event))
+        }
         Notice::Revoked(Revoked { revoked }) => Some(RedisUpdate::SessionEnded(user, revoked)),
     }
 }
@@ -647,11 +664,17 @@ mod tests {
         for channel in ["user:1", "user:2", "probe"] {
             receiver.receive(channel.as_bytes(), Some(b"3"), true);
         }
+        let typing = br#"{"ephemeral":"typing","v":1,"data":{}}"#;
+        receiver.receive(b"user:3", Some(typing), true);
         receiver.caught_up();
         receiver.caught_up();
         assert!(matches!(news.try_recv(), Ok(RedisUpdate::Dropped)));
         assert!(news.try_recv().is_err());
         assert_eq!(metrics.redis_dropped_messages.get(), 2);
+        receiver.receive(b"user:3", Some(typing), true);
+        receiver.caught_up();
+        assert!(news.try_recv().is_err(), "an ephemeral event is not recovered");
+        assert_eq!(metrics.ephemeral_dropped("late").get(), 2);
         assert_eq!(receiver.signals.last_probe.load(Ordering::Acquire), 3, "a probe is never dropped");
     }
 

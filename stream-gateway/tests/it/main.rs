@@ -7,6 +7,7 @@
 mod api;
 mod backfill_requests;
 mod drain;
+mod ephemeral;
 mod events;
 mod explain;
 mod external;

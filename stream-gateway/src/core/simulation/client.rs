@@ -1,11 +1,13 @@
 //! A client as strict as a browser: it reads chunks and blocks, and knows which event must come next.
 
+use std::collections::BTreeSet;
+
 use protocol::{
     ids::{SessionId, UserId},
     position::Position,
 };
 
-use crate::core::{ConnectionKey, Millis};
+use crate::core::{ConnectionKey, Millis, effect::RequestId};
 
 /// One tab: it has one connection at a time.
 pub struct SimulatedClient {
@@ -32,6 +34,12 @@ pub struct ClientStream {
     pub ends_at: Millis,
     /// It started at the head, took every byte, and needed no resync.
     pub flawless: bool,
+    /// Bytes of the last write that its socket did not take.
+    pub untaken: usize,
+    /// Its request for events that it missed.
+    pub reading: Option<RequestId>,
+    /// Ephemeral events that it may read, each once: those that came while it was live.
+    pub ephemeral: BTreeSet<u32>,
     unread: Vec<u8>,
     stage: ReadingStage,
     /// The cursor that it was opened with.
@@ -70,6 +78,9 @@ impl ClientStream {
             heard_at: now,
             ends_at,
             flawless: resumed_from.is_none(),
+            untaken: 0,
+            reading: None,
+            ephemeral: BTreeSet::new(),
             unread: Vec::new(),
             stage: ReadingStage::Head,
             resumed_from,
@@ -174,7 +185,14 @@ fn block_read(
         {
             open.stage = ReadingStage::Ready;
             open.flawless = false;
+            open.reading = None;
             *cursor = Some(id);
+        }
+        (Some("typing"), None) if open.stage == ReadingStage::Ready => {
+            let number = field("data").and_then(|data| data.parse().ok());
+            if !number.is_some_and(|number| open.ephemeral.remove(&number)) {
+                return Err(format!("{block:?} for a stream that could not take it when it came"));
+            }
         }
         (None, Some(id)) if open.stage == ReadingStage::Ready => {
             if !cursor.is_some_and(|cursor| cursor.is_followed_by(id)) {

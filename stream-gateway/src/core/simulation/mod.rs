@@ -1,7 +1,8 @@
 //! The core with simulated sockets, clients, Redis, `api` and clock, under every fault, in schedules drawn from seeds.
 //!
 //! After each step: each client has received the events after its start once and in order, none before its session was confirmed
-//! and none after it ended, and memory is within its bounds. In the end the faults stop, and every client is whole.
+//! and none after it ended, and memory is within its bounds. An
+//! ephemeral event reaches a stream in the step in which it arrives, or never, and moves nothing. In the end the faults stop, and every client is whole.
 //!
 //! `SEEDS=1000000` simulates as many schedules instead of 10,000, and `SEED=7` only that one. A schedule that fails is
 //! shrunk to the steps that are needed.
@@ -33,6 +34,10 @@ enum ScheduleStep {
     /// Any published message arrives.
     Deliver {
         message: u8,
+    },
+    /// An event that is in no feed arrives.
+    Ephemeral {
+        user: u8,
     },
     Lose {
         message: u8,
@@ -179,7 +184,13 @@ fn schedule(seed: u64) -> Vec<ScheduleStep> {
         });
         chosen.map_or(ScheduleStep::Reconnect, |(_, step)| step(a, b))
     };
-    (0..100).map(|_| draw()).collect()
+    let mut steps: Vec<_> = (0..100).map(|_| draw()).collect();
+    // Apart from the others, which are the same with and without them: they must change nothing.
+    for _ in 0..[0, 4, 20][rng.random_range(0..3)] {
+        let user = rng.random();
+        steps.insert(rng.random_range(0..=steps.len()), ScheduleStep::Ephemeral { user });
+    }
+    steps
 }
 
 /// Schedules that break a promise without a rule, and are drawn too rarely.

@@ -92,6 +92,8 @@ pub struct SimulatedWorld {
     unconfirmed: BTreeSet<UserId>,
     subscribed: BTreeSet<UserId>,
     published: Vec<(UserId, Position)>,
+    /// Ephemeral events so far.
+    ephemeral: u32,
 }
 
 fn event(position: Position) -> EncodedEvent {
@@ -138,6 +140,7 @@ impl SimulatedWorld {
             unconfirmed: BTreeSet::new(),
             subscribed: BTreeSet::new(),
             published: Vec::new(),
+            ephemeral: 0,
             rng,
         }
     }
@@ -146,6 +149,7 @@ impl SimulatedWorld {
         match step {
             ScheduleStep::Commit { user, publish } => self.commit(user, publish),
             ScheduleStep::Deliver { message } => self.deliver(message.into()),
+            ScheduleStep::Ephemeral { user } => self.ephemeral(pick_user(user), false)?,
             ScheduleStep::Lose { message, notice } => self.lose(message.into(), notice),
             ScheduleStep::Confirm { user } => self.confirm(user.into()),
             ScheduleStep::Move { user } => self.move_slot(user.into()),
@@ -274,7 +278,14 @@ impl SimulatedWorld {
     fn arrive(&mut self, number: usize) {
         match take(&mut self.answers, number) {
             None => {}
-            Some(PendingAnswer::Range(request, answer)) => self.hub.range(request, answer),
+            Some(PendingAnswer::Range(request, answer)) => {
+                if let Requester::Connection(key, id) = request.requester
+                    && let Some(open) = self.find(key).and_then(|client| client.connection.as_mut())
+                {
+                    open.reading = open.reading.filter(|reading| *reading != id);
+                }
+                self.hub.range(request, answer);
+            }
             Some(PendingAnswer::Head(request, head, ended)) => {
                 if ended {
                     self.known_ended.extend(request.session);
@@ -303,6 +314,36 @@ impl SimulatedWorld {
         if let Some((user, position)) = take(&mut self.published, number) {
             self.hub.event(user, event(position));
         }
+    }
+
+    /// Streams that can take it read it in this step, and no other one ever does. `healed`: every stream can.
+    fn ephemeral(&mut self, user: UserId, healed: bool) -> Checked {
+        if !self.subscribed.contains(&user) {
+            return Ok(());
+        }
+        self.ephemeral += 1;
+        let (number, before) = (self.ephemeral, self.requests.len());
+        let mut must = Vec::new();
+        for client in self.clients.iter_mut().filter(|client| client.user == user) {
+            let (is_ready, is_whole) = (client.is_ready(), client.is_flawless() || healed);
+            let ended = client.session.is_some_and(|session| self.known_ended.contains(&session));
+            let has_rights = !ended && !self.removed_keys.contains(&client.key);
+            let Some(open) = &mut client.connection else { continue };
+            if has_rights && is_ready && open.untaken == 0 && open.reading.is_none() {
+                open.ephemeral.insert(number);
+                if is_whole && open.room == usize::MAX && !open.broken {
+                    must.push(open.key);
+                }
+            }
+        }
+        self.hub.ephemeral(user, &Chunk::new(&format!("event: typing\ndata: {number}\n\n")));
+        self.carry_out()?;
+        if self.requests.len() > before {
+            return Err("an ephemeral event caused a request".into());
+        }
+        let open = self.clients.iter().filter_map(|client| client.connection.as_ref());
+        let missed = open.filter(|open| must.contains(&open.key) && open.ephemeral.contains(&number)).count();
+        if missed > 0 { Err(format!("{missed} live streams missed an ephemeral event")) } else { Ok(()) }
     }
 
     fn lose(&mut self, number: usize, notice: LossNotice) {
@@ -455,6 +496,12 @@ impl SimulatedWorld {
                         {
                             return Err("a stream that took every byte reads the feed".into());
                         }
+                        if let Requester::Connection(key, id) = request.requester
+                            && let Some(client) = self.find(key).filter(|client| client.is_ready())
+                            && let Some(open) = &mut client.connection
+                        {
+                            open.reading = Some(id);
+                        }
                         self.requests.push(PendingRequest::Range(request));
                     }
                     Effect::RequestHead(request) => self.requests.push(PendingRequest::Head(request)),
@@ -506,6 +553,7 @@ impl SimulatedWorld {
             open.heard_at = now;
         }
         open.flawless &= bytes.is_empty();
+        open.untaken = bytes.len();
         if open.room != usize::MAX {
             open.room -= taken.len();
         }
@@ -639,6 +687,9 @@ impl SimulatedWorld {
             if !client.is_ready() || client.cursor != head {
                 return Err(format!("client at {:?} and head at {head:?}", client.cursor));
             }
+        }
+        for user in 1..=USERS {
+            self.ephemeral(UserId(user), true)?;
         }
         let mut without_rights = self.clients.iter().zip(&rights).filter(|(_, (valid, _))| !valid);
         if without_rights.any(|(client, _)| client.connection.is_some()) {
