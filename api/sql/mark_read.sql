@@ -43,7 +43,8 @@ BEGIN
         IF _to IS NOT NULL THEN
             SELECT m.id, m.number INTO _to_id, _to_number
             FROM messenger.messages AS m
-            WHERE m.id = _to AND m.conversation_id = _conversation AND m.number <= _mine.last_number
+            WHERE m.id = _to AND m.conversation_id = _conversation
+              AND m.number > _mine.joined_number AND m.number <= _mine.last_number
               AND m.hidden_from IS DISTINCT FROM _reader;
         END IF;
         IF _to_number IS NULL OR _to_number <= _mine.last_read_number THEN
@@ -76,9 +77,11 @@ BEGIN
           AND NOT EXISTS (SELECT FROM messenger.blocks AS b WHERE b.blocker_id = p.user_id AND b.blocked_id = _reader);
     ELSE
         _visible := _to_id;
+        -- Without those who have joined after that message.
         SELECT array_agg(p.user_id) INTO _others
         FROM messenger.conversations AS c JOIN messenger.participants AS p ON p.conversation_id = c.id
-        WHERE c.id = _conversation AND c.participant_count <= _receipts_up_to AND p.user_id <> _reader;
+        WHERE c.id = _conversation AND c.participant_count <= _receipts_up_to AND p.user_id <> _reader
+          AND p.joined_number < _to_number;
     END IF;
 
     INSERT INTO messenger.events AS e (kind, conversation_id, message_id, count, request_id, traceparent)

@@ -60,7 +60,7 @@ BEGIN
         IF receivers IS NULL THEN
             SELECT k.* INTO _used FROM messenger.idempotency_keys AS k WHERE k.sender_id = _sender AND k.key_hash = _key_hash;
         ELSE
-            INSERT INTO messenger.idempotency_keys (sender_id, key_hash, content_hash, message_id)
+            INSERT INTO messenger.idempotency_keys (sender_id, key_hash, content_hash, made_id)
             VALUES (_sender, _key_hash, _content_hash, post_message.message_id)
             ON CONFLICT DO NOTHING;
             IF NOT FOUND THEN
@@ -69,10 +69,10 @@ BEGIN
             END IF;
         END IF;
     END IF;
-    IF _used.message_id IS NOT NULL THEN
+    IF _used.made_id IS NOT NULL THEN
         SELECT m.id, m.content, m.created_at, m.edited_at, m.deleted_at
         INTO message_id, content, created_at, edited_at, deleted_at
-        FROM messenger.messages AS m WHERE m.id = _used.message_id AND m.conversation_id = _conversation;
+        FROM messenger.messages AS m WHERE m.id = _used.made_id AND m.conversation_id = _conversation;
         outcome := CASE WHEN FOUND AND _used.content_hash = _content_hash THEN 'replayed' ELSE 'key_conflict' END;
         receivers := NULL;
         RETURN;

@@ -1,9 +1,10 @@
 -- Conversations as each of their users (`reader`) sees them, for lists, answers and events alike.
 CREATE OR REPLACE VIEW messenger.seen_conversations AS
 SELECT p.conversation_id AS id, p.user_id AS reader, p.list_seq, c.user_a IS NULL AS is_group, c.title, c.participant_count, p.is_owner,
-       p.unread_count, p.last_read_message_id,
+       p.joined_number, p.unread_count, p.last_read_message_id, p.last_read_number,
        messenger.visible_last_read(o.last_read_message_id, o.last_read_number, p.last_message_id, p.last_number)
            AS other_last_read_message_id,
+       o.last_read_number AS other_last_read_number,
        p.other_user_id AS other_id, u.username AS other_username, u.avatar_url AS other_avatar_url,
        m.id AS message_id, m.content AS message_content, m.created_at AS message_created_at,
        m.edited_at AS message_edited_at, m.deleted_at AS message_deleted_at,

@@ -258,6 +258,7 @@ fn make_api(
         external,
         dev_login: config.dev_login,
         longest_message: config.longest_message,
+        largest_group: config.largest_group,
         sign_in,
         internal_secrets: config.internal_secrets,
     }))

@@ -2,11 +2,14 @@
 //! two) and publishes the committed events. It runs to completion even if the client hangs up, so that what is committed is published.
 
 pub mod block_user;
+pub mod change_members;
+pub mod create_group;
 pub mod end_sessions;
 pub mod log_in;
 pub mod mark_read;
 pub mod post_message;
 pub mod refresh_session;
+pub mod rename_group;
 pub mod start_conversation;
 
 use std::sync::Arc;

@@ -5,7 +5,7 @@ use protocol::ids::ConversationId;
 use super::{Actor, CommandContext};
 pub use crate::store::messages::PostMessageOutcome;
 use crate::{
-    domain::message::{Content, IdempotencyKey},
+    domain::{idempotency::IdempotencyKey, message::Content},
     request_context::RequestContext,
     store::{StoreError, messages},
 };

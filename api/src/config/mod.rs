@@ -89,6 +89,7 @@ pub struct Config {
     pub lifetimes: Lifetimes,
     /// Code points.
     pub longest_message: usize,
+    pub largest_group: usize,
     pub keep: Keep,
     pub limits: RateLimits,
     pub shutdown_wait: Duration,
@@ -106,6 +107,8 @@ pub struct Lifetimes {
 /// A gateway reads 32 MiB of an answer at most, and a thousand ranges have at least one event each, in which a control character is
 /// written as six bytes.
 pub const LONGEST_MESSAGE: u64 = 5_000;
+/// The names of all fit into the request that makes the group, and a message's events into the queue for Redis several times.
+pub const LARGEST_GROUP: u64 = 2_000;
 
 /// What is kept: the events of each feed by age and number, and idempotency keys.
 #[derive(Debug, Clone, Copy)]
@@ -239,6 +242,12 @@ fn read(s: &mut Settings) -> Result<(Config, Addresses, Logging), Problems> {
     };
     let longest_message =
         s.number("MAX_MESSAGE_LENGTH", "4000", 1..=LONGEST_MESSAGE, "Code points of the longest message");
+    let largest_group = s.number(
+        "MAX_GROUP_SIZE",
+        "1000",
+        2..=LARGEST_GROUP,
+        "Members of the largest group. Each message is an event for each of them, in one transaction",
+    );
     let keep = keep(s);
     let limits = limits(s, common.rate_limits);
     let shutdown_wait = s.seconds(
@@ -283,6 +292,7 @@ fn read(s: &mut Settings) -> Result<(Config, Addresses, Logging), Problems> {
             external,
             lifetimes,
             longest_message,
+            largest_group,
             keep,
             limits,
             shutdown_wait,

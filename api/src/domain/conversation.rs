@@ -1,7 +1,7 @@
 //! A conversation as one of its users sees it.
 
 use protocol::ids::{ConversationId, MessageId};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use super::{message::Message, user::User};
 
@@ -10,7 +10,7 @@ use super::{message::Message, user::User};
 pub struct Conversation {
     pub id: ConversationId,
     pub kind: ConversationKind,
-    /// Of a group.
+    /// Of a group. `None` in an event that is replayed to a user who has left the group since.
     pub title: Option<String>,
     pub participant_count: i64,
     pub role: Role,
@@ -25,21 +25,6 @@ pub struct Conversation {
     pub other_last_read_message_id: Option<MessageId>,
 }
 
-impl Conversation {
-    /// As it began for the user, with its names of today. What happened since is in later events, and clients count it from them.
-    pub fn as_created(self, participant_count: i64) -> Self {
-        Self {
-            participant_count,
-            last_message: None,
-            has_unread_messages: false,
-            unread_count: 0,
-            last_read_message_id: None,
-            other_last_read_message_id: None,
-            ..self
-        }
-    }
-}
-
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub enum ConversationKind {
@@ -49,9 +34,15 @@ pub enum ConversationKind {
 }
 
 /// What a user may do in a group; in a direct conversation both are members.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub enum Role {
     Owner,
     Member,
+}
+
+impl Role {
+    pub fn stored(is_owner: bool) -> Self {
+        if is_owner { Self::Owner } else { Self::Member }
+    }
 }

@@ -7,7 +7,11 @@ use protocol::{
 };
 use serde::Serialize;
 
-use super::{conversation::Conversation, message::Message};
+use super::{
+    conversation::{Conversation, Role},
+    message::Message,
+    user::User,
+};
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[serde(untagged)]
@@ -18,6 +22,12 @@ pub enum Event {
     ConversationCreated(Box<Conversation>),
     ConversationRead(ConversationRead),
     ReceiptRead(ReceiptRead),
+    /// The title of a group.
+    ConversationUpdated(Box<Conversation>),
+    ParticipantJoined(ParticipantJoined),
+    ParticipantLeft(ParticipantLeft),
+    /// The role of a member.
+    ParticipantUpdated(ParticipantUpdated),
 }
 
 /// The receiver's own message.
@@ -48,6 +58,29 @@ pub struct ReceiptRead {
     pub last_read_message_id: MessageId,
 }
 
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct ParticipantJoined {
+    pub conversation_id: ConversationId,
+    pub user: User,
+    pub role: Role,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct ParticipantLeft {
+    pub conversation_id: ConversationId,
+    pub user_id: UserId,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct ParticipantUpdated {
+    pub conversation_id: ConversationId,
+    pub user_id: UserId,
+    pub role: Role,
+}
+
 impl Event {
     pub fn name(&self) -> &'static str {
         match self {
@@ -56,6 +89,10 @@ impl Event {
             Self::ConversationCreated(_) => kind::CONVERSATION_CREATED,
             Self::ConversationRead(_) => kind::CONVERSATION_READ,
             Self::ReceiptRead(_) => kind::RECEIPT_READ,
+            Self::ConversationUpdated(_) => kind::CONVERSATION_UPDATED,
+            Self::ParticipantJoined(_) => kind::PARTICIPANT_JOINED,
+            Self::ParticipantLeft(_) => kind::PARTICIPANT_LEFT,
+            Self::ParticipantUpdated(_) => kind::PARTICIPANT_UPDATED,
         }
     }
 }

@@ -1,10 +1,8 @@
-//! Messages: their content and its normal form, and idempotency keys.
+//! Messages: their content and its normal form.
 
 use chrono::{DateTime, Utc};
-use hmac::{Hmac, Mac};
 use protocol::ids::{ConversationId, MessageId};
 use serde::Serialize;
-use sha2::{Digest, Sha256};
 use thiserror::Error;
 
 use super::{text::is_visible, user::User};
@@ -78,45 +76,6 @@ impl Content {
     pub fn as_str(&self) -> &str {
         &self.0
     }
-}
-
-/// A client's name for one send: repeating it makes no second message.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct IdempotencyKey(String);
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
-#[error("Idempotency-Key must be 1 to 128 visible ASCII characters")]
-pub struct BadIdempotencyKey;
-
-impl IdempotencyKey {
-    pub fn parse(bytes: &[u8]) -> Result<Self, BadIdempotencyKey> {
-        if !(1..=128).contains(&bytes.len()) || !bytes.iter().all(u8::is_ascii_graphic) {
-            return Err(BadIdempotencyKey);
-        }
-        Ok(Self(bytes.iter().copied().map(char::from).collect()))
-    }
-
-    pub fn as_str(&self) -> &str {
-        &self.0
-    }
-
-    /// Recognises the key, which is not stored.
-    pub fn hash(&self) -> KeyedHash {
-        shortened(&Sha256::new_with_prefix("message ").chain_update(&self.0).finalize())
-    }
-
-    /// Recognises the text that was sent with this key. Keyed by it, so that a text that was deleted since cannot be guessed from it.
-    pub fn hash_of(&self, content: &Content) -> KeyedHash {
-        let hash = Hmac::<Sha256>::new_from_slice(self.0.as_bytes()).expect("a key may have any length");
-        shortened(&hash.chain_update(&content.0).finalize().into_bytes())
-    }
-}
-
-/// 128 bits: nobody finds two keys, or two texts, with the same.
-pub type KeyedHash = [u8; 16];
-
-fn shortened(hash: &[u8]) -> KeyedHash {
-    *hash.first_chunk().expect("SHA-256 has 32 bytes")
 }
 
 #[cfg(test)]
@@ -199,16 +158,6 @@ mod tests {
                 prop_assert!(!normal.contains(['\r', '\0']) && !normal.contains("\n\n\n"));
                 prop_assert!(!normal.starts_with('\n') && !normal.ends_with(char::is_whitespace));
             }
-        }
-    }
-
-    #[test]
-    fn key_is_1_to_128_visible_ascii_characters() {
-        for good in ["a", "!~", &"k".repeat(128)] {
-            assert_eq!(IdempotencyKey::parse(good.as_bytes()).unwrap().as_str(), good);
-        }
-        for bad in ["", " ", "a b", "é", "a\t", "\x7f", &"k".repeat(129)] {
-            assert!(IdempotencyKey::parse(bad.as_bytes()).is_err(), "{bad:?}");
         }
     }
 }

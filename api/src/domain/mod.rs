@@ -3,6 +3,8 @@
 pub mod conversation;
 pub mod device;
 pub mod event;
+pub mod group;
+pub mod idempotency;
 pub mod message;
 pub mod name;
 pub mod session;

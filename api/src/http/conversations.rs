@@ -4,19 +4,23 @@ use std::sync::Arc;
 
 use http::{HeaderValue, StatusCode, header};
 use protocol::ids::ConversationId;
-use serde::Deserialize;
+use serde::{Deserialize, Deserializer};
+use warp::reply::Response;
 
 use super::{
     Api, HandlerResult,
     auth::{Caller, LiveCaller},
     empty,
     error::ApiError,
-    json,
+    groups, json,
     request::{Inbound, Json},
     with_cursor,
 };
 use crate::{
-    commands::start_conversation::{StartConversationOutcome, start_conversation},
+    commands::{
+        create_group::NewGroup,
+        start_conversation::{StartConversationOutcome, start_conversation},
+    },
     domain::name::may_be_a_name,
     store::conversations as store,
 };
@@ -34,9 +38,28 @@ pub(super) async fn list(api: Arc<Api>, reader: LiveCaller, inbound: Inbound) ->
 #[derive(Deserialize)]
 pub(super) struct StartBody {
     username: Option<String>,
+    title: Option<String>,
+    /// Makes a group, also when it is empty. `null` is no list.
+    #[serde(default, deserialize_with = "some")]
+    usernames: Option<Vec<Option<String>>>,
 }
 
-pub(super) fn username(_: &Inbound, Json(body): Json<StartBody>) -> Result<String, ApiError> {
+fn some<'de, D: Deserializer<'de>, T: Deserialize<'de>>(value: D) -> Result<Option<T>, D::Error> {
+    T::deserialize(value).map(Some)
+}
+
+/// Of a body with a thousand names.
+pub(super) const LARGEST_BODY: usize = 256 * 1024;
+
+pub(super) enum NewConversation {
+    With(String),
+    Group(NewGroup),
+}
+
+pub(super) fn new(inbound: &Inbound, Json(body): Json<StartBody>) -> Result<NewConversation, ApiError> {
+    if let Some(usernames) = body.usernames {
+        return groups::new_group(inbound, body.title.as_deref(), usernames).map(NewConversation::Group);
+    }
     let username = body.username.as_deref().unwrap_or_default().trim();
     if username.is_empty() {
         return Err(ApiError::unacceptable("username", "Username required"));
@@ -44,26 +67,33 @@ pub(super) fn username(_: &Inbound, Json(body): Json<StartBody>) -> Result<Strin
     if !may_be_a_name(username) {
         return Err(ApiError::NO_USER);
     }
-    Ok(username.to_owned())
+    Ok(NewConversation::With(username.to_owned()))
 }
 
-pub(super) async fn start(api: Arc<Api>, caller: Caller, username: String) -> HandlerResult {
-    let (id, mut response) =
-        match start_conversation(&api.context, caller.actor, username, caller.context).await? {
-            StartConversationOutcome::Created(conversation) => {
-                (conversation.id, json(StatusCode::CREATED, &conversation))
-            }
-            StartConversationOutcome::Exists(id) => (id, empty(StatusCode::FOUND)),
-            StartConversationOutcome::NoUser => return Err(ApiError::NO_USER),
-            StartConversationOutcome::Oneself => {
-                let sentence = "You cannot start a conversation with yourself";
-                return Err(ApiError::Forbidden("cannot_start_with_yourself", sentence));
-            }
-            StartConversationOutcome::NoSession => return Err(ApiError::Unauthorized),
-        };
+pub(super) async fn start(api: Arc<Api>, caller: Caller, new: NewConversation) -> HandlerResult {
+    let username = match new {
+        NewConversation::With(username) => username,
+        NewConversation::Group(group) => return groups::create(api, caller, group).await,
+    };
+    match start_conversation(&api.context, caller.actor, username, caller.context).await? {
+        StartConversationOutcome::Created(conversation) => {
+            Ok(created(conversation.id, json(StatusCode::CREATED, &conversation)))
+        }
+        StartConversationOutcome::Exists(id) => Ok(created(id, empty(StatusCode::FOUND))),
+        StartConversationOutcome::NoUser => Err(ApiError::NO_USER),
+        StartConversationOutcome::Oneself => {
+            let sentence = "You cannot start a conversation with yourself";
+            Err(ApiError::Forbidden("cannot_start_with_yourself", sentence))
+        }
+        StartConversationOutcome::NoSession => Err(ApiError::Unauthorized),
+    }
+}
+
+/// Says where the conversation is.
+pub(super) fn created(id: ConversationId, mut response: Response) -> Response {
     let location = HeaderValue::from_str(&format!("/api/conversations/{id}")).expect("an id is digits");
     response.headers_mut().insert(header::LOCATION, location);
-    Ok(response)
+    response
 }
 
 pub(super) async fn find(api: Arc<Api>, reader: LiveCaller, inbound: Inbound) -> HandlerResult {

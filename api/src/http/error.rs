@@ -26,6 +26,8 @@ pub(super) enum ApiError {
     BadBody(String),
     /// Field and sentence.
     Unacceptable(&'static str, String),
+    /// A 422 by the state of things: code and sentence.
+    NotNow(&'static str, &'static str),
     /// An external token cannot be verified without its issuer's keys.
     NoExternalKeys,
     Store(StoreError),
@@ -72,6 +74,7 @@ impl ApiError {
             Self::Unacceptable(_, sentence) => {
                 (StatusCode::UNPROCESSABLE_ENTITY, "unacceptable", sentence.clone())
             }
+            Self::NotNow(code, sentence) => (StatusCode::UNPROCESSABLE_ENTITY, *code, (*sentence).to_owned()),
             Self::NoExternalKeys | Self::Store(StoreError::Unavailable(_)) => {
                 (StatusCode::SERVICE_UNAVAILABLE, "unavailable", "Service unavailable, try again soon".into())
             }

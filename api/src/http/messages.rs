@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use http::{HeaderValue, Method, StatusCode};
+use http::{Method, StatusCode};
 use protocol::ids::{ConversationId, MessageId};
 use serde::Deserialize;
 
@@ -11,7 +11,7 @@ use super::{
     auth::{Caller, LiveCaller},
     empty,
     error::ApiError,
-    json,
+    idempotency, json,
     request::{Inbound, Json, NoBody},
     with_cursor,
 };
@@ -20,7 +20,7 @@ use crate::{
         mark_read::{self, MarkReadOutcome},
         post_message::{Draft, PostMessageOutcome, post_message},
     },
-    domain::message::{Content, IdempotencyKey},
+    domain::message::Content,
     store::messages::{self as store, MessagePage, Window},
 };
 
@@ -46,36 +46,17 @@ pub(super) fn draft(
     Json(body): Json<MessageBody>,
     longest: usize,
 ) -> Result<Draft, ApiError> {
-    let key = idempotency_key(inbound)?;
+    let key = idempotency::key(inbound)?;
     let content = Content::normalise(body.content.as_deref().unwrap_or_default(), longest)
         .map_err(|error| ApiError::unacceptable("content", error.to_string()))?;
     Ok(Draft { conversation: conversation(inbound, NoBody)?, content, key })
 }
 
-fn idempotency_key(inbound: &Inbound) -> Result<Option<IdempotencyKey>, ApiError> {
-    let mut values = inbound.headers.get_all("idempotency-key").iter();
-    let Some(value) = values.next() else { return Ok(None) };
-    // Two keys do not identify one send.
-    let value = if values.next().is_none() { value.as_bytes() } else { b"" };
-    let key =
-        IdempotencyKey::parse(value).map_err(|error| ApiError::unacceptable(KEY_FIELD, error.to_string()))?;
-    Ok(Some(key))
-}
-
-const KEY_FIELD: &str = "idempotencyKey";
-
 pub(super) async fn send(api: Arc<Api>, caller: Caller, draft: Draft) -> HandlerResult {
     match post_message(&api.context, caller.actor, draft, caller.context).await? {
         PostMessageOutcome::Sent(message) => Ok(json(StatusCode::CREATED, &message)),
-        PostMessageOutcome::Replayed(message) => {
-            let mut response = json(StatusCode::CREATED, &message);
-            response.headers_mut().insert("idempotent-replayed", HeaderValue::from_static("true"));
-            Ok(response)
-        }
-        PostMessageOutcome::KeyConflict => {
-            let sentence = "Idempotency-Key was already used for another message";
-            Err(ApiError::unacceptable(KEY_FIELD, sentence))
-        }
+        PostMessageOutcome::Replayed(message) => Ok(idempotency::replayed(&message)),
+        PostMessageOutcome::KeyConflict => Err(idempotency::conflict("message")),
         PostMessageOutcome::NoConversation => Err(ApiError::NO_CONVERSATION),
         PostMessageOutcome::NoSession => Err(ApiError::Unauthorized),
     }
@@ -83,14 +64,18 @@ pub(super) async fn send(api: Arc<Api>, caller: Caller, draft: Draft) -> Handler
 
 /// What clients should know before they send. No credential is looked at.
 pub(super) async fn limits(api: Arc<Api>, _: Inbound, _: NoBody) -> HandlerResult {
-    Ok(json(StatusCode::OK, &serde_json::json!({ "maxMessageLength": api.longest_message })))
+    let limits = serde_json::json!({
+        "maxMessageLength": api.longest_message,
+        "maxGroupSize": api.largest_group,
+    });
+    Ok(json(StatusCode::OK, &limits))
 }
 
 pub(super) async fn list(api: Arc<Api>, reader: LiveCaller, inbound: Inbound) -> HandlerResult {
     let window = Window {
         after: message_id(&inbound, "after")?,
         before: message_id(&inbound, "before")?,
-        limit: limit(&inbound)?,
+        limit: inbound.limit(PAGE, LARGEST_PAGE)?,
     };
     let marks = marks_read(&inbound)?;
     let id = conversation(&inbound, NoBody)?;
@@ -113,14 +98,6 @@ fn message_id(inbound: &Inbound, name: &'static str) -> Result<Option<MessageId>
 
 fn no_message(field: &'static str) -> ApiError {
     ApiError::unacceptable(field, "No such message")
-}
-
-fn limit(inbound: &Inbound) -> Result<i64, ApiError> {
-    let Some(text) = inbound.query("limit") else { return Ok(PAGE) };
-    text.parse()
-        .ok()
-        .filter(|limit| (1..=LARGEST_PAGE).contains(limit))
-        .ok_or_else(|| ApiError::unacceptable("limit", format!("Limit must be from 1 to {LARGEST_PAGE}")))
 }
 
 /// Only a GET whose answer the user sees now marks messages as read.

@@ -8,6 +8,8 @@ mod cors;
 mod edge;
 mod endpoint;
 mod error;
+mod groups;
+mod idempotency;
 mod internal;
 pub mod limits;
 mod login;
@@ -49,6 +51,8 @@ pub struct Api {
     pub dev_login: bool,
     /// Code points.
     pub longest_message: usize,
+    /// Members.
+    pub largest_group: usize,
     pub sign_in: SignIn,
     pub internal_secrets: Secrets,
     pub external: Option<Arc<ExternalUsers>>,
@@ -81,11 +85,16 @@ pub fn public(api: &Arc<Api>) -> BoxedFilter<(Response,)> {
         at("/api/blocks/{id}").put(change(blocks::user, blocks::block).limit(Rate::Change))
             .delete(change(blocks::user, blocks::unblock).limit(Rate::Change)),
         at("/api/conversations").get(read(conversations::list))
-            .post(change(conversations::username, conversations::start).limit(Rate::Start)),
-        at("/api/conversations/{id}").get(read(conversations::find)),
+            .post(change(conversations::new, conversations::start).limit(Rate::Start).largest_body(conversations::LARGEST_BODY)),
+        at("/api/conversations/{id}").get(read(conversations::find))
+            .patch(change(groups::new_title, groups::rename).limit(Rate::Change)),
         at("/api/conversations/{id}/other_participant").get(read(conversations::other_participant)),
         at("/api/conversations/{id}/messages").get(read(messages::list))
             .post(change(draft, messages::send).limit(Rate::Send).largest_body(messages::largest_body(longest))),
+        at("/api/conversations/{id}/participants").get(read(groups::participants))
+            .post(change(groups::new_member, groups::add).limit(Rate::Change)),
+        at("/api/conversations/{id}/participants/{user}").patch(change(groups::new_role, groups::set_role).limit(Rate::Change))
+            .delete(change(groups::one_member, groups::remove).limit(Rate::Change)),
         at("/api/conversations/{id}/read_messages").post(change(messages::conversation, messages::mark_read).limit(Rate::Change)),
         at(openapi::PATH).get(open(openapi::document)),
         at(feed::JWKS_PATH).get(open(login::jwks)),

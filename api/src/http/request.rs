@@ -71,7 +71,18 @@ impl Inbound {
 
     /// The path's only parameter as an id; `None` if malformed.
     pub(super) fn id<T: FromStr>(&self) -> Option<T> {
-        self.parameters.first()?.parse().ok()
+        self.nth_id(0)
+    }
+
+    pub(super) fn nth_id<T: FromStr>(&self, nth: usize) -> Option<T> {
+        self.parameters.get(nth)?.parse().ok()
+    }
+
+    /// The parameter `limit` of a list.
+    pub(super) fn limit(&self, default: i64, largest: i64) -> Result<i64, ApiError> {
+        let Some(text) = self.query("limit") else { return Ok(default) };
+        let limit = text.parse().ok().filter(|limit| (1..=largest).contains(limit));
+        limit.ok_or_else(|| ApiError::unacceptable("limit", format!("Limit must be from 1 to {largest}")))
     }
 
     pub(super) fn device(&self) -> String {

@@ -42,6 +42,10 @@ impl Resource {
         self.method(Method::PUT, endpoint)
     }
 
+    pub(super) fn patch(self, endpoint: Endpoint) -> Self {
+        self.method(Method::PATCH, endpoint)
+    }
+
     pub(super) fn delete(self, endpoint: Endpoint) -> Self {
         self.method(Method::DELETE, endpoint)
     }

@@ -1,7 +1,5 @@
 //! Conversations, as one of their users sees them.
 
-use std::collections::HashMap;
-
 use chrono::{DateTime, Utc};
 use protocol::ids::{ConversationId, MessageId, SessionId, UserId};
 use sqlx::PgConnection;
@@ -129,7 +127,7 @@ impl From<ConversationRow> for Conversation {
             kind: if row.is_group { ConversationKind::Group } else { ConversationKind::Direct },
             title: row.title,
             participant_count: row.participant_count,
-            role: if row.is_owner { Role::Owner } else { Role::Member },
+            role: Role::stored(row.is_owner),
             other_participant: row
                 .other_id
                 .map(|id| User::stored(id, row.other_username, row.other_avatar_url)),
@@ -142,42 +140,84 @@ impl From<ConversationRow> for Conversation {
     }
 }
 
-/// Conversations as these users see them, by both ids. A user who is not in one is left out.
-pub async fn seen_by(
+pub async fn find(
     connection: &mut PgConnection,
-    pairs: &[(UserId, ConversationId)],
-) -> sqlx::Result<HashMap<(UserId, ConversationId), Conversation>> {
-    if pairs.is_empty() {
-        return Ok(HashMap::new());
-    }
-    let readers: Vec<i64> = pairs.iter().map(|(reader, _)| reader.0).collect();
-    let ids: Vec<i64> = pairs.iter().map(|(_, conversation)| conversation.0).collect();
-    let rows = sqlx::query_as!(
+    conversation: ConversationId,
+    reader: UserId,
+) -> sqlx::Result<Option<Conversation>> {
+    let row = sqlx::query_as!(
         ConversationRow,
         r#"SELECT id AS "id!", reader AS "reader!", is_group AS "is_group!", title, participant_count AS "participant_count!",
                   is_owner AS "is_owner!", unread_count AS "unread_count!", last_read_message_id, other_last_read_message_id,
                   other_id, other_username, other_avatar_url,
                   message_id, message_content, message_created_at, message_edited_at, message_deleted_at,
                   sender_id, sender_username, sender_avatar_url
-           FROM messenger.seen_conversations AS c
-           JOIN unnest($1::bigint[], $2::bigint[]) AS pair (reader_id, conversation_id)
-               ON c.reader = pair.reader_id AND c.id = pair.conversation_id"#,
-        &readers,
+           FROM messenger.seen_conversations WHERE reader = $1 AND id = $2"#,
+        reader.0,
+        conversation.0,
+    )
+    .fetch_optional(connection)
+    .await?;
+    Ok(row.map(Conversation::from))
+}
+
+/// An event about a conversation, at one receiver.
+#[derive(Debug, Clone, Copy)]
+pub struct Moment {
+    pub receiver: UserId,
+    pub conversation: ConversationId,
+    /// Of its last message then.
+    pub number: i64,
+    pub participant_count: i64,
+}
+
+/// Each conversation as its receiver saw it at that moment, in the state of today: with today's title and texts, without the messages
+/// that came later, whose own events follow. A receiver who has left is shown no title and no message.
+pub async fn as_of(connection: &mut PgConnection, moments: &[Moment]) -> sqlx::Result<Vec<Conversation>> {
+    if moments.is_empty() {
+        return Ok(Vec::new());
+    }
+    let receivers: Vec<i64> = moments.iter().map(|moment| moment.receiver.0).collect();
+    let ids: Vec<i64> = moments.iter().map(|moment| moment.conversation.0).collect();
+    let numbers: Vec<i64> = moments.iter().map(|moment| moment.number).collect();
+    let counts: Vec<i64> = moments.iter().map(|moment| moment.participant_count).collect();
+    let rows = sqlx::query_as!(
+        ConversationRow,
+        r#"SELECT moment.conversation_id AS "id!", moment.receiver AS "reader!", coalesce(c.is_group, true) AS "is_group!", c.title,
+                  moment.participant_count AS "participant_count!", coalesce(c.is_owner, false) AS "is_owner!", unread.count AS "unread_count!",
+                  CASE WHEN c.last_read_number <= moment.number THEN c.last_read_message_id END AS last_read_message_id,
+                  CASE WHEN c.other_last_read_number <= moment.number THEN c.other_last_read_message_id END AS other_last_read_message_id,
+                  c.other_id, c.other_username, c.other_avatar_url,
+                  m.id AS "message_id?", m.content AS "message_content?", m.created_at AS "message_created_at?",
+                  m.edited_at AS message_edited_at, m.deleted_at AS message_deleted_at,
+                  m.sender_id AS "sender_id?", u.username AS "sender_username?", u.avatar_url AS sender_avatar_url
+           FROM unnest($1::bigint[], $2::bigint[], $3::bigint[], $4::bigint[]) WITH ORDINALITY
+               AS moment (receiver, conversation_id, number, participant_count, ordinality)
+           LEFT JOIN LATERAL (
+               SELECT * FROM messenger.seen_conversations AS s
+               WHERE s.reader = moment.receiver AND s.id = moment.conversation_id LIMIT 1
+           ) AS c ON true
+           LEFT JOIN LATERAL (
+               SELECT * FROM messenger.messages
+               WHERE conversation_id = c.id AND number > c.joined_number AND number <= moment.number
+                 AND hidden_from IS DISTINCT FROM c.reader
+               ORDER BY number DESC LIMIT 1
+           ) AS m ON true
+           LEFT JOIN messenger.users AS u ON u.id = m.sender_id
+           CROSS JOIN LATERAL (
+               SELECT count(*) FROM messenger.messages
+               WHERE conversation_id = c.id AND number > greatest(c.joined_number, c.last_read_number) AND number <= moment.number
+                 AND sender_id <> c.reader AND hidden_from IS DISTINCT FROM c.reader AND deleted_at IS NULL
+           ) AS unread
+           ORDER BY moment.ordinality"#,
+        &receivers,
         &ids,
+        &numbers,
+        &counts,
     )
     .fetch_all(connection)
     .await?;
-    let conversation = |row: ConversationRow| ((UserId(row.reader), ConversationId(row.id)), row.into());
-    Ok(rows.into_iter().map(conversation).collect())
-}
-
-pub async fn find(
-    connection: &mut PgConnection,
-    conversation: ConversationId,
-    reader: UserId,
-) -> sqlx::Result<Option<Conversation>> {
-    let key = (reader, conversation);
-    Ok(seen_by(connection, &[key]).await?.remove(&key))
+    Ok(rows.into_iter().map(Conversation::from).collect())
 }
 
 /// The reader's list, the newest first; with `before`, the conversations after it. `None`: `before` is not a conversation of the reader.

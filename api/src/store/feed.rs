@@ -1,6 +1,6 @@
 //! Reads feeds of many users in one query, and prunes them.
 
-use std::{collections::HashMap, time::Duration};
+use std::time::Duration;
 
 use chrono::{DateTime, Utc};
 use protocol::{
@@ -13,12 +13,18 @@ use serde::Serialize;
 use service_kit::explain::RequestedEvent;
 use sqlx::PgConnection;
 
-use super::{conversations, envelope, number, position, to_json};
+use super::{
+    conversations::{self, Moment},
+    envelope, number, position, to_json,
+};
 use crate::{
     config::Keep,
     domain::{
-        conversation::Conversation,
-        event::{ConversationRead, Event, MessageSent, ReceiptRead},
+        conversation::{Conversation, Role},
+        event::{
+            ConversationRead, Event, MessageSent, ParticipantJoined, ParticipantLeft, ParticipantUpdated,
+            ReceiptRead,
+        },
         message::Message,
         user::User,
     },
@@ -69,8 +75,14 @@ struct RangeRow {
     conversation_id: Option<i64>,
     about_message_id: Option<i64>,
     about_user_id: Option<i64>,
+    about_username: Option<String>,
+    about_avatar_url: Option<String>,
     count: Option<i64>,
+    number: Option<i64>,
+    is_owner: Option<bool>,
     message_id: Option<i64>,
+    /// The receiver is in the conversation and may see the message's text.
+    is_visible: Option<bool>,
     content: Option<String>,
     /// The range ends before it: no more room for its text.
     is_cut: Option<bool>,
@@ -102,8 +114,8 @@ pub async fn ranges(connection: &mut PgConnection, requested: &[RangeAfter]) -> 
         RangeRow,
         r#"SELECT requested.ordinality AS "nth!", h.epoch AS "epoch?", h.head_seq AS "head_seq?",
                   f.seq AS "seq?", e.kind AS "kind?", coalesce(e.conversation_id, m.conversation_id) AS conversation_id,
-                  e.message_id AS about_message_id, e.user_id AS about_user_id, e.count,
-                  m.id AS "message_id?",
+                  e.message_id AS about_message_id, e.user_id AS about_user_id, about.username AS "about_username?", about.avatar_url AS about_avatar_url,
+                  e.count, e.number, e.is_owner, m.id AS "message_id?", p.joined_number < m.number AS is_visible,
                   sum(octet_length(m.content)) OVER earlier > $4 AND row_number() OVER earlier > 1 AS is_cut,
                   CASE WHEN sum(octet_length(m.content)) OVER earlier <= $4 OR row_number() OVER earlier = 1 THEN m.content END AS content, m.created_at AS "created_at?", m.edited_at, m.deleted_at,
                   m.sender_id AS "sender_id?", u.username AS "sender_username?", u.avatar_url AS sender_avatar_url,
@@ -119,6 +131,11 @@ pub async fn ranges(connection: &mut PgConnection, requested: &[RangeAfter]) -> 
                SELECT * FROM messenger.messages WHERE messages.id = coalesce(e.message_id, f.event_id) LIMIT 1
            ) AS m ON true
            LEFT JOIN LATERAL (SELECT * FROM messenger.users WHERE users.id = m.sender_id LIMIT 1) AS u ON true
+           LEFT JOIN LATERAL (SELECT * FROM messenger.users WHERE users.id = e.user_id LIMIT 1) AS about ON true
+           LEFT JOIN LATERAL (
+               SELECT * FROM messenger.participants
+               WHERE participants.conversation_id = m.conversation_id AND participants.user_id = h.user_id LIMIT 1
+           ) AS p ON true
            WINDOW earlier AS (PARTITION BY requested.ordinality ORDER BY f.seq)
            ORDER BY requested.ordinality, f.seq"#,
         &users,
@@ -140,22 +157,19 @@ pub async fn ranges(connection: &mut PgConnection, requested: &[RangeAfter]) -> 
         ranges[nth].head = head(row.epoch, row.head_seq)?;
         of_row.push(nth);
     }
-    let conversations: Vec<_> = rows
-        .iter()
-        .zip(&of_row)
-        .filter(|(row, _)| row.kind.as_deref() == Some(kind::CONVERSATION_CREATED))
-        .filter_map(|(row, nth)| Some((ranges[*nth].user, ConversationId(row.conversation_id?))))
-        .collect();
-    let conversations = conversations::seen_by(connection, &conversations).await?;
+    let moments: Vec<Moment> =
+        rows.iter().zip(&of_row).filter_map(|(row, nth)| row.moment(ranges[*nth].user)).collect();
+    let mut conversations = conversations::as_of(connection, &moments).await?.into_iter();
 
     for (row, nth) in rows.into_iter().zip(of_row) {
         let Range { user, events, .. } = &mut ranges[nth];
         let (Some(epoch), Some(seq)) = (row.epoch, row.seq) else { continue };
+        let conversation = row.moment(*user).and_then(|_| conversations.next());
         if row.is_cut == Some(true) {
             continue;
         }
         let (at, traced) = (row.event_at, (row.request_id.clone(), row.traceparent.clone()));
-        match (event_of(*user, row, &conversations), at) {
+        match (event_of(*user, row, conversation), at) {
             (Some(event), Some(at)) => {
                 let (request_id, traceparent) = traced;
                 let position = position(epoch, seq)?;
@@ -173,12 +187,22 @@ pub async fn ranges(connection: &mut PgConnection, requested: &[RangeAfter]) -> 
     Ok(ranges)
 }
 
+impl RangeRow {
+    /// Of an event that shows its conversation.
+    fn moment(&self, receiver: UserId) -> Option<Moment> {
+        let shows =
+            matches!(self.kind.as_deref(), Some(kind::CONVERSATION_CREATED | kind::CONVERSATION_UPDATED));
+        Some(Moment {
+            receiver,
+            conversation: ConversationId(self.conversation_id.filter(|_| shows)?),
+            number: self.number.unwrap_or(0),
+            participant_count: self.count?,
+        })
+    }
+}
+
 /// `None`: its body is gone.
-fn event_of(
-    receiver: UserId,
-    row: RangeRow,
-    conversations: &HashMap<(UserId, ConversationId), Conversation>,
-) -> Option<Event> {
+fn event_of(receiver: UserId, row: RangeRow, conversation: Option<Conversation>) -> Option<Event> {
     let conversation_id = ConversationId(row.conversation_id?);
     let about = row.about_message_id.map(MessageId);
     match row.kind.as_deref() {
@@ -187,7 +211,7 @@ fn event_of(
             let mine = sender == receiver.0;
             let message = Message {
                 id: MessageId(row.message_id?),
-                content: row.content?,
+                content: row.content.filter(|_| row.is_visible == Some(true)).unwrap_or_default(),
                 conversation_id: Some(conversation_id),
                 sender: User::stored(sender, row.sender_username, row.sender_avatar_url),
                 created_at: row.created_at?,
@@ -201,10 +225,22 @@ fn event_of(
                 Event::Message(message)
             })
         }
-        Some(kind::CONVERSATION_CREATED) => {
-            let conversation = conversations.get(&(receiver, conversation_id))?;
-            Some(Event::ConversationCreated(Box::new(conversation.clone().as_created(row.count?))))
-        }
+        Some(kind::CONVERSATION_CREATED) => Some(Event::ConversationCreated(Box::new(conversation?))),
+        Some(kind::CONVERSATION_UPDATED) => Some(Event::ConversationUpdated(Box::new(conversation?))),
+        Some(kind::PARTICIPANT_JOINED) => Some(Event::ParticipantJoined(ParticipantJoined {
+            conversation_id,
+            user: User::stored(row.about_user_id?, row.about_username, row.about_avatar_url),
+            role: Role::stored(row.is_owner?),
+        })),
+        Some(kind::PARTICIPANT_LEFT) => Some(Event::ParticipantLeft(ParticipantLeft {
+            conversation_id,
+            user_id: UserId(row.about_user_id?),
+        })),
+        Some(kind::PARTICIPANT_UPDATED) => Some(Event::ParticipantUpdated(ParticipantUpdated {
+            conversation_id,
+            user_id: UserId(row.about_user_id?),
+            role: Role::stored(row.is_owner?),
+        })),
         Some(kind::CONVERSATION_READ) => Some(Event::ConversationRead(ConversationRead {
             conversation_id,
             last_read_message_id: about?,

@@ -10,7 +10,8 @@ use super::{Appended, AppendedTo, envelopes, unexpected};
 use crate::{
     domain::{
         event::{ConversationRead, Event, MessageSent, ReceiptRead},
-        message::{Content, IdempotencyKey, Message},
+        idempotency::{IdempotencyKey, KeySpace},
+        message::{Content, Message},
         user::User,
     },
     request_context::RequestContext,
@@ -35,8 +36,7 @@ pub async fn post(
     key: Option<&IdempotencyKey>,
     request: &RequestContext,
 ) -> sqlx::Result<(PostMessageOutcome, Vec<Appended>)> {
-    let key_hash = key.map(IdempotencyKey::hash);
-    let content_hash = key.map(|key| key.hash_of(content));
+    let hashes = key.map(|key| key.hashes(KeySpace::Messages, [content.as_str()]));
     let row = sqlx::query!(
         r#"SELECT outcome AS "outcome!", message_id, content, created_at, edited_at, deleted_at,
                   sender_username, sender_avatar_url, receivers, epochs, seqs
@@ -45,8 +45,8 @@ pub async fn post(
         sender.0,
         conversation.0,
         content.as_str(),
-        key_hash.as_ref().map(|hash| &hash[..]),
-        content_hash.as_ref().map(|hash| &hash[..]),
+        hashes.as_ref().map(|hashes| &hashes.key[..]),
+        hashes.as_ref().map(|hashes| &hashes.content[..]),
         request.request_id,
         request.traceparent(),
     )

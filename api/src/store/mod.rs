@@ -5,6 +5,7 @@
 pub mod blocks;
 pub mod conversations;
 pub mod feed;
+pub mod groups;
 pub mod identities;
 pub mod messages;
 mod pool;
@@ -142,7 +143,7 @@ struct AppendedTo {
 }
 
 impl AppendedTo {
-    fn positions(self) -> sqlx::Result<Vec<(UserId, Position)>> {
+    fn positions(self) -> sqlx::Result<Positions> {
         let [receivers, epochs, seqs] =
             [self.receivers, self.epochs, self.seqs].map(Option::unwrap_or_default);
         if receivers.len() != epochs.len() || receivers.len() != seqs.len() {
@@ -151,7 +152,22 @@ impl AppendedTo {
         let positions = epochs.into_iter().zip(seqs).map(|(epoch, seq)| position(epoch, seq));
         receivers.into_iter().zip(positions).map(|(user, at)| Ok((UserId(user), at?))).collect()
     }
+
+    /// Of a command with events of two kinds, where `kinds` tells which one went to the nth receiver: those of `first`, and the others.
+    fn of_kind(self, kinds: Option<Vec<String>>, first: &str) -> sqlx::Result<(Positions, Positions)> {
+        let (positions, kinds) = (self.positions()?, kinds.unwrap_or_default());
+        if positions.len() != kinds.len() {
+            return Err(sqlx::Error::Decode("a receiver without a kind of event".into()));
+        }
+        let (first, second): (Vec<_>, Vec<_>) =
+            positions.into_iter().zip(kinds).partition(|(_, kind)| kind == first);
+        let without_kinds = |of: Vec<(_, String)>| of.into_iter().map(|(position, _)| position).collect();
+        Ok((without_kinds(first), without_kinds(second)))
+    }
 }
+
+/// Receivers, and where in their feeds.
+type Positions = Vec<(UserId, Position)>;
 
 /// The same event for each of these receivers.
 fn envelopes(

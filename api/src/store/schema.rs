@@ -22,15 +22,24 @@ const MIGRATIONS_TABLE: &str = "messenger._sqlx_migrations";
 static TABLES: Migrator = sqlx::migrate!();
 
 /// Each after its dependencies, since Postgres checks views and the bodies of plain SQL functions when they are created.
-const FUNCTIONS: [&str; 9] = [
+const FUNCTIONS: [&str; 18] = [
     include_str!("../../sql/session_is_live.sql"),
     include_str!("../../sql/append_to_feed.sql"),
+    include_str!("../../sql/append_to_feeds.sql"),
     include_str!("../../sql/visible_last_read.sql"),
     include_str!("../../sql/seen_conversations.sql"),
+    include_str!("../../sql/seen_participants.sql"),
     include_str!("../../sql/find_user.sql"),
+    include_str!("../../sql/may_add.sql"),
+    include_str!("../../sql/lock_group.sql"),
     include_str!("../../sql/post_message.sql"),
     include_str!("../../sql/start_conversation.sql"),
     include_str!("../../sql/mark_read.sql"),
+    include_str!("../../sql/create_group.sql"),
+    include_str!("../../sql/rename_group.sql"),
+    include_str!("../../sql/add_participant.sql"),
+    include_str!("../../sql/set_role.sql"),
+    include_str!("../../sql/remove_participant.sql"),
     include_str!("../../sql/provision_user.sql"),
 ];
 

@@ -21,7 +21,9 @@ const PATHS: &[(&str, &str)] = &[
     ("/api/usernames", "GET, HEAD"),
     ("/api/blocks/{id}", "PUT, DELETE"),
     ("/api/conversations", "GET, HEAD, POST"),
-    ("/api/conversations/{id}", "GET, HEAD"),
+    ("/api/conversations/{id}", "GET, HEAD, PATCH"),
+    ("/api/conversations/{id}/participants", "GET, HEAD, POST"),
+    ("/api/conversations/{id}/participants/{id}", "PATCH, DELETE"),
     ("/api/conversations/{id}/other_participant", "GET, HEAD"),
     ("/api/conversations/{id}/messages", "GET, HEAD, POST"),
     ("/api/conversations/{id}/read_messages", "POST"),
@@ -108,7 +110,7 @@ async fn checks_run_in_the_contracts_order(pool: PgPool) {
     revoked.set_session(&pool, "revoked_at = now()").await;
     execute(&pool, format!("DELETE FROM messenger.users WHERE id = {}", gone.id)).await;
 
-    let huge = format!(r#"{{"content":"{}","username":"x"}}"#, "x".repeat(50 * 1024));
+    let huge = format!(r#"{{"content":"{}","username":"x"}}"#, "x".repeat(300 * 1024));
     let bodies = [
         ("huge", huge.as_str(), 413),
         ("not JSON", "{", 400),

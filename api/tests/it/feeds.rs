@@ -500,7 +500,8 @@ async fn old_bodies_and_keys_are_deleted_after_their_feed_rows(pool: PgPool) {
     assert_eq!(range.events.iter().map(|event| event.seq).collect::<Vec<_>>(), [5]);
 
     assert_eq!(prune_keys(&database, keep).await.unwrap(), 0);
-    let one = "UPDATE messenger.idempotency_keys SET created_at = now() - interval '61 minutes' WHERE message_id = 1";
+    let one =
+        "UPDATE messenger.idempotency_keys SET created_at = now() - interval '61 minutes' WHERE made_id = 1";
     execute(&pool, one).await;
     assert_eq!(prune_keys(&database, keep).await.unwrap(), 1);
     assert_ne!(key("old").expect(201).await.json()["id"], first.json()["id"], "the key is forgotten");

@@ -84,13 +84,15 @@ async fn body_size_is_bounded_in_every_framing(pool: PgPool) {
     };
     assert_eq!(raw::exchange(&app, chunked(LARGEST)).await.unwrap().status, 201);
     assert_problem(&raw::exchange(&app, chunked(100_000)).await.unwrap(), 413, "Body too large");
-    // Other bodies are smaller.
-    let start = |padding: usize| {
+    // Room for the names of a group; other bodies are smaller.
+    let padded = |path: &str, padding: usize| {
         let body = format!(r#"{{"username":"jane","x":"{}"}}"#, "x".repeat(padding));
-        john.call("POST", "/api/conversations").header("content-type", "application/json").body(body)
+        john.call("POST", path).header("content-type", "application/json").body(body)
     };
-    start(16 * 1024 - 30).expect(302).await;
-    start(16 * 1024).expect(413).await;
+    padded("/api/conversations", 256 * 1024 - 30).expect(302).await;
+    padded("/api/conversations", 256 * 1024).expect(413).await;
+    padded("/api/conversations/1/participants", 16 * 1024 - 30).expect(422).await;
+    padded("/api/conversations/1/participants", 16 * 1024).expect(413).await;
     // The announced length is enough for 413.
     let mut socket = raw::connect(&app).await;
     let head = head(&john, "content-length: 99999999999");

@@ -363,7 +363,7 @@ async fn prune_command_deletes_expired_rows(pool: PgPool) {
         INSERT INTO messenger.events (kind, created_at)
         SELECT 'conversation.read', now() - interval '40 days' FROM generate_series(1, 2500);
         INSERT INTO messenger.feed (user_id, seq, event_id) SELECT 1, id, -id FROM messenger.events;
-        INSERT INTO messenger.idempotency_keys (sender_id, key_hash, content_hash, message_id, created_at)
+        INSERT INTO messenger.idempotency_keys (sender_id, key_hash, content_hash, made_id, created_at)
         VALUES (1, 'old', '', 1, now() - interval '31 days'), (1, 'new', '', 2, now());
         UPDATE messenger.feed_heads SET head_seq = 2500 WHERE user_id = 1;
         INSERT INTO messenger.sessions (user_id, expires_at)

@@ -112,6 +112,7 @@ pub(crate) fn config(pool: &PgPool) -> Config {
         external: None,
         lifetimes: Lifetimes { session: Duration::from_hours(1), stream_token: Duration::from_mins(1) },
         longest_message: 4_000,
+        largest_group: 1_000,
         keep: Keep {
             age: Duration::from_hours(1),
             events: 1_000_000,
@@ -280,7 +281,7 @@ pub(crate) async fn add_users<const N: usize>(pool: &PgPool, names: [&str; N]) {
 }
 
 /// Every route that needs a session, but for the one that sends a message.
-pub(crate) const ROUTES: [&str; 19] = [
+pub(crate) const ROUTES: [&str; 24] = [
     "GET /api/auth_user",
     "GET /api/blocks",
     "GET /api/usernames?search=j",
@@ -296,7 +297,12 @@ pub(crate) const ROUTES: [&str; 19] = [
     "GET /api/conversations",
     "POST /api/conversations",
     "GET /api/conversations/{id}",
+    "PATCH /api/conversations/{id}",
     "GET /api/conversations/{id}/other_participant",
+    "GET /api/conversations/{id}/participants",
+    "POST /api/conversations/{id}/participants",
+    "PATCH /api/conversations/{id}/participants/{user}",
+    "DELETE /api/conversations/{id}/participants/{user}",
     "GET /api/conversations/{id}/messages",
     "HEAD /api/conversations/{id}/messages",
     "POST /api/conversations/{id}/read_messages",
@@ -327,7 +333,11 @@ impl ApiUser {
         let (method, path) = route.split_once(' ').unwrap();
         let path = path.replace("{id}", conversation).replace("{user}", &other.id.to_string());
         let call = self.call(method, &path.replace("{session}", &other.session().to_string()));
-        if method == "POST" { call.json(&json!({ "username": other.name })) } else { call }
+        match method {
+            "POST" => call.json(&json!({ "username": other.name })),
+            "PATCH" => call.json(&json!({ "title": "Team", "role": "owner" })),
+            _ => call,
+        }
     }
 
     /// Changes the row of this session.
@@ -354,6 +364,39 @@ impl ApiUser {
 
     pub(crate) fn start_conversation(&self, username: &str) -> Call {
         self.call("POST", "/api/conversations").json(&json!({ "username": username }))
+    }
+
+    /// A group of this user and others.
+    pub(crate) fn create_group(&self, title: &str, usernames: &[&str]) -> Call {
+        self.call("POST", "/api/conversations").json(&json!({ "title": title, "usernames": usernames }))
+    }
+
+    /// Makes a group; its id.
+    pub(crate) async fn group(&self, title: &str, usernames: &[&str]) -> String {
+        text(&self.create_group(title, usernames).expect(201).await.json()["id"])
+    }
+
+    pub(crate) fn rename(&self, group: &str, title: &str) -> Call {
+        self.call("PATCH", &format!("/api/conversations/{group}")).json(&json!({ "title": title }))
+    }
+
+    pub(crate) fn participants(&self, id: &str, query: &str) -> Call {
+        self.call("GET", &format!("/api/conversations/{id}/participants{query}"))
+    }
+
+    pub(crate) fn add(&self, group: &str, username: &str) -> Call {
+        let path = format!("/api/conversations/{group}/participants");
+        self.call("POST", &path).json(&json!({ "username": username }))
+    }
+
+    pub(crate) fn set_role(&self, group: &str, who: &Self, role: &str) -> Call {
+        let path = format!("/api/conversations/{group}/participants/{}", who.id);
+        self.call("PATCH", &path).json(&json!({ "role": role }))
+    }
+
+    /// Oneself: leaves.
+    pub(crate) fn remove(&self, group: &str, who: &Self) -> Call {
+        self.call("DELETE", &format!("/api/conversations/{group}/participants/{}", who.id))
     }
 
     pub(crate) fn conversations(&self, query: &str) -> Call {
@@ -447,6 +490,14 @@ pub(crate) fn assert_problem(answer: &Answer, status: u16, message: &str) {
             && body["code"].as_str().unwrap().bytes().all(|b| b.is_ascii_lowercase() || b == b'_')
     );
     assert_eq!(body.get("errors").is_some(), status == 422, "{body}");
+}
+
+/// A 422 by the state of things: it has a code and no `errors`.
+#[track_caller]
+pub(crate) fn assert_not_now(answer: &Answer, code: &str) {
+    let body = answer.json();
+    assert_eq!((answer.status, &body["code"], body.get("errors")), (422, &json!(code), None), "{body}");
+    assert_common_headers(answer);
 }
 
 #[track_caller]
