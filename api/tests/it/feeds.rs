@@ -22,8 +22,8 @@ use crate::{
     failures::{Listener, with_redis},
     raw,
     support::{
-        ApiUser, App, assert_problem, database, execute, number, once_not_busy, options, redis_url, text,
-        until_waiting_for_locks,
+        ApiUser, App, assert_counts_agree, assert_problem, database, execute, number, once_not_busy, options,
+        redis_url, text, until_waiting_for_locks,
     },
 };
 
@@ -64,34 +64,7 @@ async fn assert_feeds_agree_with_tables(app: &App, pool: &PgPool, users: &[ApiUs
             assert!(positions.is_sorted_by(|a, b| a < b), "{positions:?}");
         }
     }
-    let wrong_counts = number(
-        pool,
-        "SELECT count(*) FROM messenger.participants AS p
-         WHERE p.unread_count <> (SELECT count(*) FROM messenger.messages AS m
-            WHERE m.conversation_id = p.conversation_id AND m.sender_id <> p.user_id AND m.number > p.last_read_number)",
-    );
-    assert_eq!(wrong_counts.await, 0);
-    let wrong_totals = number(
-        pool,
-        "SELECT count(*) FROM messenger.feed_heads AS h
-         WHERE h.unread_total <> (SELECT coalesce(sum(p.unread_count), 0) FROM messenger.participants AS p WHERE p.user_id = h.user_id)",
-    );
-    assert_eq!(wrong_totals.await, 0);
-    let wrong_numbers = number(
-        pool,
-        "SELECT count(*) FROM messenger.conversations AS c
-         WHERE c.last_number <> (SELECT count(*) FROM messenger.messages AS m WHERE m.conversation_id = c.id)
-            OR c.last_number <> (SELECT coalesce(max(m.number), 0) FROM messenger.messages AS m WHERE m.conversation_id = c.id)",
-    );
-    assert_eq!(wrong_numbers.await, 0, "messages are numbered without gaps");
-    // The list of each user is in the order of their own feed.
-    let wrong_places = number(
-        pool,
-        "SELECT count(*) FROM messenger.participants AS p
-         WHERE p.list_seq IS DISTINCT FROM (SELECT max(f.seq) FROM messenger.feed AS f
-            JOIN messenger.messages AS m ON m.id = f.event_id AND m.conversation_id = p.conversation_id WHERE f.user_id = p.user_id)",
-    );
-    assert_eq!(wrong_places.await, 0);
+    assert_counts_agree(pool).await;
 }
 
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]

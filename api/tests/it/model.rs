@@ -8,11 +8,11 @@ use serde_json::{Value, json};
 use sqlx::PgPool;
 use testkit::http::Answer;
 
-use crate::support::{ApiUser, App};
+use crate::support::{ApiUser, App, assert_counts_agree};
 
 const USERS: usize = 5;
 const COMMANDS: usize = 150;
-const SEEDS: u64 = 6;
+const SEEDS: u64 = 12;
 const LARGEST_GROUP: usize = 4;
 
 struct Message {
@@ -275,16 +275,24 @@ impl World {
         all.choose(&mut self.random).copied()
     }
 
+    /// Mostly somebody who is in it.
+    fn pick_for(&mut self, conversation: usize) -> usize {
+        let members: Vec<usize> =
+            self.model.conversations[conversation].members.iter().map(|member| member.user).collect();
+        let member = members.choose(&mut self.random).copied().filter(|_| self.random.random_ratio(4, 5));
+        member.unwrap_or_else(|| self.random.random_range(0..USERS))
+    }
+
     async fn step(&mut self) {
         match self.random.random_range(0..100) {
-            0..7 => self.start().await,
-            7..12 => self.create_group().await,
-            12..18 => self.block().await,
-            18..55 => self.post().await,
-            55..72 => self.read().await,
-            72..77 => self.rename().await,
-            77..85 => self.add().await,
-            85..90 => self.set_role().await,
+            0..5 => self.start().await,
+            5..9 => self.create_group().await,
+            9..14 => self.block().await,
+            14..46 => self.post().await,
+            46..66 => self.read().await,
+            66..70 => self.rename().await,
+            70..84 => self.add().await,
+            84..90 => self.set_role().await,
             _ => self.remove().await,
         }
     }
@@ -374,7 +382,7 @@ impl World {
 
     async fn post(&mut self) {
         let Some(conversation) = self.pick_conversation(None) else { return };
-        let user = self.pick();
+        let user = self.pick_for(conversation);
         self.note(format_args!("{user} posts to {conversation}"));
         let here = &self.model.conversations[conversation];
         let text = format!("{} by {user}", here.messages.len() + 1);
@@ -389,7 +397,7 @@ impl World {
     /// All, or a page before some message.
     async fn read(&mut self) {
         let Some(conversation) = self.pick_conversation(None) else { return };
-        let user = self.pick();
+        let user = self.pick_for(conversation);
         let here = &self.model.conversations[conversation];
         let visible = here.visible(user, usize::MAX);
         let before = visible.choose(&mut self.random).copied().filter(|_| self.random.random());
@@ -412,7 +420,7 @@ impl World {
 
     async fn rename(&mut self) {
         let Some(conversation) = self.pick_conversation(None) else { return };
-        let user = self.pick();
+        let user = self.pick_for(conversation);
         let title = format!("title {}", self.random.random_range(0..3));
         self.note(format_args!("{user} renames {conversation} to {title}"));
         let here = &mut self.model.conversations[conversation];
@@ -431,7 +439,7 @@ impl World {
 
     async fn add(&mut self) {
         let Some(conversation) = self.pick_conversation(Some(true)) else { return };
-        let (user, who) = (self.pick(), self.pick());
+        let (user, who) = (self.pick_for(conversation), self.pick());
         self.note(format_args!("{user} adds {who} to {conversation}"));
         let model = &mut self.model;
         let here = &model.conversations[conversation];
@@ -457,7 +465,8 @@ impl World {
 
     async fn set_role(&mut self) {
         let Some(conversation) = self.pick_conversation(Some(true)) else { return };
-        let (user, who, is_owner) = (self.pick(), self.pick(), self.random.random());
+        let (user, who) = (self.pick_for(conversation), self.pick_for(conversation));
+        let is_owner = self.random.random();
         let role = if is_owner { "owner" } else { "member" };
         self.note(format_args!("{user} makes {who} {role} of {conversation}"));
         let here = &mut self.model.conversations[conversation];
@@ -480,8 +489,8 @@ impl World {
 
     async fn remove(&mut self) {
         let Some(conversation) = self.pick_conversation(Some(true)) else { return };
-        let user = self.pick();
-        let who = if self.random.random() { user } else { self.pick() };
+        let user = self.pick_for(conversation);
+        let who = if self.random.random() { user } else { self.pick_for(conversation) };
         self.note(format_args!("{user} removes {who} from {conversation}"));
         let here = &self.model.conversations[conversation];
         let answer = self.users[user].remove(&here.id, &self.users[who]).send().await.unwrap();
@@ -574,6 +583,7 @@ async fn random_commands_have_the_models_effects(pool: PgPool) {
             world.step().await;
         }
         world.compare().await;
+        assert_counts_agree(&pool).await;
         app = world.app;
     }
     app.stop().await;

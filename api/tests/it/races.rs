@@ -1,12 +1,13 @@
 //! Concurrent requests to several replicas: one change, one set of events, no deadlock.
 
-use futures_util::future::join_all;
+use futures_util::{StreamExt, future::join_all, stream};
+use rand::{RngExt, SeedableRng, rngs::StdRng};
 use serde_json::json;
 use sqlx::PgPool;
 
 use crate::{
     failures::metric,
-    support::{App, number, once_not_busy},
+    support::{App, assert_counts_agree, number, once_not_busy},
 };
 
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
@@ -114,4 +115,61 @@ async fn crossing_sends_and_reads_do_not_deadlock(pool: PgPool) {
         app.feed(user.id).await;
     }
     app.stop().await;
+}
+
+/// The same members in several groups: every command takes the locks of all of them.
+#[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
+async fn commands_on_overlapping_groups_do_not_deadlock(pool: PgPool) {
+    const USERS: usize = 8;
+    let commands: usize = std::env::var("GROUP_COMMANDS").map_or(2_000, |commands| commands.parse().unwrap());
+    let seed: u64 = rand::random();
+    println!("seed {seed}");
+    let mut random = StdRng::seed_from_u64(seed);
+    let apps = [App::start(&pool).await, App::start(&pool).await];
+    let mut users = Vec::new();
+    for n in 0..USERS {
+        users.push(apps[0].user(&pool, &format!("user{n}")).await);
+    }
+    let mut groups = Vec::new();
+    for owner in 0..4 {
+        let names = [1, 2, 3, 5].map(|step| users[(owner + step) % USERS].name.as_str());
+        groups.push(users[owner].group("Team", &names).await);
+        // Two owners, so that the group outlives the one who leaves.
+        users[owner].set_role(&groups[owner], &users[owner + 1], "owner").expect(200).await;
+    }
+    let calls: Vec<_> = (0..commands)
+        .map(|n| {
+            let who = users[random.random_range(0..USERS)].at(&apps[n % 2]);
+            let other = users[random.random_range(0..USERS)].clone();
+            let group = groups[random.random_range(0..groups.len())].clone();
+            let kind = random.random_range(0..20);
+            async move {
+                let answer = once_not_busy(|| match kind {
+                    0..8 => who.post_message(&group, "hi"),
+                    8..11 => who.read_messages(&group),
+                    11..13 => who.messages(&group, "?limit=3"),
+                    13..16 => who.add(&group, &other.name),
+                    16 => who.remove(&group, &who),
+                    17 => who.remove(&group, &other),
+                    18 => who.rename(&group, &format!("Team {n}")),
+                    _ => who.set_role(&group, &other, if n % 3 == 0 { "member" } else { "owner" }),
+                })
+                .await;
+                assert!(answer.status < 500, "{}", answer.text());
+            }
+        })
+        .collect();
+    stream::iter(calls).buffer_unordered(32).for_each(async |()| {}).await;
+    let deadlocks = "SELECT deadlocks FROM pg_stat_database WHERE datname = current_database()";
+    assert_eq!(number(&pool, deadlocks).await, 0);
+    for app in &apps {
+        assert_eq!(metric(app, "messenger_api_database_conflicts_total").await, Some(0));
+    }
+    assert_counts_agree(&pool).await;
+    for user in &users {
+        apps[0].feed(user.id).await;
+    }
+    for app in apps {
+        app.stop().await;
+    }
 }

@@ -87,6 +87,57 @@ pub(crate) async fn number(pool: &PgPool, query: impl Into<String>) -> i64 {
     sqlx::query_scalar(AssertSqlSafe(query.into())).fetch_one(pool).await.unwrap()
 }
 
+/// What the tables repeat is what can be counted.
+pub(crate) async fn assert_counts_agree(pool: &PgPool) {
+    for (what, wrong) in [
+        (
+            "unread counts",
+            "SELECT count(*) FROM messenger.participants AS p
+             WHERE p.unread_count <> (SELECT count(*) FROM messenger.messages AS m
+                WHERE m.conversation_id = p.conversation_id AND m.number > greatest(p.last_read_number, p.joined_number)
+                  AND m.sender_id <> p.user_id AND m.hidden_from IS DISTINCT FROM p.user_id AND m.deleted_at IS NULL)",
+        ),
+        (
+            "unread totals",
+            "SELECT count(*) FROM messenger.feed_heads AS h
+             WHERE h.unread_total <> (SELECT coalesce(sum(p.unread_count), 0)
+                FROM messenger.participants AS p WHERE p.user_id = h.user_id)",
+        ),
+        (
+            "members",
+            "SELECT count(*) FROM messenger.conversations AS c
+             WHERE c.participant_count <> (SELECT count(*) FROM messenger.participants AS p WHERE p.conversation_id = c.id)",
+        ),
+        (
+            "owners",
+            "SELECT count(*) FROM messenger.conversations AS c
+             WHERE c.participant_count > 0 AND (c.user_a IS NULL) <> EXISTS (
+                SELECT FROM messenger.participants AS p WHERE p.conversation_id = c.id AND p.is_owner)",
+        ),
+        (
+            "last messages",
+            "SELECT count(*) FROM messenger.participants AS p
+             WHERE p.last_number IS DISTINCT FROM (SELECT max(m.number) FROM messenger.messages AS m
+                WHERE m.conversation_id = p.conversation_id AND m.number > p.joined_number
+                  AND m.hidden_from IS DISTINCT FROM p.user_id)",
+        ),
+        (
+            "numbers of messages",
+            "SELECT count(*) FROM messenger.conversations AS c
+             WHERE c.last_number <> (SELECT count(*) FROM messenger.messages AS m WHERE m.conversation_id = c.id)
+                OR c.last_number <> (SELECT coalesce(max(m.number), 0) FROM messenger.messages AS m WHERE m.conversation_id = c.id)",
+        ),
+        (
+            "places in lists",
+            "SELECT count(*) FROM messenger.participants AS p
+             WHERE p.last_message_id IS NOT NULL AND p.list_seq IS DISTINCT FROM (SELECT f.seq FROM messenger.feed AS f
+                WHERE f.user_id = p.user_id AND f.event_id = p.last_message_id)",
+        ),
+    ] {
+        assert_eq!(number(pool, wrong).await, 0, "{what}");
+    }
+}
+
 pub(crate) async fn until_waiting_for_locks(pool: &PgPool, sessions: i64) {
     let waiting = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'";
     until("they wait for the lock", || async { number(pool, waiting).await >= sessions }).await;

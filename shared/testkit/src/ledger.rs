@@ -28,24 +28,39 @@ pub struct StoredEvent {
     pub data: Value,
 }
 
-/// Every row of one feed with the members that identify its event.
+/// Every row of one feed with the members that identify its event. A text is compared if it is now what it was when it was sent, and
+/// the user has seen it in the stay in the conversation that still lasts: live they saw the text of then.
 const STORED: &str = "
     SELECT f.seq, coalesce(e.kind, CASE WHEN m.sender_id = f.user_id THEN 'message.sent' ELSE 'message' END),
            CASE coalesce(e.kind, 'message')
                WHEN 'message' THEN jsonb_build_object(
-                   'id', m.id::text, 'conversationId', m.conversation_id::text, 'content', m.content,
+                   'id', m.id::text, 'conversationId', m.conversation_id::text,
                    'mine', m.sender_id = f.user_id, 'sender', jsonb_build_object('id', m.sender_id::text,
                    'username', coalesce(u.username, 'deleted-' || m.sender_id), 'avatarURL', u.avatar_url))
+                   || CASE WHEN p.joined_number < m.number AND m.edited_at IS NULL AND m.deleted_at IS NULL
+                           THEN jsonb_build_object('content', m.content) ELSE '{}' END
+               WHEN 'message.updated' THEN jsonb_build_object('id', e.message_id::text, 'conversationId', e.conversation_id::text)
+               WHEN 'message.deleted' THEN jsonb_build_object('id', e.message_id::text, 'conversationId', e.conversation_id::text)
                WHEN 'conversation.created' THEN jsonb_build_object('id', e.conversation_id::text)
+               WHEN 'conversation.updated' THEN jsonb_build_object('id', e.conversation_id::text)
                WHEN 'conversation.read' THEN jsonb_build_object(
                    'conversationId', e.conversation_id::text, 'lastReadMessageId', e.message_id::text, 'unreadCount', e.count)
                WHEN 'receipt.read' THEN jsonb_build_object(
                    'conversationId', e.conversation_id::text, 'lastReadMessageId', e.message_id::text, 'userId', e.user_id::text)
+               WHEN 'participant.joined' THEN jsonb_build_object(
+                   'conversationId', e.conversation_id::text, 'role', CASE WHEN e.is_owner THEN 'owner' ELSE 'member' END)
+               WHEN 'participant.left' THEN jsonb_build_object(
+                   'conversationId', e.conversation_id::text, 'userId', e.user_id::text)
+               WHEN 'participant.updated' THEN jsonb_build_object(
+                   'conversationId', e.conversation_id::text, 'userId', e.user_id::text,
+                   'role', CASE WHEN e.is_owner THEN 'owner' ELSE 'member' END)
+               WHEN 'user.updated' THEN jsonb_build_object('id', e.user_id::text)
            END::text
     FROM messenger.feed AS f
     LEFT JOIN messenger.events AS e ON e.id = -f.event_id
     LEFT JOIN messenger.messages AS m ON m.id = f.event_id
     LEFT JOIN messenger.users AS u ON u.id = m.sender_id
+    LEFT JOIN messenger.participants AS p ON p.conversation_id = m.conversation_id AND p.user_id = f.user_id
     WHERE f.user_id = $1 ORDER BY f.seq";
 
 impl StoredFeed {
