@@ -123,6 +123,26 @@ pub async fn start_conversations(world: &Bench, users: &[TestUser]) -> anyhow::R
     Ok(users.iter().filter_map(sender).collect())
 }
 
+/// A group of all these users, who may all write.
+pub async fn make_group(world: &Bench, users: &[TestUser]) -> anyhow::Result<Vec<Sender>> {
+    let conversation: i64 = sqlx::query_scalar(
+        "WITH made AS (
+             INSERT INTO messenger.conversations (title, participant_count) VALUES ('Bench', cardinality($1::bigint[])) RETURNING id
+         ), members AS (
+             INSERT INTO messenger.participants (conversation_id, user_id, is_owner)
+             SELECT made.id, member, member = ($1::bigint[])[1] FROM made, unnest($1::bigint[]) AS member
+         )
+         SELECT id FROM made",
+    )
+    .bind(users.iter().map(|user| user.id.0).collect::<Vec<_>>())
+    .fetch_one(&world.sql)
+    .await?;
+    settle(world, "messenger.conversations, messenger.participants").await?;
+    let sender =
+        |user: &TestUser| Sender { conversation: ConversationId(conversation), token: user.token.clone() };
+    Ok(users.iter().map(sender).collect())
+}
+
 /// As autovacuum leaves tables that were filled a while ago.
 async fn settle(world: &Bench, tables: &'static str) -> anyhow::Result<()> {
     sqlx::query(AssertSqlSafe(format!("VACUUM ANALYZE {tables}"))).execute(&world.sql).await?;

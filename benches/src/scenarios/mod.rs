@@ -2,6 +2,7 @@
 
 mod deploy;
 mod fanout;
+mod group;
 mod idle;
 mod million;
 mod opening;
@@ -36,6 +37,8 @@ pub enum Scenario {
     Fanout,
     /// Messages per second through POST, and the time from POST to the other user's stream
     Post,
+    /// Posts in groups of 100 and 1,000 members
+    Group,
     /// All streams reconnect together after a gateway is killed
     Storm,
     /// A rolling restart and SIGKILLs of two apis and three gateways behind nginx, with all streams connected
@@ -100,6 +103,8 @@ pub struct Sizes {
     pub post_pairs: usize,
     pub post_clients: Vec<usize>,
     pub post_length: Duration,
+    /// Members, and posts per second.
+    pub groups: Vec<(usize, u32)>,
     pub screen_rate: u32,
     pub screen_length: Duration,
     pub pace: deploy::Pace,
@@ -128,6 +133,7 @@ impl Sizes {
             post_pairs: if quick { 50 } else { 2_000 },
             post_clients: if quick { vec![1, 4] } else { vec![1, 8, 32, 64] },
             post_length: Duration::from_secs(if quick { 1 } else { 10 }),
+            groups: if quick { vec![(10, 20)] } else { group::GROUPS.into() },
             screen_rate: if quick { 50 } else { 500 },
             screen_length: Duration::from_secs(if quick { 2 } else { 20 }),
             pace: deploy::Pace::new(quick),
@@ -142,6 +148,7 @@ pub async fn run(scenario: Scenario, sizes: &Sizes) -> anyhow::Result<()> {
         Scenario::Idle => idle::run(sizes).await,
         Scenario::Fanout => fanout::run(sizes).await,
         Scenario::Post => post::run(sizes).await,
+        Scenario::Group => group::run(sizes).await,
         Scenario::Storm => storm::run(sizes).await,
         Scenario::Deploy => deploy::run(sizes).await,
         Scenario::Opening => opening::run(sizes).await,

@@ -156,7 +156,7 @@ async fn members_of_changing_groups_get_exactly_their_feeds_whatever_dies() {
                         assert!(std::mem::take(&mut is_in), "{} left twice: {event:?}", user.name);
                     }
                     _ if about("conversationId") => {
-                        assert!(is_in, "{} is told of a group of others: {event:?}", user.name)
+                        assert!(is_in, "{} is told of a group of others: {event:?}", user.name);
                     }
                     _ => {}
                 }
