@@ -2,9 +2,9 @@
 
 /**
  * @typedef {{ id: string, username: string, avatarURL: string | null }} User
- * @typedef {{ id: string, content: string, createdAt: string, mine: boolean, idempotencyKey?: string | null }} Message
- * @typedef {{ id: string, otherParticipant: User, lastMessage: Message | null, unreadCount: number,
- *   lastReadMessageId: string | null, otherLastReadMessageId: string | null }} Conversation
+ * @typedef {{ id: string, content: string, sender: User, createdAt: string, mine: boolean, idempotencyKey?: string | null }} Message
+ * @typedef {{ id: string, kind: "direct" | "group", title: string | null, otherParticipant: User | null, lastMessage: Message | null,
+ *   unreadCount: number, lastReadMessageId: string | null, otherLastReadMessageId: string | null }} Conversation
  * @typedef {{ id: string, device: string, createdAt: string, lastUsedAt: string, current: boolean }} Session
  */
 

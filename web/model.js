@@ -25,6 +25,9 @@ const THREADS = 10;
 /** @param {string} name */
 const isMessage = (name) => name === "message" || name === "message.sent";
 
+/** They say more than a page can that was read before them. */
+const GROUP_EVENTS = ["conversation.created", "conversation.updated", "participant.left"];
+
 export class Model {
   changes = new Changes();
   /** @type {Map<string, Conversation>} */
@@ -113,6 +116,7 @@ export class Model {
     const buffered = this.#buffered ?? [];
     this.#buffered = null;
     for (const [name, data] of buffered) {
+      if (GROUP_EVENTS.includes(name)) this.#applyToList(name, data);
       if (isMessage(name)) this.#toTop(data.conversationId);
       if (paged.has(data.conversationId)) this.#change(name, data);
     }
@@ -275,6 +279,17 @@ export class Model {
   #applyToList(name, data) {
     if (name === "conversation.created") {
       if (!this.conversations.has(data.id) && !this.#coming.has(data.id)) this.#put(data);
+      // A group is in the list from the beginning, other conversations from their first message on.
+      if (data.kind === "group") this.#toTop(data.id);
+      return;
+    }
+    if (name === "conversation.updated") {
+      const conversation = this.conversations.get(data.id);
+      if (conversation) conversation.title = data.title;
+      return;
+    }
+    if (name === "participant.left") {
+      if (data.userId === this.me.id) this.#leave(data.conversationId);
       return;
     }
     const id = data.conversationId;
@@ -283,6 +298,14 @@ export class Model {
     if (this.conversations.has(id)) this.#change(name, data);
     // Other events of unknown conversations will be in what is read when they are opened.
     else if (isMessage(name)) this.#readOnce(id, [[name, data]]).catch(() => {});
+  }
+
+  /** @param {string} id */
+  #leave(id) {
+    const thread = this.#threads.get(id);
+    if (thread) thread.state = "gone";
+    this.conversations.delete(id);
+    this.order = this.order.filter((other) => other !== id);
   }
 
   /** @param {string} id */

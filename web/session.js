@@ -6,7 +6,9 @@ import { Outbox } from "./outbox.js";
 import { Drawer, who } from "./storage.js";
 import { MessengerStream } from "./stream.js";
 
-const EVENTS = ["message", "message.sent", "conversation.created", "conversation.read", "receipt.read"];
+const EVENTS = [
+  "message", "message.sent", "conversation.created", "conversation.updated", "conversation.read", "receipt.read", "participant.left",
+];
 const DAY_MS = 86_400_000;
 
 export class Session {

@@ -8,6 +8,14 @@ import { when } from "./text.js";
 
 /** @typedef {import("./api.js").User} User */
 
+/**
+ * Whom a conversation shows: the other one, or the group.
+ *
+ * @param {import("./api.js").Conversation} conversation
+ * @returns {User}
+ */
+export const faceOf = ({ id, title, otherParticipant }) => otherParticipant ?? { id, username: title ?? "", avatarURL: null };
+
 /** A picture, or the initial of the name. @param {User} user */
 export function avatar(user) {
   const face = h("span", { class: "avatar", "aria-hidden": "true" });
@@ -143,15 +151,15 @@ export function makeShell(session, { go, leave }) {
       return conversation ? [{ key: id, conversation }] : [];
     });
     reconcile(list, items, ({ key, conversation }) => {
-      const { username } = conversation.otherParticipant;
       return h("li", { "data-conversation-id": key }, h("a", { href: `/conversations/${encodeURIComponent(key)}` },
-        avatar(conversation.otherParticipant),
-        h("span", { class: "name", dir: "auto" }, username),
+        avatar(faceOf(conversation)),
+        h("span", { class: "name", dir: "auto" }),
         h("time", {}),
         h("span", { class: "preview", dir: "auto" })));
     }, (row, { key, conversation }) => {
       const link = /** @type {HTMLElement} */ (row.firstElementChild);
-      const [, , time, preview] = /** @type {any} */ (link.children);
+      const [, name, time, preview] = /** @type {any} */ (link.children);
+      setText(name, faceOf(conversation).username);
       const last = conversation.lastMessage;
       setText(time, last ? when(last.createdAt) : "");
       setAttribute(time, "datetime", last?.createdAt);
@@ -182,7 +190,7 @@ export function makeShell(session, { go, leave }) {
 
   model.onMessage = (message, conversation) => {
     if (document.visibilityState === "hidden") return;
-    const from = conversation?.otherParticipant.username;
+    const from = message.sender.username;
     if (message.conversationId === session.open) announce(`${from ?? ""}: ${message.content}`);
     else announce(`New message${from ? ` from ${from}` : ""}`);
   };

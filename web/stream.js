@@ -39,7 +39,10 @@ const STEADY = 10_000;
 const SHORTLY = 1_000;
 const CATCH_UP = 30_000;
 
-const EVENTS = ["message", "message.sent", "conversation.created", "conversation.read", "receipt.read", "resync"];
+const EVENTS = [
+  "message", "message.sent", "message.updated", "message.deleted", "conversation.created", "conversation.updated",
+  "conversation.read", "receipt.read", "participant.joined", "participant.left", "participant.updated", "user.updated", "resync",
+];
 
 /**
  * @typedef {"connecting" | "live" | "offline" | "signed-out"} State

@@ -3,15 +3,18 @@
 
 import { apiEvents, post, retryNow } from "../api.js";
 import { h, icon, reconcile, setAttribute, setText } from "../dom.js";
-import { avatar, backLink } from "../shell.js";
+import { avatar, backLink, faceOf } from "../shell.js";
 import { clock, codePoints, day, moment, normalise, parts } from "../text.js";
 import { lastIndex } from "../thread.js";
 
 /**
- * @typedef {{ kind: "message", key: string, id: string | null, mine: boolean, content: string, time: string | number,
+ * @typedef {{ kind: "message", key: string, id: string | null, mine: boolean, sender: string, content: string, time: string | number,
  *   state: "" | "sending" | "sent" | "read" | "failed", error: string, first: boolean, last: boolean }} MessageItem
  * @typedef {MessageItem | { kind: "day" | "new" | "top", key: string, text: string }} Item
  */
+
+/** @param {import("../api.js").Conversation | undefined} conversation */
+const nameOf = (conversation) => (conversation ? faceOf(conversation).username : "");
 
 /** This near to the end counts as the end. */
 const NEAR = 32;
@@ -182,7 +185,7 @@ export function conversationPage({ session, signal, setTitle, fail }, id) {
     /** @type {Omit<MessageItem, "first" | "last">[]} */
     const all = thread.messages.map((message, index) => ({
       kind: "message", key: message.idempotencyKey ?? message.id, id: message.id,
-      mine: message.mine, content: message.content, time: message.createdAt,
+      mine: message.mine, sender: message.sender.username, content: message.content, time: message.createdAt,
       state: !message.mine ? "" : index < read ? "read" : "sent", error: "",
     }));
     for (const entry of outbox.shown(id)) {
@@ -190,7 +193,7 @@ export function conversationPage({ session, signal, setTitle, fail }, id) {
       if (entry.messageId && thread.has(entry.messageId)) continue;
       all.push({
         kind: "message", key: entry.key, id: entry.messageId,
-        mine: true, content: entry.content, time: entry.sent ?? entry.createdAt,
+        mine: true, sender: model.me.username, content: entry.content, time: entry.sent ?? entry.createdAt,
         state: entry.state === "waiting" ? "sending" : entry.state, error: entry.error,
       });
     }
@@ -208,7 +211,7 @@ export function conversationPage({ session, signal, setTitle, fail }, id) {
     for (const message of all) {
       const item = { ...message, first: true, last: true };
       const date = new Date(item.time);
-      let together = previous?.mine === item.mine && date.getTime() - new Date(previous.time).getTime() < TOGETHER_MS;
+      let together = previous?.mine === item.mine && previous.sender === item.sender && date.getTime() - new Date(previous.time).getTime() < TOGETHER_MS;
       if (!previous || date.toDateString() !== new Date(previous.time).toDateString()) {
         shown.push({ kind: "day", key: `day ${item.key}`, text: day(item.time) });
         together = false;
@@ -230,11 +233,11 @@ export function conversationPage({ session, signal, setTitle, fail }, id) {
   function render() {
     if (thread.state === "gone") return fail("There is no such conversation.");
     const conversation = model.conversations.get(id);
-    const name = conversation?.otherParticipant.username ?? "";
+    const name = nameOf(conversation);
     if (conversation && name !== named) {
       named = name;
       setText(heading, name);
-      face.replaceWith(avatar(conversation.otherParticipant));
+      face.replaceWith(avatar(faceOf(conversation)));
       field.placeholder = `Write to ${name}`;
       setTitle(name);
     }
@@ -286,7 +289,7 @@ export function conversationPage({ session, signal, setTitle, fail }, id) {
         h("button", { type: "button", class: "plain", click: retryNow }, "Try now"));
     }
     return h("li", { class: "message", role: "article", "data-mine": String(item.mine) },
-      h("span", { class: "unseen" }, item.mine ? "You:" : `${named}:`),
+      h("span", {}),
       h("div", { class: "bubble" },
         h("div", { class: "content", dir: "auto" }),
         h("div", { class: "meta" }, h("time", {}), item.mine && h("span", { class: "mark", role: "img" }))));
@@ -309,7 +312,10 @@ export function conversationPage({ session, signal, setTitle, fail }, id) {
     setAttribute(row, "data-failed", item.state === "failed");
     row.classList.toggle("first", item.first);
     row.classList.toggle("last", item.last);
-    const bubble = /** @type {Element} */ (row.children[1]);
+    const [sender, bubble] = /** @type {any} */ (row.children);
+    setText(sender, item.mine ? "You:" : `${item.sender}:`);
+    const isGroup = model.conversations.get(id)?.kind === "group";
+    setAttribute(sender, "class", isGroup && item.first && !item.mine ? "sender" : "unseen");
     const [content, meta] = /** @type {any} */ (bubble.children);
     if (content.textContent !== item.content || !content.hasChildNodes()) content.replaceChildren(...nodes(item.content));
     const [time, mark] = meta.children;
@@ -393,7 +399,7 @@ export function conversationPage({ session, signal, setTitle, fail }, id) {
   });
   model.conversation(id).then((conversation) => (conversation ? render() : fail("There is no such conversation.")), () => {});
   return {
-    name: "conversation", title: model.conversations.get(id)?.otherParticipant.username ?? "", element, open: id,
+    name: "conversation", title: nameOf(model.conversations.get(id)), element, open: id,
     focus: () => {
       measure();
       render();

@@ -4,6 +4,7 @@ mod away;
 mod deploys;
 mod endings;
 mod front;
+mod groups;
 mod history;
 mod keyboard;
 mod looks;
