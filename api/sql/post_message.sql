@@ -19,6 +19,8 @@ CREATE OR REPLACE FUNCTION messenger.post_message(
 DECLARE
     _number bigint;
     _hidden_from bigint;
+    -- Of a direct conversation.
+    _other bigint;
     _used messenger.idempotency_keys;
     _receiver bigint;
 BEGIN
@@ -42,7 +44,7 @@ BEGIN
     WHERE c.id = _conversation
       AND (_sender IN (c.user_a, c.user_b)
            OR EXISTS (SELECT FROM messenger.participants AS p WHERE p.conversation_id = c.id AND p.user_id = _sender))
-    RETURNING c.last_number, ARRAY[c.user_a, c.user_b] INTO _number, receivers;
+    RETURNING c.last_number, ARRAY[c.user_a, c.user_b], c.user_a + c.user_b - _sender INTO _number, receivers, _other;
     -- A member of a group may have left while we waited for the lock.
     IF FOUND AND receivers[1] IS NULL THEN
         SELECT array_agg(p.user_id ORDER BY p.user_id) INTO receivers
@@ -85,10 +87,7 @@ BEGIN
     -- Blocks are read after the wait for the lock, so a block that was confirmed before this send is seen. In a group they hide nothing.
     INSERT INTO messenger.messages AS m (id, conversation_id, number, sender_id, content, hidden_from, request_id, traceparent)
     SELECT message_id, _conversation, _number, _sender, _content,
-           (SELECT b.blocker_id
-            FROM messenger.conversations AS c
-            JOIN messenger.blocks AS b ON b.blocker_id = c.user_a + c.user_b - _sender AND b.blocked_id = _sender
-            WHERE c.id = _conversation),
+           (SELECT b.blocker_id FROM messenger.blocks AS b WHERE b.blocker_id = _other AND b.blocked_id = _sender),
            _request_id, _traceparent
     RETURNING m.content, m.created_at, m.hidden_from INTO content, created_at, _hidden_from;
     receivers := array_remove(receivers, _hidden_from);
