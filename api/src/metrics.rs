@@ -36,6 +36,9 @@ metrics! {
         pub published_events: Counter = "Events that Redis accepted";
         pub publish_dropped_events: Family<Dropped, Counter> =
             "Events that were not published; gateways recover them by reconciling, by reason";
+        pub published_ephemeral_events: Counter = "Ephemeral events, which are in no feed, that Redis accepted";
+        pub publish_dropped_ephemeral_events: Family<Dropped, Counter> =
+            "Ephemeral events that were not published and are lost, by reason";
         pub publish_queued_events: Gauge = "Events waiting for Redis";
         pub redis_connected: Gauge = "1 while the publisher is connected to Redis";
         pub database_connections_used: Gauge = "Connections to Postgres in use";

@@ -134,6 +134,8 @@ pub struct RateLimits {
     pub start_per_address: Limit,
     pub send_per_user: Limit,
     pub send_per_address: Limit,
+    pub typing_per_user: Limit,
+    pub typing_per_address: Limit,
     pub change_per_user: Limit,
     pub change_per_address: Limit,
     /// The longest wait for an answer of Redis.
@@ -150,6 +152,8 @@ impl RateLimits {
         start_per_address: Limit::Off,
         send_per_user: Limit::Off,
         send_per_address: Limit::Off,
+        typing_per_user: Limit::Off,
+        typing_per_address: Limit::Off,
         change_per_user: Limit::Off,
         change_per_address: Limit::Off,
         patience: limiter::SHARED_CHECK_TIMEOUT,
@@ -353,6 +357,8 @@ fn limits(s: &mut Settings, on: bool) -> RateLimits {
         ),
         send_per_user: limit("LIMIT_SEND_PER_USER", "120/60", "Messages sent, per user"),
         send_per_address: limit("LIMIT_SEND_PER_ADDRESS", "1200/60", "Messages sent, per client address"),
+        typing_per_user: limit("LIMIT_TYPING_PER_USER", "120/60", "Calls that tell of typing, per user"),
+        typing_per_address: limit("LIMIT_TYPING_PER_ADDRESS", "1200/60", "The same, per client address"),
         change_per_user: limit(
             "LIMIT_CHANGE_PER_USER",
             "300/60",

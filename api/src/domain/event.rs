@@ -1,6 +1,7 @@
 //! The events of a feed, as one receiver sees them. This is the only place that makes their JSON: what is published after a commit and
 //! what is read from the feed later come from here, as REST answers come from the same types.
 
+use chrono::{DateTime, Utc};
 use protocol::{
     event::kind,
     ids::{ConversationId, MessageId, UserId},
@@ -93,6 +94,31 @@ impl Event {
             Self::ParticipantJoined(_) => kind::PARTICIPANT_JOINED,
             Self::ParticipantLeft(_) => kind::PARTICIPANT_LEFT,
             Self::ParticipantUpdated(_) => kind::PARTICIPANT_UPDATED,
+        }
+    }
+}
+
+/// An event in no feed, for those who are connected now.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(untagged)]
+pub enum EphemeralEvent {
+    Typing(Typing),
+}
+
+/// The user types, at least until then or their next message.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Typing {
+    pub conversation_id: ConversationId,
+    pub user_id: UserId,
+    #[serde(serialize_with = "super::time")]
+    pub expires_at: DateTime<Utc>,
+}
+
+impl EphemeralEvent {
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Typing(_) => kind::TYPING,
         }
     }
 }

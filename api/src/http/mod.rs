@@ -20,6 +20,7 @@ mod request;
 mod route;
 mod sessions;
 pub mod tokens;
+mod typing;
 mod users;
 mod web;
 
@@ -96,6 +97,7 @@ pub fn public(api: &Arc<Api>) -> BoxedFilter<(Response,)> {
         at("/api/conversations/{id}/participants/{user}").patch(change(groups::new_role, groups::set_role).limit(Rate::Change))
             .delete(change(groups::one_member, groups::remove).limit(Rate::Change)),
         at("/api/conversations/{id}/read_messages").post(change(messages::conversation, messages::mark_read).limit(Rate::Change)),
+        at("/api/conversations/{id}/typing").post(change(messages::conversation, typing::announce).limit(Rate::Typing)),
         at(openapi::PATH).get(open(openapi::document)),
         at(feed::JWKS_PATH).get(open(login::jwks)),
         matching("web", web::path).get(open(web::file)),

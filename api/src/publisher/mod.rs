@@ -1,5 +1,5 @@
 //! Publishes committed events to Redis: pipelined, bounded, best effort. Gateways find a dropped event at their next
-//! reconcile, so nothing waits for Redis and nothing is kept for later.
+//! reconcile, so nothing waits for Redis and nothing is kept for later. Ephemeral events are in no feed: a dropped one is lost.
 
 mod cluster;
 mod node;
@@ -11,7 +11,7 @@ use std::{
 
 use protocol::{
     channels::Channels,
-    event::Revoked,
+    event::{self, Ephemeral, LARGEST_EPHEMERAL, Revoked},
     ids::{SessionId, UserId},
     keys_version::KeysVersion,
 };
@@ -25,6 +25,7 @@ use tokio_util::sync::CancellationToken;
 
 use self::node::NodePublisher;
 use crate::{
+    domain::event::EphemeralEvent,
     metrics::{Dropped, Metrics},
     store::Appended,
 };
@@ -55,8 +56,10 @@ struct Publication {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum PublicationKind {
-    /// For one user. Metrics count only these.
+    /// For one user.
     Event,
+    /// For one user, in no feed. It takes at most half of a queue, so that it keeps out no event of a feed.
+    Ephemeral,
     /// Key versions, for every node: on the first of [`Channels::keys`] that it owns.
     KeysEverywhere,
     /// The same for one node. The next announcement follows in seconds.
@@ -97,7 +100,18 @@ impl Publisher {
             }
             let payload =
                 serde_json::to_vec(&envelope).expect("an envelope is strings, numbers and valid JSON");
-            self.enqueue(receiver, payload, span);
+            self.enqueue(receiver, payload, PublicationKind::Event, span);
+        }
+    }
+
+    /// To those of the receivers who are connected.
+    pub fn publish_ephemeral(&self, event: &EphemeralEvent, receivers: impl IntoIterator<Item = UserId>) {
+        let data = serde_json::value::to_raw_value(event).expect("it is strings and times");
+        let message = Ephemeral { ephemeral: event.name(), v: event::VERSION, data: &data };
+        let payload = serde_json::to_vec(&message).expect("it is strings, numbers and valid JSON");
+        debug_assert!(payload.len() <= LARGEST_EPHEMERAL, "gateways drop longer ones");
+        for receiver in receivers {
+            self.enqueue(receiver, payload.clone(), PublicationKind::Ephemeral, Span::NONE);
         }
     }
 
@@ -105,7 +119,7 @@ impl Publisher {
     pub fn publish_revoked(&self, user: UserId, sessions: &[SessionId]) {
         for &revoked in sessions {
             let payload = serde_json::to_vec(&Revoked { revoked }).expect("an id is a string");
-            self.enqueue(user, payload, Span::NONE);
+            self.enqueue(user, payload, PublicationKind::Event, Span::NONE);
         }
     }
 
@@ -122,14 +136,18 @@ impl Publisher {
         enqueue(&self.queue, publication, &self.metrics);
     }
 
-    fn enqueue(&self, receiver: UserId, payload: Vec<u8>, span: Span) {
+    fn enqueue(&self, receiver: UserId, payload: Vec<u8>, kind: PublicationKind, span: Span) {
         let channel = self.channels.user(receiver);
-        let publication = Publication { channel, payload, kind: PublicationKind::Event, redirects: 0, span };
+        let publication = Publication { channel, payload, kind, redirects: 0, span };
         enqueue(&self.queue, publication, &self.metrics);
     }
 }
 
 fn enqueue(queue: &mpsc::Sender<Publication>, publication: Publication, metrics: &Metrics) {
+    let half = queue.max_capacity() / 2;
+    if publication.kind == PublicationKind::Ephemeral && queue.capacity() < half {
+        return drop_publications("queue_full", [publication], metrics);
+    }
     match queue.try_send(publication) {
         Ok(()) => _ = metrics.publish_queued_events.inc(),
         Err(TrySendError::Full(publication)) => drop_publications("queue_full", [publication], metrics),
@@ -144,9 +162,12 @@ fn drop_publications(
 ) {
     for mut publication in publications {
         publication.span.fail(reason);
-        if publication.kind == PublicationKind::Event {
-            metrics.publish_dropped_events.get_or_create(&Dropped { reason }).inc();
-        }
+        let dropped = match publication.kind {
+            PublicationKind::Event => &metrics.publish_dropped_events,
+            PublicationKind::Ephemeral => &metrics.publish_dropped_ephemeral_events,
+            PublicationKind::KeysEverywhere | PublicationKind::Keys => continue,
+        };
+        dropped.get_or_create(&Dropped { reason }).inc();
     }
 }
 

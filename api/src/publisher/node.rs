@@ -176,13 +176,14 @@ impl NodePublisher {
     ) -> (bool, Option<RedisError>) {
         let sent = batch.len();
         let mut failed = None;
-        let (mut taken, mut events) = (false, 0);
+        let (mut taken, mut events, mut ephemeral) = (false, 0, 0);
         let mut answers = answers.into_iter();
         for mut publication in std::mem::take(batch) {
             let too_few = || Err(RedisError::from((ErrorKind::Parse, "fewer replies than events")));
             let Err(error) = answers.next().unwrap_or_else(too_few) else {
                 taken = true;
                 events += u64::from(publication.kind == PublicationKind::Event);
+                ephemeral += u64::from(publication.kind == PublicationKind::Ephemeral);
                 continue;
             };
             if let (Some(redirects), Some(node)) =
@@ -199,6 +200,7 @@ impl NodePublisher {
         }
         self.metrics.publish_queued_events.dec_by((sent - batch.len()) as i64);
         self.metrics.published_events.inc_by(events);
+        self.metrics.published_ephemeral_events.inc_by(ephemeral);
         (taken, failed)
     }
 

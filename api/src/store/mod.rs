@@ -2,6 +2,7 @@
 //!
 //! [`Database`] bounds the number of connections, the wait for one, and the wait for an answer.
 
+pub mod audience;
 pub mod blocks;
 pub mod conversations;
 pub mod feed;

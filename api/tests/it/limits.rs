@@ -23,12 +23,12 @@ const HOUR: Duration = Duration::from_hours(1);
 /// Tests of shared limits wait for Redis as long as it takes.
 const OFF: RateLimits = RateLimits { patience: PATIENCE, ..RateLimits::OFF };
 
-fn limited(pool: &PgPool, limits: RateLimits) -> Config {
-    Config { limits, ..config(pool) }
+fn limited(pool: &PgPool, limits: &RateLimits) -> Config {
+    Config { limits: *limits, ..config(pool) }
 }
 
 /// Two replicas.
-async fn start_two(pool: &PgPool, limits: RateLimits) -> (App, App) {
+async fn start_two(pool: &PgPool, limits: &RateLimits) -> (App, App) {
     let channels = Channels::new(channel_prefix());
     let config = || Config { channels: channels.clone(), ..limited(pool, limits) };
     (start(config()).await, start(config()).await)
@@ -82,7 +82,7 @@ async fn send(user: &ApiUser, conversation: &str, times: u32) -> u32 {
 
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
 async fn replicas_share_each_users_limit(pool: PgPool) {
-    let (one, two) = start_two(&pool, RateLimits { send_per_user: Limit::new(10, HOUR), ..OFF }).await;
+    let (one, two) = start_two(&pool, &RateLimits { send_per_user: Limit::new(10, HOUR), ..OFF }).await;
     let (john, jane, conversation) = one.pair(&pool).await;
     let there = john.at(&two);
     assert_eq!((send(&john, &conversation, 4).await, send(&there, &conversation, 4).await), (4, 4));
@@ -101,7 +101,7 @@ async fn replicas_share_each_users_limit(pool: PgPool) {
 async fn retry_after_is_long_enough(pool: PgPool) {
     // One message is allowed again after 1.5 s at most.
     let send_per_user = Limit::new(2, Duration::from_secs(3));
-    let (one, two) = start_two(&pool, RateLimits { send_per_user, ..OFF }).await;
+    let (one, two) = start_two(&pool, &RateLimits { send_per_user, ..OFF }).await;
     let (john, _, conversation) = one.pair(&pool).await;
     for sender in [&john, &john.at(&two)] {
         let wait = loop {
@@ -122,7 +122,7 @@ async fn retry_after_is_long_enough(pool: PgPool) {
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
 async fn ended_sessions_token_uses_no_limit_of_its_user(pool: PgPool) {
     let limits = RateLimits { send_per_user: Limit::new(10, HOUR), ..OFF };
-    let app = start(limited(&pool, limits)).await;
+    let app = start(limited(&pool, &limits)).await;
     let (stolen, _, conversation) = app.pair(&pool).await;
     let phone = app.login("john").await;
     phone.call("DELETE", "/api/sessions").expect(204).await;
@@ -137,7 +137,7 @@ async fn ended_sessions_token_uses_no_limit_of_its_user(pool: PgPool) {
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
 async fn every_route_remembers_an_ended_session(pool: PgPool) {
     let limits = RateLimits { send_per_user: Limit::new(1, HOUR), ..OFF };
-    let app = start(limited(&pool, limits)).await;
+    let app = start(limited(&pool, &limits)).await;
     let john = app.user(&pool, "john").await;
     for (n, route) in ROUTES.into_iter().enumerate() {
         let name = format!("user{n}");
@@ -153,7 +153,7 @@ async fn every_route_remembers_an_ended_session(pool: PgPool) {
 
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
 async fn repeated_key_counts_like_a_send(pool: PgPool) {
-    let app = start(limited(&pool, RateLimits { send_per_user: Limit::new(2, HOUR), ..OFF })).await;
+    let app = start(limited(&pool, &RateLimits { send_per_user: Limit::new(2, HOUR), ..OFF })).await;
     let (john, _, conversation) = app.pair(&pool).await;
     let post = || john.post_message(&conversation, "once").header("idempotency-key", "k").send();
     assert_eq!(post().await.unwrap().status, 201);
@@ -166,7 +166,7 @@ async fn repeated_key_counts_like_a_send(pool: PgPool) {
 async fn without_redis_each_replica_limits_locally(pool: PgPool) {
     let mut redis = Redis::start();
     let limits = RateLimits { send_per_user: Limit::new(20, HOUR), ..RateLimits::OFF };
-    let config = limited(&pool, limits);
+    let config = limited(&pool, &limits);
     let app = start(Config { redis: RedisTopology::single(redis.url()).unwrap(), ..config }).await;
     let (john, jane, conversation) = app.pair(&pool).await;
     assert_eq!(send(&john, &conversation, 5).await, 5);
@@ -192,7 +192,7 @@ async fn without_redis_each_replica_limits_locally(pool: PgPool) {
 async fn frozen_redis_does_not_delay_sends(pool: PgPool) {
     let mut redis = Redis::start();
     let limits = RateLimits { send_per_user: Limit::new(10_000, HOUR), ..RateLimits::OFF };
-    let config = limited(&pool, limits);
+    let config = limited(&pool, &limits);
     let app = start(Config { redis: RedisTopology::single(redis.url()).unwrap(), ..config }).await;
     let (john, _, conversation) = app.pair(&pool).await;
     until_shared(&app, 1).await;
@@ -210,7 +210,7 @@ async fn frozen_redis_does_not_delay_sends(pool: PgPool) {
 async fn rate_limit_is_checked_after_401_and_403_and_before_the_body(pool: PgPool) {
     let once = Limit::new(1, HOUR);
     let limits = RateLimits { send_per_user: once, start_per_user: once, search_per_user: once, ..OFF };
-    let app = start(limited(&pool, limits)).await;
+    let app = start(limited(&pool, &limits)).await;
     let (john, revoked) = (app.user(&pool, "john").await, app.login("john").await);
     app.user(&pool, "jane").await;
     let conversation = john.start("jane").await;
@@ -249,7 +249,7 @@ async fn logins_are_limited_by_address_and_by_name(pool: PgPool) {
     let limits =
         RateLimits { login_per_address: Limit::new(6, HOUR), login_per_name: Limit::new(2, HOUR), ..OFF };
     let proxies = "127.0.0.0/8".parse().unwrap();
-    let app = start(Config { trusted_proxies: proxies, ..limited(&pool, limits) }).await;
+    let app = start(Config { trusted_proxies: proxies, ..limited(&pool, &limits) }).await;
     add_users(&pool, ["john", "jane"]).await;
     let login = async |from: &str, name: &str| {
         let call = app.post("/api/login").header("x-forwarded-for", from);
@@ -282,7 +282,7 @@ async fn logins_are_limited_by_address_and_by_name(pool: PgPool) {
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
 async fn limited_provider_login_can_be_repeated_later(pool: PgPool) {
     let fake = Fake::start().await;
-    let with = |limits| Config { providers: vec![github_at(&fake.url)], ..limited(&pool, limits) };
+    let with = |limits| Config { providers: vec![github_at(&fake.url)], ..limited(&pool, &limits) };
     let app = start(with(RateLimits { login_per_address: Limit::new(2, HOUR), ..OFF })).await;
     let open = App::start_with(with(RateLimits::OFF)).await;
     let mut browser = LoginBrowser::default();
@@ -306,8 +306,8 @@ async fn users_of_one_address_share_a_limit(pool: PgPool) {
     let limits =
         RateLimits { send_per_address: three, start_per_address: three, search_per_address: three, ..OFF };
     let proxies = "127.0.0.1".parse().unwrap();
-    let behind = start(Config { trusted_proxies: proxies, ..limited(&pool, limits) }).await;
-    let open = start(limited(&pool, limits)).await;
+    let behind = start(Config { trusted_proxies: proxies, ..limited(&pool, &limits) }).await;
+    let open = start(limited(&pool, &limits)).await;
     let (john, jane) = (behind.user(&pool, "john").await, behind.user(&pool, "jane").await);
     let from = |call: testkit::http::Call, from: &str| call.header("x-forwarded-for", from).send();
     let (home, work, neighbour) = ("2001:db8::1", "198.51.100.1", "2001:db8::2");

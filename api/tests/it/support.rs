@@ -179,6 +179,11 @@ pub(crate) fn config(pool: &PgPool) -> Config {
 static DOCUMENT: LazyLock<OpenApiDocument> =
     LazyLock::new(|| OpenApiDocument::new(include_str!("../../openapi.json")));
 
+/// An event's data must be as documented.
+pub(crate) fn check_event(name: Option<&str>, data: &Value) {
+    DOCUMENT.check_event(name, data);
+}
+
 /// A client that holds every answer of the public listener against the document, but for the web client's files.
 fn documented(public: String) -> Client {
     Client::default().witnessed(Arc::new(move |method, address, answer| {
@@ -332,7 +337,7 @@ pub(crate) async fn add_users<const N: usize>(pool: &PgPool, names: [&str; N]) {
 }
 
 /// Every route that needs a session, but for the one that sends a message.
-pub(crate) const ROUTES: [&str; 24] = [
+pub(crate) const ROUTES: [&str; 25] = [
     "GET /api/auth_user",
     "GET /api/blocks",
     "GET /api/usernames?search=j",
@@ -357,6 +362,7 @@ pub(crate) const ROUTES: [&str; 24] = [
     "GET /api/conversations/{id}/messages",
     "HEAD /api/conversations/{id}/messages",
     "POST /api/conversations/{id}/read_messages",
+    "POST /api/conversations/{id}/typing",
 ];
 
 #[derive(Clone)]

@@ -28,4 +28,5 @@ mod secrets;
 mod slow_consumers;
 mod support;
 mod traces;
+mod typing;
 mod web;

@@ -34,7 +34,10 @@ use self::{
     table::Table,
 };
 use crate::{client_address::client_network, labels, metrics, redis_topology::RedisTopology};
-use protocol::{channels::Channels, ids::UserId};
+use protocol::{
+    channels::Channels,
+    ids::{ConversationId, UserId},
+};
 
 /// A burst of `burst`, refilled evenly over `period`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -76,6 +79,8 @@ impl FromStr for Limit {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Subject<'a> {
     User(UserId),
+    /// A user in one conversation.
+    Participant(UserId, ConversationId),
     /// IPv6 by /64.
     Address(IpAddr),
     /// Stored as a hash, because it is personal and of any length.
@@ -86,6 +91,7 @@ impl Subject<'_> {
     pub fn by(&self) -> &'static str {
         match self {
             Self::User(_) => "user",
+            Self::Participant(..) => "participant",
             Self::Address(_) => "address",
             Self::Name(_) => "name",
         }
@@ -96,6 +102,7 @@ impl fmt::Display for Subject<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::User(user) => user.fmt(f),
+            Self::Participant(user, conversation) => write!(f, "{conversation}:{user}"),
             Self::Address(address) => client_network(*address).fmt(f),
             Self::Name(name) => write!(f, "{:.32x}", Sha256::digest(name)),
         }
@@ -174,10 +181,21 @@ impl Limiter {
     }
 
     pub fn rule(&self, name: &'static str, limit: Limit) -> RateLimitRule {
+        if limit != Limit::Off {
+            self.replicas.wanted.store(true, Ordering::Relaxed);
+        }
+        self.rule_of(name, limit)
+    }
+
+    /// A rule for [`Self::allows`]: where all others are off, it is not worth a connection to Redis, and each process counts alone.
+    pub fn minor_rule(&self, name: &'static str, limit: Limit) -> RateLimitRule {
+        self.rule_of(name, limit)
+    }
+
+    fn rule_of(&self, name: &'static str, limit: Limit) -> RateLimitRule {
         let active = match limit {
             Limit::Off => None,
             Limit::Of { burst, period } => {
-                self.replicas.wanted.store(true, Ordering::Relaxed);
                 let interval = (period / burst.get()).max(Duration::from_micros(1));
                 let quota = Quota::with_period(interval).expect("it is not zero").allow_burst(burst);
                 let local = RateLimiter::new(quota, self.table.clone(), self.clock.clone());
@@ -194,7 +212,23 @@ impl Limiter {
         self.check_shared(charges).await
     }
 
+    /// Whether this is within the limit. Nobody is rejected if not, so it is not counted as that.
+    pub async fn allows(&self, rule: &RateLimitRule, subject: Subject<'_>) -> bool {
+        let charges = [(rule, subject)];
+        let shared = self.replicas.wanted.load(Ordering::Relaxed);
+        self.over_local(&charges).is_none() && (!shared || self.over_shared(&charges).await.is_none())
+    }
+
     pub fn check_local(&self, charges: &[(&RateLimitRule, Subject<'_>)]) -> Result<(), Over> {
+        self.reject(self.over_local(charges))
+    }
+
+    pub async fn check_shared(&self, charges: &[(&RateLimitRule, Subject<'_>)]) -> Result<(), Over> {
+        self.reject(self.over_shared(charges).await)
+    }
+
+    /// The longest wait, if a rule rejects it.
+    fn over_local(&self, charges: &[(&RateLimitRule, Subject<'_>)]) -> Option<Over> {
         let waits = charges.iter().filter_map(|(rule, subject)| {
             let active = rule.active.as_ref()?;
             let subject_of = |subject| self.hasher.hash_one((rule.name, subject));
@@ -205,10 +239,10 @@ impl Limiter {
             let until = active.local.check_key(&key).err()?;
             Some(Over { rule: rule.name, by: subject.by(), wait: until.wait_time_from(self.clock.now()) })
         });
-        self.longest(waits)
+        waits.max_by_key(|over| over.wait)
     }
 
-    pub async fn check_shared(&self, charges: &[(&RateLimitRule, Subject<'_>)]) -> Result<(), Over> {
+    async fn over_shared(&self, charges: &[(&RateLimitRule, Subject<'_>)]) -> Option<Over> {
         let active = |(rule, subject): &(&RateLimitRule, Subject<'_>)| {
             let ActiveRule { interval, burst, .. } = rule.active.as_ref()?;
             let key = self.channels.limit(rule.name, subject.by(), subject);
@@ -216,17 +250,15 @@ impl Limiter {
         };
         let checks: Vec<_> = charges.iter().filter_map(active).collect();
         if checks.is_empty() {
-            return Ok(());
+            return None;
         }
-        let Some(waits) = self.replicas.check(checks.iter().map(|(.., check)| check)).await else {
-            return Ok(());
-        };
+        let waits = self.replicas.check(checks.iter().map(|(.., check)| check)).await?;
         let waits = checks.iter().zip(waits).map(|((rule, by, _), wait)| Over { rule, by, wait });
-        self.longest(waits.filter(|over| !over.wait.is_zero()))
+        waits.filter(|over| !over.wait.is_zero()).max_by_key(|over| over.wait)
     }
 
-    fn longest(&self, waits: impl Iterator<Item = Over>) -> Result<(), Over> {
-        let Some(over) = waits.max_by_key(|over| over.wait) else { return Ok(()) };
+    fn reject(&self, over: Option<Over>) -> Result<(), Over> {
+        let Some(over) = over else { return Ok(()) };
         self.metrics.rate_limited.get_or_create(&Limited { rule: over.rule, by: over.by }).inc();
         tracing::debug!(rule = over.rule, by = over.by, wait = ?over.wait, "request rejected by a rate limit");
         Err(over)

@@ -162,6 +162,8 @@ impl World {
             .env("LIMIT_START_PER_ADDRESS", GENEROUS)
             .env("LIMIT_SEND_PER_USER", GENEROUS)
             .env("LIMIT_SEND_PER_ADDRESS", GENEROUS)
+            .env("LIMIT_TYPING_PER_USER", GENEROUS)
+            .env("LIMIT_TYPING_PER_ADDRESS", GENEROUS)
             .env("LIMIT_CHANGE_PER_USER", GENEROUS)
             .env("LIMIT_CHANGE_PER_ADDRESS", GENEROUS)
     }
