@@ -48,7 +48,7 @@ pub async fn explain(
     let found = found.map_err(|error| {
         tracing::warn!(%error, "explain failed");
         match error {
-            StoreError::Unavailable(_) => {
+            StoreError::Unavailable(_) | StoreError::Crowded => {
                 ExplainError(StatusCode::SERVICE_UNAVAILABLE, "Postgres does not answer".into())
             }
             StoreError::Fault(_) => ExplainError(

@@ -28,7 +28,7 @@ pub async fn add(
             let Actor { session, user } = actor;
             groups::add(connection, session, user, conversation, &username, largest, request).await
         };
-        commands.commit(actor, request, add).await
+        commands.commit_in(conversation, actor, request, add).await
     };
     context.run_to_completion(work).await
 }
@@ -46,7 +46,7 @@ pub async fn set_role(
         let set = async |connection: &mut _, request: &_| {
             groups::set_role(connection, actor.session, actor.user, conversation, who, role, request).await
         };
-        commands.commit(actor, request, set).await
+        commands.commit_in(conversation, actor, request, set).await
     };
     context.run_to_completion(work).await
 }
@@ -63,7 +63,7 @@ pub async fn remove(
         let remove = async |connection: &mut _, request: &_| {
             groups::remove(connection, actor.session, actor.user, conversation, who, request).await
         };
-        commands.commit(actor, request, remove).await
+        commands.commit_in(conversation, actor, request, remove).await
     };
     context.run_to_completion(work).await
 }

@@ -22,7 +22,7 @@ pub async fn mark_read(
         let mark = async |connection: &mut _, request: &_| {
             messages::mark_read(connection, actor.session, actor.user, conversation, to, request).await
         };
-        commands.commit(actor, request, mark).await
+        commands.commit_in(conversation, actor, request, mark).await
     };
     context.run_to_completion(work).await
 }

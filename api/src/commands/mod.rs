@@ -11,23 +11,25 @@ pub mod post_message;
 pub mod refresh_session;
 pub mod rename_group;
 pub mod start_conversation;
+mod turns;
 
 use std::sync::Arc;
 
-use protocol::ids::{SessionId, UserId};
+use protocol::ids::{ConversationId, SessionId, UserId};
 use service_kit::traces::{SpanKind, Tracer};
 use sqlx::PgConnection;
 use tokio::sync::Semaphore;
 use tracing::Instrument;
 
+use self::turns::Turns;
 use crate::{
     publisher::Publisher,
     request_context::RequestContext,
     store::{Appended, Database, StoreError},
 };
 
-/// Concurrent commands; further requests wait.
-const MAX_RUNNING: usize = 1_024;
+/// Concurrent commands, those included that wait for their turn; further requests wait.
+const MAX_RUNNING: usize = 4_096;
 
 #[derive(Clone)]
 pub struct CommandContext {
@@ -35,11 +37,18 @@ pub struct CommandContext {
     pub publisher: Publisher,
     tracer: Tracer,
     permits: Arc<Semaphore>,
+    turns: Turns,
 }
 
 impl CommandContext {
     pub fn new(database: Database, publisher: Publisher, tracer: Tracer) -> Self {
-        Self { database, publisher, tracer, permits: Arc::new(Semaphore::new(MAX_RUNNING)) }
+        Self {
+            database,
+            publisher,
+            tracer,
+            permits: Arc::new(Semaphore::new(MAX_RUNNING)),
+            turns: Turns::default(),
+        }
     }
 
     /// Runs the one statement of a change as a span, the parent of its events' spans, and publishes the events.
@@ -58,11 +67,24 @@ impl CommandContext {
             // The database's own words stay in the log.
             StoreError::Unavailable(_) => span.fail("the database does not answer"),
             StoreError::Fault(_) => span.fail("the database rejected the statement"),
+            StoreError::Crowded => span.fail("too many commands on the conversation"),
         })?;
         // The span of the commit ends before the spans of its events begin.
         drop(span);
         self.publisher.publish(events);
         Ok(outcome)
+    }
+
+    /// The same for a command that locks the conversation's row.
+    async fn commit_in<T>(
+        &self,
+        conversation: ConversationId,
+        actor: Actor,
+        request: RequestContext,
+        change: impl AsyncFnOnce(&mut PgConnection, &RequestContext) -> sqlx::Result<(T, Vec<Appended>)> + Clone,
+    ) -> Result<T, StoreError> {
+        let _turn = self.turns.take(conversation).await?;
+        self.commit(actor, request, change).await
     }
 
     /// Runs `work` in a task of its own, which continues if the client hangs up.

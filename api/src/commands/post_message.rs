@@ -29,7 +29,7 @@ pub async fn post_message(
             let Actor { session, user } = actor;
             messages::post(connection, session, user, conversation, &content, key.as_ref(), request).await
         };
-        commands.commit(actor, request, post).await
+        commands.commit_in(conversation, actor, request, post).await
     };
     context.run_to_completion(work).await
 }

@@ -24,7 +24,7 @@ pub async fn rename_group(
         let rename = async |connection: &mut _, request: &_| {
             groups::rename(connection, actor.session, actor.user, conversation, &title, request).await
         };
-        commands.commit(actor, request, rename).await
+        commands.commit_in(conversation, actor, request, rename).await
     };
     context.run_to_completion(work).await
 }

@@ -75,7 +75,7 @@ impl ApiError {
                 (StatusCode::UNPROCESSABLE_ENTITY, "unacceptable", sentence.clone())
             }
             Self::NotNow(code, sentence) => (StatusCode::UNPROCESSABLE_ENTITY, *code, (*sentence).to_owned()),
-            Self::NoExternalKeys | Self::Store(StoreError::Unavailable(_)) => {
+            Self::NoExternalKeys | Self::Store(StoreError::Unavailable(_) | StoreError::Crowded) => {
                 (StatusCode::SERVICE_UNAVAILABLE, "unavailable", "Service unavailable, try again soon".into())
             }
             Self::Store(StoreError::Fault(_)) => {
@@ -92,7 +92,7 @@ impl ApiError {
             Self::Unauthorized => Some((header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"))),
             Self::RateLimited(over) => Some((header::RETRY_AFTER, over.retry_after().into())),
             Self::NoExternalKeys => Some((header::RETRY_AFTER, HeaderValue::from_static("5"))),
-            Self::Store(StoreError::Unavailable(_)) => {
+            Self::Store(StoreError::Unavailable(_) | StoreError::Crowded) => {
                 Some((header::RETRY_AFTER, HeaderValue::from_static("1")))
             }
             _ => None,
@@ -116,6 +116,9 @@ impl RequestFailure {
                 tracing::warn!(reason, "postgres is unavailable; the request was rejected");
             }
             StoreError::Fault(error) => tracing::error!(%error, "request failed"),
+            StoreError::Crowded => {
+                tracing::warn!("too many requests wait for one conversation; the request was rejected");
+            }
         }
     }
 }

@@ -94,7 +94,7 @@ impl SignIn {
     /// The user sees the page after a fault of ours, too.
     fn not_stored(&self, provider: &'static str, error: StoreError) -> Response {
         let code = match &error {
-            StoreError::Unavailable(_) => "unavailable",
+            StoreError::Unavailable(_) | StoreError::Crowded => "unavailable",
             StoreError::Fault(_) => "internal",
         };
         self.metrics.login(provider, code);

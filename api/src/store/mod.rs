@@ -38,6 +38,9 @@ pub enum StoreError {
     Unavailable(String),
     #[error("database error: {0}")]
     Fault(#[from] sqlx::Error),
+    /// Temporary: too many commands wait for their turn on one conversation.
+    #[error("too many commands on one conversation")]
+    Crowded,
 }
 
 #[derive(Clone)]
