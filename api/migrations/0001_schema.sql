@@ -92,12 +92,24 @@ CREATE TABLE messenger.conversations (
     -- Two users who have both written to each other are partners.
     user_a_has_written boolean    NOT NULL DEFAULT false,
     user_b_has_written boolean    NOT NULL DEFAULT false,
+    -- The texts of messages up to this number are removed, because they are too old or no member is left.
+    emptied_number    bigint      NOT NULL DEFAULT 0,
+    -- When the last text of a group without members was removed.
+    emptied_at        timestamptz,
     created_at        timestamptz NOT NULL DEFAULT now(),
     CONSTRAINT conversations_one_per_pair UNIQUE (user_a, user_b)
 ) WITH (fillfactor = 80);
 
 -- For the cascade from the second of the pair; the unique index serves the first.
 CREATE INDEX conversations_by_user_b ON messenger.conversations (user_b);
+
+-- Groups without members: those whose texts are to be removed, and those whose rows are to be deleted. No other row is in these indexes,
+-- and no message changes them.
+CREATE INDEX conversations_to_empty ON messenger.conversations (id) WHERE participant_count = 0 AND emptied_at IS NULL;
+CREATE INDEX conversations_to_delete ON messenger.conversations (emptied_at) WHERE emptied_at IS NOT NULL;
+
+-- ANALYZE copies samples of a column into `pg_statistic`, where a deleted text would stay. No plan needs those of texts.
+ALTER TABLE messenger.conversations ALTER COLUMN title SET STATISTICS 0;
 
 -- A conversation as one of its users sees it. It repeats what could be computed (the last message, the unread count) because the list
 -- of conversations is the most read page of all and must cost one index scan. It changes only under the lock of the conversation's row.
@@ -147,6 +159,9 @@ CREATE TABLE messenger.messages (
     -- The receiver, if they had blocked the sender when it was sent: they never see it, also after an unblock. It was never delivered, and
     -- a message that appears in the past would be in no order. Every reader of messages compares this with the requester.
     hidden_from     bigint,
+    -- The receiver, if they blocked the sender when it was last edited: the new text is not theirs to see, and the one that they saw is
+    -- gone. They see it as deleted.
+    text_hidden_from bigint,
     created_at      timestamptz NOT NULL DEFAULT clock_timestamp(),
     edited_at       timestamptz,
     -- The text is removed, the row keeps its number.
@@ -158,6 +173,8 @@ CREATE TABLE messenger.messages (
 
 -- For paging, and for counting unread messages.
 CREATE UNIQUE INDEX messages_by_number ON messenger.messages (conversation_id, number);
+
+ALTER TABLE messenger.messages ALTER COLUMN content SET STATISTICS 0;
 
 -- What a client named its sends and its new groups, so that a repeat is recognised on every replica. No key and no text is stored:
 -- `key_hash` recognises the key, and `content_hash`, which is keyed by the key itself, tells whether the request is the same.

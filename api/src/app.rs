@@ -116,7 +116,6 @@ pub async fn run(config: Config, listeners: Listeners, stop: CancellationToken) 
         readiness::watch(postgres, database.clone(), metrics.clone(), readiness, stop)
     });
     let keep = config.keep;
-    background.spawn("pruner", |stop| pruner::run(database.clone(), keep, metrics.clone(), stop));
 
     let (proxies, shutdown_wait) = (config.trusted_proxies.clone(), config.shutdown_wait);
     let origins = Arc::new(Origins::new(config.origin.clone(), config.allowed_origins.clone()));
@@ -129,6 +128,8 @@ pub async fn run(config: Config, listeners: Listeners, stop: CancellationToken) 
     .context(CA_CERTIFICATES)?;
     stages.tracing.spawn("trace exporter", |stop| exporter.run(stop));
     let api = make_api(config, &stages, &tasks, &origins, &tracer, &database, &metrics)?;
+    let publisher = api.context.publisher.clone();
+    background.spawn("pruner", |stop| pruner::run(database.clone(), publisher, keep, metrics.clone(), stop));
     background.spawn("key announcements", |stop| announce_keys(api.clone(), stop));
 
     let routes = Cors::new(warp::service(http::public(&api)), origins);
@@ -259,6 +260,7 @@ fn make_api(
         dev_login: config.dev_login,
         longest_message: config.longest_message,
         largest_group: config.largest_group,
+        edit_window: config.keep.edit_window,
         sign_in,
         internal_secrets: config.internal_secrets,
     }))

@@ -57,8 +57,8 @@ pub async fn prune(postgres: PgConnectOptions, keep: Keep) -> anyhow::Result<()>
     close(connections).await;
     let database = Database::new(postgres, 1, Counter::default());
     let pruned = pruner::prune_all(&database, keep).await.context("cannot prune")?;
-    let Pruned { events, bodies, sessions, keys, codes } = pruned;
-    tracing::info!(events, bodies, sessions, keys, codes, "pruned expired rows");
+    let Pruned { events, bodies, sessions, keys, codes, texts, messages } = pruned;
+    tracing::info!(events, bodies, sessions, keys, codes, texts, messages, "pruned expired rows");
     database.close().await;
     Ok(())
 }

@@ -1,23 +1,31 @@
 //! Deletes expired rows in small statements: the beginnings of feeds beyond the age and count that are kept (a client whose
 //! cursor is older resyncs) and later the bodies of their events, sessions that ended some days ago, idempotency keys, and unused
-//! codes of logins.
+//! codes of logins. Removes the texts of messages that are too old, and of groups without members, and later their rows.
 //!
 //! Replicas do this independently: a repeated deletion does nothing.
 
 use std::time::Duration;
 
-use protocol::ids::{SessionId, UserId};
+use protocol::ids::{ConversationId, SessionId, UserId};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
     config::Keep,
     metrics::Metrics,
-    store::{Database, StoreError, feed, identities, messages, sessions},
+    publisher::Publisher,
+    store::{Database, StoreError, feed, identities, messages, retention, sessions},
 };
 
 const USERS: i64 = 500;
 const ROWS: i64 = 1_000;
 const SESSIONS: i64 = 1_000;
+const CONVERSATIONS: i64 = 500;
+/// Texts removed in one statement, which holds the lock of their conversation.
+const TEXTS: i32 = 200;
+/// The same in a group that nobody uses any more.
+const TEXTS_OF_LEFT_GROUP: i32 = 2_000;
+/// Texts of a group are gone a minute after its last member has left.
+const LEFT_GROUPS_EVERY: Duration = Duration::from_secs(10);
 /// Operators can look at an ended session for this long.
 const ENDED_KEEP: Duration = Duration::from_hours(168);
 /// Between two steps of a walk, and between two walks.
@@ -62,6 +70,63 @@ pub async fn prune_codes(database: &Database) -> Result<u64, StoreError> {
     database.run(async |connection| identities::delete_expired_codes(connection, ROWS).await).await
 }
 
+/// The messages of one step: how many texts were removed, how many rows deleted, and where the next step begins; `None` after the last
+/// conversation.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct ExpireStep {
+    pub texts: u64,
+    pub rows: u64,
+    pub next: Option<ConversationId>,
+}
+
+/// One step of a walk over the conversations after this one. `publisher`: tells those who had some of the messages unread; without one,
+/// gateways find the events by reconciling.
+pub async fn expire_after(
+    database: &Database,
+    publisher: Option<&Publisher>,
+    keep: Keep,
+    after: ConversationId,
+) -> Result<ExpireStep, StoreError> {
+    let Some(age) = keep.messages else { return Ok(ExpireStep::default()) };
+    let (old, last) = database
+        .run(async |connection| {
+            retention::conversations_with_old_texts(connection, age, after, CONVERSATIONS).await
+        })
+        .await?;
+    let mut texts = 0;
+    let mut full = None;
+    for conversation in old {
+        let (expired, events) = database
+            .run(async |connection| retention::expire_messages(connection, conversation, age, TEXTS).await)
+            .await?;
+        if let Some(publisher) = publisher {
+            publisher.publish(events);
+        }
+        texts += expired;
+        // This conversation may have more: the next step begins with it.
+        if expired >= u64::from(TEXTS.cast_unsigned()) && full.is_none() {
+            full = Some(ConversationId(conversation.0 - 1));
+        }
+    }
+    let (rows, _) = database
+        .run(async |connection| {
+            retention::delete_old_rows(connection, keep, after, CONVERSATIONS, i64::from(TEXTS)).await
+        })
+        .await?;
+    let more = (rows > 0).then_some(after);
+    Ok(ExpireStep { texts, rows, next: full.or(more).or(last) })
+}
+
+/// One step: texts of a group without members. `None`: there are no more.
+pub async fn empty_left_group(database: &Database) -> Result<Option<(ConversationId, u64)>, StoreError> {
+    database.run(async |connection| retention::empty_left_group(connection, TEXTS_OF_LEFT_GROUP).await).await
+}
+
+/// One step: rows of a group without members. `None`: there are no more.
+pub async fn delete_left_group(database: &Database, keep: Keep) -> Result<Option<u64>, StoreError> {
+    database.run(async |connection| retention::delete_left_group(connection, keep, ROWS).await).await
+}
+
 /// One step over the sessions after this one: how many were deleted, and where the next step continues.
 pub async fn prune_sessions_after(
     database: &Database,
@@ -79,6 +144,8 @@ pub struct Pruned {
     pub sessions: u64,
     pub keys: u64,
     pub codes: u64,
+    pub texts: u64,
+    pub messages: u64,
 }
 
 pub async fn prune_all(database: &Database, keep: Keep) -> Result<Pruned, StoreError> {
@@ -98,6 +165,19 @@ pub async fn prune_all(database: &Database, keep: Keep) -> Result<Pruned, StoreE
     pruned.bodies = to_the_end(async || prune_bodies(database, keep).await).await?;
     pruned.keys = to_the_end(async || prune_keys(database, keep).await).await?;
     pruned.codes = to_the_end(async || prune_codes(database).await).await?;
+    let mut after = Some(ConversationId(0));
+    while let Some(conversation) = after {
+        let step = expire_after(database, None, keep, conversation).await?;
+        pruned.texts += step.texts;
+        pruned.messages += step.rows;
+        after = step.next;
+    }
+    while let Some((_, emptied)) = empty_left_group(database).await? {
+        pruned.texts += emptied;
+    }
+    while let Some(rows) = delete_left_group(database, keep).await? {
+        pruned.messages += rows;
+    }
     Ok(pruned)
 }
 
@@ -112,7 +192,13 @@ async fn to_the_end(step: impl AsyncFn() -> Result<u64, StoreError>) -> Result<u
     }
 }
 
-pub async fn run(database: Database, keep: Keep, metrics: Metrics, stop: CancellationToken) {
+pub async fn run(
+    database: Database,
+    publisher: Publisher,
+    keep: Keep,
+    metrics: Metrics,
+    stop: CancellationToken,
+) {
     let feeds = async {
         let mut after = UserId(0);
         loop {
@@ -140,9 +226,71 @@ pub async fn run(database: Database, keep: Keep, metrics: Metrics, stop: Cancell
     let bodies = in_steps("event bodies", || prune_bodies(&database, keep));
     let keys = in_steps("idempotency keys", || prune_keys(&database, keep));
     let codes = in_steps("codes", || prune_codes(&database));
+    let walks = async { tokio::join!(feeds, sessions, bodies, keys, codes) };
+    let texts = async {
+        tokio::join!(
+            expire(&database, &publisher, keep, &metrics),
+            empty_left_groups(&database, &metrics),
+            delete_left_groups(&database, keep, &metrics),
+        )
+    };
     tokio::select! {
-        ((), (), (), (), ()) = async { tokio::join!(feeds, sessions, bodies, keys, codes) } => {}
+        _ = walks => {}
+        _ = texts => {}
         () = stop.cancelled() => {}
+    }
+}
+
+/// Removes old texts permanently, if there is a limit of their age.
+async fn expire(database: &Database, publisher: &Publisher, keep: Keep, metrics: &Metrics) {
+    if keep.messages.is_none() {
+        return std::future::pending().await;
+    }
+    let (mut after, mut texts, mut rows) = (ConversationId(0), 0, 0);
+    loop {
+        let step = expire_after(database, Some(publisher), keep, after).await;
+        let more = step.map(|step| {
+            metrics.expired_messages.inc_by(step.texts);
+            metrics.pruned_messages.inc_by(step.rows);
+            texts += step.texts;
+            rows += step.rows;
+            after = step.next.unwrap_or(ConversationId(0));
+            if step.next.is_none() && (texts, rows) != (0, 0) {
+                tracing::info!(texts, rows, "removed the texts of old messages");
+                (texts, rows) = (0, 0);
+            }
+            step.next.is_some()
+        });
+        pause(more, "messages").await;
+    }
+}
+
+/// Texts of groups without members are gone within a minute, so this does not wait for a walk, and retries soon.
+async fn empty_left_groups(database: &Database, metrics: &Metrics) {
+    loop {
+        match empty_left_group(database).await {
+            Ok(Some((conversation, texts))) => {
+                metrics.emptied_group_messages.inc_by(texts);
+                tracing::info!(conversation.id = %conversation, texts, "removed texts of a group without members");
+                continue;
+            }
+            Ok(None) => {}
+            Err(error) => {
+                tracing::warn!(%error, "removing texts of groups without members failed; it is retried in seconds");
+            }
+        }
+        tokio::time::sleep(rand::random_range(LEFT_GROUPS_EVERY / 2..=LEFT_GROUPS_EVERY)).await;
+    }
+}
+
+async fn delete_left_groups(database: &Database, keep: Keep, metrics: &Metrics) {
+    loop {
+        let step = delete_left_group(database, keep).await;
+        let more = step.map(|rows| {
+            metrics.pruned_messages.inc_by(rows.unwrap_or(0));
+            rows.is_some()
+        });
+        pause(more, "groups without members").await;
     }
 }
 

@@ -4,6 +4,8 @@
 pub mod block_user;
 pub mod change_members;
 pub mod create_group;
+pub mod delete_message;
+pub mod edit_message;
 pub mod end_sessions;
 pub mod log_in;
 pub mod mark_read;

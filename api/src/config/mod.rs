@@ -110,12 +110,16 @@ pub const LONGEST_MESSAGE: u64 = 5_000;
 /// The names of all fit into the request that makes the group, and a message's events into the queue for Redis several times.
 pub const LARGEST_GROUP: u64 = 2_000;
 
-/// What is kept: the events of each feed by age and number, and idempotency keys.
+/// What is kept: the events of each feed by age and number, idempotency keys, and messages.
 #[derive(Debug, Clone, Copy)]
 pub struct Keep {
     pub age: Duration,
     pub events: u64,
     pub idempotency_keys: Duration,
+    /// Texts of messages; `None`: permanently.
+    pub messages: Option<Duration>,
+    /// A message can be edited for this long, so an event about it may be younger by as much.
+    pub edit_window: Duration,
 }
 
 #[derive(Debug, Clone)]
@@ -326,8 +330,22 @@ fn keep(s: &mut Settings) -> Keep {
         1..=3_650,
         "A repeated send is recognised by its Idempotency-Key for this long",
     );
-    let [age, idempotency_keys] = [days, key_days].map(|days| Duration::from_secs(days * DAY));
-    Keep { age, events, idempotency_keys }
+    let message_days: u64 = s.number(
+        "MESSAGE_KEEP_DAYS",
+        "0",
+        0..=36_500,
+        "The texts of older messages are deleted, in small steps; 0: texts are kept until somebody deletes them",
+    );
+    let edit_window = s.seconds(
+        "EDIT_WINDOW_SECONDS",
+        "86400",
+        0..=3_650 * DAY,
+        "Time after sending in which users may change the text of a message",
+    );
+    let [age, idempotency_keys, messages] =
+        [days, key_days, message_days].map(|days| Duration::from_secs(days * DAY));
+    let messages = Some(messages).filter(|age| !age.is_zero());
+    Keep { age, events, idempotency_keys, messages, edit_window }
 }
 
 fn limits(s: &mut Settings, on: bool) -> RateLimits {

@@ -20,6 +20,9 @@ pub enum Event {
     /// Somebody else's message.
     Message(Message),
     MessageSent(MessageSent),
+    /// A message as it is now, the receiver's own or somebody else's.
+    MessageUpdated(Message),
+    MessageDeleted(MessageDeleted),
     ConversationCreated(Box<Conversation>),
     ConversationRead(ConversationRead),
     ReceiptRead(ReceiptRead),
@@ -39,6 +42,18 @@ pub struct MessageSent {
     pub message: Message,
     /// Only when it is published: keys are not stored.
     pub idempotency_key: Option<String>,
+}
+
+/// A message that the receiver could see is deleted.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct MessageDeleted {
+    pub id: MessageId,
+    pub conversation_id: ConversationId,
+    #[serde(serialize_with = "super::time")]
+    pub deleted_at: DateTime<Utc>,
+    /// The receiver's in this conversation, without the message.
+    pub unread_count: i64,
 }
 
 /// The receiver has read up to this message, on some device.
@@ -87,6 +102,8 @@ impl Event {
         match self {
             Self::Message(_) => kind::MESSAGE,
             Self::MessageSent(_) => kind::MESSAGE_SENT,
+            Self::MessageUpdated(_) => kind::MESSAGE_UPDATED,
+            Self::MessageDeleted(_) => kind::MESSAGE_DELETED,
             Self::ConversationCreated(_) => kind::CONVERSATION_CREATED,
             Self::ConversationRead(_) => kind::CONVERSATION_READ,
             Self::ReceiptRead(_) => kind::RECEIPT_READ,

@@ -14,7 +14,7 @@ use warp::reply::Response;
 
 use super::Label;
 
-const METHODS: &str = "GET, HEAD, POST, PUT, DELETE";
+const METHODS: &str = "GET, HEAD, POST, PUT, PATCH, DELETE";
 
 #[derive(Clone)]
 pub struct Cors<S> {

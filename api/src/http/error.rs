@@ -38,6 +38,7 @@ impl ApiError {
     pub(super) const NO_USER: Self = Self::NotFound("user_not_found", "User not found");
     pub(super) const NO_CONVERSATION: Self =
         Self::NotFound("conversation_not_found", "Conversation not found");
+    pub(super) const NO_MESSAGE: Self = Self::NotFound("message_not_found", "Message not found");
 
     pub(super) fn unacceptable(field: &'static str, sentence: impl Into<String>) -> Self {
         Self::Unacceptable(field, sentence.into())

@@ -17,6 +17,8 @@ use super::{
 };
 use crate::{
     commands::{
+        delete_message::{DeleteMessageOutcome, delete_message},
+        edit_message::{Edit, EditMessageOutcome, edit_message},
         mark_read::{self, MarkReadOutcome},
         post_message::{Draft, PostMessageOutcome, post_message},
     },
@@ -47,9 +49,31 @@ pub(super) fn draft(
     longest: usize,
 ) -> Result<Draft, ApiError> {
     let key = idempotency::key(inbound)?;
-    let content = Content::normalise(body.content.as_deref().unwrap_or_default(), longest)
-        .map_err(|error| ApiError::unacceptable("content", error.to_string()))?;
+    let content = content(&body, longest)?;
     Ok(Draft { conversation: conversation(inbound, NoBody)?, content, key })
+}
+
+/// The message of the path. An id that is none is judged like one that does not exist: after the conversation.
+fn message(inbound: &Inbound) -> Option<MessageId> {
+    inbound.parameters.get(1)?.parse().ok()
+}
+
+pub(super) fn edit_of(
+    inbound: &Inbound,
+    Json(body): Json<MessageBody>,
+    longest: usize,
+) -> Result<Edit, ApiError> {
+    let content = content(&body, longest)?;
+    Ok(Edit { conversation: conversation(inbound, NoBody)?, message: message(inbound), content })
+}
+
+fn content(body: &MessageBody, longest: usize) -> Result<Content, ApiError> {
+    Content::normalise(body.content.as_deref().unwrap_or_default(), longest)
+        .map_err(|error| ApiError::unacceptable("content", error.to_string()))
+}
+
+pub(super) fn one(inbound: &Inbound, _: NoBody) -> Result<(ConversationId, Option<MessageId>), ApiError> {
+    Ok((conversation(inbound, NoBody)?, message(inbound)))
 }
 
 pub(super) async fn send(api: Arc<Api>, caller: Caller, draft: Draft) -> HandlerResult {
@@ -62,11 +86,41 @@ pub(super) async fn send(api: Arc<Api>, caller: Caller, draft: Draft) -> Handler
     }
 }
 
+const NOT_YOURS: ApiError = ApiError::Forbidden("not_yours", "This message is not yours");
+
+pub(super) async fn edit(api: Arc<Api>, caller: Caller, edit: Edit) -> HandlerResult {
+    match edit_message(&api.context, caller.actor, edit, api.edit_window, caller.context).await? {
+        EditMessageOutcome::Edited(message) => Ok(json(StatusCode::OK, &message)),
+        EditMessageOutcome::WindowOver => {
+            Err(ApiError::Forbidden("edit_window_over", "This message is too old to be edited"))
+        }
+        EditMessageOutcome::NotYours => Err(NOT_YOURS),
+        EditMessageOutcome::NoMessage => Err(ApiError::NO_MESSAGE),
+        EditMessageOutcome::NoConversation => Err(ApiError::NO_CONVERSATION),
+        EditMessageOutcome::NoSession => Err(ApiError::Unauthorized),
+    }
+}
+
+pub(super) async fn delete(
+    api: Arc<Api>,
+    caller: Caller,
+    (conversation, message): (ConversationId, Option<MessageId>),
+) -> HandlerResult {
+    match delete_message(&api.context, caller.actor, conversation, message, caller.context).await? {
+        DeleteMessageOutcome::Deleted => Ok(empty(StatusCode::NO_CONTENT)),
+        DeleteMessageOutcome::NotYours => Err(NOT_YOURS),
+        DeleteMessageOutcome::NoMessage => Err(ApiError::NO_MESSAGE),
+        DeleteMessageOutcome::NoConversation => Err(ApiError::NO_CONVERSATION),
+        DeleteMessageOutcome::NoSession => Err(ApiError::Unauthorized),
+    }
+}
+
 /// What clients should know before they send. No credential is looked at.
 pub(super) async fn limits(api: Arc<Api>, _: Inbound, _: NoBody) -> HandlerResult {
     let limits = serde_json::json!({
         "maxMessageLength": api.longest_message,
         "maxGroupSize": api.largest_group,
+        "editWindowSeconds": api.edit_window.as_secs(),
     });
     Ok(json(StatusCode::OK, &limits))
 }

@@ -24,7 +24,7 @@ mod typing;
 mod users;
 mod web;
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use http::{HeaderValue, StatusCode, header};
 use protocol::{feed, position::Position};
@@ -54,6 +54,7 @@ pub struct Api {
     pub longest_message: usize,
     /// Members.
     pub largest_group: usize,
+    pub edit_window: Duration,
     pub sign_in: SignIn,
     pub internal_secrets: Secrets,
     pub external: Option<Arc<ExternalUsers>>,
@@ -66,6 +67,7 @@ pub fn public(api: &Arc<Api>) -> BoxedFilter<(Response,)> {
     let dev_login = api.dev_login;
     let longest = api.longest_message;
     let draft = move |inbound: &_, body| messages::draft(inbound, body, longest);
+    let edit = move |inbound: &_, body| messages::edit_of(inbound, body, longest);
     let providers: Vec<_> = api.sign_in.names().collect();
     let is_provider = move |parameters: &[String]| providers.iter().any(|name| *name == parameters[0]);
     routes(api, [
@@ -96,6 +98,9 @@ pub fn public(api: &Arc<Api>) -> BoxedFilter<(Response,)> {
             .post(change(groups::new_member, groups::add).limit(Rate::Change)),
         at("/api/conversations/{id}/participants/{user}").patch(change(groups::new_role, groups::set_role).limit(Rate::Change))
             .delete(change(groups::one_member, groups::remove).limit(Rate::Change)),
+        at("/api/conversations/{id}/messages/{message}")
+            .patch(change(edit, messages::edit).limit(Rate::Send).largest_body(messages::largest_body(longest)))
+            .delete(change(messages::one, messages::delete).limit(Rate::Change)),
         at("/api/conversations/{id}/read_messages").post(change(messages::conversation, messages::mark_read).limit(Rate::Change)),
         at("/api/conversations/{id}/typing").post(change(messages::conversation, typing::announce).limit(Rate::Typing)),
         at(openapi::PATH).get(open(openapi::document)),

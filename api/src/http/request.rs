@@ -69,7 +69,7 @@ impl Inbound {
             .map(|(_, value)| value.into_owned())
     }
 
-    /// The path's only parameter as an id; `None` if malformed.
+    /// The path's first parameter as an id; `None` if malformed.
     pub(super) fn id<T: FromStr>(&self) -> Option<T> {
         self.nth_id(0)
     }

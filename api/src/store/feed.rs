@@ -22,8 +22,8 @@ use crate::{
     domain::{
         conversation::{Conversation, Role},
         event::{
-            ConversationRead, Event, MessageSent, ParticipantJoined, ParticipantLeft, ParticipantUpdated,
-            ReceiptRead,
+            ConversationRead, Event, MessageDeleted, MessageSent, ParticipantJoined, ParticipantLeft,
+            ParticipantUpdated, ReceiptRead,
         },
         message::Message,
         user::User,
@@ -92,6 +92,8 @@ struct RangeRow {
     sender_id: Option<i64>,
     sender_username: Option<String>,
     sender_avatar_url: Option<String>,
+    /// The reader's in the conversation; `None` if they are not in it.
+    unread_count: Option<i64>,
     event_at: Option<DateTime<Utc>>,
     request_id: Option<String>,
     traceparent: Option<String>,
@@ -115,10 +117,15 @@ pub async fn ranges(connection: &mut PgConnection, requested: &[RangeAfter]) -> 
         r#"SELECT requested.ordinality AS "nth!", h.epoch AS "epoch?", h.head_seq AS "head_seq?",
                   f.seq AS "seq?", e.kind AS "kind?", coalesce(e.conversation_id, m.conversation_id) AS conversation_id,
                   e.message_id AS about_message_id, e.user_id AS about_user_id, about.username AS "about_username?", about.avatar_url AS about_avatar_url,
-                  e.count, e.number, e.is_owner, m.id AS "message_id?", p.joined_number < m.number AS is_visible,
+                  e.count, e.number, e.is_owner, m.id AS "message_id?", p.joined_number < m.number AND m.hidden_from IS DISTINCT FROM h.user_id AND m.text_hidden_from IS DISTINCT FROM h.user_id AS is_visible,
                   sum(octet_length(m.content)) OVER earlier > $4 AND row_number() OVER earlier > 1 AS is_cut,
-                  CASE WHEN sum(octet_length(m.content)) OVER earlier <= $4 OR row_number() OVER earlier = 1 THEN m.content END AS content, m.created_at AS "created_at?", m.edited_at, m.deleted_at,
+                  CASE WHEN sum(octet_length(m.content)) OVER earlier <= $4 OR row_number() OVER earlier = 1 THEN m.content
+                  END AS content,
+                  m.created_at AS "created_at?",
+                  CASE WHEN m.text_hidden_from = h.user_id THEN NULL ELSE m.edited_at END AS edited_at,
+                  CASE WHEN m.text_hidden_from = h.user_id THEN m.edited_at ELSE m.deleted_at END AS deleted_at,
                   m.sender_id AS "sender_id?", u.username AS "sender_username?", u.avatar_url AS sender_avatar_url,
+                  p.unread_count AS "unread_count?",
                   coalesce(e.created_at, m.created_at) AS event_at,
                   coalesce(e.request_id, m.request_id) AS request_id, coalesce(e.traceparent, m.traceparent) AS traceparent
            FROM unnest($1::bigint[], $2::bigint[]) WITH ORDINALITY AS requested (user_id, after, ordinality)
@@ -134,7 +141,7 @@ pub async fn ranges(connection: &mut PgConnection, requested: &[RangeAfter]) -> 
            LEFT JOIN LATERAL (SELECT * FROM messenger.users WHERE users.id = e.user_id LIMIT 1) AS about ON true
            LEFT JOIN LATERAL (
                SELECT * FROM messenger.participants
-               WHERE participants.conversation_id = m.conversation_id AND participants.user_id = h.user_id LIMIT 1
+               WHERE participants.conversation_id = coalesce(e.conversation_id, m.conversation_id) AND participants.user_id = h.user_id LIMIT 1
            ) AS p ON true
            WINDOW earlier AS (PARTITION BY requested.ordinality ORDER BY f.seq)
            ORDER BY requested.ordinality, f.seq"#,
@@ -206,7 +213,7 @@ fn event_of(receiver: UserId, row: RangeRow, conversation: Option<Conversation>)
     let conversation_id = ConversationId(row.conversation_id?);
     let about = row.about_message_id.map(MessageId);
     match row.kind.as_deref() {
-        None => {
+        None | Some(kind::MESSAGE_UPDATED) => {
             let sender = row.sender_id?;
             let mine = sender == receiver.0;
             let message = Message {
@@ -219,12 +226,21 @@ fn event_of(receiver: UserId, row: RangeRow, conversation: Option<Conversation>)
                 deleted_at: row.deleted_at,
                 mine,
             };
-            Some(if mine {
+            Some(if row.kind.is_some() {
+                Event::MessageUpdated(message)
+            } else if mine {
                 Event::MessageSent(MessageSent { message, idempotency_key: None })
             } else {
                 Event::Message(message)
             })
         }
+        // The row of the message may be gone by now.
+        Some(kind::MESSAGE_DELETED) => Some(Event::MessageDeleted(MessageDeleted {
+            id: about?,
+            conversation_id,
+            deleted_at: row.event_at?,
+            unread_count: row.unread_count.unwrap_or(0),
+        })),
         Some(kind::CONVERSATION_CREATED) => Some(Event::ConversationCreated(Box::new(conversation?))),
         Some(kind::CONVERSATION_UPDATED) => Some(Event::ConversationUpdated(Box::new(conversation?))),
         Some(kind::PARTICIPANT_JOINED) => Some(Event::ParticipantJoined(ParticipantJoined {
@@ -408,7 +424,7 @@ pub async fn delete_prefix(connection: &mut PgConnection, prefix: OldPrefix) -> 
 }
 
 /// Feeds are pruned in hours; a body stays for longer than any row that refers to it.
-const BODY_MARGIN: Duration = Duration::from_hours(24);
+pub(super) const BODY_MARGIN: Duration = Duration::from_hours(24);
 
 /// Deletes the bodies, among the oldest `rows`, of events that no feed keeps any more. Those of messages are the messages.
 pub async fn delete_old_bodies(connection: &mut PgConnection, keep: Keep, rows: i64) -> sqlx::Result<u64> {

@@ -1,6 +1,6 @@
 //! Messages of a conversation, and how far its users have read.
 
-use std::time::Duration;
+use std::{collections::BTreeMap, time::Duration};
 
 use chrono::{DateTime, Utc};
 use protocol::ids::{ConversationId, MessageId, SessionId, UserId};
@@ -9,7 +9,7 @@ use sqlx::PgConnection;
 use super::{Appended, AppendedTo, envelopes, unexpected};
 use crate::{
     domain::{
-        event::{ConversationRead, Event, MessageSent, ReceiptRead},
+        event::{ConversationRead, Event, MessageDeleted, MessageSent, ReceiptRead},
         idempotency::{IdempotencyKey, KeySpace},
         message::{Content, Message},
         user::User,
@@ -83,6 +83,139 @@ pub async fn post(
     let received = Event::Message(Message { mine: false, ..message.clone() });
     let mut events = envelopes(own, &sent, message.created_at, request)?;
     events.extend(envelopes(others, &received, message.created_at, request)?);
+    Ok((outcome, events))
+}
+
+#[derive(Debug)]
+pub enum EditMessageOutcome {
+    /// Also if it is the same text, which changes nothing.
+    Edited(Message),
+    WindowOver,
+    NotYours,
+    NoMessage,
+    NoConversation,
+    NoSession,
+}
+
+/// SQL `edit_message()`. `message`: `None` if it cannot exist.
+#[expect(clippy::too_many_arguments, reason = "the arguments of one function of SQL")]
+pub async fn edit(
+    connection: &mut PgConnection,
+    session: Option<SessionId>,
+    editor: UserId,
+    conversation: ConversationId,
+    message: Option<MessageId>,
+    content: &Content,
+    window: Duration,
+    request: &RequestContext,
+) -> sqlx::Result<(EditMessageOutcome, Vec<Appended>)> {
+    let row = sqlx::query!(
+        r#"SELECT outcome AS "outcome!", content, created_at, edited_at, sender_username, sender_avatar_url, receivers, epochs, seqs
+           FROM messenger.edit_message($1, $2, $3, $4, $5, $6, $7, $8)"#,
+        session.map(|session| session.0),
+        editor.0,
+        conversation.0,
+        message.map(|id| id.0),
+        content.as_str(),
+        window.as_secs_f64(),
+        request.request_id,
+        request.traceparent(),
+    )
+    .fetch_one(connection)
+    .await?;
+    let outcome = match (row.outcome.as_str(), message, row.content, row.created_at) {
+        ("edited" | "unchanged", Some(id), Some(content), Some(created_at)) => {
+            EditMessageOutcome::Edited(Message {
+                id,
+                content,
+                conversation_id: Some(conversation),
+                sender: User::stored(editor.0, row.sender_username, row.sender_avatar_url),
+                created_at,
+                edited_at: row.edited_at,
+                deleted_at: None,
+                mine: true,
+            })
+        }
+        ("window_over", ..) => EditMessageOutcome::WindowOver,
+        ("not_yours", ..) => EditMessageOutcome::NotYours,
+        ("no_message", ..) => EditMessageOutcome::NoMessage,
+        ("no_conversation", ..) => EditMessageOutcome::NoConversation,
+        ("no_session", ..) => EditMessageOutcome::NoSession,
+        _ => return Err(unexpected(&row.outcome)),
+    };
+    let EditMessageOutcome::Edited(message) = &outcome else { return Ok((outcome, Vec::new())) };
+    let Some(edited_at) = message.edited_at else { return Ok((outcome, Vec::new())) };
+
+    let appended = AppendedTo { receivers: row.receivers, epochs: row.epochs, seqs: row.seqs };
+    let (own, others): (Vec<_>, Vec<_>) =
+        appended.positions()?.into_iter().partition(|(receiver, _)| *receiver == editor);
+    let received = Event::MessageUpdated(Message { mine: false, ..message.clone() });
+    let mut events = envelopes(own, &Event::MessageUpdated(message.clone()), edited_at, request)?;
+    events.extend(envelopes(others, &received, edited_at, request)?);
+    Ok((outcome, events))
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum DeleteMessageOutcome {
+    /// Also if it was deleted before.
+    Deleted,
+    NotYours,
+    NoMessage,
+    NoConversation,
+    NoSession,
+}
+
+/// SQL `delete_message()`. `message`: `None` if it cannot exist.
+pub async fn delete(
+    connection: &mut PgConnection,
+    session: Option<SessionId>,
+    user: UserId,
+    conversation: ConversationId,
+    message: Option<MessageId>,
+    request: &RequestContext,
+) -> sqlx::Result<(DeleteMessageOutcome, Vec<Appended>)> {
+    let row = sqlx::query!(
+        r#"SELECT outcome AS "outcome!", deleted_at, unread_counts, receivers, epochs, seqs
+           FROM messenger.delete_message($1, $2, $3, $4, $5, $6)"#,
+        session.map(|session| session.0),
+        user.0,
+        conversation.0,
+        message.map(|id| id.0),
+        request.request_id,
+        request.traceparent(),
+    )
+    .fetch_one(connection)
+    .await?;
+    let outcome = match row.outcome.as_str() {
+        "deleted" | "unchanged" => DeleteMessageOutcome::Deleted,
+        "not_yours" => DeleteMessageOutcome::NotYours,
+        "no_message" => DeleteMessageOutcome::NoMessage,
+        "no_conversation" => DeleteMessageOutcome::NoConversation,
+        "no_session" => DeleteMessageOutcome::NoSession,
+        other => return Err(unexpected(other)),
+    };
+    let (Some(id), Some(deleted_at)) = (message, row.deleted_at) else { return Ok((outcome, Vec::new())) };
+
+    let appended = AppendedTo { receivers: row.receivers, epochs: row.epochs, seqs: row.seqs };
+    let positions = appended.positions()?;
+    let counts = row.unread_counts.unwrap_or_default();
+    if counts.len() != positions.len() {
+        return Err(sqlx::Error::Decode("a receiver without a count".into()));
+    }
+    let mut by_count: BTreeMap<i64, Vec<_>> = BTreeMap::new();
+    for (count, receiver) in counts.into_iter().zip(positions) {
+        by_count.entry(count).or_default().push(receiver);
+    }
+    let mut events = Vec::new();
+    for (unread_count, receivers) in by_count {
+        let event = Event::MessageDeleted(MessageDeleted {
+            id,
+            conversation_id: conversation,
+            deleted_at,
+            unread_count,
+        });
+        events.extend(envelopes(receivers, &event, deleted_at, request)?);
+    }
     Ok((outcome, events))
 }
 
@@ -199,8 +332,10 @@ pub async fn page(
         sqlx::query_as!(
             MessageRow,
             r#"SELECT p.last_read_number, NULL::bigint AS after_number, b.number AS "before_number?",
-                      m.number AS "number?", m.id AS "id?", m.content AS "content?", m.created_at AS "created_at?",
-                      m.edited_at, m.deleted_at, m.sender_id AS "sender_id?",
+                      m.number AS "number?", m.id AS "id?", m.created_at AS "created_at?", m.sender_id AS "sender_id?",
+                      CASE WHEN m.text_hidden_from = p.user_id THEN '' ELSE m.content END AS content,
+                      CASE WHEN m.text_hidden_from = p.user_id THEN NULL ELSE m.edited_at END AS edited_at,
+                      CASE WHEN m.text_hidden_from = p.user_id THEN m.edited_at ELSE m.deleted_at END AS deleted_at,
                       u.username AS "sender_username?", u.avatar_url AS sender_avatar_url
                FROM messenger.participants AS p
                LEFT JOIN messenger.messages AS b
@@ -227,8 +362,10 @@ pub async fn page(
         sqlx::query_as!(
             MessageRow,
             r#"SELECT p.last_read_number, a.number AS "after_number?", b.number AS "before_number?",
-                      m.number AS "number?", m.id AS "id?", m.content AS "content?", m.created_at AS "created_at?",
-                      m.edited_at, m.deleted_at, m.sender_id AS "sender_id?",
+                      m.number AS "number?", m.id AS "id?", m.created_at AS "created_at?", m.sender_id AS "sender_id?",
+                      CASE WHEN m.text_hidden_from = p.user_id THEN '' ELSE m.content END AS content,
+                      CASE WHEN m.text_hidden_from = p.user_id THEN NULL ELSE m.edited_at END AS edited_at,
+                      CASE WHEN m.text_hidden_from = p.user_id THEN m.edited_at ELSE m.deleted_at END AS deleted_at,
                       u.username AS "sender_username?", u.avatar_url AS sender_avatar_url
                FROM messenger.participants AS p
                LEFT JOIN messenger.messages AS a

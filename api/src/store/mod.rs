@@ -10,6 +10,7 @@ pub mod groups;
 pub mod identities;
 pub mod messages;
 mod pool;
+pub mod retention;
 pub mod schema;
 pub mod session;
 pub mod sessions;

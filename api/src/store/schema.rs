@@ -22,7 +22,7 @@ const MIGRATIONS_TABLE: &str = "messenger._sqlx_migrations";
 static TABLES: Migrator = sqlx::migrate!();
 
 /// Each after its dependencies, since Postgres checks views and the bodies of plain SQL functions when they are created.
-const FUNCTIONS: [&str; 18] = [
+const FUNCTIONS: [&str; 22] = [
     include_str!("../../sql/session_is_live.sql"),
     include_str!("../../sql/append_to_feed.sql"),
     include_str!("../../sql/append_to_feeds.sql"),
@@ -33,6 +33,10 @@ const FUNCTIONS: [&str; 18] = [
     include_str!("../../sql/may_add.sql"),
     include_str!("../../sql/lock_group.sql"),
     include_str!("../../sql/post_message.sql"),
+    include_str!("../../sql/edit_message.sql"),
+    include_str!("../../sql/delete_message.sql"),
+    include_str!("../../sql/expire_messages.sql"),
+    include_str!("../../sql/empty_left_group.sql"),
     include_str!("../../sql/start_conversation.sql"),
     include_str!("../../sql/mark_read.sql"),
     include_str!("../../sql/create_group.sql"),

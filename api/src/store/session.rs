@@ -13,9 +13,11 @@ use std::time::Duration;
 use sqlx::{Connection, PgConnection, postgres::PgConnectOptions};
 use thiserror::Error;
 
-/// `READ COMMITTED`: what the functions read after they took a lock is the newest there is. Idle sessions are closed by us.
+/// `READ COMMITTED`: what the functions read after they took a lock is the newest there is. Idle sessions are closed by us. The server logs
+/// no parameters of a statement that fails: one may be a text.
 const SETTINGS: &str = "
     SET default_transaction_isolation = 'read committed';
+    SET log_parameter_max_length_on_error = 0;
     SET statement_timeout = '4s';
     SET lock_timeout = '2s';
     SET idle_session_timeout = 0";
@@ -23,6 +25,7 @@ const SETTINGS: &str = "
 /// The same for one transaction. Between its statements the server holds locks and waits for us, so that wait is bounded too.
 pub(super) const BEGIN_TRANSACTION: &str = "
     BEGIN ISOLATION LEVEL READ COMMITTED;
+    SET LOCAL log_parameter_max_length_on_error = 0;
     SET LOCAL statement_timeout = '4s';
     SET LOCAL lock_timeout = '2s';
     SET LOCAL idle_in_transaction_session_timeout = '5s'";
@@ -30,6 +33,7 @@ pub(super) const BEGIN_TRANSACTION: &str = "
 /// For work that an operator waits for.
 const WITHOUT_LIMITS: &str = "
     SET default_transaction_isolation = 'read committed';
+    SET log_parameter_max_length_on_error = 0;
     SET statement_timeout = 0;
     SET lock_timeout = 0;
     SET idle_session_timeout = 0;

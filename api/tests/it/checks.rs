@@ -26,6 +26,7 @@ const PATHS: &[(&str, &str)] = &[
     ("/api/conversations/{id}/participants/{id}", "PATCH, DELETE"),
     ("/api/conversations/{id}/other_participant", "GET, HEAD"),
     ("/api/conversations/{id}/messages", "GET, HEAD, POST"),
+    ("/api/conversations/{id}/messages/{id}", "PATCH, DELETE"),
     ("/api/conversations/{id}/read_messages", "POST"),
     ("/.well-known/jwks.json", "GET, HEAD"),
 ];
@@ -67,7 +68,7 @@ async fn unknown_path_is_404_whatever_else_is_wrong(pool: PgPool) {
         "/api/nothing",
         "/api/auth_user/x",
         "/api/conversations/1/nothing",
-        "/api/conversations/1/messages/1",
+        "/api/conversations/1/messages/1/1",
         "/api//auth_user",
     ] {
         for method in METHODS {

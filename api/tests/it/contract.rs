@@ -347,7 +347,7 @@ async fn content_is_normalised(pool: PgPool) {
     let john = john.at(&app);
     assert_json(
         &app.get("/api/limits").bearer("no token").expect(200).await,
-        &json!({ "maxMessageLength": 5, "maxGroupSize": 1_000 }),
+        &json!({ "maxMessageLength": 5, "maxGroupSize": 1_000, "editWindowSeconds": 86_400 }),
     );
     john.post_message(&conversation, "12345").expect(201).await;
     let answer = john.post_message(&conversation, "123456").expect(422).await;
@@ -604,7 +604,7 @@ async fn openapi_document_is_public_and_complete(pool: PgPool) {
             continue; // The gateway's.
         }
         let path = path.replace("{provider}", "github").replace("{conversationId}", "1");
-        let path = path.replace("{sessionId}", "1").replace("{userId}", "1");
+        let path = path.replace("{sessionId}", "1").replace("{userId}", "1").replace("{messageId}", "1");
         for method in methods.as_object().unwrap().keys() {
             let answer = app.call(&method.to_uppercase(), &path).send().await.unwrap();
             assert_ne!(answer.status, 405, "{method} {path}");

@@ -63,12 +63,15 @@ async fn assert_own_settings(pool: &PgPool) {
         if sessions {
             database.use_sessions();
         }
-        let read = "SELECT current_setting('transaction_isolation'), current_setting('lock_timeout')";
+        let read = "SELECT current_setting('transaction_isolation'), current_setting('lock_timeout'),
+                           current_setting('log_parameter_max_length_on_error')";
         let settings = database
-            .run(async |connection| sqlx::query_as::<_, (String, String)>(read).fetch_one(connection).await)
+            .run(async |connection| {
+                sqlx::query_as::<_, (String, String, String)>(read).fetch_one(connection).await
+            })
             .await
             .unwrap();
-        assert_eq!(settings, ("read committed".to_owned(), "2s".to_owned()));
+        assert_eq!(settings, ("read committed".to_owned(), "2s".to_owned(), "0".to_owned()));
         database.close().await;
     }
 }
@@ -79,6 +82,7 @@ async fn defaults_of_the_database_do_not_change_how_sends_end(pool: PgPool) {
         set_default(&pool, "default_transaction_isolation", isolation).await;
         for (setting, value) in [
             ("lock_timeout", "1ms"),
+            ("log_parameter_max_length_on_error", "-1"),
             ("idle_session_timeout", "500ms"),
             ("TimeZone", "Asia/Kathmandu"),
             ("DateStyle", "German, DMY"),

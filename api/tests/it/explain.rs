@@ -47,7 +47,8 @@ async fn explain_tells_operators_the_fate_of_an_event(pool: PgPool) {
     assert!(none.contains("No event of this feed is about message 999999"), "{none}");
 
     let database = database(&pool, 1);
-    let keep = Keep { age: Duration::from_hours(1), events: 1, idempotency_keys: Duration::from_hours(1) };
+    let hour = Duration::from_hours(1);
+    let keep = Keep { age: hour, events: 1, idempotency_keys: hour, messages: None, edit_window: hour };
     prune_after(&database, keep, UserId(0)).await.unwrap();
     let (_, pruned) = app.explain(&format!("user={}&seq=1", jane.id)).await;
     assert!(pruned.contains(&format!("has been pruned: the feed begins at {head}")), "{pruned}");

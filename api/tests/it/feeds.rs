@@ -365,7 +365,8 @@ async fn internal_requests_are_bounded(pool: PgPool) {
 }
 
 fn keep(events: u64) -> Keep {
-    Keep { age: Duration::from_hours(1), events, idempotency_keys: Duration::from_hours(1) }
+    let hour = Duration::from_hours(1);
+    Keep { age: hour, events, idempotency_keys: hour, messages: None, edit_window: hour }
 }
 
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]

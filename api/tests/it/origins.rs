@@ -241,7 +241,7 @@ async fn preflight_precedes_all_checks_and_favours_listed_origins(pool: PgPool) 
             assert!(answer.body.is_empty());
             assert_readable(&answer, known.then_some(origin));
             for (name, value) in [
-                ("access-control-allow-methods", "GET, HEAD, POST, PUT, DELETE"),
+                ("access-control-allow-methods", "GET, HEAD, POST, PUT, PATCH, DELETE"),
                 (
                     "access-control-allow-headers",
                     "Authorization, Cache-Control, Content-Type, Idempotency-Key, Last-Event-ID, X-Request-Id",

@@ -168,6 +168,8 @@ pub(crate) fn config(pool: &PgPool) -> Config {
             age: Duration::from_hours(1),
             events: 1_000_000,
             idempotency_keys: Duration::from_hours(1),
+            messages: None,
+            edit_window: Duration::from_hours(24),
         },
         limits: RateLimits::OFF,
         shutdown_wait: Duration::ZERO,
@@ -336,8 +338,8 @@ pub(crate) async fn add_users<const N: usize>(pool: &PgPool, names: [&str; N]) {
         .unwrap();
 }
 
-/// Every route that needs a session, but for the one that sends a message.
-pub(crate) const ROUTES: [&str; 25] = [
+/// Every route that needs a session, but for those that send or edit a message.
+pub(crate) const ROUTES: [&str; 26] = [
     "GET /api/auth_user",
     "GET /api/blocks",
     "GET /api/usernames?search=j",
@@ -361,6 +363,7 @@ pub(crate) const ROUTES: [&str; 25] = [
     "DELETE /api/conversations/{id}/participants/{user}",
     "GET /api/conversations/{id}/messages",
     "HEAD /api/conversations/{id}/messages",
+    "DELETE /api/conversations/{id}/messages/1",
     "POST /api/conversations/{id}/read_messages",
     "POST /api/conversations/{id}/typing",
 ];
@@ -470,6 +473,15 @@ impl ApiUser {
 
     pub(crate) fn post_message(&self, id: &str, content: &str) -> Call {
         self.call("POST", &format!("/api/conversations/{id}/messages")).json(&json!({ "content": content }))
+    }
+
+    pub(crate) fn edit_message(&self, conversation: &str, id: &str, content: &str) -> Call {
+        let path = format!("/api/conversations/{conversation}/messages/{id}");
+        self.call("PATCH", &path).json(&json!({ "content": content }))
+    }
+
+    pub(crate) fn delete_message(&self, conversation: &str, id: &str) -> Call {
+        self.call("DELETE", &format!("/api/conversations/{conversation}/messages/{id}"))
     }
 
     pub(crate) fn messages(&self, id: &str, query: &str) -> Call {
