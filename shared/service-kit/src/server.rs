@@ -12,13 +12,14 @@ mod body;
 mod connections;
 mod head;
 mod metrics;
+mod socket;
 mod watch;
 
 use std::{
     convert::Infallible,
     future::Future,
     io,
-    net::SocketAddr,
+    net::{self, SocketAddr},
     panic::AssertUnwindSafe,
     pin::{Pin, pin},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
@@ -32,8 +33,9 @@ use http_body::Body;
 use hyper::{body::Incoming, server::conn::http1};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::{
-    net::{TcpListener, TcpStream},
+    net::TcpListener,
     sync::Notify,
+    task::yield_now,
     time::{Instant, Sleep, sleep, sleep_until},
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
@@ -43,6 +45,7 @@ use self::{
     body::AnswerBody,
     connections::Connections,
     head::Malformed,
+    socket::{Acceptor, Socket},
     watch::{Phase, Watch, Watched},
 };
 pub use self::{
@@ -69,6 +72,9 @@ pub struct Limits {
     /// A peer that accepts no bytes for this long is disconnected.
     pub write: Duration,
     pub stop: Duration,
+    /// Serve a request even if the client has closed its side meanwhile. If not, hyper reads while a request is served, which costs
+    /// three system calls, and the request is cancelled.
+    pub half_close: bool,
 }
 
 impl Default for Limits {
@@ -81,6 +87,7 @@ impl Default for Limits {
             idle: Duration::from_secs(60),
             write: Duration::from_secs(60),
             stop: Duration::from_secs(10),
+            half_close: false,
         }
     }
 }
@@ -102,7 +109,11 @@ pub fn bind(address: SocketAddr) -> io::Result<TcpListener> {
     TcpListener::from_std(socket.into())
 }
 
-type Takeover = Box<dyn FnOnce(TcpStream) + Send>;
+/// Then those that were accepted are served before more are: hyper has 16 KiB of buffers for each, which a storm of new clients would
+/// otherwise multiply by their number.
+const ACCEPTED_IN_A_ROW: usize = 32;
+
+type Takeover = Box<dyn FnOnce(net::TcpStream) + Send>;
 
 /// A response extension that requests the socket instead of answering.
 #[derive(Clone)]
@@ -110,8 +121,8 @@ struct Ticket(Arc<Mutex<Option<Takeover>>>);
 
 /// A response that makes [`serve`] give the connection's socket to `takeover`, which then writes the whole answer, head
 /// included. Earlier answers are sent first; bytes that the client sent after its request head are lost. If the connection breaks
-/// before, `takeover` is dropped without a call.
-pub fn hand_off<B: Default>(takeover: impl FnOnce(TcpStream) + Send + 'static) -> Response<B> {
+/// before, `takeover` is dropped without a call. The socket does not block.
+pub fn hand_off<B: Default>(takeover: impl FnOnce(net::TcpStream) + Send + 'static) -> Response<B> {
     let mut response = Response::new(B::default());
     response.extensions_mut().insert(Ticket(Arc::new(Mutex::new(Some(Box::new(takeover))))));
     response
@@ -136,7 +147,17 @@ pub async fn serve<S, B>(
     let (limits, metrics) = (Arc::new(limits), Arc::new(metrics));
     let tasks = TaskTracker::new();
     let cut = CancellationToken::new();
+    let listener = match Acceptor::new(listener) {
+        Ok(listener) => listener,
+        Err(error) => return tracing::error!(%error, "cannot watch the listener; the process stops"),
+    };
+    let mut in_a_row = 0;
     loop {
+        if in_a_row == ACCEPTED_IN_A_ROW {
+            in_a_row = 0;
+            yield_now().await;
+        }
+        in_a_row += 1;
         let accepted = tokio::select! {
             accepted = listener.accept() => accepted,
             () = stop.cancelled() => break,
@@ -196,7 +217,7 @@ fn is_about_one_connection(error: &io::Error) -> bool {
 
 /// One connection from its first byte to its end or its handoff.
 async fn drive<S, B>(
-    socket: TcpStream,
+    socket: Socket,
     edge: Edge<S>,
     idle: Arc<Notify>,
     limits: Arc<Limits>,
@@ -215,6 +236,7 @@ async fn drive<S, B>(
     let mut connection = http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(None) // It also runs while a connection is idle; ours does not.
+        .half_close(limits.half_close)
         .max_buf_size(16 * 1024)
         .serve_connection(io, edge);
     let mut stopped = pin!(stop.cancelled_owned());
@@ -257,7 +279,7 @@ async fn drive<S, B>(
         Outcome::HandOff => {
             let socket = connection.into_parts().io.into_inner().socket;
             let takeover = watch.take_ticket().and_then(|ticket| lock(&ticket.0).take());
-            if let Some(takeover) = takeover {
+            if let (Some(takeover), Ok(socket)) = (takeover, socket.into_std()) {
                 takeover(socket);
             }
         }

@@ -35,6 +35,7 @@ use service_kit::{
 };
 use tokio::{
     io::AsyncWriteExt,
+    net::TcpStream,
     sync::{
         Semaphore,
         mpsc::{self, error::TrySendError},
@@ -191,17 +192,14 @@ impl Streams {
         };
         let subject = match principal.who {
             Who::User(user) => {
-                return server::hand_off(move |socket| {
-                    if let Ok(socket) = socket.into_std() {
-                        admit(socket, user, bytes.into());
-                    }
-                });
+                return server::hand_off(move |socket| admit(socket, user, bytes.into()));
             }
             Who::Subject(claims) => claims,
         };
         // The head is written immediately, even if `api` is down; the user is looked up meanwhile.
         let (identities, metrics) = (self.identities.clone(), self.metrics.clone());
-        server::hand_off(move |mut socket| {
+        server::hand_off(move |socket| {
+            let Ok(mut socket) = TcpStream::from_std(socket) else { return };
             tokio::spawn(async move {
                 let written = timeout(HEAD_TIMEOUT, socket.write_all(&bytes)).await;
                 let user = identities.user_of(&subject).await;
@@ -252,13 +250,9 @@ impl Streams {
     ) -> Response {
         self.metrics.streams_rejected.get_or_create(&Reason { reason: limit }).inc();
         let permit = self.rejecting.clone().try_acquire_owned();
-        server::hand_off(move |mut socket| {
-            let Ok(permit) = permit else {
-                if let Ok(socket) = socket.into_std() {
-                    write_goodbye(&socket, &bytes, framing, why);
-                }
-                return;
-            };
+        server::hand_off(move |socket| {
+            let Ok(permit) = permit else { return write_goodbye(&socket, &bytes, framing, why) };
+            let Ok(mut socket) = TcpStream::from_std(socket) else { return };
             bytes.extend(closing_bytes(framing, why));
             tokio::spawn(async move {
                 use tokio::io::{AsyncReadExt, AsyncWriteExt};

@@ -1,8 +1,14 @@
 //! Over real sockets: deadlines, bounds, the graceful stop, what is common to every request and answer, and the handoff.
 
+use std::{
+    io::{Read, Write},
+    sync::atomic::{AtomicUsize, Ordering},
+};
+
 use prometheus_client::registry::Registry;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
+    net::TcpStream,
     sync::Notify,
 };
 use warp::Filter;
@@ -38,6 +44,8 @@ struct Running {
     /// `/slow` was called; it answers once it is released.
     slow: Arc<Notify>,
     release: Arc<Notify>,
+    /// Requests of `/busy` in service: now, and at most.
+    busy: Arc<[AtomicUsize; 2]>,
     registry: Registry,
 }
 
@@ -94,7 +102,8 @@ fn start_with(limits: Limits) -> Running {
         .map(|body: bytes::Bytes| Response::new(format!("read {}", body.len()).into()));
     let panic = warp::path!("panic").map(|| -> warp::reply::Response { panic!("a handler's own fault") });
     let take = warp::path!("take").map(|| -> warp::reply::Response {
-        hand_off(|mut socket| {
+        hand_off(|socket| {
+            let mut socket = TcpStream::from_std(socket).unwrap();
             tokio::spawn(async move {
                 socket.write_all(HEAD).await.unwrap();
                 socket.write_all(b"taken").await.unwrap();
@@ -104,6 +113,20 @@ fn start_with(limits: Limits) -> Running {
             });
         })
     });
+    let busy = Arc::new([AtomicUsize::new(0), AtomicUsize::new(0)]);
+    let served = busy.clone();
+    let busy_route = warp::path!("busy").then(move || {
+        let served = served.clone();
+        async move {
+            let [now, most] = &*served;
+            most.fetch_max(now.fetch_add(1, Ordering::Relaxed) + 1, Ordering::Relaxed);
+            // As long as something that is done for many requests together.
+            yield_now().await;
+            now.fetch_sub(1, Ordering::Relaxed);
+            Response::new("busy".into())
+        }
+    });
+    let hello = hello.or(busy_route).unify();
     let routes = hello.or(slow).unify().or(big).unify().or(read).unify().or(panic).unify().or(take).unify();
     let listener = bind("127.0.0.1:0".parse().unwrap()).unwrap();
     let address = listener.local_addr().unwrap();
@@ -111,7 +134,7 @@ fn start_with(limits: Limits) -> Running {
     let mut registry = Registry::default();
     let metrics = ServerMetrics::register(&mut registry).listener("test");
     let done = tokio::spawn(serve(listener, warp::service(routes), limits, metrics, stop.clone()));
-    Running { address, stop, done, asked, slow: slow_called, release, registry }
+    Running { address, stop, done, asked, slow: slow_called, release, busy, registry }
 }
 
 async fn send(address: SocketAddr, bytes: &[u8]) -> TcpStream {
@@ -466,4 +489,41 @@ async fn an_address_over_its_limit_is_closed_and_a_proxy_is_not() {
     }
     let mut new = send(server.address, HELLO).await;
     assert_eq!(answer(&mut new).await.1, "hello");
+}
+
+/// Each in service has buffers, which the process would keep.
+#[tokio::test]
+async fn a_storm_of_connections_is_served_in_small_groups() {
+    let server = start_with(Limits { connections: 1_000, ..limits() });
+    // Before the server runs.
+    let connect = |_| {
+        let mut socket = net::TcpStream::connect(server.address).unwrap();
+        socket.write_all(b"GET /busy HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n").unwrap();
+        socket
+    };
+    let sockets: Vec<_> = (0..300).map(connect).collect();
+    let answers = tokio::task::spawn_blocking(move || {
+        let answer = |mut socket: net::TcpStream| {
+            let mut text = String::new();
+            socket.read_to_string(&mut text).map(|_| text.ends_with("busy")).unwrap()
+        };
+        sockets.into_iter().map(answer).filter(|whole| *whole).count()
+    });
+    assert_eq!(answers.await.unwrap(), 300);
+    let most = server.busy[1].load(Ordering::Relaxed);
+    assert!(most <= 2 * ACCEPTED_IN_A_ROW, "{most}");
+}
+
+#[tokio::test]
+async fn a_client_may_close_its_side_if_the_listener_allows_it() {
+    for half_close in [true, false] {
+        let server = start_with(Limits { half_close, ..limits() });
+        let mut socket = send(server.address, b"GET /slow HTTP/1.1\r\nHost: a\r\n\r\n").await;
+        soon("the handler runs", server.slow.notified()).await;
+        socket.shutdown().await.unwrap();
+        sleep(Duration::from_millis(50)).await;
+        server.release.notify_one();
+        let answer = soon("an end", rest(socket)).await;
+        assert_eq!(answer.ends_with("slow"), half_close, "{answer:?}");
+    }
 }

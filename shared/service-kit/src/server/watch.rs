@@ -9,12 +9,11 @@ use std::{
 
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
-    net::TcpStream,
     sync::Notify,
     time::Instant,
 };
 
-use super::{Limits, Ticket, lock};
+use super::{Limits, Ticket, lock, socket::Socket};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Phase {
@@ -144,7 +143,7 @@ impl Tail {
 
 /// The socket under hyper: notes the progress of reads, writes and flushes.
 pub(super) struct Watched {
-    pub(super) socket: TcpStream,
+    pub(super) socket: Socket,
     pub(super) watch: Arc<Watch>,
     pub(super) idle: Arc<Notify>,
 }
