@@ -55,7 +55,10 @@ impl Listeners {
             tracing::info!(name, address = %listener.local_addr()?, "listening");
             Ok(listener)
         };
-        Ok(Self { public: bind("public", config.listen)?, ops: bind("ops", config.ops_listen)? })
+        let public = bind("public", config.listen)?;
+        engine::set_options(&public, config.delivery.write_deadline)
+            .context("cannot set the options of the public listener")?;
+        Ok(Self { public, ops: bind("ops", config.ops_listen)? })
     }
 }
 
@@ -106,7 +109,8 @@ pub async fn run(config: Config, listeners: Listeners, stop: CancellationToken) 
     let new_streams = delivery.new_streams.clone();
     let streams = make_streams(config, &serving, api, keys, ended_sessions, new_streams, metrics);
     let routes = warp::service(http::routes(streams.clone()));
-    let bounds = ServerLimits { connections: descriptors::HTTP, ..limits };
+    // A request here takes milliseconds, and the engine notices that the client has gone.
+    let bounds = ServerLimits { connections: descriptors::HTTP, half_close: true, ..limits };
     serving.spawn("public listener", |stop| server::serve(listeners.public, routes, bounds, counted, stop));
 
     tokio::select! {

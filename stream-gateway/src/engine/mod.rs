@@ -33,6 +33,7 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
+pub use self::sockets::set_options;
 use self::{
     effects::Telemetry,
     sockets::{SocketEvent, Sockets},
@@ -129,7 +130,7 @@ pub fn start(
     let (tasks, stop) = (inputs.tasks.clone(), inputs.stop.clone());
     let run = async move {
         let backfill = Backfill::new(api, workers, tracer, metrics.clone());
-        let ended = match Sockets::new(poll, settings.write_deadline) {
+        let ended = match Sockets::new(poll) {
             Ok(sockets) => {
                 Engine::new(settings, sockets, backfill, rights, desired, metrics).run(inputs).await
             }
@@ -406,7 +407,7 @@ mod tests {
         };
         let mut engine = Engine::new(
             settings,
-            Sockets::new(Poll::new().unwrap(), second).unwrap(),
+            Sockets::new(Poll::new().unwrap()).unwrap(),
             Backfill::new(api.clone(), Handle::current(), Tracer::default(), metrics.clone()),
             Rights {
                 keys: Arc::new(Keys::new("http://localhost", api, metrics.clone())),
@@ -424,7 +425,7 @@ mod tests {
         let permit = limits.admit(Subject::User(UserId(1)), Ipv4Addr::LOCALHOST.into()).await;
 
         engine.admit(NewStream {
-            // A file that rejects socket options.
+            // A file that no epoll can watch.
             socket: OwnedFd::from(File::open("/dev/null").unwrap()).into(),
             user: UserId(1),
             session: None,

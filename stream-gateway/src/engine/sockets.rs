@@ -3,6 +3,7 @@
 use std::{
     io::{self, Read, Write},
     net::Shutdown,
+    os::fd::AsFd,
     time::Duration,
 };
 
@@ -24,7 +25,6 @@ pub struct Sockets {
     events: Events,
     slots: Slab<Socket>,
     generation: u32,
-    write_deadline: Duration,
 }
 
 struct Socket {
@@ -53,14 +53,22 @@ pub enum Input {
     Closed,
 }
 
+/// On the listener, whose connections inherit them, so that no connection costs a system call.
+pub fn set_options(listener: &impl AsFd, write_deadline: Duration) -> io::Result<()> {
+    let listener = socket2::SockRef::from(listener);
+    listener.set_send_buffer_size(SEND_BUFFER)?;
+    // Bounds how long the kernel holds bytes that the client does not acknowledge or has no room for.
+    listener.set_tcp_user_timeout(Some(write_deadline))
+}
+
 impl Sockets {
     #[expect(unsafe_code, reason = "tokio requires a descriptor that stays valid")]
-    pub fn new(poll: Poll, write_deadline: Duration) -> io::Result<Self> {
+    pub fn new(poll: Poll) -> io::Result<Self> {
         // SAFETY: `Poll` owns its descriptor, keeps it open until it is dropped and always names the same one.
         let poll = unsafe { AsyncFd::register_with_interest(poll, Readable::READABLE) };
         let poll = poll.map_err(|error| error.into_parts().1)?;
         let events = Events::with_capacity(1_024);
-        Ok(Self { poll, events, slots: Slab::new(), generation: 0, write_deadline })
+        Ok(Self { poll, events, slots: Slab::new(), generation: 0 })
     }
 
     /// The next sockets that are ready, at most 1,024. Cancel safe.
@@ -82,12 +90,8 @@ impl Sockets {
         Ok(ready.collect::<Vec<_>>().into_iter())
     }
 
+    /// A socket that does not block, with the options of [`set_options`].
     pub fn insert(&mut self, socket: std::net::TcpStream, permit: Permit) -> io::Result<ConnectionKey> {
-        let options = socket2::SockRef::from(&socket);
-        socket.set_nonblocking(true)?;
-        options.set_send_buffer_size(SEND_BUFFER)?;
-        // Bounds how long the kernel holds bytes that the client does not acknowledge or has no room for.
-        options.set_tcp_user_timeout(Some(self.write_deadline))?;
         let mut stream = mio::net::TcpStream::from_std(socket);
         let slot = self.slots.vacant_entry();
         let interest = Interest::READABLE | Interest::WRITABLE;
@@ -153,5 +157,24 @@ impl Sockets {
             let mut socket = self.slots.remove(key.index as usize);
             let _ = self.poll.get_ref().registry().deregister(&mut socket.stream);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::{Ipv4Addr, TcpListener, TcpStream};
+
+    use super::*;
+
+    #[test]
+    fn connections_inherit_the_options_of_their_listener() {
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+        let deadline = Duration::from_millis(12_345);
+        set_options(&listener, deadline).unwrap();
+        let _client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let (accepted, _) = listener.accept().unwrap();
+        let accepted = socket2::SockRef::from(&accepted);
+        assert_eq!(accepted.send_buffer_size().unwrap(), 2 * SEND_BUFFER);
+        assert_eq!(accepted.tcp_user_timeout().unwrap(), Some(deadline));
     }
 }
