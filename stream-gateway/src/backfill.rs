@@ -208,6 +208,8 @@ impl Backfill {
             self.in_flight
                 .push(self.workers.spawn(async move { (request_heads(&api, batch).await, started) }));
         }
+        release(&mut self.ranges);
+        release(&mut self.heads);
     }
 
     fn count(&self, kind: &'static str, users: usize) {
@@ -236,6 +238,13 @@ impl Backfill {
         }
         self.paused_until = Instant::now() + self.pause;
         is_first
+    }
+}
+
+/// After a storm, an emptied queue keeps memory for a batch only.
+fn release<T>(queue: &mut VecDeque<T>) {
+    if queue.is_empty() {
+        queue.shrink_to(MAX_PAIRS);
     }
 }
 
@@ -331,5 +340,28 @@ async fn request_heads(api: &ApiClient, batch: Vec<HeadRequest>) -> Result<Answe
             );
             Err(Failed::Heads(batch))
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use service_kit::secrets::Secrets;
+
+    use super::*;
+    use crate::core::HeadReason;
+
+    #[tokio::test]
+    async fn an_emptied_queue_keeps_memory_for_a_batch_only() {
+        let metrics = Arc::new(Metrics::default());
+        let api = ApiClient::new("http://127.0.0.1:9", Secrets::random(), metrics.clone());
+        let mut backfill = Backfill::new(api, Handle::current(), Tracer::default(), metrics);
+        for id in 0..(MAX_BATCHES * MAX_PAIRS) as i64 {
+            let (user, why) = (UserId(id), HeadReason::Subscribed);
+            backfill.request_head(HeadRequest { user, requested_at: None, why, session: None });
+        }
+        backfill.gather_until = Instant::now();
+        backfill.launch();
+        assert!(backfill.heads.is_empty());
+        assert!(backfill.heads.capacity() < 2 * MAX_PAIRS);
     }
 }

@@ -168,7 +168,9 @@ impl DesiredSubscriptions {
                 (false, false) => {}
             }
         }
-        if !queue.changed.is_empty() {
+        if queue.changed.is_empty() {
+            queue.changed.shrink_to(BATCH);
+        } else {
             queue.notify.notify_one();
         }
         batch
@@ -221,6 +223,16 @@ mod tests {
         desired.remove(UserId(3));
         desired.apply_changes();
         assert_eq!(sorted(desired.next_batch(&Node::Only, &users([1, 2]))), [vec![], vec![1], vec![]]);
+    }
+
+    #[test]
+    fn an_emptied_queue_keeps_memory_for_a_batch_only() {
+        let desired = desired();
+        desired.attach(&Node::Only, RedisConnectionId(1));
+        (0..20_000).for_each(|id| desired.add(UserId(id)));
+        desired.apply_changes();
+        while desired.next_batch(&Node::Only, &users([])) != Batch::default() {}
+        assert!(desired.lock().queues[&Node::Only].changed.capacity() < 2 * BATCH);
     }
 
     #[test]
