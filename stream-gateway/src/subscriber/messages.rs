@@ -1,5 +1,5 @@
 //! Takes the published messages out of a connection's bytes before the redis library parses them, so that a message costs no
-//! allocation and no task switch. Everything else, such as replies and confirmations, is passed to the library.
+//! allocation and no task switch. Everything else, such as replies, is passed to the library; confirmations without their channels.
 
 use std::{
     io,
@@ -20,6 +20,9 @@ pub(super) const MESSAGES_PER_READ: usize = 1 + READ / b">3\r\n$7\r\nmessage\r\n
 const MAX_REPLY: usize = 1024 * 1024;
 /// Of replies inside one another.
 const MAX_DEPTH: usize = 8;
+
+/// How the confirmations of SUBSCRIBE and UNSUBSCRIBE begin. Those of a cluster stay as they are, because their channels are read.
+const CONFIRMATIONS: [&[u8]; 2] = [b">3\r\n$9\r\nsubscribe\r\n", b">3\r\n$11\r\nunsubscribe\r\n"];
 
 /// Receives the messages.
 pub(super) trait Receiver: Send + Unpin + 'static {
@@ -88,6 +91,12 @@ impl<S, R: Receiver> MessageStream<S, R> {
             let length = match frame {
                 Frame::Message { channel, payload, length } => {
                     self.receiver.receive(channel, payload, late);
+                    length
+                }
+                Frame::Confirmation { kind, count, length } => {
+                    self.replies.extend_from_slice(kind);
+                    self.replies.extend_from_slice(b"$0\r\n\r\n");
+                    self.replies.extend_from_slice(count);
                     length
                 }
                 Frame::Other { length } => {
@@ -160,6 +169,13 @@ enum Frame<'a> {
         payload: Option<&'a [u8]>,
         length: usize,
     },
+    /// Of a subscription. The library counts confirmations, and would keep the name of each channel until its unsubscription: 73
+    /// bytes per user. It needs them only for an UNSUBSCRIBE without names, which we do not send.
+    Confirmation {
+        kind: &'a [u8],
+        count: &'a [u8],
+        length: usize,
+    },
     Other {
         length: usize,
     },
@@ -179,6 +195,14 @@ impl<'a> Frame<'a> {
         let mut reader = Reader { input, at: 0 };
         let message = input.strip_prefix(b">3\r\n$7\r\nmessage\r\n");
         let Some(rest) = message.or_else(|| input.strip_prefix(b">3\r\n$8\r\nsmessage\r\n")) else {
+            if let Some(kind) = CONFIRMATIONS.into_iter().find(|kind| input.starts_with(kind)) {
+                reader.at = kind.len();
+                let Some(()) = reader.skip_value(0)? else { return Ok(None) };
+                let counted_from = reader.at;
+                let Some(()) = reader.skip_value(0)? else { return Ok(None) };
+                let count = &input[counted_from..reader.at];
+                return Ok(Some(Self::Confirmation { kind, count, length: reader.at }));
+            }
             let whole = reader.skip_value(0)?.is_some();
             return Ok(whole.then_some(Self::Other { length: reader.at }));
         };
@@ -340,7 +364,7 @@ mod tests {
         (result.map(|_| replies), messages)
     }
 
-    const REPLIES: [&str; 12] = [
+    const REPLIES: [&str; 13] = [
         "+OK\r\n",
         "-NOPERM no\r\n",
         ":17\r\n",
@@ -352,20 +376,27 @@ mod tests {
         "%2\r\n$5\r\nproto\r\n:3\r\n$4\r\nmods\r\n*2\r\n*0\r\n#t\r\n",
         "|1\r\n+ttl\r\n:7\r\n*1\r\n,1.5\r\n",
         ">3\r\n$9\r\nsubscribe\r\n$8\r\nt:user:1\r\n:1\r\n",
+        ">3\r\n$11\r\nunsubscribe\r\n$8\r\nt:user:1\r\n:0\r\n",
         ">3\r\n$12\r\nsunsubscribe\r\n$8\r\nt:user:1\r\n:0\r\n",
     ];
 
+    /// What the library gets of it.
+    fn without_channel(reply: &str) -> String {
+        let confirms = CONFIRMATIONS.into_iter().any(|kind| reply.as_bytes().starts_with(kind));
+        if confirms { reply.replace("$8\r\nt:user:1\r\n", "$0\r\n\r\n") } else { reply.into() }
+    }
+
     proptest! {
         #[test]
-        fn messages_are_taken_out_and_all_else_is_kept(
-            frames in proptest::collection::vec((0..16usize, "[a-z:\r\n]{1,12}", "[ -~\r\n]{0,40}"), 0..12),
+        fn messages_and_confirmed_channels_are_taken_out(
+            frames in proptest::collection::vec((0..17usize, "[a-z:\r\n]{1,12}", "[ -~\r\n]{0,40}"), 0..12),
             size in 1..200usize,
         ) {
             let (mut bytes, mut replies, mut messages) = (String::new(), String::new(), Vec::new());
             for (frame, channel, payload) in frames {
                 if let Some(reply) = REPLIES.get(frame) {
                     bytes.push_str(reply);
-                    replies.push_str(reply);
+                    replies.push_str(&without_channel(reply));
                 } else {
                     let kind = if frame % 2 == 0 { "message" } else { "smessage" };
                     bytes.push_str(&message(kind, &channel, &payload));
