@@ -195,14 +195,14 @@ pub fn retry(millis: u32) -> Chunk {
 
 /// The first event of a connection. Without an id when a resync follows, so that only the resync moves the cursor.
 pub fn ready(cursor: Position, resumed: bool, with_id: bool, heartbeat: Duration, now: SystemTime) -> Chunk {
-    let data = json!({
-        "cursor": cursor.to_string(),
-        "resumed": resumed,
-        "heartbeatSeconds": heartbeat.as_secs(),
-        "serverTime": rfc3339(DateTime::<Utc>::from(now)),
-    });
-    let id = if with_id { format!("id: {cursor}\n") } else { String::new() };
-    Chunk::new(&format!("event: ready\ndata: {data}\n{id}\n"))
+    let (seconds, time) = (heartbeat.as_secs(), rfc3339(DateTime::<Utc>::from(now)));
+    let cursor = cursor.to_string();
+    // None of the values needs an escape.
+    let data = format!(
+        r#"{{"cursor":"{cursor}","heartbeatSeconds":{seconds},"resumed":{resumed},"serverTime":"{time}"}}"#
+    );
+    let id = if with_id { ["id: ", &cursor, "\n"] } else { [""; 3] };
+    Chunk::concat(&["event: ready\ndata: ", &data, "\n", id[0], id[1], id[2], "\n"])
 }
 
 /// Why a client must reload, in the words of docs/api.md.

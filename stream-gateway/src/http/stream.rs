@@ -13,7 +13,6 @@ use std::{
 };
 
 use bytes::Bytes;
-use chrono::Utc;
 use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, Version, header};
 use protocol::{
     claims::KeyName,
@@ -54,6 +53,8 @@ use crate::{
     metrics::{Code, Metrics, Reason},
 };
 
+/// Bytes of a usual head, with its `retry`.
+const HEAD_CAPACITY: usize = 512;
 /// For writing a head into an empty socket.
 const HEAD_TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -320,14 +321,17 @@ impl Streams {
             headers.insert(header::TRANSFER_ENCODING, HeaderValue::from_static("chunked"));
         }
         let ascii = |text: &str| HeaderValue::from_str(text).expect("ids and dates are visible ASCII");
-        headers.insert(header::DATE, ascii(&Utc::now().format("%a, %d %b %Y %H:%M:%S GMT").to_string()));
+        headers.insert(header::DATE, ascii(&httpdate::fmt_http_date(SystemTime::now())));
         set_common_headers(&mut headers, ascii(request_id));
         self.origins.let_read(origin, &mut headers);
-        let mut bytes = b"HTTP/1.1 200 OK\r\n".to_vec();
+        let mut bytes = Vec::with_capacity(HEAD_CAPACITY);
+        bytes.extend_from_slice(b"HTTP/1.1 200 OK\r\n");
         for (name, value) in &headers {
-            bytes.extend([name.as_str().as_bytes(), b": ", value.as_bytes(), b"\r\n"].concat());
+            for part in [name.as_str().as_bytes(), b": ", value.as_bytes(), b"\r\n"] {
+                bytes.extend_from_slice(part);
+            }
         }
-        bytes.extend(b"\r\n");
+        bytes.extend_from_slice(b"\r\n");
         ResponseHead { bytes, framing }
     }
 }
