@@ -18,8 +18,18 @@ const LARGEST_GROUP: usize = 4;
 struct Message {
     id: String,
     sender: usize,
+    /// Empty when it was deleted.
     text: String,
     hidden_from: Option<usize>,
+    /// Who blocked the sender when they edited it: it looks deleted to them.
+    text_hidden_from: Option<usize>,
+    is_deleted: bool,
+}
+
+impl Message {
+    fn text_for(&self, reader: usize) -> &str {
+        if self.text_hidden_from == Some(reader) { "" } else { &self.text }
+    }
 }
 
 struct Member {
@@ -69,7 +79,10 @@ impl Conversation {
 
     fn unread(&self, user: usize, last: usize) -> usize {
         let Some(member) = self.member(user) else { return 0 };
-        let unread = |number: &usize| *number > member.read && self.messages[number - 1].sender != user;
+        let unread = |number: &usize| {
+            let message = &self.messages[number - 1];
+            *number > member.read && message.sender != user && !message.is_deleted
+        };
         self.visible(user, last).iter().filter(|number| unread(number)).count()
     }
 
@@ -86,7 +99,7 @@ impl Conversation {
             "title": self.title,
             "participantCount": count,
             "role": if member.is_owner { "owner" } else { "member" },
-            "lastMessage": message.map(|message| json!({ "id": message.id, "content": message.text })),
+            "lastMessage": message.map(|message| json!({ "id": message.id, "content": message.text_for(user) })),
             "unreadCount": self.unread(user, last),
             "hasUnreadMessages": self.unread(user, last) > 0,
             "lastReadMessageId": if member.read <= last { self.id_of(member.read) } else { Value::Null },
@@ -97,6 +110,8 @@ impl Conversation {
 /// What an event is about; its text is made when it is compared, since replays tell the state of then.
 enum Event {
     Message { conversation: usize, number: usize },
+    Edited { conversation: usize, number: usize },
+    Deleted { conversation: usize, number: usize },
     Created { conversation: usize, number: usize, count: usize },
     Updated { conversation: usize, number: usize, count: usize },
     Read { conversation: usize, number: usize, unread: usize },
@@ -131,7 +146,8 @@ impl Model {
         let users: Vec<usize> =
             self.conversations[conversation].members.iter().map(|member| member.user).collect();
         let hidden_from = users.iter().copied().find(|user| !group && self.blocks(*user, sender));
-        self.conversations[conversation].messages.push(Message { id, sender, text, hidden_from });
+        let message = Message { id, sender, text, hidden_from, text_hidden_from: None, is_deleted: false };
+        self.conversations[conversation].messages.push(message);
         let number = self.conversations[conversation].messages.len();
         for user in users.into_iter().filter(|user| Some(*user) != hidden_from) {
             let place = self.tell(user, Event::Message { conversation, number });
@@ -164,6 +180,24 @@ impl Model {
         }
     }
 
+    /// All who can see a message.
+    fn tell_viewers(
+        &mut self,
+        conversation: usize,
+        number: usize,
+        not: Option<usize>,
+        event: impl Fn() -> Event,
+    ) {
+        let here = &self.conversations[conversation];
+        let hidden_from = here.messages[number - 1].hidden_from;
+        let viewers = here.members.iter().filter(|member| member.joined < number).map(|member| member.user);
+        let viewers: Vec<usize> =
+            viewers.filter(|user| Some(*user) != hidden_from && Some(*user) != not).collect();
+        for user in viewers {
+            self.tell(user, event());
+        }
+    }
+
     fn tell_members(&mut self, conversation: usize, event: impl Fn() -> Event) {
         let users: Vec<usize> =
             self.conversations[conversation].members.iter().map(|member| member.user).collect();
@@ -193,10 +227,24 @@ impl Model {
                 let message = here.message(*number).unwrap();
                 let visible = here.member(reader).is_some_and(|member| member.joined < *number);
                 let mine = message.sender == reader;
-                let text = if visible { message.text.as_str() } else { "" };
+                let text = if visible { message.text_for(reader) } else { "" };
                 let data =
                     json!({ "id": message.id, "content": text, "conversationId": here.id, "mine": mine });
                 (if mine { "message.sent" } else { "message" }, data)
+            }
+            Event::Edited { conversation, number } => {
+                let (_, data) = self.rendered(
+                    users,
+                    reader,
+                    &Event::Message { conversation: *conversation, number: *number },
+                );
+                ("message.updated", data)
+            }
+            Event::Deleted { conversation, number } => {
+                let here = &self.conversations[*conversation];
+                let unread = here.unread(reader, usize::MAX);
+                let id = &here.message(*number).unwrap().id;
+                ("message.deleted", json!({ "id": id, "conversationId": here.id, "unreadCount": unread }))
             }
             Event::Created { conversation, number, count } => {
                 ("conversation.created", self.conversations[*conversation].seen_by(reader, *number, *count))
@@ -288,8 +336,10 @@ impl World {
             0..5 => self.start().await,
             5..9 => self.create_group().await,
             9..14 => self.block().await,
-            14..46 => self.post().await,
-            46..66 => self.read().await,
+            14..38 => self.post().await,
+            38..56 => self.read().await,
+            56..61 => self.edit().await,
+            61..66 => self.delete().await,
             66..70 => self.rename().await,
             70..84 => self.add().await,
             84..90 => self.set_role().await,
@@ -416,6 +466,62 @@ impl World {
             Some(before) => visible.iter().copied().filter(|number| *number < before).max().unwrap_or(0),
         };
         self.model.read(conversation, user, to);
+    }
+
+    /// Some message of some conversation, by its number.
+    fn pick_message(&mut self) -> Option<(usize, usize, usize)> {
+        let conversation = self.pick_conversation(None)?;
+        let user = self.pick_for(conversation);
+        let count = self.model.conversations[conversation].messages.len();
+        (count > 0).then(|| (conversation, user, self.random.random_range(1..=count)))
+    }
+
+    async fn edit(&mut self) {
+        let Some((conversation, user, number)) = self.pick_message() else { return };
+        let text = format!("edited {}", self.random.random_range(0..3));
+        self.note(format_args!("{user} edits {number} of {conversation}: {text}"));
+        let model = &mut self.model;
+        let here = &model.conversations[conversation];
+        let message = &here.messages[number - 1];
+        let answer = self.users[user].edit_message(&here.id, &message.id, &text).send().await.unwrap();
+        let status = match here.visible(user, usize::MAX).contains(&number) {
+            true if message.is_deleted => 404,
+            true if message.sender != user => 403,
+            true => 200,
+            false => 404,
+        };
+        if status == 200 && message.text != text {
+            let is_direct = here.title.is_none();
+            let blocker = here
+                .members
+                .iter()
+                .map(|member| member.user)
+                .find(|other| is_direct && model.blocks(*other, user));
+            let message = &mut model.conversations[conversation].messages[number - 1];
+            (message.text, message.text_hidden_from) = (text, blocker);
+            model.tell_viewers(conversation, number, blocker, || Event::Edited { conversation, number });
+        }
+        self.check(&answer, status);
+    }
+
+    async fn delete(&mut self) {
+        let Some((conversation, user, number)) = self.pick_message() else { return };
+        self.note(format_args!("{user} deletes {number} of {conversation}"));
+        let model = &mut self.model;
+        let here = &model.conversations[conversation];
+        let message = &here.messages[number - 1];
+        let answer = self.users[user].delete_message(&here.id, &message.id).send().await.unwrap();
+        let status = match here.visible(user, usize::MAX).contains(&number) {
+            true if message.sender != user && !here.member(user).is_some_and(|member| member.is_owner) => 403,
+            true => 204,
+            false => 404,
+        };
+        if status == 204 && !message.is_deleted {
+            let message = &mut model.conversations[conversation].messages[number - 1];
+            (message.text, message.text_hidden_from, message.is_deleted) = (String::new(), None, true);
+            model.tell_viewers(conversation, number, None, || Event::Deleted { conversation, number });
+        }
+        self.check(&answer, status);
     }
 
     async fn rename(&mut self) {
@@ -552,7 +658,8 @@ impl World {
                 };
                 let visible = here.visible(user, usize::MAX).into_iter().rev();
                 let expected: Vec<Value> = visible
-                    .map(|number| json!({ "id": here.messages[number - 1].id, "content": here.messages[number - 1].text }))
+                    .map(|number| &here.messages[number - 1])
+                    .map(|message| json!({ "id": message.id, "content": message.text_for(user) }))
                     .collect();
                 assert!(
                     agrees(&json!(expected), &answer.json()),

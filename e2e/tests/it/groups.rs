@@ -40,13 +40,26 @@ struct Crowd {
 impl Crowd {
     async fn write(self: Arc<Self>, seed: u64) {
         let mut random = StdRng::seed_from_u64(seed);
+        let mut sent = Vec::new();
         while !self.stop.load(Ordering::Relaxed) {
-            let user = &self.users[random.random_range(0..USERS)];
+            let mut user = &self.users[random.random_range(0..USERS)];
             let other = &self.users[random.random_range(0..USERS)];
-            let group = format!("/api/conversations/{}", self.groups[random.random_range(0..GROUPS)]);
+            let index = random.random_range(0..GROUPS);
+            let group = format!("/api/conversations/{}", self.groups[index]);
             let count = self.done.fetch_add(1, Ordering::Relaxed);
             let member = format!("{group}/participants/{}", other.id);
-            let (method, path, body) = match random.random_range(0..20) {
+            let kind = random.random_range(0..24);
+            if (14..20).contains(&kind) && random.random_ratio(3, 4) {
+                // Who made the group may do it.
+                user = &self.users[index];
+            }
+            let (method, path, body) = match kind {
+                20..24 if !sent.is_empty() => {
+                    let (sender, message) = &sent[random.random_range(0..sent.len())];
+                    user = *sender;
+                    let body = json!({ "content": format!("edited {count}") });
+                    (if random.random() { "PATCH" } else { "DELETE" }, String::clone(message), body)
+                }
                 0..12 => ("POST", format!("{group}/messages"), json!({ "content": format!("text {count}") })),
                 12..14 => ("POST", format!("{group}/read_messages"), json!({})),
                 14..17 => ("POST", format!("{group}/participants"), json!({ "username": other.name })),
@@ -59,6 +72,9 @@ impl Crowd {
             let call = self.world.client.call(method, format!("{api}{path}")).bearer(&user.token).json(&body);
             if let Ok(answer) = call.send().await {
                 assert!(answer.status < 500 || answer.status == 503, "{method} {path}: {}", answer.text());
+                if answer.status == 201 && path.ends_with("/messages") {
+                    sent.push((user, format!("{path}/{}", answer.json()["id"].as_str().unwrap())));
+                }
             }
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
@@ -175,6 +191,8 @@ async fn members_of_changing_groups_get_exactly_their_feeds_whatever_dies() {
         "participant.left",
         "participant.updated",
         "conversation.updated",
+        "message.updated",
+        "message.deleted",
     ] {
         assert!(of(kind) > 0, "no event {kind:?} came up: {kinds:?}");
     }
