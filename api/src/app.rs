@@ -258,6 +258,7 @@ fn make_api(
         limits,
         external,
         dev_login: config.dev_login,
+        usernames_change: config.usernames_change,
         longest_message: config.longest_message,
         largest_group: config.largest_group,
         edit_window: config.keep.edit_window,

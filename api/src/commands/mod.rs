@@ -14,6 +14,7 @@ pub mod refresh_session;
 pub mod rename_group;
 pub mod start_conversation;
 mod turns;
+pub mod update_user;
 
 use std::sync::Arc;
 

@@ -82,6 +82,7 @@ pub struct Config {
     pub internal_secrets: Secrets,
     pub state_secrets: Secrets,
     pub dev_login: bool,
+    pub usernames_change: bool,
     pub providers: Vec<ProviderSettings>,
     pub provider_time_limit: Duration,
     pub callback_token_in_query: bool,
@@ -214,6 +215,8 @@ fn read(s: &mut Settings) -> Result<(Config, Addresses, Logging), Problems> {
             "DEV_LOGIN allows login as any user, and ORIGIN is not a loopback host; unset it",
         );
     }
+    let usernames_change =
+        s.flag("USERNAMES_CHANGE", "false", "Lets users change their username with PATCH /api/auth_user");
     let providers = providers::read(s);
     let state_secrets = s.secret(
         "STATE_SECRET",
@@ -294,6 +297,7 @@ fn read(s: &mut Settings) -> Result<(Config, Addresses, Logging), Problems> {
             // Without providers nothing is signed with it.
             state_secrets: state_secrets?.unwrap_or_else(Secrets::random),
             dev_login,
+            usernames_change,
             providers,
             provider_time_limit: PROVIDER_TIME_LIMIT,
             callback_token_in_query,

@@ -26,6 +26,7 @@ pub enum Event {
     ConversationCreated(Box<Conversation>),
     ConversationRead(ConversationRead),
     ReceiptRead(ReceiptRead),
+    UserUpdated(User),
     /// The title of a group.
     ConversationUpdated(Box<Conversation>),
     ParticipantJoined(ParticipantJoined),
@@ -107,6 +108,7 @@ impl Event {
             Self::ConversationCreated(_) => kind::CONVERSATION_CREATED,
             Self::ConversationRead(_) => kind::CONVERSATION_READ,
             Self::ReceiptRead(_) => kind::RECEIPT_READ,
+            Self::UserUpdated(_) => kind::USER_UPDATED,
             Self::ConversationUpdated(_) => kind::CONVERSATION_UPDATED,
             Self::ParticipantJoined(_) => kind::PARTICIPANT_JOINED,
             Self::ParticipantLeft(_) => kind::PARTICIPANT_LEFT,

@@ -10,10 +10,14 @@ use icu_properties::{
     },
 };
 
+use thiserror::Error;
+
 use super::text::is_blank;
 
 /// Code points of an external name, without the suffix that distinguishes it from a taken one.
 const LONGEST: usize = 50;
+/// Code points of a name that a user chose.
+const LONGEST_CHOSEN: usize = 64;
 /// The name of a new user whose issuer gives none that can be displayed.
 const NAMELESS: &str = "user";
 
@@ -30,17 +34,39 @@ pub fn key(name: &str) -> String {
     normal(&name.to_lowercase())
 }
 
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
+pub enum NameError {
+    #[error("Username required")]
+    Required,
+    #[error("Username too long. {LONGEST_CHOSEN} max")]
+    TooLong,
+}
+
+/// The stored form of a name that a user chose.
+pub fn chosen(given: &str) -> Result<String, NameError> {
+    let name = displayable(given);
+    if name.is_empty() {
+        return Err(NameError::Required);
+    }
+    if name.chars().nth(LONGEST_CHOSEN).is_some() { Err(NameError::TooLong) } else { Ok(name) }
+}
+
 /// The stored form of an external name.
 pub(super) fn kept(given: &str) -> String {
-    let visible: Vec<char> =
-        given.chars().filter(|&c| !is_invisible(c)).map(|c| if is_space(c) { ' ' } else { c }).collect();
-    let joined: String = with_joiners_in_place(&visible).into_iter().collect();
-    let words: Vec<&str> = joined.split(' ').filter(|word| !word.is_empty()).collect();
-    let bounded: Vec<char> = normal(&words.join(" ")).chars().take(LONGEST).collect();
+    let bounded: Vec<char> = displayable(given).chars().take(LONGEST).collect();
     // The cut may have left a joiner at the end.
     let name: String = with_joiners_in_place(&bounded).into_iter().collect();
     let name = name.trim_end();
     if name.is_empty() { NAMELESS.into() } else { name.into() }
+}
+
+/// In normal form, with single spaces and without what cannot be seen.
+fn displayable(given: &str) -> String {
+    let visible: Vec<char> =
+        given.chars().filter(|&c| !is_invisible(c)).map(|c| if is_space(c) { ' ' } else { c }).collect();
+    let joined: String = with_joiners_in_place(&visible).into_iter().collect();
+    let words: Vec<&str> = joined.split(' ').filter(|word| !word.is_empty()).collect();
+    normal(&words.join(" "))
 }
 
 fn normal(text: &str) -> String {
@@ -191,6 +217,20 @@ mod tests {
         // Cut between the two that a joiner joins.
         let cut = "x".repeat(LONGEST - 2) + "👩\u{200d}👧";
         assert_eq!(kept(&cut), "x".repeat(LONGEST - 2) + "👩");
+    }
+
+    #[test]
+    fn chosen_name_has_the_form_of_an_external_one_and_is_not_cut() {
+        for (given, name) in [
+            ("  John \t Doe\n", Ok("John Doe")),
+            ("Jose\u{301}\u{200b}", Ok("Jos\u{e9}")),
+            (&"é".repeat(64), Ok(&*"é".repeat(64))),
+            (&"é".repeat(65), Err(NameError::TooLong)),
+            ("", Err(NameError::Required)),
+            ("\u{3164}\u{200b} \0", Err(NameError::Required)),
+        ] {
+            assert_eq!(chosen(given), name.map(str::to_owned), "{given:?}");
+        }
     }
 
     #[test]

@@ -22,6 +22,42 @@ impl User {
     }
 }
 
+/// A user as they see themselves.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct OwnUser {
+    #[serde(flatten)]
+    pub user: User,
+    /// Partners may know when the user is online.
+    pub shares_presence: bool,
+    pub addable_by: AddableBy,
+}
+
+/// Who may add a user to a group.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub enum AddableBy {
+    Everybody,
+    Partners,
+    Nobody,
+}
+
+impl AddableBy {
+    const ALL: [Self; 3] = [Self::Everybody, Self::Partners, Self::Nobody];
+
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Everybody => "everybody",
+            Self::Partners => "partners",
+            Self::Nobody => "nobody",
+        }
+    }
+
+    pub fn parse(text: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|each| each.as_str() == text)
+    }
+}
+
 /// An account at an external issuer, in a form from which a user can be created.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Profile {
@@ -50,6 +86,14 @@ impl Profile {
     }
 }
 
+/// An avatar that a user chose is accepted or refused, never changed to none.
+pub fn chosen_avatar(given: &str) -> Option<String> {
+    let has_password = |url: &str| Url::parse(url).is_ok_and(|url| url.password().is_some());
+    let strange = |c: char| c.is_whitespace() || c.is_control();
+    avatar_url(given)
+        .filter(|url| !given.contains(strange) && given.len() <= LONGEST_URL && !has_password(url))
+}
+
 /// Pages show it as an image, so only http and https: no `javascript:`, no `data:`.
 fn avatar_url(given: &str) -> Option<String> {
     let url = Url::parse(given.trim()).ok().filter(|url| matches!(url.scheme(), "http" | "https"))?;
@@ -70,6 +114,20 @@ mod tests {
         let long = format!("https://a.example/{}", "x".repeat(LONGEST_URL));
         for none in ["", "javascript:alert(1)", "data:image/png;base64,AA", "/me.png", "https://", &long] {
             assert_eq!(avatar_url(none), None, "{none:?}");
+        }
+    }
+
+    #[test]
+    fn chosen_avatar_is_taken_as_it_is_or_refused() {
+        let longest = format!("https://a.example/{}", "x".repeat(LONGEST_URL - 18));
+        for taken in ["http://a.example/u/1?v=4#x", "https://user@a.example/", &longest] {
+            assert_eq!(chosen_avatar(taken).as_deref(), Some(taken));
+        }
+        let (long, space) = (format!("{longest}x"), " https://a.example/");
+        for refused in
+            ["", "x", "ftp://a.example/", "https://u:p@a.example/", "https://a.example/a b", space, &long]
+        {
+            assert_eq!(chosen_avatar(refused), None, "{refused:?}");
         }
     }
 

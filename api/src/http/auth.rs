@@ -16,7 +16,7 @@ use service_kit::{
 use super::{HandlerResult, error::ApiError, request::Inbound};
 use crate::{
     commands::{Actor, CommandContext},
-    domain::user::User,
+    domain::user::{AddableBy, OwnUser, User},
     external::ExternalUsers,
     last_used::LastUsed,
     request_context::RequestContext,
@@ -66,6 +66,8 @@ impl Caller {
 pub(super) struct LiveCaller {
     pub(super) actor: Actor,
     pub(super) user: User,
+    pub(super) shares_presence: bool,
+    pub(super) addable_by: AddableBy,
     /// Their position in their feed before anything else was read.
     pub(super) cursor: Position,
     /// Exact at `cursor`.
@@ -160,9 +162,9 @@ impl Auth {
     pub(super) async fn reader(&self, credential: Credential) -> Result<LiveCaller, ApiError> {
         let actor = credential.actor;
         let find = async |connection: &mut _| sessions::caller(connection, actor.session, actor.user).await;
-        let FoundCaller { user, head: cursor, unread_total } =
+        let FoundCaller { user: OwnUser { user, shares_presence, addable_by }, head: cursor, unread_total } =
             self.context.database.run(find).await?.ok_or(ApiError::Unauthorized)?;
-        Ok(LiveCaller { actor, user, cursor, unread_total })
+        Ok(LiveCaller { actor, user, shares_presence, addable_by, cursor, unread_total })
     }
 
     /// The error of a request that ends before its command has checked the session.

@@ -50,6 +50,7 @@ pub struct Api {
     pub tokens: Tokens,
     pub limits: RequestLimits,
     pub dev_login: bool,
+    pub usernames_change: bool,
     /// Code points.
     pub longest_message: usize,
     /// Members.
@@ -65,6 +66,8 @@ type HandlerResult = Result<Response, ApiError>;
 #[rustfmt::skip]
 pub fn public(api: &Arc<Api>) -> BoxedFilter<(Response,)> {
     let dev_login = api.dev_login;
+    let usernames_change = api.usernames_change;
+    let profile = move |_: &_, request::Json(body)| users::profile(body, usernames_change);
     let longest = api.longest_message;
     let draft = move |inbound: &_, body| messages::draft(inbound, body, longest);
     let edit = move |inbound: &_, body| messages::edit_of(inbound, body, longest);
@@ -81,7 +84,7 @@ pub fn public(api: &Arc<Api>) -> BoxedFilter<(Response,)> {
         at("/api/sessions").get(read(sessions::list)).delete(change(nothing, sessions::end_others)),
         at("/api/sessions/{id}").delete(change(sessions::id, sessions::end_one)),
         at("/api/stream_token").post(change(nothing, sessions::stream_token)),
-        at("/api/auth_user").get(read(users::auth_user)),
+        at("/api/auth_user").get(read(users::auth_user)).patch(change(profile, users::update).limit(Rate::Change)),
         at("/api/usernames").get(read(users::search).limit(Rate::Search)),
         at("/api/limits").get(open(messages::limits)),
         at("/api/blocks").get(read(blocks::list)),

@@ -1,27 +1,85 @@
-//! Users: oneself, and the names of others.
+//! Users: oneself and one's profile, and the names of others.
 
 use std::sync::Arc;
 
 use http::StatusCode;
-use serde::Serialize;
+use serde::{Deserialize, Deserializer, Serialize};
 
-use super::{Api, HandlerResult, auth::LiveCaller, error::ApiError, json, request::Inbound, with_cursor};
+use super::{
+    Api, HandlerResult,
+    auth::{Caller, LiveCaller},
+    error::ApiError,
+    json,
+    request::Inbound,
+    with_cursor,
+};
 use crate::{
-    domain::{name::may_be_a_name, user::User},
+    commands::update_user::{ProfileChange, UpdateUserOutcome, update_user},
+    domain::{
+        name::{self, may_be_a_name},
+        user::{AddableBy, OwnUser, chosen_avatar},
+    },
     store::users,
 };
 
 #[derive(Serialize)]
 #[serde(rename_all = "camelCase")]
-struct AuthUser<'a> {
+struct AuthUser {
     #[serde(flatten)]
-    user: &'a User,
+    user: OwnUser,
     unread_total: i64,
 }
 
 pub(super) async fn auth_user(_: Arc<Api>, reader: LiveCaller, _: Inbound) -> HandlerResult {
-    let body = AuthUser { user: &reader.user, unread_total: reader.unread_total };
-    Ok(with_cursor(json(StatusCode::OK, &body), reader.cursor))
+    let LiveCaller { user, shares_presence, addable_by, unread_total, cursor, .. } = reader;
+    let body = AuthUser { user: OwnUser { user, shares_presence, addable_by }, unread_total };
+    Ok(with_cursor(json(StatusCode::OK, &body), cursor))
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(super) struct ProfileBody {
+    username: Option<String>,
+    /// Given as null, it clears the avatar.
+    #[serde(rename = "avatarURL", default, deserialize_with = "given")]
+    avatar_url: Option<Option<String>>,
+    shares_presence: Option<bool>,
+    addable_by: Option<String>,
+}
+
+fn given<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Option<String>>, D::Error> {
+    Option::deserialize(deserializer).map(Some)
+}
+
+pub(super) fn profile(body: ProfileBody, usernames_change: bool) -> Result<ProfileChange, ApiError> {
+    if body.username.is_some() && !usernames_change {
+        return Err(ApiError::unacceptable("username", "Usernames cannot be changed"));
+    }
+    let username = body.username.as_deref().map(name::chosen).transpose();
+    let avatar = |url: String| {
+        chosen_avatar(&url).ok_or_else(|| {
+            ApiError::unacceptable("avatarURL", "Avatar must be an http or https URL, 2048 max")
+        })
+    };
+    let addable_by = |text: String| {
+        AddableBy::parse(&text).ok_or_else(|| {
+            ApiError::unacceptable("addableBy", "addableBy must be everybody, partners or nobody")
+        })
+    };
+    Ok(ProfileChange {
+        username: username.map_err(|error| ApiError::unacceptable("username", error.to_string()))?,
+        avatar_url: body.avatar_url.map(|url| url.map(avatar).transpose()).transpose()?,
+        shares_presence: body.shares_presence,
+        addable_by: body.addable_by.map(addable_by).transpose()?,
+    })
+}
+
+pub(super) async fn update(api: Arc<Api>, caller: Caller, change: ProfileChange) -> HandlerResult {
+    match update_user(&api.context, caller.actor, change, caller.context).await? {
+        UpdateUserOutcome::Done(user) => Ok(json(StatusCode::OK, &user)),
+        UpdateUserOutcome::NameTaken => Err(ApiError::unacceptable("username", "Username taken")),
+        UpdateUserOutcome::NoSession => Err(ApiError::Unauthorized),
+    }
 }
 
 pub(super) async fn search(api: Arc<Api>, reader: LiveCaller, inbound: Inbound) -> HandlerResult {

@@ -210,6 +210,13 @@ impl RangeRow {
 
 /// `None`: its body is gone.
 fn event_of(receiver: UserId, row: RangeRow, conversation: Option<Conversation>) -> Option<Event> {
+    if row.kind.as_deref() == Some(kind::USER_UPDATED) {
+        return Some(Event::UserUpdated(User::stored(
+            row.about_user_id?,
+            row.about_username,
+            row.about_avatar_url,
+        )));
+    }
     let conversation_id = ConversationId(row.conversation_id?);
     let about = row.about_message_id.map(MessageId);
     match row.kind.as_deref() {

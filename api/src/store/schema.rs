@@ -22,7 +22,7 @@ const MIGRATIONS_TABLE: &str = "messenger._sqlx_migrations";
 static TABLES: Migrator = sqlx::migrate!();
 
 /// Each after its dependencies, since Postgres checks views and the bodies of plain SQL functions when they are created.
-const FUNCTIONS: [&str; 22] = [
+const FUNCTIONS: [&str; 23] = [
     include_str!("../../sql/session_is_live.sql"),
     include_str!("../../sql/append_to_feed.sql"),
     include_str!("../../sql/append_to_feeds.sql"),
@@ -41,6 +41,7 @@ const FUNCTIONS: [&str; 22] = [
     include_str!("../../sql/mark_read.sql"),
     include_str!("../../sql/create_group.sql"),
     include_str!("../../sql/rename_group.sql"),
+    include_str!("../../sql/update_user.sql"),
     include_str!("../../sql/add_participant.sql"),
     include_str!("../../sql/set_role.sql"),
     include_str!("../../sql/remove_participant.sql"),

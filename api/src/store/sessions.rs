@@ -10,8 +10,12 @@ use protocol::{
 };
 use sqlx::PgConnection;
 
-use super::position;
-use crate::domain::{device, session::ListedSession, user::User};
+use super::{position, unexpected};
+use crate::domain::{
+    device,
+    session::ListedSession,
+    user::{AddableBy, OwnUser, User},
+};
 
 /// `expires_at` is by the database's clock.
 #[derive(Debug, Clone, Copy)]
@@ -205,7 +209,7 @@ pub async fn delete_ended(
 }
 
 pub struct FoundCaller {
-    pub user: User,
+    pub user: OwnUser,
     pub head: Position,
     /// Unread messages in all conversations, as of `head`.
     pub unread_total: i64,
@@ -218,7 +222,7 @@ pub async fn caller(
     user: UserId,
 ) -> sqlx::Result<Option<FoundCaller>> {
     let row = sqlx::query!(
-        "SELECT u.username, u.avatar_url, h.epoch, h.head_seq, h.unread_total
+        "SELECT u.username, u.avatar_url, u.shares_presence, u.addable_by, h.epoch, h.head_seq, h.unread_total
          FROM messenger.users AS u JOIN messenger.feed_heads AS h ON h.user_id = u.id
          WHERE u.id = $2 AND messenger.session_is_live($1, $2)",
         session.map(|session| session.0),
@@ -227,8 +231,10 @@ pub async fn caller(
     .fetch_optional(connection)
     .await?;
     row.map(|row| {
+        let user = User { id: user, username: row.username, avatar_url: row.avatar_url };
+        let addable_by = AddableBy::parse(&row.addable_by).ok_or_else(|| unexpected(&row.addable_by))?;
         Ok(FoundCaller {
-            user: User { id: user, username: row.username, avatar_url: row.avatar_url },
+            user: OwnUser { user, shares_presence: row.shares_presence, addable_by },
             head: position(row.epoch, row.head_seq)?,
             unread_total: row.unread_total,
         })

@@ -99,8 +99,12 @@ async fn auth_user_returns_the_caller_and_their_cursor(pool: PgPool) {
     let app = App::start(&pool).await;
     let john = app.user(&pool, "john").await;
     let before = john.auth_user().expect(200).await;
-    let caller =
-        |unread: i64| json!({ "id": john.id, "username": "john", "avatarURL": null, "unreadTotal": unread });
+    let caller = |unread: i64| {
+        json!({
+            "id": john.id, "username": "john", "avatarURL": null, "unreadTotal": unread, "sharesPresence": true,
+            "addableBy": "everybody",
+        })
+    };
     assert_json(&before, &caller(0));
     assert_eq!(cursor(&before).seq, 0);
     let jane = app.user(&pool, "jane").await;

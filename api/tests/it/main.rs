@@ -21,6 +21,7 @@ mod names;
 mod origins;
 mod paging;
 mod process;
+mod profile;
 mod providers;
 mod races;
 mod raw;

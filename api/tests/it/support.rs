@@ -157,6 +157,7 @@ pub(crate) fn config(pool: &PgPool) -> Config {
         internal_secrets: Secrets::parse(SECRET).unwrap(),
         state_secrets: Secrets::parse(SECRET).unwrap(),
         dev_login: true,
+        usernames_change: true,
         providers: Vec::new(),
         provider_time_limit: Duration::from_secs(10),
         callback_token_in_query: false,
@@ -339,8 +340,9 @@ pub(crate) async fn add_users<const N: usize>(pool: &PgPool, names: [&str; N]) {
 }
 
 /// Every route that needs a session, but for those that send or edit a message.
-pub(crate) const ROUTES: [&str; 26] = [
+pub(crate) const ROUTES: [&str; 27] = [
     "GET /api/auth_user",
+    "PATCH /api/auth_user",
     "GET /api/blocks",
     "GET /api/usernames?search=j",
     "GET /api/sessions",

@@ -41,6 +41,7 @@ const STORED: &str = "
                            THEN jsonb_build_object('content', m.content) ELSE '{}' END
                WHEN 'message.updated' THEN jsonb_build_object('id', e.message_id::text, 'conversationId', e.conversation_id::text)
                WHEN 'message.deleted' THEN jsonb_build_object('id', e.message_id::text, 'conversationId', e.conversation_id::text)
+               WHEN 'user.updated' THEN jsonb_build_object('id', e.user_id::text)
                WHEN 'conversation.created' THEN jsonb_build_object('id', e.conversation_id::text)
                WHEN 'conversation.updated' THEN jsonb_build_object('id', e.conversation_id::text)
                WHEN 'conversation.read' THEN jsonb_build_object(
