@@ -2,7 +2,8 @@
 
 /**
  * @typedef {{ id: string, username: string, avatarURL: string | null }} User
- * @typedef {{ id: string, content: string, sender: User, createdAt: string, mine: boolean, idempotencyKey?: string | null }} Message
+ * @typedef {{ id: string, content: string, sender: User, createdAt: string, mine: boolean,
+ *   editedAt: string | null, deletedAt: string | null, idempotencyKey?: string | null }} Message
  * @typedef {{ id: string, kind: "direct" | "group", title: string | null, otherParticipant: User | null, lastMessage: Message | null,
  *   unreadCount: number, lastReadMessageId: string | null, otherLastReadMessageId: string | null }} Conversation
  * @typedef {{ id: string, device: string, createdAt: string, lastUsedAt: string, current: boolean }} Session

@@ -25,6 +25,17 @@ const THREADS = 10;
 /** @param {string} name */
 const isMessage = (name) => name === "message" || name === "message.sent";
 
+/** @param {string} name */
+const isChange = (name) => name === "message.updated" || name === "message.deleted";
+
+/**
+ * What an edit or a deletion makes of a message.
+ *
+ * @param {any} data
+ * @returns {Pick<Message, "id" | "content" | "editedAt" | "deletedAt">}
+ */
+const changeOf = ({ id, content = "", editedAt = null, deletedAt = null }) => ({ id, content, editedAt, deletedAt });
+
 /** They say more than a page can that was read before them. */
 const GROUP_EVENTS = ["conversation.created", "conversation.updated", "participant.left"];
 
@@ -213,7 +224,7 @@ export class Model {
     }
     this.#coming.delete(id);
     const last = this.conversations.get(id)?.lastMessage?.id;
-    const known = last ? lastIndex(buffered, ([, data]) => data.id === last) : -1;
+    const known = last ? lastIndex(buffered, ([name, data]) => isMessage(name) && data.id === last) : -1;
     for (const [name, data] of buffered.slice(known + 1)) this.#change(name, data);
     this.changes.tell();
     return this.conversations.get(id) ?? null;
@@ -268,6 +279,7 @@ export class Model {
       if (data.idempotencyKey) this.#outbox.drop(data.idempotencyKey);
       if (name === "message") this.onMessage(data, this.conversations.get(conversationId));
     }
+    if (isChange(name)) this.#threads.get(data.conversationId)?.change(changeOf(data));
     this.#coming.get(data.conversationId)?.buffered.push([name, data]);
     this.#buffered?.push([name, data]);
     this.#more?.push([name, data]);
@@ -327,6 +339,10 @@ export class Model {
         conversation.unreadCount += 1;
       }
       conversation.lastMessage = message;
+    } else if (isChange(name)) {
+      const last = conversation.lastMessage;
+      if (last && last.id === data.id) conversation.lastMessage = { ...last, ...changeOf(data) };
+      if (name === "message.deleted") conversation.unreadCount = data.unreadCount;
     } else if (name === "conversation.read") {
       conversation.lastReadMessageId = data.lastReadMessageId;
       conversation.unreadCount = data.unreadCount;

@@ -7,7 +7,8 @@ import { Drawer, who } from "./storage.js";
 import { MessengerStream } from "./stream.js";
 
 const EVENTS = [
-  "message", "message.sent", "conversation.created", "conversation.updated", "conversation.read", "receipt.read", "participant.left",
+  "message", "message.sent", "message.updated", "message.deleted", "conversation.created", "conversation.updated", "conversation.read",
+  "receipt.read", "participant.left",
 ];
 const DAY_MS = 86_400_000;
 

@@ -16,6 +16,9 @@ import { when } from "./text.js";
  */
 export const faceOf = ({ id, title, otherParticipant }) => otherParticipant ?? { id, username: title ?? "", avatarURL: null };
 
+/** Instead of a text that was deleted. */
+export const DELETED = "This message was deleted.";
+
 /** A picture, or the initial of the name. @param {User} user */
 export function avatar(user) {
   const face = h("span", { class: "avatar", "aria-hidden": "true" });
@@ -164,7 +167,8 @@ export function makeShell(session, { go, leave }) {
       setText(time, last ? when(last.createdAt) : "");
       setAttribute(time, "datetime", last?.createdAt);
       // One line is visible: a short text is cheaper to lay out.
-      setText(preview, last ? `${last.mine ? "You: " : ""}${last.content.slice(0, 200)}` : "");
+      const text = last?.deletedAt ? DELETED : last?.content.slice(0, 200) ?? "";
+      setText(preview, last ? `${last.mine ? "You: " : ""}${text}` : "");
       const unread = model.unreadOf(conversation);
       let badge = link.querySelector(".unread");
       if (unread > 0) {

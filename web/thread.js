@@ -2,6 +2,7 @@
 // Ids are compared for equality only.
 
 /** @typedef {import("./api.js").Message} Message */
+/** @typedef {Pick<Message, "id" | "content" | "editedAt" | "deletedAt">} MessageChange */
 
 export const PAGE = 50;
 /** At most so many pages are read again to restore the screen. */
@@ -30,6 +31,8 @@ export class Thread {
   #paged = 0;
   /** @type {Message[] | null} Messages buffered while the newest page loads. */
   #buffered = null;
+  /** @type {Map<string, MessageChange>} Changes that came while a page loads, which may be older. */
+  #changes = new Map();
   /** @type {string | null} */
   #readByOther = null;
   /** Counts loads: answers to earlier ones are dropped. */
@@ -75,7 +78,7 @@ export class Thread {
       }
       throw error;
     }
-    const paged = newestFirst.reverse();
+    const paged = this.#changed(newestFirst.reverse());
     const known = new Set(paged.map((message) => message.id));
     // Messages before one of the page are in it, or older.
     const after = this.#buffered.slice(lastIndex(this.#buffered, (message) => known.has(message.id)) + 1);
@@ -97,7 +100,7 @@ export class Thread {
     try {
       const page = await this.#page(this.messages[0]?.id);
       if (load !== this.#load) return;
-      this.messages = page.reverse().concat(this.messages);
+      this.messages = this.#changed(page.reverse()).concat(this.messages);
       this.#paged += page.length;
       this.hasOlder = page.length === PAGE;
       this.older = false;
@@ -128,6 +131,20 @@ export class Thread {
       this.messages.push(message);
     }
     this.#tell();
+  }
+
+  /** An edit or a deletion from the stream. @param {MessageChange} change */
+  change(change) {
+    if (this.#buffered || this.older) this.#changes.set(change.id, change);
+    this.messages = this.messages.map((message) => (message.id === change.id ? { ...message, ...change } : message));
+    this.#tell();
+  }
+
+  /** A page with the changes that came while it loaded. @param {Message[]} page */
+  #changed(page) {
+    const changed = page.map((message) => ({ ...message, ...this.#changes.get(message.id) }));
+    this.#changes.clear();
+    return changed;
   }
 
   /** @param {string} id */

@@ -3,12 +3,12 @@
 
 import { apiEvents, post, retryNow } from "../api.js";
 import { h, icon, reconcile, setAttribute, setText } from "../dom.js";
-import { avatar, backLink, faceOf } from "../shell.js";
+import { DELETED, avatar, backLink, faceOf } from "../shell.js";
 import { clock, codePoints, day, moment, normalise, parts } from "../text.js";
 import { lastIndex } from "../thread.js";
 
 /**
- * @typedef {{ kind: "message", key: string, id: string | null, mine: boolean, sender: string, content: string, time: string | number,
+ * @typedef {{ kind: "message", key: string, id: string | null, mine: boolean, sender: string, isDeleted: boolean, content: string, time: string | number,
  *   state: "" | "sending" | "sent" | "read" | "failed", error: string, first: boolean, last: boolean }} MessageItem
  * @typedef {MessageItem | { kind: "day" | "new" | "top", key: string, text: string }} Item
  */
@@ -185,7 +185,8 @@ export function conversationPage({ session, signal, setTitle, fail }, id) {
     /** @type {Omit<MessageItem, "first" | "last">[]} */
     const all = thread.messages.map((message, index) => ({
       kind: "message", key: message.idempotencyKey ?? message.id, id: message.id,
-      mine: message.mine, sender: message.sender.username, content: message.content, time: message.createdAt,
+      mine: message.mine, sender: message.sender.username, time: message.createdAt,
+      content: message.deletedAt ? DELETED : message.content, isDeleted: message.deletedAt !== null,
       state: !message.mine ? "" : index < read ? "read" : "sent", error: "",
     }));
     for (const entry of outbox.shown(id)) {
@@ -193,7 +194,7 @@ export function conversationPage({ session, signal, setTitle, fail }, id) {
       if (entry.messageId && thread.has(entry.messageId)) continue;
       all.push({
         kind: "message", key: entry.key, id: entry.messageId,
-        mine: true, sender: model.me.username, content: entry.content, time: entry.sent ?? entry.createdAt,
+        mine: true, sender: model.me.username, isDeleted: false, content: entry.content, time: entry.sent ?? entry.createdAt,
         state: entry.state === "waiting" ? "sending" : entry.state, error: entry.error,
       });
     }
@@ -310,6 +311,7 @@ export function conversationPage({ session, signal, setTitle, fail }, id) {
     setAttribute(row, "data-id", item.id);
     setAttribute(row, "data-pending", item.state === "sending");
     setAttribute(row, "data-failed", item.state === "failed");
+    row.classList.toggle("deleted", item.isDeleted);
     row.classList.toggle("first", item.first);
     row.classList.toggle("last", item.last);
     const [sender, bubble] = /** @type {any} */ (row.children);

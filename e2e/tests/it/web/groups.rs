@@ -36,7 +36,25 @@ async fn a_group_is_listed_written_to_renamed_and_left() {
     page.say(&answer).await;
     page.messages().with_text(&answer).role("img", "Sent").appears().await;
 
+    // What others edit and delete changes on the screen and in the list.
     let this = format!("{url}/{id}");
+    let other = world.say(site.api(), &john, id).await["id"].as_str().unwrap().to_owned();
+    let other = format!("{this}/messages/{other}");
+    let edited = world.text();
+    world
+        .client
+        .call("PATCH", &other)
+        .bearer(&john.token)
+        .json(&json!({ "content": edited }))
+        .expect(200)
+        .await;
+    page.messages().with_text(&edited).appears().await;
+    page.line(id).css(".preview").with_text(&edited).appears().await;
+    world.client.call("DELETE", &other).bearer(&john.token).expect(204).await;
+    page.messages().with_text("This message was deleted.").appears().await;
+    page.line(id).css(".preview").with_text("This message was deleted.").appears().await;
+    page.messages().with_text(&edited).disappears().await;
+
     world
         .client
         .call("PATCH", &this)
