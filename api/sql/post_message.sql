@@ -92,15 +92,23 @@ BEGIN
     RETURNING m.content, m.created_at, m.hidden_from INTO content, created_at, _hidden_from;
     receivers := array_remove(receivers, _hidden_from);
 
-    -- In the order of user ids.
-    FOREACH _receiver IN ARRAY receivers LOOP
-        UPDATE messenger.feed_heads AS h
-        SET head_seq = h.head_seq + 1, unread_total = h.unread_total + (_receiver <> _sender)::int
-        WHERE h.user_id = _receiver
-        RETURNING epochs || h.epoch, seqs || h.head_seq INTO STRICT epochs, seqs;
-    END LOOP;
-    INSERT INTO messenger.feed (user_id, seq, event_id)
-    SELECT r.user_id, r.seq, message_id FROM unnest(receivers, seqs) AS r (user_id, seq);
+    IF _other IS NULL THEN
+        SELECT f.epochs, f.seqs INTO epochs, seqs
+        FROM (
+            SELECT array_agg(message_id) AS events, array_agg((r.user_id <> _sender)::int::bigint ORDER BY r.nth) AS unread
+            FROM unnest(receivers) WITH ORDINALITY AS r (user_id, nth)
+        ) AS a CROSS JOIN LATERAL messenger.append_to_feeds(receivers, a.events, a.unread) AS f;
+    ELSE
+        -- The same for two, without the cost of a call. In the order of user ids.
+        FOREACH _receiver IN ARRAY receivers LOOP
+            UPDATE messenger.feed_heads AS h
+            SET head_seq = h.head_seq + 1, unread_total = h.unread_total + (_receiver <> _sender)::int
+            WHERE h.user_id = _receiver
+            RETURNING epochs || h.epoch, seqs || h.head_seq INTO STRICT epochs, seqs;
+        END LOOP;
+        INSERT INTO messenger.feed (user_id, seq, event_id)
+        SELECT r.user_id, r.seq, message_id FROM unnest(receivers, seqs) AS r (user_id, seq);
+    END IF;
     UPDATE messenger.participants AS p
     SET last_message_id = post_message.message_id, last_number = _number, list_seq = r.seq,
         unread_count = p.unread_count + (p.user_id <> _sender)::int

@@ -166,7 +166,7 @@ async fn rows_are_deleted_when_no_feed_can_refer_to_them(pool: PgPool) {
         (&json!(ids[4]), &json!(""), &json!(0))
     );
     assert_counts(&pool).await;
-    // Life goes on: the next message has the next number, and then the last row goes too.
+    // The next message has the next number, and then the last row is deleted too.
     let next = john.say(&conversation, "again").await;
     assert_eq!(number(&pool, format!("SELECT number FROM messenger.messages WHERE id = {next}")).await, 6);
     assert_eq!(walk(&pool, keep()).await.1, 1);
