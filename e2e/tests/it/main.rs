@@ -11,6 +11,7 @@ mod drain;
 mod endings;
 mod external;
 mod fuzz;
+mod gone;
 mod groups;
 mod heads;
 mod keys;

@@ -43,14 +43,15 @@ pub struct Envelope {
     pub seq: Seq,
     /// One of [`kind`], or a name unknown to this build, which is delivered all the same.
     pub event: String,
-    /// One line of JSON, ready to send.
-    pub data: Box<RawValue>,
     /// By the database's clock.
     pub created_at: DateTime<Utc>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub request_id: Option<String>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub traceparent: Option<String>,
+    /// One line of JSON, ready to send. The last member, so that the beginnings of slow commands that Redis records (128 bytes of each
+    /// argument) end before a message's text, which may be deleted later.
+    pub data: Box<RawValue>,
 }
 
 /// The same, borrowed from the JSON of a message or from an [`Envelope`].

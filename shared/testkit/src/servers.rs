@@ -100,6 +100,18 @@ impl Redis {
         command_redis(self.port, commands)
     }
 
+    /// Everything that it holds: its keys in its own format, uncompressed, the commands that it recorded, and what it knows of clients.
+    pub fn dump(&self) -> String {
+        self.tell(&["CONFIG", "SET", "rdbcompression", "no"]);
+        self.tell(&["SAVE"]);
+        let file = fs::read(self.folder.path().join("dump.rdb")).expect("it was saved just now");
+        let mut all = String::from_utf8_lossy(&file).into_owned();
+        for words in [&["SLOWLOG", "GET", "-1"][..], &["CLIENT", "LIST"], &["INFO", "ALL"], &["ACL", "LOG"]] {
+            all.push_str(&answer_of_redis(self.port, words).expect("the server answers"));
+        }
+        all
+    }
+
     pub fn tell(&self, words: &[&str]) {
         let answer = self.command(words).expect("the server answers");
         assert_eq!(answer, "+OK", "{words:?}");
@@ -173,6 +185,21 @@ fn command_redis<'a>(port: u16, commands: impl IntoIterator<Item = &'a [&'a str]
     Ok(answer.trim_end().to_owned())
 }
 
+/// The whole answer, as it is on the wire.
+fn answer_of_redis(port: u16, words: &[&str]) -> io::Result<String> {
+    let mut socket = TcpStream::connect((Ipv4Addr::LOCALHOST, port))?;
+    socket.set_read_timeout(Some(Duration::from_secs(30)))?;
+    for words in [words, &["QUIT"]] {
+        socket.write_all(format!("*{}\r\n", words.len()).as_bytes())?;
+        for word in words {
+            socket.write_all(format!("${}\r\n{word}\r\n", word.len()).as_bytes())?;
+        }
+    }
+    let mut answer = Vec::new();
+    socket.read_to_end(&mut answer)?;
+    Ok(String::from_utf8_lossy(&answer).into_owned())
+}
+
 /// One superuser `postgres`, trusted on loopback. Syncs to disk: a kill must lose nothing that was committed.
 pub struct Postgres {
     port: u16,
@@ -229,6 +256,18 @@ impl Postgres {
 
     pub fn address(&self) -> SocketAddr {
         (Ipv4Addr::LOCALHOST, self.port).into()
+    }
+
+    pub fn log(&self) -> String {
+        log_of(self.folder.path())
+    }
+
+    /// `pg_dump` of a database of this server.
+    pub fn dump(&self, url: &str) -> String {
+        let output =
+            command_in(self.folder.path(), "pg_dump").arg(url).output().expect("pg_dump can be started");
+        assert!(output.status.success(), "pg_dump: {}", String::from_utf8_lossy(&output.stderr));
+        String::from_utf8(output.stdout).expect("a dump is UTF-8, as its database")
     }
 
     pub fn url(&self) -> String {

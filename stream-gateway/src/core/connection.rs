@@ -42,6 +42,9 @@ use crate::{
     frame::{self, Chunk, Framing, Goodbye, Heartbeat, ResyncReason},
 };
 
+/// A socket takes a block within this time, however slowly, or is cut: the rest of a block must be written, and may be a text that was
+/// deleted meanwhile.
+pub const BLOCK_WITHIN: Millis = 54_000;
 /// A closing stream is cut after this long.
 pub const GOODBYE_WITHIN: Millis = 3_000;
 /// The same when the token or the session has ended: a lagging client must not gain time.
@@ -145,6 +148,8 @@ struct Unwritten {
     attempted: usize,
     /// When the socket last took bytes; `None` while it may still take all.
     blocked_since: Option<Millis>,
+    /// When it must have taken all.
+    until: Due,
 }
 
 /// What a connection sees of its user.
@@ -366,7 +371,15 @@ impl Connection {
                 }
                 self.enter(State::CatchingUp(Missed::Page(Box::new(Page(cx.take_page(answer.events))))), cx);
                 self.advance(feed, cx);
+                cx.has_left_events |= matches!(self.state, State::CatchingUp(Missed::Page(_)));
             }
+        }
+    }
+
+    /// The stream reads its next events again when its socket takes bytes.
+    pub fn drop_page(&mut self, cx: &mut Context<'_>) {
+        if matches!(self.state, State::CatchingUp(Missed::Page(_))) {
+            self.enter(State::Live, cx);
         }
     }
 
@@ -466,6 +479,12 @@ impl Connection {
         }
     }
 
+    #[cfg(test)]
+    pub fn page_events(&self) -> impl Iterator<Item = &EncodedEvent> {
+        let page = if let State::CatchingUp(Missed::Page(page)) = &self.state { Some(&page.0) } else { None };
+        page.into_iter().flatten()
+    }
+
     /// Bytes of the page that is not written yet.
     pub fn page_bytes(&self) -> usize {
         match &self.state {
@@ -549,6 +568,7 @@ impl Connection {
             Some(_) => {}
             none if blocks => {
                 *none = Some(now);
+                unwritten.until = due_at(now + BLOCK_WITHIN);
                 cx.observed(Observation::Blocked);
             }
             None => {}
@@ -670,8 +690,9 @@ impl Connection {
     }
 
     fn write_deadline(&self, cx: &Context<'_>) -> Option<Due> {
-        let since = self.unwritten.as_ref()?.blocked_since?;
-        Some(due_at(since + cx.settings.write_deadline.as_millis() as Millis))
+        let unwritten = self.unwritten.as_ref()?;
+        let since = unwritten.blocked_since?;
+        Some(due_at(since + cx.settings.write_deadline.as_millis() as Millis).min(unwritten.until))
     }
 
     fn next_heartbeat(&self, cx: &mut Context<'_>) -> Due {
@@ -682,7 +703,7 @@ impl Connection {
 
 impl Unwritten {
     fn none() -> Self {
-        Self { bytes: Bytes::new(), attempted: 0, blocked_since: None }
+        Self { bytes: Bytes::new(), attempted: 0, blocked_since: None, until: Due::MAX }
     }
 }
 

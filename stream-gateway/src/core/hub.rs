@@ -1,7 +1,7 @@
 //! Every user with a stream here, and their timers. In memory only: all of it may be lost.
 
 use std::{
-    collections::{BTreeSet, HashMap, VecDeque},
+    collections::{BTreeSet, HashMap, HashSet, VecDeque},
     mem,
     num::NonZeroU32,
     time::{Duration, SystemTime},
@@ -37,6 +37,9 @@ use crate::{
 
 /// A user without streams stays this long.
 const LINGER: Millis = 1_000;
+/// Events wait in memory, for a stream or for a gap, at most this long. A deleted text is gone within a minute; the rest of it is for a
+/// block that a socket has taken in part ([`super::connection::BLOCK_WITHIN`]).
+pub const EVENTS_WAIT: Millis = 5_000;
 
 /// The pure machine of the whole process.
 pub struct Hub {
@@ -51,6 +54,9 @@ pub struct Hub {
     ticks: BTreeSet<(Millis, UserSlot)>,
     /// Users without streams, by when they may be forgotten.
     lingering: VecDeque<(Millis, UserId)>,
+    /// Users with events that wait, each once, by when those are dropped.
+    waiting: VecDeque<(Millis, UserSlot)>,
+    waiting_users: HashSet<UserSlot>,
     reconcile: Reconcile,
     redis_degraded: bool,
     drain: Option<DrainSchedule>,
@@ -84,6 +90,8 @@ impl Hub {
             wheel: Wheel::new(0),
             ticks: BTreeSet::new(),
             lingering: VecDeque::new(),
+            waiting: VecDeque::new(),
+            waiting_users: HashSet::new(),
             reconcile: Reconcile::default(),
             redis_degraded: true,
             drain: None,
@@ -124,6 +132,12 @@ impl Hub {
         self.users.get(self.by_id.get(&id)?.0 as usize)
     }
 
+    /// When the oldest event that waits came, by its `created_at`.
+    #[cfg(test)]
+    pub fn oldest_waiting(&self) -> Option<i64> {
+        self.users.iter().flat_map(|(_, user)| user.waiting_events()).map(|event| event.created_at).min()
+    }
+
     #[cfg(test)]
     pub fn count_backlog(&self) -> usize {
         self.users.iter().map(|(_, user)| user.count_backlog()).sum()
@@ -152,14 +166,19 @@ impl Hub {
             last_request: &mut self.last_request,
             writes: 0,
             steps: &mut self.steps,
+            has_left_events: false,
         };
         let before = user.sequencer.due();
         let output = input(user, &mut cx);
         user.unreported += cx.writes;
+        let has_left_events = cx.has_left_events;
         let due = user.sequencer.due();
         if due != before {
             before.map(|before| self.ticks.remove(&(before, slot)));
             due.map(|due| self.ticks.insert((due, slot)));
+        }
+        if has_left_events && self.waiting_users.insert(slot) {
+            self.waiting.push_back((self.now + EVENTS_WAIT, slot));
         }
         Some(output)
     }
@@ -434,11 +453,19 @@ impl Hub {
         let wheel = if self.connections == 0 { Millis::MAX } else { self.wheel.next() };
         let tick = self.ticks.first().map_or(Millis::MAX, |(at, _)| *at);
         let linger = self.lingering.front().map_or(Millis::MAX, |(at, _)| *at);
+        let waiting = self.waiting.front().map_or(Millis::MAX, |(at, _)| *at);
         let drain = self.drain.as_ref().map_or(Millis::MAX, DrainSchedule::next);
-        wheel.min(tick).min(linger).min(drain).min(self.reconcile.at)
+        wheel.min(waiting).min(tick).min(linger).min(drain).min(self.reconcile.at)
     }
 
     pub fn run_timers(&mut self) {
+        while let Some((at, slot)) = self.waiting.front().copied()
+            && at <= self.now
+        {
+            self.waiting.pop_front();
+            self.waiting_users.remove(&slot);
+            self.with(slot, LocalUser::drop_waiting_events);
+        }
         let mut due = Vec::new();
         self.wheel.turn(self.now, &mut due);
         for (index, at) in due {
@@ -498,6 +525,92 @@ impl Hub {
         let share = drain.step(staying.len(), now);
         for key in staying.into_iter().take(share) {
             self.close(key, Goodbye::Drain);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use protocol::{claims::KeyName, position::Epoch};
+    use rand::SeedableRng;
+
+    use super::*;
+    use crate::{
+        core::{Resume, connection::BLOCK_WITHIN, wheel::SLOT},
+        frame::{Chunk, Framing, Heartbeat},
+        metrics::DeliveryPath,
+    };
+
+    const KEY: ConnectionKey = ConnectionKey { index: 0, generation: 1 };
+    const USER: UserId = UserId(1);
+
+    fn at(seq: u64) -> Position {
+        Position { epoch: Epoch(1), seq }
+    }
+
+    /// Carries out what the hub wants; of each write the socket takes only so many bytes. Whether the stream was closed.
+    fn carry_out(hub: &mut Hub, takes: usize) -> bool {
+        let (mut effects, mut closed) = (Vec::new(), false);
+        while hub.swap_effects(&mut effects) {
+            for effect in effects.drain(..) {
+                match effect {
+                    Effect::Write { to, mut bytes, .. } => {
+                        let _ = bytes.split_to(bytes.len().min(takes));
+                        hub.wrote(to, bytes);
+                    }
+                    Effect::RequestHead(request) => hub.head(request, Some(Some(at(0))), false),
+                    Effect::Close(..) => closed = true,
+                    _ => {}
+                }
+            }
+        }
+        closed
+    }
+
+    /// The socket makes progress, so the write deadline never comes.
+    #[test]
+    fn a_block_that_a_socket_takes_too_slowly_ends_the_stream() {
+        let settings = Delivery {
+            heartbeat: Duration::from_secs(15),
+            reconcile: Duration::from_secs(15),
+            degraded_reconcile: Duration::from_secs(1),
+            write_deadline: Duration::from_mins(1),
+            streams_per_user: 2,
+            replay_buffer_bytes: 1_000,
+        };
+        let mut hub = Hub::new(settings, SmallRng::seed_from_u64(1));
+        let new = NewConnection {
+            user: USER,
+            session: None,
+            signed_by: KeyName([0; 8]),
+            resume: Resume::Head,
+            heartbeat: Heartbeat::default(),
+            framing: Framing::Chunked,
+            head: Bytes::new(),
+            ends_at: 3_600_000,
+            ends_why: Goodbye::Expired,
+        };
+        hub.open(KEY, new, None);
+        hub.subscribed(RedisConnectionId(1), [USER]);
+        assert!(!carry_out(&mut hub, usize::MAX));
+        let frame = Chunk::new(&"x".repeat(1_000));
+        hub.event(
+            USER,
+            EncodedEvent { position: at(1), created_at: 0, frame, path: DeliveryPath::Redis, trace: None },
+        );
+        assert!(!carry_out(&mut hub, 1));
+        for now in (0..).step_by(SLOT as usize) {
+            hub.set_time(now, SystemTime::UNIX_EPOCH);
+            hub.run_timers();
+            if carry_out(&mut hub, 1) {
+                assert!((BLOCK_WITHIN..=BLOCK_WITHIN + 2 * SLOT).contains(&now), "{now}");
+                break;
+            }
+            assert!(now < 2 * BLOCK_WITHIN, "it is never closed");
+            if now % 1_000 == 0 {
+                hub.writable(KEY);
+                carry_out(&mut hub, 1);
+            }
         }
     }
 }

@@ -25,6 +25,11 @@ impl ReplayBuffer {
         self.0.as_ref().map_or(0, |buffered| buffered.bytes)
     }
 
+    #[cfg(test)]
+    pub fn events(&self) -> impl Iterator<Item = &EncodedEvent> {
+        self.0.iter().flat_map(|buffered| &buffered.events)
+    }
+
     pub fn is_empty(&self) -> bool {
         self.0.is_none()
     }

@@ -27,6 +27,8 @@ pub enum Rule {
     LiveFirst,
     /// A stream whose socket takes nothing is cut.
     WriteDeadline,
+    /// An event does not wait in memory for long, because its text may be deleted meanwhile.
+    Aged,
     /// A stream that drops its page no longer counts against that bound.
     Released,
     /// A replay buffer keeps nothing that every stream has.
@@ -65,7 +67,7 @@ pub fn kept(rule: Rule) -> bool {
 
 #[cfg(test)]
 impl Rule {
-    pub const ALL: [Self; 21] = [
+    pub const ALL: [Self; 22] = [
         Self::SessionFirst,
         Self::OwnAnswer,
         Self::EndedSession,
@@ -78,6 +80,7 @@ impl Rule {
         Self::Bounded,
         Self::LiveFirst,
         Self::WriteDeadline,
+        Self::Aged,
         Self::Released,
         Self::Trimmed,
         Self::LaggingReads,

@@ -109,6 +109,25 @@ impl<E> Sequencer<E> {
         self.pending.is_some()
     }
 
+    /// Whether events wait for a gap before them.
+    pub fn buffers_events(&self) -> bool {
+        self.pending.as_ref().is_some_and(|pending| !pending.buffered.is_empty())
+    }
+
+    #[cfg(test)]
+    pub fn buffered(&self) -> impl Iterator<Item = &E> {
+        self.pending.iter().flat_map(|pending| pending.buffered.values())
+    }
+
+    /// Drops the events that wait for a gap: the feed has them.
+    pub fn drop_buffered(&mut self) {
+        if let Some(pending) = self.pending.as_deref_mut().filter(|pending| !pending.buffered.is_empty()) {
+            pending.buffered.clear();
+            // An answer under way may be older than they are.
+            pending.must_check = true;
+        }
+    }
+
     /// When [`Self::tick`] wants to be called.
     pub fn due(&self) -> Option<Millis> {
         let pending = self.pending.as_ref()?;

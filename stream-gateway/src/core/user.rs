@@ -66,6 +66,8 @@ pub struct Context<'a> {
     pub writes: u32,
     /// Emptied steps of sequencers.
     pub steps: &'a mut Vec<Step<EncodedEvent>>,
+    /// This input has left events in memory, where they wait.
+    pub has_left_events: bool,
 }
 
 impl Context<'_> {
@@ -134,6 +136,12 @@ impl LocalUser {
 
     pub fn replay_bytes(&self) -> usize {
         self.replay.bytes()
+    }
+
+    #[cfg(test)]
+    pub fn waiting_events(&self) -> impl Iterator<Item = &EncodedEvent> {
+        let pages = self.connections.iter().flat_map(Connection::page_events);
+        self.replay.events().chain(pages).chain(self.sequencer.buffered())
     }
 
     #[cfg(test)]
@@ -271,7 +279,18 @@ impl LocalUser {
             // Not buffered, in case `api` is down: the check includes this event, and a stream that needs it reads the feed.
             self.sequencer.mark_uncertain(cx.now);
         }
+        cx.has_left_events |= self.sequencer.buffers_events();
         self.apply(steps, cx);
+    }
+
+    /// Events have waited in memory long enough: their texts may be deleted meanwhile. The feed has them, and the streams read it when
+    /// they can continue.
+    pub fn drop_waiting_events(&mut self, cx: &mut Context<'_>) {
+        if kept(Rule::Aged) {
+            self.clear_replay(cx);
+            self.each(|connection, _| connection.drop_page(cx));
+            self.sequencer.drop_buffered();
+        }
     }
 
     /// Writes it to the streams that can take it now. It is kept for none, and moves nothing.
@@ -443,6 +462,7 @@ impl LocalUser {
         if needed_later {
             *cx.backlog -= self.replay.bytes();
             self.replay.push(event);
+            cx.has_left_events = true;
             *cx.backlog += self.replay.bytes();
             self.enforce_bounds(cx);
         }

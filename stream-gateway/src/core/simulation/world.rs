@@ -22,6 +22,7 @@ use crate::{
     core::{
         ConnectionKey, Effect, HeadReason, HeadRequest, Hub, Millis, NewConnection, Observation, RangeAnswer,
         RangeRequest, RedisConnectionId, Resume, connection::GOODBYE_WITHIN, effect::Requester,
+        hub::EVENTS_WAIT,
     },
     event::EncodedEvent,
     frame::{self, Chunk, Framing, Goodbye, Heartbeat, ResyncReason},
@@ -96,10 +97,11 @@ pub struct SimulatedWorld {
     ephemeral: u32,
 }
 
-fn event(position: Position) -> EncodedEvent {
+/// `created_at`: when the gateway has it, from which time on it may wait there.
+fn event(position: Position, now: Millis) -> EncodedEvent {
     let frame = Chunk::new(&format!("data: {}\nid: {position}\n\n", position.seq));
     assert!(frame.len() <= FRAME);
-    EncodedEvent { position, created_at: 0, frame, path: DeliveryPath::Redis, trace: None }
+    EncodedEvent { position, created_at: now as i64, frame, path: DeliveryPath::Redis, trace: None }
 }
 
 impl SimulatedWorld {
@@ -269,7 +271,7 @@ impl SimulatedWorld {
             return RangeAnswer { head: None, events: vec![], more: false };
         };
         let seqs = request.after.max(feed.pruned) + 1..=feed.head.seq;
-        let events = seqs.map(|seq| event(Position { seq, ..feed.head }));
+        let events = seqs.map(|seq| event(Position { seq, ..feed.head }, 0));
         let events: Vec<_> = events.take(PAGE).collect();
         let more = events.last().is_some_and(|last| last.position != feed.head);
         RangeAnswer { head: Some(feed.head), events, more }
@@ -278,7 +280,8 @@ impl SimulatedWorld {
     fn arrive(&mut self, number: usize) {
         match take(&mut self.answers, number) {
             None => {}
-            Some(PendingAnswer::Range(request, answer)) => {
+            Some(PendingAnswer::Range(request, mut answer)) => {
+                answer.events.iter_mut().for_each(|event| event.created_at = self.now as i64);
                 if let Requester::Connection(key, id) = request.requester
                     && let Some(open) = self.find(key).and_then(|client| client.connection.as_mut())
                 {
@@ -312,7 +315,7 @@ impl SimulatedWorld {
 impl SimulatedWorld {
     fn deliver(&mut self, number: usize) {
         if let Some((user, position)) = take(&mut self.published, number) {
-            self.hub.event(user, event(position));
+            self.hub.event(user, event(position, self.now));
         }
     }
 
@@ -605,6 +608,9 @@ impl SimulatedWorld {
     fn check_time(&self) -> Checked {
         /// Two slots of the wheel.
         const LATE: Millis = 500;
+        if self.hub.oldest_waiting().is_some_and(|came| self.now > came as Millis + EVENTS_WAIT) {
+            return Err("an event waits in memory for too long".into());
+        }
         for open in self.clients.iter().filter_map(|client| client.connection.as_ref()) {
             let silent = self.now - open.heard_at;
             if open.room == usize::MAX && !open.broken && silent > 16_500 + LATE {
@@ -681,6 +687,14 @@ impl SimulatedWorld {
             }
             self.wait(250)?;
             self.check_bounds().map_err(|why| format!("{why} in round {round}"))?;
+            let mut open = self.clients.iter().filter(|client| client.connection.is_some());
+            let at_head = open.all(|client| {
+                let head = self.feeds.get(&client.user).map(|feed| feed.head);
+                client.is_ready() && head.is_some() && client.cursor == head
+            });
+            if at_head && self.hub.backlog() > 0 {
+                return Err(format!("{} bytes are buffered for nobody in round {round}", self.hub.backlog()));
+            }
         }
         for (client, _) in self.clients.iter().zip(staying).filter(|(_, stays)| *stays) {
             let head = self.feeds.get(&client.user).map(|feed| feed.head);
