@@ -17,7 +17,7 @@ const PATHS: &[(&str, &str)] = &[
     ("/api/sessions", "GET, HEAD, DELETE"),
     ("/api/sessions/{id}", "DELETE"),
     ("/api/stream_token", "POST"),
-    ("/api/auth_user", "GET, HEAD"),
+    ("/api/auth_user", "GET, HEAD, PATCH"),
     ("/api/usernames", "GET, HEAD"),
     ("/api/blocks/{id}", "PUT, DELETE"),
     ("/api/conversations", "GET, HEAD, POST"),
@@ -28,6 +28,7 @@ const PATHS: &[(&str, &str)] = &[
     ("/api/conversations/{id}/messages", "GET, HEAD, POST"),
     ("/api/conversations/{id}/messages/{id}", "PATCH, DELETE"),
     ("/api/conversations/{id}/read_messages", "POST"),
+    ("/api/conversations/{id}/typing", "POST"),
     ("/.well-known/jwks.json", "GET, HEAD"),
 ];
 

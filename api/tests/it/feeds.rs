@@ -157,23 +157,25 @@ async fn abort(pool: &PgPool, who: &ApiUser, conversation: &str) {
 /// Both see unread messages; the second finds them read.
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
 async fn concurrent_reads_move_the_read_mark_once(pool: PgPool) {
-    let app = App::start(&pool).await;
+    let (app, other) = (App::start(&pool).await, App::start(&pool).await);
     let (john, jane, conversation) = app.pair(&pool).await;
     john.say(&conversation, "hi").await;
     let mut holder = pool.begin().await.unwrap();
     sqlx::query("SELECT FROM messenger.conversations FOR NO KEY UPDATE").execute(&mut *holder).await.unwrap();
+    // In one process the second would wait for the first.
     let release = async {
         until_waiting_for_locks(&pool, 2).await;
         holder.rollback().await.unwrap();
     };
     tokio::join!(
         jane.read_messages(&conversation).expect(204),
-        jane.messages(&conversation, "").expect(200),
+        jane.at(&other).messages(&conversation, "").expect(200),
         release
     );
     let reads = app.feed(jane.id).await.into_iter().filter(|(name, _)| name == "conversation.read").count();
     assert_eq!(reads, 1);
     app.stop().await;
+    other.stop().await;
 }
 
 /// Otherwise a smaller number could be committed after a larger one, and paging or read marks would skip it. Ids may come in any order.

@@ -273,7 +273,7 @@ async fn listed_origin_can_read_every_answer_including_errors(pool: PgPool) {
             (app.get("/api/auth_user"), 401),
             (john.conversation("999"), 404),
             (app.get("/api/nothing"), 404),
-            (app.call("PATCH", "/api/auth_user"), 405),
+            (app.call("DELETE", "/api/auth_user"), 405),
             (john.call("POST", "/api/conversations"), 415),
             (john.start_conversation(""), 422),
             (john.start_conversation("john"), 403),

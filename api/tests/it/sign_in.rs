@@ -71,7 +71,11 @@ async fn assert_logged_in(app: &App, answer: &Answer, username: &str) -> Value {
     let cookie = answer.cookie();
     assert_eq!(cookie, format!("messenger_session={token}"));
     let mut me = app.get("/api/auth_user").bearer(token).expect(200).await.json();
-    assert_eq!(me.as_object_mut().unwrap().remove("unreadTotal"), Some(0.into()));
+    for (member, value) in
+        [("unreadTotal", json!(0)), ("sharesPresence", json!(true)), ("addableBy", json!("everybody"))]
+    {
+        assert_eq!(me.as_object_mut().unwrap().remove(member), Some(value), "{member}");
+    }
     assert_eq!(me, body["authUser"]);
     app.get("/api/auth_user").header("cookie", &cookie).expect(200).await;
     body["authUser"].clone()
