@@ -91,7 +91,7 @@ async fn deleted_and_replaced_texts_are_nowhere_a_minute_later() {
     let cursor = e2e::ledger::StoredFeed::read(&world.sql, jane.id).await.cursor(0);
     let tabs = [watch(&gateway, jane).await, watch(&gateway, john).await];
     // One that takes nothing: what it misses waits in the gateway, but not for long.
-    let stalled = ready(gateway.stream(jane).tiny_receive_buffer()).await;
+    let lagging = ready(gateway.stream(jane).tiny_receive_buffer()).await;
 
     let group = json!({ "usernames": [&jane.name], "title": format!("{MARKER} title") });
     let group = call(&world, &api, john, "POST", "/api/conversations").json(&group).expect(201).await;
@@ -186,5 +186,5 @@ async fn deleted_and_replaced_texts_are_nowhere_a_minute_later() {
     assert_eq!(found, Vec::<String>::new());
     // Nothing waits in the gateway for the stream that takes nothing.
     assert_eq!(gateway.metric("messenger_gateway_replay_buffer_bytes").await, 0.0);
-    drop((start, stalled));
+    drop((start, lagging));
 }
