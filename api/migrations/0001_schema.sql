@@ -141,7 +141,7 @@ CREATE TABLE messenger.participants (
 -- entry begins with the user, so no page of the index is shared by the users of a conversation.
 CREATE UNIQUE INDEX participants_by_list ON messenger.participants (user_id, list_seq DESC) WHERE list_seq IS NOT NULL;
 
--- When somebody had joined who has left since: a place in the list of members stays valid when that member leaves.
+-- When former participants had joined, so that a page of members can start after one who has left.
 CREATE TABLE messenger.former_participants (
     conversation_id bigint      NOT NULL REFERENCES messenger.conversations ON DELETE CASCADE,
     user_id         bigint      NOT NULL,

@@ -2,7 +2,7 @@
 -- `lock_group`.
 --
 -- Two events: `conversation.created` for who joins, then `participant.joined` for all; `kinds` tells which one went to the nth receiver.
--- A new member sees no earlier message, even one who was a member before: marks and counts start at zero.
+-- A new member, also one who returns, sees no earlier messages: read marks and counts start at zero.
 CREATE OR REPLACE FUNCTION messenger.add_participant(
     _session bigint, _user bigint, _conversation bigint, _username text, _largest bigint, _request_id text, _traceparent text,
     OUT outcome text, OUT user_id bigint, OUT participant_count bigint, OUT last_number bigint, OUT event_at timestamptz,

@@ -13,34 +13,18 @@ CREATE OR REPLACE FUNCTION messenger.edit_message(
     OUT sender_username text, OUT sender_avatar_url text, OUT receivers bigint[], OUT epochs bigint[], OUT seqs bigint[]
 ) LANGUAGE plpgsql AS $$
 DECLARE
+    _locked record;
     _mine messenger.participants;
     _old messenger.messages;
     _blocker bigint;
     _event bigint;
 BEGIN
-    IF NOT messenger.session_is_live(_session, _editor) THEN
-        outcome := 'no_session';
-        RETURN;
-    END IF;
-
-    -- From here on this is the only writer of the conversation. Nobody else can hold it up.
-    PERFORM FROM messenger.conversations AS c
-    WHERE c.id = _conversation
-      AND EXISTS (SELECT FROM messenger.participants AS p WHERE p.conversation_id = c.id AND p.user_id = _editor)
-    FOR NO KEY UPDATE;
-    -- They may have left while we waited for the lock.
-    SELECT p.* INTO _mine
-    FROM messenger.participants AS p WHERE p.conversation_id = _conversation AND p.user_id = _editor;
-    IF NOT FOUND THEN
-        outcome := 'no_conversation';
-        RETURN;
-    END IF;
-    SELECT m.* INTO _old
-    FROM messenger.messages AS m
-    WHERE m.id = _message AND m.conversation_id = _conversation AND m.number > _mine.joined_number
-      AND m.hidden_from IS DISTINCT FROM _editor AND m.deleted_at IS NULL;
+    SELECT * INTO _locked FROM messenger.lock_message(_session, _editor, _conversation, _message);
+    _mine := _locked.mine;
+    _old := _locked.message;
     outcome := CASE
-        WHEN NOT FOUND THEN 'no_message'
+        WHEN _locked.refusal IS NOT NULL THEN _locked.refusal
+        WHEN _old.deleted_at IS NOT NULL THEN 'no_message'
         WHEN _old.sender_id <> _editor THEN 'not_yours'
         WHEN _old.created_at + make_interval(secs => _window) <= clock_timestamp() THEN 'window_over'
         WHEN _old.content = _content THEN 'unchanged'

@@ -31,10 +31,7 @@ BEGIN
     INSERT INTO messenger.events AS e (kind, conversation_id, user_id, is_owner, request_id, traceparent, created_at)
     VALUES ('participant.updated', _conversation, _of, _is_owner, _request_id, _traceparent, event_at)
     RETURNING -e.id INTO _event;
-    SELECT a.receivers, f.epochs, f.seqs INTO receivers, epochs, seqs
-    FROM (
-        SELECT array_agg(p.user_id ORDER BY p.user_id) AS receivers, array_agg(_event) AS events, array_agg(0::bigint) AS unread
-        FROM messenger.participants AS p WHERE p.conversation_id = _conversation
-    ) AS a CROSS JOIN LATERAL messenger.append_to_feeds(a.receivers, a.events, a.unread) AS f;
+    SELECT a.receivers, a.epochs, a.seqs INTO receivers, epochs, seqs
+    FROM messenger.append_for_members(_conversation, _event) AS a;
 END
 $$;

@@ -78,7 +78,7 @@ mod tests {
         let command = async |nth: usize| {
             let _turn = turns.take(HERE).await.unwrap();
             assert_eq!(running.fetch_add(1, Ordering::Relaxed), 0);
-            tokio::time::sleep(Duration::from_millis(1)).await;
+            tokio::task::yield_now().await;
             running.fetch_sub(1, Ordering::Relaxed);
             order.lock().unwrap().push(nth);
         };

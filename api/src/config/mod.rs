@@ -111,7 +111,7 @@ pub const LONGEST_MESSAGE: u64 = 5_000;
 /// The names of all fit into the request that makes the group, and a message's events into the queue for Redis several times.
 pub const LARGEST_GROUP: u64 = 2_000;
 
-/// What is kept: the events of each feed by age and number, idempotency keys, and messages.
+/// Bounds of what is stored: the events of each feed by age and number, idempotency keys and messages by age.
 #[derive(Debug, Clone, Copy)]
 pub struct Keep {
     pub age: Duration,

@@ -10,7 +10,7 @@ use super::{message::Message, user::User};
 pub struct Conversation {
     pub id: ConversationId,
     pub kind: ConversationKind,
-    /// Of a group. `None` in an event that is replayed to a user who has left the group since.
+    /// Of a group. `None` in a replayed event whose receiver has left the group.
     pub title: Option<String>,
     pub participant_count: i64,
     pub role: Role,

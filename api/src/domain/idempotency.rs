@@ -18,8 +18,8 @@ pub enum KeySpace {
     Groups,
 }
 
-/// What is stored of a key and of the request that it names. Neither can be guessed from them without the key: the second is keyed by it,
-/// so that a text that was deleted since is not kept in another form.
+/// The stored hashes of a key and of its request. Nobody can guess either without the key: the second is keyed by it, so that a deleted
+/// text is not kept in another form.
 #[derive(Debug, Clone, Copy)]
 pub struct KeyHashes {
     pub key: [u8; 16],

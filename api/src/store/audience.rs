@@ -1,4 +1,4 @@
-//! Who is told about a user: of their typing.
+//! Receivers of ephemeral events.
 
 use protocol::ids::{ConversationId, SessionId, UserId};
 use sqlx::PgConnection;

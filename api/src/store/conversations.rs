@@ -171,8 +171,8 @@ pub struct Moment {
     pub participant_count: i64,
 }
 
-/// Each conversation as its receiver saw it at that moment, in the state of today: with today's title and texts, without the messages
-/// that came later, whose own events follow. A receiver who has left is shown no title and no message.
+/// Each conversation as its receiver saw it at that moment, with the titles and texts of today. Later messages are left out: their own
+/// events follow. A receiver who has left sees no title and no message.
 pub async fn as_of(connection: &mut PgConnection, moments: &[Moment]) -> sqlx::Result<Vec<Conversation>> {
     if moments.is_empty() {
         return Ok(Vec::new());

@@ -22,7 +22,7 @@ const MIGRATIONS_TABLE: &str = "messenger._sqlx_migrations";
 static TABLES: Migrator = sqlx::migrate!();
 
 /// Each after its dependencies, since Postgres checks views and the bodies of plain SQL functions when they are created.
-const FUNCTIONS: [&str; 23] = [
+const FUNCTIONS: [&str; 25] = [
     include_str!("../../sql/session_is_live.sql"),
     include_str!("../../sql/append_to_feed.sql"),
     include_str!("../../sql/append_to_feeds.sql"),
@@ -32,6 +32,8 @@ const FUNCTIONS: [&str; 23] = [
     include_str!("../../sql/find_user.sql"),
     include_str!("../../sql/may_add.sql"),
     include_str!("../../sql/lock_group.sql"),
+    include_str!("../../sql/lock_message.sql"),
+    include_str!("../../sql/append_for_members.sql"),
     include_str!("../../sql/post_message.sql"),
     include_str!("../../sql/edit_message.sql"),
     include_str!("../../sql/delete_message.sql"),

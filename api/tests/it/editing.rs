@@ -1,4 +1,4 @@
-//! Messages that change: who may edit and delete, who is told, and what is left of a text.
+//! Editing and deleting messages: permissions, events, and removal of the text.
 
 use std::time::Duration;
 
@@ -93,7 +93,7 @@ async fn edit_reaches_everybody_who_sees_the_message(pool: PgPool) {
     assert_eq!(events(&app, &john, 2).await, [("message.updated".into(), edited.clone())]);
     let updated = ("message.updated".to_owned(), of_jane.clone());
     assert_eq!(events(&app, &jane, 2).await, [updated]);
-    // What is published is what is replayed.
+    // The replayed event equals the published one.
     let range = app.ranges(vec![RangeAfter { user: jane.id, after: 2 }]).await.ranges.remove(0);
     assert_eq!(json!(heard.next().await), json!(range.events[0]));
 
@@ -473,7 +473,7 @@ async fn replays_and_repeats_tell_the_text_of_today(pool: PgPool) {
     assert!(again["deletedAt"].is_string());
     post("v3", "k1").expect(422).await;
 
-    // Who is not in the conversation any more is replayed no text.
+    // A replay to a former member has no text.
     let group = group(&pool, &[&john, &jane]).await;
     let in_group = john.say(&group, "in the group").await;
     john.edit_message(&group, &in_group, "edited in the group").expect(200).await;
@@ -542,7 +542,7 @@ async fn edits_count_as_sends_and_deletions_as_changes(pool: PgPool) {
     john.post_message(&conversation, "3").expect(429).await;
     john.delete_message(&conversation, &one).expect(204).await;
     john.delete_message(&conversation, &two).expect(204).await;
-    // The limit comes before what is wrong with the request.
+    // The limit is checked before the body and the ids.
     john.delete_message(&conversation, "no-id").expect(429).await;
     john.call("PATCH", &format!("/api/conversations/{conversation}/messages/{one}"))
         .json(&json!({}))

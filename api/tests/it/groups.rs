@@ -177,7 +177,7 @@ async fn who_cannot_be_added_is_told_by_one_sentence(pool: PgPool) {
         "UPDATE messenger.users SET addable_by = 'partners' WHERE username IN ('choosy', 'partner')",
     )
     .await;
-    // One who has only been written to is no partner.
+    // Both must have written to be partners.
     let (written, both) = (ann.start("choosy").await, ann.start("partner").await);
     ann.say(&written, "hi").await;
     ann.say(&both, "hi").await;
