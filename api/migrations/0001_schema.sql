@@ -62,6 +62,17 @@ CREATE TABLE messenger.sessions (
 -- For the list of a user's sessions, and the cascade from users.
 CREATE INDEX sessions_by_user ON messenger.sessions (user_id);
 
+-- Other back ends. A token is 32 random bytes, so its hash need not be slow; it is deleted when it is revoked.
+CREATE TABLE messenger.service_tokens (
+    id           bigint      GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+    name         text        NOT NULL CONSTRAINT service_tokens_name UNIQUE CHECK (name <> ''),
+    token_hash   bytea       NOT NULL UNIQUE CHECK (length(token_hash) = 32),
+    scopes       text[]      NOT NULL CHECK (scopes <@ ARRAY['publish', 'users', 'admin'] AND cardinality(scopes) > 0),
+    created_at   timestamptz NOT NULL DEFAULT now(),
+    -- Within a minute.
+    last_used_at timestamptz
+);
+
 -- A user who blocks another one receives nothing from them. The blocked user is not told.
 CREATE TABLE messenger.blocks (
     blocker_id bigint      NOT NULL REFERENCES messenger.users ON DELETE CASCADE,

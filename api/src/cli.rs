@@ -1,5 +1,7 @@
 //! Runs the commands of the binary.
 
+use std::io::Write;
+
 use anyhow::Context as _;
 use service_kit::{descriptors, healthcheck, lifecycle, settings::Given, telemetry};
 
@@ -39,6 +41,12 @@ pub async fn execute(Cli { command }: Cli, given: Given) -> anyhow::Result<()> {
             }
             eprintln!("api: the configuration is valid");
             Ok(())
+        }
+        // Nothing is logged: what is printed is the answer alone.
+        Command::ServiceToken(command) => {
+            let (postgres, _) = config::for_database(&given)?;
+            let answer = maintenance::service_tokens(postgres, command).await?;
+            Ok(std::io::stdout().write_all(answer.as_bytes())?)
         }
         Command::Healthcheck { probe } => {
             eprintln!("api: {}", healthcheck::ask(config::for_healthcheck(&given)?, probe).await?);

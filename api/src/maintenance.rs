@@ -1,17 +1,19 @@
 //! One-off work on the database, each a command of the binary; and the wait for Postgres at start-up.
 
-use std::time::Duration;
+use std::{fmt::Write, time::Duration};
 
 use anyhow::Context as _;
+use chrono::{DateTime, SecondsFormat, Utc};
 use prometheus_client::metrics::counter::Counter;
 use sqlx::{Connection, PgConnection, postgres::PgConnectOptions};
 use tokio::time::timeout;
 
 use crate::{
-    config::Keep,
+    config::{Keep, NewService, ServiceTokenCommand},
+    domain::service_token::{Scope, ServiceName, ServiceToken},
     pruner::{self, Pruned},
     store::{
-        self, Database, feed, schema,
+        self, Database, feed, schema, service_tokens,
         session::{self, Route, UnusableDatabase},
     },
 };
@@ -61,6 +63,41 @@ pub async fn prune(postgres: PgConnectOptions, keep: Keep) -> anyhow::Result<()>
     tracing::info!(events, bodies, sessions, keys, codes, texts, messages, "pruned expired rows");
     database.close().await;
     Ok(())
+}
+
+/// Returns what to print.
+pub async fn service_tokens(
+    postgres: PgConnectOptions,
+    command: ServiceTokenCommand,
+) -> anyhow::Result<String> {
+    let (mut connections, _) = connect(&postgres).await?;
+    let connection = &mut connections[0];
+    schema::require_current(connection).await?;
+    let mut said = String::new();
+    match command {
+        ServiceTokenCommand::Create(NewService { name, scopes }) => {
+            let name: ServiceName = name.parse()?;
+            let scopes: Vec<Scope> = scopes.iter().filter_map(|scope| Scope::stored(scope)).collect();
+            let token = ServiceToken::random();
+            let created = service_tokens::create(connection, &name, &token.hash(), &scopes).await?;
+            anyhow::ensure!(created, "there is a service token {}; revoke it first", name.as_str());
+            writeln!(said, "{}", token.secret())?;
+        }
+        ServiceTokenCommand::List => {
+            let minute = |at: DateTime<Utc>| at.to_rfc3339_opts(SecondsFormat::Secs, true);
+            for service in service_tokens::list(connection).await? {
+                let used = service.last_used_at.map_or_else(|| "never".into(), minute);
+                let (name, scopes) = (service.name, service.scopes.join(","));
+                writeln!(said, "{name}\t{scopes}\tcreated {}\tused {used}", minute(service.created_at))?;
+            }
+        }
+        ServiceTokenCommand::Revoke { name } => {
+            let revoked = service_tokens::revoke(connection, &name).await?;
+            anyhow::ensure!(revoked, "there is no service token {name}");
+        }
+    }
+    close(connections).await;
+    Ok(said)
 }
 
 /// Waits until Postgres answers, then checks that its schema is current. Returns how its connections can be used.

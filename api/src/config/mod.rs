@@ -5,7 +5,7 @@ mod providers;
 
 use std::{fs, net::SocketAddr, time::Duration};
 
-use clap::{Parser, Subcommand};
+use clap::{Args, Parser, Subcommand};
 use protocol::{channels::Channels, claims::SigningKeys, external::ExternalIssuer};
 use service_kit::{
     client_address::TrustedProxies,
@@ -45,7 +45,7 @@ pub struct Cli {
     pub command: Option<Command>,
 }
 
-#[derive(Debug, Clone, Copy, Subcommand)]
+#[derive(Debug, Clone, Subcommand)]
 pub enum Command {
     /// Serve requests (the default)
     Serve,
@@ -57,8 +57,30 @@ pub enum Command {
     Prune,
     /// Validate the configuration, report every problem, and exit
     CheckConfig,
+    /// Create, list and revoke the tokens of other back ends, and exit
+    #[command(subcommand)]
+    ServiceToken(ServiceTokenCommand),
     /// Query the local service's /livez or /readyz and exit
     Healthcheck { probe: Probe },
+}
+
+#[derive(Debug, Clone, Subcommand)]
+pub enum ServiceTokenCommand {
+    /// Create a token and print it: it is stored nowhere
+    Create(NewService),
+    /// List the tokens: name, scopes, when each was created and last used
+    List,
+    /// Revoke the token of this name, within two seconds
+    Revoke { name: String },
+}
+
+#[derive(Debug, Clone, Args)]
+pub struct NewService {
+    #[arg(long)]
+    pub name: String,
+    /// What its bearer may do
+    #[arg(long = "scope", value_delimiter = ',', value_parser = ["publish", "users", "admin"], required = true)]
+    pub scopes: Vec<String>,
 }
 
 #[derive(Debug, Clone, Copy)]

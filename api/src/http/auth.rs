@@ -13,10 +13,13 @@ use service_kit::{
     verified_tokens::TokenVerifier,
 };
 
-use super::{HandlerResult, error::ApiError, request::Inbound};
+use super::{HandlerResult, error::ApiError, request::Inbound, services::Services};
 use crate::{
     commands::{Actor, CommandContext},
-    domain::user::{AddableBy, OwnUser, User},
+    domain::{
+        service_token::ServiceToken,
+        user::{AddableBy, OwnUser, User},
+    },
     external::ExternalUsers,
     last_used::LastUsed,
     request_context::RequestContext,
@@ -36,6 +39,7 @@ pub struct Auth {
     ended: EndedSessions,
     context: CommandContext,
     external: Option<Arc<ExternalUsers>>,
+    services: Services,
 }
 
 /// A valid token. Whether its session is live is checked next, alone or by the statement of a command.
@@ -85,7 +89,9 @@ impl Auth {
         let issuer = external.as_ref().map(|external| external.issuer());
         let version = Version::of(&(keys.thumbprints(), issuer));
         let (verifier, cookies) = (TokenVerifier::new(keys.verifier()), Cookies::new(origins.own()));
-        Self { verifier, version, origins, cookies, used, ended: EndedSessions::default(), context, external }
+        let services = Services::new(context.database.clone());
+        let ended = EndedSessions::default();
+        Self { verifier, version, origins, cookies, used, ended, context, external, services }
     }
 
     pub fn keys_version(&self) -> KeysVersion {
@@ -97,10 +103,13 @@ impl Auth {
         &self.used
     }
 
-    /// The credential, checked without the database.
+    /// The credential of a user, checked without the database.
     pub(super) async fn credential(&self, inbound: &Inbound) -> Result<Credential, ApiError> {
-        let PresentedTokens { tokens, from_cookie } =
-            PresentedTokens::find(&inbound.headers, None, &self.cookies).ok_or(ApiError::Unauthorized)?;
+        let PresentedTokens { tokens, from_cookie } = self.presented(inbound)?;
+        if let Some(token) = service_token(&tokens, from_cookie) {
+            self.services.find(&token).await?.ok_or(ApiError::Unauthorized)?;
+            return Err(ApiError::USER_REQUIRED);
+        }
         let credential = Credential { from_cookie, ..self.first_valid(&tokens).await? };
         let Actor { user, session } = credential.actor;
         if let Some(session) = session {
@@ -108,6 +117,10 @@ impl Auth {
         }
         inbound.context.note_caller(user);
         Ok(credential)
+    }
+
+    fn presented(&self, inbound: &Inbound) -> Result<PresentedTokens, ApiError> {
+        PresentedTokens::find(&inbound.headers, None, &self.cookies).ok_or(ApiError::Unauthorized)
     }
 
     /// There may be several cookies of our name, from other programs or older deployments: the first valid one counts.
@@ -201,4 +214,9 @@ impl Auth {
         }
         Ok(())
     }
+}
+
+/// Only in the header: no browser has one.
+fn service_token(tokens: &[String], from_cookie: bool) -> Option<ServiceToken> {
+    tokens.first().filter(|_| !from_cookie).and_then(|token| ServiceToken::presented(token))
 }

@@ -40,6 +40,9 @@ impl ApiError {
         Self::NotFound("conversation_not_found", "Conversation not found");
     pub(super) const NO_MESSAGE: Self = Self::NotFound("message_not_found", "Message not found");
 
+    pub(super) const USER_REQUIRED: Self =
+        Self::Forbidden("user_token_required", "This needs the token of a user, not of a service");
+
     pub(super) fn unacceptable(field: &'static str, sentence: impl Into<String>) -> Self {
         Self::Unacceptable(field, sentence.into())
     }

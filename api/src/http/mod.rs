@@ -18,6 +18,7 @@ pub mod oauth;
 mod openapi;
 mod request;
 mod route;
+mod services;
 mod sessions;
 pub mod tokens;
 mod typing;

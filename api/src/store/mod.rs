@@ -12,6 +12,7 @@ pub mod messages;
 mod pool;
 pub mod retention;
 pub mod schema;
+pub mod service_tokens;
 pub mod session;
 pub mod sessions;
 pub mod users;

@@ -26,6 +26,7 @@ mod providers;
 mod races;
 mod raw;
 mod retention;
+mod services;
 mod sessions;
 mod sign_in;
 mod support;

@@ -136,7 +136,10 @@ fn help_names_every_variable_and_no_secret() {
     for name in &settings {
         assert_says(&said, &[&format!("[env: {name}")]);
     }
-    assert_says(&said, &["serve", "migrate", "new-epoch", "prune", "check-config", "healthcheck"]);
+    assert_says(
+        &said,
+        &["serve", "migrate", "new-epoch", "prune", "check-config", "service-token", "healthcheck"],
+    );
 }
 
 pub(crate) fn key_file() -> NamedTempFile {

@@ -16,6 +16,8 @@ fn with(opening: StreamRequest, headers: &[(&'static str, &str)]) -> StreamReque
     headers.iter().fold(opening, |opening, (name, value)| opening.header(name, value))
 }
 
+const SERVICE_TOKEN: &str = "msk_AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA";
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn header_then_query_then_cookie_is_the_credential() {
     let world = start().await;
@@ -43,6 +45,9 @@ async fn header_then_query_then_cookie_is_the_credential() {
     for (opening, status) in [
         (plain(), 401),
         (plain().bearer("bad").query_token(&john.token).cookie(&cookie), 401),
+        // A token of another back end opens no stream.
+        (plain().bearer(SERVICE_TOKEN), 401),
+        (plain().query_token(SERVICE_TOKEN), 401),
         (plain().bearer(&expired).query_token(&john.token).cookie(&cookie), 401),
         (plain().header("authorization", "").query_token(&john.token), 401),
         (plain().header("authorization", "Basic x").cookie(&cookie), 401),
