@@ -4,6 +4,7 @@
 //! connection must find out by itself that it has become the wrong one. On a cluster a [`SlotMap`] says which node owns which
 //! slots; it is fetched every few seconds and on [`SlotMapWatch::refresh`]. A single server is one node that owns every slot.
 
+mod keyed;
 mod node_stream;
 mod slot_map;
 
@@ -25,6 +26,7 @@ use tokio::{
 
 use self::slot_map::ReportedSlotMap;
 pub use self::{
+    keyed::KeyedRedis,
     node_stream::{NodeAddress, NodeStream},
     slot_map::{Slot, SlotMap},
 };
