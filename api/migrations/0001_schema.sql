@@ -73,6 +73,13 @@ CREATE TABLE messenger.service_tokens (
     last_used_at timestamptz
 );
 
+-- When a user was last online: written when their last stream has ended, so once for each time they are online, and not at all while they do
+-- not share it. Here and not in Redis, because it stays of interest when Redis was wiped; apart from `users`, whose rows are read everywhere.
+CREATE TABLE messenger.last_seen (
+    user_id bigint      PRIMARY KEY REFERENCES messenger.users ON DELETE CASCADE,
+    at      timestamptz NOT NULL
+) WITH (fillfactor = 80);
+
 -- A user who blocks another one receives nothing from them. The blocked user is not told.
 CREATE TABLE messenger.blocks (
     blocker_id bigint      NOT NULL REFERENCES messenger.users ON DELETE CASCADE,

@@ -9,6 +9,7 @@ use service_kit::{
     limiter::Limiter,
     ops,
     origins::Origins,
+    redis_topology::KeyedRedis,
     server::{self, Limits},
     tasks::{Stage, Tasks},
     traces::{self, Tracer},
@@ -29,7 +30,9 @@ use crate::{
     last_used::{self, LastUsed},
     maintenance,
     metrics::Metrics,
-    oauth, pruner,
+    oauth,
+    presence::PresenceService,
+    pruner,
     publisher::publisher,
     readiness::{self, SharedReadiness},
     store::{Database, session::Route},
@@ -229,9 +232,19 @@ fn make_api(
     // Before its worker, which has nothing to do when there are no rules.
     let limits = http::limits::RequestLimits::new(limiter, &config.limits);
     stages.serving.spawn("shared rate limits", |stop| counter.run(stop));
+    let keyed = KeyedRedis::new(config.redis.clone());
+    let channels = config.channels.clone();
     let (publisher, worker) = publisher(config.redis, config.channels, tracer.clone(), metrics.clone());
     stages.publishing.spawn("publisher", |stop| worker.run(tasks.clone(), stop));
     let context = CommandContext::new(database.clone(), publisher, tracer.clone());
+
+    let presence = config.presence.then(|| {
+        let publisher = context.publisher.clone();
+        PresenceService::new(keyed, channels, database.clone(), publisher, metrics.clone())
+    });
+    if let Some(presence) = presence.clone() {
+        stages.behind_requests.spawn("presence of lost gateways", |stop| presence.run(stop));
+    }
 
     let used = LastUsed::default();
     let external =
@@ -259,6 +272,7 @@ fn make_api(
         external,
         dev_login: config.dev_login,
         usernames_change: config.usernames_change,
+        presence,
         longest_message: config.longest_message,
         largest_group: config.largest_group,
         edit_window: config.keep.edit_window,

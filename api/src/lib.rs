@@ -14,6 +14,7 @@ pub mod last_used;
 pub mod maintenance;
 pub mod metrics;
 pub mod oauth;
+pub mod presence;
 pub mod pruner;
 pub mod publisher;
 pub mod readiness;

@@ -23,6 +23,7 @@ struct RequestLabels {
 
 labels!(RouteLabels { route });
 labels!(pub Dropped { reason });
+labels!(pub Change { change });
 labels!(LoginLabels { provider, outcome });
 
 metrics! {
@@ -39,6 +40,7 @@ metrics! {
         pub published_ephemeral_events: Counter = "Ephemeral events, which are in no feed, that Redis accepted";
         pub publish_dropped_ephemeral_events: Family<Dropped, Counter> =
             "Ephemeral events that were not published and are lost, by reason";
+        pub presence_changes: Family<Change, Counter> = "Users whose partners were told that they are online or offline";
         pub publish_queued_events: Gauge = "Events waiting for Redis";
         pub redis_connected: Gauge = "1 while the publisher is connected to Redis";
         pub database_connections_used: Gauge = "Connections to Postgres in use";

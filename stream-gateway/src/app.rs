@@ -39,6 +39,7 @@ use crate::{
     keys::Keys,
     limits::StreamLimits,
     metrics::Metrics,
+    presence::{self, PresenceChanges},
     subscriber::{self, DesiredSubscriptions, Subscriber},
 };
 
@@ -180,7 +181,12 @@ fn start_delivery(
     let (commands_in, commands) = mpsc::channel(4);
     let stop = CancellationToken::new();
     let (keys, redis_tracer) = (rights.keys.clone(), tracer.clone());
-    let inputs = Inputs { new_streams, updates, commands, tasks: tasks.clone(), stop: stop.clone() };
+    let presence = PresenceChanges::new(config.presence);
+    // During a rollout some replicas may not know presence yet, and one may hang.
+    let (reports, reporting, counted) = (presence.clone(), api.on_any_replica(), metrics.clone());
+    serving.spawn("presence reports", |stop| presence::run(reports, reporting, counted, stop));
+    let inputs =
+        Inputs { new_streams, updates, commands, presence, tasks: tasks.clone(), stop: stop.clone() };
     let delivery =
         engine::start(config.delivery, api, rights, desired.clone(), tracer, metrics.clone(), inputs)?;
     let subscriber = Subscriber {

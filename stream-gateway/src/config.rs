@@ -62,6 +62,7 @@ pub struct Config {
     pub internal_secrets: Secrets,
     pub redis: RedisTopology,
     pub channels: Channels,
+    pub presence: bool,
     pub delivery: Delivery,
     pub admission: Admission,
     pub opening: Opening,
@@ -131,6 +132,7 @@ fn read(s: &mut Settings, open_files: u64) -> Result<(Config, Logging), Problems
         "api's internal listener: http://host:port",
         internal_url,
     );
+    let presence = config::presence(s);
     let delivery = delivery(s);
     let admission = admission(s, open_files);
     let mut limit = |name, default: &'static str, help| {
@@ -179,6 +181,7 @@ fn read(s: &mut Settings, open_files: u64) -> Result<(Config, Logging), Problems
             internal_secrets: common.internal_secrets?,
             redis: common.redis?,
             channels: common.channels,
+            presence,
             delivery,
             admission,
             opening,

@@ -77,6 +77,8 @@ metrics! {
         pub redis_invalid_messages: Counter = "Messages from Redis that could not be parsed";
         pub desired_subscriptions: Gauge = "Channels that should be subscribed";
         pub actual_subscriptions: Gauge = "Channels whose subscription Redis has confirmed";
+        pub presence_reports: Counter = "Reports of who came and who left that api has taken";
+        pub presence_reports_failed: Counter = "Reports of who came and who left that failed and are repeated";
         pub public_keys: Gauge = "Public keys of api that tokens are verified with";
         pub http: server::ServerMetrics;
         pub limits: limiter::LimiterMetrics;

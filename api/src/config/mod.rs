@@ -90,6 +90,7 @@ pub struct Addresses {
     pub ops: SocketAddr,
 }
 
+#[expect(clippy::struct_excessive_bools, reason = "each is a setting of its own")]
 pub struct Config {
     pub origin: Origin,
     pub allowed_origins: Vec<Origin>,
@@ -100,6 +101,7 @@ pub struct Config {
     pub database_pool_size: usize,
     pub redis: RedisTopology,
     pub channels: Channels,
+    pub presence: bool,
     pub keys: SigningKeys,
     pub internal_secrets: Secrets,
     pub state_secrets: Secrets,
@@ -237,6 +239,7 @@ fn read(s: &mut Settings) -> Result<(Config, Addresses, Logging), Problems> {
             "DEV_LOGIN allows login as any user, and ORIGIN is not a loopback host; unset it",
         );
     }
+    let presence = config::presence(s);
     let usernames_change =
         s.flag("USERNAMES_CHANGE", "false", "Lets users change their username with PATCH /api/auth_user");
     let providers = providers::read(s);
@@ -314,6 +317,7 @@ fn read(s: &mut Settings) -> Result<(Config, Addresses, Logging), Problems> {
             database_pool_size,
             redis: common.redis?,
             channels: common.channels,
+            presence,
             keys: keys?,
             internal_secrets: common.internal_secrets?,
             // Without providers nothing is signed with it.

@@ -122,6 +122,7 @@ impl Event {
 #[serde(untagged)]
 pub enum EphemeralEvent {
     Typing(Typing),
+    Presence(Presence),
 }
 
 /// The user types, at least until then or their next message.
@@ -134,10 +135,22 @@ pub struct Typing {
     pub expires_at: DateTime<Utc>,
 }
 
+/// Whether a partner is online.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Presence {
+    pub user_id: UserId,
+    pub online: bool,
+    /// `None` while they are online, or if it is not known.
+    #[serde(serialize_with = "super::optional_time")]
+    pub last_seen_at: Option<DateTime<Utc>>,
+}
+
 impl EphemeralEvent {
     pub fn name(&self) -> &'static str {
         match self {
             Self::Typing(_) => kind::TYPING,
+            Self::Presence(_) => kind::PRESENCE,
         }
     }
 }

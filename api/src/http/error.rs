@@ -30,6 +30,8 @@ pub(super) enum ApiError {
     NotNow(&'static str, &'static str),
     /// An external token cannot be verified without its issuer's keys.
     NoExternalKeys,
+    /// Presence could not be read or written in Redis, in time.
+    NoPresence,
     Store(StoreError),
 }
 
@@ -79,7 +81,9 @@ impl ApiError {
                 (StatusCode::UNPROCESSABLE_ENTITY, "unacceptable", sentence.clone())
             }
             Self::NotNow(code, sentence) => (StatusCode::UNPROCESSABLE_ENTITY, *code, (*sentence).to_owned()),
-            Self::NoExternalKeys | Self::Store(StoreError::Unavailable(_) | StoreError::Crowded) => {
+            Self::NoExternalKeys
+            | Self::NoPresence
+            | Self::Store(StoreError::Unavailable(_) | StoreError::Crowded) => {
                 (StatusCode::SERVICE_UNAVAILABLE, "unavailable", "Service unavailable, try again soon".into())
             }
             Self::Store(StoreError::Fault(_)) => {
@@ -95,7 +99,9 @@ impl ApiError {
             Self::MethodNotAllowed(allow) => Some((header::ALLOW, allow.clone())),
             Self::Unauthorized => Some((header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"))),
             Self::RateLimited(over) => Some((header::RETRY_AFTER, over.retry_after().into())),
-            Self::NoExternalKeys => Some((header::RETRY_AFTER, HeaderValue::from_static("5"))),
+            Self::NoExternalKeys | Self::NoPresence => {
+                Some((header::RETRY_AFTER, HeaderValue::from_static("5")))
+            }
             Self::Store(StoreError::Unavailable(_) | StoreError::Crowded) => {
                 Some((header::RETRY_AFTER, HeaderValue::from_static("1")))
             }

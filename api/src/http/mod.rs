@@ -16,6 +16,7 @@ mod login;
 mod messages;
 pub mod oauth;
 mod openapi;
+mod presence;
 mod request;
 mod route;
 mod services;
@@ -28,7 +29,7 @@ mod web;
 use std::{sync::Arc, time::Duration};
 
 use http::{HeaderValue, StatusCode, header};
-use protocol::{feed, position::Position};
+use protocol::{feed, position::Position, presence::PRESENCE_PATH};
 use serde::Serialize;
 use service_kit::secrets::Secrets;
 use warp::{filters::BoxedFilter, reply::Response};
@@ -36,7 +37,7 @@ use warp::{filters::BoxedFilter, reply::Response};
 pub use cors::Cors;
 pub use edge::ApiEdge;
 
-use crate::{commands::CommandContext, external::ExternalUsers};
+use crate::{commands::CommandContext, external::ExternalUsers, presence::PresenceService};
 use auth::Auth;
 use endpoint::{change, gateway, nothing, open, read};
 use error::ApiError;
@@ -52,6 +53,8 @@ pub struct Api {
     pub limits: RequestLimits,
     pub dev_login: bool,
     pub usernames_change: bool,
+    /// `None` if it is off.
+    pub presence: Option<PresenceService>,
     /// Code points.
     pub longest_message: usize,
     /// Members.
@@ -87,6 +90,7 @@ pub fn public(api: &Arc<Api>) -> BoxedFilter<(Response,)> {
         at("/api/stream_token").post(change(nothing, sessions::stream_token)),
         at("/api/auth_user").get(read(users::auth_user)).patch(change(profile, users::update).limit(Rate::Change)),
         at("/api/usernames").get(read(users::search).limit(Rate::Search)),
+        at("/api/presence").get(read(presence::of_partners).limit(Rate::Search)),
         at("/api/limits").get(open(messages::limits)),
         at("/api/blocks").get(read(blocks::list)),
         at("/api/blocks/{id}").put(change(blocks::user, blocks::block).limit(Rate::Change))
@@ -119,6 +123,7 @@ pub fn internal(api: &Arc<Api>) -> BoxedFilter<(Response,)> {
         [
             at(feed::HEADS_PATH).post(gateway(internal::heads).largest_body(internal::LARGEST_BODY)),
             at(feed::RANGES_PATH).post(gateway(internal::ranges).largest_body(internal::LARGEST_BODY)),
+            at(PRESENCE_PATH).post(gateway(presence::report).largest_body(internal::LARGEST_BODY)),
             at(feed::KEYS_PATH).get(gateway(internal::keys)),
             at(feed::IDENTITY_PATH)
                 .post(gateway(internal::identity).largest_body(internal::LARGEST_IDENTITIES)),

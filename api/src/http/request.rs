@@ -69,6 +69,13 @@ impl Inbound {
             .map(|(_, value)| value.into_owned())
     }
 
+    /// All query parameters of this name, decoded.
+    pub(super) fn queries(&self, name: &str) -> impl Iterator<Item = String> {
+        form_urlencoded::parse(self.query.as_bytes())
+            .filter(move |(key, _)| key == name)
+            .map(|(_, value)| value.into_owned())
+    }
+
     /// The path's first parameter as an id; `None` if malformed.
     pub(super) fn id<T: FromStr>(&self) -> Option<T> {
         self.nth_id(0)

@@ -75,8 +75,16 @@ pub(super) fn profile(body: ProfileBody, usernames_change: bool) -> Result<Profi
 }
 
 pub(super) async fn update(api: Arc<Api>, caller: Caller, change: ProfileChange) -> HandlerResult {
-    match update_user(&api.context, caller.actor, change, caller.context).await? {
-        UpdateUserOutcome::Done(user) => Ok(json(StatusCode::OK, &user)),
+    let (actor, shares) = (caller.actor, change.shares_presence);
+    match update_user(&api.context, actor, change, caller.context).await? {
+        UpdateUserOutcome::Done(user) => {
+            if let (Some(service), Some(shares)) = (&api.presence, shares)
+                && let Err(error) = service.sharing_changed(actor.user, shares).await
+            {
+                tracing::warn!(%error, user.id = %actor.user, "partners were not told that presence is shared or not");
+            }
+            Ok(json(StatusCode::OK, &user))
+        }
         UpdateUserOutcome::NameTaken => Err(ApiError::unacceptable("username", "Username taken")),
         UpdateUserOutcome::NoSession => Err(ApiError::Unauthorized),
     }

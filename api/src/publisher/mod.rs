@@ -20,7 +20,10 @@ use service_kit::{
     tasks::Tasks,
     traces::{Span, SpanKind, Tracer},
 };
-use tokio::sync::mpsc::{self, error::TrySendError};
+use tokio::{
+    sync::mpsc::{self, error::TrySendError},
+    time::{Instant, sleep},
+};
 use tokio_util::sync::CancellationToken;
 
 use self::node::NodePublisher;
@@ -101,6 +104,14 @@ impl Publisher {
             let payload =
                 serde_json::to_vec(&envelope).expect("an envelope is strings, numbers and valid JSON");
             self.enqueue(receiver, payload, PublicationKind::Event, span);
+        }
+    }
+
+    /// Waits for room for ephemeral events, a second at most: a caller with many of them must not lose them to its own speed.
+    pub async fn room_for_ephemeral(&self) {
+        let patient_until = Instant::now() + TIMEOUT;
+        while self.queue.capacity() <= QUEUE * 3 / 4 && Instant::now() < patient_until {
+            sleep(Duration::from_millis(2)).await;
         }
     }
 

@@ -20,6 +20,7 @@ mod model;
 mod names;
 mod origins;
 mod paging;
+mod presence;
 mod process;
 mod profile;
 mod providers;

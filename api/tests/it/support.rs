@@ -158,6 +158,7 @@ pub(crate) fn config(pool: &PgPool) -> Config {
         state_secrets: Secrets::parse(SECRET).unwrap(),
         dev_login: true,
         usernames_change: true,
+        presence: true,
         providers: Vec::new(),
         provider_time_limit: Duration::from_secs(10),
         callback_token_in_query: false,
@@ -340,10 +341,11 @@ pub(crate) async fn add_users<const N: usize>(pool: &PgPool, names: [&str; N]) {
 }
 
 /// Every route that needs a session, but for those that send or edit a message.
-pub(crate) const ROUTES: [&str; 27] = [
+pub(crate) const ROUTES: [&str; 28] = [
     "GET /api/auth_user",
     "PATCH /api/auth_user",
     "GET /api/blocks",
+    "GET /api/presence?userId=1",
     "GET /api/usernames?search=j",
     "GET /api/sessions",
     "DELETE /api/sessions",

@@ -19,6 +19,7 @@ mod monitoring;
 mod numbering;
 mod opening;
 mod own_events;
+mod presence;
 mod redis;
 mod redis_acl;
 mod redis_cluster;

@@ -5,7 +5,7 @@ use std::path::Path;
 use e2e::World;
 use testkit::{cluster::Cluster, servers::Redis, until};
 
-use crate::support::Busy;
+use crate::{presence::assert_presence_works, support::Busy};
 
 const PASSWORDS: [(&str, &str); 2] =
     [("messenger-api", "api-password"), ("messenger-gateway", "gateway-password")];
@@ -20,7 +20,7 @@ fn lines(nth: usize, prefix: &str) -> Vec<String> {
     let of_ours = |line: &str| {
         let ours = PASSWORDS.iter().find(|(user, _)| line.contains(&format!("SETUSER {user} ")));
         let line = line.replace(">…", &format!(">{}", ours.map_or("", |(_, password)| *password)));
-        ["&user:", "&probe:", "~limit:"].iter().fold(line, |line, pattern| {
+        ["&user:", "&probe:", "~limit:", "~presence:"].iter().fold(line, |line, pattern| {
             let (kind, name) = pattern.split_at(1);
             line.replace(pattern, &format!("{kind}{prefix}{name}"))
         })
@@ -90,8 +90,17 @@ async fn missing_redis_right_is_logged_and_loses_nothing() {
         let answer = redis.command(&[&["ACL", "DRYRUN", user], words].concat()).unwrap();
         assert!(answer.contains("no permissions"), "{user} {words:?}: {answer}");
     }
+    // What only the sweep of a lost gateway needs.
+    let (gateways, own) = (format!("{prefix}presence:gateways"), format!("{prefix}presence:gateway:one"));
+    for words in
+        [["HKEYS", &own].as_slice(), &["DEL", &own], &["ZREM", &gateways, "one"], &["EXISTS", &gateways]]
+    {
+        let answer = redis.command(&[&["ACL", "DRYRUN", "messenger-api"], words].concat()).unwrap();
+        assert!(answer.contains("OK"), "{words:?}: {answer}");
+    }
     let busy = busy(world, &redis.url()).await;
     assert_all_is_well(&busy).await;
+    assert_presence_works(&busy.world, &busy.apis[0], &busy.gateways[0], "new").await;
 
     let traffic = busy.traffic();
     let said = async |what: &str, services: &[e2e::Service]| {

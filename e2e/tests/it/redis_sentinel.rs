@@ -3,7 +3,7 @@
 use e2e::World;
 use testkit::cluster::Sentinels;
 
-use crate::support::Busy;
+use crate::{presence::assert_presence_works, support::Busy};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn services_follow_the_master_that_sentinels_name() {
@@ -26,4 +26,5 @@ async fn services_follow_the_master_that_sentinels_name() {
     traffic.stop().await;
     busy.assert_exact().await;
     busy.until_events_come_by_redis().await;
+    assert_presence_works(&busy.world, &busy.apis[0], &busy.gateways[0], "late").await;
 }

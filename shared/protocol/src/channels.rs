@@ -30,6 +30,16 @@ impl Channels {
         (0..).map(|turn| format!("{}user:keys-{turn}", self.prefix))
     }
 
+    /// The key of all gateways that report presence.
+    pub fn gateways(&self) -> String {
+        format!("{}presence:gateways", self.prefix)
+    }
+
+    /// The key of the users of one of them.
+    pub fn gateway(&self, name: &str) -> String {
+        format!("{}presence:gateway:{name}", self.prefix)
+    }
+
     pub fn probe(&self, instance: &str) -> String {
         format!("{}probe:{instance}", self.prefix)
     }

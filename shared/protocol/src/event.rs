@@ -30,6 +30,7 @@ pub mod kind {
     pub const PARTICIPANT_UPDATED: &str = "participant.updated";
     pub const USER_UPDATED: &str = "user.updated";
     pub const TYPING: &str = "typing";
+    pub const PRESENCE: &str = "presence";
 }
 
 /// One event of one user's feed. Unknown members are ignored, so that a newer `api` can add some.

@@ -37,4 +37,5 @@ pub mod ids;
 pub mod jose;
 pub mod keys_version;
 pub mod position;
+pub mod presence;
 pub mod problem;

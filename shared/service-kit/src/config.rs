@@ -88,6 +88,11 @@ impl Common {
     }
 }
 
+/// `PRESENCE`, in both services.
+pub fn presence(s: &mut Settings) -> bool {
+    s.flag("PRESENCE", "true", "Tells partners who is online. The same for both services")
+}
+
 pub fn ops_listen(s: &mut Settings, default: &'static str) -> SocketAddr {
     s.parse(
         "OPS_LISTEN",

@@ -497,7 +497,9 @@ impl Connection {
         if kept(Rule::Released) {
             cx.release(self.page_bytes());
         }
+        let was_joined = self.is_joined();
         self.state = state;
+        cx.joined |= self.is_joined() && !was_joined;
     }
 }
 

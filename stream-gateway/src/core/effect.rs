@@ -47,6 +47,8 @@ pub enum Effect {
     RequestHead(HeadRequest),
     Subscribe(UserId),
     Unsubscribe(UserId),
+    /// A stream of the user is live, or the last one has ended.
+    Presence(UserId, bool),
     /// Remember that this session has ended.
     SessionEnded(UserId, SessionId),
     Observed(Observation),

@@ -165,6 +165,7 @@ impl Hub {
             backlog: &mut self.backlog,
             last_request: &mut self.last_request,
             writes: 0,
+            joined: false,
             steps: &mut self.steps,
             has_left_events: false,
         };
@@ -172,6 +173,9 @@ impl Hub {
         let output = input(user, &mut cx);
         user.unreported += cx.writes;
         let has_left_events = cx.has_left_events;
+        if cx.joined {
+            self.effects.push(Effect::Presence(user.id, true));
+        }
         let due = user.sequencer.due();
         if due != before {
             before.map(|before| self.ticks.remove(&(before, slot)));
@@ -289,6 +293,7 @@ impl Hub {
         }
         let user = &mut self.users[slot.0 as usize];
         if user.connections().is_empty() {
+            self.effects.push(Effect::Presence(user.id, false));
             user.forget_at = self.now + LINGER;
             self.lingering.push_back((user.forget_at, user.id));
         }

@@ -64,6 +64,8 @@ pub struct Context<'a> {
     pub last_request: &'a mut RequestId,
     /// Writes that this input has begun.
     pub writes: u32,
+    /// A stream has joined during this input.
+    pub joined: bool,
     /// Emptied steps of sequencers.
     pub steps: &'a mut Vec<Step<EncodedEvent>>,
     /// This input has left events in memory, where they wait.

@@ -42,6 +42,7 @@ impl Engine {
             Effect::RequestHead(request) => self.backfill.request_head(request),
             Effect::Subscribe(user) => self.desired.add(user),
             Effect::Unsubscribe(user) => self.desired.remove(user),
+            Effect::Presence(user, is_present) => self.presence.note(user, is_present),
             Effect::SessionEnded(user, session) => self.rights.ended_sessions.note(user, session),
             Effect::Observed(observation) => self.telemetry.observe(observation),
         }

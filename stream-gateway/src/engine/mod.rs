@@ -48,6 +48,7 @@ use crate::{
     keys::{Keys, TrustedKeys},
     limits::Permit,
     metrics::{Metrics, Reason},
+    presence::PresenceChanges,
     subscriber::{DesiredSubscriptions, RedisUpdate},
 };
 
@@ -102,6 +103,8 @@ pub struct Inputs {
     pub new_streams: mpsc::Receiver<NewStream>,
     pub updates: mpsc::Receiver<RedisUpdate>,
     pub commands: mpsc::Receiver<EngineCommand>,
+    /// An output: who came and who left.
+    pub presence: PresenceChanges,
     /// Watch the thread, which may end once `stop` is cancelled.
     pub tasks: Tasks,
     pub stop: CancellationToken,
@@ -132,7 +135,9 @@ pub fn start(
         let backfill = Backfill::new(api, workers, tracer, metrics.clone());
         let ended = match Sockets::new(poll) {
             Ok(sockets) => {
-                Engine::new(settings, sockets, backfill, rights, desired, metrics).run(inputs).await
+                Engine::new(settings, sockets, backfill, rights, desired, inputs.presence.clone(), metrics)
+                    .run(inputs)
+                    .await
             }
             Err(error) => Err(error),
         };
@@ -153,6 +158,7 @@ struct Engine {
     sockets: Sockets,
     backfill: Backfill,
     desired: DesiredSubscriptions,
+    presence: PresenceChanges,
     rights: Rights,
     telemetry: Telemetry,
     started: Instant,
@@ -169,6 +175,7 @@ impl Engine {
         backfill: Backfill,
         rights: Rights,
         desired: DesiredSubscriptions,
+        presence: PresenceChanges,
         metrics: Arc<Metrics>,
     ) -> Self {
         Self {
@@ -176,6 +183,7 @@ impl Engine {
             sockets,
             backfill,
             desired,
+            presence,
             rights,
             telemetry: Telemetry::new(metrics),
             started: Instant::now(),
@@ -414,6 +422,7 @@ mod tests {
                 ended_sessions: EndedSessions::default(),
             },
             DesiredSubscriptions::new(Channels::default()),
+            PresenceChanges::default(),
             metrics.clone(),
         );
         let topology = RedisTopology::single("redis://localhost").unwrap();

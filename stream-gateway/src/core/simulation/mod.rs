@@ -2,7 +2,8 @@
 //!
 //! After each step: each client has received the events after its start once and in order, none before its session was confirmed
 //! and none after it ended, and memory is within its bounds. An
-//! ephemeral event reaches a stream in the step in which it arrives, or never, and moves nothing. In the end the faults stop, and every client is whole.
+//! ephemeral event reaches a stream in the step in which it arrives, or never, and moves nothing. A user with a live stream is present, one
+//! without a stream is not. In the end the faults stop, and every client is whole.
 //!
 //! `SEEDS=1000000` simulates as many schedules instead of 10,000, and `SEED=7` only that one. A schedule that fails is
 //! shrunk to the steps that are needed.

@@ -95,6 +95,10 @@ pub struct SimulatedWorld {
     published: Vec<(UserId, Position)>,
     /// Ephemeral events so far.
     ephemeral: u32,
+    /// Users who are present, as the core says.
+    present: BTreeSet<UserId>,
+    /// Users of whom a stream's session was confirmed, or had none to confirm, since they were last without a stream. That stream may have ended since.
+    may_be_present: BTreeSet<UserId>,
 }
 
 /// `created_at`: when the gateway has it, from which time on it may wait there.
@@ -143,6 +147,8 @@ impl SimulatedWorld {
             subscribed: BTreeSet::new(),
             published: Vec::new(),
             ephemeral: 0,
+            present: BTreeSet::new(),
+            may_be_present: BTreeSet::new(),
             rng,
         }
     }
@@ -293,8 +299,12 @@ impl SimulatedWorld {
                 if ended {
                     self.known_ended.extend(request.session);
                 } else if let HeadReason::Join(key) = request.why {
-                    let open = self.clients.iter_mut().filter_map(|client| client.connection.as_mut());
-                    open.filter(|open| open.key == key).for_each(|open| open.confirmed = true);
+                    for client in &mut self.clients {
+                        if let Some(open) = client.connection.as_mut().filter(|open| open.key == key) {
+                            open.confirmed = true;
+                            self.may_be_present.insert(client.user);
+                        }
+                    }
                 }
                 self.hub.head(request, head, ended);
             }
@@ -429,6 +439,9 @@ impl SimulatedWorld {
             if how >= 240 { (5_000, Goodbye::Rotate) } else { (3_600_000, Goodbye::Expired) };
         let ends_at = self.now + lasts;
         client.connection = Some(ClientStream::new(key, cursor, client.session.is_none(), self.now, ends_at));
+        if client.session.is_none() {
+            self.may_be_present.insert(client.user);
+        }
         let ended = client.session.is_some_and(|session| self.known_ended.contains(&session));
         let revoked = ended || self.removed_keys.contains(&client.key);
         let head = [HEAD.as_bytes(), &Framing::Chunked.bytes(&frame::retry(2_000))].concat();
@@ -526,6 +539,7 @@ impl SimulatedWorld {
                     Effect::Observed(Observation::Unblocked) => {
                         self.blocked = self.blocked.checked_sub(1).ok_or("unblocked twice")?;
                     }
+                    Effect::Presence(user, is_present) => self.set_present(user, is_present)?,
                     Effect::SessionEnded(..) | Effect::Observed(_) => {}
                 }
             }
@@ -570,6 +584,19 @@ impl SimulatedWorld {
         Ok(())
     }
 
+    /// Nobody is present by a stream without a confirmed session.
+    fn set_present(&mut self, user: UserId, is_present: bool) -> Checked {
+        if !is_present {
+            self.present.remove(&user);
+            self.may_be_present.remove(&user);
+        } else if self.may_be_present.contains(&user) {
+            self.present.insert(user);
+        } else {
+            return Err("a user without a confirmed session is present".into());
+        }
+        Ok(())
+    }
+
     /// Every connection is cut, and all that the gateway knew is lost.
     fn replace_gateway(&mut self) {
         self.disconnect();
@@ -582,6 +609,8 @@ impl SimulatedWorld {
         self.desired.clear();
         self.unconfirmed.clear();
         self.known_ended.clear();
+        self.present.clear();
+        self.may_be_present.clear();
         self.blocked = 0;
         self.clients.iter_mut().for_each(|client| client.connection = None);
     }
@@ -635,6 +664,15 @@ impl SimulatedWorld {
         }
         if backlog > SETTINGS.replay_buffer_bytes + streams * FRAME {
             return Err(format!("{backlog} bytes are buffered for {streams} streams"));
+        }
+        let connected = |user: &UserId| {
+            self.clients.iter().any(|client| client.user == *user && client.connection.is_some())
+        };
+        if !self.present.iter().all(connected) {
+            return Err("a user without a stream is present".into());
+        }
+        if self.clients.iter().any(|client| client.is_ready() && !self.present.contains(&client.user)) {
+            return Err("a user with a live stream is not present".into());
         }
         let open = self.clients.iter().filter(|client| client.connection.is_some()).count();
         if open != streams {
