@@ -269,6 +269,7 @@ fn make_api(
         auth,
         tokens,
         limits,
+        external_issuer: config.external_issuer,
         external,
         dev_login: config.dev_login,
         usernames_change: config.usernames_change,

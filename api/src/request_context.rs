@@ -25,6 +25,11 @@ impl RequestContext {
         }
     }
 
+    /// From now on the request's log lines carry the name of the service token.
+    pub fn note_service(&self, name: &str) {
+        tracing::Span::current().record("service", name);
+    }
+
     pub fn caller(&self) -> Option<UserId> {
         self.caller.get().copied()
     }

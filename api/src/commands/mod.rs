@@ -7,6 +7,7 @@ pub mod create_group;
 pub mod delete_message;
 pub mod edit_message;
 pub mod end_sessions;
+pub mod external_user;
 pub mod log_in;
 pub mod mark_read;
 pub mod post_message;
@@ -54,16 +55,19 @@ impl CommandContext {
         }
     }
 
-    /// Runs the one statement of a change as a span, the parent of its events' spans, and publishes the events.
+    /// Runs the one statement of a change as a span, the parent of its events' spans, and publishes the events. `actor`: none if another
+    /// back end makes it.
     async fn commit<T>(
         &self,
-        actor: Actor,
+        actor: impl Into<Option<Actor>>,
         mut request: RequestContext,
         change: impl AsyncFnOnce(&mut PgConnection, &RequestContext) -> sqlx::Result<(T, Vec<Appended>)> + Clone,
     ) -> Result<T, StoreError> {
         let mut span = self.tracer.child(request.trace, "commit", SpanKind::Client);
         span.text("db.system.name", "postgresql");
-        span.text("user.id", actor.user);
+        if let Some(actor) = actor.into() {
+            span.text("user.id", actor.user);
+        }
         request.trace = span.context().or(request.trace);
         let done = self.database.run(async |connection| change(connection, &request).await).await;
         let (outcome, events) = done.inspect_err(|error| match error {

@@ -110,6 +110,8 @@ pub struct Config {
     pub providers: Vec<ProviderSettings>,
     pub provider_time_limit: Duration,
     pub callback_token_in_query: bool,
+    /// Whose subjects other back ends name, also if its tokens are not accepted.
+    pub external_issuer: Option<String>,
     pub external: Option<ExternalSettings>,
     pub lifetimes: Lifetimes,
     /// Code points.
@@ -167,6 +169,7 @@ pub struct RateLimits {
     pub typing_per_address: Limit,
     pub change_per_user: Limit,
     pub change_per_address: Limit,
+    pub service_per_token: Limit,
     /// The longest wait for an answer of Redis.
     pub patience: Duration,
 }
@@ -185,6 +188,7 @@ impl RateLimits {
         typing_per_address: Limit::Off,
         change_per_user: Limit::Off,
         change_per_address: Limit::Off,
+        service_per_token: Limit::Off,
         patience: limiter::SHARED_CHECK_TIMEOUT,
     };
 }
@@ -261,7 +265,7 @@ fn read(s: &mut Settings) -> Result<(Config, Addresses, Logging), Problems> {
         "After a login with a provider, puts the token itself into the URL, as pages of the original client expect it, and not a \
          code for one use. The token then stays in the browser's history and in the logs of proxies",
     );
-    let external = external(s, &common.origin);
+    let (external_issuer, external) = external(s, &common.origin);
     let lifetimes = Lifetimes {
         session: s.seconds(
             "TOKEN_LIFETIME_SECONDS",
@@ -327,6 +331,7 @@ fn read(s: &mut Settings) -> Result<(Config, Addresses, Logging), Problems> {
             providers,
             provider_time_limit: PROVIDER_TIME_LIMIT,
             callback_token_in_query,
+            external_issuer,
             external,
             lifetimes,
             longest_message,
@@ -413,6 +418,11 @@ fn limits(s: &mut Settings, on: bool) -> RateLimits {
             "All other changes (deletions, read marks, blocks, groups and their members, profiles), per user",
         ),
         change_per_address: limit("LIMIT_CHANGE_PER_ADDRESS", "3000/60", "The same, per client address"),
+        service_per_token: limit(
+            "LIMIT_SERVICE_PER_TOKEN",
+            "12000/60",
+            "Requests of other back ends, per service token; one may publish to 1,000 receivers",
+        ),
         patience: limiter::SHARED_CHECK_TIMEOUT,
     }
 }
@@ -437,11 +447,12 @@ pub fn connection(url: PgConnectOptions) -> PgConnectOptions {
     url.application_name("api").extra_float_digits(None)
 }
 
-fn external(s: &mut Settings, origin: &Origin) -> Option<ExternalSettings> {
+fn external(s: &mut Settings, origin: &Origin) -> (Option<String>, Option<ExternalSettings>) {
     let issuer = s.with(
         "EXTERNAL_ISSUER",
         "",
-        "Also accept tokens of this issuer (its iss, exactly), and create its users at first use: for a product with its own login",
+        "Also accept tokens of this issuer (its iss, exactly), and create its users at first use: for a product with its own login. \
+         Alone, it accepts none: other back ends can name its subjects",
         text,
     );
     let audience = s.with("EXTERNAL_AUDIENCE", "", "Audience (aud) that its tokens must have", text);
@@ -454,19 +465,20 @@ fn external(s: &mut Settings, origin: &Origin) -> Option<ExternalSettings> {
         "RS256",
         "Algorithm of its signatures: RS256, PS256, ES256, EdDSA or a longer one of these. No other is accepted",
     );
-    if [&issuer, &audience, &jwks_url].iter().all(|value| value.is_empty()) {
-        return None;
-    }
-    s.require("EXTERNAL_ISSUER", &issuer);
-    s.require("EXTERNAL_AUDIENCE", &audience);
-    s.require("EXTERNAL_JWKS_URL", &jwks_url);
     if issuer == origin.as_str() {
         s.problem(
             &["EXTERNAL_ISSUER", "ORIGIN"],
             "EXTERNAL_ISSUER is ORIGIN; api's own tokens need no setting",
         );
     }
-    Some(ExternalSettings { issuer: ExternalIssuer { issuer, audience, algorithm }, jwks_url })
+    if [&audience, &jwks_url].iter().all(|value| value.is_empty()) {
+        return (Some(issuer).filter(|issuer| !issuer.is_empty()), None);
+    }
+    s.require("EXTERNAL_ISSUER", &issuer);
+    s.require("EXTERNAL_AUDIENCE", &audience);
+    s.require("EXTERNAL_JWKS_URL", &jwks_url);
+    let name = Some(issuer.clone());
+    (name, Some(ExternalSettings { issuer: ExternalIssuer { issuer, audience, algorithm }, jwks_url }))
 }
 
 fn keys(s: &mut Settings, origin: &Origin) -> Option<SigningKeys> {

@@ -68,7 +68,7 @@ pub struct Profile {
 }
 
 /// `OpenID` Connect's limit for a subject.
-const LONGEST_SUBJECT: usize = 255;
+pub const LONGEST_SUBJECT: usize = 255;
 const LONGEST_URL: usize = 2_048;
 
 impl Profile {

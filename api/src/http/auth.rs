@@ -17,7 +17,7 @@ use super::{HandlerResult, error::ApiError, request::Inbound, services::Services
 use crate::{
     commands::{Actor, CommandContext},
     domain::{
-        service_token::ServiceToken,
+        service_token::{Scope, ServiceToken},
         user::{AddableBy, OwnUser, User},
     },
     external::ExternalUsers,
@@ -25,6 +25,7 @@ use crate::{
     request_context::RequestContext,
     store::{
         StoreError,
+        service_tokens::Service,
         sessions::{self, FoundCaller},
     },
 };
@@ -64,6 +65,13 @@ impl Caller {
     pub(super) fn new(Credential { actor, expires_at, .. }: Credential, context: RequestContext) -> Self {
         Self { actor, expires_at, context }
     }
+}
+
+/// Another back end.
+#[derive(Debug)]
+pub(super) struct ServiceCaller {
+    pub(super) service: Arc<Service>,
+    pub(super) context: RequestContext,
 }
 
 #[derive(Debug)]
@@ -117,6 +125,24 @@ impl Auth {
         }
         inbound.context.note_caller(user);
         Ok(credential)
+    }
+
+    /// The other back end, if its token allows this.
+    pub(super) async fn service(&self, inbound: &Inbound, scope: Scope) -> Result<Arc<Service>, ApiError> {
+        let PresentedTokens { tokens, from_cookie } = self.presented(inbound)?;
+        let Some(token) = service_token(&tokens, from_cookie) else {
+            // A user's. 401 if it is not valid.
+            let credential = self.credential(inbound).await?;
+            let error = self.check_origin(credential, inbound).err().unwrap_or(ApiError::SERVICE_REQUIRED);
+            let error = self.unauthorized_or(credential.actor, error).await;
+            if let ApiError::Unauthorized = error {
+                self.remember_ended(credential.actor);
+            }
+            return Err(error);
+        };
+        let service = self.services.find(&token).await?.ok_or(ApiError::Unauthorized)?;
+        inbound.context.note_service(&service.name);
+        if service.scopes.contains(&scope) { Ok(service) } else { Err(ApiError::lacks(scope)) }
     }
 
     fn presented(&self, inbound: &Inbound) -> Result<PresentedTokens, ApiError> {

@@ -97,7 +97,7 @@ where
         // Without the query, which may hold a token.
         let path = request.uri().path();
         let span = tracing::info_span!(
-            "request", request.id = %request_id, %client, %method, path, user.id = Empty, trace.id = Empty
+            "request", request.id = %request_id, %client, %method, path, user.id = Empty, service = Empty, trace.id = Empty
         );
         if let Some(trace) = traced.context() {
             span.record("trace.id", trace.trace_id());

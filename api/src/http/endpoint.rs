@@ -1,21 +1,23 @@
-//! The checks before every handler, in the order of docs/api.md. A handler is reached only through one of four combinators, each
+//! The checks before every handler, in the order of docs/api.md. A handler is reached only through one of five combinators, each
 //! of which gives it what those checks have found, so no handler can leave a check out:
 //!
 //! - [`open`]: content type → rate limit → body.
 //! - [`read`]: credential and session → origin → rate limit.
 //! - [`change`]: content type → credential → origin → rate limit → body → input; the command itself checks the session.
+//! - [`service`]: content type → service token → its scope → rate limit → body → input.
 //! - [`gateway`]: the shared secret → body.
 
 use std::{pin::Pin, sync::Arc};
 
 use super::{
     Api, HandlerResult,
-    auth::{Caller, LiveCaller},
+    auth::{Caller, LiveCaller, ServiceCaller},
     error::ApiError,
     internal::require_secret,
     limits::Rate,
     request::{FromBody, Inbound, NoBody},
 };
+use crate::domain::service_token::Scope;
 
 type Run = dyn Fn(Arc<Api>, Inbound, Option<Rate>) -> Pin<Box<dyn Future<Output = HandlerResult> + Send>>
     + Send
@@ -118,6 +120,25 @@ pub(super) fn change<B: FromBody, I: Send + 'static, F: Future<Output = HandlerR
 #[expect(clippy::unnecessary_wraps, reason = "one form for all inputs")]
 pub(super) fn nothing(_: &Inbound, _: NoBody) -> Result<(), ApiError> {
     Ok(())
+}
+
+/// A route for other back ends, with a limit for each of them.
+pub(super) fn service<B: FromBody, I: Send + 'static, F: Future<Output = HandlerResult> + Send + 'static>(
+    scope: Scope,
+    input: impl Fn(&Inbound, B) -> Result<I, ApiError> + Clone + Send + Sync + 'static,
+    run: impl Fn(Arc<Api>, ServiceCaller, I) -> F + Clone + Send + Sync + 'static,
+) -> Endpoint {
+    Endpoint::new(move |api, mut inbound, _| {
+        let (input, run) = (input.clone(), run.clone());
+        async move {
+            B::require(&inbound)?;
+            let service = api.auth.service(&inbound, scope).await?;
+            api.limits.check_service(service.id).await?;
+            let body = B::read(&mut inbound).await?;
+            let input = input(&inbound, body)?;
+            run(api, ServiceCaller { service, context: inbound.context }, input).await
+        }
+    })
 }
 
 pub(super) fn gateway<B: FromBody, F: Future<Output = HandlerResult> + Send + 'static>(

@@ -7,7 +7,7 @@ use protocol::problem::Problem;
 use service_kit::{limiter::Over, origins::OriginNotAllowed};
 use warp::reply::Response;
 
-use crate::{external::ExternalError, store::StoreError};
+use crate::{domain::service_token::Scope, external::ExternalError, store::StoreError};
 
 #[derive(Debug)]
 pub(super) enum ApiError {
@@ -42,8 +42,27 @@ impl ApiError {
         Self::NotFound("conversation_not_found", "Conversation not found");
     pub(super) const NO_MESSAGE: Self = Self::NotFound("message_not_found", "Message not found");
 
+    pub(super) const NO_EXTERNAL_ISSUER: Self =
+        Self::NotFound("no_external_issuer", "There are no subjects here: EXTERNAL_ISSUER is not set");
+
     pub(super) const USER_REQUIRED: Self =
         Self::Forbidden("user_token_required", "This needs the token of a user, not of a service");
+
+    pub(super) const SERVICE_REQUIRED: Self =
+        Self::Forbidden("service_token_required", "This needs a service token, not the token of a user");
+
+    pub(super) fn lacks(scope: Scope) -> Self {
+        let sentence = match scope {
+            Scope::Publish => "This service token lacks the scope publish",
+            Scope::Users => "This service token lacks the scope users",
+            Scope::Admin => "This service token lacks the scope admin",
+        };
+        Self::Forbidden("scope_required", sentence)
+    }
+
+    pub(super) fn name_taken() -> Self {
+        Self::unacceptable("username", "Username taken")
+    }
 
     pub(super) fn unacceptable(field: &'static str, sentence: impl Into<String>) -> Self {
         Self::Unacceptable(field, sentence.into())

@@ -29,6 +29,7 @@ pub struct RequestLimits {
     typing: Rules,
     typing_told: RateLimitRule,
     change: Rules,
+    service: RateLimitRule,
 }
 
 /// That a user types is told at most once in so long, however often their clients say so.
@@ -55,6 +56,7 @@ impl RequestLimits {
             typing: rules("typing", limits.typing_per_user, limits.typing_per_address),
             typing_told: limiter.minor_rule("typing_told", Limit::new(1, TYPING_TOLD_EVERY)),
             change: rules("change", limits.change_per_user, limits.change_per_address),
+            service: limiter.rule("service", limits.service_per_token),
             limiter,
         }
     }
@@ -78,6 +80,11 @@ impl RequestLimits {
         let charges: Vec<_> =
             by_user.into_iter().chain([(&rules.address, Subject::Address(client))]).collect();
         self.limiter.check(&charges).await
+    }
+
+    /// A request of another back end, by the id of its token.
+    pub(super) async fn check_service(&self, token: i64) -> Result<(), Over> {
+        self.limiter.check(&[(&self.service, Subject::Service(token))]).await
     }
 
     /// Whether to tell others that this user types: not again so soon.

@@ -8,6 +8,7 @@ mod cors;
 mod edge;
 mod endpoint;
 mod error;
+mod external_users;
 mod groups;
 mod idempotency;
 mod internal;
@@ -37,9 +38,12 @@ use warp::{filters::BoxedFilter, reply::Response};
 pub use cors::Cors;
 pub use edge::ApiEdge;
 
-use crate::{commands::CommandContext, external::ExternalUsers, presence::PresenceService};
+use crate::{
+    commands::CommandContext, domain::service_token::Scope, external::ExternalUsers,
+    presence::PresenceService,
+};
 use auth::Auth;
-use endpoint::{change, gateway, nothing, open, read};
+use endpoint::{change, gateway, nothing, open, read, service};
 use error::ApiError;
 use limits::{Rate, RequestLimits};
 use oauth::SignIn;
@@ -62,6 +66,7 @@ pub struct Api {
     pub edit_window: Duration,
     pub sign_in: SignIn,
     pub internal_secrets: Secrets,
+    pub external_issuer: Option<String>,
     pub external: Option<Arc<ExternalUsers>>,
 }
 
@@ -111,6 +116,9 @@ pub fn public(api: &Arc<Api>) -> BoxedFilter<(Response,)> {
             .delete(change(messages::one, messages::delete).limit(Rate::Change)),
         at("/api/conversations/{id}/read_messages").post(change(messages::conversation, messages::mark_read).limit(Rate::Change)),
         at("/api/conversations/{id}/typing").post(change(messages::conversation, typing::announce).limit(Rate::Typing)),
+        at("/api/users/by_subject/{subject}").put(service(Scope::Users, external_users::profile, external_users::put)),
+        at("/api/users/by_subject/{subject}/stream_token")
+            .post(service(Scope::Users, external_users::subject, external_users::stream_token)),
         at(openapi::PATH).get(open(openapi::document)),
         at(feed::JWKS_PATH).get(open(login::jwks)),
         matching("web", web::path).get(open(web::file)),

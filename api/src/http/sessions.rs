@@ -6,6 +6,7 @@ use chrono::{DateTime, Utc};
 use http::{StatusCode, header};
 use protocol::ids::SessionId;
 use serde::Serialize;
+use warp::reply::Response;
 
 use super::{
     Api, HandlerResult,
@@ -16,7 +17,10 @@ use super::{
     request::{Inbound, NoBody},
 };
 use crate::{
-    commands::end_sessions::{EndSessionsOutcome, end_sessions},
+    commands::{
+        Actor,
+        end_sessions::{EndSessionsOutcome, end_sessions},
+    },
     store::sessions::{self as store, SessionsToEnd},
 };
 
@@ -79,7 +83,11 @@ pub(super) async fn stream_token(
             database.run(async |connection| store::is_live(connection, None, actor.user).await).await?;
         DateTime::from_timestamp(expires_at, 0).filter(|_| exists)
     };
-    let token = api.tokens.issue_for_stream(actor, ends_at.ok_or(ApiError::Unauthorized)?);
-    let answer = StreamTokenAnswer { token: token.text, expires_at: token.expires_at };
-    Ok(json(StatusCode::OK, &answer))
+    Ok(stream_token_answer(&api, actor, ends_at.ok_or(ApiError::Unauthorized)?))
+}
+
+/// A token for streams that last until `ends_at` at most.
+pub(super) fn stream_token_answer(api: &Api, actor: Actor, ends_at: DateTime<Utc>) -> Response {
+    let token = api.tokens.issue_for_stream(actor, ends_at);
+    json(StatusCode::OK, &StreamTokenAnswer { token: token.text, expires_at: token.expires_at })
 }

@@ -47,7 +47,7 @@ pub(super) struct ProfileBody {
     addable_by: Option<String>,
 }
 
-fn given<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Option<String>>, D::Error> {
+pub(super) fn given<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Option<String>>, D::Error> {
     Option::deserialize(deserializer).map(Some)
 }
 
@@ -55,23 +55,29 @@ pub(super) fn profile(body: ProfileBody, usernames_change: bool) -> Result<Profi
     if body.username.is_some() && !usernames_change {
         return Err(ApiError::unacceptable("username", "Usernames cannot be changed"));
     }
-    let username = body.username.as_deref().map(name::chosen).transpose();
-    let avatar = |url: String| {
-        chosen_avatar(&url).ok_or_else(|| {
-            ApiError::unacceptable("avatarURL", "Avatar must be an http or https URL, 2048 max")
-        })
-    };
     let addable_by = |text: String| {
         AddableBy::parse(&text).ok_or_else(|| {
             ApiError::unacceptable("addableBy", "addableBy must be everybody, partners or nobody")
         })
     };
     Ok(ProfileChange {
-        username: username.map_err(|error| ApiError::unacceptable("username", error.to_string()))?,
-        avatar_url: body.avatar_url.map(|url| url.map(avatar).transpose()).transpose()?,
+        username: body.username.as_deref().map(chosen_name).transpose()?,
+        avatar_url: body.avatar_url.map(chosen_avatar_url).transpose()?,
         shares_presence: body.shares_presence,
         addable_by: body.addable_by.map(addable_by).transpose()?,
     })
+}
+
+pub(super) fn chosen_name(given: &str) -> Result<String, ApiError> {
+    name::chosen(given).map_err(|error| ApiError::unacceptable("username", error.to_string()))
+}
+
+/// `None` clears the avatar.
+pub(super) fn chosen_avatar_url(given: Option<String>) -> Result<Option<String>, ApiError> {
+    let Some(url) = given else { return Ok(None) };
+    let chosen = chosen_avatar(&url);
+    let refusal = || ApiError::unacceptable("avatarURL", "Avatar must be an http or https URL, 2048 max");
+    chosen.map(Some).ok_or_else(refusal)
 }
 
 pub(super) async fn update(api: Arc<Api>, caller: Caller, change: ProfileChange) -> HandlerResult {
@@ -85,7 +91,7 @@ pub(super) async fn update(api: Arc<Api>, caller: Caller, change: ProfileChange)
             }
             Ok(json(StatusCode::OK, &user))
         }
-        UpdateUserOutcome::NameTaken => Err(ApiError::unacceptable("username", "Username taken")),
+        UpdateUserOutcome::NameTaken => Err(ApiError::name_taken()),
         UpdateUserOutcome::NoSession => Err(ApiError::Unauthorized),
     }
 }

@@ -22,7 +22,7 @@ const MIGRATIONS_TABLE: &str = "messenger._sqlx_migrations";
 static TABLES: Migrator = sqlx::migrate!();
 
 /// Each after its dependencies, since Postgres checks views and the bodies of plain SQL functions when they are created.
-const FUNCTIONS: [&str; 25] = [
+const FUNCTIONS: [&str; 26] = [
     include_str!("../../sql/session_is_live.sql"),
     include_str!("../../sql/append_to_feed.sql"),
     include_str!("../../sql/append_to_feeds.sql"),
@@ -48,6 +48,7 @@ const FUNCTIONS: [&str; 25] = [
     include_str!("../../sql/set_role.sql"),
     include_str!("../../sql/remove_participant.sql"),
     include_str!("../../sql/provision_user.sql"),
+    include_str!("../../sql/put_user.sql"),
 ];
 
 /// Tables and functions in one, for `#[sqlx::test(migrator = …)]`.

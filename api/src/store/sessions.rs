@@ -42,6 +42,29 @@ pub async fn start(
     Ok(Session { id: SessionId(row.id), expires_at: row.expires_at })
 }
 
+/// For the user of this subject; `None` if there is none.
+pub async fn start_for_subject(
+    connection: &mut PgConnection,
+    issuer: &str,
+    subject: &str,
+    device: &str,
+    lifetime: Duration,
+) -> sqlx::Result<Option<(UserId, Session)>> {
+    let row = sqlx::query!(
+        "INSERT INTO messenger.sessions (user_id, device, expires_at)
+         SELECT i.user_id, $3, now() + make_interval(secs => $4)
+         FROM messenger.identities AS i WHERE i.issuer = $1 AND i.subject = $2
+         RETURNING user_id, id, expires_at",
+        issuer,
+        subject,
+        device,
+        lifetime.as_secs_f64(),
+    )
+    .fetch_optional(connection)
+    .await?;
+    Ok(row.map(|row| (UserId(row.user_id), Session { id: SessionId(row.id), expires_at: row.expires_at })))
+}
+
 pub async fn extend(
     connection: &mut PgConnection,
     session: SessionId,

@@ -76,6 +76,55 @@ pub async fn update(
     Ok((UpdateUserOutcome::Done(OwnUser { user, shares_presence, addable_by }), events))
 }
 
+#[derive(Debug)]
+pub enum PutUserOutcome {
+    Created(User),
+    /// Also if nothing had to change.
+    Changed(User),
+    NameTaken,
+}
+
+/// The user of a subject of the external issuer; created if missing.
+pub async fn put(
+    connection: &mut PgConnection,
+    issuer: &str,
+    subject: &str,
+    change: &ProfileChange,
+    request: &RequestContext,
+) -> sqlx::Result<(PutUserOutcome, Vec<Appended>)> {
+    let row = sqlx::query!(
+        r#"SELECT outcome AS "outcome!", user_id, username, avatar_url, event_at, receivers, epochs, seqs
+           FROM messenger.put_user($1, $2, $3, $4, $5, $6, $7, $8, $9)"#,
+        issuer,
+        subject,
+        change.username,
+        change.avatar_url.is_some(),
+        change.avatar_url.as_ref().and_then(Option::as_deref),
+        SMALL_GROUP,
+        MOST_TOLD,
+        request.request_id,
+        request.traceparent(),
+    )
+    .fetch_one(connection)
+    .await?;
+    if row.outcome == "taken" {
+        return Ok((PutUserOutcome::NameTaken, Vec::new()));
+    }
+    let (id, username) = row.user_id.zip(row.username).ok_or_else(|| unexpected(&row.outcome))?;
+    let user = User { id: UserId(id), username, avatar_url: row.avatar_url };
+    let appended = AppendedTo { receivers: row.receivers, epochs: row.epochs, seqs: row.seqs };
+    let events = match row.event_at {
+        Some(at) => envelopes(appended.positions()?, &Event::UserUpdated(user.clone()), at, request)?,
+        None => Vec::new(),
+    };
+    let outcome = match row.outcome.as_str() {
+        "created" => PutUserOutcome::Created(user),
+        "updated" | "unchanged" => PutUserOutcome::Changed(user),
+        other => return Err(unexpected(other)),
+    };
+    Ok((outcome, events))
+}
+
 pub async fn find_by_name(connection: &mut PgConnection, username: &str) -> sqlx::Result<Option<User>> {
     sqlx::query_as!(
         User,

@@ -18,6 +18,8 @@ const PATHS: &[(&str, &str)] = &[
     ("/api/sessions/{id}", "DELETE"),
     ("/api/stream_token", "POST"),
     ("/api/auth_user", "GET, HEAD, PATCH"),
+    ("/api/users/by_subject/{id}", "PUT"),
+    ("/api/users/by_subject/{id}/stream_token", "POST"),
     ("/api/usernames", "GET, HEAD"),
     ("/api/blocks/{id}", "PUT, DELETE"),
     ("/api/conversations", "GET, HEAD, POST"),

@@ -11,6 +11,7 @@ mod database;
 mod editing;
 mod explain;
 mod external;
+mod external_users;
 mod failures;
 mod feeds;
 mod groups;

@@ -162,6 +162,7 @@ pub(crate) fn config(pool: &PgPool) -> Config {
         providers: Vec::new(),
         provider_time_limit: Duration::from_secs(10),
         callback_token_in_query: false,
+        external_issuer: None,
         external: None,
         lifetimes: Lifetimes { session: Duration::from_hours(1), stream_token: Duration::from_mins(1) },
         longest_message: 4_000,

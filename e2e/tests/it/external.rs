@@ -60,3 +60,31 @@ async fn external_token_works_for_rest_and_stream() {
     until("api is ready again", || api.is_ready()).await;
     again.named("ready").await;
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_hosts_user_streams_without_any_key_of_the_host() {
+    let world = World::new().await;
+    let api = world.api().env("EXTERNAL_ISSUER", "shop").ready().await;
+    let gateway = world.gateway(api.internal()).ready().await;
+    let john = world.user(&api, "john").await;
+    let service = world.service_token("shop", "users").await;
+    let path = api.url("/api/users/by_subject/customer%2F17");
+    let put = |name: &str| {
+        world.client.call("PUT", path.clone()).bearer(&service).json(&json!({ "username": name }))
+    };
+    let jane = put("jane").expect(201).await.json();
+    let token = world.client.post(format!("{path}/stream_token")).bearer(&service).expect(200).await.json();
+    let token = token["token"].as_str().unwrap();
+    world.remember(token);
+    let mut stream = StreamRequest::new(gateway.url(&format!("/api/messages?token={token}"))).stream().await;
+    stream.named("ready").await;
+    let start = world.client.post(api.url("/api/conversations")).bearer(&john.token);
+    start.json(&json!({ "usernames": ["jane"], "title": "Team" })).expect(201).await;
+    assert_eq!(stream.named("conversation.created").await.json()["participantCount"], 2);
+    put("Jane Doe").expect(200).await;
+    let updated = stream.named("user.updated").await.json();
+    assert_eq!((&updated["id"], &updated["username"]), (&jane["id"], &json!("Jane Doe")));
+    // A service token opens no stream.
+    let refused = StreamRequest::new(gateway.url("/api/messages")).bearer(&service).open().await.unwrap();
+    assert_eq!(refused.status, 401);
+}

@@ -83,6 +83,8 @@ pub enum Subject<'a> {
     Participant(UserId, ConversationId),
     /// IPv6 by /64.
     Address(IpAddr),
+    /// Another back end, by the id of its token.
+    Service(i64),
     /// Stored as a hash, because it is personal and of any length.
     Name(&'a str),
 }
@@ -93,6 +95,7 @@ impl Subject<'_> {
             Self::User(_) => "user",
             Self::Participant(..) => "participant",
             Self::Address(_) => "address",
+            Self::Service(_) => "service",
             Self::Name(_) => "name",
         }
     }
@@ -104,6 +107,7 @@ impl fmt::Display for Subject<'_> {
             Self::User(user) => user.fmt(f),
             Self::Participant(user, conversation) => write!(f, "{conversation}:{user}"),
             Self::Address(address) => client_network(*address).fmt(f),
+            Self::Service(token) => token.fmt(f),
             Self::Name(name) => write!(f, "{:.32x}", Sha256::digest(name)),
         }
     }

@@ -166,6 +166,7 @@ impl World {
             .env("LIMIT_TYPING_PER_ADDRESS", GENEROUS)
             .env("LIMIT_CHANGE_PER_USER", GENEROUS)
             .env("LIMIT_CHANGE_PER_ADDRESS", GENEROUS)
+            .env("LIMIT_SERVICE_PER_TOKEN", GENEROUS)
     }
 
     /// For `SIGNING_KEY_FILES`: the first of `signing.pem` and `another.pem` signs.
@@ -283,6 +284,17 @@ impl World {
         self.remember(&token);
         let id = text(&body["authUser"]["id"]).parse().expect("an id");
         TestUser { id, name: name.into(), token, cookie: answer.cookie() }
+    }
+
+    /// Another back end's, as `api service-token create` makes it.
+    pub async fn service_token(&self, name: &str, scope: &str) -> String {
+        let token = format!("msk_{name:A>43}");
+        let insert = "INSERT INTO messenger.service_tokens (name, token_hash, scopes)
+                      VALUES ($1, sha256(convert_to($2, 'UTF8')), ARRAY[$3])";
+        let insert = sqlx::query(insert).bind(name).bind(&token).bind(scope);
+        insert.execute(&self.sql).await.expect("a new token");
+        self.remember(&token);
+        token
     }
 
     pub fn remember(&self, token: &str) {
