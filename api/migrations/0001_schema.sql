@@ -258,10 +258,14 @@ CREATE TABLE messenger.events (
     number          bigint,
     -- The role that `participant.joined` and `participant.updated` tell.
     is_owner        boolean,
+    -- Of an event that another back end has published: its JSON, as clients get it. `kind` is its name.
+    data            text,
     request_id      text,
     traceparent     text,
     created_at      timestamptz NOT NULL DEFAULT clock_timestamp()
 );
+
+ALTER TABLE messenger.events ALTER COLUMN data SET STATISTICS 0;
 
 -- One row per event and receiver: nothing but numbers, none NULL, since every message writes as many of these as it has readers. `event_id`
 -- is the id of a message, which is the body of its own event (`message.sent` for its sender, `message` for others), or, negated, the id
@@ -273,6 +277,56 @@ CREATE TABLE messenger.feed (
     event_id bigint NOT NULL,
     PRIMARY KEY (user_id, seq)
 );
+
+-- What other back ends publish waits here until the relay of one `api` replica has appended it to the feeds
+-- (docs/decisions/0035-published-events-are-staged.md). A host's transaction only inserts: nothing here makes two of them wait for each
+-- other, and nothing is updated.
+CREATE TABLE messenger.staged_events (
+    -- The transaction that stages it, not the subtransaction. With `id` it is the order: a transaction that began after the commit of
+    -- another one has the larger number.
+    xid         xid8     NOT NULL DEFAULT pg_current_xact_id(),
+    -- Becomes the id of its row in `events`.
+    id          bigint   NOT NULL DEFAULT nextval('messenger.events_id_seq'),
+    -- Users, each once.
+    receivers   bigint[] NOT NULL CHECK (cardinality(receivers) BETWEEN 1 AND 1000),
+    name        text     NOT NULL CHECK (octet_length(name) BETWEEN 1 AND 128),
+    data        text     NOT NULL CHECK (octet_length(data) BETWEEN 1 AND 49152),
+    key_hash    bytea    CHECK (length(key_hash) = 16),
+    request_id  text,
+    traceparent text
+-- Giving back the pages at the end would lock out hosts for moments. Every row soon is a dead one.
+) WITH (vacuum_truncate = off, autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 5000, toast.vacuum_truncate = off,
+        toast.autovacuum_vacuum_scale_factor = 0, toast.autovacuum_vacuum_threshold = 5000);
+
+-- For the relay. Not unique: that would be checked.
+CREATE INDEX staged_events_by_transaction ON messenger.staged_events (xid, id);
+
+ALTER TABLE messenger.staged_events ALTER COLUMN receivers SET STATISTICS 0;
+ALTER TABLE messenger.staged_events ALTER COLUMN data SET STATISTICS 0;
+
+-- The keys of published events, per receiver and hashed, for as long as the event is in the feed.
+CREATE TABLE messenger.event_keys (
+    user_id  bigint NOT NULL,
+    key_hash bytea  NOT NULL,
+    seq      bigint NOT NULL,
+    PRIMARY KEY (user_id, key_hash)
+);
+
+-- Which replica relays. Its row lock excludes others from a turn, and belongs to a transaction, so it works through poolers; the time
+-- is a lease, and keeps the others from looking as often.
+CREATE TABLE messenger.relay (
+    only_row   boolean     PRIMARY KEY DEFAULT true CHECK (only_row),
+    holder     bigint,
+    renewed_at timestamptz NOT NULL DEFAULT '-infinity'
+);
+INSERT INTO messenger.relay DEFAULT VALUES;
+
+-- EXTERNAL_ISSUER of the replica that relays: whose subjects `publish` knows.
+CREATE TABLE messenger.external_issuer (
+    only_row boolean PRIMARY KEY DEFAULT true CHECK (only_row),
+    issuer   text
+);
+INSERT INTO messenger.external_issuer DEFAULT VALUES;
 
 -- The sets of functions (`api/sql`) that were applied, by checksum. The newest one is in place.
 CREATE TABLE messenger.function_sets (

@@ -35,6 +35,7 @@ use crate::{
     pruner,
     publisher::publisher,
     readiness::{self, SharedReadiness},
+    relay::{self, Relay},
     store::{Database, session::Route},
 };
 
@@ -104,21 +105,24 @@ pub async fn run(config: Config, listeners: Listeners, stop: CancellationToken) 
         () = stop.cancelled() => return Ok(()),
         failure = tasks.failed() => return Err(failure.into()),
     };
+    // A connection of its own: it looks often, and must not wait for one when requests are many.
+    let relays = Database::new(config.database.clone(), 1, metrics.database_conflicts.clone());
     match route {
-        Route::Direct => database.use_sessions(),
+        Route::Direct => [&database, &relays].map(Database::use_sessions),
         Route::Pooled => {
             tracing::info!(
                 "postgres is behind a transaction pooler; each statement is a transaction of three round trips"
             );
+            [(); 2]
         }
-    }
+    };
 
     let background = &stages.background;
     let postgres = config.database.clone();
     background.spawn("readiness watch", |stop| {
         readiness::watch(postgres, database.clone(), metrics.clone(), readiness, stop)
     });
-    let keep = config.keep;
+    let (keep, issuer) = (config.keep, config.external_issuer.clone());
 
     let (proxies, shutdown_wait) = (config.trusted_proxies.clone(), config.shutdown_wait);
     let origins = Arc::new(Origins::new(config.origin.clone(), config.allowed_origins.clone()));
@@ -133,6 +137,9 @@ pub async fn run(config: Config, listeners: Listeners, stop: CancellationToken) 
     let api = make_api(config, &stages, &tasks, &origins, &tracer, &database, &metrics)?;
     let publisher = api.context.publisher.clone();
     background.spawn("pruner", |stop| pruner::run(database.clone(), publisher, keep, metrics.clone(), stop));
+    let relay = Relay::new(relays.clone(), api.context.publisher.clone(), issuer, metrics.clone());
+    let staged = api.context.staged.clone();
+    stages.serving.spawn("relay", |stop| relay::run(relay, staged, stop));
     background.spawn("key announcements", |stop| announce_keys(api.clone(), stop));
 
     let routes = Cors::new(warp::service(http::public(&api)), origins);
@@ -159,7 +166,7 @@ pub async fn run(config: Config, listeners: Listeners, stop: CancellationToken) 
         _ = tasks.failed() => stop.cancel(),
     }
     stages.stop(shutdown_wait).await;
-    database.close().await;
+    tokio::join!(database.close(), relays.close());
     if let Some(failure) = tasks.failure() {
         return Err(failure.into());
     }

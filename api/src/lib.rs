@@ -18,5 +18,6 @@ pub mod presence;
 pub mod pruner;
 pub mod publisher;
 pub mod readiness;
+pub mod relay;
 pub mod request_context;
 pub mod store;

@@ -42,6 +42,10 @@ metrics! {
             "Ephemeral events that were not published and are lost, by reason";
         pub presence_changes: Family<Change, Counter> = "Users whose partners were told that they are online or offline";
         pub publish_queued_events: Gauge = "Events waiting for Redis";
+        pub relay_active: Gauge = "1 while this replica relays what other back ends publish; one of all replicas does";
+        pub relay_behind: Gauge = "1 while more staged events wait than one turn of the relay takes";
+        pub relay_failures: Counter = "Turns of the relay that failed; each is repeated";
+        pub relayed_events: Counter = "Events of other back ends appended to feeds, per receiver";
         pub redis_connected: Gauge = "1 while the publisher is connected to Redis";
         pub database_connections_used: Gauge = "Connections to Postgres in use";
         pub database_connections_idle: Gauge = "Connections to Postgres that are idle";

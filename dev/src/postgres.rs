@@ -100,6 +100,8 @@ fn settings(life: Life) -> Vec<&'static str> {
         "listen_addresses=127.0.0.1",
         "unix_socket_directories=",
         "max_connections=300",
+        // Hosts that publish may use them, and tests do.
+        "max_prepared_transactions=20",
         "log_line_prefix=%m ",
     ];
     if life != Life::Durable {

@@ -28,12 +28,12 @@ const MODULES: [(&str, &str); 3] = [
     ),
     (
         "api",
-        "config metrics request_context domain store publisher commands oauth last_used pruner maintenance readiness explain \
+        "config metrics request_context domain store publisher commands oauth last_used relay presence pruner maintenance readiness explain \
          external http app cli",
     ),
     (
         "stream-gateway",
-        "descriptors config metrics frame trace event core api_client keys limits identities backfill subscriber engine explain http \
+        "descriptors config metrics frame trace event core api_client keys limits identities presence backfill subscriber engine explain http \
          app cli",
     ),
 ];

@@ -24,8 +24,8 @@ const TIMEOUT: Duration = Duration::from_secs(5);
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 /// Requests of all kinds in flight, those for keys and identities included.
 const IN_FLIGHT: usize = 64;
-/// Bytes: an answer has about 4,000 events of at most about 4 KiB.
-const MAX_ANSWER: usize = 32 << 20;
+/// Bytes: an answer has about 4 MiB, but a thousand ranges in one request may each have an event of 48 KiB.
+const MAX_ANSWER: usize = 64 << 20;
 /// During a rotation every request may be rejected first.
 const REJECTIONS_LOGGED_EVERY: Duration = Duration::from_mins(1);
 

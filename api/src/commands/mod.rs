@@ -11,6 +11,7 @@ pub mod external_user;
 pub mod log_in;
 pub mod mark_read;
 pub mod post_message;
+pub mod publish_events;
 pub mod refresh_session;
 pub mod rename_group;
 pub mod start_conversation;
@@ -22,7 +23,7 @@ use std::sync::Arc;
 use protocol::ids::{ConversationId, SessionId, UserId};
 use service_kit::traces::{SpanKind, Tracer};
 use sqlx::PgConnection;
-use tokio::sync::Semaphore;
+use tokio::sync::{Notify, Semaphore};
 use tracing::Instrument;
 
 use self::turns::Turns;
@@ -42,6 +43,8 @@ pub struct CommandContext {
     tracer: Tracer,
     permits: Arc<Semaphore>,
     turns: Turns,
+    /// The relay of this process has something to do.
+    pub staged: Arc<Notify>,
 }
 
 impl CommandContext {
@@ -52,6 +55,7 @@ impl CommandContext {
             tracer,
             permits: Arc::new(Semaphore::new(MAX_RUNNING)),
             turns: Turns::default(),
+            staged: Arc::default(),
         }
     }
 

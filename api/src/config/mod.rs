@@ -169,7 +169,7 @@ pub struct RateLimits {
     pub typing_per_address: Limit,
     pub change_per_user: Limit,
     pub change_per_address: Limit,
-    pub service_per_token: Limit,
+    pub requests_per_service: Limit,
     /// The longest wait for an answer of Redis.
     pub patience: Duration,
 }
@@ -188,7 +188,7 @@ impl RateLimits {
         typing_per_address: Limit::Off,
         change_per_user: Limit::Off,
         change_per_address: Limit::Off,
-        service_per_token: Limit::Off,
+        requests_per_service: Limit::Off,
         patience: limiter::SHARED_CHECK_TIMEOUT,
     };
 }
@@ -418,8 +418,8 @@ fn limits(s: &mut Settings, on: bool) -> RateLimits {
             "All other changes (deletions, read marks, blocks, groups and their members, profiles), per user",
         ),
         change_per_address: limit("LIMIT_CHANGE_PER_ADDRESS", "3000/60", "The same, per client address"),
-        service_per_token: limit(
-            "LIMIT_SERVICE_PER_TOKEN",
+        requests_per_service: limit(
+            "LIMIT_REQUESTS_PER_SERVICE",
             "12000/60",
             "Requests of other back ends, per service token; one may publish to 1,000 receivers",
         ),

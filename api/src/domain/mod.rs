@@ -7,6 +7,7 @@ pub mod group;
 pub mod idempotency;
 pub mod message;
 pub mod name;
+pub mod published;
 pub mod service_token;
 pub mod session;
 mod text;

@@ -56,7 +56,7 @@ impl RequestLimits {
             typing: rules("typing", limits.typing_per_user, limits.typing_per_address),
             typing_told: limiter.minor_rule("typing_told", Limit::new(1, TYPING_TOLD_EVERY)),
             change: rules("change", limits.change_per_user, limits.change_per_address),
-            service: limiter.rule("service", limits.service_per_token),
+            service: limiter.rule("service", limits.requests_per_service),
             limiter,
         }
     }

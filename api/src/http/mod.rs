@@ -8,6 +8,7 @@ mod cors;
 mod edge;
 mod endpoint;
 mod error;
+mod events;
 mod external_users;
 mod groups;
 mod idempotency;
@@ -116,6 +117,7 @@ pub fn public(api: &Arc<Api>) -> BoxedFilter<(Response,)> {
             .delete(change(messages::one, messages::delete).limit(Rate::Change)),
         at("/api/conversations/{id}/read_messages").post(change(messages::conversation, messages::mark_read).limit(Rate::Change)),
         at("/api/conversations/{id}/typing").post(change(messages::conversation, typing::announce).limit(Rate::Typing)),
+        at("/api/events").post(service(Scope::Publish, events::published, events::publish).largest_body(events::LARGEST_BODY)),
         at("/api/users/by_subject/{subject}").put(service(Scope::Users, external_users::profile, external_users::put)),
         at("/api/users/by_subject/{subject}/stream_token")
             .post(service(Scope::Users, external_users::subject, external_users::stream_token)),

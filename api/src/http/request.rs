@@ -101,7 +101,7 @@ impl Inbound {
         !is_cross_site(&self.headers) && !is_prefetch(&self.headers)
     }
 
-    fn require_json(&self) -> Result<(), ApiError> {
+    pub(super) fn require_json(&self) -> Result<(), ApiError> {
         let value =
             self.headers.get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok()).unwrap_or_default();
         if essence(value).eq_ignore_ascii_case("application/json") {
@@ -111,13 +111,18 @@ impl Inbound {
         }
     }
 
-    async fn json<T: DeserializeOwned>(&mut self) -> Result<T, ApiError> {
+    /// The whole body.
+    pub(super) async fn text(&mut self) -> Result<String, ApiError> {
         let body = timeout(BODY_TIME, self.body()).await.map_err(|_| ApiError::BodyTooSlow)??;
         // The parser does not check text that it skips.
-        let text = std::str::from_utf8(&body).map_err(|error| {
-            ApiError::BadBody(format!("The body is not UTF-8 from byte {} on", error.valid_up_to()))
-        })?;
-        serde_json::from_str::<JsonObject<T>>(text).map(|object| object.0).map_err(|error| {
+        String::from_utf8(body).map_err(|error| {
+            let at = error.utf8_error().valid_up_to();
+            ApiError::BadBody(format!("The body is not UTF-8 from byte {at} on"))
+        })
+    }
+
+    pub(super) fn parse<T: DeserializeOwned>(text: &str) -> Result<T, ApiError> {
+        serde_json::from_str(text).map_err(|error| {
             let (line, column) = (error.line(), error.column());
             ApiError::BadBody(match error.classify() {
                 serde_json::error::Category::Data => {
@@ -156,7 +161,7 @@ fn is_prefetch(headers: &HeaderMap) -> bool {
 }
 
 /// A JSON object. Derived code alone would accept an array of the values as well.
-struct JsonObject<T>(T);
+pub(super) struct JsonObject<T>(pub(super) T);
 
 impl<'de, T: Deserialize<'de>> Deserialize<'de> for JsonObject<T> {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
@@ -201,6 +206,7 @@ impl<T: DeserializeOwned + Send + 'static> FromBody for Json<T> {
     }
 
     async fn read(inbound: &mut Inbound) -> Result<Self, ApiError> {
-        Ok(Self(inbound.json().await?))
+        let JsonObject(value) = Inbound::parse(&inbound.text().await?)?;
+        Ok(Self(value))
     }
 }

@@ -13,7 +13,8 @@ use tokio::{sync::mpsc, task::JoinSet};
 use tokio_util::sync::{CancellationToken, DropGuard};
 
 use super::{
-    BATCH, ConnectedNodes, Publication, PublicationKind, PublisherTask, QUEUE, drop_publications, enqueue,
+    BATCH, ConnectedNodes, Publication, PublicationKind, PublisherTask, QUEUE, QueuedBytes,
+    drop_publications, enqueue,
     node::{NodePublisher, Redirects},
 };
 use crate::metrics::Metrics;
@@ -126,6 +127,7 @@ impl Router {
                         kind: PublicationKind::Keys,
                         redirects: 0,
                         span: Span::NONE,
+                        _bytes: QueuedBytes::default(),
                     };
                     enqueue(&publisher.queue, publication, &self.metrics);
                 }

@@ -5,7 +5,10 @@ mod cluster;
 mod node;
 
 use std::{
-    sync::{Arc, Mutex, PoisonError},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicUsize, Ordering},
+    },
     time::Duration,
 };
 
@@ -15,6 +18,7 @@ use protocol::{
     ids::{SessionId, UserId},
     keys_version::KeysVersion,
 };
+use serde_json::value::RawValue;
 use service_kit::{
     redis_topology::{Node, RedisTopology},
     tasks::Tasks,
@@ -35,6 +39,8 @@ use crate::{
 
 /// Events in the queue for Redis, or for one node of a cluster; more are dropped.
 const QUEUE: usize = 16_384;
+/// Bytes of events in all queues: those of other back ends may be large.
+const QUEUED_BYTES: usize = 64 << 20;
 const BATCH: usize = 512;
 /// Bounds a connection attempt, and the wait for the replies to a pipeline.
 const TIMEOUT: Duration = Duration::from_secs(1);
@@ -43,6 +49,7 @@ const TIMEOUT: Duration = Duration::from_secs(1);
 pub struct Publisher {
     queue: mpsc::Sender<Publication>,
     channels: Arc<Channels>,
+    queued: Arc<AtomicUsize>,
     tracer: Tracer,
     metrics: Metrics,
 }
@@ -55,6 +62,28 @@ struct Publication {
     redirects: u8,
     /// Ends with the publication: when Redis has taken it, or it is dropped.
     span: Span,
+    _bytes: QueuedBytes,
+}
+
+/// Counted until it is dropped.
+#[derive(Default)]
+struct QueuedBytes {
+    bytes: usize,
+    queued: Arc<AtomicUsize>,
+}
+
+impl QueuedBytes {
+    /// `None`: there are too many.
+    fn count(bytes: usize, queued: &Arc<AtomicUsize>) -> Option<Self> {
+        let counted = Self { bytes, queued: queued.clone() };
+        (queued.fetch_add(bytes, Ordering::Relaxed) + bytes <= QUEUED_BYTES).then_some(counted)
+    }
+}
+
+impl Drop for QueuedBytes {
+    fn drop(&mut self) {
+        self.queued.fetch_sub(self.bytes, Ordering::Relaxed);
+    }
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -84,7 +113,9 @@ pub fn publisher(
 ) -> (Publisher, PublisherTask) {
     let (sender, queue) = mpsc::channel(QUEUE);
     let channels = Arc::new(channels);
-    let publisher = Publisher { queue: sender, channels: channels.clone(), tracer, metrics: metrics.clone() };
+    let queued = Arc::default();
+    let publisher =
+        Publisher { queue: sender, channels: channels.clone(), queued, tracer, metrics: metrics.clone() };
     (publisher, PublisherTask { queue, topology, channels, metrics })
 }
 
@@ -118,7 +149,17 @@ impl Publisher {
     /// To those of the receivers who are connected.
     pub fn publish_ephemeral(&self, event: &EphemeralEvent, receivers: impl IntoIterator<Item = UserId>) {
         let data = serde_json::value::to_raw_value(event).expect("it is strings and times");
-        let message = Ephemeral { ephemeral: event.name(), v: event::VERSION, data: &data };
+        self.publish_ephemeral_json(event.name(), &data, receivers);
+    }
+
+    /// The same of another back end. `data`: one line.
+    pub fn publish_ephemeral_json(
+        &self,
+        name: &str,
+        data: &RawValue,
+        receivers: impl IntoIterator<Item = UserId>,
+    ) {
+        let message = Ephemeral { ephemeral: name, v: event::VERSION, data };
         let payload = serde_json::to_vec(&message).expect("it is strings, numbers and valid JSON");
         debug_assert!(payload.len() <= LARGEST_EPHEMERAL, "gateways drop longer ones");
         for receiver in receivers {
@@ -143,14 +184,22 @@ impl Publisher {
             kind: PublicationKind::KeysEverywhere,
             redirects: 0,
             span: Span::NONE,
+            _bytes: QueuedBytes::default(),
         };
         enqueue(&self.queue, publication, &self.metrics);
     }
 
     fn enqueue(&self, receiver: UserId, payload: Vec<u8>, kind: PublicationKind, span: Span) {
         let channel = self.channels.user(receiver);
-        let publication = Publication { channel, payload, kind, redirects: 0, span };
-        enqueue(&self.queue, publication, &self.metrics);
+        let counted = QueuedBytes::count(payload.len(), &self.queued);
+        let has_room = counted.is_some();
+        let publication =
+            Publication { channel, payload, kind, redirects: 0, span, _bytes: counted.unwrap_or_default() };
+        if has_room {
+            enqueue(&self.queue, publication, &self.metrics);
+        } else {
+            drop_publications("queue_full", [publication], &self.metrics);
+        }
     }
 }
 
@@ -215,5 +264,32 @@ impl ConnectedNodes {
         change(&mut counts);
         let (all, up) = *counts;
         self.metrics.redis_connected.set(i64::from(all > 0 && up == all));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn queue_for_redis_is_bounded_in_bytes() {
+        let (metrics, _) = Metrics::of_service();
+        let topology = RedisTopology::single("redis://localhost").unwrap();
+        let (publisher, mut task) =
+            publisher(topology, Channels::new("x:"), Tracer::default(), metrics.clone());
+        let data = RawValue::from_string(format!("\"{}\"", "x".repeat(48 * 1024))).unwrap();
+        for _ in 0..2 {
+            publisher.publish_ephemeral_json("a", &data, (0..2_000).map(UserId));
+            let dropped =
+                metrics.publish_dropped_ephemeral_events.get_or_create(&Dropped { reason: "queue_full" });
+            assert!(dropped.get() > 600);
+            let mut queued = 0;
+            // What leaves the queue makes room.
+            while task.queue.try_recv().is_ok() {
+                queued += 1;
+            }
+            assert!((1_300..=QUEUED_BYTES / data.get().len()).contains(&queued), "{queued}");
+        }
+        assert_eq!(publisher.queued.load(Ordering::Relaxed), 0);
     }
 }

@@ -294,7 +294,7 @@ mod tests {
     use super::*;
     use crate::{
         metrics::Dropped,
-        publisher::{QUEUE, enqueue},
+        publisher::{QUEUE, QueuedBytes, enqueue},
     };
 
     fn answer(text: &str) -> RedisResult<Value> {
@@ -323,6 +323,7 @@ mod tests {
             kind: PublicationKind::Event,
             redirects: 0,
             span: Span::NONE,
+            _bytes: QueuedBytes::default(),
         };
         for channel in ["a", "b", "c", "d"] {
             enqueue(&offered, publication(channel), &metrics);

@@ -15,7 +15,9 @@ use sqlx::PgConnection;
 
 use super::{
     conversations::{self, Moment},
-    envelope, number, position, to_json,
+    envelope, number, position,
+    relay::published_data,
+    to_json,
 };
 use crate::{
     config::Keep,
@@ -33,8 +35,9 @@ use crate::{
 /// About this many events in one answer, shared among its ranges.
 const EVENTS_PER_ANSWER: usize = 4_000;
 const EVENTS_PER_RANGE: std::ops::RangeInclusive<usize> = 4..=100;
-/// The same for bytes of texts. Each range has its first event whatever its size, so an answer stays below the 32 MiB that a gateway
-/// reads, with texts of [`crate::config::LONGEST_MESSAGE`] and a control character written as six bytes, too.
+/// The same for bytes of texts and of published data. Each range has its first event whatever its size, so an answer stays below the
+/// 64 MiB that a gateway reads: data has 48 KiB at most, and a text of [`crate::config::LONGEST_MESSAGE`] less, with a control character
+/// written as six bytes.
 const BYTES_PER_ANSWER: usize = 4 << 20;
 
 /// Returns the heads that differ from the requester's.
@@ -80,6 +83,8 @@ struct RangeRow {
     count: Option<i64>,
     number: Option<i64>,
     is_owner: Option<bool>,
+    /// Of an event that another back end has published.
+    data: Option<String>,
     message_id: Option<i64>,
     /// The receiver is in the conversation and may see the message's text.
     is_visible: Option<bool>,
@@ -118,9 +123,11 @@ pub async fn ranges(connection: &mut PgConnection, requested: &[RangeAfter]) -> 
                   f.seq AS "seq?", e.kind AS "kind?", coalesce(e.conversation_id, m.conversation_id) AS conversation_id,
                   e.message_id AS about_message_id, e.user_id AS about_user_id, about.username AS "about_username?", about.avatar_url AS about_avatar_url,
                   e.count, e.number, e.is_owner, m.id AS "message_id?", p.joined_number < m.number AND m.hidden_from IS DISTINCT FROM h.user_id AND m.text_hidden_from IS DISTINCT FROM h.user_id AS is_visible,
-                  sum(octet_length(m.content)) OVER earlier > $4 AND row_number() OVER earlier > 1 AS is_cut,
-                  CASE WHEN sum(octet_length(m.content)) OVER earlier <= $4 OR row_number() OVER earlier = 1 THEN m.content
+                  sum(octet_length(coalesce(e.data, m.content))) OVER earlier > $4 AND row_number() OVER earlier > 1 AS is_cut,
+                  CASE WHEN sum(octet_length(coalesce(e.data, m.content))) OVER earlier <= $4 OR row_number() OVER earlier = 1 THEN m.content
                   END AS content,
+                  CASE WHEN sum(octet_length(coalesce(e.data, m.content))) OVER earlier <= $4 OR row_number() OVER earlier = 1 THEN e.data
+                  END AS data,
                   m.created_at AS "created_at?",
                   CASE WHEN m.text_hidden_from = h.user_id THEN NULL ELSE m.edited_at END AS edited_at,
                   CASE WHEN m.text_hidden_from = h.user_id THEN m.edited_at ELSE m.deleted_at END AS deleted_at,
@@ -176,11 +183,18 @@ pub async fn ranges(connection: &mut PgConnection, requested: &[RangeAfter]) -> 
             continue;
         }
         let (at, traced) = (row.event_at, (row.request_id.clone(), row.traceparent.clone()));
-        match (event_of(*user, row, conversation), at) {
-            (Some(event), Some(at)) => {
+        let event = match row {
+            RangeRow { kind: Some(name), data: Some(data), .. } => Some((name, published_data(data))),
+            row => match event_of(*user, row, conversation) {
+                Some(event) => Some((event.name().to_owned(), to_json(&event)?)),
+                None => None,
+            },
+        };
+        match (event, at) {
+            (Some((name, data)), Some(at)) => {
                 let (request_id, traceparent) = traced;
                 let position = position(epoch, seq)?;
-                events.push(envelope(position, event.name(), to_json(&event)?, at, request_id, traceparent));
+                events.push(envelope(position, name, data, at, request_id, traceparent));
             }
             _ => events.clear(),
         }
@@ -418,10 +432,11 @@ pub async fn old_prefixes(
     Ok((old.collect(), last))
 }
 
-/// May be repeated, and run on several replicas concurrently.
+/// With the keys of its events. May be repeated, and run on several replicas concurrently.
 pub async fn delete_prefix(connection: &mut PgConnection, prefix: OldPrefix) -> sqlx::Result<u64> {
     let done = sqlx::query!(
-        "DELETE FROM messenger.feed WHERE user_id = $1 AND seq <= $2",
+        "WITH keys AS (DELETE FROM messenger.event_keys WHERE user_id = $1 AND seq <= $2)
+         DELETE FROM messenger.feed WHERE user_id = $1 AND seq <= $2",
         prefix.user.0,
         prefix.seq
     )

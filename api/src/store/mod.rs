@@ -10,6 +10,8 @@ pub mod groups;
 pub mod identities;
 pub mod messages;
 mod pool;
+pub mod published;
+pub mod relay;
 pub mod retention;
 pub mod schema;
 pub mod service_tokens;
@@ -197,22 +199,13 @@ fn to_json(event: &Event) -> sqlx::Result<Box<RawValue>> {
 
 fn envelope(
     Position { epoch, seq }: Position,
-    name: &str,
+    name: impl Into<String>,
     data: Box<RawValue>,
     created_at: DateTime<Utc>,
     request_id: Option<String>,
     traceparent: Option<String>,
 ) -> Envelope {
-    Envelope {
-        v: event::VERSION,
-        epoch,
-        seq,
-        event: name.to_owned(),
-        data,
-        created_at,
-        request_id,
-        traceparent,
-    }
+    Envelope { v: event::VERSION, epoch, seq, event: name.into(), data, created_at, request_id, traceparent }
 }
 
 /// An outcome that the function's comment does not name.

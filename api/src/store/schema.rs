@@ -22,7 +22,7 @@ const MIGRATIONS_TABLE: &str = "messenger._sqlx_migrations";
 static TABLES: Migrator = sqlx::migrate!();
 
 /// Each after its dependencies, since Postgres checks views and the bodies of plain SQL functions when they are created.
-const FUNCTIONS: [&str; 26] = [
+const FUNCTIONS: [&str; 30] = [
     include_str!("../../sql/session_is_live.sql"),
     include_str!("../../sql/append_to_feed.sql"),
     include_str!("../../sql/append_to_feeds.sql"),
@@ -49,6 +49,10 @@ const FUNCTIONS: [&str; 26] = [
     include_str!("../../sql/remove_participant.sql"),
     include_str!("../../sql/provision_user.sql"),
     include_str!("../../sql/put_user.sql"),
+    include_str!("../../sql/check_event.sql"),
+    include_str!("../../sql/stage_event.sql"),
+    include_str!("../../sql/publish.sql"),
+    include_str!("../../sql/relay_events.sql"),
 ];
 
 /// Tables and functions in one, for `#[sqlx::test(migrator = …)]`.

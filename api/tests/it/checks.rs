@@ -20,6 +20,7 @@ const PATHS: &[(&str, &str)] = &[
     ("/api/auth_user", "GET, HEAD, PATCH"),
     ("/api/users/by_subject/{id}", "PUT"),
     ("/api/users/by_subject/{id}/stream_token", "POST"),
+    ("/api/events", "POST"),
     ("/api/usernames", "GET, HEAD"),
     ("/api/blocks/{id}", "PUT, DELETE"),
     ("/api/conversations", "GET, HEAD, POST"),

@@ -191,7 +191,7 @@ async fn users_are_made_by_service_tokens_with_the_scope_alone(pool: PgPool) {
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
 async fn each_service_token_has_a_limit_of_its_own(pool: PgPool) {
     let limits =
-        RateLimits { service_per_token: Limit::new(2, PATIENCE), patience: PATIENCE, ..RateLimits::OFF };
+        RateLimits { requests_per_service: Limit::new(2, PATIENCE), patience: PATIENCE, ..RateLimits::OFF };
     let host = Host::with(&pool, |config| {
         config.external_issuer = Some(ISSUER.into());
         config.limits = limits;

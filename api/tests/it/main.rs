@@ -25,6 +25,8 @@ mod presence;
 mod process;
 mod profile;
 mod providers;
+mod publish;
+mod publish_http;
 mod races;
 mod raw;
 mod retention;

@@ -20,6 +20,7 @@ mod numbering;
 mod opening;
 mod own_events;
 mod presence;
+mod publish;
 mod redis;
 mod redis_acl;
 mod redis_cluster;

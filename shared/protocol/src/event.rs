@@ -33,6 +33,28 @@ pub mod kind {
     pub const PRESENCE: &str = "presence";
 }
 
+/// The first segments of names that events of other back ends cannot have, in any case: ours, and those with a meaning for browsers.
+pub const RESERVED: [&str; 12] = [
+    "message",
+    "conversation",
+    "participant",
+    "receipt",
+    "user",
+    "typing",
+    "presence",
+    "ready",
+    "resync",
+    "goodbye",
+    "error",
+    "open",
+];
+
+/// Whether an event of this name is ours, and not another back end's.
+pub fn is_reserved(name: &str) -> bool {
+    let first = name.split(['.', '_', ':', '-']).next().unwrap_or_default();
+    RESERVED.iter().any(|reserved| first.eq_ignore_ascii_case(reserved))
+}
+
 /// One event of one user's feed. Unknown members are ignored, so that a newer `api` can add some.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
@@ -112,8 +134,9 @@ pub fn rfc3339(at: DateTime<Utc>) -> String {
     at.to_rfc3339_opts(SecondsFormat::Micros, true)
 }
 
-/// Bytes of an ephemeral event's message on a channel. A longer one is dropped: it would delay the events of the feed behind it.
-pub const LARGEST_EPHEMERAL: usize = 4 * 1024;
+/// Bytes of an ephemeral event's message on a channel: room for the 48 KiB that another back end may publish. A longer one is dropped: it
+/// would delay the events of the feed behind it.
+pub const LARGEST_EPHEMERAL: usize = 50 * 1024;
 
 /// An event without a position, such as who types: Redis alone carries it to the streams that are live now. It is in no feed, so its
 /// loss is noticed by nobody.
@@ -219,6 +242,18 @@ mod tests {
         assert_eq!((&*read.ephemeral, read.v, read.data.get()), ("typing", VERSION, data.get()));
         assert!(Notice::from_json(br#"{"ephemeral":"typing"}"#).is_err());
         assert!(!Ephemeral::is_one(TEXT.as_bytes()));
+    }
+
+    #[test]
+    fn names_of_our_own_events_are_reserved() {
+        for reserved in
+            [kind::MESSAGE, kind::MESSAGE_SENT, kind::USER_UPDATED, "Typing_x", "OPEN:x", "error-1"]
+        {
+            assert!(is_reserved(reserved), "{reserved}");
+        }
+        for free in ["order.message", "messages", "opened.x", ""] {
+            assert!(!is_reserved(free), "{free}");
+        }
     }
 
     #[test]

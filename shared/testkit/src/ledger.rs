@@ -32,7 +32,7 @@ pub struct StoredEvent {
 /// the user has seen it in the stay in the conversation that still lasts: live they saw the text of then.
 const STORED: &str = "
     SELECT f.seq, coalesce(e.kind, CASE WHEN m.sender_id = f.user_id THEN 'message.sent' ELSE 'message' END),
-           CASE coalesce(e.kind, 'message')
+           CASE WHEN e.data IS NOT NULL THEN e.data::jsonb ELSE CASE coalesce(e.kind, 'message')
                WHEN 'message' THEN jsonb_build_object(
                    'id', m.id::text, 'conversationId', m.conversation_id::text,
                    'mine', m.sender_id = f.user_id, 'sender', jsonb_build_object('id', m.sender_id::text,
@@ -56,7 +56,7 @@ const STORED: &str = "
                    'conversationId', e.conversation_id::text, 'userId', e.user_id::text,
                    'role', CASE WHEN e.is_owner THEN 'owner' ELSE 'member' END)
                WHEN 'user.updated' THEN jsonb_build_object('id', e.user_id::text)
-           END::text
+           END END::text
     FROM messenger.feed AS f
     LEFT JOIN messenger.events AS e ON e.id = -f.event_id
     LEFT JOIN messenger.messages AS m ON m.id = f.event_id

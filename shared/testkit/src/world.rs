@@ -166,7 +166,7 @@ impl World {
             .env("LIMIT_TYPING_PER_ADDRESS", GENEROUS)
             .env("LIMIT_CHANGE_PER_USER", GENEROUS)
             .env("LIMIT_CHANGE_PER_ADDRESS", GENEROUS)
-            .env("LIMIT_SERVICE_PER_TOKEN", GENEROUS)
+            .env("LIMIT_REQUESTS_PER_SERVICE", GENEROUS)
     }
 
     /// For `SIGNING_KEY_FILES`: the first of `signing.pem` and `another.pem` signs.
