@@ -38,6 +38,9 @@ struct BenchCli {
     /// For `opening` and `peers`: how often everything is measured, in alternating order
     #[arg(long)]
     rounds: Option<usize>,
+    /// For `publish`: events before the size of the table of staged events is looked at again
+    #[arg(long)]
+    events: Option<u64>,
     /// Use the service binaries next to this program without building them
     #[arg(long)]
     no_build: bool,
@@ -59,6 +62,7 @@ fn run() -> anyhow::Result<()> {
     match &arguments[1..] {
         [kind] if kind == load::STREAMS => return load::run_streams(),
         [kind, order] if kind == load::POSTS => return load::run_posts(order),
+        [kind, order] if kind == load::HOSTS => return load::run_hosts(order),
         _ => {}
     }
     let cli = BenchCli::parse();
@@ -75,6 +79,7 @@ fn run() -> anyhow::Result<()> {
     if !cli.contenders.is_empty() {
         sizes.contenders = cli.contenders;
     }
+    sizes.publishing.many = cli.events.unwrap_or(sizes.publishing.many);
     sizes.rounds = cli.rounds.unwrap_or(sizes.rounds);
     let scenarios = if cli.scenarios.is_empty() { Scenario::value_variants() } else { &cli.scenarios };
     benches::describe(cli.quick);

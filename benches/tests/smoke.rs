@@ -15,6 +15,7 @@ fn every_scenario_runs_to_its_end_and_loses_nothing() {
         "PSS after a round of heartbeats",
         "per 100k deliveries",
         "the other's screen",
+        "size after them",
         "received what they missed",
         "every ledger is its feed",
         "the same tokens again",

@@ -1,6 +1,7 @@
 //! Load comes from separate processes: they share no runtime, descriptor or lock with the measured services, and their own cost is
 //! known. This file has the protocol of both sides and the controlling side.
 
+mod hosts;
 mod posts;
 mod streams;
 mod viewer;
@@ -26,6 +27,7 @@ use testkit::{
 };
 
 pub use self::{
+    hosts::{HostReport, Hosts, Way, run as run_hosts},
     posts::{PostReport, Posts, run as run_posts},
     streams::run as run_streams,
     viewer::digest,
@@ -35,6 +37,7 @@ use crate::clock::Micros;
 const AT_ONCE: usize = 1_000;
 pub const STREAMS: &str = "load-streams";
 pub const POSTS: &str = "load-posts";
+pub const HOSTS: &str = "load-hosts";
 
 #[derive(Debug, Serialize, Deserialize)]
 pub struct Viewer {
@@ -248,6 +251,23 @@ impl Posting {
         let mut line = String::new();
         BufReader::new(stdout).read_line(&mut line)?;
         serde_json::from_str(&line).context("the process that posts failed")
+    }
+}
+
+pub struct Hosting {
+    process: Process,
+}
+
+impl Hosting {
+    pub fn start(hosts: &Hosts) -> anyhow::Result<Self> {
+        Ok(Self { process: start(&[HOSTS, &serde_json::to_string(hosts)?])? })
+    }
+
+    pub fn finish(mut self) -> anyhow::Result<HostReport> {
+        let stdout = self.process.child().stdout.take().context("stdout is piped")?;
+        let mut line = String::new();
+        BufReader::new(stdout).read_line(&mut line)?;
+        serde_json::from_str(&line).context("the process that publishes failed")
     }
 }
 

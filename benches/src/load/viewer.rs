@@ -4,7 +4,7 @@ use std::hash::{DefaultHasher, Hash, Hasher};
 
 use chrono::DateTime;
 use protocol::{
-    event::kind,
+    event::{is_reserved, kind},
     position::{Epoch, Position},
 };
 
@@ -241,7 +241,11 @@ impl Ledger {
             }
             (name, Some(cursor)) => {
                 self.digest = digest(self.digest, cursor.seq, name.unwrap_or(kind::MESSAGE), identity(data));
-                let number = if name.is_none() { number_in_text(data) } else { None };
+                let number = match name {
+                    None => number_in_text(data),
+                    Some(name) if !is_reserved(name) => data.parse().ok(),
+                    Some(_) => None,
+                };
                 Some(match self.position.replace(cursor) {
                     Some(before) if before.epoch == cursor.epoch && before.seq + 1 == cursor.seq => {
                         StreamItem::Event(DeliveredEvent { number, created_at: created_at(data) })

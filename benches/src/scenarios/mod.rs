@@ -8,6 +8,7 @@ mod million;
 mod opening;
 mod peers;
 mod post;
+mod publish;
 mod storm;
 
 use std::{net::SocketAddr, path::PathBuf, time::Duration};
@@ -39,6 +40,8 @@ pub enum Scenario {
     Post,
     /// Posts in groups of 100 and 1,000 members
     Group,
+    /// Events of other back ends, by SQL and by HTTP
+    Publish,
     /// All streams reconnect together after a gateway is killed
     Storm,
     /// A rolling restart and SIGKILLs of two apis and three gateways behind nginx, with all streams connected
@@ -55,7 +58,7 @@ impl Scenario {
     /// A scenario that takes longer hangs.
     pub fn longest(self) -> Duration {
         match self {
-            Self::Peers | Self::Million => Duration::from_mins(45),
+            Self::Peers | Self::Million | Self::Publish => Duration::from_mins(45),
             _ => Duration::from_mins(15),
         }
     }
@@ -107,6 +110,9 @@ pub struct Sizes {
     pub groups: Vec<(usize, u32)>,
     pub screen_rate: u32,
     pub screen_length: Duration,
+    pub publishing: publish::Publishing,
+    /// Time for the many events after which the table's size is looked at.
+    pub publishing_at_most: Duration,
     pub pace: deploy::Pace,
 }
 
@@ -136,6 +142,8 @@ impl Sizes {
             groups: if quick { vec![(10, 20)] } else { group::GROUPS.into() },
             screen_rate: if quick { 50 } else { 500 },
             screen_length: Duration::from_secs(if quick { 2 } else { 20 }),
+            publishing: publish::Publishing::new(quick),
+            publishing_at_most: Duration::from_mins(20),
             pace: deploy::Pace::new(quick),
         }
     }
@@ -149,6 +157,7 @@ pub async fn run(scenario: Scenario, sizes: &Sizes) -> anyhow::Result<()> {
         Scenario::Fanout => fanout::run(sizes).await,
         Scenario::Post => post::run(sizes).await,
         Scenario::Group => group::run(sizes).await,
+        Scenario::Publish => publish::run(sizes).await,
         Scenario::Storm => storm::run(sizes).await,
         Scenario::Deploy => deploy::run(sizes).await,
         Scenario::Opening => opening::run(sizes).await,
