@@ -33,7 +33,7 @@ const MODULES: [(&str, &str); 3] = [
     ),
     (
         "stream-gateway",
-        "descriptors config metrics frame trace event core api_client keys limits identities presence backfill subscriber engine explain http \
+        "descriptors config metrics memory frame trace event core api_client keys limits identities presence backfill subscriber engine explain http \
          app cli",
     ),
 ];

@@ -253,6 +253,8 @@ impl Ledger {
                     before => StreamItem::Fault(format!("{cursor} came after {before:?}")),
                 })
             }
+            // In no feed.
+            (Some(kind::PRESENCE | kind::TYPING), None) => None,
             (Some(name), None) => Some(StreamItem::Fault(format!("{name} without an id"))),
             (None, None) => comment.then_some(StreamItem::Heartbeat),
         }
