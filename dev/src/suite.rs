@@ -1,8 +1,10 @@
 //! `cargo dev test`: the whole test suite over real servers, which are started for it, fast and forgetful, and
 //! stopped after it.
 
+use std::num::NonZero;
 use std::path::Path;
 use std::process::{ExitCode, ExitStatus};
+use std::thread::available_parallelism;
 
 use anyhow::{Result, bail};
 use nix::sys::signal::Signal;
@@ -58,6 +60,11 @@ async fn build_and_test(
         .env("REDIS_URL", &servers.redis_url)
         .env("SQLX_OFFLINE", "true")
         .envs(found.env);
+    // Most tests wait most of the time.
+    if std::env::var_os("RUST_TEST_THREADS").is_none() {
+        let cores = available_parallelism().map_or(1, NonZero::get);
+        test.env("RUST_TEST_THREADS", (2 * cores).to_string());
+    }
     terminal::step("Testing", "the workspace");
     Ok(exit_code(process::run_to_end(test, Signal::SIGTERM).await?))
 }
