@@ -38,6 +38,7 @@ use crate::{
     identities::identities,
     keys::Keys,
     limits::StreamLimits,
+    memory,
     metrics::Metrics,
     presence::{self, PresenceChanges},
     subscriber::{self, DesiredSubscriptions, Subscriber},
@@ -201,6 +202,7 @@ fn start_delivery(
         metrics: metrics.clone(),
     };
     serving.spawn("redis subscriber", |stop| subscriber.run(stop));
+    serving.spawn("memory", |stop| memory::run(metrics.clone(), stop));
     Ok(DeliveryThread { new_streams: new_streams_in, commands: commands_in, stop })
 }
 

@@ -20,6 +20,7 @@ mod http;
 mod identities;
 mod keys;
 mod limits;
+mod memory;
 mod presence;
 mod signatures;
 mod subscriber;
