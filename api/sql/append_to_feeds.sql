@@ -1,6 +1,6 @@
 -- Appends events (their ids as `feed.event_id` has them) to feeds and adds to unread totals: the nth event to the feed of the nth user. The
 -- users ascend; one who gets several events is there several times in a row. Takes the locks of their heads in this order, and holds them
--- until the transaction ends.
+-- until the transaction ends. A user without a head, who was erased meanwhile, is P0002: the statement is repeated.
 CREATE OR REPLACE FUNCTION messenger.append_to_feeds(
     _users bigint[], _events bigint[], _unread bigint[], OUT epochs bigint[], OUT seqs bigint[]
 ) LANGUAGE plpgsql AS $$
@@ -26,6 +26,9 @@ BEGIN
         )
         SELECT array_agg(m.epoch ORDER BY g.nth), array_agg(m.before + g.place ORDER BY g.nth) INTO epochs, seqs
         FROM given AS g LEFT JOIN moved AS m USING (user_id);
+        IF array_position(seqs, NULL) IS NOT NULL THEN
+            RAISE EXCEPTION 'a receiver has no head' USING ERRCODE = 'no_data_found';
+        END IF;
     END IF;
     INSERT INTO messenger.feed (user_id, seq, event_id)
     SELECT a.user_id, a.seq, a.event_id FROM unnest(_users, seqs, _events) AS a (user_id, seq, event_id);

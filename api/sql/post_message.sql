@@ -41,10 +41,11 @@ BEGIN
     SET last_number = c.last_number + 1,
         user_a_has_written = c.user_a_has_written OR c.user_a IS NOT DISTINCT FROM _sender,
         user_b_has_written = c.user_b_has_written OR c.user_b IS NOT DISTINCT FROM _sender
-    WHERE c.id = _conversation
+    WHERE c.id = _conversation AND c.erased_user IS DISTINCT FROM _sender
       AND (_sender IN (c.user_a, c.user_b)
            OR EXISTS (SELECT FROM messenger.participants AS p WHERE p.conversation_id = c.id AND p.user_id = _sender))
-    RETURNING c.last_number, ARRAY[c.user_a, c.user_b], c.user_a + c.user_b - _sender INTO _number, receivers, _other;
+    RETURNING c.last_number, array_remove(ARRAY[c.user_a, c.user_b], c.erased_user), c.user_a + c.user_b - _sender
+    INTO _number, receivers, _other;
     -- A member of a group may have left while we waited for the lock.
     IF FOUND AND receivers[1] IS NULL THEN
         SELECT array_agg(p.user_id ORDER BY p.user_id) INTO receivers

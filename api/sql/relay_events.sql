@@ -134,8 +134,8 @@ BEGIN
         ) AS g
         JOIN staged AS e ON e.id = g.id
     ), stored AS (
-        INSERT INTO messenger.events (id, kind, data, request_id, traceparent, created_at) OVERRIDING SYSTEM VALUE
-        SELECT r.id, r.name, r.data, r.request_id, r.traceparent, _now FROM received AS r
+        INSERT INTO messenger.events (id, kind, data, count, request_id, traceparent, created_at) OVERRIDING SYSTEM VALUE
+        SELECT r.id, r.name, r.data, cardinality(r.receivers), r.request_id, r.traceparent, _now FROM received AS r
     )
     SELECT 'event', NULL, NULL, NULL::bigint, NULL::bigint, NULL::boolean,
            r.name, r.data, r.request_id, r.traceparent, _now, r.receivers, r.epochs, r.seqs

@@ -24,6 +24,7 @@ use warp::Filter;
 use crate::{
     commands::CommandContext,
     config::{Addresses, Config, FLUSH_TIMEOUT, OPS_STOP},
+    erasing,
     explain::explain,
     external::ExternalUsers,
     http::{self, Api, ApiEdge, Cors, auth::Auth, oauth::SignIn, tokens::Tokens},
@@ -140,6 +141,10 @@ pub async fn run(config: Config, listeners: Listeners, stop: CancellationToken) 
     let relay = Relay::new(relays.clone(), api.context.publisher.clone(), issuer, metrics.clone());
     let staged = api.context.staged.clone();
     stages.serving.spawn("relay", |stop| relay::run(relay, staged, stop));
+    background.spawn("erasing of users", |stop| {
+        let (publisher, begun) = (api.context.publisher.clone(), api.context.erasures.clone());
+        erasing::run(database.clone(), publisher, metrics.clone(), begun, stop)
+    });
     background.spawn("key announcements", |stop| announce_keys(api.clone(), stop));
 
     let routes = Cors::new(warp::service(http::public(&api)), origins);

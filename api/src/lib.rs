@@ -7,6 +7,7 @@ pub mod cli;
 pub mod commands;
 pub mod config;
 pub mod domain;
+pub mod erasing;
 pub mod explain;
 pub mod external;
 pub mod http;

@@ -51,12 +51,14 @@ metrics! {
         pub database_connections_idle: Gauge = "Connections to Postgres that are idle";
         pub database_connections_limit: Gauge = "Connections to Postgres that the pool may open (DATABASE_POOL_SIZE)";
         pub database_conflicts: Counter =
-            "Transactions that Postgres aborted because of a conflict (40001, 40P01); each is retried once";
+            "Transactions that Postgres aborted because of a conflict (40001, 40P01, P0002); each is retried once";
         pub pruned_events: Counter = "Events deleted because FEED_KEEP_DAYS or FEED_KEEP_EVENTS no longer covers them";
         pub expired_messages: Counter = "Messages whose text was removed because MESSAGE_KEEP_DAYS no longer covers them";
         pub emptied_group_messages: Counter = "Messages whose text was removed because their group has no members left";
         pub pruned_messages: Counter =
             "Rows of messages without text that were deleted because no feed refers to them any more";
+        pub erased_users: Counter = "Users who were erased, with their messages";
+        pub erased_messages: Counter = "Messages that were deleted because their sender was erased";
         pub pruned_sessions: Counter = "Sessions deleted some days after they ended";
         pub http: server::ServerMetrics;
         pub limits: limiter::LimiterMetrics;

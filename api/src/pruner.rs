@@ -11,6 +11,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     config::Keep,
+    erasing::erase_next,
     metrics::Metrics,
     publisher::Publisher,
     store::{Database, StoreError, feed, identities, messages, retention, sessions},
@@ -172,6 +173,7 @@ pub async fn prune_all(database: &Database, keep: Keep) -> Result<Pruned, StoreE
         pruned.messages += step.rows;
         after = step.next;
     }
+    while erase_next(database, None).await?.is_some() {}
     while let Some((_, emptied)) = empty_left_group(database).await? {
         pruned.texts += emptied;
     }

@@ -7,6 +7,7 @@ pub mod create_group;
 pub mod delete_message;
 pub mod edit_message;
 pub mod end_sessions;
+pub mod erase_user;
 pub mod external_user;
 pub mod log_in;
 pub mod mark_read;
@@ -45,6 +46,8 @@ pub struct CommandContext {
     turns: Turns,
     /// The relay of this process has something to do.
     pub staged: Arc<Notify>,
+    /// Erasing a user has begun in this process.
+    pub erasures: Arc<Notify>,
 }
 
 impl CommandContext {
@@ -56,6 +59,7 @@ impl CommandContext {
             permits: Arc::new(Semaphore::new(MAX_RUNNING)),
             turns: Turns::default(),
             staged: Arc::default(),
+            erasures: Arc::default(),
         }
     }
 

@@ -3,6 +3,7 @@
 pub mod conversation;
 pub mod device;
 pub mod event;
+pub mod export;
 pub mod group;
 pub mod idempotency;
 pub mod message;

@@ -1,6 +1,7 @@
 //! HTTP: the route tables, and what all answers have in common. [`endpoint`] makes the checks before every handler in the
 //! order of docs/api.md; handlers call a command or the store and answer with its outcome.
 
+mod administration;
 pub mod auth;
 mod blocks;
 mod conversations;
@@ -118,6 +119,8 @@ pub fn public(api: &Arc<Api>) -> BoxedFilter<(Response,)> {
         at("/api/conversations/{id}/read_messages").post(change(messages::conversation, messages::mark_read).limit(Rate::Change)),
         at("/api/conversations/{id}/typing").post(change(messages::conversation, typing::announce).limit(Rate::Typing)),
         at("/api/events").post(service(Scope::Publish, events::published, events::publish).largest_body(events::LARGEST_BODY)),
+        at("/api/users/{id}").delete(service(Scope::Admin, administration::user, administration::erase)),
+        at("/api/users/{id}/export").get(service(Scope::Admin, administration::user, administration::export)),
         at("/api/users/by_subject/{subject}").put(service(Scope::Users, external_users::profile, external_users::put)),
         at("/api/users/by_subject/{subject}/stream_token")
             .post(service(Scope::Users, external_users::subject, external_users::stream_token)),

@@ -271,14 +271,14 @@ pub async fn other_participant(
     conversation: ConversationId,
     reader: UserId,
 ) -> sqlx::Result<Option<User>> {
-    sqlx::query_as!(
-        User,
-        "SELECT u.id, u.username, u.avatar_url
-         FROM messenger.participants AS p JOIN messenger.users AS u ON u.id = p.other_user_id
-         WHERE p.conversation_id = $1 AND p.user_id = $2",
+    let row = sqlx::query!(
+        r#"SELECT p.other_user_id AS "id!", u.username AS "username?", u.avatar_url
+           FROM messenger.participants AS p LEFT JOIN messenger.users AS u ON u.id = p.other_user_id
+           WHERE p.conversation_id = $1 AND p.user_id = $2 AND p.other_user_id IS NOT NULL"#,
         conversation.0,
         reader.0,
     )
     .fetch_optional(connection)
-    .await
+    .await?;
+    Ok(row.map(|row| User::stored(row.id, row.username, row.avatar_url)))
 }

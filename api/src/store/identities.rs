@@ -138,6 +138,7 @@ pub struct KnownSubject {
     pub avatar_url: Option<String>,
 }
 
+/// Each by its key, as [`super::feed`] looks up: there are no statistics of subjects.
 pub async fn find_subjects(
     connection: &mut PgConnection,
     issuer: &str,
@@ -145,9 +146,13 @@ pub async fn find_subjects(
 ) -> sqlx::Result<Vec<KnownSubject>> {
     sqlx::query_as!(
         KnownSubject,
-        r#"SELECT i.subject, u.id AS "user", u.avatar_url
-           FROM messenger.identities AS i JOIN messenger.users AS u ON u.id = i.user_id
-           WHERE i.issuer = $1 AND i.subject = ANY ($2)"#,
+        r#"SELECT requested.subject AS "subject!", u.id AS "user", u.avatar_url
+           FROM unnest($2::text[]) AS requested (subject)
+           JOIN LATERAL (
+               SELECT * FROM messenger.identities
+               WHERE identities.issuer = $1 AND identities.subject = requested.subject LIMIT 1
+           ) AS i ON true
+           JOIN LATERAL (SELECT * FROM messenger.users WHERE users.id = i.user_id LIMIT 1) AS u ON true"#,
         issuer,
         subjects,
     )

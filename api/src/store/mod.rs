@@ -5,6 +5,8 @@
 pub mod audience;
 pub mod blocks;
 pub mod conversations;
+pub mod erasures;
+pub mod export;
 pub mod feed;
 pub mod groups;
 pub mod identities;
@@ -102,7 +104,8 @@ impl Database {
         self.pool.close().await;
     }
 
-    /// Counts it if it is one: two transactions could not both continue (40001), or waited for each other (40P01).
+    /// Counts it if it is one: two transactions could not both continue (40001), or waited for each other (40P01), or a receiver
+    /// was erased (P0002).
     fn is_conflict(&self, error: &sqlx::Error) -> bool {
         let is_conflict = sql_state(error).is_some_and(|code| CONFLICTS.contains(&&*code));
         if is_conflict {
@@ -130,7 +133,8 @@ pub fn is_transient(error: &sqlx::Error) -> bool {
     }
 }
 
-const CONFLICTS: [&str; 2] = ["40001", "40P01"];
+/// P0002: a user who was to receive an event was erased after the statement had found them; it finds them no more.
+const CONFLICTS: [&str; 3] = ["40001", "40P01", "P0002"];
 
 fn sql_state(error: &sqlx::Error) -> Option<Cow<'_, str>> {
     error.as_database_error()?.code()

@@ -22,7 +22,7 @@ const MIGRATIONS_TABLE: &str = "messenger._sqlx_migrations";
 static TABLES: Migrator = sqlx::migrate!();
 
 /// Each after its dependencies, since Postgres checks views and the bodies of plain SQL functions when they are created.
-const FUNCTIONS: [&str; 30] = [
+const FUNCTIONS: [&str; 36] = [
     include_str!("../../sql/session_is_live.sql"),
     include_str!("../../sql/append_to_feed.sql"),
     include_str!("../../sql/append_to_feeds.sql"),
@@ -34,6 +34,7 @@ const FUNCTIONS: [&str; 30] = [
     include_str!("../../sql/lock_group.sql"),
     include_str!("../../sql/lock_message.sql"),
     include_str!("../../sql/append_for_members.sql"),
+    include_str!("../../sql/leave_group.sql"),
     include_str!("../../sql/post_message.sql"),
     include_str!("../../sql/edit_message.sql"),
     include_str!("../../sql/delete_message.sql"),
@@ -43,6 +44,7 @@ const FUNCTIONS: [&str; 30] = [
     include_str!("../../sql/mark_read.sql"),
     include_str!("../../sql/create_group.sql"),
     include_str!("../../sql/rename_group.sql"),
+    include_str!("../../sql/tell_of_user.sql"),
     include_str!("../../sql/update_user.sql"),
     include_str!("../../sql/add_participant.sql"),
     include_str!("../../sql/set_role.sql"),
@@ -53,6 +55,10 @@ const FUNCTIONS: [&str; 30] = [
     include_str!("../../sql/stage_event.sql"),
     include_str!("../../sql/publish.sql"),
     include_str!("../../sql/relay_events.sql"),
+    include_str!("../../sql/note_erasures.sql"),
+    include_str!("../../sql/erase_user.sql"),
+    include_str!("../../sql/erase_messages.sql"),
+    include_str!("../../sql/finish_erasure.sql"),
 ];
 
 /// Tables and functions in one, for `#[sqlx::test(migrator = …)]`.

@@ -14,9 +14,9 @@ use crate::{
 
 const SUGGESTIONS: i64 = 5;
 /// In a larger group nobody is told of a member's new name.
-const SMALL_GROUP: i64 = 32;
+pub(super) const SMALL_GROUP: i64 = 32;
 /// Users who are told of a new name, besides the user.
-const MOST_TOLD: i64 = 1_000;
+pub(super) const MOST_TOLD: i64 = 1_000;
 
 /// `None` leaves a value as it is.
 #[derive(Debug, Clone, PartialEq, Eq)]

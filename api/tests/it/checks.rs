@@ -21,6 +21,8 @@ const PATHS: &[(&str, &str)] = &[
     ("/api/users/by_subject/{id}", "PUT"),
     ("/api/users/by_subject/{id}/stream_token", "POST"),
     ("/api/events", "POST"),
+    ("/api/users/{id}", "DELETE"),
+    ("/api/users/{id}/export", "GET, HEAD"),
     ("/api/usernames", "GET, HEAD"),
     ("/api/blocks/{id}", "PUT, DELETE"),
     ("/api/conversations", "GET, HEAD, POST"),
@@ -93,7 +95,8 @@ async fn head_answers_the_head_of_get(pool: PgPool) {
     let (john, _, conversation) = app.pair(&pool).await;
     john.say(&conversation, "hi").await;
     for (path, allow) in PATHS {
-        if !allow.contains("HEAD") {
+        // The export is for a service token, and has a test of its own.
+        if !allow.contains("HEAD") || path.ends_with("/export") {
             continue;
         }
         let path = path.replace("{id}", &conversation) + "?search=j";

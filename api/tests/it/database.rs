@@ -127,7 +127,7 @@ async fn a_conflict_is_repeated_once_then_unavailable(pool: PgPool) {
             })
             .await
     };
-    for state in ["40001", "40P01"] {
+    for state in ["40001", "40P01", "P0002"] {
         for sessions in [false, true] {
             if sessions {
                 database.use_sessions();

@@ -9,6 +9,7 @@ mod checks;
 mod contract;
 mod database;
 mod editing;
+mod erasing;
 mod explain;
 mod external;
 mod external_users;

@@ -1,5 +1,5 @@
 //! Gone means gone: a minute after a deletion or an edit the old text is nowhere, and with a group that everybody has left go its texts
-//! and its title. Looked for in a dump of the database, in Redis, in every log and trace, and in every answer and replay.
+//! and its title; with a user who is erased, all that they wrote, and their name. Looked for in a dump of the database, in Redis, in every log and trace, and in every answer and replay.
 
 use std::time::{Duration, Instant};
 
@@ -17,6 +17,8 @@ use crate::support::{Two, ready, watch};
 /// Deleted, and as many edited.
 const MESSAGES: usize = 1_000;
 const IN_GROUP: usize = 50;
+/// By a user who is erased, in a direct conversation and in a group.
+const ERASED: usize = 100;
 /// In every text that must be gone. Others are to be found, or the search would prove nothing.
 const MARKER: &str = "unspeakable";
 const KEPT: &str = "presentable";
@@ -104,6 +106,30 @@ async fn deleted_and_replaced_texts_are_nowhere_a_minute_later() {
         });
         all(said).await
     };
+    let erased = world.user(&api, &format!("{MARKER} mary")).await;
+    let personal = [
+        "INSERT INTO messenger.identities (issuer, subject, user_id) VALUES ('https://id.example', $2, $1)",
+        "UPDATE messenger.users SET avatar_url = 'https://a.example/' || $2 WHERE id = $1",
+    ];
+    for row in personal {
+        sqlx::query(row).bind(erased.id.0).bind(MARKER).execute(&world.sql).await.unwrap();
+    }
+    let mut erased_stream = ready(gateway.stream(&erased)).await;
+    let erased_id = format!(r#""userId":"{}""#, erased.id);
+    for to in
+        [json!({ "username": jane.name }), json!({ "usernames": [&jane.name, &john.name], "title": KEPT })]
+    {
+        let made =
+            call(&world, &api, &erased, "POST", "/api/conversations").json(&to).expect(201).await.json();
+        let id = made["id"].as_str().unwrap();
+        say(&world, &api, jane, id, &format!("kept-{id}"), KEPT).await;
+        all((0..ERASED).map(|n| {
+            let (key, text) = (format!("erased-{id}-{n}"), text("erased", n));
+            let (world, api, erased) = (&world, &api, &erased);
+            async move { say(world, api, erased, id, &key, &text).await }
+        }))
+        .await;
+    }
     let deleted = say_many(&direct, "deleted", MESSAGES).await;
     let edited = say_many(&direct, "edited", MESSAGES).await;
     say_many(&group, "grouped", IN_GROUP).await;
@@ -133,15 +159,22 @@ async fn deleted_and_replaced_texts_are_nowhere_a_minute_later() {
         let path = format!("/api/conversations/{group}/participants/{}", user.id);
         call(&world, &api, john, "DELETE", &path).expect(204).await;
     }
+    let erase = world.client.call("DELETE", api.url(&format!("/api/users/{}", erased.id)));
+    erase.bearer(&world.service_token("crm", "admin").await).expect(204).await;
     let gone_at = Instant::now() + Duration::from_secs(60);
-    // Created; the group and its leaving; sent, then deleted or edited.
-    for tab in &tabs {
+    // Created; the group and its leaving; sent, then deleted or edited. John was in the group of the erased user alone.
+    for (tab, erased) in tabs.iter().zip([2 * ERASED, ERASED]) {
         tab.until("everything has arrived", |record| {
-            record.named("message.deleted").count() == MESSAGES
+            record.named("message.deleted").count() == MESSAGES + erased
                 && record.named("message.updated").count() == MESSAGES
+                && record.named("participant.left").any(|event| event.data.contains(&erased_id))
         })
         .await;
     }
+    assert_eq!(
+        soon("the end of the erased user's stream", erased_stream.named("goodbye")).await.json()["reason"],
+        "revoked"
+    );
 
     tokio::time::sleep_until(gone_at.into()).await;
     let mut found = Vec::new();
