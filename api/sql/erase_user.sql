@@ -16,7 +16,7 @@ BEGIN
     outcome := 'begun';
     INSERT INTO messenger.erasures (user_id) VALUES (_user);
     PERFORM messenger.note_erasures(_user, true);
-    -- In the order of ids, as whoever ends sessions locks them.
+    -- In the order of ids, as ending sessions locks them.
     SELECT array_agg(s.id) INTO sessions
     FROM (SELECT s.id FROM messenger.sessions AS s WHERE s.user_id = _user ORDER BY s.id FOR UPDATE) AS s;
     SELECT t.event_at, t.receivers, t.epochs, t.seqs INTO event_at, receivers, epochs, seqs

@@ -1,4 +1,4 @@
-//! Finishes the erasing of users, step by step: what one replica began, any goes on with. Steps lock what they work on, so replicas take
+//! Finishes the erasing of users, step by step: what one replica began, any other continues. Steps lock what they work on, so replicas take
 //! different ones.
 
 use std::{sync::Arc, time::Duration};

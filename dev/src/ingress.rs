@@ -195,7 +195,7 @@ fn unavailable(request_id: Option<HeaderValue>) -> IngressResponse {
     // Only a request id without escapes is repeated in JSON.
     let shown = request_id.to_str().ok().filter(|id| !id.contains(['"', '\\'])).unwrap_or_default();
     let body = format!(
-        r#"{{"type":"about:blank","title":"Bad Gateway","status":502,"code":"bad_gateway","message":"The service behind this address does not answer","requestId":"{shown}"}}"#
+        r#"{{"type":"/problems/bad_gateway","title":"The service does not answer","status":502,"code":"bad_gateway","message":"The service behind this address does not answer","requestId":"{shown}"}}"#
     );
     Response::builder()
         .status(StatusCode::BAD_GATEWAY)

@@ -28,7 +28,7 @@ const MODULES: [(&str, &str); 3] = [
     ),
     (
         "api",
-        "config metrics request_context domain store publisher commands oauth last_used relay presence pruner maintenance readiness explain \
+        "config metrics request_context domain store publisher commands oauth last_used relay presence erasing pruner maintenance readiness explain \
          external http app cli",
     ),
     (

@@ -2,6 +2,7 @@
 //! order of docs/api.md; handlers call a command or the store and answer with its outcome.
 
 mod administration;
+mod asyncapi;
 pub mod auth;
 mod blocks;
 mod conversations;
@@ -20,6 +21,7 @@ mod messages;
 pub mod oauth;
 mod openapi;
 mod presence;
+mod problems;
 mod request;
 mod route;
 mod services;
@@ -124,8 +126,11 @@ pub fn public(api: &Arc<Api>) -> BoxedFilter<(Response,)> {
         at("/api/users/by_subject/{subject}").put(service(Scope::Users, external_users::profile, external_users::put)),
         at("/api/users/by_subject/{subject}/stream_token")
             .post(service(Scope::Users, external_users::subject, external_users::stream_token)),
+        at(asyncapi::PATH).get(open(asyncapi::document)),
         at(openapi::PATH).get(open(openapi::document)),
         at(feed::JWKS_PATH).get(open(login::jwks)),
+        at("/problems").get(open(problems::list)),
+        at("/problems/{code}").only_if(problems::exists).get(open(problems::page)),
         matching("web", web::path).get(open(web::file)),
     ])
 }

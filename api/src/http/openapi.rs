@@ -12,7 +12,7 @@ use super::{
 
 pub(super) const PATH: &str = "/api/openapi.json";
 
-const DOCUMENT: &str = include_str!("../../openapi.json");
+pub(super) const DOCUMENT: &str = include_str!("../../openapi.json");
 
 pub(super) async fn document(_: Arc<Api>, _: Inbound, _: NoBody) -> HandlerResult {
     let mut response = Response::new(DOCUMENT.into());

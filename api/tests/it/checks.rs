@@ -34,6 +34,8 @@ const PATHS: &[(&str, &str)] = &[
     ("/api/conversations/{id}/messages/{id}", "PATCH, DELETE"),
     ("/api/conversations/{id}/read_messages", "POST"),
     ("/api/conversations/{id}/typing", "POST"),
+    ("/api/openapi.json", "GET, HEAD"),
+    ("/api/asyncapi.json", "GET, HEAD"),
     ("/.well-known/jwks.json", "GET, HEAD"),
 ];
 

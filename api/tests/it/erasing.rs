@@ -130,12 +130,12 @@ async fn erased_user_leaves_an_id_and_others_are_told(pool: PgPool) {
     let owned = john.group("Team", &["jane", "mary"]).await;
     let grouped = john.say(&owned, &format!("{MARKER} grouped")).await;
     mary.messages(&owned, "").expect(200).await;
-    john.call("PUT", &format!("/api/blocks/{}", mary.id)).expect(204).await;
     let alone = john.group(&format!("{MARKER} title"), &[]).await;
     john.say(&alone, &format!("{MARKER} alone")).await;
     let left = mary.group("Left", &["john", "jane"]).await;
     let before = john.say(&left, &format!("{MARKER} before leaving")).await;
     john.remove(&left, &john).expect(204).await;
+    john.call("PUT", &format!("/api/blocks/{}", mary.id)).expect(204).await;
     // Published to john alone, and to both.
     let events = json!([
         { "to": [{ "userId": john.id }], "event": "order.paid", "data": format!("{MARKER} order"), "key": "k" },
@@ -160,7 +160,10 @@ async fn erased_user_leaves_an_id_and_others_are_told(pool: PgPool) {
 
     let published = told(app, &jane, "order.paid").await;
     assert_eq!(published, [json!("both")]);
-    assert_eq!(number(&pool, "SELECT sum(count)::bigint FROM messenger.events WHERE data IS NOT NULL").await, 1);
+    assert_eq!(
+        number(&pool, "SELECT sum(count)::bigint FROM messenger.events WHERE data IS NOT NULL").await,
+        1
+    );
 
     // Each message once, to those who could see it.
     let ids = |events: Vec<Value>| events.iter().map(|event| text(&event["id"])).collect::<HashSet<_>>();
@@ -198,7 +201,7 @@ async fn erased_user_leaves_an_id_and_others_are_told(pool: PgPool) {
     assert_eq!(jane.conversations("").expect(200).await.json().as_array().unwrap().len(), 3);
     assert_eq!(jane.participants(&owned, "").expect(200).await.json().as_array().unwrap().len(), 2);
 
-    // Jane goes on alone; her messages reach nobody.
+    // Jane continues alone; her messages reach nobody.
     let mine = jane.say(&direct, "are you there?").await;
     jane.edit_message(&direct, &mine, "hello?").expect(200).await;
     jane.delete_message(&direct, &mine).expect(204).await;

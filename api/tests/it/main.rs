@@ -8,6 +8,7 @@ mod blocks;
 mod checks;
 mod contract;
 mod database;
+mod documents;
 mod editing;
 mod erasing;
 mod explain;

@@ -558,7 +558,7 @@ pub(crate) fn assert_problem(answer: &Answer, status: u16, message: &str) {
     let body = answer.json();
     assert_eq!(body["message"], message, "{body}");
     assert_eq!(body["status"], status);
-    assert_eq!(body["type"], "about:blank");
+    assert_eq!(body["type"], format!("/problems/{}", body["code"].as_str().unwrap()));
     assert_eq!(body["requestId"], answer.header("x-request-id").unwrap());
     assert!(
         body["title"].is_string()

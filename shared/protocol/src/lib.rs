@@ -39,3 +39,4 @@ pub mod keys_version;
 pub mod position;
 pub mod presence;
 pub mod problem;
+pub mod problem_types;

@@ -5,7 +5,9 @@ use std::collections::BTreeMap;
 use http::{HeaderValue, Response, StatusCode, header};
 use serde::{Deserialize, Serialize};
 
-/// `type` is always `about:blank`; the stable name of an error is `code`.
+use crate::problem_types;
+
+/// `type` is the page about `code`, the stable name of an error, which `api` serves: `/problems/{code}`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Problem {
@@ -25,15 +27,19 @@ pub struct Problem {
 }
 
 impl Problem {
+    /// `code` is one of [`problem_types::ALL`].
     pub fn new(
         status: StatusCode,
         code: &str,
         message: impl Into<String>,
         request_id: impl Into<String>,
     ) -> Self {
+        let known = problem_types::find(code);
+        debug_assert!(known.is_some(), "{code} is not in problem_types");
+        let title = known.map(|kind| kind.title).or(status.canonical_reason());
         Self {
-            kind: "about:blank".into(),
-            title: status.canonical_reason().unwrap_or("Error").into(),
+            kind: format!("/problems/{code}"),
+            title: title.unwrap_or("Error").into(),
             status: status.as_u16(),
             code: code.into(),
             message: message.into(),
