@@ -61,18 +61,7 @@ impl Language {
             }
             Self::Python => {
                 let folder = folder("python", &["requirements.txt"]);
-                let packages = folder.join("packages");
-                once(&folder, "requirements.txt", || {
-                    let mut pip = Command::new("python3");
-                    pip.args(
-                        "-m pip install --quiet --disable-pip-version-check --no-deps --upgrade".split(' '),
-                    )
-                    .args(["--requirement", "requirements.txt", "--target", "packages"]);
-                    pip
-                });
-                let mut python = run("python3", &folder, "client.py", &block(&heading));
-                python.env("PYTHONPATH", packages);
-                python
+                python(&folder, "client.py", &block(&heading))
             }
             Self::Shell => run("bash", &folder("shell", &[]), "client.sh", &block(&heading)),
             Self::Go => {
@@ -99,6 +88,46 @@ impl Language {
             }
         })
     }
+}
+
+/// A program of `examples`, which has a `package.json`.
+pub fn node_example(name: &str, script: &str) -> Command {
+    let folder = example(name, &["package.json", script]);
+    node::script(&folder, script)
+}
+
+/// The same with a `requirements.txt`; `None`, with a line on stderr, without Python and pip.
+pub fn python_example(name: &str, script: &str) -> Option<Command> {
+    if !works("python3 -m pip --version") {
+        let _ = writeln!(io::stderr(), "skipped: examples/{name}: no `python3 -m pip --version` here");
+        return None;
+    }
+    let folder = example(name, &["requirements.txt"]);
+    Some(python(&folder, script, &ours(&format!("../examples/{name}/{script}"))))
+}
+
+fn example(name: &str, files: &[&str]) -> PathBuf {
+    let folder = folder(name, &[]);
+    for file in files {
+        write(&folder.join(file), &ours(&format!("../examples/{name}/{file}")));
+    }
+    folder
+}
+
+fn python(folder: &Path, script: &str, text: &str) -> Command {
+    once(folder, "requirements.txt", || {
+        let mut pip = Command::new("python3");
+        pip.args("-m pip install --quiet --disable-pip-version-check --no-deps --upgrade".split(' ')).args([
+            "--requirement",
+            "requirements.txt",
+            "--target",
+            "packages",
+        ]);
+        pip
+    });
+    let mut python = run("python3", folder, script, text);
+    python.env("PYTHONPATH", folder.join("packages"));
+    python
 }
 
 pub fn strict(library: &str) -> Command {

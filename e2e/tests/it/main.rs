@@ -9,6 +9,7 @@ mod crashes;
 mod delivery;
 mod drain;
 mod endings;
+mod examples;
 mod exports;
 mod external;
 mod fuzz;
