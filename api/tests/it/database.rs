@@ -14,7 +14,7 @@ use api::store::{
 use futures_util::future::join_all;
 use prometheus_client::metrics::counter::Counter;
 use serde_json::json;
-use sqlx::{PgPool, postgres::PgPoolOptions};
+use sqlx::{Connection, PgConnection, PgPool, postgres::PgPoolOptions};
 use testkit::{
     http::{Call, Client},
     ports::free_port,
@@ -491,5 +491,34 @@ async fn sends_work_through_a_pooler_of_transactions(pool: PgPool) {
         );
         assert_eq!(number(&pool, kept).await, 81, "{column}");
     }
+
+    // Hosts publish through it, and the relay works through it.
+    let hosts = (0..8).map(async |n| {
+        // Without the driver's own settings, which poolers refuse at the start.
+        let options = api::config::connection(url.parse().unwrap());
+        let mut host = PgConnection::connect_with(&options).await.unwrap();
+        for turn in 0..10 {
+            let mut transaction = host.begin().await.unwrap();
+            for event in 0..2 {
+                sqlx::query("SELECT messenger.publish($1::bigint, 'shop.n', to_jsonb($2::bigint))")
+                    .bind(2_i64)
+                    .bind(n * 100 + turn * 2 + event)
+                    .execute(&mut *transaction)
+                    .await
+                    .unwrap();
+            }
+            if turn % 2 == 0 {
+                transaction.commit().await.unwrap();
+            } else {
+                transaction.rollback().await.unwrap();
+            }
+        }
+    });
+    join_all(hosts).await;
+    let published =
+        "SELECT count(*) FROM messenger.feed AS f JOIN messenger.events AS e ON e.id = -f.event_id
+                     WHERE e.kind = 'shop.n'";
+    until("all is relayed", || async { number(&pool, published).await == 80 }).await;
+    assert_eq!(number(&pool, "SELECT max(seq) FROM messenger.feed WHERE user_id = 2").await, 161);
     server.stop().await;
 }

@@ -605,6 +605,32 @@ async fn turn_is_bounded_by_events_receivers_and_bytes(pool: PgPool) {
     }
 }
 
+/// `publish` stages nothing like this; and what somebody writes to the table by hand stops neither the relay nor a feed.
+#[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
+async fn nothing_that_is_staged_stops_the_relay(pool: PgPool) {
+    let app = App::start(&pool).await;
+    let john = app.user(&pool, "john").await.id;
+    let stage = |receivers: &str, data: &str, key: &str| {
+        format!(
+            "INSERT INTO messenger.staged_events (receivers, name, data, key_hash) VALUES ({receivers}, 'by.hand', '{data}', {key})"
+        )
+    };
+    let key = r"'\x00112233445566778899aabbccddeeff'";
+    execute(&pool, stage("ARRAY[1]", "not JSON", "NULL")).await;
+    execute(&pool, stage("ARRAY[NULL, -1, 9999]::bigint[]", "1", "NULL")).await;
+    execute(&pool, stage("ARRAY[1, 1]", "2", key)).await;
+    execute(&pool, stage("ARRAY[1]", "3", key)).await;
+    execute(&pool, "SELECT messenger.publish(1, 'last', '4')").await;
+    let datas = until_in_feed(&app, john, &["by.hand", "by.hand", "last"]).await;
+    assert_eq!(datas, [Value::Null, json!(2), json!(4)]);
+    for bad in [stage("'{}'", "1", "NULL"), stage("ARRAY[1]", "", "NULL"), stage("ARRAY[1]", "1", r"'\x00'")]
+    {
+        let mut connection = host(&pool).await;
+        assert_eq!(state(&run(&mut connection, bad).await).as_deref(), Some("23514"));
+    }
+    app.stop().await;
+}
+
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
 async fn one_replica_relays_until_its_lease_expires(pool: PgPool) {
     add_users(&pool, ["john"]).await;
