@@ -21,7 +21,7 @@ use crate::{
     services::create,
     support::{
         ApiUser, App, assert_counts_agree, assert_problem, database, execute, number, once_not_busy,
-        redis_url, text,
+        redis_url, text, until_waiting_for_locks,
     },
 };
 
@@ -299,6 +299,71 @@ async fn erasing_that_was_begun_is_finished_by_another_process(pool: PgPool) {
     // Nothing is left to do.
     assert_eq!(erase_next(&database(&pool, 1), None).await.unwrap(), None);
     app.stop().await;
+}
+
+/// Their transaction began before the erasing and commits after it: the list of conversations that was made at the begin lacks theirs.
+#[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
+async fn conversations_that_were_being_made_are_left_too(pool: PgPool) {
+    let host = Host::start(&pool).await;
+    let (john, jane) = (host.app.user(&pool, "john").await, host.app.user(&pool, "jane").await);
+    let mut under_way = pool.begin().await.unwrap();
+    for made in [
+        format!("SELECT messenger.start_conversation(NULL, {}, 'john', NULL, NULL)", jane.id),
+        format!(
+            "SELECT messenger.create_group(NULL, {}, 'Team', '{{john}}', 10, NULL, NULL, NULL, NULL)",
+            jane.id
+        ),
+    ] {
+        sqlx::raw_sql(AssertSqlSafe(made)).execute(&mut *under_way).await.unwrap();
+    }
+    let commit = async {
+        until_waiting_for_locks(&pool, 1).await;
+        under_way.commit().await.unwrap();
+    };
+    tokio::join!(host.erase(john.id).expect(204), commit);
+    until_erased(&pool).await;
+    assert_eq!(rows_of(&pool, john.id).await, Vec::<String>::new());
+    let ids: Vec<String> = sqlx::query_scalar("SELECT id::text FROM messenger.conversations ORDER BY id")
+        .fetch_all(&pool)
+        .await
+        .unwrap();
+    let [direct, group] = &ids[..] else { panic!("{ids:?}") };
+    for conversation in [direct, group] {
+        jane.say(conversation, "hello?").await;
+    }
+    assert_eq!(jane.participants(group, "").expect(200).await.json().as_array().unwrap().len(), 1);
+    assert_eq!(jane.other_participant(direct).expect(200).await.json(), deleted(john.id));
+    assert_counts_agree(&pool).await;
+    host.app.stop().await;
+}
+
+/// Its user was there when it began, and is erased when it gets the lock of the conversation.
+#[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
+async fn send_that_waits_for_an_erasing_is_refused(pool: PgPool) {
+    let host = Host::start(&pool).await;
+    let (john, jane, direct) = host.app.pair(&pool).await;
+    let group = jane.group("Team", &["john"]).await;
+    let mut erasing = pool.begin().await.unwrap();
+    for step in [
+        format!("SELECT messenger.erase_user({}, 32, 1000, NULL, NULL)", john.id),
+        "SELECT messenger.erase_messages(100, 100)".to_owned(),
+        "SELECT messenger.erase_messages(100, 100)".to_owned(),
+    ] {
+        sqlx::raw_sql(AssertSqlSafe(step)).execute(&mut *erasing).await.unwrap();
+    }
+    let commit = async {
+        until_waiting_for_locks(&pool, 2).await;
+        erasing.commit().await.unwrap();
+    };
+    let sends = [&direct, &group].map(|conversation| john.post_message(conversation, MARKER).send());
+    let (answers, ()) = tokio::join!(join_all(sends), commit);
+    for answer in answers {
+        assert_problem(&answer.unwrap(), 404, "Conversation not found");
+    }
+    until_erased(&pool).await;
+    assert!(!dump(&pool).await.contains(MARKER));
+    assert_counts_agree(&pool).await;
+    host.app.stop().await;
 }
 
 #[sqlx::test(migrator = "api::store::schema::MIGRATIONS")]
