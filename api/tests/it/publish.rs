@@ -647,7 +647,7 @@ async fn one_replica_relays_until_its_lease_expires(pool: PgPool) {
             taken => break assert_eq!(taken, Some((1, false))),
         }
     }
-    assert!(began.elapsed() < Duration::from_secs(20));
+    assert!(began.elapsed() < Duration::from_secs(2));
     // The first one was only slow: it takes nothing, whether or not it renews its lease.
     execute(&pool, "SELECT messenger.publish(1, 'a', '2')").await;
     assert_eq!(turn(&mut one, 1, &mut ones, 10).await, None);
@@ -674,7 +674,7 @@ async fn replica_that_stops_hands_the_relay_over(pool: PgPool) {
     execute(&pool, format!("SELECT messenger.publish({john}, 'a', '1')")).await;
     let began = Instant::now();
     until_in_feed(&two, john, &["a"]).await;
-    assert!(began.elapsed() < Duration::from_secs(20));
+    assert!(began.elapsed() < Duration::from_secs(2));
     two.stop().await;
 }
 

@@ -107,7 +107,7 @@ async fn revoked_service_token_is_rejected_within_two_seconds(pool: PgPool) {
     assert!(service_token(&pool, &["revoke", "shop"]).0);
     let revoked = Instant::now();
     while status().await != 401 {
-        assert!(revoked.elapsed() < Duration::from_secs(20));
+        assert!(revoked.elapsed() < Duration::from_secs(2));
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
     app.stop().await;
