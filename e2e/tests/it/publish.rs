@@ -169,7 +169,7 @@ async fn published_events_are_exact_whatever_dies() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn another_replica_relays_when_the_active_one_is_killed_or_frozen() {
+async fn another_replica_relays_within_two_seconds() {
     let world = World::new().await;
     let (mut one, mut two) = tokio::join!(world.api().ready(), world.api().ready());
     let mut gateways =
@@ -191,8 +191,9 @@ async fn another_replica_relays_when_the_active_one_is_killed_or_frozen() {
         sqlx::raw_sql(AssertSqlSafe(publish)).execute(&mut host).await.unwrap();
         let seen = || streams.iter().any(|stream| stream.record().named("n").count() > n);
         until("the event arrives", || async { seen() }).await;
-        // Two seconds at most, on a machine that is not overloaded.
-        println!("takeover {n}: {:?}", killed.elapsed());
+        let took = killed.elapsed();
+        println!("takeover {n}: {took:?}");
+        assert!(took < Duration::from_secs(2), "{took:?}");
         if n % 2 == 0 {
             active.restart().await;
         } else {
